@@ -1,0 +1,49 @@
+"""Sessions: `nox -s tests`, `lint`, `typecheck`, `tests_oldest`, `demo`."""
+
+import nox
+
+nox.options.sessions = ["lint", "typecheck", "tests", "tests_oldest"]
+nox.options.reuse_existing_virtualenvs = True
+
+OLDEST_TORCHMETRICS = "1.6.0"
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]" if extras else ".")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests and doctests, on the newest torchmetrics."""
+    install(session, "test")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def tests_oldest(session: nox.Session) -> None:
+    """The tests of what touches torchmetrics, on the oldest release supported."""
+    install(session, "test")
+    session.install("-c", "constraints.txt", f"torchmetrics=={OLDEST_TORCHMETRICS}")
+    session.run("pytest", "-n", "2", "tests/metrics", "tests/distributed", "src/spectralmetrics/metrics")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    install(session, "demo")
+    session.install("mypy")
+    session.run("mypy")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small network on real digits and look at its layers; arguments after `--` are passed on."""
+    install(session, "demo")
+    session.run("spectralmetrics", "demo", *session.posargs)

@@ -1,0 +1,41 @@
+"""Streaming spectral metrics of neural-network features: which layers do work, while training runs."""
+
+from spectralmetrics import functional
+from spectralmetrics.metrics import (
+    CovarianceDeterminantMetric,
+    CovarianceMetric,
+    CovarianceTraceMetric,
+    DiagonalTraceMetric,
+    EffectiveRankMetric,
+    EigenspaceEmbeddingMetric,
+    IntrinsicDimensionMetric,
+    ParticipationRatioMetric,
+    PowerLawExponentMetric,
+    SaturationMetric,
+    SpectralMetric,
+    SpectrumMetric,
+    StableRankMetric,
+    statistics,
+)
+from spectralmetrics.probing import LayerProbe
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CovarianceDeterminantMetric",
+    "CovarianceMetric",
+    "CovarianceTraceMetric",
+    "DiagonalTraceMetric",
+    "EffectiveRankMetric",
+    "EigenspaceEmbeddingMetric",
+    "IntrinsicDimensionMetric",
+    "LayerProbe",
+    "ParticipationRatioMetric",
+    "PowerLawExponentMetric",
+    "SaturationMetric",
+    "SpectralMetric",
+    "SpectrumMetric",
+    "StableRankMetric",
+    "functional",
+    "statistics",
+]

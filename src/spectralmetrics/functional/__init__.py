@@ -1,0 +1,53 @@
+"""The numbers behind the metrics, as pure functions of a covariance or of its eigenvalues.
+
+>>> import torch
+>>> from spectralmetrics.functional import eigenvalues, saturation
+>>> saturation(eigenvalues(torch.diag(torch.tensor([8.0, 1.0, 1.0, 0.0]))), threshold=0.9)
+tensor(0.5000, dtype=torch.float64)
+"""
+
+from spectralmetrics.functional.dimension import (
+    effective_rank,
+    intrinsic_dimension,
+    participation_ratio,
+    power_law_exponent,
+    saturation,
+    stable_rank,
+)
+from spectralmetrics.functional.dispersion import determinant, diagonal_trace, trace
+from spectralmetrics.functional.moments import (
+    Moments,
+    Observations,
+    accumulate,
+    covariance,
+    empty_moments,
+    mean,
+    merge,
+    rebase,
+    variances,
+)
+from spectralmetrics.functional.spectrum import Spectrum, eigenvalues, eigenvectors
+
+__all__ = [
+    "Moments",
+    "Observations",
+    "Spectrum",
+    "accumulate",
+    "covariance",
+    "determinant",
+    "diagonal_trace",
+    "effective_rank",
+    "eigenvalues",
+    "eigenvectors",
+    "empty_moments",
+    "intrinsic_dimension",
+    "mean",
+    "merge",
+    "participation_ratio",
+    "power_law_exponent",
+    "rebase",
+    "saturation",
+    "stable_rank",
+    "trace",
+    "variances",
+]

@@ -1,0 +1,74 @@
+r"""How widely features spread: traces and the determinant of a covariance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def trace(covariance: Tensor) -> Tensor:
+    r"""The total variance :math:`\operatorname{tr} \Sigma`.
+
+    Args:
+        covariance: shape (..., D, D).
+
+    Returns:
+        Shape (...), float64.
+
+    >>> trace(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+    tensor(5., dtype=torch.float64)
+    """
+    return covariance.to(torch.float64).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def determinant(covariance: Tensor, log: bool = False) -> Tensor:
+    r"""The generalised variance :math:`\det \Sigma` (Wilks 1932), or its logarithm.
+
+    With the standard deviations :math:`s_i` and the correlation matrix :math:`R = L L^\top`,
+
+    .. math:: \log \det \Sigma = 2 \sum_i \log s_i + 2 \sum_i \log L_{ii},
+
+    which neither underflows nor depends on the features' units. The covariance counts as singular where a
+    feature is constant, or a linear combination of those before it up to round-off.
+
+    Args:
+        covariance: symmetric positive semi-definite, shape (..., D, D).
+        log: return the logarithm, −inf where singular. The determinant itself underflows to 0 in any wide
+            layer.
+
+    Returns:
+        Shape (...), float64.
+
+    >>> covariance = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> determinant(covariance)
+    tensor(5.0000, dtype=torch.float64)
+    >>> determinant(covariance, log=True)
+    tensor(1.6094, dtype=torch.float64)
+    """
+    covariance = covariance.to(torch.float64)
+    deviations = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    units = torch.where(deviations > 0, deviations, 1.0)
+    # Divided one side at a time: the product of two tiny deviations could underflow.
+    correlation = covariance / units[..., :, None] / units[..., None, :]
+    factor, failed = torch.linalg.cholesky_ex(correlation)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    round_off = 10 * covariance.shape[-1] * torch.finfo(torch.float64).eps
+    regular = (failed == 0) & (pivots.square() > round_off).all(-1) & (deviations > 0).all(-1)
+    logarithm = 2 * (units.log().sum(-1) + pivots.log().sum(-1))
+    logarithm = torch.where(regular, logarithm, -torch.inf)
+    return logarithm if log else logarithm.exp()
+
+
+def diagonal_trace(eigenvalues: Tensor) -> Tensor:
+    r"""The trace of the diagonalised covariance, :math:`\sum_i \max(\lambda_i, 0)`.
+
+    Args:
+        eigenvalues: shape (..., D).
+
+    Returns:
+        Shape (...), float64.
+
+    >>> diagonal_trace(torch.tensor([2.0, 1.0, -1e-17]))
+    tensor(3., dtype=torch.float64)
+    """
+    return eigenvalues.to(torch.float64).clamp(min=0).sum(-1)

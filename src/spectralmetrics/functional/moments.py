@@ -1,0 +1,439 @@
+r"""Streaming first and second moments of feature vectors: accumulate, re-base, merge, read.
+
+Observations :math:`x_i \in \mathbb{R}^D` are summed about an origin :math:`o` near the data,
+
+.. math:: s = \sum_i (x_i - o), \qquad S = \sum_i (x_i - o)(x_i - o)^\top,
+
+so that the covariance :math:`\Sigma = S/n - (s/n)(s/n)^\top` does not depend on the difference of two
+large numbers, as it does for sums of :math:`x x^\top` once the mean outweighs the spread. Sums about
+two origins :math:`o` and :math:`o'` are added exactly by moving one of them: with :math:`d = o' - o`,
+
+.. math:: \sum_i (x_i - o)(x_i - o)^\top = S' + s' d^\top + d s'^\top + n' d d^\top, \qquad
+          \sum_i (x_i - o) = s' + n' d.
+
+Everything here runs on the device of the data without reading from it: no branch and no shape depends
+on a value. Rows that hold NaN or an infinity are counted and left out.
+
+>>> import torch
+>>> moments = empty_moments(2)
+>>> accumulate(moments, Observations(torch.tensor([[1.0, 2.0], [3.0, 2.0], [float("nan"), 0.0]])))
+>>> covariance(moments)
+tensor([[1., 0.],
+        [0., 0.]], dtype=torch.float64)
+>>> int(moments.count), int(moments.non_finite)
+(2, 1)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+# Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
+# centring and product; an accelerator wants fewer, larger products.
+_CPU_WORKSPACE_BYTES = 2**21
+_ACCELERATOR_WORKSPACE_BYTES = 2**26
+# Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
+_MINIMUM_ROWS_PER_PRODUCT = 1024
+
+
+@dataclass(frozen=True)
+class Moments:
+    r"""Sums over observations about an origin; the tensors are updated in place by :func:`accumulate`.
+
+    Attributes:
+        count: number of finite observations :math:`n`, shape ``()``, int64.
+        non_finite: number of observations left out for a NaN or an infinity, shape ``()``, int64.
+        origin: :math:`o`, shape ``(D,)``, float64.
+        first: :math:`s = \sum_i (x_i - o)`, shape ``(D,)``, float64.
+        second: :math:`S = \sum_i (x_i - o)(x_i - o)^\top`, shape ``(D, D)``, float64. Only its upper triangle
+            is meaningful: half the arithmetic is saved by leaving the lower one alone.
+    """
+
+    count: Tensor
+    non_finite: Tensor
+    origin: Tensor
+    first: Tensor
+    second: Tensor
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.second.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Moments:
+        """The moments with a function applied to each tensor, such as a move to another device."""
+        return Moments(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Observations in the memory layout in which a layer produced them.
+
+    Attributes:
+        values: floating tensor; every dimension but ``feature_dim`` enumerates observations.
+        feature_dim: the dimension of size D that holds the features of one observation.
+        valid: shape (N,), boolean, False for rows to pass over, such as padding; None if all count.
+
+    >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
+    torch.Size([128, 3])
+    """
+
+    values: Tensor
+    feature_dim: int = -1
+    valid: Tensor | None = None
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.values.shape[self.feature_dim]
+
+    @property
+    def num_observations(self) -> int:
+        """The number of observations N, those passed over included."""
+        return self.values.numel() // max(self.num_features, 1)
+
+    def rows(self) -> Tensor:
+        """All observations as a matrix of shape (N, D); a view where the layout allows it."""
+        return self.values.movedim(self.feature_dim, -1).reshape(-1, self.num_features)
+
+    def take(self, index: Tensor) -> Observations:
+        """The observations at the positions ``index`` of :meth:`rows`, without building all rows."""
+        valid = None if self.valid is None else self.valid[index]
+        moved = self.values.movedim(self.feature_dim, -1)
+        if moved.is_contiguous():
+            rows = moved.reshape(-1, self.num_features).index_select(0, index)
+            return Observations(rows, valid=valid)
+        positions = []
+        for size in reversed(moved.shape[:-1]):
+            positions.append(index % size)
+            index = index // size
+        return Observations(moved[tuple(reversed(positions))], valid=valid)
+
+    def to(self, device: torch.device) -> Observations:
+        """The observations on another device."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return Observations(self.values.to(device), self.feature_dim, valid)
+
+
+def empty_moments(num_features: int, device: torch.device | str | None = None) -> Moments:
+    """Moments of no observations.
+
+    Args:
+        num_features: the width D.
+        device: where the sums live; the CPU by default.
+
+    >>> empty_moments(3).second.shape
+    torch.Size([3, 3])
+    """
+    device = torch.device(device or "cpu")
+    # Tensors made in inference mode could never be updated outside it.
+    with torch.inference_mode(False):
+        return Moments(
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            non_finite=torch.zeros((), dtype=torch.int64, device=device),
+            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
+            first=torch.zeros(num_features, dtype=torch.float64, device=device),
+            second=torch.zeros(num_features, num_features, dtype=torch.float64, device=device),
+        )
+
+
+def accumulate(
+    moments: Moments,
+    observations: Observations,
+    gram_dtype: torch.dtype = torch.float64,
+    *,
+    settle_origin: bool = True,
+) -> None:
+    r"""Add observations to ``moments``, in place.
+
+    Rows are centred on the origin, masked, and multiplied in blocks that fit a bounded workspace; no copy
+    of all observations is made. While no observation has been counted yet, the origin is moved to the mean
+    of the rows at hand.
+
+    Args:
+        moments: the sums so far.
+        observations: floating observations of the same width, on the same device.
+        gram_dtype: dtype of the products. ``torch.float64``, or ``torch.float32`` for speed: then the centred
+            rows are scaled by a power of two to the middle of the range of float32 and each product is added
+            to the float64 sum.
+        settle_origin: False saves looking for an origin; right only if observations of the same dtype have
+            settled it.
+
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1e9], [1e9 + 2]], dtype=torch.float64)))
+    >>> covariance(moments)
+    tensor([[1.]], dtype=torch.float64)
+    """
+    values = observations.values.detach()
+    # float16 and bfloat16 are exact in float32
+    row_dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
+    with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type):
+        blocks = _blocks(values, observations.feature_dim, observations.valid, gram_dtype)
+        if gram_dtype == torch.float64:
+            for rows, valid in blocks:
+                rows = rows.to(row_dtype)
+                if settle_origin:
+                    _settle_origin(moments, rows, valid)
+                centred = torch.sub(rows, moments.origin)
+                mask, _ = _finite_rows(centred)
+                _count(moments, mask, valid)
+                _clear(centred, mask if valid is None else mask & valid)
+                _add_gram(moments.second, centred)
+                moments.first.add_(centred.sum(0))
+        else:
+            gram = torch.zeros_like(moments.second, dtype=torch.float32)
+            scale = None
+            for rows, valid in blocks:
+                rows = rows.to(row_dtype)
+                if settle_origin:
+                    _settle_origin(moments, rows, valid)
+                # Float64 rows keep their digits until they are centred and scaled.
+                origin = moments.origin.to(row_dtype)
+                centred = torch.sub(rows, origin)
+                if settle_origin:
+                    # What was lost by rounding the origin: nothing, if rows of this dtype settled it.
+                    centred.sub_((moments.origin - origin.to(torch.float64)).to(row_dtype))
+                mask, largest = _finite_rows(centred)
+                if scale is None:
+                    scale = _power_of_two_scale(moments, largest)
+                _count(moments, mask, valid)
+                _clear(centred, (mask if valid is None else mask & valid) * scale.to(row_dtype))
+                centred = centred.to(torch.float32)
+                _add_gram(gram, centred)
+                moments.first.add_(centred.sum(0).to(torch.float64).div_(scale))
+            if scale is not None:
+                _fold(moments.second, gram, scale)
+
+
+def rebase(moments: Moments, origin: Tensor) -> Moments:
+    """The same sums about another origin, exactly up to rounding; the input is left as it was.
+
+    Args:
+        moments: sums about ``moments.origin``.
+        origin: the new origin, shape (D,), float64.
+
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [2.0]])))
+    >>> rebase(moments, torch.zeros(1, dtype=torch.float64)).second
+    tensor([[5.]], dtype=torch.float64)
+    """
+    shift = moments.origin - origin
+    count = moments.count.to(torch.float64)
+    # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
+    half = moments.first + 0.5 * count * shift
+    left = torch.stack([half, shift], dim=1)
+    right = torch.stack([shift, half], dim=0)
+    return replace(
+        moments,
+        origin=origin,
+        first=moments.first + count * shift,
+        second=torch.addmm(moments.second, left, right),
+    )
+
+
+def merge(left: Moments, right: Moments) -> Moments:
+    """The moments of two disjoint sets of observations together; neither input is changed.
+
+    A side without observations contributes nothing, not even its origin, and the result's origin is one of
+    the two given: it is the same data summed in another order.
+
+    >>> left, right = empty_moments(1), empty_moments(1)
+    >>> accumulate(left, Observations(torch.tensor([[0.0], [2.0]])))
+    >>> accumulate(right, Observations(torch.tensor([[1e6], [1e6 + 2]])))
+    >>> merge(left, right).count
+    tensor(4)
+    """
+    # The origin of the larger side lies nearer to the common mean.
+    origin = torch.where(left.count >= right.count, left.origin, right.origin)
+    left, right = rebase(left, origin), rebase(right, origin)
+    return Moments(
+        count=left.count + right.count,
+        non_finite=left.non_finite + right.non_finite,
+        origin=origin,
+        first=left.first + right.first,
+        second=left.second + right.second,
+    )
+
+
+def mean(moments: Moments) -> Tensor:
+    """The mean of the observations, shape (D,), float64; NaN where there are none.
+
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [4.0]])))
+    >>> mean(moments)
+    tensor([2.5000], dtype=torch.float64)
+    """
+    return moments.origin + moments.first / moments.count
+
+
+def variances(moments: Moments, *, center: bool = True) -> Tensor:
+    """The diagonal of :func:`covariance`, shape (D,), float64, without building the matrix.
+
+    >>> moments = empty_moments(2)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0, 0.0], [3.0, 0.0]])))
+    >>> variances(moments)
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    offset = moments.first / moments.count
+    about_mean = (moments.second.diagonal() / moments.count - offset.square()).clamp_(min=0)
+    return about_mean if center else about_mean + (moments.origin + offset).square()
+
+
+def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False) -> Tensor:
+    r"""The covariance :math:`\frac{1}{n} \sum_i (x_i - \mu)(x_i - \mu)^\top` of the observations.
+
+    Args:
+        moments: the sums.
+        center: with False, the second moment about zero, :math:`\frac{1}{n}\sum_i x_i x_i^\top`.
+        unbiased: divide by :math:`n - 1`.
+
+    Returns:
+        Symmetric matrix of shape (D, D), float64; NaN where there are no observations.
+
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [3.0]])))
+    >>> covariance(moments)
+    tensor([[1.]], dtype=torch.float64)
+    >>> covariance(moments, unbiased=True)
+    tensor([[2.]], dtype=torch.float64)
+    >>> covariance(moments, center=False)
+    tensor([[5.]], dtype=torch.float64)
+    """
+    count = moments.count.to(torch.float64)
+    offset = moments.first / count
+    upper = torch.addr(moments.second / count, offset, offset, alpha=-1)
+    if not center:
+        average = moments.origin + offset
+        upper = upper.addr_(average, average)
+    if unbiased:
+        upper = upper.mul_(count / (count - 1))
+    # Variances cannot be negative; round-off must not make them so.
+    upper.diagonal().clamp_(min=0)
+    return symmetrise(upper)
+
+
+def symmetrise(upper: Tensor) -> Tensor:
+    """The symmetric matrix with the given upper triangle, whatever stands below the diagonal.
+
+    >>> symmetrise(torch.tensor([[1.0, 2.0], [9.0, 3.0]]))
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    return upper.triu() + upper.triu(1).mT
+
+
+@contextlib.contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Products inside keep their dtype's precision under autocast, TF32 and bfloat16 matmul settings.
+
+    >>> with full_precision("cpu"):
+    ...     torch.get_float32_matmul_precision()
+    'highest'
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        setting = torch.get_float32_matmul_precision()
+        if setting != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, setting)
+        yield
+
+
+def _blocks(
+    values: Tensor, feature_dim: int, valid: Tensor | None, gram_dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Cut observations into matrices of shape (rows, D), features or rows contiguous, and masks (rows, 1)."""
+    features = values.shape[feature_dim]
+    itemsize = torch.finfo(gram_dtype).bits // 8
+    budget = _CPU_WORKSPACE_BYTES if values.device.type == "cpu" else _ACCELERATOR_WORKSPACE_BYTES
+    limit = max(budget // (features * itemsize), _MINIMUM_ROWS_PER_PRODUCT)
+    moved = values.movedim(feature_dim, -1)
+    if valid is not None or moved.is_contiguous() or moved.ndim == 2:
+        start = 0
+        for rows in torch.split(moved.reshape(-1, features), limit):
+            stop = start + rows.shape[0]
+            yield rows, None if valid is None else valid[start:stop, None]
+            start = stop
+        return
+    # (B, D, *positions) -> (D, b, p) for b samples at a time, so that runs of positions stay contiguous
+    maps = values.movedim(feature_dim, 1).flatten(2)
+    for samples in torch.split(maps, max(limit // max(maps.shape[2], 1), 1)):
+        for piece in torch.split(samples, limit, dim=2):
+            yield piece.transpose(0, 1).reshape(features, -1).t(), None
+
+
+def _finite_rows(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are finite, shape (N, 1), and the largest magnitude in those, shape ()."""
+    magnitude = centred.abs().amax(1, keepdim=True)  # NaN propagates through a maximum
+    mask = magnitude.isfinite()
+    return mask, torch.where(mask, magnitude, 0).amax()
+
+
+def _count(moments: Moments, finite: Tensor, valid: Tensor | None) -> None:
+    counted = finite.sum() if valid is None else (finite & valid).sum()
+    offered = finite.shape[0] if valid is None else valid.sum()
+    moments.count.add_(counted)
+    moments.non_finite.add_(offered - counted)
+
+
+def _clear(centred: Tensor, factor: Tensor) -> None:
+    """Multiply rows by a factor that is zero for rows to leave out, whatever they hold."""
+    # Two vectorised passes; a masked fill is several times slower on a CPU.
+    centred.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+
+
+def _settle_origin(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
+    """Move the origin to the mean of ``rows`` unless observations have been counted about it already."""
+    mask = rows.abs().amax(1, keepdim=True).isfinite()
+    mask = mask if valid is None else mask & valid
+    # The mean is taken about a row, so that constant features are centred to exactly zero.
+    pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
+    deviations = torch.where(mask, rows.to(torch.float64) - pivot, 0)
+    candidate = pivot + deviations.sum(0) / mask.sum().clamp(min=1)
+    if rows.dtype == torch.float32:
+        # So that rows minus the origin is exactly one float32 subtraction.
+        rounded = candidate.to(torch.float32).to(torch.float64)
+        candidate = torch.where(rounded.isfinite(), rounded, candidate)
+    settled = (moments.count > 0) | ~mask.any()
+    moments.origin.copy_(torch.where(settled, moments.origin, candidate))
+
+
+def _power_of_two_scale(moments: Moments, largest: Tensor) -> Tensor:
+    """A float64 power of two that brings the centred rows near one; 1 where they are all zero."""
+    spread = (moments.second.diagonal().amax() / moments.count.clamp(min=1)).sqrt()
+    reference = torch.maximum(spread, largest.to(torch.float64))
+    exponent = torch.frexp(torch.where(reference > 0, reference, 1.0)).exponent
+    if largest.dtype == torch.float32:
+        exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
+    return torch.ldexp(torch.ones_like(reference), -exponent)
+
+
+def _block_size(features: int) -> int:
+    return features if features <= 128 else max(128, min(256, features // 4))
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows.T @ rows`` to the upper triangle of ``total``, block row by block row."""
+    features = rows.shape[1]
+    size = _block_size(features)
+    for start in range(0, features, size):
+        stop = start + size
+        total[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
+
+
+def _fold(second: Tensor, gram: Tensor, scale: Tensor) -> None:
+    """Add the float32 product of scaled rows to the float64 sum."""
+    weight = scale.square().reciprocal()
+    features = second.shape[0]
+    size = _block_size(features)
+    for start in range(0, features, size):
+        stop = start + size
+        block = gram[start:stop, start:].to(torch.float64)
+        second[start:stop, start:].add_(block.mul_(weight))

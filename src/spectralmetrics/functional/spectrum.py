@@ -1,0 +1,153 @@
+r"""Eigenvalues and eigenvectors of a covariance, and the lazily decomposed :class:`Spectrum`.
+
+The eigenvalues of a covariance are not negative; what a symmetric eigensolver returns below zero, or
+within its error bound of zero, is round-off and counts as zero.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.functional import moments as _moments
+from spectralmetrics.functional.moments import Moments
+
+
+def eigenvalues(covariance: Tensor) -> Tensor:
+    r"""Eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D \ge 0` of a covariance matrix.
+
+    Values below :math:`D \epsilon \lambda_1` (:math:`\epsilon` of float64), which is what the eigensolver
+    cannot tell from zero, are returned as zero.
+
+    Args:
+        covariance: symmetric positive semi-definite, shape (..., D, D), floating.
+
+    Returns:
+        Shape (..., D), float64, descending.
+
+    Raises:
+        ValueError: if the last two dimensions are not square, or a value is not finite.
+
+    >>> eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    tensor([3., 1.], dtype=torch.float64)
+    """
+    values = torch.linalg.eigvalsh(_check_covariance(covariance))
+    return _without_round_off(values.flip(-1))
+
+
+def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues as :func:`eigenvalues` gives them, and the orthonormal eigenvectors.
+
+    The sign of each eigenvector is fixed: its entry of largest magnitude is positive (the first of them
+    where several are equal), so that the result is reproducible across machines.
+
+    Args:
+        covariance: symmetric positive semi-definite, shape (..., D, D), floating.
+
+    Returns:
+        Eigenvalues (..., D) and eigenvectors (..., D, D), one in each column, both float64.
+
+    Raises:
+        ValueError: if the last two dimensions are not square, or a value is not finite.
+
+    >>> values, vectors = eigenvectors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    >>> values
+    tensor([4., 3.], dtype=torch.float64)
+    >>> vectors
+    tensor([[0., 1.],
+            [1., 0.]], dtype=torch.float64)
+    """
+    values, vectors = torch.linalg.eigh(_check_covariance(covariance))
+    vectors = vectors.flip(-1)
+    # Entries that agree up to round-off must not take turns at being the largest: prefer the first.
+    magnitude = vectors.abs()
+    nearly_largest = magnitude >= magnitude.amax(-2, keepdim=True) * (1 - 1e-6)
+    leading = nearly_largest.to(torch.uint8).argmax(-2, keepdim=True)
+    sign = torch.where(vectors.gather(-2, leading) < 0, -1.0, 1.0)
+    return _without_round_off(values.flip(-1)), vectors * sign + 0.0
+
+
+class Spectrum:
+    """Everything that a statistic may read of a layer's features, each part computed once, when asked for.
+
+    Args:
+        moments: sums over the observations, at least one of them.
+        center: False reads the second moment about zero instead of the covariance.
+        cache: where decompositions are kept, so that several spectra of the same moments share them.
+
+    >>> from spectralmetrics.functional.moments import Observations, accumulate, empty_moments
+    >>> moments = empty_moments(2)
+    >>> accumulate(moments, Observations(torch.tensor([[0.0, 1.0], [2.0, 1.0]])))
+    >>> spectrum = Spectrum(moments)
+    >>> spectrum.eigenvalues
+    tensor([1., 0.], dtype=torch.float64)
+    >>> spectrum.mean
+    tensor([1., 1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, moments: Moments, *, center: bool = True, cache: dict[str, Tensor] | None = None
+    ) -> None:
+        self._moments = moments
+        self.center = center
+        self._cache = {} if cache is None else cache
+
+    @property
+    def moments(self) -> Moments:
+        """The sums themselves."""
+        return self._moments
+
+    @property
+    def num_features(self) -> int:
+        """The width D."""
+        return self._moments.num_features
+
+    @property
+    def num_observations(self) -> Tensor:
+        """The number of observations n, shape (), int64."""
+        return self._moments.count
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The mean of the observations, shape (D,), float64, also where ``center`` is False."""
+        return _moments.mean(self._moments)
+
+    @cached_property
+    def variances(self) -> Tensor:
+        """The diagonal of :attr:`covariance`, shape (D,), float64."""
+        return _moments.variances(self._moments, center=self.center)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance, shape (D, D), float64; made anew each time, since it is as large as the state."""
+        return _moments.covariance(self._moments, center=self.center)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Descending eigenvalues, shape (D,), float64."""
+        if "eigenvalues" not in self._cache:
+            self._cache["eigenvalues"] = eigenvalues(self.covariance)
+        return self._cache["eigenvalues"]
+
+    @property
+    def eigenvectors(self) -> Tensor:
+        """Orthonormal eigenvectors in columns, shape (D, D), float64, in the order of the eigenvalues."""
+        if "eigenvectors" not in self._cache:
+            self._cache["eigenvalues"], self._cache["eigenvectors"] = eigenvectors(self.covariance)
+        return self._cache["eigenvectors"]
+
+
+def _check_covariance(covariance: Tensor) -> Tensor:
+    if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
+        raise ValueError(f"expected a covariance of shape (..., D, D), got {tuple(covariance.shape)}")
+    covariance = covariance.to(torch.float64)
+    if not torch.isfinite(covariance).all():
+        raise ValueError("expected a finite covariance, got one that holds NaN or infinite values")
+    return covariance
+
+
+def _without_round_off(values: Tensor) -> Tensor:
+    bound = values[..., :1] * values.shape[-1] * torch.finfo(torch.float64).eps
+    return torch.where(values > bound, values, 0)

@@ -1,0 +1,34 @@
+"""torchmetrics of a layer's feature spectrum."""
+
+from spectralmetrics.metrics.base import SpectralMetric, statistics
+from spectralmetrics.metrics.dimension import (
+    EffectiveRankMetric,
+    IntrinsicDimensionMetric,
+    ParticipationRatioMetric,
+    PowerLawExponentMetric,
+    SaturationMetric,
+    StableRankMetric,
+)
+from spectralmetrics.metrics.dispersion import (
+    CovarianceDeterminantMetric,
+    CovarianceTraceMetric,
+    DiagonalTraceMetric,
+)
+from spectralmetrics.metrics.spectrum import CovarianceMetric, EigenspaceEmbeddingMetric, SpectrumMetric
+
+__all__ = [
+    "CovarianceDeterminantMetric",
+    "CovarianceMetric",
+    "CovarianceTraceMetric",
+    "DiagonalTraceMetric",
+    "EffectiveRankMetric",
+    "EigenspaceEmbeddingMetric",
+    "IntrinsicDimensionMetric",
+    "ParticipationRatioMetric",
+    "PowerLawExponentMetric",
+    "SaturationMetric",
+    "SpectralMetric",
+    "SpectrumMetric",
+    "StableRankMetric",
+    "statistics",
+]

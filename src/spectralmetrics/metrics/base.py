@@ -1,0 +1,472 @@
+"""The streaming covariance that every metric of this package accumulates, as a ``torchmetrics.Metric``.
+
+:class:`SpectralMetric` holds the state (sums about an origin, see
+:mod:`spectralmetrics.functional.moments`) and everything that torchmetrics needs to know about it. A
+statistic is a short subclass that says how to read a number from a
+:class:`~spectralmetrics.functional.Spectrum`:
+
+>>> import torch
+>>> from spectralmetrics.metrics.base import SpectralMetric
+>>> class ConditionNumberMetric(SpectralMetric):
+...     '''The largest eigenvalue over the smallest.'''
+...
+...     short_name = "condition_number_example"
+...
+...     def statistic(self, spectrum):
+...         return spectrum.eigenvalues[0] / spectrum.eigenvalues[-1]
+>>> metric = ConditionNumberMetric()
+>>> metric.update(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+>>> metric.compute()
+tensor(4., dtype=torch.float64)
+
+This file is the only one that overrides private methods of torchmetrics. Each override names the behaviour
+that forces it, and has a test that fails if that behaviour changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from spectralmetrics.functional.moments import Moments, Observations, accumulate, empty_moments, merge
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.metrics.merging import Exchange, exchange_moments, run_together
+
+NanStrategy = Literal["warn", "error", "ignore"]
+
+# Results that belong to a state tensor and not to a metric: metrics of one compute group share the tensor,
+# and so the decomposition. Both are emptied when the tensor is updated in place.
+_DECOMPOSITIONS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> {center: cached parts}
+_MERGED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> {process group: merged Moments}
+
+_STATISTICS: dict[str, type[SpectralMetric]] = {}
+
+
+def statistics() -> dict[str, type[SpectralMetric]]:
+    """All statistics defined so far, by short name, those of the user included.
+
+    >>> from spectralmetrics import statistics
+    >>> statistics()["saturation"].__name__
+    'SaturationMetric'
+    """
+    return dict(_STATISTICS)
+
+
+class SpectralMetric(Metric):
+    r"""Base class of all statistics of a feature covariance; subclasses define :meth:`statistic`.
+
+    ``update`` takes rows of shape (N, D) in any floating dtype. The state is float64, constant in size, and
+    lives on the device of the first rows (or where :meth:`to` has put the metric): sums of
+    :math:`x - o` and :math:`(x - o)(x - o)^\top` about an origin :math:`o` near the data, and a count.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        center: False reads the second moment about zero instead of the covariance.
+        gram_dtype: dtype of the products: ``torch.float64``, or ``torch.float32`` for speed. The sums are
+            float64 either way.
+        nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
+            ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
+        kwargs: see `torchmetrics.Metric`.
+
+    Raises:
+        TypeError: from ``update``, for rows that are no floating tensor.
+        ValueError: for an argument out of range; from ``update``, for rows that are not 2-D or whose width
+            is not D.
+        RuntimeError: from ``compute``, if no observation has been counted.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    short_name: ClassVar[str]
+    """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
+    needs_eigenvectors: ClassVar[bool] = False
+    """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
+    takes_observations: ClassVar[bool] = True
+    """Whether ``update`` also takes ``Observations``; False for a subclass that overrides it."""
+
+    configuration: Tensor
+    count: Tensor
+    non_finite: Tensor
+    origin: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__ and "takes_observations" not in cls.__dict__:
+            cls.takes_observations = False
+        if "short_name" in cls.__dict__:
+            present = _STATISTICS.get(cls.short_name)
+            if present is not None and present.__qualname__ != cls.__qualname__:
+                raise ValueError(
+                    f"expected a short name of its own for {cls.__name__}, got {cls.short_name!r},"
+                    f" which names {present.__name__}"
+                )
+            _STATISTICS[cls.short_name] = cls
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        *,
+        center: bool = True,
+        gram_dtype: torch.dtype = torch.float64,
+        nan_strategy: NanStrategy = "warn",
+        **kwargs: Any,
+    ) -> None:
+        if num_features is not None and (
+            not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1
+        ):
+            raise ValueError(f"expected num_features to be a positive integer or None, got {num_features!r}")
+        if gram_dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"expected gram_dtype torch.float64 or torch.float32, got {gram_dtype!r}")
+        if nan_strategy not in get_args(NanStrategy):
+            raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
+        super().__init__(**kwargs)
+        self._given_features = num_features
+        self.center = center
+        self.gram_dtype = gram_dtype
+        self.nan_strategy = nan_strategy
+        self._origin_settled_by: torch.dtype | None = None
+        self._pinned_device: torch.device | None = None
+        self._computing = False
+        self._value_shape = torch.Size()
+        self._register_states()
+
+    def _register_states(self) -> None:
+        # Compute groups are formed by comparing states with a tolerance: this one tells apart metrics that
+        # accumulate differently, whatever the data. It is never summed, so bytes are exact.
+        configuration = torch.tensor(self._configuration_bytes(), dtype=torch.int64)
+        self.add_state("configuration", configuration, dist_reduce_fx="max")
+        # The widths are unknown, or large: the sums are allocated by the first update.
+        empty = functools.partial(torch.zeros, dtype=torch.float64, device="cpu")
+        self.add_state("count", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("non_finite", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("origin", empty(0), dist_reduce_fx=None)
+        self.add_state("first_moment", empty(0), dist_reduce_fx="sum")
+        self.add_state("second_moment", empty(0, 0), dist_reduce_fx="sum")
+
+    def _configuration_bytes(self) -> list[int]:
+        """What changes the accumulation: the products' dtype, and an ``update`` of a subclass' own."""
+        name = str(self.gram_dtype)
+        if not self.takes_observations:
+            name += f" {type(self).update.__module__}.{type(self).update.__qualname__}"
+        return list(zlib.crc32(name.encode()).to_bytes(4, "big"))
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """The value of this metric for the given spectrum; what a subclass defines."""
+        raise NotImplementedError(f"{type(self).__name__} must define `statistic(self, spectrum)`")
+
+    @property
+    def num_features(self) -> int | None:
+        """The width D; None until it is known."""
+        width = self.second_moment.shape[0]
+        return width if width else self._given_features
+
+    @property
+    def moments(self) -> Moments | None:
+        """The sums, or None before the first rows; the tensors are the state itself."""
+        if self.second_moment.shape[0] == 0:
+            return None
+        return Moments(self.count, self.non_finite, self.origin, self.first_moment, self.second_moment)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The spectrum of what has been accumulated, shared by the metrics that share this state.
+
+        Raises:
+            RuntimeError: if no observation has been counted.
+        """
+        self._check_observed()
+        return self._shared_spectrum()
+
+    def read(self) -> Tensor:
+        """The statistic of this process' observations, without the checks and the merge of ``compute``."""
+        return self.statistic(self._shared_spectrum())
+
+    def _shared_spectrum(self) -> Spectrum:
+        assert self.moments is not None
+        cache = _DECOMPOSITIONS.setdefault(self.second_moment, {}).setdefault(self.center, {})
+        return Spectrum(self.moments, center=self.center, cache=cache)
+
+    def update(self, rows: Tensor | Observations) -> None:
+        """Add observations.
+
+        Args:
+            rows: shape (N, D), floating. Rows with NaN or infinities are left out and counted; zero rows are
+                a no-op. :class:`~spectralmetrics.functional.Observations` are taken in their own layout.
+        """
+        observations = self._check_rows(rows)
+        if observations.values.numel() == 0:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            first_rows = self.moments is None
+            moments, observations = self._meet(observations)
+            dtype = observations.values.dtype
+            accumulate(moments, observations, self.gram_dtype, settle_origin=self._origin_settled_by != dtype)
+            self._forget_results()
+            if first_rows and moments.count > 0:
+                # The only value read from the device: it saves looking for an origin ever after.
+                self._origin_settled_by = dtype
+
+    def compute(self) -> Tensor:
+        """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
+        value = self.statistic(self.spectrum)
+        self._value_shape = value.shape
+        return value
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one value or a sequence of them, as torchmetrics' metrics do.
+
+        Args:
+            val: what ``compute`` or ``forward`` returned, or a sequence of such; None computes.
+            ax: a matplotlib axis to draw into.
+
+        Returns:
+            The figure and the axis.
+        """
+        return self._plot(val, ax)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the observations of another metric of this class, or of its state as a dict."""
+        super().merge_state(incoming_state)
+        # torchmetrics keeps the value computed before the merge.
+        self._computed = None
+        self._update_count = max(self._update_count, 1)
+
+    def reset(self) -> None:
+        """Forget all observations; a width that was read from rows is forgotten too."""
+        super().reset()
+        self._origin_settled_by = None
+
+    def to(self, *args: Any, **kwargs: Any) -> SpectralMetric:
+        """Move the metric; from then on rows are brought to that device. Dtypes are left alone."""
+        device = kwargs.get("device", args[0] if args else None)
+        if isinstance(device, Tensor):
+            device = device.device
+        if isinstance(device, (str, int, torch.device)):
+            self._pinned_device = torch.device(device)
+        super().to(*args, **kwargs)
+        return self
+
+    def cpu(self) -> SpectralMetric:
+        """Move the metric to the CPU; from then on rows are brought there."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | torch.device | None = None) -> SpectralMetric:
+        """Move the metric to a CUDA device; from then on rows are brought there."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> SpectralMetric:
+        """Leave everything as it is: the state is float64 and integers, whatever the model's dtype."""
+        return self
+
+    def exchanges(self, group: Any = None) -> list[Exchange]:
+        """What this metric exchanges with other processes, for :func:`~.merging.run_together`."""
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        known = _MERGED.get(self.second_moment, {}).get(group)
+        return [exchange_moments(self.moments, known, rank, world_size)]
+
+    def absorb(self, results: list[Any], group: Any = None) -> None:
+        """Replace the state by what the :meth:`exchanges` returned; the old tensors are left as they were."""
+        merged: Moments | None = results[0]
+        if merged is not None:
+            _MERGED.setdefault(self.second_moment, {})[group] = merged
+            self._set_moments(merged)
+
+    # -- the state --------------------------------------------------------------------------------------
+
+    def _check_rows(self, rows: Tensor | Observations) -> Observations:
+        observations = rows if isinstance(rows, Observations) else Observations(rows)
+        values = observations.values
+        if not isinstance(values, Tensor):
+            raise TypeError(f"expected rows as a floating tensor of shape (N, D), got {type(values).__name__}")
+        if not values.is_floating_point():
+            raise TypeError(f"expected rows of a floating dtype, got {values.dtype}; cast them to float first")
+        if rows is values and values.ndim != 2:
+            raise ValueError(
+                f"expected rows of shape (N, D), got shape {tuple(values.shape)}; give each observation a row"
+            )
+        width = observations.num_features
+        if width == 0:
+            raise ValueError(f"expected at least one feature, got rows of shape {tuple(values.shape)}")
+        if self.num_features is not None and width != self.num_features:
+            raise ValueError(
+                f"expected rows with {self.num_features} features, got {width} (shape {tuple(values.shape)})"
+            )
+        return observations
+
+    def _meet(self, observations: Observations) -> tuple[Moments, Observations]:
+        """The state, allocated and writable, and the observations, on one device."""
+        device = observations.values.device
+        moments = self.moments
+        if moments is None:
+            home = self._pinned_device or (torch.device("cpu") if device.type == "mps" else device)
+            moments = empty_moments(observations.num_features, home)
+            moments.non_finite.add_(self.non_finite)
+            self._set_moments(moments)
+        elif moments.second.device.type == "cpu" and device.type not in ("cpu", "mps"):
+            if self._pinned_device is None:
+                moments = moments.map(lambda tensor: tensor.to(device))
+                self._set_moments(moments)
+        elif moments.second.is_inference():
+            # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place.
+            moments = moments.map(torch.clone)
+            self._set_moments(moments)
+        if moments.second.device != device:
+            observations = observations.to(moments.second.device)
+        return moments, observations
+
+    def _set_moments(self, moments: Moments) -> None:
+        self.count, self.non_finite = moments.count, moments.non_finite
+        self.origin, self.first_moment, self.second_moment = moments.origin, moments.first, moments.second
+
+    def _forget_results(self) -> None:
+        _DECOMPOSITIONS.pop(self.second_moment, None)
+        _MERGED.pop(self.second_moment, None)
+
+    def _check_observed(self) -> None:
+        moments = self.moments
+        finite_sums = True if moments is None else moments.second.diagonal().isfinite().all()
+        count, non_finite = int(self.count), int(self.non_finite)
+        if non_finite and self.nan_strategy == "error":
+            raise RuntimeError(
+                f"{type(self).__name__}: {non_finite} of {count + non_finite} observations hold NaN or"
+                " infinite values; nan_strategy='warn' leaves them out"
+            )
+        if count == 0:
+            detail = f" ({non_finite} with NaN or infinite values were left out)" if non_finite else ""
+            raise RuntimeError(
+                f"{type(self).__name__} has counted no observation{detail}; call `update` before `compute`"
+            )
+        if not finite_sums:
+            raise RuntimeError(
+                f"{type(self).__name__}: the squares of the observations exceed the range of float64"
+                " (about 1e308); scale them down before `update`"
+            )
+        if non_finite and self.nan_strategy == "warn":
+            warnings.warn(
+                f"{type(self).__name__} left out {non_finite} of {count + non_finite} observations that hold"
+                " NaN or infinite values",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    # -- overrides of torchmetrics -----------------------------------------------------------------------
+
+    @property
+    def update_called(self) -> bool:
+        """Whether rows have been offered since construction or reset."""
+        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
+        # had. Whether there are observations is checked after the merge, with an error.
+        return self._computing or self._update_count > 0
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
+        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
+        return wrapped
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        stock = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._to_sync and self.distributed_available_fn():
+                # A cached value would skip the merge on the processes that had no new rows, and the others
+                # would wait for them for ever.
+                self._computed = None
+            self._computing = True
+            try:
+                value = stock(*args, **kwargs)
+            finally:
+                self._computing = False
+            # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
+            return value.reshape(self._value_shape) if isinstance(value, Tensor) else value
+
+        return wrapped
+
+    def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
+        # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it
+        # is only ever replaced there, and may be large.
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        # torchmetrics would add the sums although their origins differ.
+        missing = [name for name in self._defaults if name not in incoming_state]
+        if missing:
+            raise ValueError(
+                f"expected the states {list(self._defaults)} in the incoming state, missing {missing}"
+            )
+        incoming = _moments_of(incoming_state)
+        local = self.moments
+        if incoming is not None and self.num_features not in (None, incoming.num_features):
+            raise ValueError(
+                f"expected an incoming state with {self.num_features} features, got {incoming.num_features}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            if incoming is None:
+                self.non_finite = self.non_finite + incoming_state["non_finite"].to(self.non_finite.device)
+            elif local is None:
+                home = self._pinned_device or incoming.second.device
+                self._set_moments(incoming.map(lambda tensor: tensor.to(home, copy=True)))
+            else:
+                home = local.second.device
+                self._set_moments(merge(local, incoming.map(lambda tensor: tensor.to(home))))
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        # torchmetrics gathers whole matrices from all processes and adds them although their origins differ.
+        group = process_group or self.process_group
+        if dist_sync_fn is not gather_all_tensors:
+            self._sync_with(dist_sync_fn, group)
+        elif dist.get_rank(group) >= 0:  # a process outside the group keeps its own state
+            self.absorb(run_together(self.exchanges(group), group), group)
+
+    def _sync_with(self, gather: Callable[..., Any], group: Any) -> None:
+        """Merge with a gather function of the user's: it returns one tensor per process."""
+        gathered = {name: gather(getattr(self, name), group=group) for name in self._defaults}
+        states = [dict(zip(gathered, parts, strict=True)) for parts in zip(*gathered.values(), strict=True)]
+        for name, default in self._defaults.items():
+            setattr(self, name, default.clone() if isinstance(default, Tensor) else default)
+        for state in states:
+            self._reduce_states(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
+        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
+        def device_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(device_only, exclude_state)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place.
+        names = [name for name in self._defaults if prefix + name in state_dict]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        with torch.inference_mode(False):
+            for name in names:
+                setattr(self, name, getattr(self, name).detach().clone())
+        if names:
+            self._origin_settled_by = None
+            self._computed = None
+            self._update_count = max(self._update_count, int(self.moments is not None))
+
+
+def _moments_of(state: dict[str, Any]) -> Moments | None:
+    if state["second_moment"].shape[0] == 0:
+        return None
+    names = ("count", "non_finite", "origin", "first_moment", "second_moment")
+    return Moments(*(state[name] for name in names))

@@ -1,0 +1,6 @@
+"""Metrics on the layers of a model: which layers, which rows, and the probe itself."""
+
+from spectralmetrics.probing.probe import LayerProbe
+from spectralmetrics.probing.selection import DEFAULT_LAYERS, select_layers
+
+__all__ = ["DEFAULT_LAYERS", "LayerProbe", "select_layers"]

@@ -1,0 +1,141 @@
+"""Which layers of a model are probed: glob patterns on qualified names, module types, or a callable."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from torch import nn
+
+Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Selectors: TypeAlias = Selector | Sequence[Selector]
+
+DEFAULT_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.LSTM,
+    nn.GRU,
+    nn.RNN,
+    nn.MultiheadAttention,
+)
+"""Probed unless told otherwise; their lazy forms are subclasses."""
+
+
+def select_layers(
+    model: nn.Module, layers: Selectors | None = None, exclude: Selectors | None = None
+) -> dict[str, nn.Module]:
+    """The chosen modules of a model by qualified name, in the order in which they are registered.
+
+    Args:
+        model: wrappers (compiled, data parallel) are looked through; names are those of the model inside.
+        layers: one selector or a sequence of them, any of which may match. A pattern is matched against the
+            whole qualified name, and its ``*`` also matches dots; a module of any type can be named. None
+            selects :data:`DEFAULT_LAYERS`.
+        exclude: taken away from these.
+
+    Raises:
+        TypeError: for a selector of another kind.
+        ValueError: if a selector matches nothing, with the closest names, or if nothing is left.
+
+    The inner ``out_proj`` of ``nn.MultiheadAttention`` is a ``Linear`` that is never called; only its exact
+    name selects it.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> list(select_layers(model))
+    ['0', '2']
+    >>> list(select_layers(model, layers=["1", nn.Linear], exclude="0"))
+    ['1', '2']
+    """
+    modules = named_modules(unwrap(model))
+    chosen = set().union(*(_matches(modules, s) for s in _as_sequence(layers, DEFAULT_LAYERS, modules)))
+    dropped = set().union(*(_matches(modules, s) for s in _as_sequence(exclude, (), modules)))
+    left = {name: module for name, module in modules.items() if name in chosen - dropped}
+    if not left:
+        raise ValueError(
+            f"no layer of {type(model).__name__} is left to probe: {len(chosen)} selected by layers={layers!r},"
+            f" {len(chosen & dropped)} of them taken away by exclude={exclude!r}"
+        )
+    return left
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    >>> unwrap(nn.DataParallel(nn.Linear(2, 2)))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by qualified name; the model itself by its type's name, compiled parts by their own."""
+    modules = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            continue  # a compiled part: the module inside it comes next, under the name without `_orig_mod`
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        modules[name or type(model).__name__] = module
+    return modules
+
+
+def _as_sequence(
+    selectors: Selectors | None, default: Iterable[Selector], modules: dict[str, nn.Module]
+) -> list[Selector]:
+    if selectors is None:
+        # A default type that the model does not have is no mistake.
+        return [s for s in default if isinstance(s, type) and any(isinstance(m, s) for m in modules.values())]
+    if isinstance(selectors, str) or not isinstance(selectors, Sequence):
+        return [selectors]
+    return list(selectors)
+
+
+def _matches(modules: dict[str, nn.Module], selector: Selector) -> set[str]:
+    if isinstance(selector, str):
+        found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
+    elif isinstance(selector, type):
+        found = {name for name, module in modules.items() if isinstance(module, selector)}
+    elif callable(selector):
+        found = {name for name, module in modules.items() if selector(name, module)}
+    else:
+        raise TypeError(f"expected a pattern, a module type or a callable to select layers, got {selector!r}")
+    if not found:
+        raise ValueError(f"no layer matches {_describe(selector)}{_suggestion(modules, selector)}")
+    uncalled = {
+        f"{name}.{inner}"
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention)
+        for inner, _ in module.named_modules()
+        if inner
+    }
+    return {name for name in found if name not in uncalled or name == selector}
+
+
+def _describe(selector: Selector) -> str:
+    if isinstance(selector, str):
+        return repr(selector)
+    return selector.__name__ if isinstance(selector, type) else f"the callable {selector!r}"
+
+
+def _suggestion(modules: dict[str, nn.Module], selector: Selector) -> str:
+    if isinstance(selector, type):
+        types = sorted({type(module).__name__ for module in modules.values()})
+        return f"; the model has {', '.join(types)}"
+    names = [name for name in modules if name]
+    close = difflib.get_close_matches(selector, names, n=5, cutoff=0.5) if isinstance(selector, str) else []
+    if close:
+        return f"; close names: {', '.join(map(repr, close))}"
+    shown = ", ".join(map(repr, names[:8]))
+    return f"; names are {shown}{', …' if len(names) > 8 else ''}"

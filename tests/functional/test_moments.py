@@ -1,0 +1,222 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectralmetrics.functional import (
+    Observations,
+    accumulate,
+    covariance,
+    empty_moments,
+    mean,
+    merge,
+    rebase,
+    variances,
+)
+from tests.oracles import random_rows, relative_error, two_pass_covariance
+
+
+def stream(rows, batch, gram_dtype=torch.float64):
+    moments = empty_moments(rows.shape[1])
+    for part in rows.split(batch):
+        accumulate(moments, Observations(part), gram_dtype)
+    return moments
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e2, 1e4, 1e6, 1e8])
+def test_covariance_is_right_far_from_zero(ratio):
+    rows = torch.randn(4000, 30, dtype=torch.float64) @ torch.randn(30, 30, dtype=torch.float64) + ratio
+    expected = two_pass_covariance(rows)
+    bound = 1e-12 if ratio <= 1e2 else 1e-9
+    assert relative_error(covariance(stream(rows, 117)), expected) < bound
+    uncentred = two_pass_covariance(rows, center=False)
+    assert relative_error(covariance(stream(rows, 117), center=False), uncentred) < 1e-12
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e4, 1e8])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_merge_of_streams_that_began_far_apart(ratio, order):
+    means = [0.0, ratio, -ratio, 3 * ratio]
+    # The first batch of each stream lies far from the rest of it, too.
+    parts = [
+        torch.cat([random_rows(k, 3, 12, mean=-5 * ratio), random_rows(10 + k, 500 + k, 12, mean=m)])
+        for k, m in enumerate(means)
+    ]
+    merged = stream(parts[order[0]], 3)
+    for index in order[1:]:
+        merged = merge(merged, stream(parts[index], 3))
+    assert relative_error(covariance(merged), two_pass_covariance(torch.cat(parts))) < 1e-12
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e8])
+def test_merge_of_streams_of_one_distribution_far_from_zero(ratio):
+    rows = random_rows(3, 3000, 10, mean=ratio)
+    merged = stream(rows[:1], 1)
+    for part in rows[1:].split(500):
+        merged = merge(merged, stream(part, 7))
+    assert relative_error(covariance(merged), two_pass_covariance(rows)) < 1e-9
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 60),
+    features=st.integers(1, 20),
+    batch=st.integers(1, 70),
+    shift=st.sampled_from([0.0, 1.0, -1e3, 1e5]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_any_split_of_any_rows(seed, count, features, batch, shift, dtype):
+    if dtype == torch.float16:
+        shift = max(min(shift, 100.0), -100.0)
+    rows = random_rows(seed, count, features, mean=shift, dtype=dtype)
+    moments = stream(rows, batch)
+    exact = two_pass_covariance(rows)
+    scale = max(float(np.abs(exact).max()), 1e-300)
+    np.testing.assert_allclose(covariance(moments).numpy(), exact.astype(float), atol=1e-10 * scale, rtol=0)
+    np.testing.assert_allclose(variances(moments), covariance(moments).diagonal(), atol=1e-12 * scale, rtol=0)
+    np.testing.assert_allclose(mean(moments), rows.double().mean(0), rtol=1e-12, atol=1e-12)
+    assert int(moments.count) == count
+
+
+@given(seed=st.integers(0, 10**6), features=st.integers(1, 300), shift=st.floats(-1e4, 1e4))
+def test_float32_products_stay_near(seed, features, shift):
+    rows = random_rows(seed, 150, features, mean=shift, decay=0.2)
+    exact = two_pass_covariance(rows)
+    assert relative_error(covariance(stream(rows, 40, torch.float32)), exact) < 3e-6
+
+
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-20, 1e20, 1e30])
+def test_float32_products_of_tiny_and_huge_float32_rows(magnitude):
+    rows = (random_rows(0, 500, 8) * magnitude).to(torch.float32)
+    exact = two_pass_covariance(rows)
+    assert relative_error(covariance(stream(rows, 40, torch.float32)), exact) < 1e-5
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("magnitude", [1e-150, 1e-100, 1e100, 1e150])
+def test_tiny_and_huge_float64_rows(magnitude, gram_dtype):
+    rows = random_rows(0, 500, 8) * magnitude
+    exact = two_pass_covariance(rows)
+    bound = 1e-12 if gram_dtype == torch.float64 else 1e-5
+    # The norm is taken of rescaled matrices: squares of 1e300 have no place even in long double's float64 view.
+    actual = covariance(stream(rows, 40, gram_dtype)).numpy().astype(np.longdouble) / exact[0, 0]
+    assert relative_error(actual, exact / exact[0, 0]) < bound
+
+
+@pytest.mark.parametrize("features", [1, 2, 127, 128, 129, 200, 513, 700])
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+def test_every_block_of_the_product(features, gram_dtype):
+    rows = random_rows(1, 300, features, decay=0.3)
+    bound = 1e-12 if gram_dtype == torch.float64 else 1e-5
+    assert relative_error(covariance(stream(rows, 150, gram_dtype)), two_pass_covariance(rows)) < bound
+
+
+def layouts(maps):
+    """One batch of feature maps (N, C, H, W), as it may lie in memory."""
+    yield maps
+    yield maps.to(memory_format=torch.channels_last)
+    yield maps.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    yield torch.cat([maps, maps], dim=1)[:, : maps.shape[1]]
+    yield torch.stack([maps, maps], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (1, 3, 70, 60), (40, 130, 1, 1), (3, 2, 1500, 2)])
+def test_memory_layouts_give_the_same_sums(shape, gram_dtype):
+    maps = torch.randn(shape, dtype=torch.float64) + 3
+    rows = maps.movedim(1, -1).reshape(-1, shape[1])
+    expected = two_pass_covariance(rows)
+    for layout in layouts(maps):
+        observations = Observations(layout, feature_dim=1)
+        assert torch.equal(observations.rows(), rows)
+        index = torch.tensor([0, rows.shape[0] - 1, rows.shape[0] // 2])
+        assert torch.equal(observations.take(index).rows(), rows[index])
+        moments = empty_moments(shape[1])
+        accumulate(moments, observations, gram_dtype)
+        assert relative_error(covariance(moments), expected) < (1e-12 if gram_dtype == torch.float64 else 1e-5)
+        assert int(moments.count) == len(rows)
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+def test_non_finite_and_invalid_rows_are_left_out(gram_dtype):
+    rows = random_rows(0, 100, 6, mean=10.0)
+    spoiled = rows.clone()
+    spoiled[3, 2], spoiled[50, 0], spoiled[99, 5] = torch.nan, torch.inf, -torch.inf
+    valid = torch.ones(100, dtype=torch.bool)
+    valid[10:20] = False
+    valid[50] = False  # not valid, so not counted as non-finite either
+    kept = valid & spoiled.isfinite().all(1)
+    moments = empty_moments(6)
+    for part, mask in zip(spoiled.split(30), valid.split(30), strict=True):
+        accumulate(moments, Observations(part, valid=mask), gram_dtype)
+    assert (int(moments.count), int(moments.non_finite)) == (int(kept.sum()), 2)
+    bound = 1e-12 if gram_dtype == torch.float64 else 1e-5
+    assert relative_error(covariance(moments), two_pass_covariance(rows[kept])) < bound
+
+
+def test_an_all_nan_beginning_leaves_the_origin_open():
+    moments = empty_moments(3)
+    accumulate(moments, Observations(torch.full((5, 3), torch.nan)))
+    rows = random_rows(0, 50, 3, mean=1e8)
+    accumulate(moments, Observations(rows))
+    assert relative_error(covariance(moments), two_pass_covariance(rows)) < 1e-9
+    assert int(moments.non_finite) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_constant_features_have_exactly_no_variance(dtype):
+    rows = torch.full((1000, 4), 0.1, dtype=dtype) * torch.tensor([1, 3, 1e6, -7], dtype=dtype)
+    for gram_dtype in (torch.float64, torch.float32):
+        moments = stream(rows, 17, gram_dtype)
+        assert torch.count_nonzero(covariance(moments)) == 0
+        merged = merge(moments, stream(rows, 900, gram_dtype))
+        assert torch.count_nonzero(covariance(merged)) == 0
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_float32_products_about_an_origin_that_is_no_float32(dtypes):
+    rows = [random_rows(k, 400, 5, mean=1e6).to(dtype) for k, dtype in enumerate(dtypes)]
+    moments = empty_moments(5)
+    for part in rows:
+        accumulate(moments, Observations(part), torch.float32)
+    exact = two_pass_covariance(torch.cat([part.double() for part in rows]))
+    assert relative_error(covariance(moments), exact) < 1e-5
+
+
+def test_rebase_changes_nothing_but_the_origin():
+    moments = stream(random_rows(5, 200, 7, mean=3.0), 50)
+    moved = rebase(moments, torch.linspace(-2, 9, 7, dtype=torch.float64))
+    torch.testing.assert_close(covariance(moved), covariance(moments), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mean(moved), mean(moments), rtol=1e-14, atol=0)
+
+
+def test_merge_with_nothing_is_nothing():
+    moments = stream(random_rows(5, 20, 3, mean=1e8), 5)
+    for merged in (merge(moments, empty_moments(3)), merge(empty_moments(3), moments)):
+        assert torch.equal(merged.origin, moments.origin)
+        assert torch.equal(covariance(merged), covariance(moments))
+
+
+@pytest.mark.parametrize("setting", ["medium", "high"])
+def test_matmul_precision_settings_do_not_reach_the_products(setting):
+    rows = torch.randn(500, 64)
+    before = torch.get_float32_matmul_precision()
+    expected = covariance(stream(rows, 100, torch.float32))
+    try:
+        torch.set_float32_matmul_precision(setting)
+        actual = covariance(stream(rows, 100, torch.float32))
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+def test_autocast_does_not_reach_the_products(gram_dtype):
+    rows = torch.randn(500, 64)
+    expected = covariance(stream(rows, 100, gram_dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (rows @ rows.T).dtype == torch.bfloat16  # it would
+        actual = covariance(stream(rows, 100, gram_dtype))
+    assert torch.equal(actual, expected)

@@ -1,0 +1,176 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from delve.metrics import compute_intrinsic_dimensionality
+from hypothesis import given
+from hypothesis import strategies as st
+from mpmath import mp
+
+from spectralmetrics import functional as F  # noqa: N812
+from tests.oracles import STATISTICS, random_rows, rotation
+
+OF_EIGENVALUES = {
+    "intrinsic_dimension": F.intrinsic_dimension,
+    "saturation": F.saturation,
+    "effective_rank": F.effective_rank,
+    "participation_ratio": F.participation_ratio,
+    "stable_rank": F.stable_rank,
+    "power_law_exponent": F.power_law_exponent,
+    "diagonal_trace": F.diagonal_trace,
+}
+spectra = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40)
+
+
+@pytest.mark.parametrize("name", OF_EIGENVALUES)
+@given(values=spectra, zeros=st.integers(0, 5))
+def test_against_plain_definitions(name, values, zeros):
+    values = np.array(sorted(values, reverse=True) + [0.0] * zeros)
+    expected = STATISTICS[name](values, None)
+    actual = OF_EIGENVALUES[name](torch.tensor(values))
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OF_EIGENVALUES)
+def test_batches_of_spectra(name):
+    values = torch.rand(3, 4, 9, dtype=torch.float64)
+    batched = OF_EIGENVALUES[name](values)
+    assert batched.shape == (3, 4)
+    for i in range(3):
+        for j in range(4):
+            torch.testing.assert_close(batched[i, j], OF_EIGENVALUES[name](values[i, j]))
+
+
+@pytest.mark.parametrize("name", OF_EIGENVALUES)
+def test_order_and_negative_round_off_do_not_matter(name):
+    values = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    messy = torch.tensor([0.5, -1e-18, 3.0, 1.0, 2.0, -1e-17], dtype=torch.float64)
+    padded = torch.cat([values, torch.zeros(2, dtype=torch.float64)])
+    torch.testing.assert_close(OF_EIGENVALUES[name](messy), OF_EIGENVALUES[name](padded))
+
+
+@pytest.mark.parametrize("name", sorted(set(OF_EIGENVALUES) - {"power_law_exponent"}))
+def test_a_constant_feature_space_has_no_dimension(name):
+    assert OF_EIGENVALUES[name](torch.zeros(5)) == 0
+    assert not OF_EIGENVALUES[name](torch.zeros(5)).isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1.0, 1e200, 1e300])
+@pytest.mark.parametrize("name", sorted(set(OF_EIGENVALUES) - {"diagonal_trace"}))
+def test_scale_free_statistics_survive_any_magnitude(name, scale):
+    values = torch.tensor([4.0, 2.0, 1.0, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(OF_EIGENVALUES[name](values * scale), OF_EIGENVALUES[name](values))
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 100, 1000])
+def test_equal_shares_reach_the_threshold_where_they_should(width):
+    # 99 of 100 equal eigenvalues explain 99 %, however the sum is rounded.
+    values = torch.full((width,), 0.1, dtype=torch.float64)
+    assert F.intrinsic_dimension(values, 0.99) == int(np.ceil(width * 99 / 100))
+    assert F.intrinsic_dimension(values, 1.0) == width
+    assert F.intrinsic_dimension(values, 0.5) == int(np.ceil(width / 2))
+
+
+def test_delve_rule_is_what_the_delve_package_returns():
+    generator = np.random.default_rng(0)
+    for _ in range(1000):
+        width = int(generator.integers(1, 40))
+        values = generator.exponential(size=width) ** generator.uniform(0.1, 6)
+        basis = scipy.linalg.qr(generator.standard_normal((width, width)))[0]
+        covariance = torch.from_numpy((basis * values) @ basis.T)
+        covariance = (covariance + covariance.T) / 2
+        threshold = float(generator.uniform(0.3, 0.9999))
+        theirs = compute_intrinsic_dimensionality(covariance, threshold)
+        assert F.intrinsic_dimension(F.eigenvalues(covariance), threshold, rule="delve") == theirs
+
+
+def test_delve_rule_counts_one_less_and_zero_for_one_direction():
+    values = torch.tensor([5.0, 3.0, 2.0])
+    assert F.intrinsic_dimension(values, 0.75, rule="delve") + 1 == F.intrinsic_dimension(values, 0.75)
+    assert F.intrinsic_dimension(torch.tensor([1.0, 0.0]), rule="delve") == 0
+    assert F.intrinsic_dimension(torch.zeros(3), rule="delve") == 0
+
+
+@given(seed=st.integers(0, 10**6), features=st.integers(1, 30), decay=st.floats(0, 3))
+def test_eigenvalues_and_vectors_against_scipy(seed, features, decay):
+    rows = random_rows(seed, 80, features, decay=decay)
+    covariance = torch.cov(rows.T, correction=0).reshape(features, features)
+    expected, _ = scipy.linalg.eigh(covariance.numpy())
+    values, vectors = F.eigenvectors(covariance)
+    scale = float(values[0])
+    np.testing.assert_allclose(F.eigenvalues(covariance), expected[::-1], atol=1e-13 * scale, rtol=0)
+    np.testing.assert_allclose(values, expected[::-1], atol=1e-13 * scale, rtol=0)
+    identity = torch.eye(features, dtype=torch.float64)
+    np.testing.assert_allclose(vectors.T @ vectors, identity, atol=1e-12)
+    np.testing.assert_allclose(vectors * values @ vectors.T, covariance, atol=1e-12 * scale)
+
+
+def test_eigenvector_signs_do_not_depend_on_the_solver():
+    covariance = torch.cov(random_rows(0, 100, 12).T)
+    _, vectors = F.eigenvectors(covariance)
+    _, flipped = F.eigenvectors(covariance + 0.0)
+    assert torch.equal(vectors, flipped)
+    leading = vectors.abs().argmax(0)
+    assert (vectors[leading, torch.arange(12)] > 0).all()
+    _, pair = F.eigenvectors(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+    # Both entries of each vector have the same magnitude; the first one decides.
+    assert (pair[0] > 0).all()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_round_off_of_a_singular_covariance_counts_as_zero(rank):
+    basis = rotation(1, 40)[:, :rank]
+    covariance = basis @ torch.diag(torch.arange(1, rank + 1, dtype=torch.float64)) @ basis.T
+    values = F.eigenvalues(covariance)
+    assert int((values > 0).sum()) == rank
+    assert F.intrinsic_dimension(values, 1.0) == rank
+    expected = STATISTICS["effective_rank"](np.arange(1, rank + 1.0), None)
+    np.testing.assert_allclose(F.effective_rank(values), expected, rtol=1e-12)
+    assert F.determinant(covariance, log=True) == -torch.inf
+    assert F.determinant(covariance) == 0
+
+
+@given(seed=st.integers(0, 10**6), features=st.integers(1, 12), spread=st.floats(0, 8))
+def test_determinant_against_extended_precision(seed, features, spread):
+    generator = np.random.default_rng(seed)
+    factor = generator.standard_normal((features, 3 * features + 2))
+    factor *= 10.0 ** generator.uniform(-spread, spread, (features, 1))  # features in different units
+    covariance = factor @ factor.T
+    with mp.workdps(60):
+        exact = mp.log(mp.det(mp.matrix(covariance.tolist())))
+    np.testing.assert_allclose(
+        float(F.determinant(torch.tensor(covariance), log=True)), float(exact), rtol=1e-8, atol=1e-8
+    )
+
+
+def test_determinant_underflows_only_without_the_logarithm():
+    covariance = torch.eye(2000, dtype=torch.float64) * 1e-3
+    assert F.determinant(covariance) == 0
+    torch.testing.assert_close(F.determinant(covariance, log=True).item(), 2000 * np.log(1e-3))
+
+
+def test_power_law_is_recovered_in_the_stated_range():
+    index = torch.arange(1, 201, dtype=torch.float64)
+    values = torch.where(index < 11, 100 * index**-0.1, index**-1.7)
+    torch.testing.assert_close(F.power_law_exponent(values, first=11, last=50).item(), 1.7)
+    assert F.power_law_exponent(values).item() != pytest.approx(1.7, abs=0.01)
+    assert F.power_law_exponent(torch.tensor([1.0, 0.0])).isnan()
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.0001, float("nan"), "0.9", True])
+def test_thresholds_out_of_range_are_quoted(threshold):
+    with pytest.raises(ValueError, match=r"threshold in \(0, 1\].*got"):
+        F.intrinsic_dimension(torch.ones(3), threshold)
+
+
+def test_other_bad_arguments_are_quoted():
+    with pytest.raises(ValueError, match="'mine'"):
+        F.saturation(torch.ones(3), rule="mine")
+    with pytest.raises(ValueError, match="first=0"):
+        F.power_law_exponent(torch.ones(3), first=0)
+    with pytest.raises(ValueError, match="last=2"):
+        F.power_law_exponent(torch.ones(3), first=2, last=2)
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        F.eigenvalues(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="finite"):
+        F.eigenvalues(torch.full((2, 2), torch.nan))
