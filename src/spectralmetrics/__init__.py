@@ -1,6 +1,7 @@
 """Streaming spectral metrics of neural-network features: which layers do work, while training runs."""
 
 from spectralmetrics import functional
+from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.metrics import (
     CovarianceDeterminantMetric,
     CovarianceMetric,
@@ -30,10 +31,12 @@ __all__ = [
     "EigenspaceEmbeddingMetric",
     "IntrinsicDimensionMetric",
     "LayerProbe",
+    "Observations",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
     "SaturationMetric",
     "SpectralMetric",
+    "Spectrum",
     "SpectrumMetric",
     "StableRankMetric",
     "functional",

@@ -337,7 +337,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     'highest'
     """
     with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         setting = torch.get_float32_matmul_precision()
         if setting != "highest":

@@ -48,9 +48,9 @@ class CovarianceMetric(SpectralMetric):
         """See the class."""
         if not self.unbiased:
             return spectrum.covariance
-        count = spectrum.num_observations
-        if int(count) < 2:
-            raise RuntimeError(f"expected at least 2 observations for unbiased=True, got {int(count)}")
+        count = int(spectrum.num_observations)
+        if count < 2:
+            raise RuntimeError(f"expected at least 2 observations for unbiased=True, got {count}")
         return spectrum.covariance * (count / (count - 1))
 
 

@@ -1,0 +1,662 @@
+"""One process: what torchmetrics asks of a metric, and what is overridden in it."""
+
+import inspect
+import io
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Running
+
+import spectralmetrics as sm
+from spectralmetrics.functional import spectrum as spectrum_module
+from spectralmetrics.metrics import base
+from tests.metrics.properties import assert_same, feed
+from tests.metrics.test_properties import VARIANTS
+from tests.oracles import random_rows, relative_error, two_pass_covariance
+
+matplotlib.use("Agg")
+SCALARS = sorted(set(VARIANTS) - {"covariance", "unbiased", "spectrum", "uncentred_spectrum", "embedding"})
+STATES = ("configuration", "count", "non_finite", "origin", "first_moment", "second_moment")
+
+
+class TestWrongInput:
+    REFUSED = (
+        (torch.ones(3, 4, dtype=torch.int64), TypeError, "torch.int64"),
+        (torch.ones(3, 4, dtype=torch.complex64), TypeError, "torch.complex64"),
+        (torch.ones(3, 4, dtype=torch.bool), TypeError, "torch.bool"),
+        ([[1.0, 2.0]], TypeError, "list"),
+        (np.ones((3, 4)), TypeError, "ndarray"),
+        (torch.ones(4), ValueError, r"\(4,\)"),
+        (torch.ones(2, 3, 4), ValueError, r"\(2, 3, 4\)"),
+        (torch.ones(3, 5), ValueError, "4 features, got 5"),
+        (torch.ones(0, 5), ValueError, "4 features, got 5"),
+        (torch.ones(3, 0), ValueError, "at least one feature"),
+    )
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_is_refused_and_leaves_the_state_as_it_was(self, name):
+        metric = feed(VARIANTS[name](), random_rows(0, 20, 4))
+        before = {key: value.clone() for key, value in metric.metric_state.items()}
+        value = metric.compute()
+        for rows, error, quoted in self.REFUSED:
+            with pytest.raises(error, match=quoted):
+                metric.update(rows)
+            assert all(torch.equal(metric.metric_state[key], before[key]) for key in before)
+        assert_same(metric.compute(), value)
+
+    def test_a_given_width_is_checked_from_the_first_rows_on(self):
+        metric = sm.SaturationMetric(4)
+        with pytest.raises(ValueError, match="4 features, got 5"):
+            metric.update(torch.ones(3, 5))
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_no_rows_are_no_operation(self, name):
+        metric = VARIANTS[name]()
+        metric.update(torch.ones(0, 7))
+        assert metric.num_features is None
+        metric.update(random_rows(0, 20, 4))
+        value = metric.compute()
+        metric.update(torch.ones(0, 4))
+        assert_same(metric.compute(), value)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_compute_without_observations_says_so(self, name):
+        with pytest.raises(RuntimeError, match="counted no observation"):
+            VARIANTS[name]().compute()
+        metric = VARIANTS[name](nan_strategy="ignore")
+        metric.update(torch.full((3, 4), torch.nan))
+        with pytest.raises(RuntimeError, match="3 with NaN or infinite values were left out"):
+            metric.compute()
+
+    @pytest.mark.parametrize(
+        ("arguments", "quoted"),
+        [
+            ({"num_features": 0}, "0"),
+            ({"num_features": 2.5}, "2.5"),
+            ({"gram_dtype": torch.float16}, "torch.float16"),
+            ({"nan_strategy": "drop"}, "'drop'"),
+            ({"threshold": 1.5}, "1.5"),
+            ({"rule": "mine"}, "'mine'"),
+        ],
+    )
+    def test_constructor_arguments(self, arguments, quoted):
+        with pytest.raises(ValueError, match=quoted):
+            sm.SaturationMetric(**arguments)
+
+    def test_unbiased_needs_two(self):
+        metric = sm.CovarianceMetric(unbiased=True)
+        metric.update(torch.ones(1, 2))
+        with pytest.raises(RuntimeError, match=r"at least 2 observations.*got 1"):
+            metric.compute()
+
+
+class TestBadData:
+    @pytest.mark.parametrize("where", ["alone", "first", "every", "whole first"])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))
+    def test_bad_rows_are_left_out(self, name, bad, where):
+        rows = random_rows(0, 60, 4, mean=10.0)
+        spoiled = rows.clone()
+        index = {"alone": [33], "first": [0, 5], "every": [3, 23, 43], "whole first": list(range(20))}[where]
+        spoiled[index, 1] = bad
+        good = torch.ones(60, dtype=torch.bool)
+        good[index] = False
+        expected = feed(VARIANTS[name](), rows[good]).compute()
+        silent = feed(VARIANTS[name](nan_strategy="ignore"), spoiled, 20)
+        assert_same(silent.compute(), expected)
+        warned = feed(VARIANTS[name](), spoiled, 20)
+        with pytest.warns(UserWarning, match=f"left out {len(index)} of 60 observations"):
+            assert_same(warned.compute(), expected)
+        strict = feed(VARIANTS[name](nan_strategy="error"), spoiled, 20)
+        with pytest.raises(RuntimeError, match=f"{len(index)} of 60 observations"):
+            strict.compute()
+
+    @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("magnitude", [1e-150, 1e150])
+    @pytest.mark.parametrize("name", [*SCALARS, "spectrum"])
+    def test_magnitudes(self, name, magnitude, gram_dtype):
+        if name in ("covariance_determinant", "rankme", "power_law_exponent") and gram_dtype == torch.float32:
+            pytest.skip("covered with float64 products")
+        rows = random_rows(0, 100, 3, decay=0.3)
+        plain = feed(VARIANTS[name](), rows).compute().to(torch.float64)
+        value = feed(VARIANTS[name](gram_dtype=gram_dtype), rows * magnitude, 30).compute().to(torch.float64)
+        if name in ("covariance_trace", "diagonal_trace", "spectrum"):
+            plain = plain * magnitude**2
+        elif name == "covariance_determinant":
+            plain = torch.tensor(0.0 if magnitude < 1 else torch.inf, dtype=torch.float64)
+        elif name == "determinant_log":
+            plain = plain + 6 * np.log(magnitude)
+        torch.testing.assert_close(value, plain, rtol=1e-5, atol=0)
+
+    def test_overflow_is_an_error(self):
+        metric = feed(sm.SaturationMetric(), random_rows(0, 10, 3) * 1e200)
+        with pytest.raises(RuntimeError, match="exceed the range of float64"):
+            metric.compute()
+
+
+class TestCollections:
+    def collection(self, **kwargs):
+        kinds = (
+            sm.SaturationMetric,
+            sm.IntrinsicDimensionMetric,
+            sm.CovarianceTraceMetric,
+            sm.DiagonalTraceMetric,
+            sm.EffectiveRankMetric,
+            sm.ParticipationRatioMetric,
+            sm.StableRankMetric,
+        )
+        return MetricCollection([kind(**kwargs) for kind in kinds])
+
+    def test_one_accumulation_and_one_decomposition(self, monkeypatch):
+        calls = {"accumulate": 0, "eigenvalues": 0}
+
+        def counted(name, function):
+            def wrapper(*args, **kwargs):
+                calls[name] += 1
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        monkeypatch.setattr(base, "accumulate", counted("accumulate", base.accumulate))
+        monkeypatch.setattr(
+            spectrum_module.torch.linalg, "eigvalsh", counted("eigenvalues", torch.linalg.eigvalsh)
+        )
+        collection = self.collection()
+        rows = random_rows(0, 90, 6)
+        collection.update(rows[:30])
+        calls["accumulate"] = 0
+        collection.update(rows[30:60])
+        assert calls == {"accumulate": 1, "eigenvalues": 0}
+        collection.compute()
+        assert calls == {"accumulate": 1, "eigenvalues": 1}
+        collection.update(rows[60:])
+        values = collection.compute()
+        assert calls == {"accumulate": 2, "eigenvalues": 2}
+        for name, value in values.items():
+            assert_same(value, feed(getattr(sm, name)(), rows).compute())
+
+    @pytest.mark.parametrize(
+        "first_rows",
+        [torch.zeros(5, 4), torch.full((5, 4), torch.nan), torch.zeros(0, 4), torch.full((5, 4), 1e-30)],
+        ids=["constant", "nan", "empty", "tiny"],
+    )
+    def test_different_accumulations_stay_apart(self, first_rows):
+        class Doubled(sm.CovarianceTraceMetric):
+            def update(self, rows):
+                super().update(2 * rows)
+
+        collection = MetricCollection(
+            {
+                "exact": sm.CovarianceTraceMetric(nan_strategy="ignore"),
+                "fast": sm.CovarianceTraceMetric(gram_dtype=torch.float32, nan_strategy="ignore"),
+                "doubled": Doubled(nan_strategy="ignore"),
+                "sampled": sm.EigenspaceEmbeddingMetric(nan_strategy="ignore"),
+                "resampled": sm.EigenspaceEmbeddingMetric(seed=1, nan_strategy="ignore"),
+            }
+        )
+        collection.update(first_rows)
+        if len(first_rows):
+            assert len(collection.compute_groups) == 5
+        rows = random_rows(0, 50, 4)
+        collection.update(rows)
+        if not first_rows.isnan().any() and len(first_rows):
+            rows = torch.cat([first_rows.double(), rows])
+        expected = feed(sm.CovarianceTraceMetric(), rows).compute()
+        values = collection.compute()
+        torch.testing.assert_close(values["exact"], expected)
+        torch.testing.assert_close(values["doubled"], 4 * expected)
+        assert values["fast"] != expected
+        assert collection["fast"].gram_dtype == torch.float32
+
+    def test_settings_that_change_only_the_reading_share_a_state(self):
+        collection = MetricCollection(
+            {
+                "a": sm.SaturationMetric(threshold=0.5),
+                "b": sm.SaturationMetric(threshold=0.99, center=False),
+                "c": sm.SaturationMetric(rule="delve"),
+                "d": sm.CovarianceMetric(unbiased=True),
+            }
+        )
+        rows = random_rows(0, 50, 6, mean=1.0)
+        collection.update(rows)
+        collection.update(rows)
+        assert len(collection.compute_groups) == 1
+        for name, value in collection.compute().items():
+            alone = {
+                "a": sm.SaturationMetric(threshold=0.5),
+                "b": sm.SaturationMetric(threshold=0.99, center=False),
+                "c": sm.SaturationMetric(rule="delve"),
+                "d": sm.CovarianceMetric(unbiased=True),
+            }[name]
+            assert_same(value, feed(feed(alone, rows), rows).compute())
+
+    def test_clones_prefixes_nesting_and_other_libraries(self):
+        rows = random_rows(0, 40, 4)
+        inner = MetricCollection([sm.SaturationMetric(), sm.StableRankMetric()], prefix="inner_")
+        collection = MetricCollection(
+            {"ours": inner, "mean": torchmetrics.MeanMetric(), "trace": sm.CovarianceTraceMetric()}
+        )
+        validation = collection.clone(prefix="val_")
+        for each in (collection, validation):
+            for part in rows.split(10):
+                each.update(part)
+        values, copies = collection.compute(), validation.compute()
+        assert {f"val_{key}" for key in values} == set(copies)
+        torch.testing.assert_close(values["mean"].double(), rows.mean(), atol=1e-6, rtol=0)
+        assert_same(values["trace"], feed(sm.CovarianceTraceMetric(), rows).compute())
+        validation.update(rows)
+        assert_same(collection.compute()["trace"], values["trace"])
+
+    def test_forward_of_a_collection(self):
+        rows = random_rows(0, 60, 5, mean=100.0)
+        collection = self.collection()
+        for index, part in enumerate(rows.split(20)):
+            values = collection(part)
+            for name, value in values.items():
+                assert_same(value, feed(getattr(sm, name)(), part).compute())
+            if index == 1:
+                collection.update(rows[:5])
+        total = torch.cat([rows, rows[:5]])
+        for name, value in collection.compute().items():
+            assert_same(value, feed(getattr(sm, name)(), total).compute())
+
+    def test_reset_and_reuse(self):
+        collection = self.collection()
+        collection.update(random_rows(0, 20, 5))
+        collection.compute()
+        collection.reset()
+        rows = random_rows(1, 30, 7)
+        collection.update(rows)
+        for name, value in collection.compute().items():
+            assert_same(value, feed(getattr(sm, name)(), rows).compute())
+
+
+class TestLifeCycle:
+    @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))
+    def test_forward_gives_the_batch_and_keeps_the_rest(self, name):
+        rows = random_rows(0, 60, 4, mean=1e6)
+        metric = VARIANTS[name]()
+        for part in rows.split(20):
+            assert_same(metric(part), feed(VARIANTS[name](), part).compute(), 1e-6)
+        assert_same(metric.compute(), feed(VARIANTS[name](), rows).compute(), 1e-6)
+        metric.update(rows)
+        assert int(metric.count) == 120
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_merge_state_after_compute(self, name):
+        """torchmetrics alone would return the value computed before the merge."""
+        rows = random_rows(0, 60, 4)
+        metric, other = feed(VARIANTS[name](), rows[:30]), feed(VARIANTS[name](), rows[30:])
+        metric.compute()
+        metric.merge_state(other)
+        assert int(metric.count) == 60
+        if name != "embedding":
+            assert_same(metric.compute(), feed(VARIANTS[name](), rows).compute())
+        metric.update(rows)
+        assert int(other.count) == 30
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_merge_into_one_that_saw_nothing(self, name):
+        rows = random_rows(0, 60, 4, mean=1e8)
+        full, empty = feed(VARIANTS[name](), rows), VARIANTS[name]()
+        value = full.compute()
+        empty.merge_state(full.metric_state)
+        assert_same(empty.compute(), value)
+        empty.update(rows)  # in place, but not in the other's tensors
+        assert int(full.count) == 60
+        full.merge_state(VARIANTS[name]())
+        assert_same(full.compute(), value)
+
+    def test_merge_errors(self):
+        metric = feed(sm.SaturationMetric(), torch.randn(9, 4))
+        with pytest.raises(ValueError, match="4 features, got 5"):
+            metric.merge_state(feed(sm.SaturationMetric(), torch.randn(9, 5)))
+        with pytest.raises(ValueError, match=r"missing.*second_moment"):
+            metric.merge_state({"count": torch.tensor(3)})
+        assert int(metric.count) == 9
+
+    def test_merge_counts_what_was_left_out(self):
+        bad = feed(sm.SaturationMetric(nan_strategy="ignore"), torch.full((3, 4), torch.nan))
+        good = feed(sm.SaturationMetric(nan_strategy="ignore"), torch.randn(5, 4))
+        good.merge_state(bad)
+        assert int(good.non_finite) == 3
+        bad.merge_state(good)
+        assert int(bad.non_finite) == 6
+        assert int(bad.count) == 5
+
+    def test_saving_through_a_module_and_a_file(self):
+        model = torch.nn.Module()
+        model.metric = feed(sm.SpectrumMetric(), random_rows(0, 30, 4))
+        assert list(model.state_dict()) == []
+        model.metric.persistent(True)
+        assert set(model.state_dict()) == {f"metric.{name}" for name in STATES}
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        buffer.seek(0)
+        fresh = torch.nn.Module()
+        fresh.metric = sm.SpectrumMetric()
+        fresh.load_state_dict(torch.load(buffer))
+        assert_same(fresh.metric.compute(), model.metric.compute())
+
+    def test_whole_metric_through_a_file(self):
+        metric = feed(sm.EigenspaceEmbeddingMetric(), random_rows(0, 30, 4))
+        buffer = io.BytesIO()
+        torch.save(metric, buffer)
+        buffer.seek(0)
+        assert_same(torch.load(buffer, weights_only=False).compute(), metric.compute())
+
+    @pytest.mark.parametrize(
+        "cast",
+        [
+            lambda m: m.set_dtype(torch.float32),
+            lambda m: m.half(),
+            lambda m: m.float(),
+            lambda m: m.type(torch.bfloat16),
+            lambda m: m.to(torch.bfloat16),
+            lambda m: torch.nn.ModuleList([m]).to(torch.bfloat16)[0],
+            lambda m: torch.nn.ModuleList([m]).half()[0],
+            lambda m: MetricCollection([m]).set_dtype(torch.float16) and m,
+        ],
+        ids=["set_dtype", "half", "float", "type", "to", "parent.to", "parent.half", "collection"],
+    )
+    def test_the_state_stays_float64(self, cast):
+        metric = feed(sm.SpectrumMetric(), random_rows(0, 30, 4))
+        value = metric.compute()
+        metric = cast(metric)
+        assert metric.second_moment.dtype == torch.float64
+        assert metric.count.dtype == torch.int64
+        assert_same(metric.spectrum.eigenvalues, value)
+        metric.update(torch.randn(5, 4))
+        metric.reset()
+        metric.update(torch.randn(5, 4))
+        assert metric.second_moment.dtype == torch.float64
+
+    def test_moving_pins_the_device(self):
+        metric = sm.SaturationMetric().to("meta")
+        with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):  # where nothing has a value
+            metric.update(torch.randn(5, 4))
+        assert metric.second_moment.device.type == "meta"
+        assert sm.SaturationMetric().cpu()._pinned_device == torch.device("cpu")
+
+    def test_arithmetic(self):
+        rows = random_rows(0, 30, 4)
+        ratio = sm.CovarianceTraceMetric() / sm.DiagonalTraceMetric() + 1
+        ratio.update(rows)
+        torch.testing.assert_close(ratio.compute().item(), 2.0)
+
+    def test_tracker(self):
+        tracker = MetricTracker(sm.SaturationMetric(), maximize=False)
+        for rank in (4, 1, 3):
+            tracker.increment()
+            tracker.update(random_rows(rank, 50, 5, rank=rank, decay=0.0))
+        assert tracker.compute_all().tolist() == pytest.approx([0.8, 0.2, 0.6])
+        best, step = tracker.best_metric(return_step=True)
+        assert (best, step) == (pytest.approx(0.2), 1)
+
+    def test_running(self):
+        running = Running(sm.CovarianceTraceMetric(), window=2)
+        parts = [random_rows(k, 20, 3, mean=1000.0 * k) for k in range(4)]
+        for part in parts:
+            running.update(part)
+        assert_same(running.compute(), feed(sm.CovarianceTraceMetric(), torch.cat(parts[2:])).compute())
+
+    def test_min_max(self):
+        metric = MinMaxMetric(sm.CovarianceTraceMetric())
+        values = []
+        for k in range(3):
+            metric.update(random_rows(k, 20, 3) * (2 - k))
+            values.append(metric.compute())
+        assert values[-1]["max"] >= values[-1]["raw"] >= values[-1]["min"]
+
+    def test_boot_strapper(self):
+        rows = random_rows(0, 400, 3)
+        metric = BootStrapper(sm.CovarianceTraceMetric(), num_bootstraps=20)
+        metric.update(rows)
+        value = metric.compute()
+        expected = feed(sm.CovarianceTraceMetric(), rows).compute()
+        assert abs(value["mean"] - expected) < 4 * value["std"]
+
+    @pytest.mark.parametrize("name", SCALARS)
+    def test_plot(self, name):
+        metric = feed(VARIANTS[name](), random_rows(0, 30, 4))
+        figure, axis = metric.plot()
+        assert axis.figure is figure
+        metric.plot([metric.compute(), metric.compute()], ax=axis)
+        matplotlib.pyplot.close("all")
+
+
+class TestModes:
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_inference_mode_first(self, name):
+        rows = random_rows(0, 60, 4)
+        metric = VARIANTS[name]()
+        with torch.inference_mode():
+            metric.update(rows[:20] * 1.0)
+            metric.compute()
+        metric.update(rows[20:40])
+        with torch.inference_mode():
+            metric.update(rows[40:] * 1.0)
+            value = metric.compute()
+        if name != "embedding":
+            assert_same(value, feed(VARIANTS[name](), rows).compute())
+        assert not metric.second_moment.is_inference()
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_life_cycle_inside_inference_mode(self, name):
+        rows = random_rows(0, 60, 4)
+        metric = VARIANTS[name]()
+        with torch.inference_mode():
+            metric(rows[:20] * 1.0)
+            twin = metric.clone()
+            metric.reset()
+            metric(rows[:20] * 1.0)
+        for each in (metric, twin):
+            each.update(rows[20:])
+            assert int(each.count) == 60
+
+    @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+    def test_autocast(self, gram_dtype):
+        rows = random_rows(0, 60, 4, dtype=torch.float32)
+        expected = feed(sm.SpectrumMetric(gram_dtype=gram_dtype), rows).compute()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(feed(sm.SpectrumMetric(gram_dtype=gram_dtype), rows).compute(), expected)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_default_dtype_and_device(self, name):
+        rows = random_rows(0, 60, 4)
+        expected = feed(VARIANTS[name](), rows, 20).compute()
+        torch.set_default_dtype(torch.float16)
+        try:
+            torch.set_default_device("meta")
+            metric = VARIANTS[name]()
+            for part in rows.split(20):
+                metric.update(part)
+            assert_same(metric.compute(), expected)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+
+    def test_gradients_do_not_flow(self):
+        rows = torch.randn(10, 3, requires_grad=True)
+        metric = sm.CovarianceMetric()
+        metric.update(rows * 2)
+        assert not metric.second_moment.requires_grad
+        assert not metric(rows * 2).requires_grad
+
+    @pytest.mark.parametrize("name", ["saturation", "embedding", "covariance"])
+    def test_compiled_step(self, name):
+        rows = random_rows(0, 60, 4)
+        metric = VARIANTS[name]()
+
+        @torch.compile(backend="eager")
+        def step(part):
+            metric.update(part * 1.0)
+            return part + 1
+
+        for part in rows.split(20):
+            step(part)
+        assert int(metric.count) == 60
+        if name != "embedding":
+            assert_same(metric.compute(), feed(VARIANTS[name](), rows).compute())
+
+
+class HostReads(TorchDispatchMode):
+    """Fails on whatever would wait for the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.FORBIDDEN:
+            raise AssertionError(f"{function} reads from the device")
+        tensors = [a for a in args if isinstance(a, (list, tuple))]
+        if "index" in function.overloadpacket.__name__:
+            masks = [t for part in tensors for t in part if t is not None and t.dtype == torch.bool]
+            assert not masks, "indexing with a mask reads from the device"
+        return function(*args, **(kwargs or {}))
+
+
+class TestNoSynchronisation:
+    def test_the_guard_itself(self):
+        x = torch.ones(3)
+        for read in (lambda: x[0].item(), lambda: bool(x.sum() > 0), lambda: x[x > 0], lambda: x.nonzero()):
+            with pytest.raises(AssertionError, match="reads from the device"), HostReads():
+                read()
+
+    @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_updates_after_the_first_read_nothing(self, name, dtype, gram_dtype):
+        metric = VARIANTS[name](gram_dtype=gram_dtype)
+        metric.update(torch.randn(30, 5).to(dtype))
+        with HostReads():
+            metric.update(torch.randn(30, 5).to(dtype))
+            metric.update(torch.full((3, 5), torch.nan, dtype=dtype))
+            metric.update(torch.randn(30, 5).to(torch.float32))
+            maps = torch.randn(2, 5, 4, 4).to(dtype)
+            metric.update(sm.Observations(maps, feature_dim=1))
+            metric.update(sm.Observations(maps, feature_dim=1, valid=torch.ones(32, dtype=torch.bool)))
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_nor_after_a_first_batch_of_nan(self, name):
+        metric = VARIANTS[name]()
+        metric.update(torch.full((3, 5), torch.nan))
+        with HostReads():
+            metric.update(torch.randn(30, 5))
+
+
+def test_memory_is_constant_in_the_number_of_updates():
+    metric = sm.EigenspaceEmbeddingMetric(max_samples=16)
+    generator = torch.Generator().manual_seed(0)
+
+    def size():
+        states = sum(value.untyped_storage().nbytes() for value in metric.metric_state.values())
+        return states, len(base._DECOMPOSITIONS), len(base._MERGED), len(metric.__dict__)
+
+    metric.update(torch.randn(4, 8, generator=generator))
+    metric.compute()
+    before = size()
+    for index in range(10_000):
+        metric.update(torch.randn(4, 8, generator=generator))
+        if index % 1000 == 0:
+            metric.compute()
+    after = size()
+    assert after[0] == before[0]
+    assert after[1] <= before[1]
+    assert after[2:] == before[2:]
+    assert int(metric.count) == 40_004
+
+
+def test_decompositions_do_not_outlive_their_state():
+    import gc
+
+    gc.collect()
+    before = len(base._DECOMPOSITIONS)
+    metrics = [feed(sm.SaturationMetric(), torch.randn(20, 4)) for _ in range(5)]
+    for metric in metrics:
+        metric.compute()
+    assert len(base._DECOMPOSITIONS) == before + 5
+    del metrics, metric
+    gc.collect()
+    assert len(base._DECOMPOSITIONS) == before
+
+
+def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():
+    rows = random_rows(0, 20_000, 6, mean=1e6)
+    metric = feed(sm.CovarianceMetric(), rows, 2)
+    assert relative_error(metric.compute(), two_pass_covariance(rows)) < 1e-9
+
+
+class TestWhatIsOverridden:
+    """Private methods of torchmetrics: if one of these fails, look at the override in base.py again."""
+
+    OVERRIDES = (
+        ("_wrap_update", ["self", "update"]),
+        ("_wrap_compute", ["self", "compute"]),
+        ("_copy_state_dict", ["self"]),
+        ("_reduce_states", ["self", "incoming_state"]),
+        ("_sync_dist", ["self", "dist_sync_fn", "process_group"]),
+        ("_apply", ["self", "fn", "exclude_state"]),
+    )
+
+    @pytest.mark.parametrize(("name", "parameters"), OVERRIDES, ids=lambda value: str(value))
+    def test_the_method_is_there_with_the_same_parameters(self, name, parameters):
+        stock = list(inspect.signature(getattr(torchmetrics.Metric, name)).parameters)
+        assert stock == parameters
+
+    def test_they_are_called_where_we_rely_on_it(self):
+        metric = torchmetrics.Metric
+        assert "_wrap_update" in inspect.getsource(metric.__init__)
+        assert "_wrap_compute" in inspect.getsource(metric.__init__)
+        assert "_copy_state_dict" in inspect.getsource(metric.sync)
+        assert "_sync_dist" in inspect.getsource(metric.sync)
+        assert "_reduce_states" in inspect.getsource(metric.merge_state)
+        assert "_reduce_states" in inspect.getsource(metric._forward_reduce_state_update)
+
+    def test_torchmetrics_still_squeezes(self):
+        class One(torchmetrics.Metric):
+            def update(self):
+                pass
+
+            def compute(self):
+                return torch.ones(1, 1)
+
+        metric = One()
+        metric.update()
+        assert metric.compute().shape == ()  # why `_wrap_compute` restores shapes
+
+    def test_torchmetrics_still_warns_before_update(self):
+        with pytest.warns(UserWarning, match="was called before the ``update`` method"):
+            torchmetrics.MeanMetric().compute()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(RuntimeError, match="no observation"):
+                sm.SaturationMetric().compute()
+
+    def test_torchmetrics_still_casts_states_inside_a_module(self):
+        class Summed(torchmetrics.Metric):
+            def __init__(self):
+                super().__init__()
+                self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+            def update(self):
+                pass
+
+            def compute(self):
+                return self.total
+
+        module = torch.nn.ModuleList([Summed()]).to(torch.bfloat16)
+        assert module[0].total.dtype == torch.bfloat16  # why `_apply` moves devices only
+
+    def test_torchmetrics_still_keeps_the_value_across_a_merge(self):
+        metric, other = torchmetrics.SumMetric(), torchmetrics.SumMetric()
+        metric.update(1.0)
+        other.update(2.0)
+        metric.compute()
+        metric.merge_state(other)
+        assert metric.compute() == 1.0  # why `merge_state` clears it
