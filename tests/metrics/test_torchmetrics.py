@@ -379,7 +379,7 @@ class TestLifeCycle:
 
     def test_moving_pins_the_device(self):
         metric = sm.SaturationMetric().to("meta")
-        with pytest.raises((RuntimeError, NotImplementedError), match="[Mm]eta"):  # where nothing has a value
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):  # where nothing has a value
             metric.update(torch.randn(5, 4))
         assert metric.second_moment.device.type == "meta"
         assert sm.SaturationMetric().cpu()._pinned_device == torch.device("cpu")

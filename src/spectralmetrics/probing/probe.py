@@ -240,23 +240,20 @@ class LayerProbe(nn.Module):
 
     def persistent(self, mode: bool = True) -> None:
         """Whether ``state_dict`` holds observations and sampling progress, so that an epoch can resume."""
-        for stage in STAGES:
-            for name in self._layers:
-                collection = self[stage, name]
-                for metric in collection.values(copy_state=False):
-                    metric.persistent(False)
-                for leader in _leaders(collection):  # the others share its state
-                    leader.persistent(mode)
+        for collection in self._all_collections():
+            for metric in _members(collection):
+                metric.persistent(False)
+            for leader in _leaders(collection):  # the others share its state
+                leader.persistent(mode)
         self._is_persistent = mode
 
     _is_persistent = False
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
         """Move the metrics; from then on observations are brought to that device."""
-        for stage in STAGES:
-            for name in self._layers:
-                for metric in self[stage, name].values(copy_state=False):
-                    metric.to(*args, **kwargs)
+        for collection in self._all_collections():
+            for metric in _members(collection):
+                metric.to(*args, **kwargs)
         return self
 
     def cpu(self) -> LayerProbe:
@@ -270,6 +267,9 @@ class LayerProbe(nn.Module):
     def extra_repr(self) -> str:
         """The layers and metrics, in a line each."""
         return f"layers={self.layers}, metrics={self._names}"
+
+    def _all_collections(self) -> list[MetricCollection]:
+        return [self[stage, name] for stage in STAGES for name in self._layers]
 
     # -- observing ---------------------------------------------------------------------------------------
 
@@ -340,7 +340,7 @@ class LayerProbe(nn.Module):
         for name in order:
             collection = self[stage, name]
             leaders = [m for m in _leaders(collection) if isinstance(m, SpectralMetric)]
-            if not all(int(m.count) for m in leaders) or not any(m.update_called for m in _leaders(collection)):
+            if not _has_seen(collection, leaders):
                 unseen.append(name)
             if leaders and (dropped := int(leaders[0].non_finite)):
                 left_out.append(f"{dropped} of {name!r}")
@@ -562,6 +562,13 @@ def _members(collection: MetricCollection) -> list[Metric]:
 
 def _leaders(collection: MetricCollection) -> list[Metric]:
     return [getattr(collection, names[0]) for names in collection.compute_groups.values()]
+
+
+def _has_seen(collection: MetricCollection, leaders: list[SpectralMetric]) -> bool:
+    if leaders:
+        return all(int(metric.count) > 0 for metric in leaders)
+    # Metrics of other libraries merge by themselves, on all processes or on none.
+    return any(metric.distributed_available_fn() or metric.update_called for metric in _members(collection))
 
 
 def _share_state(collection: MetricCollection) -> None:

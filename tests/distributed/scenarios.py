@@ -1,0 +1,362 @@
+"""What each process of a group runs; assertions fail the test that started the group."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchmetrics import MetricCollection
+
+import spectralmetrics as sm
+from spectralmetrics.metrics import merging
+from tests.metrics.properties import assert_same, feed
+from tests.metrics.test_properties import VARIANTS
+from tests.oracles import random_rows
+
+
+@contextlib.contextmanager
+def counted_collectives():
+    """The number of elements of every collective inside."""
+    seen = []
+    names = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def wrap(name):
+        def wrapped(*args, **kwargs):
+            tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            seen.append((name, None if tensor is None else tensor.numel()))
+            return originals[name](*args, **kwargs)
+
+        return wrapped
+
+    for name in names:
+        setattr(dist, name, wrap(name))
+    try:
+        yield seen
+    finally:
+        for name in names:
+            setattr(dist, name, originals[name])
+
+
+def shares(world, without, *, far):
+    """Rows of each process: uneven numbers, none on one of them, each about a mean of its own."""
+    parts = []
+    for rank in range(world):
+        mean = (1e6 + 1e3 * rank) if far == "zero" else 1e7 * rank if far == "each other" else 0.5
+        parts.append(random_rows(rank, 20 + 13 * rank, 6, mean=mean, decay=0.3))
+    if without is not None and world > 1:
+        parts[without] = parts[without][:0]
+    return parts
+
+
+def alone(new, rows):
+    """The value on this process, merged with nobody."""
+    return feed(new(sync_on_compute=False), rows).compute()
+
+
+def every_statistic_equals_that_of_one_process(rank, world):
+    for far in (None, "zero", "each other"):
+        for without in {None, 0, world // 2, world - 1}:
+            parts = shares(world, without, far=far)
+            everything = torch.cat(parts)
+            # Far apart, all covariances are nearly singular: what follows from the smallest ones drowns.
+            fragile = ("covariance_determinant", "determinant_log", "power_law_exponent")
+            fragile += ("effective_rank",) if far == "each other" else ()
+            for name, new in VARIANTS.items():
+                if far and (name in fragile or name in ("rankme", "uncentred_spectrum")):
+                    continue
+                metric = new()
+                for part in parts[rank].split(7):
+                    if len(part):
+                        metric.update(part)
+                value = metric.compute()
+                if name == "embedding":
+                    assert value.shape == (len(everything), 2)
+                    values = [torch.empty_like(value) for _ in range(world)]
+                    dist.all_gather(values, value)
+                    assert all(torch.equal(value, other) for other in values)
+                else:
+                    assert_same(value, alone(new, everything), 1e-9)
+                # Accumulation goes on, on some processes only, and every one computes again.
+                assert int(metric.count) == len(parts[rank])
+                more = random_rows(100, 9, 6, mean=float(everything.mean()))
+                if rank == 0:
+                    metric.update(more)
+                again = metric.compute()
+                if name != "embedding":
+                    assert_same(again, alone(new, torch.cat([everything, more])), 1e-9)
+
+
+def the_covariance_is_exact_far_from_zero(rank, world):
+    from tests.oracles import relative_error, two_pass_covariance
+
+    for limit in (merging.MOST_PROCESSES_WITH_TABLES, 0):  # with tables of origins, and with one agreed on
+        kept, merging.MOST_PROCESSES_WITH_TABLES = merging.MOST_PROCESSES_WITH_TABLES, limit
+        try:
+            for mean in (0.0, 1e4, 1e8):
+                rows = random_rows(0, 2000, 9, mean=mean)
+                # Blocks of one distribution, of very different sizes.
+                sizes = [2000 - 10 * (world - 1)] + [10] * (world - 1)
+                metric = feed(sm.CovarianceMetric(), rows.split(sizes)[rank], 100)
+                assert relative_error(metric.compute(), two_pass_covariance(rows)) < 1e-9
+                parts = [random_rows(k, 300, 9, mean=mean * (-1) ** k) for k in range(world)]
+                metric = feed(sm.CovarianceMetric(), parts[rank], 100)
+                assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts))) < 1e-12
+        finally:
+            merging.MOST_PROCESSES_WITH_TABLES = kept
+
+
+def no_process_saw_anything(rank, world):
+    with pytest.raises(RuntimeError, match="no observation"):
+        sm.SaturationMetric().compute()
+    metric = sm.SaturationMetric(nan_strategy="ignore")
+    metric.update(torch.full((2, 3), torch.nan))
+    with pytest.raises(RuntimeError, match=f"{2 * world} with NaN"):
+        metric.compute()
+
+
+def widths_that_differ_are_an_error_everywhere(rank, world):
+    if world == 1:
+        return
+    metric = sm.SaturationMetric()
+    metric.update(torch.randn(9, 4 if rank == world - 1 else 3))
+    with pytest.raises(ValueError, match=f"4 on process {world - 1}"):
+        metric.compute()
+
+
+def bad_rows_are_counted_over_all_processes(rank, world):
+    metric = sm.CovarianceTraceMetric()
+    rows = random_rows(rank, 10, 3)
+    rows[: rank + 1] = torch.nan
+    metric.update(rows)
+    total = world * (world + 1) // 2
+    with pytest.warns(UserWarning, match=f"left out {total} of {10 * world}"):
+        metric.compute()
+
+
+def settings_of_torchmetrics(rank, world):
+    parts = shares(world, None, far=None)
+    local = sm.CovarianceTraceMetric(sync_on_compute=False)
+    together = sm.CovarianceTraceMetric()
+    stepwise = sm.CovarianceTraceMetric(dist_sync_on_step=True)
+    for part in parts[rank].split(10):
+        local.update(part)
+        together.update(part)
+    with counted_collectives() as seen:
+        own = local.compute()
+    assert not seen
+    assert_same(own, alone(sm.CovarianceTraceMetric, parts[rank]))
+    assert_same(together.compute(), alone(sm.CovarianceTraceMetric, torch.cat(parts)))
+    # forward returns the value of the step on all processes, and the state stays this process' own
+    batch = torch.cat([part[:10] for part in parts])
+    assert_same(stepwise(parts[rank][:10]), alone(sm.CovarianceTraceMetric, batch))
+    assert int(stepwise.count) == 10
+    plain = sm.CovarianceTraceMetric()
+    with counted_collectives() as seen:
+        plain(parts[rank][:10])
+    assert not seen
+    # by hand
+    together.sync()
+    assert int(together.count) == sum(len(part) for part in parts)
+    together.unsync()
+    assert int(together.count) == len(parts[rank])
+    with together.sync_context():
+        assert int(together.count) == sum(len(part) for part in parts)
+    assert int(together.count) == len(parts[rank])
+
+
+def a_process_group_of_some_ranks(rank, world):
+    if world < 3:
+        return
+    members = [0, world - 1]
+    group = dist.new_group(members)
+    parts = shares(world, None, far=None)
+    metric = feed(sm.CovarianceTraceMetric(process_group=group), parts[rank], 10)
+    value = metric.compute()
+    rows = torch.cat([parts[m] for m in members]) if rank in members else parts[rank]
+    assert_same(value, alone(sm.CovarianceTraceMetric, rows))
+
+
+def a_gather_function_of_the_users(rank, world):
+    from torchmetrics.utilities.distributed import gather_all_tensors
+
+    calls = []
+
+    def gather(tensor, group=None):
+        calls.append(tensor.shape)
+        return gather_all_tensors(tensor, group)
+
+    parts = shares(world, world - 1, far="each other")
+    for new in (sm.CovarianceTraceMetric, sm.EigenspaceEmbeddingMetric):
+        metric = new(dist_sync_fn=gather)
+        if len(parts[rank]):
+            metric.update(parts[rank])
+        value = metric.compute()
+        if new is sm.CovarianceTraceMetric:
+            assert_same(value, alone(new, torch.cat(parts)))
+        else:
+            assert len(value) == sum(len(part) for part in parts)
+        assert int(metric.count) == len(parts[rank])
+    assert calls
+
+
+def a_single_metric_moves_packed_sums(rank, world):
+    features = 40
+    metric = feed(sm.SaturationMetric(), random_rows(rank, 30, features))
+    with counted_collectives() as seen:
+        metric.compute()
+    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    header, sums = (size for _, size in seen)
+    assert header == 2 * world
+    assert sums == features * (features + 1) // 2 + 1 + world * (2 * features + 1)
+    kept, merging.MOST_PROCESSES_WITH_TABLES = merging.MOST_PROCESSES_WITH_TABLES, 0
+    try:
+        metric.update(random_rows(rank, 30, features))
+        with counted_collectives() as seen:
+            metric.compute()
+    finally:
+        merging.MOST_PROCESSES_WITH_TABLES = kept
+    # Bounded, whatever the number of processes.
+    assert [size for _, size in seen][1:] == [features + 1, features * (features + 1) // 2 + features + 2]
+
+
+def a_collection_merges_its_sums_once(rank, world):
+    collection = MetricCollection([sm.SaturationMetric(), sm.CovarianceTraceMetric(), sm.EffectiveRankMetric()])
+    parts = shares(world, None, far=None)
+    collection.update(parts[rank][:5])
+    collection.update(parts[rank][5:])
+    with counted_collectives() as seen:
+        values = collection.compute()
+    assert len([size for _, size in seen if size > 2 * world]) == 1
+    for name, value in values.items():
+        assert_same(value, alone(getattr(sm, name), torch.cat(parts)))
+    # One process goes on, the others do not: their merged result must not be taken for the new one.
+    if rank == 0:
+        collection.update(random_rows(50, 8, 6))
+    everything = torch.cat([*parts, random_rows(50, 8, 6)])
+    for name, value in collection.compute().items():
+        assert_same(value, alone(getattr(sm, name), everything))
+
+
+class Experts(nn.Module):
+    """A layer for all and one for each process."""
+
+    def __init__(self, world):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Linear(6, 5)
+        self.experts = nn.ModuleList(nn.Linear(5, 4) for _ in range(world))
+
+    def forward(self, x, expert):
+        return self.experts[expert](self.shared(x).relu())
+
+
+def a_probe_merges_all_layers_in_two_collectives(rank, world):
+    parts = [random_rows(k, 30 + 7 * k, 6, mean=3.0 * k, dtype=torch.float32) for k in range(world)]
+    metrics = [
+        sm.SaturationMetric(),
+        sm.CovarianceTraceMetric(),
+        sm.EffectiveRankMetric(center=False),
+        sm.EigenspaceEmbeddingMetric(max_samples=16),
+    ]
+    model = Experts(world)
+    probe = sm.LayerProbe(model, metrics)
+    model(parts[rank], rank)  # each expert sees the data of one process only
+    model.eval()
+    if rank == 0:
+        model(parts[rank], 0)
+    unseen = pytest.warns(UserWarning, match="saw nothing in eval") if world > 1 else contextlib.nullcontext()
+    with counted_collectives() as seen, unseen:
+        values = probe.compute()
+    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    # The same on one process that sees everything.
+    single = Experts(world)
+    reference = sm.LayerProbe(single, [m.clone() for m in metrics])
+    for stage in reference._all_collections():
+        for metric in stage.values(copy_state=False):
+            metric.sync_on_compute = False
+    for k in range(world):
+        single(parts[k], k)
+    single.eval()
+    single(parts[0], 0)
+    unseen = pytest.warns(UserWarning, match="saw nothing in eval") if world > 1 else contextlib.nullcontext()
+    with unseen:
+        expected = reference.compute()
+    assert set(values) == set(expected)
+    for key, value in values.items():
+        if "embedding" not in key:
+            assert_same(value, expected[key], 1e-9)
+        else:
+            assert value.shape == expected[key].shape
+    # The states are this process' own again, and go on.
+    assert int(probe["train", "shared"]["saturation"].count) == len(parts[rank])
+    model.train()
+    model(parts[rank], rank)
+    total = 2 * sum(len(part) for part in parts)
+    with probe._merged([("train", "shared")]):
+        assert int(probe["train", "shared"]["saturation"].count) == total
+
+
+def data_parallel_training_is_bit_identical(rank, world):
+    def train(probed):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        probe = sm.LayerProbe(parallel) if probed else None
+        optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+        torch.manual_seed(2 + rank)
+        for step in range(4):
+            rows = random_rows(10 * rank + step, 12, 6, dtype=torch.float32)
+            optimizer.zero_grad()
+            parallel(rows).square().mean().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()], torch.get_rng_state(), probe
+
+    plain, plain_rng, _ = train(False)
+    weights, rng, probe = train(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, weights, strict=True))
+    assert torch.equal(plain_rng, rng)
+    assert probe.layers == ["0", "3"]
+    values = probe.compute()
+    assert set(values) == {"saturation/train/0", "saturation/train/3"}
+    assert int(probe["train", "0"]["saturation"].count) == 48
+
+
+def fully_sharded_training_is_observed(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain.load_state_dict(model.state_dict())
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    probe = sm.LayerProbe(model, sm.SpectrumMetric())
+    reference = sm.LayerProbe(plain, sm.SpectrumMetric())
+    rows = random_rows(rank, 20, 6, dtype=torch.float32)
+    model(rows).square().mean().backward()
+    plain(rows)
+    values, expected = probe.compute(), reference.compute()
+    assert set(values) == {"spectrum/train/0", "spectrum/train/2"}
+    for key, value in values.items():
+        assert_same(value, expected[key], 1e-5)
+
+
+EVERYWHERE = [
+    every_statistic_equals_that_of_one_process,
+    the_covariance_is_exact_far_from_zero,
+    no_process_saw_anything,
+    widths_that_differ_are_an_error_everywhere,
+    bad_rows_are_counted_over_all_processes,
+    settings_of_torchmetrics,
+    a_process_group_of_some_ranks,
+    a_gather_function_of_the_users,
+    a_single_metric_moves_packed_sums,
+    a_collection_merges_its_sums_once,
+    a_probe_merges_all_layers_in_two_collectives,
+    data_parallel_training_is_bit_identical,
+]
+ON_TWO = [fully_sharded_training_is_observed]

@@ -1,0 +1,92 @@
+"""Real process groups (gloo). One group of each size runs all scenarios, since starting it is slow."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.distributed import scenarios
+
+SCENARIOS = {
+    1: scenarios.EVERYWHERE,
+    2: scenarios.EVERYWHERE + scenarios.ON_TWO,
+    3: scenarios.EVERYWHERE,
+    4: scenarios.EVERYWHERE,
+}
+
+
+def process(rank, world, folder):
+    warnings.simplefilter("error")
+    # torch.distributed's own, on some platforms
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*barrier.*")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    for scenario in SCENARIOS[world]:
+        try:
+            scenario(rank, world)
+            dist.barrier()
+        except BaseException:
+            Path(folder, f"{scenario.__name__}.{rank}.failed").write_text(traceback.format_exc())
+            os._exit(1)  # the others would wait for this one
+        Path(folder, f"{scenario.__name__}.{rank}.passed").touch()
+    dist.destroy_process_group()
+
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+@pytest.fixture(scope="module", params=list(SCENARIOS), ids="processes-{}".format)
+def finished(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"group{request.param}")
+    context = mp.start_processes(
+        process, args=(request.param, str(folder)), nprocs=request.param, join=False, start_method="spawn"
+    )
+    with contextlib.suppress(mp.ProcessExitedException):
+        context.join(timeout=300)
+    for worker in context.processes:
+        worker.kill()
+    return request.param, folder
+
+
+@pytest.mark.parametrize("scenario", scenarios.EVERYWHERE + scenarios.ON_TWO, ids=lambda s: s.__name__)
+def test_scenario(finished, scenario):
+    world, folder = finished
+    if scenario not in SCENARIOS[world]:
+        return
+    failures = {path.name: path.read_text() for path in Path(folder).glob("*.failed")}
+    own = [text for name, text in failures.items() if name.startswith(f"{scenario.__name__}.")]
+    assert not own, own[0]
+    passed = len(list(Path(folder).glob(f"{scenario.__name__}.*.passed")))
+    assert passed == world, f"not run to the end, after the failure of {list(failures)}"
+
+
+@pytest.mark.parametrize("world", [2])
+def test_the_example_script_runs_under_torchrun(world, tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "several_processes.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={world}",
+        "--standalone",
+        str(script),
+    ]
+    finished = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "saturation/train/" in finished.stdout
