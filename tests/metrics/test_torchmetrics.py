@@ -390,6 +390,7 @@ class TestLifeCycle:
         ratio.update(rows)
         torch.testing.assert_close(ratio.compute().item(), 2.0)
 
+    @pytest.mark.filterwarnings("ignore:The default value for `maximize`:FutureWarning")  # torchmetrics 1.6
     def test_tracker(self):
         tracker = MetricTracker(sm.SaturationMetric(), maximize=False)
         for rank in (4, 1, 3):

@@ -145,9 +145,11 @@ class SpectralMetric(Metric):
         self._register_states()
 
     def _register_states(self) -> None:
-        # Compute groups are formed by comparing states with a tolerance: this one tells apart metrics that
-        # accumulate differently, whatever the data. It is never summed, so bytes are exact.
-        configuration = torch.tensor(self._configuration_bytes(), dtype=torch.int64)
+        # Compute groups are formed by comparing states with a tolerance, in some releases of torchmetrics only
+        # the first state: this one tells apart metrics that accumulate differently, whatever the data. Small
+        # integers differ by more than the tolerance.
+        digest = zlib.crc32(" ".join(self._accumulation()).encode()).to_bytes(4, "big")
+        configuration = torch.tensor(list(digest), dtype=torch.int64, device="cpu")
         self.add_state("configuration", configuration, dist_reduce_fx="max")
         # The widths are unknown, or large: the sums are allocated by the first update.
         empty = functools.partial(torch.zeros, dtype=torch.float64, device="cpu")
@@ -157,12 +159,11 @@ class SpectralMetric(Metric):
         self.add_state("first_moment", empty(0), dist_reduce_fx="sum")
         self.add_state("second_moment", empty(0, 0), dist_reduce_fx="sum")
 
-    def _configuration_bytes(self) -> list[int]:
+    def _accumulation(self) -> list[str]:
         """What changes the accumulation: the products' dtype, and an ``update`` of a subclass' own."""
-        name = str(self.gram_dtype)
-        if not self.takes_observations:
-            name += f" {type(self).update.__module__}.{type(self).update.__qualname__}"
-        return list(zlib.crc32(name.encode()).to_bytes(4, "big"))
+        update = type(self).update
+        own = [] if self.takes_observations else [f"{update.__module__}.{update.__qualname__}"]
+        return [str(self.gram_dtype), *own]
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """The value of this metric for the given spectrum; what a subclass defines."""

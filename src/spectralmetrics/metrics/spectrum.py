@@ -136,6 +136,9 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         self.add_state("sample_keys", torch.zeros(0, dtype=torch.float64, device="cpu"), dist_reduce_fx=None)
         self.add_state("sample_rows", torch.zeros(0, 0, dtype=torch.float64, device="cpu"), dist_reduce_fx=None)
 
+    def _accumulation(self) -> list[str]:
+        return [*super()._accumulation(), f"max_samples={self.max_samples}", f"seed={self.seed}"]
+
     @property
     def reservoir(self) -> Reservoir | None:
         """The sample, or None before the first rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 import warnings
 import weakref
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.moments import Observations
-from spectralmetrics.metrics import SaturationMetric, SpectralMetric
+from spectralmetrics.metrics import EigenspaceEmbeddingMetric, SaturationMetric, SpectralMetric
 from spectralmetrics.metrics.merging import run_together
 from spectralmetrics.probing.observations import (
     FeatureMaps,
@@ -528,32 +527,24 @@ def _named_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 def _collection(templates: dict[str, Metric]) -> MetricCollection:
     """Clones in a collection whose groups are known from their settings instead of from the first data."""
+    clones: dict[str, Metric | MetricCollection] = {}
+    for name, metric in templates.items():
+        clones[name] = clone = metric.clone()
+        clone.reset()
+    return MetricCollection(clones, compute_groups=_compute_groups(templates))
+
+
+def _compute_groups(templates: dict[str, Metric]) -> list[list[str]]:
+    """Names of metrics that can share a state; the first of each group accumulates for all of them."""
     groups: dict[Any, list[str]] = {}
+    # A metric with a sample of its own accumulates all that a plain one needs, and can lead one group.
+    samplers = [name for name, metric in templates.items() if isinstance(metric, EigenspaceEmbeddingMetric)]
     for name, metric in templates.items():
         key: Any = name
-        if isinstance(metric, SpectralMetric):
-            key = (*metric.configuration.tolist(), metric.process_group, metric.sync_on_compute)
+        if isinstance(metric, SpectralMetric) and metric.takes_observations and name not in samplers[1:]:
+            key = (metric.gram_dtype, metric.process_group, metric.sync_on_compute)
         groups.setdefault(key, []).append(name)
-    # The metric with most states leads: what it accumulates is enough for all.
-    ordered = [
-        sorted(names, key=lambda name: -len(templates[name]._defaults)) for names in _split(groups, templates)
-    ]
-    clones: dict[str, Metric | MetricCollection] = {
-        name: copy.deepcopy(metric) for name, metric in templates.items()
-    }
-    for clone in clones.values():
-        clone.reset()
-    return MetricCollection(clones, compute_groups=ordered)
-
-
-def _split(groups: dict[Any, list[str]], templates: dict[str, Metric]) -> Iterator[list[str]]:
-    """At most one metric with states of its own in each group."""
-    for names in groups.values():
-        fewest = min(len(templates[name]._defaults) for name in names)
-        plain = [name for name in names if len(templates[name]._defaults) == fewest]
-        larger = [name for name in names if name not in plain]
-        yield plain + larger[:1]
-        yield from ([name] for name in larger[1:])
+    return [sorted(names, key=lambda name: name not in samplers) for names in groups.values()]
 
 
 def _members(collection: MetricCollection) -> list[Metric]:
