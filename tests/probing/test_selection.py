@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics.probing import select_layers
+from tests.probing.models import ResNet, Transformer
+
+
+def test_default_layers_by_type():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(2, 2),
+            "lazy": nn.LazyLinear(2),
+            "conv": nn.Conv1d(2, 2, 1),
+            "lazyconv": nn.LazyConv2d(2, 1),
+            "up": nn.ConvTranspose3d(2, 2, 1),
+            "lstm": nn.LSTM(2, 2),
+            "gru": nn.GRU(2, 2),
+            "rnn": nn.RNN(2, 2),
+            "attention": nn.MultiheadAttention(2, 1),
+            "norm": nn.BatchNorm1d(2),
+            "act": nn.ReLU(),
+            "embedding": nn.Embedding(3, 2),
+        }
+    )
+    assert list(select_layers(model)) == [
+        *("linear", "lazy", "conv", "lazyconv", "up", "lstm", "gru", "rnn", "attention")
+    ]
+
+
+def test_patterns_types_callables_and_exclusion():
+    model = ResNet()
+    assert list(select_layers(model, "*.conv1")) == ["layer1.0.conv1", "layer1.2.conv1"]
+    assert list(select_layers(model, ["head", nn.BatchNorm2d], exclude="layer1.2.*")) == [
+        *("layer1.0.bn1", "layer1.0.bn2", "head")
+    ]
+    assert list(select_layers(model, lambda name, module: name.endswith("conv2"))) == [
+        *("layer1.0.conv2", "layer1.2.conv2")
+    ]
+    assert "layer1.0" in select_layers(model, "layer1.*")  # modules of any type, blocks included
+    assert list(select_layers(model, exclude=nn.Conv2d)) == ["head"]
+
+
+def test_the_projection_inside_attention_is_left_out():
+    model = Transformer()
+    chosen = select_layers(model)
+    assert "encoder.layers.0.self_attn" in chosen
+    assert not [name for name in chosen if "out_proj" in name]
+    assert not [name for name in select_layers(model, nn.Linear) if "out_proj" in name]
+    assert not [name for name in select_layers(model, "*") if "out_proj" in name]
+    exact = "encoder.layers.0.self_attn.out_proj"
+    assert list(select_layers(model, exact)) == [exact]
+
+
+def test_wrappers_are_looked_through():
+    model = ResNet()
+    names = list(select_layers(model))
+    assert list(select_layers(nn.DataParallel(model))) == names
+    assert list(select_layers(torch.compile(model, backend="eager"))) == names
+    model.layer1 = torch.compile(model.layer1, backend="eager")
+    assert list(select_layers(model)) == names
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("layer1.0.conv3", r"'layer1\.0\.conv3'; close names: .*'layer1\.0\.conv1'"),
+        ("zzz", "no layer matches 'zzz'; names are"),
+        (nn.LSTM, "no layer matches LSTM; the model has .*Conv2d"),
+        (lambda name, module: False, "the callable"),
+    ],
+)
+@pytest.mark.parametrize("argument", ["layers", "exclude"])
+def test_a_selector_that_matches_nothing(argument, selector, message):
+    with pytest.raises(ValueError, match=message):
+        select_layers(ResNet(), **{argument: selector})
+
+
+def test_other_mistakes():
+    with pytest.raises(TypeError, match="got 3"):
+        select_layers(ResNet(), 3)
+    with pytest.raises(ValueError, match="2 of them taken away"):
+        select_layers(ResNet(), "*.conv1", exclude="*conv1")
+    with pytest.raises(ValueError, match="no layer of Sequential is left"):
+        select_layers(nn.Sequential(nn.ReLU()))
