@@ -134,7 +134,8 @@ class LayerProbe(nn.Module):
             {_module_key(stage, name): _collection(templates) for stage in STAGES for name in chosen}
         )
         self._progress = {(stage, name): _Progress() for stage in STAGES for name in chosen}
-        self._given_up: set[tuple[str, str]] = set()
+        self._given_up: set[tuple[str, str]] = set()  # until the next reset
+        self._too_wide: set[tuple[str, str]] = set()
         self._paused = 0
         self._mask: Tensor | None = None
         self._lock = threading.Lock()
@@ -183,6 +184,7 @@ class LayerProbe(nn.Module):
         with self._lock:
             for each in STAGES if stage is None else (_check_stage(stage),):
                 for name in self._layers:
+                    self._given_up.discard((each, name))
                     self[each, name].reset()
                     progress = self._progress[each, name]
                     progress.forwards = progress.samples = 0
@@ -283,7 +285,7 @@ class LayerProbe(nn.Module):
             progress.forwards += 1
             if name not in self._forward_order:
                 self._forward_order.append(name)
-            if forward % self.every_n_steps or (stage, name) in self._given_up:
+            if forward % self.every_n_steps or (stage, name) in self._given_up | self._too_wide:
                 return
             if self.max_samples is not None and progress.samples >= self.max_samples:
                 return
@@ -313,6 +315,7 @@ class LayerProbe(nn.Module):
         observations = batch.observations(self.rule)
         width = observations.num_features
         if width > self.max_features:
+            self._too_wide.add((stage, name))
             self._give_up(
                 stage,
                 name,
@@ -408,7 +411,7 @@ class LayerProbe(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._is_persistent:
             rows = [
-                [p.forwards, p.samples, p.epoch, (stage, name) in self._given_up]
+                [p.forwards, p.samples, p.epoch, (stage, name) in self._given_up | self._too_wide]
                 for (stage, name), p in self._progress.items()
             ]
             destination[prefix + "progress"] = torch.tensor(rows, dtype=torch.int64)
@@ -517,8 +520,8 @@ def _named_metrics(metrics: Metrics) -> dict[str, Metric]:
             raise TypeError(
                 f"expected metric {name!r} to be a torchmetrics.Metric, got {type(metric).__name__}"
             )
-        if "." in name or not name:
-            raise ValueError(f"expected a metric name without dots, got {name!r}")
+        if "." in name or not name or hasattr(MetricCollection, name):
+            raise ValueError(f"expected a metric name without dots that torch.nn.Module has not, got {name!r}")
     names = [name for name, _ in named]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"expected each metric name once, got {twice} more than once; name them with a dict")

@@ -1,0 +1,692 @@
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import spectralmetrics as sm
+from spectralmetrics import LayerProbe
+from tests.metrics.properties import assert_same, feed
+from tests.oracles import random_rows
+from tests.probing.models import MODELS, ResNet, Transformer, train
+
+SETTINGS = {
+    "exact": {},
+    "fast": {"metrics": sm.SaturationMetric(gram_dtype=torch.float32)},
+    "several": {"metrics": [sm.SaturationMetric(), sm.EigenspaceEmbeddingMetric(), sm.EffectiveRankMetric()]},
+    "everything": {"layers": "*"},
+    "mean": {"feature_maps": "mean", "sequences": "mean"},
+    "max": {"feature_maps": "max", "sequences": "last"},
+    "median": {"feature_maps": "median"},
+    "flatten": {"feature_maps": "flatten", "sequences": "flatten"},
+    "sampled": {"rows_per_feature": 0.5, "every_n_steps": 2},
+    "limited": {"max_samples": 8, "max_map_size": 4},
+    "narrow": {"max_features": 5},
+}
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+class TestNothingIsDisturbed:
+    @pytest.mark.parametrize("kind", MODELS)
+    @pytest.mark.parametrize("setting", SETTINGS)
+    @pytest.mark.filterwarnings("ignore:layer.*is not observed any more")
+    @pytest.mark.filterwarnings("ignore:layers that saw nothing")
+    def test_training_is_bit_identical(self, kind, setting):
+        plain, _, _ = train(kind)
+        probed, _, probe = train(kind, lambda model: LayerProbe(model, **SETTINGS[setting]))
+        assert same(plain, probed)
+        if setting != "narrow":
+            assert probe.compute("train")
+
+    def test_the_comparison_itself_sees_a_difference(self):
+        plain, _, _ = train("resnet")
+
+        def disturbed(model):
+            model.stem.register_forward_hook(lambda *_: torch.rand(1) and None)
+
+        assert not same(plain, train("resnet", disturbed)[0])
+
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_the_model_is_as_it_was(self, kind):
+        make, data = MODELS[kind]
+        model = make()
+        before = {name: set(vars(module)) for name, module in model.named_modules()}
+        names, keys = [n for n, _ in model.named_parameters()], list(model.state_dict())
+        probe = LayerProbe(model)
+        model(data())
+        assert [n for n, _ in model.named_parameters()] == names
+        assert list(model.state_dict()) == keys
+        assert len(list(model.modules())) == len(before)
+        probe.compute()
+        probe.remove()
+        for name, module in model.named_modules():
+            assert set(vars(module)) == before[name]
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+            assert not module._backward_hooks
+
+    @pytest.mark.parametrize("removed", [False, True])
+    def test_copies_and_files_hold_no_probe(self, removed):
+        model = ResNet()
+        probe = LayerProbe(model)
+        model(torch.randn(2, 3, 8, 8))
+        if removed:
+            probe.remove()
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        assert b"spectralmetrics" not in buffer.getvalue()
+        buffer.seek(0)
+        count = int(probe["train", "stem"]["saturation"].count)
+        for twin in (
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(buffer, weights_only=False),
+        ):
+            twin(torch.randn(2, 3, 8, 8))
+            assert same(twin.state_dict().values(), twin.state_dict().values())
+        assert int(probe["train", "stem"]["saturation"].count) == count
+
+    def test_the_model_can_be_collected_while_probed(self):
+        model = ResNet()
+        probe = LayerProbe(model)
+        gone = weakref.ref(model)
+        model(torch.randn(2, 3, 8, 8))
+        del model
+        gc.collect()
+        assert gone() is None
+        assert probe.compute()
+
+    def test_a_forgotten_probe_takes_its_hooks_along(self):
+        model = ResNet()
+        LayerProbe(model)
+        gc.collect()
+        assert not model.stem._forward_hooks
+
+    def test_other_hooks_stay(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        seen = []
+        model[0].register_forward_hook(lambda *_: seen.append(1))
+        LayerProbe(model).remove()
+        model(torch.ones(1, 3))
+        assert seen == [1]
+
+
+class TestEveryForwardOnce:
+    def count(self, probe, layer="0", stage="train"):
+        return int(probe[stage, layer]["saturation"].count)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointing(self, reentrant):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+        probe = LayerProbe(model)
+        fired = []
+        model[0].register_forward_hook(lambda *_: fired.append(1))
+        rows = torch.randn(5, 3, requires_grad=True)
+        checkpoint(model, rows, use_reentrant=reentrant).sum().backward()
+        assert len(fired) == 2  # PyTorch does recompute
+        assert self.count(probe) == 5
+
+    def test_a_module_used_twice(self):
+        layer = nn.Linear(3, 3)
+        probe = LayerProbe(nn.Sequential(layer, nn.ReLU(), layer))
+        probe_model = nn.Sequential(layer, nn.ReLU(), layer)
+        probe_model(torch.randn(5, 3))
+        assert probe.layers == ["0"]
+        assert self.count(probe) == 10
+
+    def test_threads(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, sm.CovarianceMetric())
+        parts = [random_rows(k, 40, 3, dtype=torch.float32) for k in range(8)]
+
+        def work(part):
+            for piece in part.split(4):
+                model(piece)
+
+        threads = [threading.Thread(target=work, args=(part,)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = feed(sm.CovarianceMetric(), model(torch.cat(parts)).detach()).compute()
+        # the forward above was observed, too, and changed nothing but the count
+        assert int(probe["train", "0"]["covariance"].count) == 640
+        assert_same(probe.compute()["covariance/train/0"], expected, 1e-6)
+
+    def test_replicas(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model)
+        replica = model[0]._replicate_for_data_parallel()
+        replica.weight, replica.bias = model[0].weight, model[0].bias
+        replica(torch.randn(5, 3))
+        assert self.count(probe) == 5
+        nn.DataParallel(model)(torch.randn(7, 3))
+        assert self.count(probe) == 12
+
+    def test_inference_mode_before_training(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model)
+        model.eval()
+        with torch.inference_mode():
+            model(torch.randn(5, 3))
+            probe.compute()
+        model(torch.randn(5, 3))
+        with torch.no_grad():
+            model(torch.randn(5, 3))
+        assert self.count(probe, stage="eval") == 15
+        model.train()
+        model(torch.randn(5, 3)).sum().backward()
+        assert self.count(probe) == 5
+
+    def test_autocast(self):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 38 * 38, 3))
+        probe = LayerProbe(model, sm.CovarianceMetric(), max_map_size=8)
+        outputs = []
+        model[0].register_forward_hook(lambda m, a, output: outputs.append(output))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(torch.randn(2, 1, 40, 40))
+        assert outputs[0].dtype == torch.bfloat16
+        small = nn.functional.interpolate(outputs[0].float(), size=(8, 8), mode="bilinear")
+        expected = feed(sm.CovarianceMetric(), small.movedim(1, -1).reshape(-1, 4)).compute()
+        assert_same(probe.compute()["covariance/train/0"], expected, 1e-9)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own, at graph breaks
+    @pytest.mark.parametrize("when", ["probe first", "compile first", "in place"])
+    def test_compiled_models(self, when):
+        torch.compiler.reset()
+        model = ResNet()
+        if when == "probe first":
+            probe = LayerProbe(model)
+            run = torch.compile(model, backend="eager")
+        elif when == "compile first":
+            run = torch.compile(model, backend="eager")
+            probe = LayerProbe(run)
+        else:
+            model.compile(backend="eager")
+            run = model
+            probe = LayerProbe(model)
+        for _ in range(3):
+            run(torch.randn(2, 3, 8, 8)).sum().backward()
+        model.eval()
+        run(torch.randn(2, 3, 8, 8))
+        assert self.count(probe, "stem") == 3 * 128
+        assert self.count(probe, "stem", "eval") == 128
+        torch.compiler.reset()
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_a_compiled_model_that_has_run_is_an_error(self, in_place):
+        torch.compiler.reset()
+        model = ResNet()
+        if in_place:
+            model.compile(backend="eager")
+            run = model
+        else:
+            run = torch.compile(model, backend="eager")
+        run(torch.randn(2, 3, 8, 8))
+        with pytest.raises(RuntimeError, match="compiled and has already run"):
+            LayerProbe(run)
+        assert not model.stem._forward_hooks
+        torch.compiler.reset()
+        probe = LayerProbe(run)
+        run(torch.randn(2, 3, 8, 8))
+        assert self.count(probe, "stem") == 128
+        torch.compiler.reset()
+
+    def test_tracing_is_no_run(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        probe = LayerProbe(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(model, torch.randn(2, 3), check_trace=False)  # the check is a run
+        torch.fx.symbolic_trace(model)
+        torch.export.export(model, (torch.randn(2, 3),))
+        with torch.device("meta"):
+            copy.deepcopy(model).to("meta")
+        assert probe.compute() == {}
+        model(torch.randn(4, 3))
+        assert self.count(probe) == 4
+
+    def test_transformer_layers_fire_in_train_and_eval(self):
+        model = Transformer()
+        probe = LayerProbe(model)
+        model(torch.randn(2, 4, 8))
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(2, 4, 8))
+        values = probe.compute()
+        assert len(probe.layers) == 7
+        assert {f"saturation/{stage}/{name}" for stage in ("train", "eval") for name in probe.layers} == set(
+            values
+        )
+
+    def test_a_layer_that_never_ran_is_named_once(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.MultiheadAttention(3, 1))
+        probe = LayerProbe(model, layers=["0", "1.out_proj"])
+        model[0](torch.randn(5, 3))
+        with pytest.warns(UserWarning, match=r"saw nothing in train are left out: '1.out_proj'") as seen:
+            assert list(probe.compute()) == ["saturation/train/0"]
+        assert len(seen) == 1
+
+
+class TestValues:
+    def test_equal_metrics_by_hand(self):
+        model = ResNet().eval()
+        metrics = {"sat": sm.SaturationMetric(threshold=0.9), "trace": sm.CovarianceTraceMetric(center=False)}
+        probe = LayerProbe(model, metrics, max_map_size=None)
+        by_hand = {name: {key: metric.clone() for key, metric in metrics.items()} for name in probe.layers}
+        for name, module in model.named_modules():
+            if name in by_hand:
+
+                def hook(module, args, output, mine=by_hand[name]):
+                    rows = output.movedim(1, -1).reshape(-1, output.shape[1])
+                    for metric in mine.values():
+                        metric.update(rows.detach())
+
+                module.register_forward_hook(hook)
+        for _ in range(3):
+            model(torch.randn(4, 3, 10, 10))
+        values = probe.compute()
+        assert len(values) == 2 * len(by_hand)
+        for name, mine in by_hand.items():
+            for key, metric in mine.items():
+                assert_same(values[f"{key}/eval/{name}"], metric.compute())
+
+    def test_keys_are_in_forward_order(self):
+        class Backwards(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.last, self.first = nn.Linear(3, 2), nn.Linear(3, 3)
+
+            def forward(self, x):
+                return self.last(self.first(x))
+
+        model = Backwards()
+        probe = LayerProbe(model, [sm.SaturationMetric(), sm.StableRankMetric()])
+        assert probe.layers == ["last", "first"]
+        model(torch.randn(9, 3))
+        assert probe.layers == ["first", "last"]
+        assert list(probe.compute()) == [
+            *(
+                "saturation/train/first",
+                "stable_rank/train/first",
+                "saturation/train/last",
+                "stable_rank/train/last",
+            )
+        ]
+
+    @pytest.mark.parametrize(
+        "metrics",
+        [
+            None,
+            sm.SaturationMetric(),
+            [sm.SaturationMetric()],
+            {"saturation": sm.SaturationMetric()},
+            torchmetrics.MetricCollection({"saturation": sm.SaturationMetric()}),
+        ],
+    )
+    def test_metrics_in_any_form(self, metrics):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, metrics)
+        model(torch.randn(9, 3))
+        assert list(probe.compute()) == ["saturation/train/0"]
+
+    def test_metrics_given_are_cloned(self):
+        metric = feed(sm.SaturationMetric(), torch.randn(30, 7))
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, metric)
+        model(torch.randn(9, 3))
+        assert int(metric.count) == 30
+        assert int(probe["train", "0"]["saturation"].count) == 9
+
+    def test_metrics_of_another_library_and_of_the_user(self):
+        class Doubled(sm.CovarianceTraceMetric):
+            def update(self, rows):
+                super().update(2 * rows)
+
+        model = nn.Sequential(nn.Conv2d(1, 3, 1))
+        metrics = {"mean": torchmetrics.MeanMetric(), "doubled": Doubled(), "trace": sm.CovarianceTraceMetric()}
+        probe = LayerProbe(model, metrics)
+        inputs = torch.randn(5, 1, 4, 4)
+        output = model(inputs).detach()
+        values = probe.compute()
+        assert_same(values["mean/train/0"], output.mean(), 1e-5)
+        assert_same(values["doubled/train/0"], 4 * values["trace/train/0"])
+
+    def test_one_accumulation_and_decomposition_for_all_statistics(self, monkeypatch):
+        from spectralmetrics.metrics import base
+
+        calls = []
+        accumulate, decompose = base.accumulate, torch.linalg.eigh
+        monkeypatch.setattr(base, "accumulate", lambda *a, **k: calls.append("sum") or accumulate(*a, **k))
+        monkeypatch.setattr(torch.linalg, "eigh", lambda *a: calls.append("eigh") or decompose(*a))
+        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *a: calls.append("eigvalsh"))
+        metrics = [cls() for cls in (sm.SaturationMetric, sm.EigenspaceEmbeddingMetric, sm.StableRankMetric)]
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, metrics)
+        model(torch.randn(9, 3))
+        model(torch.randn(9, 3))
+        probe.compute()
+        assert calls == ["sum", "sum", "eigh"]
+
+    def test_stages_are_apart_and_reset_apart(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model)
+        model(torch.randn(9, 3))
+        assert set(probe.compute("eval")) == set()
+        model.eval()
+        model(torch.randn(4, 3))
+        assert set(probe.compute()) == {"saturation/train/0", "saturation/eval/0"}
+        assert set(probe.compute("eval")) == {"saturation/eval/0"}
+        probe.reset("train")
+        assert set(probe.compute()) == {"saturation/eval/0"}
+        probe.reset()
+        assert probe.compute() == {}
+        with pytest.raises(ValueError, match="'test'"):
+            probe.compute("test")
+        with pytest.raises(ValueError, match="'test'"):
+            probe.reset("test")
+
+    def test_looking_up_a_layer(self):
+        probe = LayerProbe(ResNet())
+        assert isinstance(probe["eval", "layer1.0.conv1"], torchmetrics.MetricCollection)
+        with pytest.raises(KeyError, match="'layer1' is not probed"):
+            probe["train", "layer1"]
+        with pytest.raises(ValueError, match="'test'"):
+            probe["test", "stem"]
+
+    def test_names_that_modules_have_themselves(self):
+        model = nn.ModuleDict({"metrics": nn.Linear(2, 2), "eval/0": nn.Linear(2, 2), "a/b": nn.Linear(2, 2)})
+        probe = LayerProbe(model)
+        for layer in model.values():
+            layer(torch.randn(4, 2))
+        assert set(probe.compute()) == {f"saturation/train/{name}" for name in ("metrics", "eval/0", "a/b")}
+
+    def test_bad_rows_warn_once_with_the_layer(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        probe = LayerProbe(model, [sm.SaturationMetric(), sm.StableRankMetric()])
+        rows = torch.randn(9, 3)
+        rows[2] = torch.nan
+        model(rows)
+        with pytest.warns(UserWarning, match="left out in train: 1 of '0', 1 of '1'") as seen:
+            assert len(probe.compute()) == 4
+        assert len(seen) == 1
+        strict = LayerProbe(model, sm.SaturationMetric(nan_strategy="error"))
+        model(rows)
+        with pytest.raises(RuntimeError, match="1 observations of layer '0' in train"):
+            strict.compute()
+
+    def test_one_layer_that_overflows_does_not_take_the_others_along(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+        probe = LayerProbe(model)
+        model[0](torch.randn(9, 3).double())
+        model[1](torch.randn(9, 3).double() * 1e200)
+        with pytest.warns(UserWarning, match=r"\['1'\] are left out in train: their squares exceed"):
+            assert list(probe.compute()) == ["saturation/train/0"]
+
+
+class TestControls:
+    def model(self):
+        return nn.Sequential(nn.Linear(3, 3))
+
+    def count(self, probe, stage="train"):
+        return int(probe[stage, "0"]["saturation"].count)
+
+    def test_every_n_steps(self):
+        model = self.model()
+        probe = LayerProbe(model, every_n_steps=3)
+        for size in (1, 10, 100, 1000, 10, 10, 10):
+            model(torch.randn(size, 3))
+        assert self.count(probe) == 1 + 1000 + 10
+        model.eval()
+        model(torch.randn(7, 3))
+        assert self.count(probe, "eval") == 7
+
+    def test_max_samples(self):
+        model = nn.Sequential(nn.Conv2d(1, 3, 1))
+        probe = LayerProbe(model, max_samples=10)
+        for _ in range(4):
+            model(torch.randn(4, 1, 2, 2))
+        assert self.count(probe) == 10 * 4  # positions of ten images
+        probe.reset()
+        model(torch.randn(4, 1, 2, 2))
+        assert self.count(probe) == 16
+
+    def test_rows_per_feature(self):
+        model = nn.Sequential(nn.Conv2d(1, 3, 1))
+        probes = [LayerProbe(model, sm.CovarianceMetric(), rows_per_feature=2.5, seed=s) for s in (1, 1, 2)]
+        for _ in range(5):
+            model(torch.randn(4, 1, 8, 8))
+        assert int(probes[0]["train", "0"]["covariance"].count) == 5 * 8
+        values = [probe.compute()["covariance/train/0"] for probe in probes]
+        assert torch.equal(values[0], values[1])
+        assert not torch.equal(values[0], values[2])
+        probes[0].reset()
+
+    def test_sampling_is_unbiased(self):
+        model = nn.Sequential(nn.Identity())
+        rows = random_rows(0, 300, 3, mean=2.0)
+        sampled = LayerProbe(model, sm.CovarianceMetric(), layers="0", rows_per_feature=10)
+        for _ in range(300):
+            model(rows)
+        exact = feed(sm.CovarianceMetric(), rows).compute()
+        error = (sampled.compute()["covariance/train/0"] - exact).abs().max()
+        assert error < 0.1 * exact.abs().max()
+
+    def test_max_features(self):
+        model = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 3))
+        probe = LayerProbe(model, max_features=39)
+        message = r"'0' is not observed any more in train: 40 features.*0\.0 GiB"
+        with pytest.warns(UserWarning, match=message) as seen:  # noqa: PT031
+            for _ in range(2):
+                model(torch.randn(5, 3))
+                model(torch.randn(5, 3))
+                probe.reset()
+            model(torch.randn(5, 3))
+        assert len(seen) == 1
+        with pytest.warns(UserWarning, match="saw nothing"):
+            assert list(probe.compute()) == ["saturation/train/1"]
+
+    def test_a_width_that_changes_ends_the_layer_and_not_the_training(self):
+        model = nn.Sequential(nn.Identity())
+        probe = LayerProbe(model, layers="0")
+        model(torch.randn(5, 3))
+        with pytest.warns(UserWarning, match="'0' is not observed any more in train: .*3 features, got 4"):
+            model(torch.randn(5, 4))
+        model(torch.randn(5, 3))
+        assert self.count(probe) == 5
+        probe.reset()
+        model(torch.randn(6, 4))
+        assert self.count(probe) == 6
+
+    def test_outputs_that_cannot_be_observed(self):
+        model = nn.Sequential(nn.Identity())
+        LayerProbe(model, layers="0").remove()
+        probe = LayerProbe(model, layers="0")
+        with pytest.warns(UserWarning, match="floating tensor in the output, got Tensor"):
+            model(torch.arange(3))
+        assert probe.compute() == {}
+
+    def test_pause_and_resume(self):
+        model = self.model()
+        probe = LayerProbe(model)
+        probe.pause()
+        model(torch.randn(5, 3))
+        with probe.paused():
+            model(torch.randn(5, 3))
+        probe.resume()
+        model(torch.randn(7, 3))
+        with probe.paused():
+            model(torch.randn(5, 3))
+        model(torch.randn(7, 3))
+        assert self.count(probe) == 14
+
+    def test_context_manager_and_remove(self):
+        model = self.model()
+        with LayerProbe(model) as probe:
+            model(torch.randn(5, 3))
+        model(torch.randn(5, 3))
+        assert self.count(probe) == 5
+        assert probe.compute()
+        probe.remove()
+
+    def test_masks(self):
+        model = self.model()
+        probe = LayerProbe(model, sm.CovarianceMetric())
+        tokens = torch.randn(4, 6, 3)
+        mask = torch.rand(4, 6) > 0.4
+        with probe.mask(mask):
+            output = model(tokens).detach()
+        expected = feed(sm.CovarianceMetric(), output[mask]).compute()
+        assert_same(probe.compute()["covariance/train/0"], expected)
+        model(tokens)
+        assert int(probe["train", "0"]["covariance"].count) == int(mask.sum()) + 24
+        with pytest.raises(TypeError, match=r"torch\.int64"), probe.mask(mask.long()):
+            pass
+        with pytest.raises(ValueError, match=r"\(4,\)"), probe.mask(mask[:, 0]):
+            pass
+
+    def test_select(self):
+        class AutoEncoder(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+                self.decoder = nn.Linear(4, 3)
+
+            def forward(self, x):
+                return self.decoder(self.encoder(x)[1][0][-1])
+
+        model = AutoEncoder()
+        probe = LayerProbe(model, sm.CovarianceMetric(), select={"enc*": lambda output: output[1][0][-1]})
+        hidden = []
+        model.encoder.register_forward_hook(lambda m, a, output: hidden.append(output[1][0][-1].detach()))
+        model(torch.randn(9, 5, 3))
+        assert_same(
+            probe.compute()["covariance/train/encoder"], feed(sm.CovarianceMetric(), hidden[0]).compute()
+        )
+        with pytest.raises(ValueError, match="'nothing'"):
+            LayerProbe(model, select={"nothing": lambda output: output})
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "quoted"),
+        [
+            ({"every_n_steps": 0}, ValueError, "every_n_steps.*0"),
+            ({"max_features": 0}, ValueError, "max_features.*0"),
+            ({"max_samples": 0}, ValueError, "max_samples.*0"),
+            ({"rows_per_feature": -1}, ValueError, "rows_per_feature.*-1"),
+            ({"metrics": []}, ValueError, "at least one metric"),
+            ({"metrics": [sm.SaturationMetric(), sm.SaturationMetric()]}, ValueError, "'saturation'.*dict"),
+            ({"metrics": {"double": sm.SaturationMetric()}}, ValueError, "'double'"),
+            ({"metrics": {"a.b": sm.SaturationMetric()}}, ValueError, "'a.b'"),
+            ({"metrics": [3]}, TypeError, "got int"),
+            ({"metrics": 3}, TypeError, "got int"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, error, quoted):
+        model = self.model()
+        with pytest.raises(error, match=quoted):
+            LayerProbe(model, **arguments)
+        assert not model[0]._forward_hooks
+        with pytest.raises(TypeError, match="got str"):
+            LayerProbe("model")
+
+
+class TestResume:
+    @pytest.mark.parametrize("killed_after", [1, 4, 7])
+    def test_a_killed_epoch_ends_with_the_same_values(self, killed_after, tmp_path):
+        def metrics():
+            return [sm.SaturationMetric(), sm.CovarianceMetric(), sm.EigenspaceEmbeddingMetric(max_samples=7)]
+
+        def run(model, probe, steps):
+            for step in steps:
+                model.train(step % 3 != 2)
+                model(
+                    random_rows(step, 24, 3, dtype=torch.float32)
+                    .reshape(6, 1, 12)[:, :, :9]
+                    .reshape(6, 1, 3, 3)
+                )
+
+        def new(seed=0):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(16, 2))
+            options = {"every_n_steps": 2, "rows_per_feature": 2, "max_samples": 16}
+            return model, LayerProbe(model, metrics(), **options)
+
+        model, probe = new()
+        run(model, probe, range(3))
+        probe.compute()
+        probe.reset()
+        run(model, probe, range(3, 12))
+        expected = probe.compute()
+
+        model, probe = new()
+        run(model, probe, range(3))
+        probe.compute()
+        probe.reset()
+        assert not probe.state_dict()
+        probe.persistent(True)
+        run(model, probe, range(3, 3 + killed_after))
+        torch.save({"model": model.state_dict(), "probe": probe.state_dict()}, tmp_path / "checkpoint.pt")
+
+        model, probe = new(seed=99)
+        saved = torch.load(tmp_path / "checkpoint.pt")
+        model.load_state_dict(saved["model"])
+        probe.load_state_dict(saved["probe"])
+        run(model, probe, range(3 + killed_after, 12))
+        values = probe.compute()
+        assert list(values) == list(expected)
+        for key, value in values.items():
+            assert torch.equal(value, expected[key]), key
+
+    def test_states_are_saved_once_per_layer(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, [sm.SaturationMetric(), sm.StableRankMetric(), sm.CovarianceTraceMetric()])
+        model(torch.randn(9, 3))
+        probe.persistent(True)
+        assert len([key for key in probe.state_dict() if key.endswith("second_moment")]) == 2  # train and eval
+        probe.persistent(False)
+        assert not probe.state_dict()
+
+    def test_another_set_of_layers_is_refused(self):
+        probe = LayerProbe(nn.Sequential(nn.Linear(3, 3)))
+        probe.persistent(True)
+        other = LayerProbe(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+        with pytest.raises(ValueError, match="2 probed layers, got that of 1"):
+            other.load_state_dict(probe.state_dict())
+
+    def test_a_copied_probe_keeps_the_observations(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model)
+        model(torch.randn(9, 3))
+        for twin in (copy.deepcopy(probe), pickle.loads(pickle.dumps(probe))):
+            assert twin.compute() == probe.compute()
+            model(torch.randn(9, 3))
+            assert int(twin["train", "0"]["saturation"].count) < int(probe["train", "0"]["saturation"].count)
+
+
+class TestDevices:
+    def test_states_live_where_the_activations_do_unless_moved(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model).to("cpu")
+        model(torch.randn(9, 3))
+        assert probe["train", "0"]["saturation"]._pinned_device == torch.device("cpu")
+        assert probe.cpu() is probe
+
+    def test_casting_the_probe_leaves_float64(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model)
+        model(torch.randn(9, 3))
+        for cast in (probe.half, probe.float, lambda: probe.to(torch.bfloat16)):
+            cast()
+            assert probe["train", "0"]["saturation"].second_moment.dtype == torch.float64
