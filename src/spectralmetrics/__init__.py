@@ -19,6 +19,7 @@ from spectralmetrics.metrics import (
     statistics,
 )
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.tail import low_saturation_tail
 
 __version__ = "0.1.0.dev0"
 
@@ -40,5 +41,6 @@ __all__ = [
     "SpectrumMetric",
     "StableRankMetric",
     "functional",
+    "low_saturation_tail",
     "statistics",
 ]

