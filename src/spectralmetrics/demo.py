@@ -163,9 +163,9 @@ def run(
     _print_table(console, values, tail, epochs)
     if tail:
         message = (
-            f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses less"
-            " than half of the share of its directions that the busiest layer uses: a sign that the image has been"
-            " shrunk too early for them to add anything."
+            f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses"
+            " less than half of the share of its directions that the busiest layer uses: a sign that the image"
+            " has been shrunk too early for them to add anything."
         )
     else:
         message = "No low-saturation tail on validation data: the last layers' directions are in use."
