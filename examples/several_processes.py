@@ -27,6 +27,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         for name, value in values.items():
             print(f"{name}: {value.item():.3f}")
+    dist.barrier()  # leave together
     dist.destroy_process_group()
 
 

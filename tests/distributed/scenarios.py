@@ -166,6 +166,29 @@ def settings_of_torchmetrics(rank, world):
     assert int(together.count) == len(parts[rank])
 
 
+def an_update_while_synced_is_undone(rank, world):
+    rows, more = random_rows(rank, 30, 4), random_rows(50 + rank, 30, 4)
+    metric = feed(sm.CovarianceTraceMetric(), rows)
+    expected = metric.compute()
+    metric.sync()
+    metric.update(more)
+    metric.unsync()
+    assert_same(metric.compute(), expected)
+
+
+def a_value_that_is_changed_in_place_is_the_callers_own(rank, world):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    probe = sm.LayerProbe(model, [sm.SpectrumMetric(), sm.SaturationMetric()])
+    model(torch.randn(20, 4))
+    values = probe.compute()
+    kept = {key: value.clone() for key, value in values.items()}
+    for value in values.values():
+        value.zero_()
+    for key, value in probe.compute().items():
+        assert torch.equal(value, kept[key])
+
+
 def a_process_group_of_some_ranks(rank, world):
     if world < 3:
         return
@@ -352,6 +375,8 @@ EVERYWHERE = [
     widths_that_differ_are_an_error_everywhere,
     bad_rows_are_counted_over_all_processes,
     settings_of_torchmetrics,
+    an_update_while_synced_is_undone,
+    a_value_that_is_changed_in_place_is_the_callers_own,
     a_process_group_of_some_ranks,
     a_gather_function_of_the_users,
     a_single_metric_moves_packed_sums,

@@ -184,6 +184,55 @@ def test_float32_products_about_an_origin_that_is_no_float32(dtypes):
     assert relative_error(covariance(moments), exact) < 1e-5
 
 
+@pytest.mark.parametrize("beginning", [torch.zeros(1, 64), torch.full((3, 64), -1e7)], ids=["dry run", "far"])
+def test_float32_products_after_an_unlike_first_batch(beginning):
+    from spectralmetrics import CovarianceMetric
+
+    rows = 1e4 + torch.randn(30 * 128, 64)
+    metric = CovarianceMetric(gram_dtype=torch.float32)
+    metric.update(beginning)
+    for part in rows.split(128):
+        metric.update(part)
+    exact = two_pass_covariance(torch.cat([beginning, rows]).double())
+    assert relative_error(metric.compute(), exact) < 1e-6
+    # What follows from the small eigenvalues holds, too: the spread of the many rows.
+    within = torch.linalg.eigvalsh(metric.compute())[:-1]
+    expected = torch.linalg.eigvalsh(torch.from_numpy(two_pass_covariance(rows).astype(float)))
+    torch.testing.assert_close(within[:20], expected[:20], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("first", [0.0, torch.nan, 1e-3])
+def test_the_scale_of_float32_products_is_not_that_of_the_first_block_alone(first):
+    rows = torch.randn(2048, 512)
+    rows[:1024] *= 1e-3
+    rows[:1024] = first if first != 1e-3 else rows[:1024]
+    rows[1024:] *= 1e15
+    moments = empty_moments(512)
+    accumulate(moments, Observations(rows), torch.float32)
+    finite = rows[rows.isfinite().all(1)]
+    scale = 1e30
+    actual = covariance(moments) / scale
+    assert relative_error(actual, two_pass_covariance(finite) / scale) < 1e-5
+
+
+def test_float32_products_after_a_merge_with_an_origin_that_is_no_float32():
+    from spectralmetrics import CovarianceMetric
+
+    base = torch.full((3,), 1e6 / 3, dtype=torch.float64)
+    parts = [
+        (base + torch.randn(10, 3)).float(),
+        base + 0.01 * torch.randn(20, 3, dtype=torch.float64),
+        (base + 0.01 * torch.randn(200, 3)).float(),
+    ]
+    metric, other = CovarianceMetric(gram_dtype=torch.float32), CovarianceMetric(gram_dtype=torch.float32)
+    metric.update(parts[0])
+    other.update(parts[1])
+    metric.merge_state(other)
+    metric.update(parts[2])
+    exact = two_pass_covariance(torch.cat([part.double() for part in parts]))
+    assert relative_error(metric.compute(), exact) < 1e-5
+
+
 def test_rebase_changes_nothing_but_the_origin():
     moments = stream(random_rows(5, 200, 7, mean=3.0), 50)
     moved = rebase(moments, torch.linspace(-2, 9, 7, dtype=torch.float64))
@@ -209,6 +258,37 @@ def test_matmul_precision_settings_do_not_reach_the_products(setting):
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
+    assert torch.equal(actual, expected)
+
+
+PRECISION_SETTINGS = {
+    "backends.fp32_precision": (torch.backends, "fp32_precision", "tf32"),
+    "cuda.matmul.fp32_precision": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "mkldnn.matmul.fp32_precision": (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "cuda.matmul.allow_tf32": (torch.backends.cuda.matmul, "allow_tf32", True),
+}
+
+
+@pytest.mark.parametrize("setting", PRECISION_SETTINGS)
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")
+def test_precision_settings_are_left_as_they_were(setting):
+    """Also those of the newer interface, which PyTorch refuses to mix with the older one."""
+    module, name, value = PRECISION_SETTINGS[setting]
+    watched = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends]
+    rows = torch.randn(50, 6)
+    expected = covariance(stream(rows, 20, torch.float32))
+    start = [each.fp32_precision for each in watched]
+    before = getattr(module, name)
+    try:
+        setattr(module, name, value)
+        kept = [each.fp32_precision for each in watched]
+        actual = covariance(stream(rows, 20, torch.float32))
+        covariance(stream(rows, 20))
+        assert [each.fp32_precision for each in watched] == kept
+    finally:
+        setattr(module, name, before)
+        for each, precision in zip(watched, start, strict=True):
+            each.fp32_precision = precision
     assert torch.equal(actual, expected)
 
 

@@ -174,3 +174,16 @@ def test_other_bad_arguments_are_quoted():
         F.eigenvalues(torch.ones(2, 3))
     with pytest.raises(ValueError, match="finite"):
         F.eigenvalues(torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("name", OF_EIGENVALUES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_do_not_pass_for_zero(name, bad):
+    values = torch.tensor([1.0, bad])
+    if name == "diagonal_trace":
+        assert not OF_EIGENVALUES[name](values).isfinite()
+    else:
+        with pytest.raises(ValueError, match="finite eigenvalues"):
+            OF_EIGENVALUES[name](values)
+    with pytest.raises(ValueError, match="finite covariance"):
+        F.determinant(torch.diag(values))

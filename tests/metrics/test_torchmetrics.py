@@ -136,7 +136,7 @@ class TestBadData:
 
     def test_overflow_is_an_error(self):
         metric = feed(sm.SaturationMetric(), random_rows(0, 10, 3) * 1e200)
-        with pytest.raises(RuntimeError, match="exceed the range of float64"):
+        with pytest.raises(RuntimeError, match="exceed the range of the sums"):
             metric.compute()
 
 
@@ -320,6 +320,25 @@ class TestLifeCycle:
         with pytest.raises(ValueError, match=r"missing.*second_moment"):
             metric.merge_state({"count": torch.tensor(3)})
         assert int(metric.count) == 9
+
+    def test_samples_of_different_size_do_not_merge(self):
+        metric = feed(sm.EigenspaceEmbeddingMetric(max_samples=5), torch.randn(9, 4))
+        with pytest.raises(ValueError, match="max_samples=5, got 6"):
+            metric.merge_state(feed(sm.EigenspaceEmbeddingMetric(max_samples=6), torch.randn(9, 4)))
+        assert int(metric.count) == 9
+
+    def test_an_overridden_compute(self):
+        class Leading(sm.SpectrumMetric):
+            def compute(self):
+                return super().compute()[:2]
+
+        class Percent(sm.SaturationMetric):
+            def compute(self):
+                return {"percent": 100 * super().compute()}
+
+        rows = random_rows(0, 30, 5)
+        assert_same(feed(Leading(), rows).compute(), feed(sm.SpectrumMetric(), rows).compute()[:2])
+        assert feed(Percent(), rows).compute()["percent"] == 100 * feed(sm.SaturationMetric(), rows).compute()
 
     def test_merge_counts_what_was_left_out(self):
         bad = feed(sm.SaturationMetric(nan_strategy="ignore"), torch.full((3, 4), torch.nan))
@@ -505,6 +524,14 @@ class TestModes:
         assert int(metric.count) == 60
         if name != "embedding":
             assert_same(metric.compute(), feed(VARIANTS[name](), rows).compute())
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="this torch has no float8")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_float8_rows(name):
+    rows = random_rows(0, 60, 4).to(torch.float8_e4m3fn)
+    value = feed(VARIANTS[name](), rows).compute()
+    assert_same(value, feed(VARIANTS[name](), rows.to(torch.float32)).compute())
 
 
 class HostReads(TorchDispatchMode):

@@ -80,6 +80,37 @@ class TestMaps:
         sets_of_rows_equal(observe(nn.Linear(3, 3), output), output.reshape(-1, 3))
         sets_of_rows_equal(observe(nn.Linear(3, 3), output, feature_maps="mean"), output.mean((1, 2)))
 
+    @pytest.mark.parametrize(
+        "module",
+        [
+            nn.GroupNorm(2, 6),
+            nn.SyncBatchNorm(6),
+            nn.PReLU(6),
+            nn.Dropout1d(),
+            nn.LPPool1d(2, 1),
+            nn.ZeroPad1d(1),
+            nn.Upsample(9),
+            nn.Sequential(nn.Sequential(nn.Conv1d(3, 6, 1), nn.ReLU()), nn.Dropout()),
+        ],
+        ids=lambda module: type(module).__name__,
+    )
+    def test_channels_are_the_second_dimension(self, module):
+        assert observe(module, torch.randn(5, 6, 9)).shape == (45, 6)
+
+    @pytest.mark.parametrize(
+        "module", [nn.LayerNorm(6), nn.RMSNorm(6), nn.Bilinear(3, 3, 6), nn.Embedding(2, 6)]
+    )
+    def test_features_are_the_last_dimension(self, module):
+        assert observe(module, torch.randn(5, 3, 4, 6)).shape == (60, 6)
+        assert observe(module, torch.randn(5, 3, 6)).shape == (15, 6)
+
+    def test_a_norm_of_channels_first_maps(self):
+        class LayerNorm2d(nn.LayerNorm):  # as in ConvNeXt
+            def forward(self, x):
+                return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+        assert observe(LayerNorm2d(6), torch.randn(5, 6, 4, 3)).shape == (60, 6)
+
     def test_what_else_yields_maps(self):
         maps = torch.randn(2, 3, 4)
         for module in (nn.BatchNorm1d(3), nn.MaxPool1d(2), nn.Sequential(nn.ReLU(), nn.Conv1d(3, 3, 1))):
@@ -143,6 +174,29 @@ class TestSequences:
         for how in ("timesteps", "last", "mean", "flatten"):
             assert observe(nn.Linear(4, 4), samples, mask, sequences=how).isfinite().all()
 
+    def test_time_first_transformers(self):
+        layer = nn.TransformerEncoderLayer(6, 2, 8)
+        output = torch.randn(7, 4, 6)  # (T, N, D)
+        for module in (
+            layer,
+            nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+            nn.MultiheadAttention(6, 2),
+        ):
+            sets_of_rows_equal(observe(module, output, sequences="last"), output[-1])
+        mask = torch.rand(4, 7) > 0.5
+        sets_of_rows_equal(observe(layer, output, mask), output.transpose(0, 1)[mask])
+        # A linear layer inside does not know; the mask tells, unless T = N.
+        sets_of_rows_equal(observe(nn.Linear(6, 6), output, mask), output.transpose(0, 1)[mask])
+
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    def test_nested_tensors(self):
+        parts = [torch.randn(length, 4) for length in (3, 6, 1)]
+        for layout in (torch.strided, torch.jagged):
+            nested = torch.nested.nested_tensor(parts, layout=layout)
+            sets_of_rows_equal(observe(nn.Linear(4, 4), nested), torch.cat(parts))
+            expected = torch.stack([part[-1] for part in parts])
+            sets_of_rows_equal(observe(nn.Linear(4, 4), nested, sequences="last"), expected)
+
     def test_masks_of_another_shape_do_not_apply(self):
         mask = torch.zeros(3, 4, dtype=torch.bool)
         assert len(observe(nn.Linear(3, 3), torch.randn(3, 5, 3), mask)) == 15
@@ -152,6 +206,7 @@ class TestSequences:
         assert observe(nn.LSTM(3, 4), torch.randn(6, 4)).shape == (6, 4)
         assert observe(nn.LSTM(3, 4), torch.randn(6, 4), sequences="last").shape == (1, 4)
         assert observe(nn.Linear(3, 4), torch.randn(4)).shape == (1, 4)
+        assert observe(nn.MultiheadAttention(4, 1), torch.randn(6, 4), sequences="last").shape == (1, 4)
 
 
 class Pair(NamedTuple):

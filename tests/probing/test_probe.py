@@ -137,6 +137,81 @@ class TestEveryForwardOnce:
         assert len(fired) == 2  # PyTorch does recompute
         assert self.count(probe) == 5
 
+    @pytest.mark.parametrize("saved", ["abs", "all", "all but tanh"])
+    def test_selective_checkpointing(self, saved):
+        """PyTorch records the operations of the forward and replays them in backward; not the probe's."""
+        from functools import partial
+
+        from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+        def policy(context, operation, *args, **kwargs):
+            name = operation.overloadpacket.__name__
+            keep = {"abs": name == "abs", "all": True, "all but tanh": name != "tanh"}[saved]
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+
+            def forward(self, x):
+                hidden = self.inner(x)
+                scale = (hidden * 2 + 1).abs()
+                return self.outer(torch.tanh(hidden * scale) * scale)
+
+        def gradients(probed):
+            torch.manual_seed(0)
+            net = Net()
+            probe = LayerProbe(net, sm.SaturationMetric(gram_dtype=torch.float32)) if probed else None
+            for _ in range(3):
+                contexts = partial(create_selective_checkpoint_contexts, policy)
+                rows = torch.randn(9, 6)
+                checkpoint(net, rows, use_reentrant=False, context_fn=contexts).square().sum().backward()
+            return [p.grad for p in net.parameters()], probe
+
+        plain, _ = gradients(False)
+        probed, probe = gradients(True)
+        assert same(plain, probed)
+        assert self.count(probe, "inner") == 27
+
+    def test_function_transforms_are_no_run(self):
+        model = nn.Sequential(nn.Linear(4, 3))
+        probe = LayerProbe(model)
+        parameters = dict(model.named_parameters())
+
+        def loss(parameters, rows):
+            return torch.func.functional_call(model, parameters, (rows,)).square().sum()
+
+        rows = torch.randn(5, 4)
+        torch.func.grad(loss)(parameters, rows)
+        torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, rows)
+        assert probe.compute() == {}
+        model(rows)
+        torch.func.vmap(model)(rows)
+        assert self.count(probe) == 5
+        copy.deepcopy(probe)
+
+    def test_meta_devices_and_symbolic_tracing_leave_the_layer_observed(self):
+        block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        probe = LayerProbe(nn.Sequential(block), layers="0")
+        torch.fx.symbolic_trace(nn.Sequential(block))
+        meta = nn.Sequential(nn.Linear(4, 3)).to("meta")
+        with LayerProbe(meta) as unused:
+            meta(torch.ones(2, 4, device="meta"))
+        assert unused.compute() == {}
+        block(torch.randn(4, 3))
+        assert self.count(probe) == 4
+
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    def test_the_nested_path_of_transformers(self):
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+        probe = LayerProbe(encoder, layers="layers.*")
+        padding = torch.zeros(3, 5, dtype=torch.bool)
+        padding[1, 2:] = True
+        with torch.no_grad():
+            encoder(torch.randn(3, 5, 8), src_key_padding_mask=padding)
+        assert probe.compute("eval")
+
     def test_a_module_used_twice(self):
         layer = nn.Linear(3, 3)
         probe = LayerProbe(nn.Sequential(layer, nn.ReLU(), layer))
@@ -303,6 +378,34 @@ class TestValues:
             for key, metric in mine.items():
                 assert_same(values[f"{key}/eval/{name}"], metric.compute())
 
+    def test_an_overridden_compute_is_used(self):
+        class Percent(sm.SaturationMetric):
+            def compute(self):
+                return 100 * super().compute()
+
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, {"percent": Percent(), "share": sm.SaturationMetric()})
+        model(torch.randn(9, 3))
+        values = probe.compute()
+        assert values["percent/train/0"] == 100 * values["share/train/0"]
+
+    def test_values_are_the_callers_own(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        probe = LayerProbe(model, [sm.SpectrumMetric(), sm.SaturationMetric(), sm.CovarianceMetric()])
+        model(torch.randn(9, 3))
+        kept = {key: value.clone() for key, value in probe.compute().items()}
+        for value in probe.compute().values():
+            value.zero_()
+        assert same(probe.compute().values(), kept.values())
+
+    def test_one_layer_without_a_value_does_not_take_the_others_along(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        probe = LayerProbe(model, [sm.CovarianceMetric(unbiased=True)])
+        model[0](torch.randn(9, 3))
+        model[1](torch.randn(1, 3))
+        with pytest.warns(UserWarning, match="left out: '1' .*at least 2 observations"):
+            assert list(probe.compute()) == ["covariance/train/0"]
+
     def test_keys_are_in_forward_order(self):
         class Backwards(nn.Module):
             def __init__(self):
@@ -427,12 +530,18 @@ class TestValues:
         with pytest.raises(RuntimeError, match="1 observations of layer '0' in train"):
             strict.compute()
 
-    def test_one_layer_that_overflows_does_not_take_the_others_along(self):
+    @pytest.mark.parametrize(
+        "metric", [sm.SaturationMetric(), sm.CovarianceTraceMetric(), sm.CovarianceMetric()]
+    )
+    def test_one_layer_that_overflows_does_not_take_the_others_along(self, metric):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
-        probe = LayerProbe(model)
+        probe = LayerProbe(model, {"saturation": metric})
         model[0](torch.randn(9, 3).double())
         model[1](torch.randn(9, 3).double() * 1e200)
-        with pytest.warns(UserWarning, match=r"\['1'\] are left out in train: their squares exceed"):
+        with pytest.warns(
+            UserWarning,
+            match=r"layers without a value in train are left out: '1' .*squares of the observations exceed",
+        ):
             assert list(probe.compute()) == ["saturation/train/0"]
 
 
@@ -575,8 +684,47 @@ class TestControls:
         assert_same(
             probe.compute()["covariance/train/encoder"], feed(sm.CovarianceMetric(), hidden[0]).compute()
         )
+        # What is selected is taken by its own shape, not by the type of the layer.
+        for settings in ({"sequences": "last"}, {"sequences": "flatten"}, {"max_samples": 5}):
+            other = LayerProbe(model, select={"encoder": lambda output: output[1][0][-1]}, **settings)
+            model(torch.randn(9, 5, 3))
+            metric = other["train", "encoder"]["saturation"]
+            assert (int(metric.count), metric.num_features) == (min(9, settings.get("max_samples", 9)), 4)
+        convolution = nn.Sequential(nn.Conv1d(4, 3, 2))
+        other = LayerProbe(convolution, select={"0": lambda output: output.mean(2)})
+        convolution(torch.randn(6, 4, 7))
+        assert other["train", "0"]["saturation"].num_features == 3
         with pytest.raises(ValueError, match="'nothing'"):
             LayerProbe(model, select={"nothing": lambda output: output})
+
+    def test_a_select_that_runs_the_model_is_not_observed_itself(self):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        probe = LayerProbe(model, select={"0": lambda output: model[1](output)})
+        model(torch.randn(5, 4))
+        assert int(probe["train", "1"]["saturation"].count) == 5
+        assert probe["train", "0"]["saturation"].num_features == 2
+
+    @pytest.mark.parametrize("error", [KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError])
+    def test_an_error_ends_the_observation_and_not_the_training(self, error):
+        def fail(output):
+            raise error("mine")
+
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        probe = LayerProbe(model, select={"0": fail})
+        message = f"'0' is not observed any more in train: {error.__name__}"
+        with pytest.warns(UserWarning, match=message) as seen:  # noqa: PT031
+            model(torch.randn(5, 4))
+            model(torch.randn(5, 4))
+        assert len(seen) == 1
+        assert int(probe["train", "1"]["saturation"].count) == 10
+
+    @pytest.mark.parametrize("sequences", ["timesteps", "last", "mean", "flatten"])
+    def test_empty_outputs_are_no_observations(self, sequences):
+        model = nn.Sequential(nn.Linear(4, 4))
+        probe = LayerProbe(model, sequences=sequences)
+        model(torch.ones(3, 0, 4))
+        model(torch.ones(0, 4))
+        assert probe.compute() == {}
 
     @pytest.mark.parametrize(
         ("arguments", "error", "quoted"),

@@ -1,7 +1,8 @@
 r"""How many directions a spectrum fills: pure functions of eigenvalues.
 
 Every function takes eigenvalues :math:`\lambda_i \ge 0` in its last dimension, in any order; negative ones
-are round-off and count as zero. A spectrum that is zero throughout has dimension, saturation and ranks 0.
+are round-off and count as zero, NaN and infinite ones are a ValueError. A spectrum that is zero throughout
+has dimension, saturation and ranks 0.
 """
 
 from __future__ import annotations
@@ -190,11 +191,18 @@ def check_fit_range(first: int, last: int | None) -> None:
 
 
 def _descending(eigenvalues: Tensor) -> Tensor:
-    return eigenvalues.to(torch.float64).clamp(min=0).sort(dim=-1, descending=True).values
+    return _finite(eigenvalues).clamp(min=0).sort(dim=-1, descending=True).values
+
+
+def _finite(eigenvalues: Tensor) -> Tensor:
+    # A NaN compares as neither above nor below a threshold, and would count as zero.
+    if not eigenvalues.isfinite().all():
+        raise ValueError("expected finite eigenvalues, got NaN or infinite ones")
+    return eigenvalues.to(torch.float64)
 
 
 def _relative(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues divided by the largest, so that squares neither overflow nor vanish, and the largest."""
-    values = eigenvalues.to(torch.float64).clamp(min=0)
+    values = _finite(eigenvalues).clamp(min=0)
     largest = values.amax(-1)
     return values / torch.where(largest > 0, largest, 1.0)[..., None], largest

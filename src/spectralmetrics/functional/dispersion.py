@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmetrics.functional.spectrum import check_covariance
+
 
 def trace(covariance: Tensor) -> Tensor:
     r"""The total variance :math:`\operatorname{tr} \Sigma`.
@@ -39,13 +41,16 @@ def determinant(covariance: Tensor, log: bool = False) -> Tensor:
     Returns:
         Shape (...), float64.
 
+    Raises:
+        ValueError: if the last two dimensions are not square, or a value is not finite.
+
     >>> covariance = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     >>> determinant(covariance)
     tensor(5.0000, dtype=torch.float64)
     >>> determinant(covariance, log=True)
     tensor(1.6094, dtype=torch.float64)
     """
-    covariance = covariance.to(torch.float64)
+    covariance = check_covariance(covariance)
     deviations = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     units = torch.where(deviations > 0, deviations, 1.0)
     # Divided one side at a time: the product of two tiny deviations could underflow.

@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,22 +148,21 @@ def accumulate(
     observations: Observations,
     gram_dtype: torch.dtype = torch.float64,
     *,
-    settle_origin: bool = True,
+    recentre: bool = True,
 ) -> None:
     r"""Add observations to ``moments``, in place.
 
     Rows are centred on the origin, masked, and multiplied in blocks that fit a bounded workspace; no copy
-    of all observations is made. While no observation has been counted yet, the origin is moved to the mean
-    of the rows at hand.
+    of all observations is made.
 
     Args:
         moments: the sums so far.
         observations: floating observations of the same width, on the same device.
         gram_dtype: dtype of the products. ``torch.float64``, or ``torch.float32`` for speed: then the centred
-            rows are scaled by a power of two to the middle of the range of float32 and each product is added
-            to the float64 sum.
-        settle_origin: False saves looking for an origin; right only if observations of the same dtype have
-            settled it.
+            rows are scaled by a power of two to the middle of the range of float32 and the product of all
+            rows is added to the float64 sum.
+        recentre: first move the origin to the mean of these rows, which re-bases the sums exactly. False
+            saves that; right if the origin lies near the data and rows of this dtype have set it.
 
     >>> moments = empty_moments(1)
     >>> accumulate(moments, Observations(torch.tensor([[1e9], [1e9 + 2]], dtype=torch.float64)))
@@ -170,45 +170,33 @@ def accumulate(
     tensor([[1.]], dtype=torch.float64)
     """
     values = observations.values.detach()
-    # float16 and bfloat16 are exact in float32
     row_dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    fast = gram_dtype == torch.float32
     # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
-    with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type):
-        blocks = _blocks(values, observations.feature_dim, observations.valid, gram_dtype)
-        if gram_dtype == torch.float64:
-            for rows, valid in blocks:
-                rows = rows.to(row_dtype)
-                if settle_origin:
-                    _settle_origin(moments, rows, valid)
+    with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
+        gram = _ScaledGram(moments) if fast else None
+        for rows, valid in _blocks(values, observations.feature_dim, observations.valid, gram_dtype):
+            rows = rows.to(row_dtype)  # half precision is exact in float32
+            if recentre:
+                if gram is not None:  # what has been multiplied so far is about the old origin
+                    gram.fold()
+                _recentre(moments, rows, valid)
+            if gram is None:
                 centred = torch.sub(rows, moments.origin)
-                mask, _ = _finite_rows(centred)
-                _count(moments, mask, valid)
-                _clear(centred, mask if valid is None else mask & valid)
+                _clear(centred, _count(moments, centred, valid)[0])
                 _add_gram(moments.second, centred)
                 moments.first.add_(centred.sum(0))
-        else:
-            gram = torch.zeros_like(moments.second, dtype=torch.float32)
-            scale = None
-            for rows, valid in blocks:
-                rows = rows.to(row_dtype)
-                if settle_origin:
-                    _settle_origin(moments, rows, valid)
+            else:
                 # Float64 rows keep their digits until they are centred and scaled.
                 origin = moments.origin.to(row_dtype)
                 centred = torch.sub(rows, origin)
-                if settle_origin:
-                    # What was lost by rounding the origin: nothing, if rows of this dtype settled it.
+                if recentre:
+                    # What rounding the origin has lost: nothing, if rows of this dtype have set it.
                     centred.sub_((moments.origin - origin.to(torch.float64)).to(row_dtype))
-                mask, largest = _finite_rows(centred)
-                if scale is None:
-                    scale = _power_of_two_scale(moments, largest)
-                _count(moments, mask, valid)
-                _clear(centred, (mask if valid is None else mask & valid) * scale.to(row_dtype))
-                centred = centred.to(torch.float32)
-                _add_gram(gram, centred)
-                moments.first.add_(centred.sum(0).to(torch.float64).div_(scale))
-            if scale is not None:
-                _fold(moments.second, gram, scale)
+                mask, largest = _count(moments, centred, valid)
+                gram.add(centred, mask, largest)
+        if gram is not None:
+            gram.fold()
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:
@@ -329,21 +317,41 @@ def symmetrise(upper: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str, float32: bool = True) -> Iterator[None]:
     """Products inside keep their dtype's precision under autocast, TF32 and bfloat16 matmul settings.
 
-    >>> with full_precision("cpu"):
-    ...     torch.get_float32_matmul_precision()
-    'highest'
+    Args:
+        device_type: of the tensors to multiply.
+        float32: whether there will be float32 products; float64 ones know no such settings.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision("cpu"):
+    ...     (torch.eye(2) @ torch.eye(2)).dtype
+    torch.float32
     """
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        setting = torch.get_float32_matmul_precision()
-        if setting != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, setting)
+        if float32:
+            _forbid_reduced_precision(device_type, stack)
         yield
+
+
+def _forbid_reduced_precision(device_type: str, stack: contextlib.ExitStack) -> None:
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    settings: Any = getattr(backend, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):  # before torch 2.9
+        legacy = torch.get_float32_matmul_precision()
+        if legacy != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, legacy)
+        return
+    # The setting of this backend alone: PyTorch refuses to read the common one once both kinds have been used.
+    everywhere: Any = torch.backends
+    precision = settings.fp32_precision
+    if precision not in ("none", "ieee"):
+        inherited = precision == everywhere.fp32_precision
+        settings.fp32_precision = "ieee"
+        stack.callback(setattr, settings, "fp32_precision", "none" if inherited else precision)
 
 
 def _blocks(
@@ -369,18 +377,16 @@ def _blocks(
             yield piece.transpose(0, 1).reshape(features, -1).t(), None
 
 
-def _finite_rows(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are finite, shape (N, 1), and the largest magnitude in those, shape ()."""
+def _count(moments: Moments, centred: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Count rows; return which to keep, shape (N, 1), and the largest magnitude in those, shape ()."""
     magnitude = centred.abs().amax(1, keepdim=True)  # NaN propagates through a maximum
     mask = magnitude.isfinite()
+    if valid is not None:
+        mask = mask & valid
+    kept = mask.sum()
+    moments.count.add_(kept)
+    moments.non_finite.add_((centred.shape[0] if valid is None else valid.sum()) - kept)
     return mask, torch.where(mask, magnitude, 0).amax()
-
-
-def _count(moments: Moments, finite: Tensor, valid: Tensor | None) -> None:
-    counted = finite.sum() if valid is None else (finite & valid).sum()
-    offered = finite.shape[0] if valid is None else valid.sum()
-    moments.count.add_(counted)
-    moments.non_finite.add_(offered - counted)
 
 
 def _clear(centred: Tensor, factor: Tensor) -> None:
@@ -389,30 +395,71 @@ def _clear(centred: Tensor, factor: Tensor) -> None:
     centred.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
 
 
-def _settle_origin(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
-    """Move the origin to the mean of ``rows`` unless observations have been counted about it already."""
+def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
+    """Move the origin to the mean of ``rows``, if any of them is finite, and the sums with it."""
     mask = rows.abs().amax(1, keepdim=True).isfinite()
     mask = mask if valid is None else mask & valid
     # The mean is taken about a row, so that constant features are centred to exactly zero.
     pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
     deviations = torch.where(mask, rows.to(torch.float64) - pivot, 0)
-    candidate = pivot + deviations.sum(0) / mask.sum().clamp(min=1)
+    origin = pivot + deviations.sum(0) / mask.sum().clamp(min=1)
     if rows.dtype == torch.float32:
         # So that rows minus the origin is exactly one float32 subtraction.
-        rounded = candidate.to(torch.float32).to(torch.float64)
-        candidate = torch.where(rounded.isfinite(), rounded, candidate)
-    settled = (moments.count > 0) | ~mask.any()
-    moments.origin.copy_(torch.where(settled, moments.origin, candidate))
+        rounded = origin.to(torch.float32).to(torch.float64)
+        origin = torch.where(rounded.isfinite(), rounded, origin)
+    origin = torch.where(mask.any(), origin, moments.origin)
+    # Without observations the sums are zero, and a shift from a meaningless origin must leave them so.
+    origin_before = torch.where(moments.count > 0, moments.origin, origin)
+    moved = rebase(replace(moments, origin=origin_before), origin)
+    moments.origin.copy_(origin)
+    moments.first.copy_(moved.first)
+    moments.second.copy_(moved.second)
 
 
-def _power_of_two_scale(moments: Moments, largest: Tensor) -> Tensor:
-    """A float64 power of two that brings the centred rows near one; 1 where they are all zero."""
-    spread = (moments.second.diagonal().amax() / moments.count.clamp(min=1)).sqrt()
-    reference = torch.maximum(spread, largest.to(torch.float64))
-    exponent = torch.frexp(torch.where(reference > 0, reference, 1.0)).exponent
-    if largest.dtype == torch.float32:
-        exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
-    return torch.ldexp(torch.ones_like(reference), -exponent)
+class _ScaledGram:
+    """A float32 product of scaled rows, on its way into the float64 sum."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._moments = moments
+        self._gram: Tensor | None = None
+        self._scale: Tensor
+        self._unset: Tensor
+
+    def add(self, centred: Tensor, mask: Tensor, largest: Tensor) -> None:
+        if self._gram is None:
+            self._gram = torch.zeros_like(self._moments.second, dtype=torch.float32)
+            self._scale = self._power_of_two(largest)
+            self._unset = largest == 0
+        else:
+            # As long as all rows were zero, so is the product, whatever its scale.
+            self._scale = torch.where(self._unset, self._power_of_two(largest), self._scale)
+            self._unset = self._unset & (largest == 0)
+        _clear(centred, mask * self._scale.to(centred.dtype))
+        centred = centred.to(torch.float32)
+        _add_gram(self._gram, centred)
+        self._moments.first.add_(centred.sum(0).to(torch.float64).div_(self._scale))
+
+    def fold(self) -> None:
+        if self._gram is None:
+            return
+        weight = self._scale.square().reciprocal()
+        second = self._moments.second
+        size = _block_size(second.shape[0])
+        for start in range(0, second.shape[0], size):
+            stop = start + size
+            block = self._gram[start:stop, start:].to(torch.float64)
+            second[start:stop, start:].add_(block.mul_(weight))
+        self._gram = None
+
+    def _power_of_two(self, largest: Tensor) -> Tensor:
+        """A float64 power of two that brings the centred rows near one; 1 where they are all zero."""
+        moments = self._moments
+        spread = (moments.second.diagonal().amax() / moments.count.clamp(min=1)).sqrt()
+        reference = torch.maximum(spread, largest.to(torch.float64))
+        exponent = torch.frexp(torch.where(reference > 0, reference, 1.0)).exponent
+        if largest.dtype == torch.float32:
+            exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
+        return torch.ldexp(torch.ones_like(reference), -exponent)
 
 
 def _block_size(features: int) -> int:
@@ -426,14 +473,3 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     for start in range(0, features, size):
         stop = start + size
         total[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
-
-
-def _fold(second: Tensor, gram: Tensor, scale: Tensor) -> None:
-    """Add the float32 product of scaled rows to the float64 sum."""
-    weight = scale.square().reciprocal()
-    features = second.shape[0]
-    size = _block_size(features)
-    for start in range(0, features, size):
-        stop = start + size
-        block = gram[start:stop, start:].to(torch.float64)
-        second[start:stop, start:].add_(block.mul_(weight))

@@ -33,7 +33,7 @@ def eigenvalues(covariance: Tensor) -> Tensor:
     >>> eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     tensor([3., 1.], dtype=torch.float64)
     """
-    values = torch.linalg.eigvalsh(_check_covariance(covariance))
+    values = torch.linalg.eigvalsh(check_covariance(covariance))
     return _without_round_off(values.flip(-1))
 
 
@@ -59,7 +59,7 @@ def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
     tensor([[0., 1.],
             [1., 0.]], dtype=torch.float64)
     """
-    values, vectors = torch.linalg.eigh(_check_covariance(covariance))
+    values, vectors = torch.linalg.eigh(check_covariance(covariance))
     vectors = vectors.flip(-1)
     # Entries that agree up to round-off must not take turns at being the largest: prefer the first.
     magnitude = vectors.abs()
@@ -139,7 +139,8 @@ class Spectrum:
         return self._cache["eigenvectors"]
 
 
-def _check_covariance(covariance: Tensor) -> Tensor:
+def check_covariance(covariance: Tensor) -> Tensor:
+    """The covariance in float64; a ValueError unless it is square and finite."""
     if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
         raise ValueError(f"expected a covariance of shape (..., D, D), got {tuple(covariance.shape)}")
     covariance = covariance.to(torch.float64)

@@ -71,7 +71,8 @@ class SpectralMetric(Metric):
 
     Args:
         num_features: the width D; None reads it from the first rows.
-        center: False reads the second moment about zero instead of the covariance.
+        center: False reads the second moment about zero instead of the covariance. Where the mean is more
+            than 1e6 times the spread, only its first eigenvalue stands out of the round-off.
         gram_dtype: dtype of the products: ``torch.float64``, or ``torch.float32`` for speed. The sums are
             float64 either way.
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
@@ -138,10 +139,11 @@ class SpectralMetric(Metric):
         self.center = center
         self.gram_dtype = gram_dtype
         self.nan_strategy = nan_strategy
-        self._origin_settled_by: torch.dtype | None = None
+        self._origin_set_by: torch.dtype | None = None
+        self._accumulations = 0
         self._pinned_device: torch.device | None = None
         self._computing = False
-        self._value_shape = torch.Size()
+        self._value_shape: torch.Size | None = None
         self._register_states()
 
     def _register_states(self) -> None:
@@ -193,8 +195,18 @@ class SpectralMetric(Metric):
         return self._shared_spectrum()
 
     def read(self) -> Tensor:
-        """The statistic of this process' observations, without the checks and the merge of ``compute``."""
-        return self.statistic(self._shared_spectrum())
+        """The value of ``compute`` for this process' observations, without its checks."""
+        if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
+            return type(self).compute(self)
+        return self.statistic(self._shared_spectrum()).clone()  # the spectrum itself is shared
+
+    def check_range(self) -> None:
+        """Raise a RuntimeError if the squares of the observations have overflowed."""
+        if not self.second_moment.diagonal().isfinite().all():
+            raise RuntimeError(
+                f"{type(self).__name__}: the squares of the observations exceed the range of the sums (about"
+                " 1e308 in float64); scale them down before `update`"
+            )
 
     def _shared_spectrum(self) -> Spectrum:
         assert self.moments is not None
@@ -215,17 +227,20 @@ class SpectralMetric(Metric):
             first_rows = self.moments is None
             moments, observations = self._meet(observations)
             dtype = observations.values.dtype
-            accumulate(moments, observations, self.gram_dtype, settle_origin=self._origin_settled_by != dtype)
+            self._accumulations += 1
+            # The first rows may be unlike the rest, and features drift in training: the origin follows the
+            # data, ever more seldom.
+            milestone = self._accumulations <= 8 or self._accumulations.bit_count() == 1
+            recentre = milestone or self._origin_set_by != dtype
+            accumulate(moments, observations, self.gram_dtype, recentre=recentre)
             self._forget_results()
             if first_rows and moments.count > 0:
                 # The only value read from the device: it saves looking for an origin ever after.
-                self._origin_settled_by = dtype
+                self._origin_set_by = dtype
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
-        value = self.statistic(self.spectrum)
-        self._value_shape = value.shape
-        return value
+        return self.statistic(self.spectrum)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
@@ -249,7 +264,8 @@ class SpectralMetric(Metric):
     def reset(self) -> None:
         """Forget all observations; a width that was read from rows is forgotten too."""
         super().reset()
-        self._origin_settled_by = None
+        self._origin_set_by = None
+        self._accumulations = 0
 
     def to(self, *args: Any, **kwargs: Any) -> SpectralMetric:
         """Move the metric; from then on rows are brought to that device. Dtypes are left alone."""
@@ -321,8 +337,9 @@ class SpectralMetric(Metric):
             if self._pinned_device is None:
                 moments = moments.map(lambda tensor: tensor.to(device))
                 self._set_moments(moments)
-        elif moments.second.is_inference():
-            # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place.
+        elif moments.second.is_inference() or self._is_synced:
+            # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place;
+            # merged sums are shared with the other metrics of a group.
             moments = moments.map(torch.clone)
             self._set_moments(moments)
         if moments.second.device != device:
@@ -332,14 +349,13 @@ class SpectralMetric(Metric):
     def _set_moments(self, moments: Moments) -> None:
         self.count, self.non_finite = moments.count, moments.non_finite
         self.origin, self.first_moment, self.second_moment = moments.origin, moments.first, moments.second
+        self._origin_set_by = None
 
     def _forget_results(self) -> None:
         _DECOMPOSITIONS.pop(self.second_moment, None)
         _MERGED.pop(self.second_moment, None)
 
     def _check_observed(self) -> None:
-        moments = self.moments
-        finite_sums = True if moments is None else moments.second.diagonal().isfinite().all()
         count, non_finite = int(self.count), int(self.non_finite)
         if non_finite and self.nan_strategy == "error":
             raise RuntimeError(
@@ -351,11 +367,7 @@ class SpectralMetric(Metric):
             raise RuntimeError(
                 f"{type(self).__name__} has counted no observation{detail}; call `update` before `compute`"
             )
-        if not finite_sums:
-            raise RuntimeError(
-                f"{type(self).__name__}: the squares of the observations exceed the range of float64"
-                " (about 1e308); scale them down before `update`"
-            )
+        self.check_range()
         if non_finite and self.nan_strategy == "warn":
             warnings.warn(
                 f"{type(self).__name__} left out {non_finite} of {count + non_finite} observations that hold"
@@ -379,7 +391,12 @@ class SpectralMetric(Metric):
         return wrapped
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        stock = super()._wrap_compute(compute)
+        def remembering_shape(*args: Any, **kwargs: Any) -> Any:
+            value = compute(*args, **kwargs)
+            self._value_shape = value.shape if isinstance(value, Tensor) else None
+            return value
+
+        stock = super()._wrap_compute(functools.wraps(compute)(remembering_shape))
 
         @functools.wraps(compute)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -393,7 +410,7 @@ class SpectralMetric(Metric):
             finally:
                 self._computing = False
             # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
-            return value.reshape(self._value_shape) if isinstance(value, Tensor) else value
+            return value if self._value_shape is None else value.reshape(self._value_shape)
 
         return wrapped
 
@@ -461,7 +478,7 @@ class SpectralMetric(Metric):
             for name in names:
                 setattr(self, name, getattr(self, name).detach().clone())
         if names:
-            self._origin_settled_by = None
+            self._origin_set_by = None
             self._computed = None
             self._update_count = max(self._update_count, int(self.moments is not None))
 

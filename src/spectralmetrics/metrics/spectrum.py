@@ -91,7 +91,8 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         num_features: the width D; None reads it from the first rows.
         num_components: number of eigenvectors k.
         max_samples: largest number of observations m.
-        seed: of the sample.
+        seed: of the sample. Give different seeds to metrics that you merge yourself (``merge_state``), or the
+            same places of both streams are sampled; processes of a group draw differently by themselves.
         kwargs: see :class:`SpectralMetric`.
 
     Raises:
@@ -155,6 +156,8 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
             if self.reservoir is None:
                 self._set_reservoir(empty_reservoir(self.max_samples, observations.num_features, home))
             matrix = observations.rows()
+            if matrix.dtype != torch.float64:
+                matrix = matrix.to(torch.float32)
             count = matrix.shape[0]
             keys = torch.rand(
                 count, generator=self._generator(matrix.device), device=matrix.device, dtype=torch.float64
@@ -205,6 +208,9 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        capacity = incoming_state.get("sample_keys", self.sample_keys).numel()
+        if capacity not in (0, self.max_samples):
+            raise ValueError(f"expected an incoming sample of max_samples={self.max_samples}, got {capacity}")
         super()._reduce_states(incoming_state)
         keys, rows = incoming_state["sample_keys"], incoming_state["sample_rows"]
         if keys.numel() == 0:

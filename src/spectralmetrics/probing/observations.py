@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
 from spectralmetrics.functional.moments import Observations
 
@@ -21,27 +21,47 @@ Interpolation = Literal["nearest", "linear", "bilinear", "bicubic", "trilinear",
 _LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # Spatial dimensions of the maps that these modules put out, channels first.
 _MAP_LAYERS: dict[type[nn.Module], int] = {
-    layer: rank
-    for rank, layers in {
-        1: (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d),
-        2: (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-        3: (nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d),
-    }.items()
-    for layer in layers
-} | {
-    nn.AdaptiveMaxPool1d: 1,
-    nn.AdaptiveMaxPool2d: 2,
-    nn.AdaptiveMaxPool3d: 3,
-    nn.BatchNorm1d: 1,
-    nn.BatchNorm2d: 2,
-    nn.BatchNorm3d: 3,
-    nn.InstanceNorm1d: 1,
-    nn.InstanceNorm2d: 2,
-    nn.InstanceNorm3d: 3,
+    getattr(nn, f"{name}{rank}d"): rank
+    for rank in (1, 2, 3)
+    for name in (
+        "Conv",
+        "ConvTranspose",
+        "MaxPool",
+        "AvgPool",
+        "AdaptiveAvgPool",
+        "AdaptiveMaxPool",
+        "LPPool",
+        "InstanceNorm",
+        "ZeroPad",
+        "ReflectionPad",
+        "ReplicationPad",
+        "ConstantPad",
+        "CircularPad",
+    )
 }
-# Features come last, whatever the number of dimensions.
-_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)
-_TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
+# Channels are the second dimension, whatever the number of dimensions.
+_CHANNELS_SECOND = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.PReLU,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Upsample,
+)
+# Features come last, whatever the number of dimensions; the attribute that says how many.
+_FEATURES_LAST: dict[type[nn.Module], str] = {
+    nn.Linear: "out_features",
+    nn.Bilinear: "out_features",
+    nn.Embedding: "embedding_dim",
+    nn.LayerNorm: "normalized_shape",
+    nn.RMSNorm: "normalized_shape",
+}
+_RECURRENT_OR_ATTENTION = (nn.RNNBase, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
@@ -70,11 +90,12 @@ class ObservationRule:
         if self.max_map_size is not None and self.max_map_size < 1:
             raise ValueError(f"expected max_map_size to be positive or None, got {self.max_map_size!r}")
 
-    def batch(self, module: nn.Module, output: Any, mask: Tensor | None = None) -> Batch:
+    def batch(self, module: nn.Module | None, output: Any, mask: Tensor | None = None) -> Batch:
         """The first floating tensor of an output, samples first.
 
         Args:
-            module: the layer that put it out, whose type tells maps from sequences.
+            module: the layer that put it out, whose type tells the order of dimensions; None for a tensor that
+                is no layer's output: (N, D), (N, T, D) or (N, C, *spatial).
             output: a tensor, a packed sequence, or a nest of tuples, lists, mappings and dataclasses.
             mask: (N, T) boolean, True for valid steps; used where it fits a sequence of that shape.
 
@@ -86,12 +107,23 @@ class ObservationRule:
             raise ValueError(f"expected a floating tensor in the output, got {type(output).__name__}")
         if isinstance(values, PackedSequence):
             padded, lengths = pad_packed_sequence(values._replace(data=values.data.detach()), batch_first=True)
-            steps = torch.arange(padded.shape[1])
-            return Batch("sequence", padded, (steps < lengths[:, None]).to(padded.device))
+            return Batch("sequence", padded, _up_to(lengths, padded))
         values = values.detach()
+        if values.is_nested:
+            parts = values.unbind()  # (T_i, D) each
+            padded = pad_sequence(list(parts), batch_first=True)
+            return Batch(
+                "sequence", padded, _up_to(torch.tensor([len(part) for part in parts], device="cpu"), padded)
+            )
         kind, values = _samples_first(module, values)
-        fits = kind == "sequence" and mask is not None and mask.shape == values.shape[:2]
-        return Batch(kind, values, mask.to(values.device) if fits and mask is not None else None)
+        if kind != "sequence" or mask is None:
+            return Batch(kind, values)
+        samples, steps = values.shape[:2]
+        if mask.shape == (steps, samples) and steps != samples:
+            values = values.transpose(0, 1)  # time first, although the layer's type does not tell
+        elif mask.shape != (samples, steps):
+            return Batch(kind, values)
+        return Batch(kind, values, mask.to(values.device))
 
 
 @dataclass(frozen=True)
@@ -169,26 +201,64 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     return observations.take(index)
 
 
-def _samples_first(module: nn.Module, values: Tensor) -> tuple[Literal["rows", "maps", "sequence"], Tensor]:
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[-1]
+def _samples_first(
+    module: nn.Module | None, values: Tensor
+) -> tuple[Literal["rows", "maps", "sequence"], Tensor]:
+    module = _deciding(module)
     rank = next((rank for layer, rank in _MAP_LAYERS.items() if isinstance(module, layer)), None)
-    if rank is not None and values.ndim == rank + 1 and not isinstance(module, nn.BatchNorm1d):
+    if rank is not None and values.ndim == rank + 1:
         values = values[None]  # an unbatched map (C, *spatial)
     if values.ndim == 0:
         raise ValueError("expected an output with features, got a scalar")
     if values.ndim == 1:
         return "rows", values[None]
-    if values.ndim == 2 and isinstance(module, nn.RNNBase):
+    if values.ndim == 2 and isinstance(module, _RECURRENT_OR_ATTENTION):
         return "sequence", values[None]  # an unbatched sequence (T, D)
     if values.ndim == 2:
         return "rows", values
-    if values.ndim == 3 and rank is None:
-        time_first = isinstance(module, _TIME_FIRST) and not module.batch_first
-        return "sequence", values.transpose(0, 1) if time_first else values
-    if rank is None and isinstance(module, _FEATURES_LAST):
+    if values.ndim == 3 and rank is None and not isinstance(module, _CHANNELS_SECOND):
+        return "sequence", values.transpose(0, 1) if _is_time_first(module) else values
+    if values.shape[-1] == _own_width(module):
         return "maps", values.movedim(-1, 1)
     return "maps", values
+
+
+def _deciding(module: nn.Module | None) -> nn.Module | None:
+    """The module inside a sequential one whose type tells the layout of its output: the last that does."""
+    if not isinstance(module, nn.Sequential):
+        return module
+    telling = (*_MAP_LAYERS, *_CHANNELS_SECOND, *_FEATURES_LAST, *_RECURRENT_OR_ATTENTION)
+    for inner in reversed(module):
+        found = _deciding(inner)
+        if isinstance(found, telling):
+            return found
+    return None
+
+
+def _own_width(module: nn.Module | None) -> int | None:
+    """The size of the last dimension of the output of a layer whose features come last."""
+    for layer, attribute in _FEATURES_LAST.items():
+        if isinstance(module, layer):
+            width = getattr(module, attribute)
+            return int(width if isinstance(width, int) else width[-1])
+    return None
+
+
+def _is_time_first(module: nn.Module | None) -> bool:
+    """Whether a layer puts out (T, N, D): it says so, or the attention inside it does."""
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        module = module.layers[0]
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    if isinstance(module, (*_RECURRENT_OR_ATTENTION, nn.Transformer)):
+        return not module.batch_first
+    return False
+
+
+def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:
+    """(N, T) boolean, True for the first steps of each sequence."""
+    steps = torch.arange(padded.shape[1], device=lengths.device)
+    return (steps < lengths[:, None]).to(padded.device)
 
 
 def _observe_maps(maps: Tensor, rule: ObservationRule) -> Observations:

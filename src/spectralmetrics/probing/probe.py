@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import _disable_current_modes
 from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.moments import Observations
@@ -25,6 +27,7 @@ from spectralmetrics.probing.observations import (
     ObservationRule,
     Sequences,
     draw,
+    first_tensor,
     sample_size,
 )
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
@@ -138,9 +141,11 @@ class LayerProbe(nn.Module):
         self._too_wide: set[tuple[str, str]] = set()
         self._paused = 0
         self._mask: Tensor | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._thread = threading.local()
         self._handles = [module.register_forward_hook(_Observer(self, name)) for name, module in chosen.items()]
         self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self._finalizer.atexit = False  # at the end of the program there is nothing left to clean
 
     # -- what the user sees ------------------------------------------------------------------------------
 
@@ -275,8 +280,11 @@ class LayerProbe(nn.Module):
     # -- observing ---------------------------------------------------------------------------------------
 
     def _observe(self, name: str, module: nn.Module, output: Any) -> None:
-        # In backward this is a checkpoint's recomputation, and the forward has been counted.
-        if self._paused or torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
+        # In backward this is a checkpoint's recomputation, and the forward has been counted. Under a tracer
+        # nothing is computed, and inside `select` or another library's metric the model is not the user's run.
+        if self._paused or torch._C._current_graph_task_id() != -1 or _is_traced(output):
+            return
+        if getattr(self._thread, "observing", False):
             return
         stage = "train" if module.training else "eval"
         with self._lock:
@@ -289,28 +297,27 @@ class LayerProbe(nn.Module):
                 return
             if self.max_samples is not None and progress.samples >= self.max_samples:
                 return
+            self._thread.observing = True
             try:
-                # Views of inference tensors are fine; what must not happen is autograd or autocast.
-                with (
-                    torch.no_grad(),
-                    torch.inference_mode(False),
-                    torch.autocast(_device_type(output), enabled=False),
-                ):
+                with _undisturbed(output):
                     self._observe_output(stage, name, module, output, progress, forward)
-            except (TypeError, ValueError) as error:
+            except Exception as error:
                 # A monitor must not end a training run.
-                self._give_up(stage, name, str(error))
+                self._give_up(stage, name, f"{type(error).__name__}: {error}")
+            finally:
+                self._thread.observing = False
 
     def _observe_output(
         self, stage: str, name: str, module: nn.Module, output: Any, progress: _Progress, forward: int
     ) -> None:
-        if name in self._selected:
+        selected = name in self._selected
+        if selected:
             output = self._selected[name](output)
-        batch = self.rule.batch(module, output, self._mask)
-        if isinstance(batch.values, FakeTensor) or batch.values.is_meta:
-            return  # the model is being traced or planned, not run
+        batch = self.rule.batch(None if selected else module, output, self._mask)
         if self.max_samples is not None:
             batch = batch.first(self.max_samples - progress.samples)
+        if batch.values.numel() == 0:
+            return
         progress.samples += batch.num_samples
         observations = batch.observations(self.rule)
         width = observations.num_features
@@ -354,26 +361,27 @@ class LayerProbe(nn.Module):
                     )
                 if "warn" not in strategies:
                     left_out.pop()
-        overflowed = []
+        failed = []
         for name in order:
             if name in unseen:
                 continue
-            collection = self[stage, name]
-            members = dict(collection.items(keep_base=True, copy_state=False))
+            members = dict(self[stage, name].items(keep_base=True, copy_state=False))
             found: dict[str, Tensor] = {}
             try:
                 # Eigenvectors first: they come with the eigenvalues that the others read.
                 for key in sorted(members, key=lambda k: not getattr(members[k], "needs_eigenvectors", False)):
                     metric = members[key]
+                    if isinstance(metric, SpectralMetric):
+                        metric.check_range()
                     found[key] = metric.read() if isinstance(metric, SpectralMetric) else metric.compute()
-            except ValueError:
-                overflowed.append(name)
+            except (ValueError, RuntimeError) as error:
+                failed.append(f"{name!r} ({error})")
                 continue
             values.update({f"{key}/{stage}/{name}": found[key] for key in self._names})
         if left_out:
             _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
-        if overflowed:
-            _warn(f"layers {overflowed} are left out in {stage}: their squares exceed the range of float64")
+        if failed:
+            _warn(f"layers without a value in {stage} are left out: {', '.join(failed)}")
         if unseen and len(unseen) < len(order):
             _warn(f"layers that saw nothing in {stage} are left out: {', '.join(map(repr, unseen))}")
         return values
@@ -441,12 +449,13 @@ class LayerProbe(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a probe holds its observations; the hooks belong to the original.
         state = self.__dict__.copy()
-        state.update(_lock=None, _handles=[], _finalizer=None, _selected={}, _mask=None)
+        state.update(_lock=None, _thread=None, _handles=[], _finalizer=None, _selected={}, _mask=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._thread = threading.local()
 
 
 class _Observer:
@@ -584,8 +593,33 @@ def _module_key(stage: str, name: str) -> str:
     return f"{stage}/{name.replace('.', '/')}"
 
 
-def _device_type(output: Any) -> str:
-    return output.device.type if isinstance(output, Tensor) else "cpu"
+def _is_traced(output: Any) -> bool:
+    """Whether the model is being traced, planned or transformed, and not run."""
+    if torch._C._is_tracing() or isinstance(output, torch.fx.Proxy):
+        return True
+    values = first_tensor(output)
+    if isinstance(values, PackedSequence):
+        values = values.data
+    return values is not None and (
+        isinstance(values, FakeTensor)
+        or values.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(values)
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed(output: Any) -> Iterator[None]:
+    """No autograd, no inference mode, no autocast, and nobody listening to what is computed inside."""
+    device = output.device.type if isinstance(output, Tensor) else "cpu"
+    with contextlib.ExitStack() as stack:
+        # Selective checkpointing records every operation of the forward, to replay it in backward.
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _warn(message: str) -> None:
