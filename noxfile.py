@@ -1,4 +1,4 @@
-"""Sessions: `nox -s tests`, `lint`, `typecheck`, `tests_oldest`, `demo`."""
+"""Sessions: `nox -s tests`, `lint`, `typecheck`, `tests_oldest`, `demo`, `benchmarks`."""
 
 import nox
 
@@ -48,3 +48,11 @@ def demo(session: nox.Session) -> None:
     """Train a small network on real digits and look at its layers; arguments after `--` are passed on."""
     install(session, "demo")
     session.run("spectralmetrics", "demo", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure, print tables and write benchmarks/results/*.json."""
+    install(session, "test")
+    for script in ("training_step.py", "merge.py"):
+        session.run("python", f"benchmarks/{script}")

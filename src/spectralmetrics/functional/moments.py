@@ -39,7 +39,7 @@ from torch import Tensor
 _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
-_MINIMUM_ROWS_PER_PRODUCT = 1024
+_MINIMUM_ROWS_PER_PRODUCT = 2048
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def accumulate(
         moments: the sums so far.
         observations: floating observations of the same width, on the same device.
         gram_dtype: dtype of the products. ``torch.float64``, or ``torch.float32`` for speed: then the centred
-            rows are scaled by a power of two to the middle of the range of float32 and the product of all
-            rows is added to the float64 sum.
+            rows are scaled by a power of two to the middle of the range of float32 and each block's product
+            is added to the float64 sum.
         recentre: first move the origin to the mean of these rows, which re-bases the sums exactly. False
             saves that; right if the origin lies near the data and rows of this dtype have set it.
 
@@ -174,29 +174,14 @@ def accumulate(
     fast = gram_dtype == torch.float32
     # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
-        gram = _ScaledGram(moments) if fast else None
         for rows, valid in _blocks(values, observations.feature_dim, observations.valid, gram_dtype):
             rows = rows.to(row_dtype)  # half precision is exact in float32
             if recentre:
-                if gram is not None:  # what has been multiplied so far is about the old origin
-                    gram.fold()
                 _recentre(moments, rows, valid)
-            if gram is None:
-                centred = torch.sub(rows, moments.origin)
-                _clear(centred, _count(moments, centred, valid)[0])
-                _add_gram(moments.second, centred)
-                moments.first.add_(centred.sum(0))
+            if fast:
+                _add_in_float32(moments, rows, valid, exact_origin=not recentre)
             else:
-                # Float64 rows keep their digits until they are centred and scaled.
-                origin = moments.origin.to(row_dtype)
-                centred = torch.sub(rows, origin)
-                if recentre:
-                    # What rounding the origin has lost: nothing, if rows of this dtype have set it.
-                    centred.sub_((moments.origin - origin.to(torch.float64)).to(row_dtype))
-                mask, largest = _count(moments, centred, valid)
-                gram.add(centred, mask, largest)
-        if gram is not None:
-            gram.fold()
+                _add_in_float64(moments, rows, valid)
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:
@@ -408,68 +393,56 @@ def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
         rounded = origin.to(torch.float32).to(torch.float64)
         origin = torch.where(rounded.isfinite(), rounded, origin)
     origin = torch.where(mask.any(), origin, moments.origin)
-    # Without observations the sums are zero, and a shift from a meaningless origin must leave them so.
-    origin_before = torch.where(moments.count > 0, moments.origin, origin)
-    moved = rebase(replace(moments, origin=origin_before), origin)
+    # As in `rebase`, in place. Without observations the sums are zero, and a shift from an origin that means
+    # nothing must leave them so.
+    shift = torch.where(moments.count > 0, moments.origin - origin, 0)
+    count = moments.count.to(torch.float64)
+    half = moments.first + 0.5 * count * shift
+    left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
+    for start, stop in _block_rows(len(origin)):
+        moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
+    moments.first.add_(count * shift)
     moments.origin.copy_(origin)
-    moments.first.copy_(moved.first)
-    moments.second.copy_(moved.second)
 
 
-class _ScaledGram:
-    """A float32 product of scaled rows, on its way into the float64 sum."""
-
-    def __init__(self, moments: Moments) -> None:
-        self._moments = moments
-        self._gram: Tensor | None = None
-        self._scale: Tensor
-        self._unset: Tensor
-
-    def add(self, centred: Tensor, mask: Tensor, largest: Tensor) -> None:
-        if self._gram is None:
-            self._gram = torch.zeros_like(self._moments.second, dtype=torch.float32)
-            self._scale = self._power_of_two(largest)
-            self._unset = largest == 0
-        else:
-            # As long as all rows were zero, so is the product, whatever its scale.
-            self._scale = torch.where(self._unset, self._power_of_two(largest), self._scale)
-            self._unset = self._unset & (largest == 0)
-        _clear(centred, mask * self._scale.to(centred.dtype))
-        centred = centred.to(torch.float32)
-        _add_gram(self._gram, centred)
-        self._moments.first.add_(centred.sum(0).to(torch.float64).div_(self._scale))
-
-    def fold(self) -> None:
-        if self._gram is None:
-            return
-        weight = self._scale.square().reciprocal()
-        second = self._moments.second
-        size = _block_size(second.shape[0])
-        for start in range(0, second.shape[0], size):
-            stop = start + size
-            block = self._gram[start:stop, start:].to(torch.float64)
-            second[start:stop, start:].add_(block.mul_(weight))
-        self._gram = None
-
-    def _power_of_two(self, largest: Tensor) -> Tensor:
-        """A float64 power of two that brings the centred rows near one; 1 where they are all zero."""
-        moments = self._moments
-        spread = (moments.second.diagonal().amax() / moments.count.clamp(min=1)).sqrt()
-        reference = torch.maximum(spread, largest.to(torch.float64))
-        exponent = torch.frexp(torch.where(reference > 0, reference, 1.0)).exponent
-        if largest.dtype == torch.float32:
-            exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
-        return torch.ldexp(torch.ones_like(reference), -exponent)
+def _add_in_float64(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
+    centred = torch.sub(rows, moments.origin)
+    mask, _ = _count(moments, centred, valid)
+    _clear(centred, mask)
+    for start, stop in _block_rows(centred.shape[1]):
+        moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
+    moments.first.add_(centred.sum(0))
 
 
-def _block_size(features: int) -> int:
-    return features if features <= 128 else max(128, min(256, features // 4))
+def _add_in_float32(moments: Moments, rows: Tensor, valid: Tensor | None, exact_origin: bool) -> None:
+    # Float64 rows keep their digits until they are centred and scaled.
+    origin = moments.origin.to(rows.dtype)
+    centred = torch.sub(rows, origin)
+    if not exact_origin:
+        # What rounding the origin has lost: nothing, if rows of this dtype have set it.
+        centred.sub_((moments.origin - origin.to(torch.float64)).to(rows.dtype))
+    mask, largest = _count(moments, centred, valid)
+    scale = _power_of_two_scale(largest)
+    _clear(centred, mask * scale.to(rows.dtype))
+    centred = centred.to(torch.float32)
+    weight = scale.square().reciprocal()
+    for start, stop in _block_rows(centred.shape[1]):
+        # Added while it is in the cache; a product of all features would not be.
+        product = torch.mm(centred[:, start:stop].t(), centred[:, start:])
+        moments.second[start:stop, start:].add_(product.to(torch.float64).mul_(weight))
+    moments.first.add_(centred.sum(0).to(torch.float64).div_(scale))
 
 
-def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add ``rows.T @ rows`` to the upper triangle of ``total``, block row by block row."""
-    features = rows.shape[1]
-    size = _block_size(features)
+def _power_of_two_scale(largest: Tensor) -> Tensor:
+    """A float64 power of two that brings rows of this largest magnitude near one; 1 if they are all zero."""
+    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
+    if largest.dtype == torch.float32:
+        exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
+    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
+
+
+def _block_rows(features: int) -> Iterator[tuple[int, int]]:
+    """The upper triangle of a product as block rows ``[start:stop, start:]``: little more than half the work."""
+    size = features if features <= 128 else max(128, min(256, features // 4))
     for start in range(0, features, size):
-        stop = start + size
-        total[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
+        yield start, min(start + size, features)

@@ -230,7 +230,7 @@ class SpectralMetric(Metric):
             self._accumulations += 1
             # The first rows may be unlike the rest, and features drift in training: the origin follows the
             # data, ever more seldom.
-            milestone = self._accumulations <= 8 or self._accumulations.bit_count() == 1
+            milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
             recentre = milestone or self._origin_set_by != dtype
             accumulate(moments, observations, self.gram_dtype, recentre=recentre)
             self._forget_results()
