@@ -2,7 +2,7 @@
 
     python benchmarks/merge.py [--processes 2 4] [--rounds 7]
 
-Both arms end with the merged sums of 21 layers and 3 metrics on every process; eigenvalues are left out of both.
+Both arms end with the merged sums of 21 layers and 3 metrics on every process; neither decomposes them.
 The stock arm is what torchmetrics does for a metric with three states that are reduced by sums: it gathers each
 state of each metric and adds them up.
 """

@@ -442,7 +442,7 @@ def _power_of_two_scale(largest: Tensor) -> Tensor:
 
 
 def _block_rows(features: int) -> Iterator[tuple[int, int]]:
-    """The upper triangle of a product as block rows ``[start:stop, start:]``: little more than half the work."""
+    """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work."""
     size = features if features <= 128 else max(128, min(256, features // 4))
     for start in range(0, features, size):
         yield start, min(start + size, features)
