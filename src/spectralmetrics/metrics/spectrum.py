@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from spectralmetrics.functional.reservoir import Reservoir, empty_reservoir, kep
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.base import SpectralMetric
 from spectralmetrics.metrics.merging import Exchange, exchange_reservoirs
+from spectralmetrics.plotting import plot_covariance, plot_embedding, plot_spectrum
 
 
 class CovarianceMetric(SpectralMetric):
@@ -53,6 +55,11 @@ class CovarianceMetric(SpectralMetric):
             raise RuntimeError(f"expected at least 2 observations for unbiased=True, got {count}")
         return spectrum.covariance * (count / (count - 1))
 
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the covariance as an image; of a sequence, the last. See :meth:`SpectralMetric.plot`."""
+        values = self.compute() if val is None else val
+        return plot_covariance(values if isinstance(values, Tensor) else values[-1], ax=ax)
+
 
 class SpectrumMetric(SpectralMetric):
     r"""The eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D` of the covariance.
@@ -77,6 +84,10 @@ class SpectrumMetric(SpectralMetric):
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
         return spectrum.eigenvalues
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the eigenvalues, one line for each spectrum. See :meth:`SpectralMetric.plot`."""
+        return plot_spectrum(self.compute() if val is None else val, ax=ax)
 
 
 class EigenspaceEmbeddingMetric(SpectralMetric):
@@ -181,6 +192,11 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         moments = spectrum.moments
         centred = (kept_rows(reservoir) - moments.origin) - moments.first / moments.count
         return centred @ basis
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the first two components; of a sequence, the last. See :meth:`SpectralMetric.plot`."""
+        values = self.compute() if val is None else val
+        return plot_embedding(values if isinstance(values, Tensor) else values[-1], ax=ax)
 
     def exchanges(self, group: Any = None) -> list[Exchange]:
         """See :meth:`SpectralMetric.exchanges`."""
