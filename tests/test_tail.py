@@ -32,6 +32,12 @@ def test_tensors_and_options():
     assert low_saturation_tail(values, output_layers=9) == []
 
 
+@pytest.mark.parametrize("value", [90.0, -0.1, float("nan"), torch.ones(3)])
+def test_what_is_no_saturation_is_refused(value):
+    with pytest.raises(ValueError, match=r"saturations in \[0, 1\].*'layer1'"):
+        low_saturation_tail(profile(0.5, value))
+
+
 @pytest.mark.parametrize("arguments", [{"ratio": 1.5}, {"ratio": 0}, {"output_layers": -1}])
 def test_bad_arguments_are_quoted(arguments):
     with pytest.raises(ValueError, match=f"got {next(iter(arguments.values()))}"):

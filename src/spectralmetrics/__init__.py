@@ -19,7 +19,7 @@ from spectralmetrics.metrics import (
     statistics,
 )
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.tail import low_saturation_tail
+from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 __version__ = "0.1.0.dev0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "SpectrumMetric",
     "StableRankMetric",
     "functional",
+    "layer_profile",
     "low_saturation_tail",
     "statistics",
 ]

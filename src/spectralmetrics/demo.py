@@ -18,7 +18,7 @@ from torch.nn import functional
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.tail import low_saturation_tail
+from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +152,7 @@ def run(
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(rows)
-    profiles = {stage: _profile(values, "saturation", stage) for stage in ("train", "eval")}
+    profiles = {stage: layer_profile(values, "saturation", stage) for stage in ("train", "eval")}
     tail = low_saturation_tail(profiles["eval"])
     figure, _ = plot_profile(
         profiles,
@@ -164,20 +164,18 @@ def run(
     if tail:
         message = (
             f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses"
-            " less than half of the share of its directions that the busiest layer uses: a sign that the image"
-            " has been shrunk too early for them to add anything."
+            " less than half of the share of its directions that the busiest layer uses. In this network the"
+            " stem has shrunk the image so early that they see all of it and add little."
         )
     else:
         message = "No low-saturation tail on validation data: the last layers' directions are in use."
     console.print(message)
+    console.print(
+        "Train values pool the features of all the weights of an epoch; eval values are of one network."
+    )
     seconds = time.monotonic() - started
     console.print(f"Wrote records.csv and profile.png to {output} after {seconds:.0f} s.", soft_wrap=True)
     return rows
-
-
-def _profile(values: dict[str, Tensor], statistic: str, stage: str) -> dict[str, Tensor]:
-    prefix = f"{statistic}/{stage}/"
-    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
 def _print_table(console: Console, values: dict[str, Tensor], tail: list[str], epoch: int) -> None:
@@ -185,9 +183,9 @@ def _print_table(console: Console, values: dict[str, Tensor], tail: list[str], e
 
     table = Table(title=f"Epoch {epoch}, layers in forward order", title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for heading in ("saturation\ntrain", "\neval", "dimension\ntrain", "\neval", ""):
+    for heading in ("saturation\ntrain", "saturation\neval", "dimension\ntrain", "dimension\neval", ""):
         table.add_column(heading, justify="right")
-    for layer in _profile(values, "saturation", "eval"):
+    for layer in layer_profile(values, "saturation", "eval"):
         table.add_row(
             layer,
             *(f"{float(values[f'saturation/{stage}/{layer}']):.3f}" for stage in ("train", "eval")),

@@ -7,6 +7,27 @@ from collections.abc import Mapping
 from torch import Tensor
 
 
+def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict[str, Tensor]:
+    """One metric in one stage, layer by layer, from what :meth:`LayerProbe.compute` returned.
+
+    Args:
+        values: ``"{metric}/{stage}/{layer}"`` -> value.
+        metric: such as ``"saturation"``.
+        stage: ``"train"`` or ``"eval"``.
+
+    Returns:
+        Layer name -> value, in the order of ``values``; what :func:`low_saturation_tail` and
+        :func:`~spectralmetrics.plotting.plot_profile` take.
+
+    >>> import torch
+    >>> layer_profile({"saturation/eval/conv1": torch.tensor(0.5), "spectrum/eval/conv1": torch.ones(3)},
+    ...               "saturation", "eval")
+    {'conv1': tensor(0.5000)}
+    """
+    prefix = f"{metric}/{stage}/"
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
 def low_saturation_tail(
     saturation: Mapping[str, float | Tensor], *, ratio: float = 0.5, output_layers: int = 1
 ) -> list[str]:
@@ -17,6 +38,9 @@ def low_saturation_tail(
     the run nor to the largest value. Networks whose receptive field outgrows their input end in such a tail
     (`arXiv:2006.08679 <https://arxiv.org/abs/2006.08679>`_).
 
+    Look at validation data: a profile over an epoch of training pools features of changing weights. And give
+    each layer many more observations than features, or a lack of data looks like a lack of directions.
+
     Args:
         saturation: layer name -> saturation in [0, 1], in forward order.
         ratio: share of the largest saturation below which a layer counts as idle, in (0, 1).
@@ -26,7 +50,7 @@ def low_saturation_tail(
         The names of the layers in the tail; empty if the last layer before the output is not below the limit.
 
     Raises:
-        ValueError: if ``ratio`` is outside (0, 1) or ``output_layers`` is negative.
+        ValueError: if ``ratio`` is outside (0, 1), ``output_layers`` is negative, or a value is no saturation.
 
     >>> low_saturation_tail({"conv1": 0.8, "conv2": 0.3, "conv3": 0.7, "conv4": 0.2, "conv5": 0.1, "head": 0.9})
     ['conv4', 'conv5']
@@ -37,6 +61,9 @@ def low_saturation_tail(
         raise ValueError(f"expected a ratio in (0, 1), got {ratio!r}")
     if output_layers < 0:
         raise ValueError(f"expected output_layers not to be negative, got {output_layers!r}")
+    for name, value in saturation.items():
+        if (isinstance(value, Tensor) and value.numel() != 1) or not 0 <= float(value) <= 1:
+            raise ValueError(f"expected saturations in [0, 1], got {value} for {name!r}")
     names = list(saturation)[: max(len(saturation) - output_layers, 0)]
     limit = ratio * max((float(saturation[name]) for name in names), default=0.0)
     start = len(names)

@@ -201,6 +201,21 @@ def test_float32_products_after_an_unlike_first_batch(beginning):
     torch.testing.assert_close(within[:20], expected[:20], rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("when", [1, 3, 7])
+def test_one_outlying_row_does_not_carry_the_origin_away(when, gram_dtype):
+    from spectralmetrics import CovarianceMetric
+
+    parts = list(torch.randn(20 * 256, 16).split(256))
+    parts.insert(when, torch.full((1, 16), 1e6))
+    metric = CovarianceMetric(gram_dtype=gram_dtype)
+    for part in parts:
+        metric.update(part)
+    assert metric.origin.abs().max() < 10
+    bound = 1e-12 if gram_dtype == torch.float64 else 1e-6
+    assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts).double())) < bound
+
+
 @pytest.mark.parametrize("first", [0.0, torch.nan, 1e-3])
 def test_the_scale_of_float32_products_is_not_that_of_the_first_block_alone(first):
     rows = torch.randn(2048, 512)

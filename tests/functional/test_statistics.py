@@ -130,6 +130,29 @@ def test_round_off_of_a_singular_covariance_counts_as_zero(rank):
     assert F.determinant(covariance) == 0
 
 
+@pytest.mark.parametrize("batches", [1, 40])
+def test_the_rank_of_real_feature_maps_is_exact(batches):
+    """A convolution of one channel with 3x3 kernels has rank 9, on images that are mostly one colour."""
+    from sklearn.datasets import load_digits
+
+    import spectralmetrics as sm
+
+    images = torch.from_numpy(load_digits().images)[:, None] / 16
+    torch.manual_seed(0)
+    maps = torch.nn.functional.conv2d(images, torch.randn(32, 1, 3, 3, dtype=torch.float64), padding=1) + 0.3
+    metrics = [
+        sm.SpectrumMetric(),
+        sm.IntrinsicDimensionMetric(threshold=1.0),
+        sm.CovarianceDeterminantMetric(),
+    ]
+    for part in maps.split(len(maps) // batches):
+        for metric in metrics:
+            metric.update(sm.Observations(part, feature_dim=1))
+    assert int((metrics[0].compute() > 0).sum()) == 9
+    assert metrics[1].compute() == 9
+    assert metrics[2].compute() == 0
+
+
 @given(seed=st.integers(0, 10**6), features=st.integers(1, 12), spread=st.floats(0, 8))
 def test_determinant_against_extended_precision(seed, features, spread):
     generator = np.random.default_rng(seed)

@@ -530,6 +530,42 @@ class TestModes:
             assert_same(metric.compute(), feed(VARIANTS[name](), rows).compute())
 
 
+class TestOrigin:
+    """Moving the origin costs a pass over the sums: it must be seldom, also after the state was replaced."""
+
+    @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("how", ["updates", "forward", "merge", "load"])
+    def test_it_settles(self, how, gram_dtype, monkeypatch):
+        moves = []
+        accumulate = base.accumulate
+        monkeypatch.setattr(
+            base, "accumulate", lambda *a, **k: moves.append(k["recentre"]) or accumulate(*a, **k)
+        )
+        metric, other = (sm.SaturationMetric(gram_dtype=gram_dtype) for _ in range(2))
+        other.update(torch.randn(30, 4))
+        if how == "forward":
+            metric(torch.randn(30, 4))
+            metric(torch.randn(30, 4))
+        elif how == "merge":
+            metric.update(torch.randn(30, 4))
+            metric.merge_state(other)
+        elif how == "load":
+            other.persistent(True)
+            metric.load_state_dict(other.state_dict())
+        moves.clear()
+        for _ in range(40):
+            metric.update(torch.randn(30, 4))
+        assert sum(moves) <= 8
+
+    def test_it_settles_for_each_dtype(self):
+        metric = sm.CovarianceMetric(gram_dtype=torch.float32)
+        rows = random_rows(0, 1200, 3, mean=1e6 / 3)
+        for index, part in enumerate(rows.split(30)):
+            metric.update(part.float() if index % 2 else part)
+        parts = [p.float().double() if i % 2 else p for i, p in enumerate(rows.split(30))]
+        assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts))) < 1e-6
+
+
 @pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="this torch has no float8")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_float8_rows(name):

@@ -398,6 +398,17 @@ class TestValues:
             value.zero_()
         assert same(probe.compute().values(), kept.values())
 
+    def test_a_statistic_that_fails_on_one_layer_does_not_take_the_others_along(self):
+        class Gap(sm.SpectralMetric):
+            def statistic(self, spectrum):
+                return float(spectrum.eigenvalues[0] - spectrum.eigenvalues[1])
+
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        probe = LayerProbe(model, {"gap": Gap()})
+        model(torch.randn(9, 3))
+        with pytest.warns(UserWarning, match="left out: '1' .*IndexError"):
+            assert list(probe.compute()) == ["gap/train/0"]
+
     def test_one_layer_without_a_value_does_not_take_the_others_along(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
         probe = LayerProbe(model, [sm.CovarianceMetric(unbiased=True)])
@@ -730,6 +741,9 @@ class TestControls:
         ("arguments", "error", "quoted"),
         [
             ({"every_n_steps": 0}, ValueError, "every_n_steps.*0"),
+            ({"every_n_steps": 1.5}, ValueError, "every_n_steps.*1.5"),
+            ({"metrics": sm.SaturationMetric}, TypeError, "the class SaturationMetric; call it"),
+            ({"layers": [nn.Linear(3, 3)]}, TypeError, "got Linear"),
             ({"max_features": 0}, ValueError, "max_features.*0"),
             ({"max_samples": 0}, ValueError, "max_samples.*0"),
             ({"rows_per_feature": -1}, ValueError, "rows_per_feature.*-1"),
@@ -805,6 +819,14 @@ class TestResume:
         assert len([key for key in probe.state_dict() if key.endswith("second_moment")]) == 2  # train and eval
         probe.persistent(False)
         assert not probe.state_dict()
+
+    def test_a_state_that_was_not_saved_is_missed(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        saved = LayerProbe(model).state_dict()
+        probe = LayerProbe(model)
+        probe.persistent(True)
+        with pytest.raises(RuntimeError, match="progress"):
+            probe.load_state_dict(saved)
 
     def test_another_set_of_layers_is_refused(self):
         probe = LayerProbe(nn.Sequential(nn.Linear(3, 3)))

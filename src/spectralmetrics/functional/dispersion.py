@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.spectrum import check_covariance
+from spectralmetrics.functional.spectrum import check_covariance, round_off
 
 
 def trace(covariance: Tensor) -> Tensor:
@@ -57,8 +57,9 @@ def determinant(covariance: Tensor, log: bool = False) -> Tensor:
     correlation = covariance / units[..., :, None] / units[..., None, :]
     factor, failed = torch.linalg.cholesky_ex(correlation)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    round_off = 10 * covariance.shape[-1] * torch.finfo(torch.float64).eps
-    regular = (failed == 0) & (pivots.square() > round_off).all(-1) & (deviations > 0).all(-1)
+    regular = (
+        (failed == 0) & (pivots.square() > round_off(covariance.shape[-1])).all(-1) & (deviations > 0).all(-1)
+    )
     logarithm = 2 * (units.log().sum(-1) + pivots.log().sum(-1))
     logarithm = torch.where(regular, logarithm, -torch.inf)
     return logarithm if log else logarithm.exp()

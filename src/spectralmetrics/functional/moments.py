@@ -161,8 +161,9 @@ def accumulate(
         gram_dtype: dtype of the products. ``torch.float64``, or ``torch.float32`` for speed: then the centred
             rows are scaled by a power of two to the middle of the range of float32 and each block's product
             is added to the float64 sum.
-        recentre: first move the origin to the mean of these rows, which re-bases the sums exactly. False
-            saves that; right if the origin lies near the data and rows of this dtype have set it.
+        recentre: first move the origin to the mean of these rows, which re-bases the sums exactly, unless they
+            are fewer than the root of the number of rows before them. False saves that; right if the origin
+            lies near the data and rows of this dtype have set it.
 
     >>> moments = empty_moments(1)
     >>> accumulate(moments, Observations(torch.tensor([[1e9], [1e9 + 2]], dtype=torch.float64)))
@@ -381,18 +382,21 @@ def _clear(centred: Tensor, factor: Tensor) -> None:
 
 
 def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
-    """Move the origin to the mean of ``rows``, if any of them is finite, and the sums with it."""
+    """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow."""
     mask = rows.abs().amax(1, keepdim=True).isfinite()
     mask = mask if valid is None else mask & valid
     # The mean is taken about a row, so that constant features are centred to exactly zero.
     pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
     deviations = torch.where(mask, rows.to(torch.float64) - pivot, 0)
-    origin = pivot + deviations.sum(0) / mask.sum().clamp(min=1)
+    kept = mask.sum()
+    origin = pivot + deviations.sum(0) / kept.clamp(min=1)
     if rows.dtype == torch.float32:
         # So that rows minus the origin is exactly one float32 subtraction.
         rounded = origin.to(torch.float32).to(torch.float64)
         origin = torch.where(rounded.isfinite(), rounded, origin)
-    origin = torch.where(mask.any(), origin, moments.origin)
+    # A few rows that are unlike the rest, such as a last incomplete batch, must not carry the origin away.
+    followed = (kept > 0) & (kept.square() >= moments.count)
+    origin = torch.where(followed, origin, moments.origin)
     # As in `rebase`, in place. Without observations the sums are zero, and a shift from an origin that means
     # nothing must leave them so.
     shift = torch.where(moments.count > 0, moments.origin - origin, 0)

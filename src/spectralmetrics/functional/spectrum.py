@@ -18,8 +18,8 @@ from spectralmetrics.functional.moments import Moments
 def eigenvalues(covariance: Tensor) -> Tensor:
     r"""Eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D \ge 0` of a covariance matrix.
 
-    Values below :math:`D \epsilon \lambda_1` (:math:`\epsilon` of float64), which is what the eigensolver
-    cannot tell from zero, are returned as zero.
+    Values below :math:`16 \max(D, 16)\, \epsilon \lambda_1` (:math:`\epsilon` of float64), which sums of many
+    products and the eigensolver cannot tell from zero, are returned as zero.
 
     Args:
         covariance: symmetric positive semi-definite, shape (..., D, D), floating.
@@ -150,5 +150,9 @@ def check_covariance(covariance: Tensor) -> Tensor:
 
 
 def _without_round_off(values: Tensor) -> Tensor:
-    bound = values[..., :1] * values.shape[-1] * torch.finfo(torch.float64).eps
-    return torch.where(values > bound, values, 0)
+    return torch.where(values > values[..., :1] * round_off(values.shape[-1]), values, 0)
+
+
+def round_off(features: int) -> float:
+    """What a sum of many float64 products and an eigensolver may leave of a zero, relative to the largest."""
+    return 16 * max(features, 16) * torch.finfo(torch.float64).eps

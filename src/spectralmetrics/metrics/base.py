@@ -139,7 +139,8 @@ class SpectralMetric(Metric):
         self.center = center
         self.gram_dtype = gram_dtype
         self.nan_strategy = nan_strategy
-        self._origin_set_by: torch.dtype | None = None
+        self._origin_is_near = False
+        self._origin_is_float32 = False
         self._accumulations = 0
         self._pinned_device: torch.device | None = None
         self._computing = False
@@ -198,7 +199,7 @@ class SpectralMetric(Metric):
         """The value of ``compute`` for this process' observations, without its checks."""
         if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
             return type(self).compute(self)
-        return self.statistic(self._shared_spectrum()).clone()  # the spectrum itself is shared
+        return torch.as_tensor(self.statistic(self._shared_spectrum())).clone()  # the spectrum is shared
 
     def check_range(self) -> None:
         """Raise a RuntimeError if the squares of the observations have overflowed."""
@@ -231,16 +232,18 @@ class SpectralMetric(Metric):
             # The first rows may be unlike the rest, and features drift in training: the origin follows the
             # data, ever more seldom.
             milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
-            recentre = milestone or self._origin_set_by != dtype
+            rounded = self.gram_dtype == torch.float32 and dtype != torch.float64
+            recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
             accumulate(moments, observations, self.gram_dtype, recentre=recentre)
             self._forget_results()
-            if first_rows and moments.count > 0:
-                # The only value read from the device: it saves looking for an origin ever after.
-                self._origin_set_by = dtype
+            if recentre and dtype == torch.float64:
+                self._origin_is_float32 = False
+            if first_rows:
+                self.look_at_origin()
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
-        return self.statistic(self.spectrum)
+        return torch.as_tensor(self.statistic(self.spectrum))
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
@@ -264,8 +267,22 @@ class SpectralMetric(Metric):
     def reset(self) -> None:
         """Forget all observations; a width that was read from rows is forgotten too."""
         super().reset()
-        self._origin_set_by = None
+        self._origin_is_near = self._origin_is_float32 = False
         self._accumulations = 0
+
+    def unsync(self, should_unsync: bool = True) -> None:
+        """Go back from the merged sums to those of this process."""
+        super().unsync(should_unsync)
+        self.look_at_origin()
+
+    def look_at_origin(self) -> None:
+        """Read from the device whether the origin lies near the data, which saves moving it at each update.
+
+        Called wherever the state is replaced, and after the first rows; never later in ``update``.
+        """
+        self._origin_is_near = self.moments is not None and int(self.count) > 0
+        exact = self.origin.to(torch.float32).to(torch.float64) == self.origin
+        self._origin_is_float32 = self._origin_is_near and bool(exact.all())
 
     def to(self, *args: Any, **kwargs: Any) -> SpectralMetric:
         """Move the metric; from then on rows are brought to that device. Dtypes are left alone."""
@@ -313,7 +330,8 @@ class SpectralMetric(Metric):
             raise TypeError(f"expected rows of a floating dtype, got {values.dtype}; cast them to float first")
         if rows is values and values.ndim != 2:
             raise ValueError(
-                f"expected rows of shape (N, D), got shape {tuple(values.shape)}; give each observation a row"
+                f"expected rows of shape (N, D), got shape {tuple(values.shape)}; give each observation a row,"
+                " or pass spectralmetrics.Observations(maps, feature_dim=1)"
             )
         width = observations.num_features
         if width == 0:
@@ -349,7 +367,7 @@ class SpectralMetric(Metric):
     def _set_moments(self, moments: Moments) -> None:
         self.count, self.non_finite = moments.count, moments.non_finite
         self.origin, self.first_moment, self.second_moment = moments.origin, moments.first, moments.second
-        self._origin_set_by = None
+        self._origin_is_near = self._origin_is_float32 = False
 
     def _forget_results(self) -> None:
         _DECOMPOSITIONS.pop(self.second_moment, None)
@@ -441,6 +459,7 @@ class SpectralMetric(Metric):
             else:
                 home = local.second.device
                 self._set_moments(merge(local, incoming.map(lambda tensor: tensor.to(home))))
+            self.look_at_origin()
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
@@ -478,7 +497,7 @@ class SpectralMetric(Metric):
             for name in names:
                 setattr(self, name, getattr(self, name).detach().clone())
         if names:
-            self._origin_set_by = None
+            self.look_at_origin()
             self._computed = None
             self._update_count = max(self._update_count, int(self.moments is not None))
 

@@ -55,7 +55,8 @@ class LayerProbe(nn.Module):
     Args:
         model: any module; wrappers for compilation and data parallelism are looked through.
         metrics: a metric, a sequence or dict of them, or a ``MetricCollection``; cloned for every layer and
-            stage. The stage is the layer's own ``training`` flag: ``"train"`` or ``"eval"``.
+            stage; ``SaturationMetric()`` by default. The stage is the layer's own ``training`` flag:
+            ``"train"`` or ``"eval"``.
         layers: which layers, by glob pattern on their qualified names, module type, callable
             ``(name, module) -> bool``, or a sequence of these; by default linear, convolutional and recurrent
             layers and multi-head attention. See :func:`~spectralmetrics.probing.select_layers`.
@@ -73,7 +74,8 @@ class LayerProbe(nn.Module):
         max_samples: stop observing a layer and stage after that many samples until :meth:`reset`.
         rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
         max_features: a wider layer is left out with a warning.
-        select: pattern -> function that takes a layer's output and returns the tensor to observe.
+        select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
+            (N, T, D) or (N, C, *spatial): of an LSTM's last hidden state ``lambda out: out[1][0][-1]``, (N, D).
         seed: of the draws, which leave the global random state alone.
 
     Raises:
@@ -110,8 +112,8 @@ class LayerProbe(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
         for name, value in (("every_n_steps", every_n_steps), ("max_features", max_features)):
-            if value < 1:
-                raise ValueError(f"expected {name} to be at least 1, got {value!r}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"expected {name} to be a positive integer, got {value!r}")
         for name, limit in (("max_samples", max_samples), ("rows_per_feature", rows_per_feature)):
             if limit is not None and limit <= 0:
                 raise ValueError(f"expected {name} to be positive or None, got {limit!r}")
@@ -374,8 +376,9 @@ class LayerProbe(nn.Module):
                     if isinstance(metric, SpectralMetric):
                         metric.check_range()
                     found[key] = metric.read() if isinstance(metric, SpectralMetric) else metric.compute()
-            except (ValueError, RuntimeError) as error:
-                failed.append(f"{name!r} ({error})")
+            except Exception as error:
+                # One layer without a value, a user's statistic on a width it was not made for, say.
+                failed.append(f"{name!r} ({type(error).__name__}: {error})")
                 continue
             values.update({f"{key}/{stage}/{name}": found[key] for key in self._names})
         if left_out:
@@ -410,6 +413,7 @@ class LayerProbe(nn.Module):
             for leader, state in local:
                 for key, value in state.items():
                     setattr(leader, key, value)
+                leader.look_at_origin()
             for collection in collections:
                 _share_state(collection)
 
@@ -426,9 +430,19 @@ class LayerProbe(nn.Module):
             order = [self._layers.index(name) for name in self._forward_order]
             destination[prefix + "forward_order"] = torch.tensor(order, dtype=torch.int64)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         progress = state_dict.pop(prefix + "progress", None)
         order = state_dict.pop(prefix + "forward_order", None)
+        if progress is None and self._is_persistent:
+            missing_keys.append(prefix + "progress")  # saved from a probe that was not persistent
         if progress is not None:
             if progress.shape[0] != len(self._progress):
                 raise ValueError(
@@ -444,7 +458,7 @@ class LayerProbe(nn.Module):
                     self._given_up.add(key)
         if order is not None:
             self._forward_order = [self._layers[index] for index in order.tolist()]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a probe holds its observations; the hooks belong to the original.
@@ -521,7 +535,8 @@ def _named_metrics(metrics: Metrics) -> dict[str, Metric]:
     elif isinstance(metrics, Sequence) and not isinstance(metrics, str):
         named = [(getattr(metric, "short_name", type(metric).__name__), metric) for metric in metrics]
     else:
-        raise TypeError(f"expected a metric, a sequence or dict of metrics, got {type(metrics).__name__}")
+        hint = f"the class {metrics.__name__}; call it" if isinstance(metrics, type) else type(metrics).__name__
+        raise TypeError(f"expected a metric, a sequence or dict of metrics, got {hint}")
     if not named:
         raise ValueError("expected at least one metric, got none")
     for name, metric in named:

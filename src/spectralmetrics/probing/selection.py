@@ -107,7 +107,7 @@ def _matches(modules: dict[str, nn.Module], selector: Selector) -> set[str]:
         found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
     elif isinstance(selector, type):
         found = {name for name, module in modules.items() if isinstance(module, selector)}
-    elif callable(selector):
+    elif callable(selector) and not isinstance(selector, nn.Module):
         found = {name for name, module in modules.items() if selector(name, module)}
     else:
         raise TypeError(f"expected a pattern, a module type or a callable to select layers, got {selector!r}")
