@@ -199,7 +199,7 @@ class SpectralMetric(Metric):
         """The value of ``compute`` for this process' observations, without its checks."""
         if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
             return type(self).compute(self)
-        return torch.as_tensor(self.statistic(self._shared_spectrum())).clone()  # the spectrum is shared
+        return self._value(self._shared_spectrum()).clone()  # the spectrum itself is shared
 
     def check_range(self) -> None:
         """Raise a RuntimeError if the squares of the observations have overflowed."""
@@ -208,6 +208,14 @@ class SpectralMetric(Metric):
                 f"{type(self).__name__}: the squares of the observations exceed the range of the sums (about"
                 " 1e308 in float64); scale them down before `update`"
             )
+
+    def _value(self, spectrum: Spectrum) -> Tensor:
+        value: Any = self.statistic(spectrum)
+        if isinstance(value, Tensor):
+            return value
+        # A number, from a statistic of the user's.
+        dtype = torch.float64 if isinstance(value, float) else None
+        return torch.tensor(value, dtype=dtype, device=self.second_moment.device)
 
     def _shared_spectrum(self) -> Spectrum:
         assert self.moments is not None
@@ -243,7 +251,7 @@ class SpectralMetric(Metric):
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
-        return torch.as_tensor(self.statistic(self.spectrum))
+        return self._value(self.spectrum)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
