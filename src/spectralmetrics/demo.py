@@ -6,7 +6,6 @@ layers see the whole digit at once, have nothing left to add, and form a low-sat
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
-from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.recording import Recorder, draw_run
+from spectralmetrics.recording.record import Row
+from spectralmetrics.recording.recorder import Mode
+from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-COLUMNS = ("epoch", "stage", "layer", "statistic", "value")
 
 
 class ResidualBlock(nn.Module):
@@ -88,15 +88,20 @@ def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run(
-    epochs: int = 5, threshold: float = 0.99, seed: int = 0, output: Path = Path("runs/demo")
-) -> list[tuple[int, str, str, str, float]]:
-    """Train the network with a probe on every layer; print, write and draw what the probe saw.
+    epochs: int = 5,
+    threshold: float = 0.99,
+    seed: int = 0,
+    output: Path = Path("runs/demo"),
+    mode: Mode = "overwrite",
+) -> list[Row]:
+    """Train the network with a probe on every layer; print, record and draw what the probe saw.
 
     Args:
         epochs: passes over the training digits.
         threshold: share of the variance that defines saturation.
         seed: of the split, the weights and the order of the digits.
-        output: directory for ``records.csv`` and ``profile.png``; earlier ones are replaced.
+        output: directory of the run: ``records.csv``, ``arrays`` and ``plots``.
+        mode: of the recorder.
 
     Returns:
         The rows of ``records.csv``.
@@ -108,7 +113,6 @@ def run(
         raise ModuleNotFoundError('the demo needs rich: pip install "spectralmetrics[demo]"') from error
 
     console = Console()
-    output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     images, labels, validation_images, validation_labels = load_digits(seed)
     torch.manual_seed(seed)
@@ -116,16 +120,15 @@ def run(
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     metrics = [SaturationMetric(threshold=threshold), IntrinsicDimensionMetric(threshold=threshold)]
     probe = LayerProbe(model, metrics)
+    recorder = Recorder(output, probe, ["csv", "arrays", "plot"], mode=mode)
     console.print(
         f"Training on {len(images)} real MNIST digits, validating on {len(validation_images)};"
         f" {len(probe.layers)} layers probed."
     )
 
-    rows: list[tuple[int, str, str, str, float]] = []
     values: dict[str, Tensor] = {}
-    accuracy = 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with probe, recorder, Progress(*columns, console=console) as progress:
         for epoch in range(1, epochs + 1):
             batches = torch.randperm(len(images)).split(64)
             task = progress.add_task(f"epoch {epoch}/{epochs}", total=len(batches))
@@ -138,28 +141,13 @@ def run(
             model.eval()
             with torch.no_grad():
                 predicted = torch.cat([model(part).argmax(1) for part in validation_images.split(250)])
-            accuracy = float((predicted == validation_labels).double().mean())
-            values = probe.compute()
-            probe.reset()
-            for key, value in values.items():
-                statistic, stage, layer = key.split("/", 2)
-                rows.append((epoch, stage, layer, statistic, float(value)))
-            rows.append((epoch, "eval", "", "accuracy", accuracy))
+            accuracy = (predicted == validation_labels).double().mean()
+            recorder.add_scalar("accuracy", accuracy, stage="eval")
+            values = recorder.record(epoch)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
-    probe.remove()
+    pictures = draw_run(output)
 
-    with open(output / "records.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-    profiles = {stage: layer_profile(values, "saturation", stage) for stage in ("train", "eval")}
-    tail = low_saturation_tail(profiles["eval"])
-    figure, _ = plot_profile(
-        profiles,
-        title=f"Saturation at {threshold:.0%} of variance, epoch {epochs}, validation accuracy {accuracy:.1%}",
-        tail=tail,
-    )
-    figure.savefig(output / "profile.png", dpi=150)
+    tail = low_saturation_tail(layer_profile(values, "saturation", "eval"))
     _print_table(console, values, tail, epochs)
     if tail:
         message = (
@@ -174,8 +162,12 @@ def run(
         "Train values pool the features of all the weights of an epoch; eval values are of one network."
     )
     seconds = time.monotonic() - started
-    console.print(f"Wrote records.csv and profile.png to {output} after {seconds:.0f} s.", soft_wrap=True)
-    return rows
+    console.print(
+        f"Wrote records.csv, arrays and {len(pictures)} pictures to {output} after {seconds:.0f} s. Other"
+        f" thresholds: spectralmetrics recompute {output} --threshold 0.9",
+        soft_wrap=True,
+    )
+    return read_rows(output / "records.csv")
 
 
 def _print_table(console: Console, values: dict[str, Tensor], tail: list[str], epoch: int) -> None:

@@ -1,20 +1,32 @@
-"""Pictures of values; knows nothing of models and probes. Needs matplotlib: ``spectralmetrics[plot]``."""
+"""Pictures of values; knows nothing of models and probes. Needs matplotlib: ``spectralmetrics[plot]``.
+
+Every function returns ``(figure, axis)``, draws into ``ax`` if one is given, and shows or saves nothing:
+``figure.savefig("profile.png")``, or in a notebook ``figure`` as a cell's last line, does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from spectralmetrics.functional.dimension import intrinsic_dimension
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue and orange of the Okabe-Ito palette, which colour-blind readers tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D")
+# The palette of Okabe and Ito without its yellow, which is too light for lines; colour-blind readers tell these
+# apart, and the markers help where there is no colour at all.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_NAME_INCHES = 0.145  # that one layer name needs at the size below
+_NAME_POINTS = 8
 
 
 def plot_profile(
@@ -28,11 +40,13 @@ def plot_profile(
     """Draw one value per layer, in forward order, one line for each stage.
 
     Args:
-        profiles: stage -> layer name -> value. Layers are drawn in the order of the first profile.
+        profiles: stage -> layer name -> value. Layers are drawn in the order of the first profile. Values that
+            are not finite leave a gap.
         statistic: what the values are; labels the axis.
         title: of the picture.
         tail: layers to shade.
-        ax: where to draw; a new figure, wide enough for the names, if None.
+        ax: where to draw; if None a new figure, large enough for the names. Where a given axis has not room
+            for all names, evenly spaced ones are written.
 
     Returns:
         The figure and the axis. Nothing is shown or saved.
@@ -48,12 +62,13 @@ def plot_profile(
     layers = list(dict.fromkeys(name for profile in profiles.values() for name in profile))
     if not layers:
         raise ValueError("expected at least one value to draw, got none")
-    ax = _axis(ax, (max(6.0, 0.24 * len(layers) + 1.5), 4.2))
+    given = ax is not None
+    ax = _axis(ax, (max(6.0, _NAME_INCHES * len(layers) + 1.5), 3.4 + _longest(layers)))
     for index, (stage, profile) in enumerate(profiles.items()):
         places = [place for place, name in enumerate(layers) if name in profile]
         ax.plot(
             places,
-            [float(profile[layers[place]]) for place in places],
+            _finite([float(profile[layers[place]]) for place in places]),
             color=_COLOURS[index % len(_COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,
@@ -62,9 +77,9 @@ def plot_profile(
         )
     shaded = [layers.index(name) for name in tail if name in layers]
     if shaded:
-        ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.85", zorder=0, label="tail")
-    ax.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+        ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.88", zorder=0, label="tail")
     ax.set_xlim(-0.6, len(layers) - 0.4)
+    _name_layers(ax, layers, "x", room=not given)
     ax.set_ylabel(statistic.replace("_", " "))
     if statistic == "saturation":
         ax.set_ylim(0, 1.02)
@@ -77,33 +92,107 @@ def plot_profile(
     return _with_figure(ax)
 
 
-def plot_spectrum(eigenvalues: Tensor | Sequence[Tensor], *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_heatmap(
+    profiles: Mapping[int, Mapping[str, float | Tensor]],
+    *,
+    statistic: str = "saturation",
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Draw one value per layer and epoch as colours: layers downwards in forward order, epochs to the right.
+
+    Args:
+        profiles: epoch -> layer name -> value; what is missing or not finite stays grey.
+        statistic: what the values are; labels the colours, which for saturation run from 0 to 1.
+        title: of the picture.
+        ax: where to draw; if None a new figure, large enough for the names.
+
+    Returns:
+        The figure and the axis.
+
+    Raises:
+        ValueError: if there is no value to draw.
+        ModuleNotFoundError: without matplotlib.
+
+    >>> figure, axis = plot_heatmap({0: {"conv1": 0.5, "head": 0.9}, 1: {"conv1": 0.4, "head": 0.9}})
+    >>> axis.get_images()[0].get_array().shape
+    (2, 2)
+    """
+    layers = list(dict.fromkeys(name for profile in profiles.values() for name in profile))
+    if not layers:
+        raise ValueError("expected at least one value to draw, got none")
+    epochs = list(profiles)
+    width = min(max(3.5, 0.22 * len(epochs)), 14.0)
+    given = ax is not None
+    ax = _axis(ax, (width + 1.4 + _longest(layers), max(3.0, _NAME_INCHES * len(layers) + 1.3)))
+    cells = _finite([[float(profiles[e].get(name, math.nan)) for e in epochs] for name in layers])
+    limits: dict[str, Any] = {"vmin": 0.0, "vmax": 1.0} if statistic == "saturation" else {}
+    ax.set_facecolor("0.8")
+    image = ax.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
+    ax.figure.colorbar(image, ax=ax, label=statistic.replace("_", " "), fraction=0.05)
+    step = math.ceil(len(epochs) / 12)
+    ax.set_xticks(range(0, len(epochs), step), [str(epoch) for epoch in epochs[::step]])
+    _name_layers(ax, layers, "y", room=not given)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("layers in forward order")
+    if title:
+        ax.set_title(title, fontsize=10)
+    return _with_figure(ax)
+
+
+def plot_spectrum(
+    eigenvalues: Tensor | Sequence[Tensor],
+    *,
+    threshold: float | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
     """Draw the positive eigenvalues of one spectrum, or of several, on logarithmic axes.
 
     Args:
-        eigenvalues: shape (D,), descending; or a sequence of such, earliest first.
+        eigenvalues: shape (D,), descending; or a sequence of such.
+        threshold: share of the variance in (0, 1]; a dashed line then stands at the intrinsic dimension, where
+            the cumulative share crosses it.
+        labels: of the spectra, for the legend; ``step 0``, ``step 1``, ... if None.
+        title: of the picture.
         ax: where to draw; a new figure if None.
 
     Returns:
         The figure and the axis.
 
-    >>> figure, axis = plot_spectrum(torch.tensor([4.0, 2.0, 1.0, 0.0]))
+    >>> figure, axis = plot_spectrum(torch.tensor([4.0, 2.0, 1.0, 0.0]), threshold=0.8)
     >>> axis.get_lines()[0].get_ydata().tolist()
     [4.0, 2.0, 1.0]
+    >>> axis.get_lines()[1].get_xdata()
+    [2, 2]
     """
     spectra = [eigenvalues] if isinstance(eigenvalues, Tensor) else list(eigenvalues)
+    names = [f"step {step}" for step in range(len(spectra))] if labels is None else list(labels)
+    if len(names) != len(spectra):
+        raise ValueError(f"expected {len(spectra)} labels, got {len(names)}")
     ax = _axis(ax)
-    for step, values in enumerate(spectra):
-        positive = values.detach().cpu()[values.detach().cpu() > 0].to(torch.float64).numpy()
-        index = range(1, len(positive) + 1)
+    for step, (values, label) in enumerate(zip(spectra, names, strict=True)):
+        values = values.detach().cpu().to(torch.float64)
+        positive = values[values > 0].numpy()
         colour = _COLOURS[step % len(_COLOURS)]
-        ax.plot(index, positive, color=colour, marker=".", markersize=4, label=f"step {step}")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+        if threshold is not None:
+            dimension = int(intrinsic_dimension(values, threshold))
+            share = f"{dimension} of {len(values)} explain {threshold:.3g}"
+            label = share if labels is None and len(spectra) == 1 else f"{label}: {share}"
+        index = np.arange(1, len(positive) + 1)
+        ax.plot(index, positive, color=colour, marker=".", markersize=4, linewidth=1, label=label)
+        if threshold is not None and dimension:
+            ax.axvline(dimension, color=colour, linestyle="--", linewidth=1)
+    if any((values > 0).any() for values in spectra):
+        ax.set_xscale("log")
+        ax.set_yscale("log")
     ax.set_xlabel("index")
     ax.set_ylabel("eigenvalue")
     ax.grid(color="0.9")
-    if len(spectra) > 1:
+    if title:
+        ax.set_title(title, fontsize=10)
+    if len(spectra) > 1 or threshold is not None or labels is not None:
         ax.legend(frameon=False, fontsize=9)
     return _with_figure(ax)
 
@@ -133,44 +222,140 @@ def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figu
 
 
 def plot_embedding(
-    points: Tensor, *, labels: Sequence[int] | Tensor | None = None, ax: Axes | None = None
+    points: Tensor,
+    *,
+    labels: Sequence[int | str] | Tensor | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """Draw observations in the plane of the first two leading eigenvectors.
 
     Args:
         points: shape (m, k); of one component, a line of points is drawn.
-        labels: shape (m,), to colour the points by.
+        labels: m of them, to colour the points by. Up to 14 different ones are told apart by colour and
+            marker, with a legend; more, which must be numbers, by a scale of colours.
+        title: of the picture.
         ax: where to draw; a new figure if None.
 
     Returns:
         The figure and the axis.
 
-    >>> figure, axis = plot_embedding(torch.randn(20, 2))
-    >>> len(axis.collections[0].get_offsets())
-    20
+    Raises:
+        ValueError: if there are not as many labels as points.
+
+    >>> figure, axis = plot_embedding(torch.randn(20, 2), labels=["cat", "dog"] * 10)
+    >>> [text.get_text() for text in axis.get_legend().get_texts()]
+    ['cat', 'dog']
     """
-    ax = _axis(ax, (5.0, 4.2))
     values = points.detach().cpu().numpy()
-    second = values[:, 1] if values.shape[1] > 1 else values[:, 0] * 0
-    if labels is None:
-        ax.scatter(values[:, 0], second, s=8, color=_COLOURS[0], alpha=0.7, linewidths=0)
+    classes = None if labels is None else np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if classes is not None and classes.shape != values.shape[:1]:
+        raise ValueError(f"expected {values.shape[0]} labels, one for each point, got shape {classes.shape}")
+    ax = _axis(ax, (5.4, 4.2))
+    first, second = values[:, 0], values[:, 1] if values.shape[1] > 1 else values[:, 0] * 0
+    if classes is None:
+        ax.scatter(first, second, s=8, color=_COLOURS[0], alpha=0.7, linewidths=0)
+    elif len(kinds := np.unique(classes)) <= 2 * len(_COLOURS):
+        for index, kind in enumerate(kinds):
+            # The second round of colours comes with other markers.
+            marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
+            where = classes == kind
+            colour = _COLOURS[index % len(_COLOURS)]
+            ax.scatter(first[where], second[where], s=12, color=colour, marker=marker, linewidths=0, label=kind)
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
-        scatter = ax.scatter(values[:, 0], second, s=8, c=[int(label) for label in labels], cmap="viridis")
+        scatter = ax.scatter(first, second, s=8, c=classes.astype(float), cmap="viridis")
         ax.figure.colorbar(scatter, ax=ax, label="label")
     ax.set_xlabel("component 1")
     ax.set_ylabel("component 2")
+    if title:
+        ax.set_title(title, fontsize=10)
     return _with_figure(ax)
 
 
+def plot_layers(
+    values: Mapping[str, Tensor],
+    draw: Callable[..., Any],
+    *,
+    title: str | None = None,
+    **options: Any,
+) -> tuple[Figure, npt.NDArray[np.object_]]:
+    """Draw one small picture per layer, row by row in forward order.
+
+    Args:
+        values: layer name -> what ``draw`` takes.
+        draw: one of the functions of this module, such as :func:`plot_spectrum`.
+        title: of the whole.
+        options: passed on to ``draw``.
+
+    Returns:
+        The figure and the axes, shape (rows, columns); axes that are left over are empty.
+
+    Raises:
+        ValueError: if there is no value to draw.
+        ModuleNotFoundError: without matplotlib.
+
+    >>> figure, axes = plot_layers({"a": torch.tensor([2.0, 1.0]), "b": torch.tensor([3.0])}, plot_spectrum)
+    >>> axes.shape
+    (1, 2)
+    """
+    if not values:
+        raise ValueError("expected at least one value to draw, got none")
+    columns = math.ceil(math.sqrt(len(values)))
+    rows = math.ceil(len(values) / columns)
+    figure = _new_figure((2.5 * columns, 2.2 * rows + (0.4 if title else 0)))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (layer, value) in zip(axes.flat, values.items(), strict=False):
+        ax.set_axis_on()
+        draw(value, ax=ax, **options)
+        # Of a long name the end says more than the beginning.
+        ax.set_title(layer if len(layer) <= 34 else f"…{layer[-33:]}", fontsize=_NAME_POINTS)
+        ax.tick_params(labelsize=7)
+        ax.xaxis.label.set_size(7)
+        ax.yaxis.label.set_size(7)
+        if legend := ax.get_legend():
+            for text in legend.get_texts():
+                text.set_fontsize(7)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure, axes
+
+
 def _axis(ax: Axes | None, size: tuple[float, float] = (6.0, 4.2)) -> Axes:
-    if ax is not None:
-        return ax
+    return _new_figure(size).add_subplot() if ax is None else ax
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('plots need matplotlib: pip install "spectralmetrics[plot]"') from error
-    return Figure(figsize=size, layout="constrained").add_subplot()
+    return Figure(figsize=size, layout="constrained")
 
 
 def _with_figure(ax: Axes) -> tuple[Figure, Axes]:
     return ax.figure, ax  # type: ignore[return-value]  # a SubFigure if ax lies in one
+
+
+def _longest(names: Sequence[str]) -> float:
+    """Inches that the longest name needs."""
+    return 0.065 * max(map(len, names))
+
+
+def _name_layers(ax: Axes, names: Sequence[str], along: str, room: bool) -> None:
+    """Write the names beside an axis: all of them if there is room, or else evenly spaced ones."""
+    box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
+    inches = box.width if along == "x" else box.height
+    step = 1 if room else math.ceil(0.85 * _NAME_INCHES * len(names) / inches)
+    places, shown = range(0, len(names), step), names[::step]
+    if along == "x":
+        ax.set_xticks(places, shown, rotation=90, fontsize=_NAME_POINTS)
+    else:
+        ax.set_yticks(places, shown, fontsize=_NAME_POINTS)
+
+
+def _finite(values: Any) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+MEAN_LAYER = "mean"
+"""The layer name under which a recorder keeps the mean of a statistic over all layers."""
+
 
 def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict[str, Tensor]:
     """One metric in one stage, layer by layer, from what :meth:`LayerProbe.compute` returned.
@@ -16,8 +19,8 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
         stage: ``"train"`` or ``"eval"``.
 
     Returns:
-        Layer name -> value, in the order of ``values``; what :func:`low_saturation_tail` and
-        :func:`~spectralmetrics.plotting.plot_profile` take.
+        Layer name -> value, in the order of ``values``, without the layer ``"mean"`` that a recorder adds;
+        what :func:`low_saturation_tail` and :func:`~spectralmetrics.plotting.plot_profile` take.
 
     >>> import torch
     >>> layer_profile({"saturation/eval/conv1": torch.tensor(0.5), "spectrum/eval/conv1": torch.ones(3)},
@@ -25,7 +28,9 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
     {'conv1': tensor(0.5000)}
     """
     prefix = f"{metric}/{stage}/"
-    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    profile = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    profile.pop(MEAN_LAYER, None)
+    return profile
 
 
 def low_saturation_tail(

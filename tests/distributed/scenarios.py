@@ -1,7 +1,10 @@
 """What each process of a group runs; assertions fail the test that started the group."""
 
 import contextlib
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +13,7 @@ from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
 from spectralmetrics.metrics import merging
+from spectralmetrics.recording.writers.csv import read_rows
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows
@@ -368,6 +372,41 @@ def fully_sharded_training_is_observed(rank, world):
         assert_same(value, expected[key], 1e-5)
 
 
+def only_the_first_process_records(rank, world):
+    everything = shares(world, None, far=None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).double()
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    runs = Path(folder[0])
+    probe = sm.LayerProbe(model, [sm.SaturationMetric(), sm.IntrinsicDimensionMetric()])
+    own = runs / "own" if rank == 0 else Path("/nowhere/that/can/be/written")
+    with sm.Recorder(own, probe, ["csv", "arrays"]) as recorder:
+        for epoch in range(2):
+            model(everything[rank])
+            if rank == 0:
+                recorder.add_scalar("loss", 0.5)
+            values = recorder.record()
+            assert recorder.next_epoch == epoch + 1
+            assert "saturation/train/mean" in values
+    probe.remove()
+    dist.barrier()
+    # All processes hear of an error, and none waits for the others.
+    with pytest.raises(FileExistsError, match="already holds records"):
+        sm.Recorder(runs / "own", probe)
+    with sm.Recorder(runs / "own", None, ["csv", "arrays"], mode="resume") as recorder:
+        assert recorder.next_epoch == 2
+    if rank == 0:
+        whole = sm.LayerProbe(model, sm.SaturationMetric(sync_on_compute=False))
+        model(torch.cat(everything))
+        alone = whole.compute()
+        whole.remove()
+        rows = [row for row in read_rows(runs / "own" / "records.csv") if row.statistic == "saturation"]
+        assert {row.value for row in rows if row.layer == "0"} == {float(alone["saturation/train/0"])}
+        with np.load(runs / "own" / "arrays" / "epoch-000001.npz", allow_pickle=False) as arrays:
+            assert int(arrays["train/1/count"]) == sum(map(len, everything))
+
+
 EVERYWHERE = [
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
@@ -383,5 +422,6 @@ EVERYWHERE = [
     a_collection_merges_its_sums_once,
     a_probe_merges_all_layers_in_two_collectives,
     data_parallel_training_is_bit_identical,
+    only_the_first_process_records,
 ]
 ON_TWO = [fully_sharded_training_is_observed]

@@ -93,6 +93,35 @@ class Spectrum:
         self._moments = moments
         self.center = center
         self._cache = {} if cache is None else cache
+        self._given: Tensor | None = None
+
+    @classmethod
+    def of_covariance(
+        cls, covariance: Tensor, mean: Tensor, count: int | Tensor, *, center: bool = True
+    ) -> Spectrum:
+        """The spectrum of a covariance that is already there, such as one read from a file.
+
+        Args:
+            covariance: symmetric, about the mean and divided by n, shape (D, D).
+            mean: shape (D,).
+            count: the number of observations n.
+            center: False reads the second moment about zero.
+
+        >>> Spectrum.of_covariance(torch.diag(torch.tensor([1.0, 4.0])), torch.zeros(2), 10).eigenvalues
+        tensor([4., 1.], dtype=torch.float64)
+        """
+        covariance, mean = check_covariance(covariance), mean.to(torch.float64)
+        moments = Moments(
+            count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
+            non_finite=torch.zeros((), dtype=torch.int64, device=covariance.device),
+            origin=mean,
+            first=torch.zeros_like(mean),
+            second=covariance * count,
+        )
+        spectrum = cls(moments, center=center)
+        # Multiplied by n and divided again it would differ in its last digits.
+        spectrum._given = covariance if center else covariance.addr(mean, mean)
+        return spectrum
 
     @property
     def moments(self) -> Moments:
@@ -122,6 +151,8 @@ class Spectrum:
     @property
     def covariance(self) -> Tensor:
         """The covariance, shape (D, D), float64; made anew each time, since it is as large as the state."""
+        if self._given is not None:
+            return self._given
         return _moments.covariance(self._moments, center=self.center)
 
     @property
@@ -137,6 +168,24 @@ class Spectrum:
         if "eigenvectors" not in self._cache:
             self._cache["eigenvalues"], self._cache["eigenvectors"] = eigenvectors(self.covariance)
         return self._cache["eigenvectors"]
+
+    def coordinates(self, rows: Tensor, num_components: int | None = None) -> Tensor:
+        """Observations about the mean in the basis of the leading eigenvectors.
+
+        Args:
+            rows: shape (N, D), floating; observations of the same layer, these or others.
+            num_components: number of eigenvectors k; None: all D.
+
+        Returns:
+            Shape (N, k), float64.
+
+        >>> spectrum = Spectrum.of_covariance(torch.diag(torch.tensor([1.0, 4.0])), torch.ones(2), 10)
+        >>> spectrum.coordinates(torch.tensor([[3.0, 2.0]]), 1)
+        tensor([[1.]], dtype=torch.float64)
+        """
+        # The mean as one number per feature loses digits that origin and offset keep.
+        centred = (rows.to(torch.float64) - self._moments.origin) - self._moments.first / self._moments.count
+        return centred @ self.eigenvectors[:, :num_components]
 
 
 def check_covariance(covariance: Tensor) -> Tensor:

@@ -187,11 +187,7 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         """See the class."""
         reservoir = self.reservoir
         assert reservoir is not None
-        basis = spectrum.eigenvectors[:, : self.num_components]
-        # Away from zero the mean loses digits that origin and offset keep.
-        moments = spectrum.moments
-        centred = (kept_rows(reservoir) - moments.origin) - moments.first / moments.count
-        return centred @ basis
+        return spectrum.coordinates(kept_rows(reservoir), self.num_components)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Draw the first two components; of a sequence, the last. See :meth:`SpectralMetric.plot`."""

@@ -156,6 +156,12 @@ class LayerProbe(nn.Module):
         """The probed layers: those that have run, in the order of their first run, then the rest."""
         return self._forward_order + [name for name in self._layers if name not in self._forward_order]
 
+    @property
+    def statistics(self) -> dict[str, Metric]:
+        """The metrics by the names that their values have, in their order, as they are kept for one layer."""
+        members = dict(self._all_collections()[0].items(keep_base=True, copy_state=False))
+        return {name: members[name] for name in self._names}
+
     def __getitem__(self, key: tuple[str, str]) -> MetricCollection:
         """The metrics of one stage and layer: ``probe["train", "layer1.0.conv1"]``."""
         stage, name = key
@@ -185,6 +191,20 @@ class LayerProbe(nn.Module):
             for each in stages:
                 values.update(self._compute_stage(each))
         return values
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the metrics hold what all processes have observed together.
+
+        :meth:`compute` and ``probe[stage, layer]`` then read it without further communication. All processes
+        enter together. Layers must not run inside.
+        """
+        with self._lock, self._merged([(stage, name) for stage in STAGES for name in self._layers]):
+            self._is_merged = True
+            try:
+                yield
+            finally:
+                self._is_merged = False
 
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""
@@ -256,6 +276,7 @@ class LayerProbe(nn.Module):
         self._is_persistent = mode
 
     _is_persistent = False
+    _is_merged = False
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
         """Move the metrics; from then on observations are brought to that device."""
@@ -391,7 +412,10 @@ class LayerProbe(nn.Module):
 
     @contextlib.contextmanager
     def _merged(self, where: list[tuple[str, str]]) -> Iterator[None]:
-        """Inside, the states of all layers are those of all processes together."""
+        """Inside, the states of these layers are those of all processes together."""
+        if self._is_merged:
+            yield
+            return
         collections = [self[stage, name] for stage, name in where]
         leaders = [m for c in collections for m in _leaders(c) if isinstance(m, SpectralMetric)]
         groups: dict[Any, list[SpectralMetric]] = {}

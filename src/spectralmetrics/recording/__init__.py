@@ -1,0 +1,28 @@
+"""Keeping a run and looking at it: the recorder, its writers, recomputation, pictures."""
+
+from spectralmetrics.recording.draw import draw_run
+from spectralmetrics.recording.recompute import recompute
+from spectralmetrics.recording.record import Record, Row
+from spectralmetrics.recording.recorder import Recorder
+from spectralmetrics.recording.writer import Writer
+from spectralmetrics.recording.writers import (
+    ArraysWriter,
+    ConsoleWriter,
+    CSVWriter,
+    PlotWriter,
+    TensorBoardWriter,
+)
+
+__all__ = [
+    "ArraysWriter",
+    "CSVWriter",
+    "ConsoleWriter",
+    "PlotWriter",
+    "Record",
+    "Recorder",
+    "Row",
+    "TensorBoardWriter",
+    "Writer",
+    "draw_run",
+    "recompute",
+]

@@ -1,0 +1,66 @@
+"""Pictures of records: which rows go into them and what their titles say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectralmetrics.plotting import plot_heatmap, plot_profile
+from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.record import Row, Settings
+from spectralmetrics.tail import MEAN_LAYER, low_saturation_tail
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_profile(rows: Sequence[Row], statistic: str, settings: Mapping[str, Settings]) -> Figure:
+    """One epoch of a statistic, all stages together; the task's own numbers in the title."""
+    own = [row for row in rows if row.statistic == statistic and row.layer not in ("", MEAN_LAYER)]
+    profiles: dict[str, dict[str, float]] = {}
+    for row in own:
+        profiles.setdefault(row.stage, {})[row.layer] = row.value
+    task = [f"{row.stage} {row.statistic} {row.value:.4g}".strip() for row in rows if not row.layer]
+    title = ", ".join([title_of(statistic, settings), f"epoch {own[0].epoch}", *task])
+    tail = []
+    if settings.get(statistic, {}).get("metric") == "saturation" and "eval" in profiles:
+        tail = low_saturation_tail(profiles["eval"])
+    return plot_profile(profiles, statistic=statistic, title=title, tail=tail)[0]
+
+
+def draw_heatmap(rows: Sequence[Row], statistic: str, stage: str, settings: Mapping[str, Settings]) -> Figure:
+    """All epochs of a statistic in one stage."""
+    profiles: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row.statistic == statistic and row.stage == stage and row.layer not in ("", MEAN_LAYER):
+            profiles.setdefault(row.epoch, {})[row.layer] = row.value
+    title = f"{title_of(statistic, settings)}, {stage}"
+    return plot_heatmap(profiles, statistic=statistic, title=title)[0]
+
+
+def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
+    """What a picture shows, with the threshold where there is one.
+
+    >>> title_of("saturation", {"saturation": {"threshold": 0.99}})
+    'Saturation at 99 % of variance'
+    """
+    name = statistic.replace("_", " ")
+    name = name[:1].upper() + name[1:]
+    threshold = settings.get(statistic, {}).get("threshold")
+    return name if threshold is None else f"{name} at {percent(threshold)} of variance"
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def percent(share: float) -> str:
+    """A share in the unit that people read.
+
+    >>> percent(0.995)
+    '99.5 %'
+    """
+    return f"{100 * share:.4g} %"

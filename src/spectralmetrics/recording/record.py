@@ -1,0 +1,107 @@
+"""What is known at the end of an epoch, as a writer gets it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from spectralmetrics.functional.moments import Moments
+from spectralmetrics.functional.reservoir import Reservoir
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.tail import MEAN_LAYER
+
+Settings: TypeAlias = dict[str, Any]
+"""Of a metric, as JSON holds them; see :func:`describe`."""
+
+
+class Row(NamedTuple):
+    """One number of a run; the columns of ``records.csv``.
+
+    Attributes:
+        epoch: of the record.
+        stage: ``"train"``, ``"eval"``, or what :meth:`Recorder.add_scalar` was given.
+        layer: its qualified name, or ``"mean"`` for the mean over all layers of that stage.
+        statistic: the name of the metric or scalar.
+        value: dimensions are int, all else is float.
+    """
+
+    epoch: int
+    stage: str
+    layer: str
+    statistic: str
+    value: float
+
+
+COLUMNS = Row._fields
+
+
+@dataclass(frozen=True)
+class Record:
+    """One epoch of a run.
+
+    Attributes:
+        epoch: its number.
+        values: ``"{statistic}/{stage}/{layer}"`` -> value of any shape, in forward order, as
+            :meth:`LayerProbe.compute` returns them, means over layers and added scalars included.
+        rows: those of the values that are numbers.
+        moments: (stage, layer) -> sums over the observations of all processes. They are the state itself,
+            which goes on changing: read what you need before ``write`` returns.
+        samples: (stage, layer) -> sample of observations, where an ``EigenspaceEmbeddingMetric`` keeps one.
+        statistics: name -> settings, see :func:`describe`.
+    """
+
+    epoch: int
+    values: Mapping[str, Tensor]
+    rows: Sequence[Row]
+    moments: Mapping[tuple[str, str], Moments] = field(default_factory=dict)
+    samples: Mapping[tuple[str, str], Reservoir] = field(default_factory=dict)
+    statistics: Mapping[str, Settings] = field(default_factory=dict)
+
+
+def tidy_rows(epoch: int, values: Mapping[tuple[str, str, str], Tensor]) -> list[Row]:
+    """The numbers among values, as rows, and after each stage the means over its layers.
+
+    Args:
+        epoch: of the record.
+        values: (statistic, stage, layer) -> value, stage by stage and in forward order. What is no single
+            number is left out.
+
+    >>> import torch
+    >>> values = {("saturation", "eval", layer): torch.tensor(0.5 * k) for k, layer in enumerate("ab", 1)}
+    >>> [(row.layer, row.value) for row in tidy_rows(0, values)]
+    [('a', 0.5), ('b', 1.0), ('mean', 0.75)]
+    """
+    rows: list[Row] = []
+    for stage in dict.fromkeys(stage for _, stage, _ in values):
+        of_stage: dict[str, list[float]] = {}
+        for (statistic, its_stage, layer), value in values.items():
+            if its_stage == stage and value.ndim == 0 and not value.is_complex():
+                number = int(value) if value.dtype == torch.bool else value.item()
+                rows.append(Row(epoch, stage, layer, statistic, number))
+                of_stage.setdefault(statistic, []).append(number)
+        for statistic, numbers in of_stage.items():
+            rows.append(Row(epoch, stage, MEAN_LAYER, statistic, sum(numbers) / len(numbers)))
+    return rows
+
+
+def describe(metric: Metric) -> Settings:
+    """The statistic and the settings of a metric, as JSON can hold them; what ``recompute`` rebuilds it from.
+
+    >>> from spectralmetrics import SaturationMetric
+    >>> describe(SaturationMetric(threshold=0.9))["threshold"]
+    0.9
+    """
+    if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
+        return {"class": type(metric).__name__}
+    settings: Settings = {"metric": metric.short_name, "center": metric.center}
+    for name in inspect.signature(type(metric)).parameters:
+        value = getattr(metric, name, None)
+        if name != "num_features" and isinstance(value, (bool, int, float, str)):
+            settings[name] = value
+    return settings

@@ -1,0 +1,380 @@
+"""Recorder: what a user keeps of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spectralmetrics.functional.moments import Moments
+from spectralmetrics.functional.reservoir import Reservoir
+from spectralmetrics.metrics import EigenspaceEmbeddingMetric, SpectralMetric
+from spectralmetrics.probing import LayerProbe
+from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
+from spectralmetrics.recording.record import Record, Row, Settings, describe, tidy_rows
+from spectralmetrics.recording.writer import Writer
+from spectralmetrics.recording.writers import WRITERS, make_writers
+from spectralmetrics.tail import MEAN_LAYER
+
+Mode = Literal["create", "resume", "overwrite"]
+T = TypeVar("T")
+
+_NOTHING = ("", None)
+
+_logger = logging.getLogger("spectralmetrics")
+
+
+class Recorder:
+    """Keeps what a probe sees, epoch by epoch, in a directory; a record is whole or absent.
+
+    Epochs count from 0, as in ``for epoch in range(recorder.next_epoch, epochs)``, unless :meth:`record` is
+    given other numbers. A process killed at any moment leaves all earlier records readable. On several
+    processes make the recorder and call :meth:`record` on all of them: they merge, and the first one writes.
+
+    Args:
+        directory: of the run; made if it is not there.
+        probe: whose values to record; None records added scalars only.
+        writers: names among ``"csv"``, ``"arrays"``, ``"console"``, ``"tensorboard"`` and ``"plot"``, or
+            instances of :class:`Writer`.
+        mode: ``"create"`` refuses a directory that holds records and leaves it as it is; ``"resume"`` goes on
+            after the last whole record, also of a directory that holds none yet; ``"overwrite"`` removes
+            earlier records at once (not other files), and logs how many there were.
+
+    Raises:
+        FileExistsError: in mode ``"create"``, if the directory holds records.
+        TypeError, ValueError: for other arguments; for a layer named ``"mean"``; in mode ``"resume"``, for
+            metrics with other settings than those recorded.
+        OSError: if the directory cannot be written to.
+        ModuleNotFoundError: if a writer's extra is not installed.
+
+    >>> import tempfile, torch
+    >>> from spectralmetrics import LayerProbe, SaturationMetric
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> with LayerProbe(model, SaturationMetric()) as probe, Recorder(tempfile.mkdtemp(), probe) as recorder:
+    ...     _ = model(torch.eye(4))
+    ...     recorder.add_scalar("loss", 0.5)
+    ...     values = recorder.record()
+    >>> list(values), recorder.next_epoch
+    (['saturation/train/0', 'saturation/train/mean', 'loss'], 1)
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        probe: LayerProbe | None = None,
+        writers: str | Writer | Sequence[str | Writer] = ("csv",),
+        *,
+        mode: Mode = "create",
+    ) -> None:
+        if probe is not None and not isinstance(probe, LayerProbe):
+            raise TypeError(f"expected probe to be a LayerProbe or None, got {type(probe).__name__}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"expected a mode among {get_args(Mode)}, got {mode!r}")
+        if probe is not None and MEAN_LAYER in probe.layers:
+            raise ValueError(
+                f"expected no probed layer to be named {MEAN_LAYER!r}, the name of the mean over layers; rename"
+                " or exclude it"
+            )
+        self.directory = Path(directory)
+        self.probe = probe
+        self.writers = make_writers(writers)
+        self._scalars: dict[tuple[str, str, str], float] = {}
+        self._statistics: dict[str, Settings] = {}
+        if probe is not None:
+            self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
+        self._manifest = Manifest()
+        self._last_epoch = _on_first_process(lambda: self._open(mode))
+        self._is_open = True
+
+    @property
+    def next_epoch(self) -> int:
+        """The number of the next record, unless it is given another."""
+        return 0 if self._last_epoch is None else self._last_epoch + 1
+
+    def add_scalar(self, name: str, value: float | Tensor, *, stage: str = "", layer: str = "") -> None:
+        """Let a number of one's own join the next record, such as accuracy or loss.
+
+        The first process' number counts. A name given twice before a record keeps the later value.
+
+        Args:
+            name: its statistic.
+            value: a number, or a tensor of one element.
+            stage: such as ``"eval"``.
+            layer: of a metric kept by hand.
+
+        Raises:
+            TypeError: if the value is no number.
+            ValueError: if the name is empty or that of a probed statistic.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"expected the name of a scalar, got {name!r}")
+        if name in self._statistics:
+            raise ValueError(f"expected a name that no probed metric has, got {name!r}")
+        try:
+            self._scalars[name, stage, layer] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"expected {name!r} to be a number, got {value!r}") from error
+
+    def record(self, epoch: int | None = None, reset: bool = True) -> dict[str, Tensor]:
+        """Compute, write and reset.
+
+        If it raises, nothing was forgotten: mend the cause and call it again. Only if a writer fails that
+        shows records (console, plot, tensorboard or one of your own) has the record been kept, and the next
+        call records the next epoch.
+
+        Args:
+            epoch: its number, above that of the last record; None: :attr:`next_epoch`.
+            reset: False goes on accumulating over the next epoch.
+
+        Returns:
+            What :meth:`LayerProbe.compute` returns, the mean of each statistic over the layers as
+            ``"{statistic}/{stage}/mean"`` (NaN if one is), and the added scalars. Empty, with a warning and
+            without a record, if there is nothing at all.
+
+        Raises:
+            ValueError: for an epoch that is not above the last.
+            RuntimeError: after :meth:`close`; for what :meth:`LayerProbe.compute` or a writer raises.
+            OSError: if the record cannot be written; earlier records are intact.
+        """
+        if not self._is_open:
+            raise RuntimeError(f"the recorder of {self.directory} is closed")
+        epoch = self._check_epoch(epoch)
+        with contextlib.nullcontext() if self.probe is None else self.probe.merged():
+            record = self._make_record(epoch)
+            failed = _on_first_process(lambda: self._write(record) if record.values else _NOTHING)
+        if failed == _NOTHING:
+            message = "nothing to record: the probe has seen nothing and no scalar was added"
+            warnings.warn(message, UserWarning, stacklevel=2)
+            return {}
+        self._last_epoch = epoch
+        self._scalars.clear()
+        if self.probe is not None and reset:
+            self.probe.reset()
+        if failed is not None:
+            name, error = failed
+            assert error is not None
+            raise RuntimeError(
+                f"the record of epoch {epoch} is kept, but the writer {name!r} failed: {error}"
+            ) from error
+        return dict(record.values)
+
+    def close(self) -> None:
+        """Close the writers. What was added after the last record is not kept, and a warning says so."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if _is_first_process():
+            for writer in self.writers:
+                writer.close()
+        if self._scalars:
+            names = ", ".join(repr(name) for name, _, _ in self._scalars)
+            warnings.warn(f"added after the last record, and not kept: {names}", UserWarning, stacklevel=2)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- on the first process ----------------------------------------------------------------------------
+
+    def _open(self, mode: Mode) -> int | None:
+        """Prepare the directory; return the last epoch that it holds."""
+        directory = self.directory
+        known = self._known()
+        if mode == "create":
+            holding = [name for name, writer in known.items() if writer.holds_records(directory)]
+            if holding:
+                raise FileExistsError(
+                    f"{directory} already holds records ({', '.join(holding)}); mode='resume' goes on after"
+                    " them, mode='overwrite' removes them"
+                )
+        last_epoch = None
+        if mode == "resume":
+            self._manifest = read_manifest(directory)
+            self._check_settings()
+            last_epoch = self._last_whole_epoch()
+        directory.mkdir(parents=True, exist_ok=True)
+        if mode == "overwrite":
+            with contextlib.suppress(ValueError):
+                ends = [writer.last_epoch(directory) for writer in known.values()]
+                if any(end is not None for end in ends):
+                    last = max(end for end in ends if end is not None)
+                    _logger.warning("removing the records of %s, up to epoch %d", directory, last)
+            for writer in known.values():
+                writer.discard(directory, None)
+        joined = self._manifest.writers
+        self._manifest = Manifest(
+            # One that pauses for a while joins anew.
+            {each.name: joined.get(each.name, last_epoch) for each in self.writers if each.keeps_records},
+            self._manifest.statistics | self._statistics,
+            last_epoch,
+        )
+        write_manifest(directory, self._manifest)
+        if mode == "resume":
+            for writer in known.values():
+                writer.discard(directory, last_epoch)
+        for each in self.writers:
+            each.open(directory, last_epoch)
+        return last_epoch
+
+    def _known(self) -> dict[str, Writer | type[Writer]]:
+        """The writers whose records the directory may hold, by name."""
+        return {**WRITERS, **{writer.name: writer for writer in self.writers}}
+
+    def _last_whole_epoch(self) -> int | None:
+        directory, known, manifest = self.directory, self._known(), self._manifest
+        if not manifest.writers:  # records without a manifest: those of any writer count
+            manifest.writers = {
+                name: None
+                for name, writer in known.items()
+                if writer.keeps_records and writer.holds_records(directory)
+            }
+        ends = {}
+        for name, before in manifest.writers.items():
+            if name in known:
+                last = known[name].last_epoch(directory)
+                ends[name] = max(-1 if last is None else last, -1 if before is None else before)
+        if not ends:
+            return manifest.last_epoch
+        whole = min(ends.values())
+        if manifest.last_epoch is not None and whole < manifest.last_epoch:
+            name = min(ends, key=lambda each: ends[each])
+            raise ValueError(
+                f"expected {directory} to hold the records up to epoch {manifest.last_epoch}, but those of the"
+                f" writer {name!r} end {f'at {whole}' if whole >= 0 else 'before the first'}: files have been"
+                " removed or changed; restore them, or record to another directory"
+            )
+        return None if whole < 0 else whole
+
+    def _check_settings(self) -> None:
+        for name, settings in self._statistics.items():
+            recorded = self._manifest.statistics.get(name, settings)
+            for key in settings:
+                if recorded.get(key) != settings[key]:
+                    raise ValueError(
+                        f"expected {name!r} as it was recorded in {self.directory}, with"
+                        f" {key}={recorded.get(key)!r}, got {key}={settings[key]!r}"
+                    )
+
+    def _write(self, record: Record) -> tuple[str, Exception | None] | None:
+        """Write to all; return who failed among those that only show records."""
+        try:
+            # The table comes last: where it has a record, the others that keep records have it too.
+            for writer in sorted(filter(_counts, self.writers), key=lambda each: each.name == "csv"):
+                writer.write(record)
+            self._manifest.last_epoch = record.epoch
+            write_manifest(self.directory, self._manifest)
+        except OSError as error:
+            message = (
+                f"cannot record epoch {record.epoch}, earlier records are intact: {error.strerror or error}"
+            )
+            raise OSError(error.errno, message, str(error.filename or self.directory)) from error
+        failed: tuple[str, Exception | None] | None = None
+        for writer in self.writers:
+            if not _counts(writer):
+                try:
+                    writer.write(record)
+                except Exception as error:
+                    failed = failed or (writer.name, error)
+        return failed
+
+    # -- on every process --------------------------------------------------------------------------------
+
+    def _check_epoch(self, epoch: int | None) -> int:
+        if epoch is None:
+            return self.next_epoch
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+            raise ValueError(f"expected an epoch as an integer that is not negative, got {epoch!r}")
+        if epoch < self.next_epoch:
+            raise ValueError(f"expected an epoch above the last recorded one, {self._last_epoch}, got {epoch}")
+        return epoch
+
+    def _make_record(self, epoch: int) -> Record:
+        values: dict[str, Tensor] = {}
+        moments: dict[tuple[str, str], Moments] = {}
+        samples: dict[tuple[str, str], Reservoir] = {}
+        rows: list[Row] = []
+        if self.probe is not None:
+            values = {
+                key: value if isinstance(value, Tensor) else torch.as_tensor(value)
+                for key, value in self.probe.compute().items()
+                if isinstance(value, (Tensor, int, float))
+            }
+            where: dict[tuple[str, str, str], Tensor] = {}
+            for key, value in values.items():
+                statistic, stage, layer = key.split("/", 2)
+                where[statistic, stage, layer] = value
+                self._read_layer(stage, layer, moments, samples)
+            rows = tidy_rows(epoch, where)
+        for row in rows:
+            if row.layer == MEAN_LAYER:
+                values[f"{row.statistic}/{row.stage}/{MEAN_LAYER}"] = torch.tensor(
+                    row.value, dtype=torch.float64
+                )
+        for (name, stage, layer), scalar in self._scalars.items():
+            rows.append(Row(epoch, stage, layer, name, scalar))
+            values["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
+        return Record(epoch, values, rows, moments, samples, self._statistics)
+
+    def _read_layer(
+        self,
+        stage: str,
+        layer: str,
+        moments: dict[tuple[str, str], Moments],
+        samples: dict[tuple[str, str], Reservoir],
+    ) -> None:
+        assert self.probe is not None
+        if (stage, layer) in moments:
+            return
+        members = [
+            metric
+            for metric in self.probe[stage, layer].values(copy_state=False)
+            if isinstance(metric, SpectralMetric) and metric.takes_observations and metric.moments is not None
+        ]
+        for metric in sorted(members, key=lambda each: each.gram_dtype != torch.float64):
+            found = metric.moments
+            if found is not None and (stage, layer) not in moments:
+                moments[stage, layer] = found
+            if isinstance(metric, EigenspaceEmbeddingMetric) and metric.reservoir is not None:
+                samples.setdefault((stage, layer), metric.reservoir)
+
+
+def _counts(writer: Writer) -> bool:
+    """Whether a record waits for this writer."""
+    return writer.keeps_records or writer.takes_back
+
+
+def _is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _on_first_process(function: Callable[[], T]) -> T:
+    """Call on the first process; on all of them return what it returned, or raise what it raised."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function(), None]
+        except Exception as error:
+            outcome = [None, error]
+        try:
+            pickle.dumps(outcome)
+        except Exception:
+            told = outcome[1] or outcome[0][1]
+            replacement = RuntimeError(f"{type(told).__name__}: {told}")
+            outcome = [None, replacement] if outcome[1] else [(outcome[0][0], replacement), None]
+    dist.broadcast_object_list(outcome)
+    result, raised = outcome
+    if raised is not None:
+        raise raised
+    return result  # type: ignore[no-any-return]

@@ -1,0 +1,108 @@
+"""Numbers as a tidy table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.record import COLUMNS, Record, Row
+from spectralmetrics.recording.writer import Writer
+
+FILE_NAME = "records.csv"
+
+
+class CSVWriter(Writer):
+    """All numbers in one ``records.csv`` with the columns epoch, stage, layer, statistic, value.
+
+    Rows are in forward order. The file is replaced as a whole by a copy that is one record longer, so that at
+    any moment it holds whole records only.
+    """
+
+    name = "csv"
+    keeps_records = True
+
+    def open(self, directory: Path, last_epoch: int | None) -> None:
+        """See :class:`Writer`."""
+        self._path = directory / FILE_NAME
+
+    def write(self, record: Record) -> None:
+        """See :class:`Writer`."""
+        with replacing(self._path) as file:
+            if self._path.exists():
+                with open(self._path, "rb") as earlier:
+                    shutil.copyfileobj(earlier, file, 2**20)
+                file.write(format_rows(record.rows, header=False))
+            else:
+                file.write(format_rows(record.rows))
+
+    @classmethod
+    def last_epoch(cls, directory: Path) -> int | None:
+        """See :class:`Writer`."""
+        path = directory / FILE_NAME
+        return max((row.epoch for row in read_rows(path)), default=None) if path.exists() else None
+
+    @classmethod
+    def holds_records(cls, directory: Path) -> bool:
+        """See :class:`Writer`."""
+        return (directory / FILE_NAME).exists()
+
+    @classmethod
+    def discard(cls, directory: Path, after: int | None) -> None:
+        """See :class:`Writer`."""
+        path = directory / FILE_NAME
+        if not path.exists():
+            return
+        if after is None:
+            path.unlink()
+            return
+        rows = read_rows(path)
+        kept = [row for row in rows if row.epoch <= after]
+        if len(kept) < len(rows):
+            with replacing(path) as file:
+                file.write(format_rows(kept))
+
+
+def format_rows(rows: Iterable[Row | Mapping[str, Any]], *, header: bool = True) -> bytes:
+    """Rows as CSV text; floats with all their digits."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    if header:
+        writer.writerow(COLUMNS)
+    writer.writerows(row.values() if isinstance(row, Mapping) else row for row in rows)
+    return text.getvalue().encode()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ``records.csv``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no table of records.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, None)
+        if header is None or tuple(header) != COLUMNS:
+            first = ",".join(header or [])
+            raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {first!r}")
+        rows = []
+        for cells in reader:
+            try:
+                epoch, stage, layer, statistic, value = cells
+                rows.append(Row(int(epoch), stage, layer, statistic, _number(value)))
+            except ValueError:
+                found, line = ",".join(cells), reader.line_num
+                raise ValueError(f"expected a record in line {line} of {path}, got {found!r}") from None
+    return rows
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

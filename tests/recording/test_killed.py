@@ -1,0 +1,75 @@
+"""SIGKILL at random moments: whatever was recorded before is whole, and a resumed run goes on."""
+
+import itertools
+import multiprocessing
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spectralmetrics import Recorder
+from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
+
+LAYERS = 3
+ROWS = 2 * (LAYERS + 1) * 2 + 1
+KILLS = 25
+
+
+def record_for_ever(directory, writers, started):
+    torch.set_num_threads(1)
+    model = make_model(LAYERS)
+    probe = make_probe(model)
+    recorder = Recorder(directory, probe, writers, mode="resume")
+    started.set()
+    for epoch in itertools.count(recorder.next_epoch):
+        run_epoch(model, epoch, rows=4)
+        recorder.add_scalar("accuracy", epoch, stage="eval")
+        recorder.record()
+
+
+@pytest.mark.parametrize("writers", [("csv", "arrays"), ("csv", "arrays", "tensorboard")], ids="+".join)
+def test_killed_at_random_moments(writers, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.recording.test_killed"])
+    moments = random.Random(0)
+    seen = 0
+    interrupted = 0
+    for _ in range(KILLS):
+        started = context.Event()
+        worker = context.Process(target=record_for_ever, args=(tmp_path, writers, started))
+        worker.start()
+        assert started.wait(60)
+        time.sleep(moments.uniform(0.0, 0.25))
+        worker.kill()
+        worker.join()
+        interrupted += bool(list(tmp_path.rglob(".*.tmp")))
+
+        rows = read_csv(tmp_path) if (tmp_path / "records.csv").exists() else []
+        epochs = len(rows) // ROWS
+        assert len(rows) == epochs * ROWS
+        assert [int(row["epoch"]) for row in rows[::ROWS]] == list(range(epochs))
+        assert [float(row["value"]) for row in rows[ROWS - 1 :: ROWS]] == list(range(epochs))
+        assert epochs >= seen
+        seen = epochs
+        for epoch in range(epochs):
+            with np.load(tmp_path / f"arrays/epoch-{epoch:06d}.npz", allow_pickle=False) as arrays:
+                assert len(arrays.files) == 2 * LAYERS * 4
+                assert all(arrays[name] is not None for name in arrays.files)
+    assert seen > KILLS / 2
+    print(f"{seen} records, {interrupted} of {KILLS} kills fell into a write")
+
+    model = make_model(LAYERS)
+    with Recorder(tmp_path, make_probe(model), writers, mode="resume") as recorder:
+        assert recorder.next_epoch == seen
+        run_epoch(model, seen, rows=4)
+        recorder.add_scalar("accuracy", seen, stage="eval")
+        recorder.record()
+    assert len(read_csv(tmp_path)) == (seen + 1) * ROWS
+    if "tensorboard" in writers:
+        events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        steps = [event.step for event in events.Scalars("saturation/train/0")]
+        assert steps == list(range(seen + 1))

@@ -1,0 +1,140 @@
+"""Console, TensorBoard and pictures."""
+
+import io
+
+import matplotlib
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from spectralmetrics import (
+    EigenspaceEmbeddingMetric,
+    Recorder,
+    SaturationMetric,
+    SpectrumMetric,
+    draw_run,
+)
+from spectralmetrics.recording import ConsoleWriter, Record, Row
+from spectralmetrics.recording.pictures import draw_profile
+from spectralmetrics.recording.writers.console import table_of
+from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
+
+matplotlib.use("Agg")
+
+
+def record(directory, writers, epochs=2, layers=3, metrics=None):
+    model = make_model(layers)
+    with make_probe(model, metrics) as probe, Recorder(directory, probe, writers) as recorder:
+        for epoch in range(epochs):
+            run_epoch(model, epoch)
+            recorder.add_scalar("accuracy", 0.875, stage="eval")
+            recorder.record()
+
+
+def test_tensorboard_curves(tmp_path):
+    record(tmp_path, ["tensorboard", "csv"], epochs=3)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    layers = ("0", "1", "2", "mean")
+    expected = {
+        f"{s}/{t}/{n}" for s in ("saturation", "intrinsic_dimension") for t in ("train", "eval") for n in layers
+    }
+    assert set(tags) == expected | {"accuracy/eval"}
+    for tag in expected:
+        statistic, stage, layer = tag.split("/")
+        values = [
+            (int(row["epoch"]), pytest.approx(float(row["value"])))
+            for row in read_csv(tmp_path)
+            if (row["statistic"], row["stage"], row["layer"]) == (statistic, stage, layer)
+        ]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == values
+
+
+def example_record(layers=3):
+    rows = [Row(4, "train", f"layer{k}", "saturation", 0.5 + k / 100) for k in range(layers)]
+    rows += [Row(4, "eval", "layer1", "saturation", 0.25), Row(4, "train", "mean", "saturation", 0.55)]
+    return Record(4, {}, [*rows, Row(4, "", "", "loss", 0.123456)])
+
+
+class TestConsole:
+    def test_the_table(self, capsys):
+        ConsoleWriter().write(example_record())
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].strip() == "Epoch 4, loss 0.1235"
+        (line,) = [line for line in lines if "layer1" in line]
+        assert line.replace("│", " ").split() == ["layer1", "0.51", "0.25"]
+        (line,) = [line for line in lines if "mean" in line]
+        assert line.replace("│", " ").split() == ["mean", "0.55"]
+
+    def test_only_means_of_many_layers(self):
+        assert table_of(example_record(30), max_layers=10).row_count == 1
+        assert table_of(example_record(30)).row_count == 31
+
+    def test_only_scalars(self):
+        assert table_of(Record(0, {}, [Row(0, "", "", "loss", 1.0)])).row_count == 0
+
+    def test_a_progress_bar_stays_whole(self, capsys):
+        bars = io.StringIO()
+        with tqdm(total=10, file=bars, mininterval=0) as bar:
+            for _ in range(10):
+                ConsoleWriter().write(example_record())
+                bar.update()
+        # Every table begins on a line of its own, and the bar is drawn anew after it.
+        out = capsys.readouterr().out
+        assert out.count("Epoch 4") == 10
+        assert "it/s" not in out
+        assert bars.getvalue().count("\r") >= 10
+
+
+class TestPictures:
+    @pytest.mark.parametrize("layers", [10, 100])
+    def test_of_a_run(self, layers, tmp_path):
+        record(tmp_path, ["csv", "arrays"], layers=layers)
+        names = []
+        written = draw_run(tmp_path, progress=names.append, dpi=40)
+        assert [path.name for path in written] == [
+            "saturation-epoch-000001.png",
+            "saturation-train-epochs.png",
+            "saturation-eval-epochs.png",
+            "intrinsic_dimension-epoch-000001.png",
+            "intrinsic_dimension-train-epochs.png",
+            "intrinsic_dimension-eval-epochs.png",
+            "spectrum-train-epoch-000001.png",
+            "spectrum-eval-epoch-000001.png",
+        ]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+        assert names[0] == "saturation-epoch-000001.png"
+        assert len(names) == 8 + 2 * layers
+
+    def test_what_is_chosen(self, tmp_path):
+        record(tmp_path, ["csv"])
+        written = draw_run(tmp_path, epoch=0, statistics=["saturation"], output=tmp_path / "here")
+        assert written[0] == tmp_path / "here" / "saturation-epoch-000000.png"
+        with pytest.raises(ValueError, match="0 to 1, got 2"):
+            draw_run(tmp_path, epoch=2)
+        with pytest.raises(ValueError, match="got 'spectrum'"):
+            draw_run(tmp_path, statistics=["spectrum"])
+        with pytest.raises(FileNotFoundError, match=r"records\.csv"):
+            draw_run(tmp_path / "here")
+
+    def test_titles_and_tail(self):
+        rows = [Row(3, stage, f"layer{k}", "s", 1 - 0.3 * k) for stage in ("train", "eval") for k in range(4)]
+        rows += [Row(3, "eval", "mean", "s", 0.5), Row(3, "eval", "", "accuracy", 0.875)]
+        figure = draw_profile(rows, "s", {"s": {"metric": "saturation", "threshold": 0.95}})
+        (axis,) = figure.axes
+        assert axis.get_title() == "S at 95 % of variance, epoch 3, eval accuracy 0.875"
+        assert [text.get_text() for text in axis.get_xticklabels()] == [f"layer{k}" for k in range(4)]
+        labels = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert labels == ["train", "eval", "tail"]
+
+    def test_writer_draws_every_statistic(self, tmp_path):
+        metrics = [SaturationMetric(), SpectrumMetric(), EigenspaceEmbeddingMetric()]
+        record(tmp_path, ["plot"], epochs=1, metrics=metrics)
+        assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+            "embedding-eval-epoch-000000.png",
+            "embedding-train-epoch-000000.png",
+            "saturation-epoch-000000.png",
+            "spectrum-eval-epoch-000000.png",
+            "spectrum-train-epoch-000000.png",
+        ]
