@@ -19,6 +19,12 @@ from spectralmetrics.metrics import (
     statistics,
 )
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.projection import (
+    PCAProjection,
+    insert_projections,
+    randomize_projections,
+    set_projection_threshold,
+)
 from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
@@ -34,6 +40,7 @@ __all__ = [
     "IntrinsicDimensionMetric",
     "LayerProbe",
     "Observations",
+    "PCAProjection",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
     "Record",
@@ -46,8 +53,11 @@ __all__ = [
     "Writer",
     "draw_run",
     "functional",
+    "insert_projections",
     "layer_profile",
     "low_saturation_tail",
+    "randomize_projections",
     "recompute",
+    "set_projection_threshold",
     "statistics",
 ]

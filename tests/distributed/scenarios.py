@@ -1,6 +1,7 @@
 """What each process of a group runs; assertions fail the test that started the group."""
 
 import contextlib
+import copy
 import tempfile
 from pathlib import Path
 
@@ -407,6 +408,39 @@ def only_the_first_process_records(rank, world):
             assert int(arrays["train/1/count"]) == sum(map(len, everything))
 
 
+def projections_are_alike_everywhere(rank, world):
+    for without in {None, 0, world - 1} if world > 1 else {None}:
+        parts = shares(world, without, far="each other")
+        model = nn.Sequential(sm.PCAProjection(6, threshold=0.9))
+        alone = nn.Sequential(sm.PCAProjection(6, threshold=0.9, dim=1))
+        model(parts[rank])
+        rows = sm.set_projection_threshold(model, 0.8)  # in the middle of training
+        model(parts[rank])
+        model.eval()
+        everything = torch.cat(parts)
+        found = model(everything)
+        assert rows[0].dimension == model[0].rank
+        # On one process, with no group to ask:
+        reference = sm.CovarianceMetric(sync_on_compute=False)
+        reference.update(everything)
+        spectrum = reference.spectrum
+        vectors = spectrum.eigenvectors[:, : model[0].rank]
+        expected = (everything - spectrum.mean) @ vectors @ vectors.mT + spectrum.mean
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-3)
+        assert int(model[0].covariance.count) == 2 * len(everything)  # a saved state is complete
+        sm.randomize_projections(model, torch.Generator().manual_seed(rank))
+        for values in (found, model(everything)):
+            others = [torch.empty_like(values) for _ in range(world)]
+            dist.all_gather(others, values)
+            assert all(torch.equal(values, other) for other in others)
+        fresh = copy.deepcopy(alone)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(fresh.eval()(everything), model(everything))
+        model.train()
+        model(parts[rank])
+        assert int(model[0].covariance.count) == len(parts[rank])
+
+
 EVERYWHERE = [
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
@@ -423,5 +457,6 @@ EVERYWHERE = [
     a_probe_merges_all_layers_in_two_collectives,
     data_parallel_training_is_bit_identical,
     only_the_first_process_records,
+    projections_are_alike_everywhere,
 ]
 ON_TWO = [fully_sharded_training_is_observed]

@@ -1,0 +1,39 @@
+"""What all benchmarks share: the machine in words, and where results go."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine():
+    """Date, processor and versions, for the head of a result."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "torchmetrics", "numpy")},
+    }
+
+
+def write_result(name, results):
+    """Write ``results/{name}.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    target.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=1) + "\n")
+    print(f"wrote {target}")
