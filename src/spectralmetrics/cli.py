@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,22 @@ def _run_plot(options: argparse.Namespace) -> None:
 
 def _run_recompute(options: argparse.Namespace) -> None:
     thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
-    with _progress("reading", total=len(saved_epochs(options.directory))) as advance:
+    files = saved_epochs(options.directory)
+    with _progress("reading", len(files)) as advance, warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
         rows = recompute(
             options.directory, thresholds, options.statistics, progress=lambda path: advance(path.name)
         )
+    for note in notes:
+        print(f"spectralmetrics: {note.message}", file=sys.stderr)
     if arrays := sorted({row["statistic"] for row in rows if not isinstance(row["value"], (int, float))}):
         raise ValueError(
             f"expected statistics that are numbers, got {arrays[0]!r}, which spectralmetrics.recompute returns"
         )
     if options.output is None:
-        sys.stdout.write(format_rows(rows).decode())
         sys.stdout.flush()
+        sys.stdout.buffer.write(format_rows(rows))
+        sys.stdout.buffer.flush()
     else:
         with replacing(options.output) as file:
             file.write(format_rows(rows))

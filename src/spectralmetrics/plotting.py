@@ -187,6 +187,13 @@ def plot_spectrum(
     if any((values > 0).any() for values in spectra):
         ax.set_xscale("log")
         ax.set_yscale("log")
+        if max(int((values > 0).sum()) for values in spectra) <= 12:
+            # Less than a decade, or little more: powers of ten would say nothing, and all in between too much.
+            from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+
+            ax.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8]))
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("index")
     ax.set_ylabel("eigenvalue")
     ax.grid(color="0.9")
@@ -303,7 +310,7 @@ def plot_layers(
         raise ValueError("expected at least one value to draw, got none")
     columns = math.ceil(math.sqrt(len(values)))
     rows = math.ceil(len(values) / columns)
-    figure = _new_figure((2.5 * columns, 2.2 * rows + (0.4 if title else 0)))
+    figure = _new_figure((max(2.5 * columns, 0.09 * len(title or "")), 2.2 * rows + (0.4 if title else 0)))
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -311,8 +318,8 @@ def plot_layers(
         ax.set_axis_on()
         draw(value, ax=ax, **options)
         # Of a long name the end says more than the beginning.
-        ax.set_title(layer if len(layer) <= 34 else f"…{layer[-33:]}", fontsize=_NAME_POINTS)
-        ax.tick_params(labelsize=7)
+        ax.set_title(_plain(layer if len(layer) <= 34 else f"…{layer[-33:]}"), fontsize=_NAME_POINTS)
+        ax.tick_params(labelsize=7, which="both")
         ax.xaxis.label.set_size(7)
         ax.yaxis.label.set_size(7)
         if legend := ax.get_legend():
@@ -349,11 +356,16 @@ def _name_layers(ax: Axes, names: Sequence[str], along: str, room: bool) -> None
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
     inches = box.width if along == "x" else box.height
     step = 1 if room else math.ceil(0.85 * _NAME_INCHES * len(names) / inches)
-    places, shown = range(0, len(names), step), names[::step]
+    places, shown = range(0, len(names), step), [_plain(name) for name in names[::step]]
     if along == "x":
         ax.set_xticks(places, shown, rotation=90, fontsize=_NAME_POINTS)
     else:
         ax.set_yticks(places, shown, fontsize=_NAME_POINTS)
+
+
+def _plain(name: str) -> str:
+    """A name as it is: matplotlib would set what stands between dollar signs as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _finite(values: Any) -> npt.NDArray[np.float64]:

@@ -406,7 +406,7 @@ class TestValues:
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
         probe = LayerProbe(model, {"gap": Gap()})
         model(torch.randn(9, 3))
-        with pytest.warns(UserWarning, match="left out: '1' .*IndexError"):
+        with pytest.warns(UserWarning, match="left out: 'gap' of '1' .*IndexError"):
             assert list(probe.compute()) == ["gap/train/0"]
 
     def test_one_layer_without_a_value_does_not_take_the_others_along(self):
@@ -414,7 +414,7 @@ class TestValues:
         probe = LayerProbe(model, [sm.CovarianceMetric(unbiased=True)])
         model[0](torch.randn(9, 3))
         model[1](torch.randn(1, 3))
-        with pytest.warns(UserWarning, match="left out: '1' .*at least 2 observations"):
+        with pytest.warns(UserWarning, match="left out: 'covariance' of '1' .*at least 2 observations"):
             assert list(probe.compute()) == ["covariance/train/0"]
 
     def test_keys_are_in_forward_order(self):
@@ -551,7 +551,7 @@ class TestValues:
         model[1](torch.randn(9, 3).double() * 1e200)
         with pytest.warns(
             UserWarning,
-            match=r"layers without a value in train are left out: '1' .*squares of the observations exceed",
+            match=r"values that could not be computed in train are left out: '.*' of '1' .*squares of the observations exceed",
         ):
             assert list(probe.compute()) == ["saturation/train/0"]
 

@@ -1,17 +1,22 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from spectralmetrics import (
     EffectiveRankMetric,
     EigenspaceEmbeddingMetric,
     IntrinsicDimensionMetric,
+    LayerProbe,
     Recorder,
     SaturationMetric,
+    SpectralMetric,
     recompute,
     statistics,
 )
+from spectralmetrics.cli import main
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.metrics import base
 from tests.metrics.test_properties import VARIANTS
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
@@ -99,6 +104,64 @@ def test_several_thresholds(tmp_path):
     for share in (0.9, 0.5):
         alone = [row["value"] for row in recompute(tmp_path, share)]
         assert [row["value"] for row in rows if row["statistic"] == f"saturation@{share}"] == alone
+
+
+class TopShareMetric(SpectralMetric):
+    short_name = "top_share_of_tests"
+
+    def __init__(self, num_features=None, threshold=0.5, ks=(0,), weigh=None, **kwargs):
+        super().__init__(num_features, **kwargs)
+        self.threshold = threshold
+        self.ks = ks
+        self.weigh = weigh
+
+    def statistic(self, spectrum):
+        picked = spectrum.eigenvalues[list(self.ks)]
+        return picked.sum() * self.threshold * (1.0 if self.weigh is None else self.weigh(2.0))
+
+
+def test_settings_of_a_users_own_statistic(tmp_path):
+    record(tmp_path / "a", [TopShareMetric(ks=(0, 2))])
+    same_rows(recompute(tmp_path / "a"), read_csv(tmp_path / "a"))
+    found = recompute(tmp_path / "a", 1.0, TopShareMetric(ks=(0, 2)))
+    assert [row["value"] for row in found] == [2 * float(row["value"]) for row in read_csv(tmp_path / "a")]
+    record(tmp_path / "b", [TopShareMetric(weigh=lambda x: x), SaturationMetric()])
+    with pytest.raises(ValueError, match=r"settings \['weigh'\] of 'top_share_of_tests' could not be recorded"):
+        recompute(tmp_path / "b", statistics=["top_share_of_tests"])
+    with pytest.warns(UserWarning, match="left out 'top_share_of_tests'"):
+        rows = recompute(tmp_path / "b")
+    assert {row["statistic"] for row in rows} == {"saturation"}
+
+
+def test_a_statistic_whose_class_is_not_imported(tmp_path, monkeypatch, capsys):
+    record(tmp_path, [TopShareMetric(), SaturationMetric()])
+    monkeypatch.delitem(base._STATISTICS, "top_share_of_tests")
+    with pytest.raises(ValueError, match="recorded by a class that is not imported"):
+        recompute(tmp_path, statistics="top_share_of_tests")
+    assert main(["recompute", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "left out 'top_share_of_tests'" in printed.err
+    assert printed.err.count("\n") == 1
+    assert ",saturation," in printed.out
+
+
+def test_layers_whose_names_look_alike_stay_apart(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ModuleDict({"b": nn.Linear(3, 3)})
+            self.add_module("a/b", nn.Linear(3, 3))
+
+        def forward(self, x):
+            return self.get_submodule("a/b")(self.a["b"](x)[:5])
+
+    model = Model()
+    with LayerProbe(model) as probe, Recorder(tmp_path, probe, ["arrays"]) as recorder:
+        model(torch.randn(20, 3))
+        recorder.record()
+    with np.load(tmp_path / "arrays/epoch-000000.npz", allow_pickle=False) as arrays:
+        assert [int(arrays[f"train/{name}/count"]) for name in ("a.b", "a/b")] == [20, 5]
+    assert [row["layer"] for row in recompute(tmp_path)] == ["a.b", "a/b", "mean"]
 
 
 def test_errors(tmp_path):

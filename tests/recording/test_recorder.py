@@ -1,14 +1,17 @@
+import contextlib
 import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection, MinMaxMetric
 
 from spectralmetrics import (
     CovarianceMetric,
@@ -20,6 +23,7 @@ from spectralmetrics import (
     SpectrumMetric,
     Writer,
 )
+from spectralmetrics.recording.writers import make_writers
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 ALL = ["csv", "arrays", "console", "tensorboard", "plot"]
@@ -303,11 +307,34 @@ class TestModes:
         record(tmp_path, 3, ["csv", "arrays"])
         (tmp_path / "records.csv").unlink()
         before = contents(tmp_path)
-        with pytest.raises(
-            ValueError, match="up to epoch 2, but those of the writer 'csv' end before the first"
-        ):
+        with pytest.raises(ValueError, match="the writer 'csv' up to epoch 2, got none"):
             Recorder(tmp_path, None, ["csv", "arrays"], mode="resume")
         assert contents(tmp_path) == before
+
+    def test_resume_without_a_writer_whose_files_were_removed(self, tmp_path):
+        record(tmp_path, 2, ["csv", "arrays"])
+        shutil.rmtree(tmp_path / "arrays")
+        record(tmp_path, 3, ["csv"], mode="resume")
+        assert read_csv(tmp_path)[-1]["epoch"] == "2"
+
+    def test_resume_where_no_value_is_a_number(self, tmp_path):
+        model = make_model()
+        for epoch in range(3):
+            probe = LayerProbe(model, SpectrumMetric())
+            with probe, Recorder(tmp_path, probe, ["csv", "arrays"], mode="resume") as recorder:
+                assert recorder.next_epoch == epoch
+                run_epoch(model, epoch)
+                recorder.record()
+
+    def test_a_change_of_directory_does_not_split_the_run(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "other").mkdir()
+        with Recorder("run") as recorder:
+            for where in (tmp_path, tmp_path / "other"):
+                monkeypatch.chdir(where)
+                recorder.add_scalar("loss", 1.0)
+                recorder.record()
+        assert len(read_csv(tmp_path / "run")) == 2
 
     def test_writers_may_join_and_pause(self, tmp_path):
         record(tmp_path, 2, ["csv"])
@@ -362,6 +389,138 @@ class TestModes:
         (tmp_path / "recording.json").write_text("{")
         with pytest.raises(ValueError, match=r"recording\.json"):
             Recorder(tmp_path, mode="resume")
+
+
+class TestRepeated:
+    """A record that fails is not kept by anyone, and the same epoch can be recorded again."""
+
+    @pytest.mark.parametrize("broken", ["csv", "arrays"])
+    def test_after_a_writer_that_keeps_records_fails(self, broken, tmp_path, monkeypatch):
+        model = make_model()
+        writers = make_writers(["csv", "arrays", "tensorboard"])
+        recorder = Recorder(tmp_path, make_probe(model), writers)
+        run_epoch(model, 0)
+        recorder.record()
+        run_epoch(model, 1)
+        (writer,) = [each for each in writers if each.name == broken]
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "write", lambda record: (_ for _ in ()).throw(OSError(28, "No space left")))
+            with pytest.raises(OSError, match="cannot record epoch 1"):
+                recorder.record()
+        assert not (tmp_path / "arrays/epoch-000001.npz").exists()
+        assert {row["epoch"] for row in read_csv(tmp_path)} == {"0"}
+        run_epoch(model, 2)  # the user trains on
+        values = recorder.record()
+        recorder.close()
+        rows = read_csv(tmp_path)
+        assert len(rows) == 2 * 16
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        for row in rows[16:]:
+            tag = f"{row['statistic']}/{row['stage']}/{row['layer']}"
+            curve = events.Scalars(tag)
+            assert [event.step for event in curve] == [0, 1]
+            assert curve[1].value == pytest.approx(float(values[tag]))
+
+    def test_after_the_manifest_could_not_be_written(self, tmp_path):
+        recorder = Recorder(tmp_path)
+        (tmp_path / ".recording.json.tmp").mkdir()
+        for epoch in range(2):
+            recorder.add_scalar("loss", epoch)
+            recorder.record()
+        (tmp_path / ".recording.json.tmp").rmdir()
+        assert [row["epoch"] for row in read_csv(tmp_path)] == ["0", "1"]
+        with Recorder(tmp_path, mode="resume") as recorder:
+            assert recorder.next_epoch == 2
+
+    def test_after_an_interrupt_while_showing(self, tmp_path):
+        class Slow(Writer):
+            def write(self, record):
+                if record.epoch == 0:
+                    raise KeyboardInterrupt
+
+        model = make_model()
+        probe = make_probe(model)
+        recorder = Recorder(tmp_path, probe, ["csv", Slow()])
+        for epoch in range(2):
+            run_epoch(model, epoch)
+            with pytest.raises(KeyboardInterrupt) if epoch == 0 else contextlib.nullcontext():
+                recorder.record()
+        assert [row["epoch"] for row in read_csv(tmp_path)[::16]] == ["0", "1"]
+        assert len(read_csv(tmp_path)) == 32
+
+    def test_after_an_interrupt_while_keeping(self, tmp_path, monkeypatch):
+        recorder = Recorder(tmp_path, None, ["csv", "arrays"])
+        recorder.add_scalar("loss", 0.0)
+        replace = os.replace
+
+        def interrupted(source, target):
+            replace(source, target)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                recorder.record()
+        recorder.record()
+        assert len(read_csv(tmp_path)) == 1
+
+
+def test_a_statistic_that_fails_costs_neither_the_others_nor_the_arrays(tmp_path):
+    model = make_model()
+    probe = make_probe(model, [CovarianceMetric(unbiased=True), SaturationMetric()])
+    recorder = Recorder(tmp_path, probe, ["csv", "arrays"])
+    model(torch.randn(1, 6))
+    with pytest.warns(UserWarning, match="'covariance' of '0' .*at least 2 observations"):
+        values = recorder.record()
+    assert set(values) == {f"saturation/train/{layer}" for layer in ("0", "1", "2", "mean")}
+    with np.load(tmp_path / "arrays/epoch-000000.npz", allow_pickle=False) as arrays:
+        assert int(arrays["train/2/count"]) == 1
+
+
+def test_only_failing_statistics_still_leave_arrays(tmp_path):
+    model = make_model()
+    recorder = Recorder(tmp_path, make_probe(model, [CovarianceMetric(unbiased=True)]), ["csv", "arrays"])
+    model(torch.randn(1, 6))
+    with pytest.warns(UserWarning, match="at least 2 observations"):
+        assert recorder.record() == {}
+    assert recorder.next_epoch == 1
+
+
+def test_several_numbers_of_one_metric(tmp_path):
+    model = make_model()
+    probe = LayerProbe(model, {"range": MinMaxMetric(MeanMetric())})
+    recorder = Recorder(tmp_path, probe)
+    run_epoch(model, 0)
+    recorder.record()
+    assert {row["statistic"] for row in read_csv(tmp_path)} == {"range_raw", "range_min", "range_max"}
+
+
+def test_names_that_would_be_misread(tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"without dots and slashes .* got 'val/SaturationMetric'"):
+        LayerProbe(model, MetricCollection([SaturationMetric()], prefix="val/"))
+    with pytest.raises(ValueError, match="got 'mean'"):
+        Recorder(tmp_path).add_scalar("loss", 1.0, layer="mean")
+
+
+def test_a_loss_that_has_a_gradient(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.add_scalar("loss", torch.ones((), requires_grad=True) * 0.5)
+    assert recorder.record(np.int64(3)) == {"loss": torch.tensor(0.5)}
+    assert recorder.next_epoch == 4
+
+
+def test_all_writers_are_closed_also_if_one_fails(tmp_path):
+    class Failing(Writer):
+        def close(self):
+            raise KeyError("broken")
+
+    keeper = Keeper()
+    recorder = Recorder(tmp_path, None, [Failing(), keeper])
+    with pytest.raises(KeyError):
+        recorder.close()
+    assert keeper.calls[-1] == ("close",)
 
 
 class TestDisk:

@@ -16,7 +16,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.recording import ConsoleWriter, Record, Row
 from spectralmetrics.recording.pictures import draw_profile
-from spectralmetrics.recording.writers.console import table_of
+from spectralmetrics.recording.writers.console import tables_of
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 matplotlib.use("Agg")
@@ -68,11 +68,47 @@ class TestConsole:
         assert line.replace("│", " ").split() == ["mean", "0.55"]
 
     def test_only_means_of_many_layers(self):
-        assert table_of(example_record(30), max_layers=10).row_count == 1
-        assert table_of(example_record(30)).row_count == 31
+        assert tables_of(example_record(30), max_layers=10)[0].row_count == 1
+        assert tables_of(example_record(30))[0].row_count == 31
 
     def test_only_scalars(self):
-        assert table_of(Record(0, {}, [Row(0, "", "", "loss", 1.0)])).row_count == 0
+        (table,) = tables_of(Record(0, {}, [Row(0, "", "", "loss", 1.0)]))
+        assert table.row_count == 0
+
+    def test_many_statistics_are_split(self):
+        rows = [Row(0, stage, "a", f"s{k}", 1.0) for stage in ("train", "eval") for k in range(8)]
+        tables = tables_of(Record(0, {}, rows), max_columns=6)
+        assert [len(table.columns) for table in tables] == [7, 7, 5]
+
+    def test_names_are_no_markup(self, capsys):
+        rows = [Row(0, "eval", "[/red]", "acc[top5]", 1.0), Row(0, "", "", "loss[bold]", 1.0)]
+        ConsoleWriter().write(Record(0, {}, rows))
+        out = capsys.readouterr().out
+        assert "[/red]" in out
+        assert "acc[top5]" in out
+        assert "loss[bold]" in out
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_a_terminal_that_knows_few_characters(self, encoding, monkeypatch):
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding))
+        ConsoleWriter().write(example_record())
+        assert "| layer1 |" in raw.getvalue().decode(encoding)
+
+    def test_a_progress_bar_of_rich_stays_whole(self):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=True, width=100)
+        with Progress(console=console, auto_refresh=False) as progress:
+            progress.add_task("train", total=10)
+            progress.refresh()
+            ConsoleWriter().write(example_record())
+            progress.refresh()
+        # What is printed goes through the bar's console, which draws the bar anew below it.
+        text = screen.getvalue()
+        assert text.index("train") < text.index("Epoch 4") < text.index("mean") < text.rindex("train")
 
     def test_a_progress_bar_stays_whole(self, capsys):
         bars = io.StringIO()

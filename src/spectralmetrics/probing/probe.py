@@ -372,7 +372,7 @@ class LayerProbe(nn.Module):
         for name in order:
             collection = self[stage, name]
             leaders = [m for m in _leaders(collection) if isinstance(m, SpectralMetric)]
-            if not _has_seen(collection, leaders):
+            if not _has_seen(collection, leaders, self._progress[stage, name]):
                 unseen.append(name)
             if leaders and (dropped := int(leaders[0].non_finite)):
                 left_out.append(f"{dropped} of {name!r}")
@@ -390,22 +390,21 @@ class LayerProbe(nn.Module):
                 continue
             members = dict(self[stage, name].items(keep_base=True, copy_state=False))
             found: dict[str, Tensor] = {}
-            try:
-                # Eigenvectors first: they come with the eigenvalues that the others read.
-                for key in sorted(members, key=lambda k: not getattr(members[k], "needs_eigenvectors", False)):
-                    metric = members[key]
+            # Eigenvectors first: they come with the eigenvalues that the others read.
+            for key in sorted(members, key=lambda k: not getattr(members[k], "needs_eigenvectors", False)):
+                metric = members[key]
+                try:
                     if isinstance(metric, SpectralMetric):
                         metric.check_range()
                     found[key] = metric.read() if isinstance(metric, SpectralMetric) else metric.compute()
-            except Exception as error:
-                # One layer without a value, a user's statistic on a width it was not made for, say.
-                failed.append(f"{name!r} ({type(error).__name__}: {error})")
-                continue
-            values.update({f"{key}/{stage}/{name}": found[key] for key in self._names})
+                except Exception as error:
+                    # One value less: a user's statistic on a width it was not made for, say.
+                    failed.append(f"{key!r} of {name!r} ({type(error).__name__}: {error})")
+            values.update({f"{key}/{stage}/{name}": found[key] for key in self._names if key in found})
         if left_out:
             _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
         if failed:
-            _warn(f"layers without a value in {stage} are left out: {', '.join(failed)}")
+            _warn(f"values that could not be computed in {stage} are left out: {', '.join(failed)}")
         if unseen and len(unseen) < len(order):
             _warn(f"layers that saw nothing in {stage} are left out: {', '.join(map(repr, unseen))}")
         return values
@@ -568,8 +567,10 @@ def _named_metrics(metrics: Metrics) -> dict[str, Metric]:
             raise TypeError(
                 f"expected metric {name!r} to be a torchmetrics.Metric, got {type(metric).__name__}"
             )
-        if "." in name or not name or hasattr(MetricCollection, name):
-            raise ValueError(f"expected a metric name without dots that torch.nn.Module has not, got {name!r}")
+        if {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
+            raise ValueError(
+                f"expected a metric name without dots and slashes that torch.nn.Module has not, got {name!r}"
+            )
     names = [name for name, _ in named]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"expected each metric name once, got {twice} more than once; name them with a dict")
@@ -606,11 +607,11 @@ def _leaders(collection: MetricCollection) -> list[Metric]:
     return [getattr(collection, names[0]) for names in collection.compute_groups.values()]
 
 
-def _has_seen(collection: MetricCollection, leaders: list[SpectralMetric]) -> bool:
+def _has_seen(collection: MetricCollection, leaders: list[SpectralMetric], progress: _Progress) -> bool:
     if leaders:
         return all(int(metric.count) > 0 for metric in leaders)
     # Metrics of other libraries merge by themselves, on all processes or on none.
-    return any(metric.distributed_available_fn() or metric.update_called for metric in _members(collection))
+    return progress.samples > 0 or any(metric.distributed_available_fn() for metric in _members(collection))
 
 
 def _share_state(collection: MetricCollection) -> None:
@@ -629,6 +630,7 @@ def _update(collection: MetricCollection, observations: Observations) -> None:
 
 def _module_key(stage: str, name: str) -> str:
     """A key for ``nn.ModuleDict``, which takes neither dots nor the names of its own methods."""
+    name = name.replace("%", "%25").replace("/", "%2F")
     return f"{stage}/{name.replace('.', '/')}"
 
 

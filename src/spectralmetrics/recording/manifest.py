@@ -43,7 +43,10 @@ def read_manifest(directory: Path) -> Manifest:
         version = content.pop("format")
         if version > _FORMAT:
             raise ValueError(f"format {version} is of a later release")
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        if not isinstance(manifest.writers, dict) or not isinstance(manifest.statistics, dict):
+            raise ValueError("writers and statistics are no objects")
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to be a recorder's: {error}") from error
 

@@ -24,8 +24,9 @@ def draw_profile(rows: Sequence[Row], statistic: str, settings: Mapping[str, Set
     task = [f"{row.stage} {row.statistic} {row.value:.4g}".strip() for row in rows if not row.layer]
     title = ", ".join([title_of(statistic, settings), f"epoch {own[0].epoch}", *task])
     tail = []
-    if settings.get(statistic, {}).get("metric") == "saturation" and "eval" in profiles:
-        tail = low_saturation_tail(profiles["eval"])
+    is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
+    if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
+        tail = low_saturation_tail(profiles.get("eval", {}))
     return plot_profile(profiles, statistic=statistic, title=title, tail=tail)[0]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import EigenspaceEmbeddingMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.recording.manifest import read_manifest
-from spectralmetrics.recording.record import COLUMNS, Settings, describe, tidy_rows
+from spectralmetrics.recording.record import COLUMNS, UNKNOWN, Settings, tidy_rows
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_epochs
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
@@ -22,7 +24,7 @@ Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
 
 def recompute(
     directory: str | Path,
-    threshold: float | Sequence[float] | None = None,
+    threshold: float | Iterable[float] | None = None,
     statistics: str | SpectralMetric | Statistics | None = None,
     *,
     progress: Callable[[Path], None] = lambda path: None,
@@ -61,14 +63,14 @@ def recompute(
     files = saved_epochs(directory)
     if not files:
         raise FileNotFoundError(f"expected a run recorded with the writer 'arrays', got {directory}")
-    several = isinstance(threshold, Sequence)
-    thresholds: list[float | None] = list(threshold) if isinstance(threshold, Sequence) else [threshold]
-    for each in thresholds:
-        if each is not None:
-            check_threshold(each)
-    metrics = _with_thresholds(
-        _metrics(statistics, read_manifest(directory).statistics), thresholds if thresholds else [None], several
-    )
+    recorded = read_manifest(directory).statistics
+    metrics = _metrics(statistics, recorded)
+    if isinstance(threshold, Iterable):
+        metrics = {own: each for one in threshold for own, each in _at(metrics, float(one), True).items()}
+    elif threshold is not None:
+        metrics = _at(metrics, threshold, False)
+    # As in the recording, where an embedding's eigenvectors bring the eigenvalues that all read.
+    vectors = any(kind.needs_eigenvectors for kind in _kinds(recorded))
     rows: list[dict[str, Any]] = []
     for epoch, path in files.items():
         progress(path)
@@ -79,7 +81,11 @@ def recompute(
             # Eigenvectors first: they come with the eigenvalues that the others read.
             for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
                 center = metrics[name].center
-                spectrum = spectra.setdefault(center, layer.spectrum(center))
+                if center not in spectra:
+                    spectra[center] = layer.spectrum(center)
+                    if vectors:
+                        spectra[center].eigenvectors  # noqa: B018
+                spectrum = spectra[center]
                 values[name, layer.stage, layer.layer] = _value(metrics[name], spectrum, layer)
             for name in metrics:
                 key = (name, layer.stage, layer.layer)
@@ -106,10 +112,17 @@ def _metrics(
     if isinstance(chosen, Mapping):
         return dict(chosen)
     if chosen is None:
-        metrics = {name: _rebuild(name, recorded) for name in recorded if "metric" in recorded[name]}
-        if not metrics:
-            raise ValueError("expected the names of statistics: the run has recorded none of this package's")
-        return {name: each for name, each in metrics.items() if not isinstance(each, EigenspaceEmbeddingMetric)}
+        metrics = {}
+        for name, settings in recorded.items():
+            try:
+                metrics[name] = _rebuild(name, recorded)
+            except ValueError as error:
+                if "metric" in settings:  # not one of another library, of which there is no hope
+                    warnings.warn(f"left out {name!r}: {error}", UserWarning, stacklevel=3)
+        found = {n: each for n, each in metrics.items() if not isinstance(each, EigenspaceEmbeddingMetric)}
+        if not found:
+            raise ValueError("expected the names of statistics: of those recorded, none can be recomputed")
+        return found
     found = {}
     for each in [chosen] if isinstance(chosen, (str, SpectralMetric)) else chosen:
         if isinstance(each, SpectralMetric):
@@ -123,25 +136,30 @@ def _rebuild(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
     settings = {**recorded.get(name, {"metric": name})}
     kinds = all_statistics()
     short_name = settings.pop("metric", None)
+    if name in recorded and short_name not in kinds:
+        raise ValueError(f"{name!r} was recorded by a class that is not imported: import it, or pass a metric")
     if short_name not in kinds:
-        detail = f" (recorded as {short_name!r}, which is not imported)" if name in recorded else ""
+        raise ValueError(f"expected statistics among {sorted(set(kinds) | set(recorded))}, got {name!r}")
+    if unknown := settings.pop(UNKNOWN, None):
         raise ValueError(
-            f"expected statistics among {sorted(set(kinds) | set(recorded))}, got {name!r}{detail}"
+            f"the settings {unknown} of {name!r} could not be recorded: pass a metric that has them"
         )
     return kinds[short_name](**settings)
 
 
-def _with_thresholds(
-    metrics: dict[str, SpectralMetric], thresholds: Sequence[float | None], several: bool
-) -> dict[str, SpectralMetric]:
+def _kinds(recorded: Mapping[str, Settings]) -> list[type[SpectralMetric]]:
+    kinds = all_statistics()
+    return [kinds[each["metric"]] for each in recorded.values() if each.get("metric") in kinds]
+
+
+def _at(metrics: dict[str, SpectralMetric], threshold: float, named: bool) -> dict[str, SpectralMetric]:
+    """The metrics at a threshold, and those that have none."""
+    check_threshold(threshold)
     found: dict[str, SpectralMetric] = {}
     for name, metric in metrics.items():
-        settings = describe(metric)
-        if "threshold" not in settings or thresholds == [None]:
-            found[name] = metric
-            continue
-        del settings["metric"], settings["threshold"]
-        for threshold in thresholds:
-            own = f"{name}@{threshold:g}" if several else name
-            found[own] = type(metric)(threshold=threshold, **settings)
+        if hasattr(metric, "threshold"):
+            metric = copy.deepcopy(metric)
+            metric.threshold = threshold
+            name = f"{name}@{threshold}" if named else name
+        found[name] = metric
     return found

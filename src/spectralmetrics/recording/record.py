@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -64,6 +65,10 @@ class Record:
     statistics: Mapping[str, Settings] = field(default_factory=dict)
 
 
+UNKNOWN = "settings not recorded"
+"""Under which :func:`describe` names settings that JSON cannot hold."""
+
+
 def tidy_rows(epoch: int, values: Mapping[tuple[str, str, str], Tensor]) -> list[Row]:
     """The numbers among values, as rows, and after each stage the means over its layers.
 
@@ -100,8 +105,14 @@ def describe(metric: Metric) -> Settings:
     if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
         return {"class": type(metric).__name__}
     settings: Settings = {"metric": metric.short_name, "center": metric.center}
-    for name in inspect.signature(type(metric)).parameters:
-        value = getattr(metric, name, None)
-        if name != "num_features" and isinstance(value, (bool, int, float, str)):
-            settings[name] = value
+    for name, parameter in inspect.signature(type(metric)).parameters.items():
+        value = getattr(metric, name, parameter.default)
+        if name in ("num_features", "gram_dtype", "nan_strategy") or value is parameter.empty:
+            continue  # a width of no consequence, and what changes how data is taken but not what it says
+        if isinstance(value, (list, tuple)):
+            value = list(value)
+        try:
+            settings[name] = json.loads(json.dumps(value))
+        except TypeError:
+            settings.setdefault(UNKNOWN, []).append(name)
     return settings

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -26,8 +27,6 @@ from spectralmetrics.tail import MEAN_LAYER
 
 Mode = Literal["create", "resume", "overwrite"]
 T = TypeVar("T")
-
-_NOTHING = ("", None)
 
 _logger = logging.getLogger("spectralmetrics")
 
@@ -83,7 +82,7 @@ class Recorder:
                 f"expected no probed layer to be named {MEAN_LAYER!r}, the name of the mean over layers; rename"
                 " or exclude it"
             )
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # a later `os.chdir` must not split the run
         self.probe = probe
         self.writers = make_writers(writers)
         self._scalars: dict[tuple[str, str, str], float] = {}
@@ -112,23 +111,25 @@ class Recorder:
 
         Raises:
             TypeError: if the value is no number.
-            ValueError: if the name is empty or that of a probed statistic.
+            ValueError: if the name is empty or that of a probed statistic, or the layer is ``"mean"``.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"expected the name of a scalar, got {name!r}")
         if name in self._statistics:
             raise ValueError(f"expected a name that no probed metric has, got {name!r}")
+        if layer == MEAN_LAYER:
+            raise ValueError(f"expected the name of a layer, got {layer!r}, the name of the mean over layers")
         try:
-            self._scalars[name, stage, layer] = float(value)
+            self._scalars[name, stage, layer] = float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"expected {name!r} to be a number, got {value!r}") from error
 
     def record(self, epoch: int | None = None, reset: bool = True) -> dict[str, Tensor]:
         """Compute, write and reset.
 
-        If it raises, nothing was forgotten: mend the cause and call it again. Only if a writer fails that
-        shows records (console, plot, tensorboard or one of your own) has the record been kept, and the next
-        call records the next epoch.
+        If it raises an OSError, nothing of this epoch was kept and nothing was forgotten: mend the cause and
+        call it again. If it raises a RuntimeError because a writer that only shows records has failed (console,
+        plot or one of your own), the record has been kept, and the next call records the next epoch.
 
         Args:
             epoch: its number, above that of the last record; None: :attr:`next_epoch`.
@@ -147,20 +148,25 @@ class Recorder:
         if not self._is_open:
             raise RuntimeError(f"the recorder of {self.directory} is closed")
         epoch = self._check_epoch(epoch)
-        with contextlib.nullcontext() if self.probe is None else self.probe.merged():
-            record = self._make_record(epoch)
-            failed = _on_first_process(lambda: self._write(record) if record.values else _NOTHING)
-        if failed == _NOTHING:
+        is_kept, failed = False, None
+        try:
+            with contextlib.nullcontext() if self.probe is None else self.probe.merged():
+                record = self._make_record(epoch)
+                is_kept = _on_first_process(lambda: self._keep(record))
+                if is_kept:
+                    failed = _on_first_process(lambda: self._show(record))
+        finally:
+            if is_kept:  # whatever happens then, an interrupt from the keyboard too
+                self._last_epoch = epoch
+                self._scalars.clear()
+                if self.probe is not None and reset:
+                    self.probe.reset()
+        if not is_kept:
             message = "nothing to record: the probe has seen nothing and no scalar was added"
             warnings.warn(message, UserWarning, stacklevel=2)
             return {}
-        self._last_epoch = epoch
-        self._scalars.clear()
-        if self.probe is not None and reset:
-            self.probe.reset()
         if failed is not None:
             name, error = failed
-            assert error is not None
             raise RuntimeError(
                 f"the record of epoch {epoch} is kept, but the writer {name!r} failed: {error}"
             ) from error
@@ -171,9 +177,10 @@ class Recorder:
         if not self._is_open:
             return
         self._is_open = False
-        if _is_first_process():
-            for writer in self.writers:
-                writer.close()
+        with contextlib.ExitStack() as stack:  # all are closed, also if one fails
+            if _is_first_process():
+                for writer in reversed(self.writers):
+                    stack.callback(writer.close)
         if self._scalars:
             names = ", ".join(repr(name) for name, _, _ in self._scalars)
             warnings.warn(f"added after the last record, and not kept: {names}", UserWarning, stacklevel=2)
@@ -240,20 +247,26 @@ class Recorder:
             }
         ends = {}
         for name, before in manifest.writers.items():
-            if name in known:
-                last = known[name].last_epoch(directory)
-                ends[name] = max(-1 if last is None else last, -1 if before is None else before)
+            if name not in known or (not known[name].holds_records(directory) and name not in self._names()):
+                continue  # its files were removed, and it is not wanted any more
+            last = known[name].last_epoch(directory)
+            end = max(-1 if last is None else last, -1 if before is None else before)
+            if manifest.last_epoch is not None and end < manifest.last_epoch:
+                if not known[name].holds_records(directory):
+                    raise ValueError(
+                        f"expected {directory} to hold the records of the writer {name!r} up to epoch"
+                        f" {manifest.last_epoch}, got none: restore its files, leave the writer out, or record"
+                        " to another directory"
+                    )
+                end = manifest.last_epoch  # the last epochs had nothing for this writer
+            ends[name] = end
         if not ends:
             return manifest.last_epoch
         whole = min(ends.values())
-        if manifest.last_epoch is not None and whole < manifest.last_epoch:
-            name = min(ends, key=lambda each: ends[each])
-            raise ValueError(
-                f"expected {directory} to hold the records up to epoch {manifest.last_epoch}, but those of the"
-                f" writer {name!r} end {f'at {whole}' if whole >= 0 else 'before the first'}: files have been"
-                " removed or changed; restore them, or record to another directory"
-            )
         return None if whole < 0 else whole
+
+    def _names(self) -> set[str]:
+        return {writer.name for writer in self.writers}
 
     def _check_settings(self) -> None:
         for name, settings in self._statistics.items():
@@ -265,22 +278,47 @@ class Recorder:
                         f" {key}={recorded.get(key)!r}, got {key}={settings[key]!r}"
                     )
 
-    def _write(self, record: Record) -> tuple[str, Exception | None] | None:
-        """Write to all; return who failed among those that only show records."""
+    def _keep(self, record: Record) -> bool:
+        """Write to all that keep records, or to none; return whether there was anything to keep."""
+        if not record.values and not record.moments:
+            return False
+        counting = [writer for writer in self.writers if writer.keeps_records or writer.takes_back]
         try:
-            # The table comes last: where it has a record, the others that keep records have it too.
-            for writer in sorted(filter(_counts, self.writers), key=lambda each: each.name == "csv"):
+            # Those that can take back come first, and the table last: it has a record only if the others do.
+            for writer in sorted(counting, key=lambda each: (not each.takes_back, each.name == "csv")):
                 writer.write(record)
-            self._manifest.last_epoch = record.epoch
-            write_manifest(self.directory, self._manifest)
-        except OSError as error:
+            if not any(writer.keeps_records for writer in counting):
+                self._tell_manifest(record.epoch)
+        except BaseException as error:
+            for writer in counting:
+                self._take_back(writer)
+            if not isinstance(error, OSError):
+                raise
             message = (
                 f"cannot record epoch {record.epoch}, earlier records are intact: {error.strerror or error}"
             )
             raise OSError(error.errno, message, str(error.filename or self.directory)) from error
-        failed: tuple[str, Exception | None] | None = None
+        with contextlib.suppress(OSError):  # the record is there: what the manifest says is a lower bound
+            self._tell_manifest(record.epoch)
+        return True
+
+    def _take_back(self, writer: Writer) -> None:
+        with contextlib.suppress(OSError):
+            if writer.takes_back:
+                writer.close()
+                writer.open(self.directory, self._last_epoch)
+            else:
+                writer.discard(self.directory, self._last_epoch)
+
+    def _tell_manifest(self, epoch: int) -> None:
+        write_manifest(self.directory, replace(self._manifest, last_epoch=epoch))
+        self._manifest.last_epoch = epoch
+
+    def _show(self, record: Record) -> tuple[str, Exception] | None:
+        """Write to all that only show records; return the first that failed."""
+        failed = None
         for writer in self.writers:
-            if not _counts(writer):
+            if not writer.keeps_records and not writer.takes_back:
                 try:
                     writer.write(record)
                 except Exception as error:
@@ -292,8 +330,9 @@ class Recorder:
     def _check_epoch(self, epoch: int | None) -> int:
         if epoch is None:
             return self.next_epoch
-        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+        if not hasattr(epoch, "__index__") or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"expected an epoch as an integer that is not negative, got {epoch!r}")
+        epoch = int(epoch)
         if epoch < self.next_epoch:
             raise ValueError(f"expected an epoch above the last recorded one, {self._last_epoch}, got {epoch}")
         return epoch
@@ -304,17 +343,20 @@ class Recorder:
         samples: dict[tuple[str, str], Reservoir] = {}
         rows: list[Row] = []
         if self.probe is not None:
-            values = {
-                key: value if isinstance(value, Tensor) else torch.as_tensor(value)
-                for key, value in self.probe.compute().items()
-                if isinstance(value, (Tensor, int, float))
-            }
             where: dict[tuple[str, str, str], Tensor] = {}
-            for key, value in values.items():
+            for key, found in self.probe.compute().items():
                 statistic, stage, layer = key.split("/", 2)
-                where[statistic, stage, layer] = value
-                self._read_layer(stage, layer, moments, samples)
+                # Metrics of other libraries may return several numbers by name.
+                parts: Any = found if isinstance(found, Mapping) else {"": found}
+                for part, value in parts.items():
+                    if isinstance(value, (Tensor, int, float)):
+                        name = f"{statistic}_{part}" if part else statistic
+                        where[name, stage, layer] = torch.as_tensor(value)
+            values = {"/".join(key): value for key, value in where.items()}
             rows = tidy_rows(epoch, where)
+            for stage in ("train", "eval"):
+                for layer in self.probe.layers:
+                    self._read_layer(stage, layer, moments, samples)
         for row in rows:
             if row.layer == MEAN_LAYER:
                 values[f"{row.statistic}/{row.stage}/{MEAN_LAYER}"] = torch.tensor(
@@ -333,8 +375,6 @@ class Recorder:
         samples: dict[tuple[str, str], Reservoir],
     ) -> None:
         assert self.probe is not None
-        if (stage, layer) in moments:
-            return
         members = [
             metric
             for metric in self.probe[stage, layer].values(copy_state=False)
@@ -342,15 +382,10 @@ class Recorder:
         ]
         for metric in sorted(members, key=lambda each: each.gram_dtype != torch.float64):
             found = metric.moments
-            if found is not None and (stage, layer) not in moments:
+            if found is not None and (stage, layer) not in moments and int(found.count):
                 moments[stage, layer] = found
             if isinstance(metric, EigenspaceEmbeddingMetric) and metric.reservoir is not None:
                 samples.setdefault((stage, layer), metric.reservoir)
-
-
-def _counts(writer: Writer) -> bool:
-    """Whether a record waits for this writer."""
-    return writer.keeps_records or writer.takes_back
 
 
 def _is_first_process() -> bool:

@@ -118,7 +118,7 @@ def read_layers(path: Path) -> Iterator[SavedLayer]:
                     int(arrays[f"{key}/count"]),
                     sample,
                 )
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
 
 

@@ -11,7 +11,11 @@ from spectralmetrics.recording.writer import Writer
 from spectralmetrics.tail import MEAN_LAYER
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+_NAME_WIDTH = 26
+_COLUMN_WIDTH = 14
 
 
 class ConsoleWriter(Writer):
@@ -42,20 +46,32 @@ class ConsoleWriter(Writer):
         from rich.console import Console
 
         console = Console()
-        table = table_of(record, self.max_layers)
-        bars = sys.modules.get("tqdm.std") or sys.modules.get("tqdm")
+        tables = tables_of(record, self.max_layers, max((console.width - _NAME_WIDTH) // _COLUMN_WIDTH, 1))
+        if console.is_jupyter:
+            for table in tables:
+                console.print(table)
+            return
+        text = _render(tables, console)
+        bars = sys.modules.get("tqdm.std")
         active: Any = getattr(getattr(bars, "tqdm", None), "_instances", ())
-        if len(active) and not console.is_jupyter:
-            text = io.StringIO()
-            Console(file=text, width=console.width, force_terminal=console.is_terminal).print(table)
-            bars.tqdm.write(text.getvalue().rstrip("\n"))  # type: ignore[union-attr]
+        if len(active):
+            bars.tqdm.write(text)  # type: ignore[union-attr]
         else:
-            console.print(table)
+            # As text: rich redirects that around its progress bars, but not what another console prints.
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
 
 
-def table_of(record: Record, max_layers: int | None = None) -> Table:
-    """The numbers of a record as a table: a line for each layer, a column for each statistic and stage."""
+def tables_of(record: Record, max_layers: int | None = None, max_columns: int = 6) -> list[Table]:
+    """The numbers of a record as tables: a line for each layer, a column for each statistic and stage.
+
+    Args:
+        record: of one epoch.
+        max_layers: with more layers, only their means are shown.
+        max_columns: more are put into further tables.
+    """
     from rich.table import Table
+    from rich.text import Text
 
     of_layers = [row for row in record.rows if row.layer]
     columns = list(dict.fromkeys((row.statistic, row.stage) for row in of_layers))
@@ -63,16 +79,37 @@ def table_of(record: Record, max_layers: int | None = None) -> Table:
     if max_layers is not None and len(layers) > max_layers:
         layers = []
     scalars = [f"{_name(row)} {row.value:.4g}" for row in record.rows if not row.layer]
-    table = Table(title=", ".join([f"Epoch {record.epoch}", *scalars]), title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for statistic, stage in columns:
-        table.add_column("\n".join([*statistic.split("_"), stage]), justify="right")
     cells = {(row.layer, row.statistic, row.stage): _format(row.value) for row in of_layers}
-    for layer in [*layers, MEAN_LAYER] if of_layers else []:
-        if layer == MEAN_LAYER and layers:
-            table.add_section()
-        table.add_row(layer, *(cells.get((layer, *column), "") for column in columns))
-    return table
+    tables = []
+    for start in range(0, max(len(columns), 1), max_columns):
+        shown = columns[start : start + max_columns]
+        title = ", ".join([f"Epoch {record.epoch}", *scalars]) if start == 0 else f"Epoch {record.epoch}"
+        table = Table(title=Text(title), title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for statistic, stage in shown:
+            table.add_column(Text("\n".join([*statistic.split("_"), stage])), justify="right")
+        for layer in [*layers, MEAN_LAYER] if of_layers else []:
+            if layer == MEAN_LAYER and layers:
+                table.add_section()
+            table.add_row(Text(layer), *(cells.get((layer, *column), "") for column in shown))
+        tables.append(table)
+    return tables
+
+
+def _render(tables: list[Table], console: Console) -> str:
+    """The tables as text that standard output can encode."""
+    from rich.console import Console
+
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = io.StringIO()
+    renderer = Console(file=text, width=console.width, force_terminal=console.is_terminal)
+    for table in tables:
+        if not encoding.lower().startswith("utf"):
+            from rich.box import ASCII
+
+            table.box = ASCII
+        renderer.print(table)
+    return text.getvalue().rstrip("\n").encode(encoding, "replace").decode(encoding)
 
 
 def _name(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,16 +30,20 @@ class CSVWriter(Writer):
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
         self._path = directory / FILE_NAME
+        self._size = self._path.stat().st_size if self._path.exists() else 0
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
+        rows = format_rows(record.rows, header=self._size == 0)
         with replacing(self._path) as file:
-            if self._path.exists():
+            if self._size:
                 with open(self._path, "rb") as earlier:
                     shutil.copyfileobj(earlier, file, 2**20)
-                file.write(format_rows(record.rows, header=False))
-            else:
-                file.write(format_rows(record.rows))
+                # Of a record that was interrupted after it was written, and is written again, nothing is left.
+                file.truncate(self._size)
+                file.seek(0, os.SEEK_END)
+            file.write(rows)
+        self._size += len(rows)
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
@@ -84,7 +89,11 @@ def read_rows(path: Path) -> list[Row]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no table of records.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.reader(file)
         header = next(reader, None)
         if header is None or tuple(header) != COLUMNS:

@@ -65,6 +65,10 @@ class PlotWriter(Writer):
         for path, epoch in _files(directory).items():
             if after is None or epoch > after:
                 path.unlink()
+        if after is None:
+            for stage in ("train", "eval"):
+                for path in (directory / FOLDER_NAME).glob(f"*-{stage}-epochs.png"):
+                    path.unlink()
 
 
 def _pictures(record: Record) -> dict[str, Callable[[], Figure]]:
@@ -74,8 +78,10 @@ def _pictures(record: Record) -> dict[str, Callable[[], Figure]]:
     }
     of_stage: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in record.values.items():
-        if value.ndim in (1, 2) and key.count("/") >= 2:
-            statistic, stage, layer = key.split("/", 2)
+        if value.ndim not in (1, 2) or key.count("/") < 2:
+            continue
+        statistic, stage, layer = key.split("/", 2)
+        if "metric" in record.statistics.get(statistic, {}):  # of another library's values nothing is known
             of_stage.setdefault((statistic, stage), {})[layer] = value
     for (statistic, stage), values in of_stage.items():
         draw: Any = plot_spectrum
@@ -95,6 +101,6 @@ def _files(directory: Path) -> dict[Path, int]:
     found = {}
     for path in (directory / FOLDER_NAME).glob("*-epoch-*.png"):
         number = path.stem.rpartition("-")[2]
-        if number.isdecimal():
+        if number.isdecimal() and len(number) >= 6:
             found[path] = int(number)
     return found

@@ -35,31 +35,29 @@ class TensorBoardWriter(Writer):
                 'the tensorboard writer needs tensorboard: pip install "spectralmetrics[tensorboard]"'
             ) from error
         self._events: SummaryWriter | None = None
-        self._written: int | None = None
 
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        # TensorBoard itself hides what a killed process had written of later epochs.
-        purge: Any = None if last_epoch is None else last_epoch + 1
-        self._events = SummaryWriter(str(directory / FOLDER_NAME), purge_step=purge)
+        self._folder = directory / FOLDER_NAME
+        # TensorBoard itself hides what was written of later epochs, by a process that was killed, say.
+        self._purge: Any = 0 if last_epoch is None else last_epoch + 1
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
-        assert self._events is not None
-        if record.epoch == self._written:  # the second attempt, after another writer had failed
-            return
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        if self._events is None:
+            self._events = SummaryWriter(str(self._folder), purge_step=self._purge)
         for row in record.rows:
             tag = "/".join(filter(None, (row.statistic, row.stage, row.layer)))
             self._events.add_scalar(tag, row.value, record.epoch)
         self._events.flush()
-        self._written = record.epoch
 
     def close(self) -> None:
         """See :class:`Writer`."""
         if self._events is not None:
             self._events.close()
+            self._events = None
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
