@@ -28,7 +28,8 @@ from __future__ import annotations
 import functools
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -49,7 +50,48 @@ NanStrategy = Literal["warn", "error", "ignore"]
 _DECOMPOSITIONS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> {center: cached parts}
 _MERGED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> {process group: merged Moments}
 
+_STREAMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> _Stream
+
+# Batches too small for a product worth its pass over the D x D sum wait in a buffer of this many rows.
+_GATHERED_ROWS = 2048
+
 _STATISTICS: dict[str, type[SpectralMetric]] = {}
+
+
+@dataclass
+class _Stream:
+    """What belongs to the sums of a stream besides their numbers, whichever metrics share them.
+
+    Attributes:
+        origin_is_near: whether the origin is known to lie near the data.
+        origin_is_float32: whether the origin is known to be exact in float32.
+        accumulations: how often rows were added.
+        buffer: rows that wait, shape (_GATHERED_ROWS, D).
+        waiting: their number.
+    """
+
+    origin_is_near: bool = False
+    origin_is_float32: bool = False
+    accumulations: int = 0
+    buffer: Tensor | None = None
+    waiting: int = 0
+
+
+def _state(name: str) -> Any:
+    """A state whose reader, whoever it is, finds the waiting rows added."""
+
+    def read(metric: SpectralMetric) -> Tensor:
+        metric._flush()
+        try:
+            value: Tensor = metric.__dict__[name]
+        except KeyError:
+            raise AttributeError(name) from None
+        return value
+
+    def write(metric: SpectralMetric, value: Tensor) -> None:
+        metric.__dict__[name] = value
+
+    return property(read, write)
 
 
 def statistics() -> dict[str, type[SpectralMetric]]:
@@ -98,11 +140,11 @@ class SpectralMetric(Metric):
     """Whether ``update`` also takes ``Observations``; False for a subclass that overrides it."""
 
     configuration: Tensor
-    count: Tensor
-    non_finite: Tensor
-    origin: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
+    count = _state("count")
+    non_finite = _state("non_finite")
+    origin = _state("origin")
+    first_moment = _state("first_moment")
+    second_moment = _state("second_moment")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -139,9 +181,6 @@ class SpectralMetric(Metric):
         self.center = center
         self.gram_dtype = gram_dtype
         self.nan_strategy = nan_strategy
-        self._origin_is_near = False
-        self._origin_is_float32 = False
-        self._accumulations = 0
         self._pinned_device: torch.device | None = None
         self._computing = False
         self._value_shape: torch.Size | None = None
@@ -175,15 +214,14 @@ class SpectralMetric(Metric):
     @property
     def num_features(self) -> int | None:
         """The width D; None until it is known."""
-        width = self.second_moment.shape[0]
+        width: int = self.__dict__["second_moment"].shape[0]
         return width if width else self._given_features
 
     @property
     def moments(self) -> Moments | None:
         """The sums, or None before the first rows; the tensors are the state itself."""
-        if self.second_moment.shape[0] == 0:
-            return None
-        return Moments(self.count, self.non_finite, self.origin, self.first_moment, self.second_moment)
+        self._flush()
+        return self._unflushed()
 
     @property
     def spectrum(self) -> Spectrum:
@@ -233,19 +271,15 @@ class SpectralMetric(Metric):
         if observations.values.numel() == 0:
             return
         with torch.inference_mode(False), torch.no_grad():
-            first_rows = self.moments is None
+            first_rows = self._unflushed() is None
             moments, observations = self._meet(observations)
-            dtype = observations.values.dtype
-            self._accumulations += 1
-            # The first rows may be unlike the rest, and features drift in training: the origin follows the
-            # data, ever more seldom.
-            milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
-            rounded = self.gram_dtype == torch.float32 and dtype != torch.float64
-            recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
-            accumulate(moments, observations, self.gram_dtype, recentre=recentre)
-            self._forget_results()
-            if recentre and dtype == torch.float64:
-                self._origin_is_float32 = False
+            if moments.second not in _STREAMS:
+                _STREAMS[moments.second] = _Stream()
+                if not first_rows:
+                    self.look_at_origin()
+            stream: _Stream = _STREAMS[moments.second]
+            if first_rows or not self._gather(stream, observations):
+                self._accumulate(moments, stream, observations)
             if first_rows:
                 self.look_at_origin()
 
@@ -275,22 +309,20 @@ class SpectralMetric(Metric):
     def reset(self) -> None:
         """Forget all observations; a width that was read from rows is forgotten too."""
         super().reset()
-        self._origin_is_near = self._origin_is_float32 = False
-        self._accumulations = 0
-
-    def unsync(self, should_unsync: bool = True) -> None:
-        """Go back from the merged sums to those of this process."""
-        super().unsync(should_unsync)
-        self.look_at_origin()
 
     def look_at_origin(self) -> None:
         """Read from the device whether the origin lies near the data, which saves moving it at each update.
 
-        Called wherever the state is replaced, and after the first rows; never later in ``update``.
+        Called after the first rows, and before the first that are added to a state made elsewhere; never later
+        in ``update``.
         """
-        self._origin_is_near = self.moments is not None and int(self.count) > 0
-        exact = self.origin.to(torch.float32).to(torch.float64) == self.origin
-        self._origin_is_float32 = self._origin_is_near and bool(exact.all())
+        moments = self.moments
+        if moments is None:
+            return
+        stream: _Stream = _STREAMS.setdefault(moments.second, _Stream())
+        stream.origin_is_near = int(moments.count) > 0
+        exact = moments.origin.to(torch.float32).to(torch.float64) == moments.origin
+        stream.origin_is_float32 = stream.origin_is_near and bool(exact.all())
 
     def to(self, *args: Any, **kwargs: Any) -> SpectralMetric:
         """Move the metric; from then on rows are brought to that device. Dtypes are left alone."""
@@ -353,7 +385,7 @@ class SpectralMetric(Metric):
     def _meet(self, observations: Observations) -> tuple[Moments, Observations]:
         """The state, allocated and writable, and the observations, on one device."""
         device = observations.values.device
-        moments = self.moments
+        moments = self._unflushed()
         if moments is None:
             home = self._pinned_device or (torch.device("cpu") if device.type == "mps" else device)
             moments = empty_moments(observations.num_features, home)
@@ -361,11 +393,13 @@ class SpectralMetric(Metric):
             self._set_moments(moments)
         elif moments.second.device.type == "cpu" and device.type not in ("cpu", "mps"):
             if self._pinned_device is None:
+                self._flush()
                 moments = moments.map(lambda tensor: tensor.to(device))
                 self._set_moments(moments)
         elif moments.second.is_inference() or self._is_synced:
             # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place;
             # merged sums are shared with the other metrics of a group.
+            self._flush()
             moments = moments.map(torch.clone)
             self._set_moments(moments)
         if moments.second.device != device:
@@ -375,11 +409,57 @@ class SpectralMetric(Metric):
     def _set_moments(self, moments: Moments) -> None:
         self.count, self.non_finite = moments.count, moments.non_finite
         self.origin, self.first_moment, self.second_moment = moments.origin, moments.first, moments.second
-        self._origin_is_near = self._origin_is_float32 = False
 
-    def _forget_results(self) -> None:
-        _DECOMPOSITIONS.pop(self.second_moment, None)
-        _MERGED.pop(self.second_moment, None)
+    def _unflushed(self) -> Moments | None:
+        """The sums without the rows that wait."""
+        state = self.__dict__
+        if state["second_moment"].shape[0] == 0:
+            return None
+        return _moments_of(state)
+
+    def _gather(self, stream: _Stream, observations: Observations) -> bool:
+        """Let a small batch wait for others; False if it is none."""
+        count, width = observations.num_observations, observations.num_features
+        dtype = observations.values.dtype
+        if observations.valid is not None or count > min(max(width, 256), _GATHERED_ROWS // 2):
+            return False
+        if stream.buffer is None:
+            shape = (_GATHERED_ROWS, width)
+            dtype = dtype if dtype == torch.float64 else torch.float32  # in which half precision is exact
+            stream.buffer = torch.empty(shape, dtype=dtype, device=observations.values.device)
+        elif (dtype == torch.float64) != (stream.buffer.dtype == torch.float64):
+            return False
+        if stream.waiting + count > _GATHERED_ROWS:
+            self._flush()
+        moved = observations.values.detach().movedim(observations.feature_dim, -1)
+        stream.buffer[stream.waiting : stream.waiting + count].view(moved.shape).copy_(moved)
+        stream.waiting += count
+        return True
+
+    def _flush(self) -> None:
+        """Add the rows that wait. Called by whoever reads a state."""
+        second = self.__dict__.get("second_moment")
+        stream: _Stream | None = None if second is None else _STREAMS.get(second)
+        if stream is not None and stream.waiting:
+            assert stream.buffer is not None
+            rows, stream.waiting = stream.buffer[: stream.waiting], 0
+            with torch.inference_mode(False), torch.no_grad():
+                self._accumulate(_moments_of(self.__dict__), stream, Observations(rows))
+
+    def _accumulate(self, moments: Moments | None, stream: _Stream, observations: Observations) -> None:
+        assert moments is not None
+        is_float64 = observations.values.dtype == torch.float64
+        stream.accumulations += 1
+        # The first rows may be unlike the rest, and features drift in training: the origin follows the data,
+        # ever more seldom.
+        milestone = stream.accumulations <= 4 or stream.accumulations.bit_count() == 1
+        rounded = self.gram_dtype == torch.float32 and not is_float64
+        recentre = milestone or not stream.origin_is_near or (rounded and not stream.origin_is_float32)
+        accumulate(moments, observations, self.gram_dtype, recentre=recentre)
+        if recentre and is_float64:
+            stream.origin_is_float32 = False
+        _DECOMPOSITIONS.pop(moments.second, None)
+        _MERGED.pop(moments.second, None)
 
     def _check_observed(self) -> None:
         count, non_finite = int(self.count), int(self.non_finite)
@@ -440,6 +520,11 @@ class SpectralMetric(Metric):
 
         return wrapped
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torchmetrics copies and pickles what is in the instance's dictionary.
+        self._flush()
+        return super().__getstate__()
+
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
         # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it
         # is only ever replaced there, and may be large.
@@ -452,7 +537,7 @@ class SpectralMetric(Metric):
             raise ValueError(
                 f"expected the states {list(self._defaults)} in the incoming state, missing {missing}"
             )
-        incoming = _moments_of(incoming_state)
+        incoming = _moments_of(incoming_state) if incoming_state["second_moment"].shape[0] else None
         local = self.moments
         if incoming is not None and self.num_features not in (None, incoming.num_features):
             raise ValueError(
@@ -467,7 +552,6 @@ class SpectralMetric(Metric):
             else:
                 home = local.second.device
                 self._set_moments(merge(local, incoming.map(lambda tensor: tensor.to(home))))
-            self.look_at_origin()
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
@@ -505,13 +589,10 @@ class SpectralMetric(Metric):
             for name in names:
                 setattr(self, name, getattr(self, name).detach().clone())
         if names:
-            self.look_at_origin()
             self._computed = None
             self._update_count = max(self._update_count, int(self.moments is not None))
 
 
-def _moments_of(state: dict[str, Any]) -> Moments | None:
-    if state["second_moment"].shape[0] == 0:
-        return None
+def _moments_of(state: Mapping[str, Any]) -> Moments:
     names = ("count", "non_finite", "origin", "first_moment", "second_moment")
     return Moments(*(state[name] for name in names))

@@ -436,7 +436,6 @@ class LayerProbe(nn.Module):
             for leader, state in local:
                 for key, value in state.items():
                     setattr(leader, key, value)
-                leader.look_at_origin()
             for collection in collections:
                 _share_state(collection)
 
