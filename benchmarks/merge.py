@@ -9,7 +9,6 @@ state of each metric and adds them up.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchmetrics
+from common import write_result
 
 import spectralmetrics as sm
 
@@ -107,13 +107,7 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "torchmetrics": torchmetrics.__version__,
-        "results": [],
-    }
+    results = []
     print(f"{'processes':>9}  {'arm':>6}  {'collectives':>11}  {'median s':>9}  {'min':>7}  {'max':>7}  ratio")
     for world in options.processes:
         with tempfile.TemporaryDirectory() as folder:
@@ -129,10 +123,8 @@ def main():
                 f"{world:>9}  {name:>6}  {result['collectives'][name]:>11}  {medians[name]:>9.4f}"
                 f"  {min(times):>7.4f}  {max(times):>7.4f}  {ratio if name == 'stock' else 1:.1f}"
             )
-        report["results"].append({"processes": world, "stock over fused, median": ratio, **result})
-    target = Path(__file__).parent / "results" / "merge.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote {target}")
+        results.append({"processes": world, "stock over fused, median": ratio, **result})
+    write_result("merge", results)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/update.py [--widths 64 128 ...] [--rounds 9] [--rows 8192]
 
-All arms run in turn in every round, each warmed by one update and with a pause before it, since the threads of one
-library spin for a while after a call and slow the next. Rates are 2·N·D² operations per second; the limits are scipy's
-``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Medians over rounds, with the quartiles of the
-ratio to the limit.
+All arms run in turn in every round, each warmed by one update and with a pause before it, since the threads of
+one library spin for a while after a call and slow the next. Rates are 2·N·D² operations per second; the limits
+are scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Medians over rounds, with
+the quartiles of the ratio to the limit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sklearn.decomposition import IncrementalPCA
 
 import spectralmetrics as sm
 
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.2
 SLOW = {"IncrementalPCA": 512}  # the largest width at which an arm is run
 
 
@@ -97,8 +97,9 @@ def main():
             low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
             faster = statistics.median(d / v for d, v in zip(times["delve"], values, strict=True))
             rate = operations / statistics.median(values) / 1e9
+            milliseconds = 1e3 * statistics.median(values)
             print(
-                f"{width:>5} {rows.shape[0]:>6}  {name:<15} {1e3 * statistics.median(values):>9.3f} {rate:>7.1f}"
+                f"{width:>5} {rows.shape[0]:>6}  {name:<15} {milliseconds:>9.3f} {rate:>7.1f}"
                 f"  {middle:>5.2f} ({low:.2f} … {high:.2f})       {faster:>6.2f}",
                 flush=True,
             )

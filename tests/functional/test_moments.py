@@ -212,7 +212,8 @@ def test_one_outlying_row_does_not_carry_the_origin_away(when, gram_dtype):
     for part in parts:
         metric.update(part)
     assert metric.origin.abs().max() < 10
-    bound = 1e-12 if gram_dtype == torch.float64 else 1e-6
+    # In float32 the rows that wait with the outlying one share its product's rounding.
+    bound = 1e-12 if gram_dtype == torch.float64 else 1e-5
     assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts).double())) < bound
 
 

@@ -27,7 +27,9 @@ tensor([[1., 0.],
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,6 +42,9 @@ _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
 _MINIMUM_ROWS_PER_PRODUCT = 2048
+# Memory of a thread for centred rows, kept between updates.
+_KEPT_WORKSPACE_BYTES = 2**25
+_KEPT = threading.local()
 
 
 @dataclass(frozen=True)
@@ -170,19 +175,37 @@ def accumulate(
     >>> covariance(moments)
     tensor([[1.]], dtype=torch.float64)
     """
-    values = observations.values.detach()
-    row_dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    values, valid = observations.values.detach(), observations.valid
     fast = gram_dtype == torch.float32
+    # Half precision is exact in float32, and float64 rows keep their digits until they are centred.
+    dtype = torch.float32 if fast and values.dtype != torch.float64 else torch.float64
+    budget = _CPU_WORKSPACE_BYTES if values.device.type == "cpu" else _ACCELERATOR_WORKSPACE_BYTES
+    limit = max(budget // (moments.num_features * gram_dtype.itemsize), _MINIMUM_ROWS_PER_PRODUCT)
+    if valid is not None:  # its rows are enumerated with the features last
+        values = observations.rows()
     # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
-        for rows, valid in _blocks(values, observations.feature_dim, observations.valid, gram_dtype):
-            rows = rows.to(row_dtype)  # half precision is exact in float32
+        feature_dim = observations.feature_dim if valid is None else -1
+        for piece, dim, start in _blocks(values, feature_dim, limit):
+            # (n, D) as it is, or (D, b, p) -> (D, n) -> (n, D); either way a view of the workspace
+            work = _workspace(values, "rows", piece.shape, dtype)
+            centred = work if dim == -1 else work.flatten(1).t()
+            chosen = None if valid is None else valid[start : start + piece.shape[0], None]
             if recentre:
-                _recentre(moments, rows, valid)
-            if fast:
-                _add_in_float32(moments, rows, valid, exact_origin=not recentre)
+                work.copy_(piece)
+                _recentre(moments, centred, chosen, rounded=values.dtype != torch.float64)
+            origin = moments.origin.to(dtype)
+            broadcast = origin if dim == -1 else origin[:, None, None]
+            if recentre:
+                work.sub_(broadcast)
+            elif piece.dtype == dtype:
+                torch.sub(piece, broadcast, out=work)
             else:
-                _add_in_float64(moments, rows, valid)
+                work.copy_(piece).sub_(broadcast)
+            if recentre and dtype == torch.float32:
+                # What rounding the origin has lost: nothing, if rows of this dtype have set it.
+                centred.sub_((moments.origin - origin.to(torch.float64)).to(dtype))
+            (_add_in_float32 if fast else _add_in_float64)(moments, centred, chosen)
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:
@@ -340,49 +363,66 @@ def _forbid_reduced_precision(device_type: str, stack: contextlib.ExitStack) -> 
         stack.callback(setattr, settings, "fp32_precision", "none" if inherited else precision)
 
 
-def _blocks(
-    values: Tensor, feature_dim: int, valid: Tensor | None, gram_dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Cut observations into matrices of shape (rows, D), features or rows contiguous, and masks (rows, 1)."""
+def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Cut observations into pieces of at most about ``limit`` rows, without copying where the layout allows it.
+
+    Yields each piece with the dimension of its features, which is the first or the last, and the place of its
+    first row among all rows (meaningful if the features come last).
+    """
     features = values.shape[feature_dim]
-    itemsize = torch.finfo(gram_dtype).bits // 8
-    budget = _CPU_WORKSPACE_BYTES if values.device.type == "cpu" else _ACCELERATOR_WORKSPACE_BYTES
-    limit = max(budget // (features * itemsize), _MINIMUM_ROWS_PER_PRODUCT)
     moved = values.movedim(feature_dim, -1)
-    if valid is not None or moved.is_contiguous() or moved.ndim == 2:
+    if moved.is_contiguous() or moved.ndim == 2:
         start = 0
         for rows in torch.split(moved.reshape(-1, features), limit):
-            stop = start + rows.shape[0]
-            yield rows, None if valid is None else valid[start:stop, None]
-            start = stop
+            yield rows, -1, start
+            start += rows.shape[0]
         return
     # (B, D, *positions) -> (D, b, p) for b samples at a time, so that runs of positions stay contiguous
     maps = values.movedim(feature_dim, 1).flatten(2)
     for samples in torch.split(maps, max(limit // max(maps.shape[2], 1), 1)):
         for piece in torch.split(samples, limit, dim=2):
-            yield piece.transpose(0, 1).reshape(features, -1).t(), None
+            yield piece.transpose(0, 1), 0, 0
 
 
-def _count(moments: Moments, centred: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Count rows; return which to keep, shape (N, 1), and the largest magnitude in those, shape ()."""
-    magnitude = centred.abs().amax(1, keepdim=True)  # NaN propagates through a maximum
-    mask = magnitude.isfinite()
+def _workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of any content, on a CPU the same again for the same role, since fresh pages are dear there."""
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size * dtype.itemsize > _KEPT_WORKSPACE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    name = f"{role}, {dtype}"
+    kept: Tensor | None = getattr(_KEPT, name, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=dtype, device="cpu")
+        setattr(_KEPT, name, kept)
+    return kept[:size].view(tuple(shape))
+
+
+def _count(moments: Moments, centred: Tensor, valid: Tensor | None) -> Tensor:
+    """Count rows; return which to keep, shape (N, 1)."""
+    # A NaN or an infinity shows in the sum of its row. The summands are so small that nothing else does.
+    small = torch.full_like(centred[0], 2.0 ** -(centred.shape[1].bit_length() + 1))
+    mask = torch.mv(centred, small).isfinite().unsqueeze(1)
     if valid is not None:
         mask = mask & valid
     kept = mask.sum()
     moments.count.add_(kept)
     moments.non_finite.add_((centred.shape[0] if valid is None else valid.sum()) - kept)
-    return mask, torch.where(mask, magnitude, 0).amax()
+    return mask
 
 
-def _clear(centred: Tensor, factor: Tensor) -> None:
-    """Multiply rows by a factor that is zero for rows to leave out, whatever they hold."""
-    # Two vectorised passes; a masked fill is several times slower on a CPU.
-    centred.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+def _clear(centred: Tensor, mask: Tensor) -> None:
+    """Set the rows to leave out to zero, whatever they hold."""
+    # As bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
+    bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
+    centred.view(bits).bitwise_and_(mask.to(bits).neg_())
 
 
-def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
-    """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow."""
+def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None, rounded: bool) -> None:
+    """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow.
+
+    Where the rows came in float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly
+    one float32 subtraction.
+    """
     mask = rows.abs().amax(1, keepdim=True).isfinite()
     mask = mask if valid is None else mask & valid
     # The mean is taken about a row, so that constant features are centred to exactly zero.
@@ -390,10 +430,9 @@ def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
     deviations = torch.where(mask, rows.to(torch.float64) - pivot, 0)
     kept = mask.sum()
     origin = pivot + deviations.sum(0) / kept.clamp(min=1)
-    if rows.dtype == torch.float32:
-        # So that rows minus the origin is exactly one float32 subtraction.
-        rounded = origin.to(torch.float32).to(torch.float64)
-        origin = torch.where(rounded.isfinite(), rounded, origin)
+    if rounded:
+        nearest = origin.to(torch.float32).to(torch.float64)
+        origin = torch.where(nearest.isfinite(), nearest, origin)
     # A few rows that are unlike the rest, such as a last incomplete batch, must not carry the origin away.
     followed = (kept > 0) & (kept.square() >= moments.count)
     origin = torch.where(followed, origin, moments.origin)
@@ -403,37 +442,34 @@ def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
     count = moments.count.to(torch.float64)
     half = moments.first + 0.5 * count * shift
     left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
-    for start, stop in _block_rows(len(origin)):
+    for start, stop in _block_rows(rows, 256):
         moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
     moments.first.add_(count * shift)
     moments.origin.copy_(origin)
 
 
-def _add_in_float64(moments: Moments, rows: Tensor, valid: Tensor | None) -> None:
-    centred = torch.sub(rows, moments.origin)
-    mask, _ = _count(moments, centred, valid)
-    _clear(centred, mask)
-    for start, stop in _block_rows(centred.shape[1]):
+def _add_in_float64(moments: Moments, centred: Tensor, valid: Tensor | None) -> None:
+    _clear(centred, _count(moments, centred, valid))
+    for start, stop in _block_rows(centred, 64 if centred.shape[1] <= 512 else 128):
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
     moments.first.add_(centred.sum(0))
 
 
-def _add_in_float32(moments: Moments, rows: Tensor, valid: Tensor | None, exact_origin: bool) -> None:
+def _add_in_float32(moments: Moments, centred: Tensor, valid: Tensor | None) -> None:
     # Float64 rows keep their digits until they are centred and scaled.
-    origin = moments.origin.to(rows.dtype)
-    centred = torch.sub(rows, origin)
-    if not exact_origin:
-        # What rounding the origin has lost: nothing, if rows of this dtype have set it.
-        centred.sub_((moments.origin - origin.to(torch.float64)).to(rows.dtype))
-    mask, largest = _count(moments, centred, valid)
-    scale = _power_of_two_scale(largest)
-    _clear(centred, mask * scale.to(rows.dtype))
+    _clear(centred, _count(moments, centred, valid))
+    least, most = torch.aminmax(centred)
+    scale = _power_of_two_scale(torch.maximum(-least, most))
+    centred.mul_(scale.to(centred.dtype))
     centred = centred.to(torch.float32)
     weight = scale.square().reciprocal()
-    for start, stop in _block_rows(centred.shape[1]):
+    for start, stop in _block_rows(centred, 128):
         # Added while it is in the cache; a product of all features would not be.
-        product = torch.mm(centred[:, start:stop].t(), centred[:, start:])
-        moments.second[start:stop, start:].add_(product.to(torch.float64).mul_(weight))
+        shape = (stop - start, centred.shape[1] - start)
+        product = _workspace(centred, "product", shape, torch.float32)
+        torch.mm(centred[:, start:stop].t(), centred[:, start:], out=product)
+        weighed = _workspace(centred, "weighed product", shape, torch.float64)
+        moments.second[start:stop, start:].add_(weighed.copy_(product).mul_(weight))
     moments.first.add_(centred.sum(0).to(torch.float64).div_(scale))
 
 
@@ -445,8 +481,10 @@ def _power_of_two_scale(largest: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
 
 
-def _block_rows(features: int) -> Iterator[tuple[int, int]]:
+def _block_rows(rows: Tensor, size: int) -> Iterator[tuple[int, int]]:
     """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work."""
-    size = features if features <= 128 else max(128, min(256, features // 4))
+    features = rows.shape[1]
+    if rows.device.type != "cpu":
+        size = max(128, min(256, features // 4))  # fewer, larger products
     for start in range(0, features, size):
         yield start, min(start + size, features)
