@@ -52,7 +52,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Measure, print tables and write benchmarks/results/*.json."""
+    """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
-    for script in ("training_step.py", "merge.py"):
-        session.run("python", f"benchmarks/{script}")
+    for script in ("update", "training_step", "compute", "merge", "memory", "report"):
+        session.run("python", f"benchmarks/{script}.py", *(session.posargs if script != "report" else ()))

@@ -3,9 +3,9 @@
     python benchmarks/training_step.py [--models mlp vgg resnet vit] [--rounds 5]
 
 Each round runs every arm for some steps, after a few that are not timed (allocations, the first updates, which
-move the origin), and takes the mean step, so that work that waits is counted; added time is relative to the same
-round's plain arm. Reported are medians over rounds, with the least and the largest. Delve looks at the last token
-only in the vision transformer; ours counts every token.
+move the origin), and takes the mean step, so that work that waits is counted; added time is relative to the
+same round's plain arm. Reported are medians over rounds, with the least and the largest. Delve looks at the
+last token only in the vision transformer; ours counts every token.
 """
 
 import argparse

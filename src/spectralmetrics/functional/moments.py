@@ -302,9 +302,20 @@ def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False)
     >>> covariance(moments, center=False)
     tensor([[5.]], dtype=torch.float64)
     """
+    return symmetrise(upper_covariance(moments, center=center, unbiased=unbiased))
+
+
+def upper_covariance(moments: Moments, *, center: bool = True, unbiased: bool = False) -> Tensor:
+    """As :func:`covariance`, but only the upper triangle is meaningful: all that an eigensolver reads.
+
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [3.0]])))
+    >>> upper_covariance(moments)
+    tensor([[1.]], dtype=torch.float64)
+    """
     count = moments.count.to(torch.float64)
     offset = moments.first / count
-    upper = torch.addr(moments.second / count, offset, offset, alpha=-1)
+    upper = (moments.second / count).addr_(offset, offset, alpha=-1)
     if not center:
         average = moments.origin + offset
         upper = upper.addr_(average, average)
@@ -312,7 +323,7 @@ def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False)
         upper = upper.mul_(count / (count - 1))
     # Variances cannot be negative; round-off must not make them so.
     upper.diagonal().clamp_(min=0)
-    return symmetrise(upper)
+    return upper
 
 
 def symmetrise(upper: Tensor) -> Tensor:
@@ -399,15 +410,20 @@ def _workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype
 
 def _count(moments: Moments, centred: Tensor, valid: Tensor | None) -> Tensor:
     """Count rows; return which to keep, shape (N, 1)."""
-    # A NaN or an infinity shows in the sum of its row. The summands are so small that nothing else does.
-    small = torch.full_like(centred[0], 2.0 ** -(centred.shape[1].bit_length() + 1))
-    mask = torch.mv(centred, small).isfinite().unsqueeze(1)
+    mask = _are_finite(centred)
     if valid is not None:
         mask = mask & valid
     kept = mask.sum()
     moments.count.add_(kept)
     moments.non_finite.add_((centred.shape[0] if valid is None else valid.sum()) - kept)
     return mask
+
+
+def _are_finite(rows: Tensor) -> Tensor:
+    """Which rows hold neither NaN nor infinities, shape (N, 1)."""
+    # These show in the sum of the row. The summands are made so small that nothing else does.
+    small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
+    return torch.mv(rows, small).isfinite().unsqueeze(1)
 
 
 def _clear(centred: Tensor, mask: Tensor) -> None:
@@ -423,13 +439,16 @@ def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None, rounded: boo
     Where the rows came in float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly
     one float32 subtraction.
     """
-    mask = rows.abs().amax(1, keepdim=True).isfinite()
+    mask = _are_finite(rows)
     mask = mask if valid is None else mask & valid
     # The mean is taken about a row, so that constant features are centred to exactly zero.
     pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
-    deviations = torch.where(mask, rows.to(torch.float64) - pivot, 0)
+    total = torch.zeros_like(pivot)
+    step = 256 if rows.device.type == "cpu" else len(rows)  # little memory, or few launches
+    for part, chosen in zip(rows.split(step), mask.split(step), strict=True):
+        total += torch.where(chosen, part.to(torch.float64) - pivot, 0).sum(0)
     kept = mask.sum()
-    origin = pivot + deviations.sum(0) / kept.clamp(min=1)
+    origin = pivot + total / kept.clamp(min=1)
     if rounded:
         nearest = origin.to(torch.float32).to(torch.float64)
         origin = torch.where(nearest.isfinite(), nearest, origin)

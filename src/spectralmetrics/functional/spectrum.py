@@ -33,7 +33,7 @@ def eigenvalues(covariance: Tensor) -> Tensor:
     >>> eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     tensor([3., 1.], dtype=torch.float64)
     """
-    values = torch.linalg.eigvalsh(check_covariance(covariance))
+    values = torch.linalg.eigvalsh(check_covariance(covariance), UPLO="U")
     return _without_round_off(values.flip(-1))
 
 
@@ -59,7 +59,7 @@ def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
     tensor([[0., 1.],
             [1., 0.]], dtype=torch.float64)
     """
-    values, vectors = torch.linalg.eigh(check_covariance(covariance))
+    values, vectors = torch.linalg.eigh(check_covariance(covariance), UPLO="U")
     vectors = vectors.flip(-1)
     # Entries that agree up to round-off must not take turns at being the largest: prefer the first.
     magnitude = vectors.abs()
@@ -159,15 +159,21 @@ class Spectrum:
     def eigenvalues(self) -> Tensor:
         """Descending eigenvalues, shape (D,), float64."""
         if "eigenvalues" not in self._cache:
-            self._cache["eigenvalues"] = eigenvalues(self.covariance)
+            self._cache["eigenvalues"] = eigenvalues(self._upper_covariance())
         return self._cache["eigenvalues"]
 
     @property
     def eigenvectors(self) -> Tensor:
         """Orthonormal eigenvectors in columns, shape (D, D), float64, in the order of the eigenvalues."""
         if "eigenvectors" not in self._cache:
-            self._cache["eigenvalues"], self._cache["eigenvectors"] = eigenvectors(self.covariance)
+            self._cache["eigenvalues"], self._cache["eigenvectors"] = eigenvectors(self._upper_covariance())
         return self._cache["eigenvectors"]
+
+    def _upper_covariance(self) -> Tensor:
+        """All that the eigensolver reads of the covariance, without the passes that make it symmetric."""
+        if self._given is not None:
+            return self._given
+        return _moments.upper_covariance(self._moments, center=self.center)
 
     def coordinates(self, rows: Tensor, num_components: int | None = None) -> Tensor:
         """Observations about the mean in the basis of the leading eigenvectors.
