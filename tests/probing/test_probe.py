@@ -355,6 +355,22 @@ class TestEveryForwardOnce:
         assert len(seen) == 1
 
 
+def test_small_batches_wait_for_a_product(monkeypatch):
+    from spectralmetrics.metrics import base
+
+    calls = []
+    accumulate = base.accumulate
+    monkeypatch.setattr(base, "accumulate", lambda *a, **k: calls.append(1) or accumulate(*a, **k))
+    model = nn.Linear(4, 3)
+    probe = LayerProbe(model, [sm.SaturationMetric(), sm.StableRankMetric()])
+    for _ in range(50):
+        model(torch.randn(10, 4))
+    assert len(calls) == 1
+    assert set(probe.compute()) == {"saturation/train/Linear", "stable_rank/train/Linear"}
+    assert len(calls) == 2
+    assert int(probe["train", "Linear"]["stable_rank"].count) == 500
+
+
 class TestValues:
     def test_equal_metrics_by_hand(self):
         model = ResNet().eval()
@@ -484,8 +500,8 @@ class TestValues:
         calls = []
         accumulate, decompose = base.accumulate, torch.linalg.eigh
         monkeypatch.setattr(base, "accumulate", lambda *a, **k: calls.append("sum") or accumulate(*a, **k))
-        monkeypatch.setattr(torch.linalg, "eigh", lambda *a: calls.append("eigh") or decompose(*a))
-        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *a: calls.append("eigvalsh"))
+        monkeypatch.setattr(torch.linalg, "eigh", lambda *a, **k: calls.append("eigh") or decompose(*a, **k))
+        monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *a, **k: calls.append("eigvalsh"))
         metrics = [cls() for cls in (sm.SaturationMetric, sm.EigenspaceEmbeddingMetric, sm.StableRankMetric)]
         model = nn.Sequential(nn.Linear(3, 3))
         probe = LayerProbe(model, metrics)

@@ -621,7 +621,9 @@ def _share_state(collection: MetricCollection) -> None:
 def _update(collection: MetricCollection, observations: Observations) -> None:
     members = _members(collection)
     if all(isinstance(m, SpectralMetric) and m.takes_observations for m in members):
-        collection.update(observations)
+        # The collection's own update would read the states to share them, and rows could not wait.
+        for leader in _leaders(collection):
+            leader.update(observations)
         return
     rows = observations.rows()
     collection.update(rows if observations.valid is None else rows[observations.valid])
