@@ -599,7 +599,8 @@ def _compute_groups(templates: dict[str, Metric]) -> list[list[str]]:
 
 
 def _members(collection: MetricCollection) -> list[Metric]:
-    return list(collection.values(copy_state=False))
+    # `values` would read the states to share them.
+    return [getattr(collection, str(name)) for name in collection.keys(keep_base=True)]
 
 
 def _leaders(collection: MetricCollection) -> list[Metric]:
