@@ -172,6 +172,8 @@ class TestCollections:
         collection.update(rows[:30])
         calls["accumulate"] = 0
         collection.update(rows[30:60])
+        # Some releases of torchmetrics read the states in `update`; with the others the rows wait for a reader.
+        assert all(int(metric.count) == 60 for metric in collection.values(copy_state=False))
         assert calls == {"accumulate": 1, "eigenvalues": 0}
         collection.compute()
         assert calls == {"accumulate": 1, "eigenvalues": 1}
