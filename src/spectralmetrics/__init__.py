@@ -25,6 +25,7 @@ from spectralmetrics.projection import (
     randomize_projections,
     set_projection_threshold,
 )
+from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
 from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
@@ -43,6 +44,7 @@ __all__ = [
     "PCAProjection",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
+    "ReceptiveField",
     "Record",
     "Recorder",
     "SaturationMetric",
@@ -51,12 +53,14 @@ __all__ = [
     "SpectrumMetric",
     "StableRankMetric",
     "Writer",
+    "border_layer",
     "draw_run",
     "functional",
     "insert_projections",
     "layer_profile",
     "low_saturation_tail",
     "randomize_projections",
+    "receptive_fields",
     "recompute",
     "set_projection_threshold",
     "statistics",

@@ -416,8 +416,8 @@ def set_projection_threshold(model: nn.Module, threshold: float) -> list[Project
     Raises:
         ValueError: for a threshold outside (0, 1], or a model without projections.
 
-    >>> model = nn.Sequential(nn.Linear(3, 3), PCAProjection(3))
-    >>> _ = model(torch.randn(16, 3))
+    >>> model = nn.Sequential(nn.Linear(3, 3), PCAProjection(3, threshold=1.0))
+    >>> _ = model(torch.randn(256, 3))
     >>> set_projection_threshold(model, 1.0)
     [ProjectionRow(name='1', dimension=3, width=3, saturation=1.0)]
     """
@@ -446,8 +446,8 @@ def randomize_projections(model: nn.Module, generator: torch.Generator | None = 
         ValueError: for a model without projections.
         RuntimeError: for a projection before any training forward.
 
-    >>> model = nn.Sequential(nn.Linear(3, 3), PCAProjection(3))
-    >>> _ = model(torch.randn(16, 3))
+    >>> model = nn.Sequential(nn.Linear(3, 3), PCAProjection(3, threshold=1.0))
+    >>> _ = model(torch.randn(256, 3))
     >>> randomize_projections(model, torch.Generator().manual_seed(0))[0].dimension
     3
     """

@@ -592,3 +592,17 @@ def _record_until_the_disk_is_full(directory):
     except OSError as error:
         os._exit(0 if "earlier records are intact" in str(error) else 2)
     os._exit(1)
+
+
+def test_a_resumed_run_s_event_file_comes_after_all_others(tmp_path):
+    """TensorBoard reads them by name, and names of the same second are ordered by process."""
+    model = make_model(2)
+    for epoch in range(3):
+        with Recorder(tmp_path, make_probe(model), ["tensorboard"], mode="resume") as recorder:
+            run_epoch(model, epoch, rows=4)
+            recorder.record()
+        (events,) = (tmp_path / "tensorboard").glob(f"events.*.{os.getpid()}.*")
+        events.rename(str(events).replace(f".{os.getpid()}.", f".{10**9 - epoch}."))
+    curves = EventAccumulator(str(tmp_path / "tensorboard"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("saturation/train/0")] == [0, 1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ class TensorBoardWriter(Writer):
         self._folder = directory / FOLDER_NAME
         # TensorBoard itself hides what was written of later epochs, by a process that was killed, say.
         self._purge: Any = 0 if last_epoch is None else last_epoch + 1
+        # It reads files in the order of their names, which begin with the second in which they were made and
+        # go on with the process: made in the same second as a killed process' file, ours might come first.
+        newest = max((int(path.name.split(".")[3]) for path in _event_files(directory)), default=0)
+        time.sleep(min(max(newest + 1 - time.time(), 0.0), 1.0))
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
@@ -73,4 +78,4 @@ class TensorBoardWriter(Writer):
 
 
 def _event_files(directory: Path) -> list[Path]:
-    return list((directory / FOLDER_NAME).glob("events.out.tfevents.*"))
+    return list((directory / FOLDER_NAME).glob("events.out.tfevents.[0-9]*"))

@@ -1,0 +1,315 @@
+"""How much of the input a layer's outputs can depend on, read off one forward pass.
+
+A receptive field is followed through the operations themselves, so that any forward written in PyTorch will do,
+with skip connections and control flow: every tensor carries the extent of the input that one of its positions
+sees, convolutions and pools widen it, a sum or a concatenation of paths keeps the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from spectralmetrics.probing.selection import Selectors, select_layers
+
+Extent: TypeAlias = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """What one position of a layer's output sees of the input, in input positions along each spatial axis.
+
+    Attributes:
+        smallest: along the path through the network that sees least.
+        largest: along the path that sees most; the same without skip connections and branches. ``inf`` where an
+            operation such as a global pool sees all of any input.
+    """
+
+    smallest: Extent
+    largest: Extent
+
+
+def receptive_fields(
+    model: nn.Module, example: Tensor, layers: Selectors | None = None
+) -> dict[str, ReceptiveField]:
+    """The receptive field of every layer's output, in the order of the forward pass.
+
+    A convolution or pool of kernel size k and dilation d, whose input positions lie j input pixels apart,
+    widens the field by (k − 1)·d·j; a stride multiplies j, a transposed one divides it. Where paths meet, the
+    smallest and the largest field go on.
+
+    Args:
+        model: any module whose forward takes ``example``. It runs once in evaluation mode without gradients,
+            and is left as it was.
+        example: one input, (N, C, *spatial) with one to three spatial axes, as large as those that the network
+            is used on, since adaptive pools depend on it.
+        layers: as in :class:`LayerProbe`; None takes the layers that a probe takes.
+
+    Returns:
+        Layer name -> field of its output, for layers that were called and whose output depends on ``example``.
+        A layer that is called several times has the field of its last call.
+
+    Raises:
+        ValueError: if the example has no spatial axis.
+
+    Operations that mix positions in ways of their own (attention, a reshape of positions into features, a mean
+    over them) count as seeing everything. Observers such as a probe see this forward, too: pause them.
+
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+    ... )
+    >>> {name: field.largest for name, field in receptive_fields(model, torch.zeros(1, 1, 28, 28)).items()}
+    {'0': (3, 3), '3': (8, 8), '4': (12, 12)}
+    """
+    if example.ndim < 3:
+        raise ValueError(
+            f"expected an example of shape (N, C, *spatial), as the model takes it, got {tuple(example.shape)}"
+        )
+    axes = example.ndim - 2
+    follower = _Follower(axes)
+    follower.set(example, _Field((1,) * axes, (1,) * axes, (Fraction(1),) * axes))
+    found: dict[str, ReceptiveField] = {}
+
+    def read(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            field = follower.meet(output)
+            if field is not None:
+                found.pop(name, None)
+                found[name] = ReceptiveField(_plain(field.smallest), _plain(field.largest))
+
+        return hook
+
+    training = {module: module.training for module in model.modules()}
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in select_layers(model, layers).items():
+            handles.append(module.register_forward_hook(read(name)))
+        model.eval()
+        with torch.no_grad(), follower:
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return found
+
+
+def border_layer(
+    fields: Mapping[str, ReceptiveField],
+    input_size: int | Sequence[int],
+    *,
+    paths: Literal["largest", "smallest"] = "largest",
+) -> str | None:
+    """The first layer whose receptive field exceeds the input along every spatial axis.
+
+    From there on, a layer sees nothing of the input that the layers before it could not see together, and
+    low-saturation tails are expected to begin (`arXiv:2106.12307 <https://arxiv.org/abs/2106.12307>`_).
+
+    Args:
+        fields: from :func:`receptive_fields`.
+        input_size: extent of the input, one number or one per axis.
+        paths: with skip connections, whether the path that sees most decides, or the one that sees least.
+
+    Returns:
+        The layer's name; None if every layer sees a part of the input only.
+
+    Raises:
+        ValueError: for other ``paths`` or a number of axes that the fields do not have.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 8, 3))
+    >>> fields = receptive_fields(model, torch.zeros(1, 1, 16, 16))
+    >>> border_layer(fields, 8), border_layer(fields, 16)
+    ('2', None)
+    """
+    if paths not in ("largest", "smallest"):
+        raise ValueError(f"expected paths to be 'largest' or 'smallest', got {paths!r}")
+    for name, field in fields.items():
+        extent = getattr(field, paths)
+        sizes = [input_size] * len(extent) if isinstance(input_size, int) else list(input_size)
+        if len(sizes) != len(extent):
+            raise ValueError(f"expected an input size of {len(extent)} axes, got {input_size!r}")
+        if all(seen > size for seen, size in zip(extent, sizes, strict=True)):
+            return name
+    return None
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A receptive field on its way, with the distance of neighbouring positions in input positions."""
+
+    smallest: Extent
+    largest: Extent
+    jump: tuple[Fraction, ...]
+
+    def widen(self, reach: Sequence[int], stride: Sequence[Fraction]) -> _Field:
+        """Behind an operation that sees ``reach`` positions more than one, and moves by ``stride``."""
+
+        def grow(extent: Extent) -> Extent:
+            return tuple(float(e + r * j) for e, r, j in zip(extent, reach, self.jump, strict=True))
+
+        jump = tuple(j * s for j, s in zip(self.jump, stride, strict=True))
+        return _Field(grow(self.smallest), grow(self.largest), jump)
+
+    def see_all(self, axes: Sequence[bool]) -> _Field:
+        """Behind an operation that sees the whole of the given axes."""
+
+        def grow(extent: Extent) -> Extent:
+            return tuple(math.inf if all_ else e for e, all_ in zip(extent, axes, strict=True))
+
+        return _Field(grow(self.smallest), grow(self.largest), self.jump)
+
+
+class _Follower(TorchFunctionMode):
+    """Gives every tensor that comes out of an operation the field of those that went in."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+        # The tensors are kept, so that no identity is used twice.
+        self._fields: dict[int, tuple[Tensor, _Field]] = {}
+
+    def set(self, tensor: Tensor, field: _Field) -> None:
+        self._fields[id(tensor)] = (tensor, field)
+
+    def get(self, tensor: Tensor) -> _Field | None:
+        return self._fields[id(tensor)][1] if id(tensor) in self._fields else None
+
+    def meet(self, value: object) -> _Field | None:
+        """Smallest and largest of the fields of all tensors in a value."""
+        fields = [field for tensor in _tensors(value) if (field := self.get(tensor)) is not None]
+        if not fields:
+            return None
+        return _Field(
+            tuple(map(min, zip(*(field.smallest for field in fields), strict=True))),
+            tuple(map(max, zip(*(field.largest for field in fields), strict=True))),
+            # Paths that meet have the same positions, but where one is pooled to a single one and broadcast.
+            tuple(map(min, zip(*(field.jump for field in fields), strict=True))),
+        )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        field = self.meet((args, kwargs))  # before an operation in place replaces what its input sees
+        result = func(*args, **kwargs)
+        if field is not None:
+            source = next(t for t in _tensors((args, kwargs)) if self.get(t) is not None)
+            for tensor in _tensors(result):
+                self.set(tensor, self._behind(func, field, source, tensor, args, kwargs))
+        return result
+
+    def _behind(
+        self,
+        func: Callable[..., Any],
+        field: _Field,
+        source: Tensor,
+        result: Tensor,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> _Field:
+        """The field of an operation's result, from that of its inputs."""
+        name = getattr(func, "__name__", "").removesuffix("_with_indices")
+
+        def argument(index: int, key: str, default: Any) -> tuple[int, ...]:
+            value = args[index] if len(args) > index else kwargs.get(key)
+            value = default if value is None else value
+            return tuple(value) if isinstance(value, Sequence) else (value,) * self.axes
+
+        if result.ndim != self.axes + 2 or source.ndim != self.axes + 2:
+            return field if _is_whole(field) else field.see_all([True] * self.axes)
+        before, after = source.shape[2:], result.shape[2:]
+        resized = [Fraction(b, a) if a else Fraction(1) for b, a in zip(before, after, strict=True)]
+        if _CONVOLUTION.fullmatch(name):
+            kernel = (args[1] if len(args) > 1 else kwargs["weight"]).shape[2:]
+            transposed = "transpose" in name
+            dilation = argument(7 if transposed else 5, "dilation", 1)
+            reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+            stride = argument(3, "stride", 1)
+            if transposed:
+                # An output position sees those input positions whose kernels cover it.
+                seen = [(r + s) // s - 1 for r, s in zip(reach, stride, strict=True)]
+                return field.widen(seen, [Fraction(1, s) for s in stride])
+            return field.widen(reach, [Fraction(s) for s in stride])
+        if _POOL.fullmatch(name):
+            first = 2 if name.startswith("lp") else 1  # lp pools take the norm's order first
+            kernel = argument(first, "kernel_size", 1)
+            stride = argument(first + 1, "stride", kernel) or kernel
+            dilation = argument(4, "dilation", 1) if name.startswith("max") else (1,) * self.axes
+            reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+            return field.widen(reach, [Fraction(s) for s in stride])
+        if _ADAPTIVE_POOL.fullmatch(name):
+            # Windows that do not divide the input overlap by one position at either end.
+            windows = [r if r.denominator == 1 else math.ceil(r) + 1 for r in resized]
+            window = [min(int(w), b) for w, b in zip(windows, before, strict=True)]
+            return field.widen([w - 1 for w in window], resized).see_all([a == 1 for a in after])
+        if name in ("interpolate", "upsample"):
+            mode = args[3] if len(args) > 3 else kwargs.get("mode", "nearest")
+            around = 3 if mode == "bicubic" else 1 if "linear" in mode else 0
+            return field.widen([around] * self.axes, resized)
+        if name == "pixel_shuffle":
+            return field.widen([0] * self.axes, resized)
+        if name == "pixel_unshuffle":
+            return field.widen([int(r) - 1 for r in resized], resized)
+        mixes = name in _MIX_POSITIONS and (name not in _PRODUCTS or self._carry_fields(args) > 1)
+        return field.see_all([mixes or (b > 1 and a == 1) for b, a in zip(before, after, strict=True)])
+
+    def _carry_fields(self, args: Sequence[Any]) -> int:
+        return sum(self.get(tensor) is not None for tensor in _tensors(args))
+
+
+_CONVOLUTION = re.compile(r"conv(_transpose)?[123]d")
+_POOL = re.compile(r"(max|avg|lp)_pool[123]d")
+_ADAPTIVE_POOL = re.compile(r"adaptive_(max|avg)_pool[123]d")
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+"""Products mix positions if both factors come from the input; one with a weight acts on features."""
+_MIX_POSITIONS = _PRODUCTS | {
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "cumsum",
+    "fft_fft",
+    "fft_rfft",
+    "fft_fft2",
+    "fft_rfft2",
+    "fft_fftn",
+    "fft_rfftn",
+    "roll",
+    "flip",
+    "sort",
+}
+
+
+def _is_whole(field: _Field) -> bool:
+    return all(map(math.isinf, field.smallest))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _plain(extent: Extent) -> Extent:
+    return tuple(int(e) if float(e).is_integer() else e for e in extent)
