@@ -38,7 +38,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    install(session, "demo")
+    install(session, "demo", "lightning", "transformers")
     session.install("mypy")
     session.run("mypy")
 
