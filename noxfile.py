@@ -1,4 +1,4 @@
-"""Sessions: `nox -s tests`, `lint`, `typecheck`, `tests_oldest`, `demo`, `benchmarks`."""
+"""Sessions: tests, lint, typecheck, docs, tests_oldest, demo, benchmarks, reproduction."""
 
 import nox
 
@@ -51,8 +51,25 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into docs/_build/html; examples run, warnings are errors."""
+    install(session, "docs")
+    session.run(
+        "sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs
+    )
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
     for script in ("update", "training_step", "compute", "merge", "memory", "report"):
         session.run("python", f"benchmarks/{script}.py", *(session.posargs if script != "report" else ()))
+
+
+@nox.session
+def reproduction(session: nox.Session) -> None:
+    """Train what reproduction/results.json does not hold (delete it to train all), then figure and tables."""
+    install(session, "test")
+    session.run("python", "reproduction/measure.py", *session.posargs)
+    session.run("python", "reproduction/report.py")

@@ -1,8 +1,9 @@
 """Train four networks on the real MNIST digits with several seeds and measure every layer.
 
 For each network and seed: the accuracy on held-out digits; of every layer on the held-out digits the
-saturation, intrinsic dimension and effective rank by ``LayerProbe``, the accuracy of a logistic regression on its
-pooled features, and what each of these took; receptive fields; and what the delve package says of the same network.
+saturation, intrinsic dimension and effective rank by ``LayerProbe``, the accuracy of a logistic regression on
+its pooled features, and what each of these took; receptive fields; and what the delve package says of the same
+network.
 Every finished pair is kept in ``results.json`` and is not measured again.
 
     python reproduction/measure.py [--seeds 3] [--epochs 10] [--networks ResNet-18 ...]
@@ -131,7 +132,7 @@ def logistic_regressions(
     validation = pooled_features(model, validation_images, layers)
     accuracy = {}
     for layer in layers:
-        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+        regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # accuracies have settled long before
             regression.fit(features[layer].numpy(), labels.numpy())

@@ -29,7 +29,7 @@ from spectralmetrics.receptive_field import ReceptiveField, border_layer, recept
 from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CovarianceDeterminantMetric",

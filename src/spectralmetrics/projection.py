@@ -79,8 +79,8 @@ class PCAProjection(nn.Module):
         center: False projects about zero, by the eigenvectors of the second moment.
         keep_dim: False returns the coordinates :math:`V^\top (x - \mu)` in evaluation, with k features instead
             of D, whose covariance over the training data is diagonal.
-        dim: the dimension of the features: 1 for vectors (N, D) and feature maps (N, C, *spatial), −1 for token
-            sequences (N, T, D). None: 1 for inputs of four and more dimensions, or else −1.
+        dim: the dimension of the features: 1 for vectors (N, D) and feature maps ``(N, C, *spatial)``, −1 for
+            token sequences (N, T, D). None: 1 for inputs of four and more dimensions, or else −1.
 
     Raises:
         ValueError: for an argument out of range; from ``forward``, for an input without ``dim`` or of another

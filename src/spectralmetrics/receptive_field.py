@@ -50,8 +50,8 @@ def receptive_fields(
     Args:
         model: any module whose forward takes ``example``. It runs once in evaluation mode without gradients,
             and is left as it was.
-        example: one input, (N, C, *spatial) with one to three spatial axes, as large as those that the network
-            is used on, since adaptive pools depend on it.
+        example: one input, ``(N, C, *spatial)`` with one to three spatial axes, as large as those that the
+            network is used on, since adaptive pools depend on it.
         layers: as in :class:`LayerProbe`; None takes the layers that a probe takes.
 
     Returns:

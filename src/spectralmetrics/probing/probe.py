@@ -61,7 +61,7 @@ class LayerProbe(nn.Module):
             ``(name, module) -> bool``, or a sequence of these; by default linear, convolutional and recurrent
             layers and multi-head attention. See :func:`~spectralmetrics.probing.select_layers`.
         exclude: taken away from these, likewise.
-        feature_maps: what is an observation of feature maps (N, C, *spatial): ``"positions"``, every kernel
+        feature_maps: what is an observation of feature maps ``(N, C, *spatial)``: ``"positions"``, every kernel
             position, (N·positions, C); ``"mean"``, ``"max"`` or ``"median"`` of each map, (N, C) (of an even
             number of values the lower median, as in ``torch.median``); ``"flatten"``, (N, C·positions).
         sequences: what is an observation of sequences (N, T, D): ``"timesteps"``, (N·T, D); ``"last"``, the
@@ -75,7 +75,8 @@ class LayerProbe(nn.Module):
         rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
         max_features: a wider layer is left out with a warning.
         select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
-            (N, T, D) or (N, C, *spatial): of an LSTM's last hidden state ``lambda out: out[1][0][-1]``, (N, D).
+            (N, T, D) or ``(N, C, *spatial)``: of an LSTM's last hidden state, (N, D),
+            ``lambda out: out[1][0][-1]``.
         seed: of the draws, which leave the global random state alone.
 
     Raises:

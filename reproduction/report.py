@@ -1,0 +1,228 @@
+"""The figure and the tables of docs/published_picture.md, from results.json; seconds, no training.
+
+python reproduction/report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import ConstantInputWarning, spearmanr
+
+from spectralmetrics import low_saturation_tail
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # of Okabe and Ito
+COMPARED = ("saturation", "intrinsic dimension", "effective rank", "logistic regression")
+PLATEAU = 0.005
+
+Run = dict[str, Any]
+
+
+def values(run: Run, key: str) -> dict[str, float]:
+    return {layer: of[key] for layer, of in run["layers"].items()}
+
+
+def tail_of(run: Run) -> list[str]:
+    return low_saturation_tail(values(run, "saturation"))
+
+
+def plateau_of(run: Run) -> str:
+    """The first layer from which on no regression is better by more than half a per cent than the one there."""
+    accuracy = values(run, "logistic regression")
+    layers = list(accuracy)
+    return next(
+        layer
+        for index, layer in enumerate(layers)
+        if max(accuracy[later] for later in layers[index:]) - accuracy[layer] <= PLATEAU
+    )
+
+
+def spread(numbers: list[float], digits: int = 3) -> str:
+    """Mean, least and most."""
+    return f"{statistics.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
+
+
+def counted(names: list[str]) -> str:
+    """What was seen, and in how many seeds where they differ."""
+    distinct = sorted(set(names), key=names.index)
+    if len(distinct) == 1:
+        return distinct[0]
+    return ", ".join(f"{name} ({names.count(name)} of {len(names)})" for name in distinct)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def network_table(networks: dict[str, list[Run]]) -> str:
+    rows = []
+    for network, runs in networks.items():
+        rows.append(
+            [
+                network,
+                spread([run["accuracy"] for run in runs]),
+                str(runs[0]["border"]["largest"]),
+                str(runs[0]["border"]["smallest"]),
+                counted([(tail_of(run) or ["none"])[0] for run in runs]),
+                counted([plateau_of(run) for run in runs]),
+            ]
+        )
+    header = [
+        "network",
+        "accuracy",
+        "border layer",
+        "… by the smallest path",
+        "tail begins at",
+        "regressions gain nothing from",
+    ]
+    return table(header, rows)
+
+
+def correlation_table(networks: dict[str, list[Run]]) -> str:
+    rows = []
+    for first, second in itertools.combinations(COMPARED, 2):
+        cells = [f"{first}, {second}"]
+        for runs in networks.values():
+            found = []
+            for run in runs:
+                hidden = [layer for layer in run["layers"] if layer != "fc"]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConstantInputWarning)
+                    pair = [[run["layers"][layer][key] for layer in hidden] for key in (first, second)]
+                    found.append(float(spearmanr(*pair).statistic))
+            cells.append(spread(found, 2))
+        rows.append(cells)
+    return table(["rank correlation over layers", *networks], rows)
+
+
+def cost_table(networks: dict[str, list[Run]]) -> str:
+    kinds = [*COMPARED, "training"]
+    rows = []
+    for kind in kinds:
+        cells = [statistics.median(run["seconds"][kind] for run in runs) for runs in networks.values()]
+        rows.append([kind, *(f"{seconds:.2g} s" for seconds in cells)])
+    return table(["all layers, median over the seeds", *networks], rows)
+
+
+def delve_table(networks: dict[str, list[Run]]) -> str:
+    pairs = (
+        ("all digits in one batch", "delve, one batch", "rule, one batch"),
+        ("batches of 250, ours on the last batch alone", "delve, batches", "rule, last batch"),
+        ("batches of 250, ours on all of them", "delve, batches", "rule, batches"),
+    )
+    rows = []
+    for label, theirs, ours in pairs:
+        layers = [of for runs in networks.values() for run in runs for of in run["layers"].values()]
+        equal = sum(abs(of[theirs] - of[ours]) < 1e-12 for of in layers)
+        largest = max(abs(of[theirs] - of[ours]) for of in layers)
+        rows.append([label, f"{equal} of {len(layers)}", f"{largest:.3g}"])
+    return table(["what is compared", "layers with equal saturation", "largest difference"], rows)
+
+
+def layer_table(networks: dict[str, list[Run]]) -> str:
+    rows = []
+    for network, runs in networks.items():
+        for layer, first in runs[0]["layers"].items():
+            of = [run["layers"][layer] for run in runs]
+            field = "all" if first["largest field"] is None else f"{first['largest field']:.0f}"
+            smallest = "all" if first["smallest field"] is None else f"{first['smallest field']:.0f}"
+            rows.append(
+                [
+                    network,
+                    layer,
+                    field,
+                    smallest,
+                    str(first["observations"]),
+                    *(
+                        spread([each[key] for each in of], 3 if key != "effective rank" else 1)
+                        for key in COMPARED
+                    ),
+                ]
+            )
+    header = ["network", "layer", "receptive field", "smallest", "observations", *COMPARED]
+    return table(header, rows)
+
+
+def draw(networks: dict[str, list[Run]], path: Path) -> None:
+    figure = Figure(figsize=(12.5, 8.6), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True).flat
+    for axis, (network, runs) in zip(axes, networks.items(), strict=True):
+        layers = list(runs[0]["layers"])
+        for key, label, colour, marker in (
+            ("saturation", "saturation", BLUE, "o"),
+            ("logistic regression", "accuracy of a logistic regression on the layer", ORANGE, "s"),
+        ):
+            of = [[run["layers"][layer][key] for run in runs] for layer in layers]
+            axis.plot(
+                range(len(layers)),
+                list(map(statistics.mean, of)),
+                marker,
+                ls="-",
+                ms=4,
+                color=colour,
+                label=label,
+            )
+            axis.fill_between(
+                range(len(layers)), [min(v) for v in of], [max(v) for v in of], color=colour, alpha=0.25, lw=0
+            )
+        accuracy = statistics.mean(run["accuracy"] for run in runs)
+        axis.axhline(accuracy, color="0.35", ls=":", label="accuracy of the network")
+        tails = [tail_of(run) for run in runs]
+        common = [
+            layers.index(layer) for layer in layers if sum(layer in tail for tail in tails) * 2 > len(runs)
+        ]
+        if common:
+            axis.axvspan(common[0] - 0.5, common[-1] + 0.5, color="0.88", zorder=0, label="low-saturation tail")
+        borders = runs[0]["border"]
+        styles = [("largest", "-", "border layer")]
+        if borders["smallest"] != borders["largest"]:
+            styles.append(("smallest", "--", "border layer by the smallest path"))
+        for paths, style, label in styles:
+            if borders[paths] is not None:
+                axis.axvline(layers.index(borders[paths]), color=GREEN, ls=style, label=label)
+        axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+        axis.set_title(f"{network}: accuracy {accuracy:.3f}", fontsize=10)
+        axis.set_ylim(0, 1.02)
+        axis.grid(axis="y", color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=True, framealpha=0.9, fontsize=7.5, loc="lower left")
+    seeds = len(next(iter(networks.values())))
+    figure.suptitle(
+        f"MNIST digits at 32 × 32, validation data: mean and range of {seeds} seeds, layers in forward order",
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results.json")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args()
+    runs = json.loads(options.results.read_text())["runs"]
+    networks: dict[str, list[Run]] = {}
+    for run in runs:
+        networks.setdefault(run["network"], []).append(run)
+    draw(networks, options.docs / "images" / "published_picture.png")
+    folder = options.docs / "published_picture_tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for make in (network_table, correlation_table, cost_table, delve_table, layer_table):
+        text = make(networks)
+        (folder / f"{make.__name__.removesuffix('_table')}.md").write_text(text, encoding="utf-8")
+        if make is not layer_table:
+            print(text)
+
+
+if __name__ == "__main__":
+    main()
