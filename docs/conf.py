@@ -25,7 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "sg_execution_times.rst"]
+exclude_patterns = ["_build", "published_picture_tables", "reference/statistics_table.md", "sg_execution_times.rst"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 # Links from included files of the repository's root are made to fit below.

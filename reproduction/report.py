@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import ConstantInputWarning, spearmanr
 
@@ -110,7 +111,7 @@ def cost_table(networks: dict[str, list[Run]]) -> str:
     rows = []
     for kind in kinds:
         cells = [statistics.median(run["seconds"][kind] for run in runs) for runs in networks.values()]
-        rows.append([kind, *(f"{seconds:.2g} s" for seconds in cells)])
+        rows.append([kind, *(f"{seconds:.1f} s" for seconds in cells)])
     return table(["all layers, median over the seeds", *networks], rows)
 
 
@@ -154,33 +155,37 @@ def layer_table(networks: dict[str, list[Run]]) -> str:
 
 
 def draw(networks: dict[str, list[Run]], path: Path) -> None:
-    figure = Figure(figsize=(12.5, 8.6), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True).flat
-    for axis, (network, runs) in zip(axes, networks.items(), strict=True):
-        layers = list(runs[0]["layers"])
-        for key, label, colour, marker in (
-            ("saturation", "saturation", BLUE, "o"),
-            ("logistic regression", "accuracy of a logistic regression on the layer", ORANGE, "s"),
-        ):
-            of = [[run["layers"][layer][key] for run in runs] for layer in layers]
-            axis.plot(
-                range(len(layers)),
-                list(map(statistics.mean, of)),
-                marker,
-                ls="-",
-                ms=4,
-                color=colour,
-                label=label,
-            )
-            axis.fill_between(
-                range(len(layers)), [min(v) for v in of], [max(v) for v in of], color=colour, alpha=0.25, lw=0
-            )
+    figure = Figure(figsize=(12.5, 10.5), layout="constrained")
+    panels = figure.subfigures(2, 2).flat
+    shown: dict[str, Any] = {}
+    for panel, (network, runs) in zip(panels, networks.items(), strict=True):
+        upper, lower = panel.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+        draw_network(upper, lower, runs)
         accuracy = statistics.mean(run["accuracy"] for run in runs)
-        axis.axhline(accuracy, color="0.35", ls=":", label="accuracy of the network")
+        upper.set_title(f"{network}: accuracy {accuracy:.3f}", fontsize=10)
+        for axis in (upper, lower):
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    seeds = len(next(iter(networks.values())))
+    figure.suptitle(f"MNIST digits at 32 × 32, validation data: mean and range of {seeds} seeds", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_network(upper: Axes, lower: Axes, runs: list[Run]) -> None:
+    """Saturation above, regressions below, with the tail and the border layers in both."""
+    layers = list(runs[0]["layers"])
+    places = range(len(layers))
+    for axis, key, label, colour, marker in (
+        (upper, "saturation", "saturation", BLUE, "o"),
+        (lower, "logistic regression", "accuracy of a logistic regression on the layer", ORANGE, "s"),
+    ):
+        of = [[run["layers"][layer][key] for run in runs] for layer in layers]
+        axis.plot(places, list(map(statistics.mean, of)), marker, ls="-", ms=4, color=colour, label=label)
+        axis.fill_between(places, list(map(min, of)), list(map(max, of)), color=colour, alpha=0.25, lw=0)
         tails = [tail_of(run) for run in runs]
-        common = [
-            layers.index(layer) for layer in layers if sum(layer in tail for tail in tails) * 2 > len(runs)
-        ]
+        common = [layers.index(layer) for layer in layers if sum(layer in t for t in tails) * 2 > len(runs)]
         if common:
             axis.axvspan(common[0] - 0.5, common[-1] + 0.5, color="0.88", zorder=0, label="low-saturation tail")
         borders = runs[0]["border"]
@@ -190,19 +195,15 @@ def draw(networks: dict[str, list[Run]], path: Path) -> None:
         for paths, style, label in styles:
             if borders[paths] is not None:
                 axis.axvline(layers.index(borders[paths]), color=GREEN, ls=style, label=label)
-        axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
-        axis.set_title(f"{network}: accuracy {accuracy:.3f}", fontsize=10)
-        axis.set_ylim(0, 1.02)
         axis.grid(axis="y", color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=True, framealpha=0.9, fontsize=7.5, loc="lower left")
-    seeds = len(next(iter(networks.values())))
-    figure.suptitle(
-        f"MNIST digits at 32 × 32, validation data: mean and range of {seeds} seeds, layers in forward order",
-        fontsize=11,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    accuracy = statistics.mean(run["accuracy"] for run in runs)
+    lower.axhline(accuracy, color="0.35", ls=":", label="accuracy of the network")
+    upper.set_ylim(0, 1.02)
+    lower.set_ylim(0.87, 1.0)
+    upper.set_ylabel("saturation", fontsize=8)
+    lower.set_ylabel("accuracy", fontsize=8)
+    lower.set_xticks(places, layers, rotation=90, fontsize=8)
 
 
 def main() -> None:
