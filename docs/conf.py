@@ -25,7 +25,12 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "published_picture_tables", "reference/statistics_table.md", "sg_execution_times.rst"]
+exclude_patterns = [
+    "_build",
+    "published_picture_tables",
+    "reference/statistics_table.md",
+    "sg_execution_times.rst",
+]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 # Links from included files of the repository's root are made to fit below.
@@ -51,7 +56,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
-    "ignore_pattern": r"several_processes\.py$|__init__\.py",
+    "ignore_pattern": r"/several_processes\.py$|__init__\.py",
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "remove_config_comments": True,

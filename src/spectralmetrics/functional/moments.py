@@ -482,7 +482,7 @@ def _add_in_float32(moments: Moments, centred: Tensor, valid: Tensor | None) -> 
     centred.mul_(scale.to(centred.dtype))
     centred = centred.to(torch.float32)
     weight = scale.square().reciprocal()
-    for start, stop in _block_rows(centred, 128):
+    for start, stop in _block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
         # Added while it is in the cache; a product of all features would not be.
         shape = (stop - start, centred.shape[1] - start)
         product = _workspace(centred, "product", shape, torch.float32)
