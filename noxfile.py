@@ -57,6 +57,7 @@ def docs(session: nox.Session) -> None:
     session.run(
         "sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs
     )
+    session.run("python", "docs/check_links.py", "docs/_build/html")
 
 
 @nox.session

@@ -35,8 +35,6 @@ exclude_patterns = [
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# Links from included files of the repository's root are made to fit below.
-suppress_warnings = ["myst.xref_missing"]
 
 html_theme = "furo"
 html_title = "spectralmetrics"

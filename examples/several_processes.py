@@ -2,31 +2,38 @@
 
 import torch
 import torch.distributed as dist
+from sklearn.datasets import load_digits
 from torch import nn
 
 from spectralmetrics import EffectiveRankMetric, LayerProbe, SaturationMetric
 
 
 def main() -> None:
-    """Train a small network on data that differs between processes, and look at its layers."""
+    """Train a small network on digits, each process on its own part, and look at its layers."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    pixels, digits = load_digits(return_X_y=True)
+    own = slice(dist.get_rank(), None, dist.get_world_size())
+    inputs, targets = torch.tensor(pixels[own] / 16, dtype=torch.float32), torch.tensor(digits[own])
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.Adam(parallel.parameters(), 1e-3)
-
-    torch.manual_seed(1 + dist.get_rank())
-    with LayerProbe(parallel, [SaturationMetric(), EffectiveRankMetric()]) as probe:
-        for _ in range(50):
-            inputs = torch.randn(64, 16)
-            targets = inputs[:, :8].argmax(1) % 4
+    for _ in range(20):
+        for batch in torch.randperm(len(inputs) // 64 * 64).split(64):  # as many batches on every process
             optimizer.zero_grad()
-            nn.functional.cross_entropy(parallel(inputs), targets).backward()
+            nn.functional.cross_entropy(parallel(inputs[batch]), targets[batch]).backward()
             optimizer.step()
+
+    with LayerProbe(parallel, [SaturationMetric(), EffectiveRankMetric()]) as probe, torch.no_grad():
+        parallel.eval()
+        parallel(inputs)
         values = probe.compute()  # on every process: the merge needs all of them
+        count = int(probe["eval", "0"]["saturation"].count)
     if dist.get_rank() == 0:
         for name, value in values.items():
             print(f"{name}: {value.item():.3f}")
+    print(f"process {dist.get_rank()} has seen {count} digits")
     dist.barrier()  # leave together
     dist.destroy_process_group()
 

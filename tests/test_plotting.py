@@ -1,4 +1,5 @@
 import itertools
+import math
 import sys
 
 import matplotlib
@@ -15,7 +16,9 @@ def test_lines_names_and_tail():
     figure, axis = plot_profile({"train": train, "eval": {"a": 0.4, "c": 0.2}}, tail=["b", "c"], title="Title")
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert lines["train"].get_ydata().tolist() == [0.5, 0.25, 0.1]
-    assert lines["eval"].get_xdata().tolist() == [0, 2]
+    eval_values = lines["eval"].get_ydata()
+    assert (eval_values[0], eval_values[2]) == (0.4, 0.2)
+    assert math.isnan(eval_values[1])  # a gap, and no line across it
     assert [text.get_text() for text in axis.get_xticklabels()] == ["a", "b", "c"]
     assert axis.get_title() == "Title"
     assert {text.get_text() for text in axis.get_legend().get_texts()} == {"train", "eval", "tail"}

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito without its yellow, which is too light for lines; colour-blind readers tell these
 # apart, and the markers help where there is no colour at all.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Petroff's sequence of ten (arXiv:2107.02270), for more classes than these.
+_MORE_COLOURS = (
+    "#3F90DA",
+    "#FFA90E",
+    "#BD1F01",
+    "#94A4A2",
+    "#832DB6",
+    "#A96B59",
+    "#E76300",
+    "#B9AC70",
+    "#717581",
+    "#92DADD",
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NAME_INCHES = 0.145  # that one layer name needs at the size below
 _NAME_POINTS = 8
@@ -40,8 +53,8 @@ def plot_profile(
     """Draw one value per layer, in forward order, one line for each stage.
 
     Args:
-        profiles: stage -> layer name -> value. Layers are drawn in the order of the first profile. Values that
-            are not finite leave a gap.
+        profiles: stage, or whatever else is compared -> layer name -> value. Layers are drawn in the order of
+            the first profile. Layers that a profile lacks and values that are not finite leave a gap.
         statistic: what the values are; labels the axis.
         title: of the picture.
         tail: layers to shade.
@@ -65,10 +78,9 @@ def plot_profile(
     given = ax is not None
     ax = _axis(ax, (max(6.0, _NAME_INCHES * len(layers) + 1.5), 3.4 + _longest(layers)))
     for index, (stage, profile) in enumerate(profiles.items()):
-        places = [place for place, name in enumerate(layers) if name in profile]
         ax.plot(
-            places,
-            _finite([float(profile[layers[place]]) for place in places]),
+            range(len(layers)),
+            _finite([float(profile.get(name, math.nan)) for name in layers]),
             color=_COLOURS[index % len(_COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,
@@ -263,11 +275,11 @@ def plot_embedding(
     if classes is None:
         ax.scatter(first, second, s=8, color=_COLOURS[0], alpha=0.7, linewidths=0)
     elif len(kinds := np.unique(classes)) <= 2 * len(_COLOURS):
+        colours = _COLOURS if len(kinds) <= len(_COLOURS) else _MORE_COLOURS
         for index, kind in enumerate(kinds):
-            # The second round of colours comes with other markers.
-            marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
+            marker = _MARKERS[index % len(_MARKERS)]
             where = classes == kind
-            colour = _COLOURS[index % len(_COLOURS)]
+            colour = colours[index % len(colours)]
             ax.scatter(first[where], second[where], s=12, color=colour, marker=marker, linewidths=0, label=kind)
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:

@@ -22,6 +22,9 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
         Layer name -> value, in the order of ``values``, without the layer ``"mean"`` that a recorder adds;
         what :func:`low_saturation_tail` and :func:`~spectralmetrics.plotting.plot_profile` take.
 
+    Raises:
+        ValueError: if there is no such value, with the metrics and stages that there are.
+
     >>> import torch
     >>> layer_profile({"saturation/eval/conv1": torch.tensor(0.5), "spectrum/eval/conv1": torch.ones(3)},
     ...               "saturation", "eval")
@@ -29,6 +32,11 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
     """
     prefix = f"{metric}/{stage}/"
     profile = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    if not profile:
+        there = sorted({key.rsplit("/", 1)[0] for key in values if "/" in key})
+        raise ValueError(
+            f"expected values of {prefix[:-1]!r}, got {', '.join(map(repr, there)) or 'no values'}"
+        )
     profile.pop(MEAN_LAYER, None)
     return profile
 

@@ -93,5 +93,5 @@ def test_the_example_script_runs_under_torchrun(world, tmp_path):
     else:
         assert launcher.returncode == 0, errors
     for layer in "024":
-        assert f"saturation/train/{layer}: " in output
-        assert f"effective_rank/train/{layer}: " in output
+        assert f"saturation/eval/{layer}: " in output
+        assert f"effective_rank/eval/{layer}: " in output

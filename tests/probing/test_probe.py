@@ -693,6 +693,19 @@ class TestControls:
         with pytest.raises(ValueError, match=r"\(4,\)"), probe.mask(mask[:, 0]):
             pass
 
+    def test_a_mask_that_fits_nothing_is_told_once(self):
+        model = self.model()
+        probe = LayerProbe(model, sm.CovarianceMetric())
+        tokens, other = torch.randn(4, 6, 3), torch.ones(4, 5, dtype=torch.bool)
+        with (
+            pytest.warns(UserWarning, match=r"\(4, 5\) fits no sequence .* of '0'.*\(4, 6, "),
+            probe.mask(other),
+        ):
+            model(tokens)
+        with probe.mask(other):
+            model(tokens)  # said already
+        assert int(probe["train", "0"]["covariance"].count) == 48
+
     def test_select(self):
         class AutoEncoder(nn.Module):
             def __init__(self):

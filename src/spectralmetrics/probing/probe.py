@@ -144,6 +144,8 @@ class LayerProbe(nn.Module):
         self._too_wide: set[tuple[str, str]] = set()
         self._paused = 0
         self._mask: Tensor | None = None
+        self._mask_fits = False
+        self._mask_misses: dict[str, tuple[int, ...]] = {}  # layer -> shape of a sequence it does not fit
         self._lock = threading.RLock()
         self._thread = threading.local()
         self._handles = [module.register_forward_hook(_Observer(self, name)) for name, module in chosen.items()]
@@ -245,6 +247,8 @@ class LayerProbe(nn.Module):
         Raises:
             TypeError: if the mask is no boolean tensor.
             ValueError: if it is not 2-D.
+
+        Warns once if sequences were observed inside and it fitted none of them.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -252,10 +256,18 @@ class LayerProbe(nn.Module):
         if mask.ndim != 2:
             raise ValueError(f"expected a mask of shape (N, T), got {tuple(mask.shape)}")
         before, self._mask = self._mask, mask
+        self._mask_fits, self._mask_misses = False, {}
         try:
             yield
         finally:
             self._mask = before
+        if self._mask_misses and not self._mask_fits and not self._warned_of_mask:
+            self._warned_of_mask = True
+            name, shape = next(iter(self._mask_misses.items()))
+            _warn(
+                f"the mask of shape {tuple(mask.shape)} fits no sequence that was observed; all steps were"
+                f" counted of {', '.join(map(repr, self._mask_misses))}: (N, T, D) of {name!r} is {shape}"
+            )
 
     def remove(self) -> None:
         """Take all hooks off the model; what has been observed can still be computed."""
@@ -277,6 +289,7 @@ class LayerProbe(nn.Module):
         self._is_persistent = mode
 
     _is_persistent = False
+    _warned_of_mask = False
     _is_merged = False
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
@@ -338,6 +351,11 @@ class LayerProbe(nn.Module):
         if selected:
             output = self._selected[name](output)
         batch = self.rule.batch(None if selected else module, output, self._mask)
+        if self._mask is not None and batch.kind == "sequence":
+            if batch.valid is None:
+                self._mask_misses[name] = tuple(batch.values.shape)
+            else:
+                self._mask_fits = True
         if self.max_samples is not None:
             batch = batch.first(self.max_samples - progress.samples)
         if batch.values.numel() == 0:
