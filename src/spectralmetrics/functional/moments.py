@@ -477,7 +477,8 @@ def _add_in_float64(moments: Moments, centred: Tensor, valid: Tensor | None) -> 
 def _add_in_float32(moments: Moments, centred: Tensor, valid: Tensor | None) -> None:
     # Float64 rows keep their digits until they are centred and scaled.
     _clear(centred, _count(moments, centred, valid))
-    least, most = torch.aminmax(centred)
+    # Of a transposed view this would make a copy, row by row.
+    least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
     scale = _power_of_two_scale(torch.maximum(-least, most))
     centred.mul_(scale.to(centred.dtype))
     centred = centred.to(torch.float32)
