@@ -196,9 +196,7 @@ def accumulate(
                 _recentre(moments, centred, chosen, rounded=values.dtype != torch.float64)
             origin = moments.origin.to(dtype)
             broadcast = origin if dim == -1 else origin[:, None, None]
-            if recentre:
-                work.sub_(broadcast)
-            elif piece.dtype == dtype:
+            if piece.dtype == dtype:
                 torch.sub(piece, broadcast, out=work)
             else:
                 work.copy_(piece).sub_(broadcast)
@@ -436,6 +434,7 @@ def _clear(centred: Tensor, mask: Tensor) -> None:
 def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None, rounded: bool) -> None:
     """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow.
 
+    The memory of ``rows`` is used for the work and holds something else afterwards.
     Where the rows came in float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly
     one float32 subtraction.
     """
@@ -443,12 +442,12 @@ def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None, rounded: boo
     mask = mask if valid is None else mask & valid
     # The mean is taken about a row, so that constant features are centred to exactly zero.
     pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
-    total = torch.zeros_like(pivot)
-    step = 256 if rows.device.type == "cpu" else len(rows)  # little memory, or few launches
-    for part, chosen in zip(rows.split(step), mask.split(step), strict=True):
-        total += torch.where(chosen, part.to(torch.float64) - pivot, 0).sum(0)
+    rows.sub_(pivot.to(rows.dtype))
+    _clear(rows, mask)
     kept = mask.sum()
-    origin = pivot + total / kept.clamp(min=1)
+    # An origin need not be the mean to the last digit: whatever it is, the sums are exact about it.
+    mean_about_pivot = rows.sum(0).to(torch.float64) / kept.clamp(min=1)
+    origin = pivot + torch.where(mean_about_pivot.isfinite(), mean_about_pivot, 0)
     if rounded:
         nearest = origin.to(torch.float32).to(torch.float64)
         origin = torch.where(nearest.isfinite(), nearest, origin)
