@@ -69,8 +69,7 @@ def training_step(results):
     yield (
         "## Training step\n\nAdded time per step with a probe on every layer, in per cent of the step without one;"
         " median, least and most of the rounds. Bars, in units of Delve's: float64 0.75, float32 0.4, on the MLP, VGG"
-        " and ResNet; sampled at most 3 % (VGG, ResNet) and 5 % (MLP, ViT). Delve looks at one token of the ViT. Three rounds on"
-        " a shared machine: a run ten minutes earlier had 0.40 and 0.65 of Delve's for float32 on the MLP and VGG.\n"
+        " and ResNet; sampled at most 3 % (VGG, ResNet) and 5 % (MLP, ViT). Delve looks at one token of the ViT.\n"
     )
     rows = []
     for result in results:
