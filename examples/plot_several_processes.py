@@ -64,8 +64,9 @@ print(run.stdout)
 
 values = {}
 for line in run.stdout.splitlines():
-    name, _, value = line.partition(": ")
-    values[name] = torch.tensor(float(value))
+    name, is_value, value = line.partition(": ")
+    if is_value:
+        values[name] = torch.tensor(float(value))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
 for axis, statistic in ((left, "saturation"), (right, "effective_rank")):

@@ -33,7 +33,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         for name, value in values.items():
             print(f"{name}: {value.item():.3f}")
-    print(f"process {dist.get_rank()} has seen {count} digits")
+    print(f"process {dist.get_rank()} has seen {count} digits", flush=True)
     dist.barrier()  # leave together
     dist.destroy_process_group()
 
