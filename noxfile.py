@@ -75,5 +75,5 @@ def benchmarks(session: nox.Session) -> None:
 def reproduction(session: nox.Session) -> None:
     """Train what reproduction/results.json does not hold (delete it to train all), then figure and tables."""
     install(session, "test")
-    session.run("python", "reproduction/measure.py", *session.posargs)
-    session.run("python", "reproduction/report.py")
+    session.run("python", "-m", "reproduction.measure", *session.posargs)
+    session.run("python", "-m", "reproduction.report")

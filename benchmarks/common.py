@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine in words, and where results go."""
+"""What all benchmarks share: the machine in words, tables, and where results go."""
 
 import importlib.metadata
 import json
@@ -37,3 +37,9 @@ def write_result(name, results):
     target = RESULTS / f"{name}.json"
     target.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=1) + "\n")
     print(f"wrote {target}")
+
+
+def table(headings, rows):
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

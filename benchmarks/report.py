@@ -7,7 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
-from common import RESULTS
+from common import RESULTS, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
@@ -17,11 +17,6 @@ Written by `python -m nox -s benchmarks` from `benchmarks/results/*.json`. All a
 The machine is shared and noisy: ratios of arms that ran side by side say more than times, and runs on another day
 differed by a third. What the bars are that the project has set itself, and which it misses, stands with each table.
 """
-
-
-def table(headings, rows):
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def spread(values, digits=2):

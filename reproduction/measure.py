@@ -6,7 +6,7 @@ its pooled features, and what each of these took; receptive fields; and what the
 network.
 Every finished pair is kept in ``results.json`` and is not measured again.
 
-    python reproduction/measure.py [--seeds 3] [--epochs 10] [--networks ResNet-18 ...]
+    python -m reproduction.measure [--seeds 3] [--epochs 10] [--networks ResNet-18 ...]
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import csv
 import json
 import logging
 import math
-import platform
 import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from networks import EXAMPLE, NETWORKS, WIDTH
+from benchmarks.common import describe_machine
+from reproduction.networks import EXAMPLE, NETWORKS, WIDTH
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -238,14 +237,9 @@ def main() -> None:
             print(
                 f"{network}, seed {seed}: accuracy {run['accuracy']:.3f}, trained {minutes:.1f} min", flush=True
             )
-            machine = {
-                "date": time.strftime("%Y-%m-%d"),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            }
-            options.results.write_text(json.dumps({"machine": machine, "runs": kept}, indent=1) + "\n")
+            options.results.write_text(
+                json.dumps({"machine": describe_machine(), "runs": kept}, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The figure and the tables of docs/published_picture.md, from results.json; seconds, no training.
 
-python reproduction/report.py
+python -m reproduction.report
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import ConstantInputWarning, spearmanr
@@ -58,11 +59,6 @@ def counted(names: list[str]) -> str:
     if len(distinct) == 1:
         return distinct[0]
     return ", ".join(f"{name} ({names.count(name)} of {len(names)})" for name in distinct)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def network_table(networks: dict[str, list[Run]]) -> str:

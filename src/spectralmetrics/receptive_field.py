@@ -230,7 +230,7 @@ class _Follower(TorchFunctionMode):
             return tuple(value) if isinstance(value, Sequence) else (value,) * self.axes
 
         if result.ndim != self.axes + 2 or source.ndim != self.axes + 2:
-            return field if _is_whole(field) else field.see_all([True] * self.axes)
+            return field.see_all([True] * self.axes)
         before, after = source.shape[2:], result.shape[2:]
         resized = [Fraction(b, a) if a else Fraction(1) for b, a in zip(before, after, strict=True)]
         if _CONVOLUTION.fullmatch(name):
@@ -294,10 +294,6 @@ _MIX_POSITIONS = _PRODUCTS | {
     "flip",
     "sort",
 }
-
-
-def _is_whole(field: _Field) -> bool:
-    return all(map(math.isinf, field.smallest))
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -434,9 +434,8 @@ def _clear(centred: Tensor, mask: Tensor) -> None:
 def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None, rounded: bool) -> None:
     """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow.
 
-    The memory of ``rows`` is used for the work and holds something else afterwards.
-    Where the rows came in float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly
-    one float32 subtraction.
+    The memory of ``rows`` is used for the work and holds something else afterwards. Where the rows came in
+    float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly one float32 subtraction.
     """
     mask = _are_finite(rows)
     mask = mask if valid is None else mask & valid
