@@ -1,5 +1,7 @@
 """Sessions: tests, lint, typecheck, docs, tests_oldest, demo, benchmarks, reproduction."""
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "typecheck", "tests", "tests_oldest"]
@@ -34,9 +36,10 @@ def tests_oldest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    session.install("ruff")
+    session.install("ruff", "clang-format==23.1.5")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("clang-format", "--dry-run", "--Werror", *map(str, Path("csrc").iterdir()))
 
 
 @nox.session

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from spectralmetrics.functional import compiled
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,6 +28,7 @@ def describe_machine():
         "processor": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "compiled": compiled.instruction_set(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "torchmetrics", "numpy")},
     }

@@ -15,7 +15,8 @@ HEAD = """# Benchmarks
 
 Written by `python -m nox -s benchmarks` from `benchmarks/results/*.json`. All arms of a table ran in turn in one run.
 The machine is shared and noisy: ratios of arms that ran side by side say more than times, and runs on another day
-differed by a third. What the bars are that the project has set itself, and which it misses, stands with each table.
+differed by a third. The bars that the project has set itself stand with each table. "By PyTorch" is what
+is left on a machine for which the accumulation is not [compiled](guide/cost).
 """
 
 
@@ -31,33 +32,25 @@ def ratios(numerators, denominators):
 def machine(content):
     facts = content["machine"]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "torchmetrics", "numpy"))
-    return f"*{facts['date']}, {facts['processor']}, {facts['cores']} cores, {versions}.*\n"
+    products = f"compiled for {facts['compiled']}" if facts.get("compiled") else "not compiled"
+    return f"*{facts['date']}, {facts['processor']}, {facts['cores']} cores, {versions}; {products}.*\n"
 
 
 def update(results):
     yield (
-        "## Update\n\nA batch of rows added to a covariance. In units of the limit (BLAS computing one triangle of the"
-        " product, `dsyrk` or `ssyrk`), and of Delve's rate; median, least and most of the rounds. Bars: 0.65 of"
-        " `dsyrk` and 0.75 of `ssyrk` for D ≥ 256; three times Delve's rate in float32 for D ≤ 128, which on this"
-        " machine even `ssyrk` alone does not always reach.\n"
+        "## Update\n\nA batch of rows added to a covariance. In units of OpenBLAS' speed at one triangle of the product"
+        " alone (`dsyrk` for float64, `ssyrk` for float32), and of Delve's; median, least and most of the rounds."
+        " Bars: 0.65 of `dsyrk` and 0.75 of `ssyrk` for D ≥ 256; three times Delve's rate in float32 for D ≤ 128.\n"
     )
     rows = []
     for result in results:
         seconds = result["seconds"]
-        for name in ("ours, float64", "ours, float32", "delve", "FID's sums", "IncrementalPCA", "ssyrk"):
-            if name in seconds:
-                limit = seconds["ssyrk" if "32" in name or name == "ssyrk" else "dsyrk"]
-                rows.append(
-                    [
-                        result["width"],
-                        result["rows"],
-                        name,
-                        f"{1e3 * statistics.median(seconds[name]):.2f}",
-                        spread(ratios(limit, seconds[name])),
-                        spread(ratios(seconds["delve"], seconds[name])),
-                    ]
-                )
-    yield table(["D", "rows", "arm", "ms", "of the limit", "of Delve's rate"], rows)
+        for name, values in seconds.items():
+            syrk = seconds["ssyrk" if "32" in name or name == "ssyrk" else "dsyrk"]
+            cells = (spread(ratios(others, values)) for others in (syrk, seconds["delve"]))
+            milliseconds = f"{1e3 * statistics.median(values):.2f}"
+            rows.append([result["width"], result["rows"], name, milliseconds, *cells])
+    yield table(["D", "rows", "arm", "ms", "of `syrk`", "of Delve's rate"], rows)
 
 
 def training_step(results):

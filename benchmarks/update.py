@@ -4,8 +4,8 @@
 
 All arms run in turn in every round, each warmed by one update and with a pause before it, since the threads of
 one library spin for a while after a call and slow the next. Rates are 2·N·D² operations per second; the limits
-are scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Medians over rounds, with
-the quartiles of the ratio to the limit.
+are scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Ours also without the compiled accumulation, by
+PyTorch alone. Medians over rounds, with the quartiles of the ratio to the limit.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from scipy.linalg.blas import dsyrk, ssyrk
 from sklearn.decomposition import IncrementalPCA
 
 import spectralmetrics as sm
+from spectralmetrics.functional import compiled
 
 PAUSE_SECONDS = 0.2
 SLOW = {"IncrementalPCA": 512}  # the largest width at which an arm is run
@@ -35,10 +36,18 @@ def arms(rows, width):
     def syrk(function, values, kind):
         function(1.0, values, beta=1.0, c=sums[kind], overwrite_c=1)
 
-    metrics = {dtype: sm.CovarianceMetric(gram_dtype=dtype) for dtype in (torch.float64, torch.float32)}
-    for metric in metrics.values():
+    def ours(gram_dtype, instructions):
+        metric = sm.CovarianceMetric(gram_dtype=gram_dtype)
         for _ in range(4):  # past the updates that move the origin
             metric.update(rows)
+
+        def update():
+            with compiled.using(instructions):
+                metric.update(rows)
+
+        return update
+
+    best = compiled.instruction_set()
     delve = TorchCovarianceMatrix(device="cpu")
     peer = IncrementalPCA()
     plain = {"second": torch.zeros(width, width, dtype=torch.float64), "first": torch.zeros(width).double()}
@@ -50,9 +59,11 @@ def arms(rows, width):
 
     return {
         "dsyrk": lambda: syrk(dsyrk, as_float64, "d"),
-        "ours, float64": lambda: metrics[torch.float64].update(rows),
+        "ours, float64": ours(torch.float64, best),
+        "ours, float64, by PyTorch": ours(torch.float64, None),
         "ssyrk": lambda: syrk(ssyrk, as_float32, "s"),
-        "ours, float32": lambda: metrics[torch.float32].update(rows),
+        "ours, float32": ours(torch.float32, best),
+        "ours, float32, by PyTorch": ours(torch.float32, None),
         "delve": lambda: delve.update(rows, False),
         "FID's sums": fid,
         "IncrementalPCA": lambda: peer.partial_fit(rows.numpy()),
@@ -77,7 +88,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results = []
-    print(f"{'D':>5} {'rows':>6}  {'arm':<15} {'ms':>9} {'G/s':>7}  of the limit (quartiles)  of Delve's rate")
+    print(f"{'D':>5} {'rows':>6}  {'arm':<26} {'ms':>9} {'G/s':>7}  of the limit (quartiles)  of Delve's rate")
     for width in options.widths:
         torch.manual_seed(0)
         rows = torch.randn(256 if options.small else options.rows, width) + 1.0
@@ -99,7 +110,7 @@ def main():
             rate = operations / statistics.median(values) / 1e9
             milliseconds = 1e3 * statistics.median(values)
             print(
-                f"{width:>5} {rows.shape[0]:>6}  {name:<15} {milliseconds:>9.3f} {rate:>7.1f}"
+                f"{width:>5} {rows.shape[0]:>6}  {name:<26} {milliseconds:>9.3f} {rate:>7.1f}"
                 f"  {middle:>5.2f} ({low:.2f} … {high:.2f})       {faster:>6.2f}",
                 flush=True,
             )

@@ -16,6 +16,8 @@ from spectralmetrics.functional import (
 )
 from tests.oracles import random_rows, relative_error, two_pass_covariance
 
+pytestmark = pytest.mark.usefixtures("instructions")  # all of it by PyTorch, and by what is compiled
+
 
 def stream(rows, batch, gram_dtype=torch.float64):
     moments = empty_moments(rows.shape[1])

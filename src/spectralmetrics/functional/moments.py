@@ -27,6 +27,7 @@ tensor([[1., 0.],
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from spectralmetrics.functional import compiled
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; an accelerator wants fewer, larger products.
@@ -158,7 +161,8 @@ def accumulate(
     r"""Add observations to ``moments``, in place.
 
     Rows are centred on the origin, masked, and multiplied in blocks that fit a bounded workspace; no copy
-    of all observations is made.
+    of all observations is made. On the CPU this is compiled where it could be, see
+    :mod:`spectralmetrics.functional.compiled`; the same is done in PyTorch everywhere else.
 
     Args:
         moments: the sums so far.
@@ -183,27 +187,22 @@ def accumulate(
     limit = max(budget // (moments.num_features * gram_dtype.itemsize), _MINIMUM_ROWS_PER_PRODUCT)
     if valid is not None:  # its rows are enumerated with the features last
         values = observations.rows()
+    is_compiled = compiled.takes(moments, values, gram_dtype)
+    if is_compiled and not recentre and values.dtype in (torch.float32, torch.float64):
+        limit = values.numel()  # cuts them by itself
     # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
         feature_dim = observations.feature_dim if valid is None else -1
         for piece, dim, start in _blocks(values, feature_dim, limit):
-            # (n, D) as it is, or (D, b, p) -> (D, n) -> (n, D); either way a view of the workspace
-            work = _workspace(values, "rows", piece.shape, dtype)
-            centred = work if dim == -1 else work.flatten(1).t()
-            chosen = None if valid is None else valid[start : start + piece.shape[0], None]
+            chosen = None if valid is None else valid[start : start + piece.shape[0]]
             if recentre:
-                work.copy_(piece)
-                _recentre(moments, centred, chosen, rounded=values.dtype != torch.float64)
-            origin = moments.origin.to(dtype)
-            broadcast = origin if dim == -1 else origin[:, None, None]
-            if piece.dtype == dtype:
-                torch.sub(piece, broadcast, out=work)
+                copy = _workspace(piece, "rows", piece.shape, dtype).copy_(piece)
+                _recentre(moments, _as_rows(copy, dim), chosen, rounded=values.dtype != torch.float64)
+            if is_compiled:
+                _add_compiled(moments, piece, dim, chosen, gram_dtype)
             else:
-                work.copy_(piece).sub_(broadcast)
-            if recentre and dtype == torch.float32:
-                # What rounding the origin has lost: nothing, if rows of this dtype have set it.
-                centred.sub_((moments.origin - origin.to(torch.float64)).to(dtype))
-            (_add_in_float32 if fast else _add_in_float64)(moments, centred, chosen)
+                centred = _centre(moments, piece, dim, dtype, exactly=recentre)
+                (_add_in_float32 if fast else _add_in_float64)(moments, centred, chosen)
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:
@@ -393,6 +392,11 @@ def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tens
             yield piece.transpose(0, 1), 0, 0
 
 
+def _as_rows(piece: Tensor, dim: int) -> Tensor:
+    """A view of shape (n, D) of what `_blocks` yields, or of contiguous memory of that shape."""
+    return piece if dim == -1 else piece.flatten(1).t()
+
+
 def _workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory of any content, on a CPU the same again for the same role, since fresh pages are dear there."""
     size = math.prod(shape)
@@ -406,11 +410,40 @@ def _workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype
     return kept[:size].view(tuple(shape))
 
 
+def _add_compiled(
+    moments: Moments, piece: Tensor, dim: int, valid: Tensor | None, gram_dtype: torch.dtype
+) -> None:
+    if piece.dtype not in (torch.float32, torch.float64):
+        piece = _workspace(piece, "rows", piece.shape, torch.float32).copy_(piece)
+    maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
+    compiled.add(moments, maps, valid, gram_dtype, functools.partial(_bytes, piece))
+
+
+def _bytes(like: Tensor, size: int) -> Tensor:
+    return _workspace(like, "panels", (size,), torch.uint8)
+
+
+def _centre(moments: Moments, piece: Tensor, dim: int, dtype: torch.dtype, exactly: bool) -> Tensor:
+    """Rows minus the origin, shape (n, D), in memory that the next piece will use."""
+    work = _workspace(piece, "rows", piece.shape, dtype)
+    origin = moments.origin.to(dtype)
+    broadcast = origin if dim == -1 else origin[:, None, None]
+    if piece.dtype == dtype:
+        torch.sub(piece, broadcast, out=work)
+    else:
+        work.copy_(piece).sub_(broadcast)
+    centred = _as_rows(work, dim)
+    if exactly and dtype == torch.float32:
+        # What rounding the origin has lost: nothing, if rows of this dtype have set it.
+        centred.sub_((moments.origin - origin.to(torch.float64)).to(dtype))
+    return centred
+
+
 def _count(moments: Moments, centred: Tensor, valid: Tensor | None) -> Tensor:
     """Count rows; return which to keep, shape (N, 1)."""
     mask = _are_finite(centred)
     if valid is not None:
-        mask = mask & valid
+        mask = mask & valid.unsqueeze(1)
     kept = mask.sum()
     moments.count.add_(kept)
     moments.non_finite.add_((centred.shape[0] if valid is None else valid.sum()) - kept)
@@ -438,7 +471,7 @@ def _recentre(moments: Moments, rows: Tensor, valid: Tensor | None, rounded: boo
     float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly one float32 subtraction.
     """
     mask = _are_finite(rows)
-    mask = mask if valid is None else mask & valid
+    mask = mask if valid is None else mask & valid.unsqueeze(1)
     # The mean is taken about a row, so that constant features are centred to exactly zero.
     pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
     rows.sub_(pivot.to(rows.dtype))

@@ -1,0 +1,206 @@
+// Sums of centred observations and of their products, for x86-64 processors with AVX2 or AVX-512.
+//
+// Adds sum_i (x_i - o) and the upper triangle of sum_i (x_i - o)(x_i - o)' to float64 sums. Observations are
+// read where a layer has left them. Some rows at a time are centred, checked for NaN and infinities and stored
+// as panels of as many features as a vector register has lanes; a tile of the triangle then stays in registers
+// while the rows pass by, so that memory is touched once. Products are made in float64, or in float32 over at
+// most `chunk_rows` rows before they are added in float64.
+//
+// This file plans the work and picks the instruction set; the arithmetic is in accumulate.hpp. There is no
+// plain fallback here: src/spectralmetrics/functional/moments.py has one in PyTorch, and calls this through
+// src/spectralmetrics/functional/compiled.py where it can.
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#define PUBLIC __attribute__((visibility("default")))
+
+extern "C" {
+
+// One call; mirrored in compiled.py. Strides count elements. Observation i = (sample, position), positions
+// fastest, has its feature j at values[sample * sample_stride + position * position_stride + j *
+// feature_stride].
+struct Job {
+    const void *values;          // float, or double if values_are_double
+    const unsigned char *valid;  // per observation, 0 to pass over it; null if all count
+    const double *origin;        // (features)
+    double *first;               // (features), added to
+    double *second;              // (features, features), upper triangle added to, lower left in any state
+    int64_t *count;              // added to: observations that count
+    int64_t *non_finite;         // added to: observations left out for a NaN or an infinity
+    void *workspace;             // of workspace_bytes(), 64-byte aligned, any content
+    int64_t samples, positions, features;
+    int64_t sample_stride, position_stride, feature_stride;
+    int32_t values_are_double, products_are_float;  // not both
+    int32_t threads;
+    int32_t instructions;  // of those that best_instructions() counts: 1 AVX2, 2 AVX-512
+};
+
+// Calls a function with the same argument on several threads at once, as GOMP_parallel of OpenMP does.
+typedef void Parallel(void (*)(void *), void *, unsigned threads, unsigned flags);
+}
+
+namespace {
+
+constexpr int64_t chunk_rows = 256;        // a panel of so many rows fits the first cache
+constexpr int64_t packed_at_once = 32;     // rows; what a thread claims while packing
+constexpr int64_t block_panels = 24;       // panels that fit the second cache
+constexpr int64_t features_by_rows = 256;  // up to here every thread has sums of its own
+
+// Where an observation lies.
+struct Place {
+    int64_t sample, position;
+
+    Place(const Job &job, int64_t row) : sample(row / job.positions), position(row % job.positions) {}
+
+    void advance(const Job &job, int64_t rows) {  // not beyond the next sample's first
+        position += rows;
+        if (position == job.positions) {
+            position = 0;
+            ++sample;
+        }
+    }
+
+    int64_t offset(const Job &job) const { return sample * job.sample_stride + position * job.position_stride; }
+};
+
+using Counter = std::atomic<int64_t>;
+
+// Each kind of work on some rows: claimed by counting up one counter, and done when the other is there too.
+struct alignas(64) Chunk {
+    Counter packing{0}, packed{0}, scaling{0}, scaled{0}, multiplying{0}, multiplied{0};
+    Counter largest{0};  // bits of the largest magnitude
+};
+
+// What the threads share. However few of them come, all work is done.
+struct Team {
+    const Job *job;
+    int64_t rows, chunks;
+    int64_t panels, stride;  // of panels, in elements
+    int64_t slots;           // shares of the rows, each with sums of its own; 0 to share tiles instead
+    Counter slot{0}, slots_done{0}, stripe{0};
+    Counter kept{0}, lost{0};
+    Chunk *states;
+    char *high, *low, *packed, *sums;
+    int64_t packed_bytes, sums_bytes;
+};
+
+void wait(const Counter &counter, int64_t target) {
+    for (int spins = 0; counter.load(std::memory_order_acquire) < target; ++spins) {
+        if (spins < 4096)
+            __builtin_ia32_pause();
+        else
+            sched_yield();
+    }
+}
+
+#define INLINE __attribute__((always_inline)) TARGET inline
+
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
+#define TILE_ROWS 4
+#include "accumulate.hpp"
+#undef TARGET
+#undef VECTOR_BYTES
+#undef TILE_ROWS
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma")))
+#define VECTOR_BYTES 64
+#define TILE_ROWS 8
+#include "accumulate.hpp"
+}  // namespace avx512
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Lay out the workspace; return its size.
+int64_t plan(const Job &job, Team &team) {
+    const int64_t size = job.products_are_float ? sizeof(float) : sizeof(double);
+    const int64_t lanes = (job.instructions == 2 ? 64 : 32) / size;
+    team.job = &job;
+    team.rows = job.samples * job.positions;
+    team.chunks = (team.rows + chunk_rows - 1) / chunk_rows;
+    team.panels = (job.features + lanes - 1) / lanes;
+    team.stride = (chunk_rows + 1) * lanes;  // neighbouring panels fall into different sets of the cache
+    team.packed_bytes = aligned(team.panels * team.stride * size);
+    team.slots = job.features <= features_by_rows ? std::min<int64_t>(job.threads, team.chunks) : 0;
+    team.sums_bytes = aligned((job.features + 1) * job.features * sizeof(double));
+    const int64_t states = team.slots ? 0 : team.chunks * sizeof(Chunk);
+    const int64_t origin = aligned(team.panels * lanes * size);
+    const int64_t buffers = team.slots ? team.slots : 2;
+    char *memory = static_cast<char *>(job.workspace);
+    team.states = reinterpret_cast<Chunk *>(memory);
+    team.high = memory + states;
+    team.low = team.high + origin;
+    team.packed = team.low + origin;
+    team.sums = team.packed + buffers * team.packed_bytes;
+    return states + 2 * origin + buffers * team.packed_bytes + team.slots * team.sums_bytes;
+}
+
+// The origin as a number of the products' type and what that has rounded away.
+template <typename Real>
+void split_origin(const Team &team) {
+    std::memset(team.high, 0, team.packed - team.high);
+    Real *high = reinterpret_cast<Real *>(team.high), *low = reinterpret_cast<Real *>(team.low);
+    for (int64_t j = 0; j < team.job->features; ++j) {
+        high[j] = Real(team.job->origin[j]);
+        low[j] = Real(team.job->origin[j] - high[j]);
+    }
+}
+
+template <typename Real, typename Source>
+void run(Team &team, Parallel *parallel) {
+    split_origin<Real>(team);
+    void (*work)(void *) = avx2::Sums<Real, Source>::work;
+    if (team.job->instructions == 2) work = avx512::Sums<Real, Source>::work;
+    if (parallel && team.job->threads > 1)
+        parallel(work, &team, team.job->threads, 0);
+    else
+        work(&team);
+}
+
+}  // namespace
+
+extern "C" {
+
+// To be counted up with every change of what is declared here.
+PUBLIC int interface_version() { return 1; }
+
+PUBLIC int best_instructions() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+    return wide ? 2 : 1;
+}
+
+PUBLIC int64_t workspace_bytes(const Job *job) {
+    Team team;
+    return plan(*job, team);
+}
+
+PUBLIC void accumulate(const Job *job, Parallel *parallel) {
+    Team team;
+    plan(*job, team);
+    for (int64_t chunk = 0; chunk < (team.slots ? 0 : team.chunks); ++chunk) new (team.states + chunk) Chunk;
+    if (job->products_are_float)
+        run<float, float>(team, parallel);
+    else if (job->values_are_double)
+        run<double, double>(team, parallel);
+    else
+        run<double, float>(team, parallel);
+    *job->count += team.kept;
+    *job->non_finite += team.lost;
+}
+}

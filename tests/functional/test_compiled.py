@@ -1,0 +1,250 @@
+"""The compiled accumulation beside plain float64 arithmetic; what else it must hold is in test_moments.py."""
+
+import concurrent.futures
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spectralmetrics.functional import Observations, accumulate, compiled, empty_moments
+from spectralmetrics.functional.moments import Moments
+
+pytestmark = pytest.mark.usefixtures("instructions")
+
+DTYPES = [  # of values and of products
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float64),
+]
+BOUND = {torch.float64: 1e-13, torch.float32: 5e-6}  # of sums over up to 256 rows before they are in float64
+
+
+def moments_about(origin):
+    moments = empty_moments(len(origin))
+    moments.origin.copy_(origin)
+    return moments
+
+
+def plain_sums(rows, origin):
+    """Sums over the rows without NaN and infinities, in the simplest way."""
+    finite = rows.isfinite().all(1)
+    centred = rows[finite].double() - origin
+    return int(finite.sum()), centred.sum(0), centred.T @ centred
+
+
+def assert_sums(moments, rows, gram_dtype):
+    count, first, second = plain_sums(rows, moments.origin)
+    assert (int(moments.count), int(moments.non_finite)) == (count, len(rows) - count)
+    # Each sum beside the sizes of what it sums.
+    sizes = (rows[rows.isfinite().all(1)].double() - moments.origin).square().sum(0).sqrt()
+    tolerance = BOUND[gram_dtype] * sizes.outer(sizes) + 1e-300
+    assert ((moments.second - second).triu().abs() <= tolerance).all()
+    assert ((moments.first - first).abs() <= BOUND[gram_dtype] * count**0.5 * sizes + 1e-300).all()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "features", [1, 3, 4, 7, 8, 15, 16, 17, 31, 48, 49, 64, 65, 100, 256, 257, 300, 400, 530]
+)
+def test_every_width(features, dtypes):
+    values_dtype, gram_dtype = dtypes
+    for count in (1, 5, 32, 255, 256, 257, 700):
+        rows = (torch.randn(count, features) + 1).to(values_dtype)
+        moments = moments_about(torch.linspace(0.5, 1.5, features))
+        accumulate(moments, Observations(rows), gram_dtype, recentre=False)
+        assert_sums(moments, rows, gram_dtype)
+
+
+def test_an_origin_that_is_no_float32(instructions):
+    if instructions is None:
+        pytest.skip("PyTorch subtracts what rounding the origin loses only where it moves the origin")
+    origin = torch.full((20,), 1e6 + 1 / 3, dtype=torch.float64)
+    rows = (origin + 0.5 * torch.randn(500, 20)).float()
+    moments = moments_about(origin)
+    accumulate(moments, Observations(rows), torch.float32, recentre=False)
+    assert_sums(moments, rows, torch.float32)
+
+
+@st.composite
+def batches(draw):
+    """Values of up to four dimensions in any memory layout, and the dimension of the features."""
+    ndim = draw(st.integers(2, 4))
+    shape = [draw(st.integers(1, 40)) for _ in range(ndim)]
+    feature_dim = draw(st.integers(0, ndim - 1))
+    order = draw(st.permutations(range(ndim)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    step = draw(st.sampled_from([1, 1, 2]))
+    whole = torch.full([2 * size + 3 for size in (shape[i] for i in order)], torch.nan)
+    inner = whole[tuple(slice(2, 2 + shape[i] * step, step) for i in order)]
+    inner.copy_(torch.randn(inner.shape, generator=generator))
+    if draw(st.booleans()):
+        inner.flatten()[0] = torch.inf  # of a copy, unless the layout is contiguous
+        inner.select(0, 0).select(0, 0).fill_(draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 3.0])))
+    values = inner.permute([order.index(i) for i in range(ndim)])
+    if draw(st.booleans()):
+        values = values.contiguous()
+    return values, feature_dim
+
+
+@given(batch=batches(), dtypes=st.sampled_from(DTYPES), masked=st.booleans(), seed=st.integers(0, 10**6))
+def test_any_memory_layout(batch, dtypes, masked, seed):
+    values, feature_dim = batch
+    values = values.to(dtypes[0])
+    observations = Observations(values, feature_dim)
+    rows = observations.rows()
+    moments = moments_about(torch.full((rows.shape[1],), 1 / 3))
+    if masked:
+        valid = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.7
+        observations = Observations(values, feature_dim, valid)
+        rows = rows[valid]
+    accumulate(moments, observations, dtypes[1], recentre=False)
+    assert_sums(moments, rows, dtypes[1])
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(4, 20, 37), (300, 20, 1), (1, 20, 3000), (3, 300, 256)])
+def test_nothing_outside_is_read_or_written(shape, gram_dtype):
+    samples, features, positions = shape
+    outside = torch.full((samples * features * positions + 64,), torch.nan)
+    values = outside[32:-32].view(shape).copy_(torch.randn(shape))
+    for layout in (values, values.transpose(1, 2).contiguous().transpose(1, 2)):
+        around = [torch.full((64 + size,), 7.0, dtype=torch.float64) for size in (features, features**2)]
+        first, second = around[0][32:-32].zero_(), around[1][32:-32].view(features, features).zero_()
+        empty = empty_moments(features)
+        moments = Moments(empty.count, empty.non_finite, empty.origin, first, second)
+        accumulate(moments, Observations(layout, 1), gram_dtype, recentre=False)
+        assert_sums(moments, Observations(layout, 1).rows(), gram_dtype)
+        for memory in around:
+            assert (memory[:32] == 7).all()
+            assert (memory[-32:] == 7).all()
+        before = values.clone()
+        assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("features", [40, 300])
+@pytest.mark.parametrize("spoiled", ["first", "last", "some", "all"])
+def test_rows_that_are_not_finite(spoiled, features):
+    rows = torch.randn(600, features)
+    where = {"first": [0], "last": [599], "some": [3, 31, 32, 255, 256, 400], "all": list(range(600))}[spoiled]
+    for index, row in enumerate(where):
+        rows[row, index % features] = (torch.nan, torch.inf, -torch.inf)[index % 3]
+    for gram_dtype in BOUND:
+        maps = rows.view(6, 100, features).mT.contiguous()
+        for observations in (Observations(rows), Observations(maps, 1)):
+            moments = empty_moments(features)
+            accumulate(moments, observations, gram_dtype, recentre=False)
+            assert int(moments.non_finite) == len(where)
+            assert_sums(moments, rows, gram_dtype)
+
+
+@pytest.mark.parametrize("features", [40, 300])
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-6, 1e6, 1e16, 1e30, 1e37])
+def test_float32_products_of_any_magnitude(magnitude, features):
+    # Every second chunk of rows is small beside the others, and still counts for what it is.
+    rows = torch.randn(2000, features)
+    rows[500:1000] *= 1e-3
+    rows *= magnitude
+    moments = empty_moments(features)
+    accumulate(moments, Observations(rows), torch.float32, recentre=False)
+    assert_sums(moments, rows, torch.float32)
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("features", [48, 520])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_number_of_threads(threads, features, gram_dtype):
+    rows = torch.randn(5000, features)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = []
+        for _ in range(3):
+            moments = empty_moments(features)
+            accumulate(moments, Observations(rows), gram_dtype, recentre=False)
+            assert_sums(moments, rows, gram_dtype)
+            runs.append(moments)
+    finally:
+        torch.set_num_threads(before)
+    for again in runs[1:]:  # whichever thread came first
+        assert torch.equal(again.second, runs[0].second)
+        assert torch.equal(again.first, runs[0].first)
+
+
+def test_updates_from_several_python_threads():
+    rows = [torch.randn(3000, features) for features in (30, 64, 300, 90)]
+
+    def one(values):
+        moments = empty_moments(values.shape[1])
+        for part in values.split(500):
+            accumulate(moments, Observations(part), recentre=False)
+        return moments
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for values, moments in zip(rows, pool.map(one, rows), strict=True):
+            assert_sums(moments, values, torch.float64)
+
+
+def test_what_it_does_not_take(instructions, monkeypatch):
+    if instructions is None:
+        pytest.skip("nothing is compiled")
+    rows = torch.randn(50, 6)
+    moments = empty_moments(6)
+    calls = []
+    add = compiled.add
+    monkeypatch.setattr(compiled, "add", lambda *args: (calls.append(args), add(*args)))
+    accumulate(moments, Observations(rows))
+    assert len(calls) == 1
+    transposed = Moments(moments.count, moments.non_finite, moments.origin, moments.first, moments.second.T)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    for sums, values, gram_dtype in [
+        (moments, rows.double(), torch.float32),
+        (moments, rows.as_subclass(Subclass), torch.float64),
+        (transposed, rows, torch.float64),
+        (moments, torch._neg_view(rows), torch.float64),
+    ]:
+        assert not compiled.takes(sums, values, gram_dtype)
+    with compiled.using(None):
+        assert not compiled.takes(moments, rows, torch.float64)
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    fresh = functools.cache(compiled._library.__wrapped__)
+    monkeypatch.setattr(compiled, "_INTERFACE_VERSION", -1)
+    assert fresh() is None
+
+
+def test_no_library_is_no_error(monkeypatch, tmp_path):
+    fresh = functools.cache(compiled._library.__wrapped__)
+    monkeypatch.setattr(compiled, "_LIBRARY", tmp_path / "none.so")
+    assert fresh() is None
+    (tmp_path / "none.so").write_text("not a library")
+    assert functools.cache(compiled._library.__wrapped__)() is None
+
+
+def test_the_environment_can_switch_it_off(instructions):
+    if instructions is not None:
+        pytest.skip("once is enough")
+    script = "from spectralmetrics.functional import compiled; print(compiled.instruction_set())"
+    environment = {**os.environ, "SPECTRALMETRICS_COMPILED": "0"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "None"
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("c++") is None,
+    reason="only built on Linux on x86-64, with a C++ compiler",
+)
+def test_it_has_been_built_where_it_can_be():
+    assert compiled._library() is not None
