@@ -3,9 +3,9 @@
     python benchmarks/update.py [--widths 64 128 ...] [--rounds 9] [--rows 8192]
 
 All arms run in turn in every round, each warmed by one update and with a pause before it, since the threads of
-one library spin for a while after a call and slow the next. Rates are 2·N·D² operations per second; the limits
-are scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Ours also without the compiled accumulation, by
-PyTorch alone. Medians over rounds, with the quartiles of the ratio to the limit.
+one library spin for a while after a call and slow the next. Rates are 2·N·D² operations per second; beside them
+stand scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Ours also without the
+compiled accumulation, by PyTorch alone. Medians over rounds, with the quartiles of the ratio to ``syrk``.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results = []
-    print(f"{'D':>5} {'rows':>6}  {'arm':<26} {'ms':>9} {'G/s':>7}  of the limit (quartiles)  of Delve's rate")
+    print(f"{'D':>5} {'rows':>6}  {'arm':<26} {'ms':>9} {'G/s':>7}  of syrk (quartiles)       of Delve's rate")
     for width in options.widths:
         torch.manual_seed(0)
         rows = torch.randn(256 if options.small else options.rows, width) + 1.0

@@ -54,7 +54,9 @@ namespace {
 constexpr int64_t chunk_rows = 256;        // a panel of so many rows fits the first cache
 constexpr int64_t packed_at_once = 32;     // rows; what a thread claims while packing
 constexpr int64_t block_panels = 24;       // panels that fit the second cache
-constexpr int64_t features_by_rows = 256;  // up to here every thread has sums of its own
+constexpr int64_t features_by_rows = 256;  // up to here threads may have sums of their own
+constexpr int64_t chunks_per_slot = 4;     // that make such sums worth adding up
+constexpr int64_t most_slots = 48;         // bounds their memory
 
 // Where an observation lies.
 struct Place {
@@ -134,7 +136,8 @@ int64_t plan(const Job &job, Team &team) {
     team.panels = (job.features + lanes - 1) / lanes;
     team.stride = (chunk_rows + 1) * lanes;  // neighbouring panels fall into different sets of the cache
     team.packed_bytes = aligned(team.panels * team.stride * size);
-    team.slots = job.features <= features_by_rows ? std::min<int64_t>(job.threads, team.chunks) : 0;
+    team.slots = std::min({int64_t(job.threads), team.chunks / chunks_per_slot, most_slots});
+    if (team.slots < 2 || job.features > features_by_rows) team.slots = 0;
     team.sums_bytes = aligned((job.features + 1) * job.features * sizeof(double));
     const int64_t states = team.slots ? 0 : team.chunks * sizeof(Chunk);
     const int64_t origin = aligned(team.panels * lanes * size);
@@ -181,7 +184,7 @@ PUBLIC int best_instructions() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
     return wide ? 2 : 1;
 }
 

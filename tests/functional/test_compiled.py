@@ -179,6 +179,22 @@ def test_the_number_of_threads(threads, features, gram_dtype):
         assert torch.equal(again.first, runs[0].first)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 7), (3, 5, 0)])
+def test_no_observation_is_no_news(shape):
+    for recentre in (True, False):
+        moments = empty_moments(5)
+        accumulate(moments, Observations(torch.ones(shape), 1), recentre=recentre)
+        assert not any(tensor.any() for tensor in (moments.count, moments.non_finite, moments.second))
+
+
+def test_observations_that_do_not_fit():
+    for values in (torch.ones(9, 4), torch.ones(9, 6)):
+        with pytest.raises(ValueError, match=rf"with 5 features, got {values.shape[1]} \(shape \(9,"):
+            accumulate(empty_moments(5), Observations(values), recentre=False)
+    with pytest.raises(ValueError, match=r"valid of shape \(9,\), got \(8,\)"):
+        accumulate(empty_moments(5), Observations(torch.ones(9, 5), valid=torch.ones(8, dtype=torch.bool)))
+
+
 def test_updates_from_several_python_threads():
     rows = [torch.randn(3000, features) for features in (30, 64, 300, 90)]
 

@@ -149,7 +149,7 @@ def add(
     assert library is not None
     samples, features, positions = values.shape
     sample_stride, feature_stride, position_stride = values.stride()
-    valid = None if valid is None else valid.contiguous()
+    valid = None if valid is None else valid.to("cpu", torch.bool).contiguous()
     job = _Job(
         values=values.data_ptr(),
         valid=None if valid is None else valid.data_ptr(),

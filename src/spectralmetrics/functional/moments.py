@@ -45,8 +45,8 @@ _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
 _MINIMUM_ROWS_PER_PRODUCT = 2048
-# Memory of a thread for centred rows, kept between updates.
-_KEPT_WORKSPACE_BYTES = 2**25
+# Memory of a thread for one role, kept between updates.
+_KEPT_WORKSPACE_BYTES = 2**26
 _KEPT = threading.local()
 
 
@@ -174,12 +174,26 @@ def accumulate(
             are fewer than the root of the number of rows before them. False saves that; right if the origin
             lies near the data and rows of this dtype have set it.
 
+    Raises:
+        ValueError: for observations of another width, or a ``valid`` of another length.
+
     >>> moments = empty_moments(1)
     >>> accumulate(moments, Observations(torch.tensor([[1e9], [1e9 + 2]], dtype=torch.float64)))
     >>> covariance(moments)
     tensor([[1.]], dtype=torch.float64)
     """
     values, valid = observations.values.detach(), observations.valid
+    if observations.num_features != moments.num_features:
+        raise ValueError(
+            f"expected observations with {moments.num_features} features, got {observations.num_features}"
+            f" (shape {tuple(values.shape)}, feature_dim {observations.feature_dim})"
+        )
+    if valid is not None and valid.shape != (observations.num_observations,):
+        raise ValueError(
+            f"expected valid of shape ({observations.num_observations},), got {tuple(valid.shape)}"
+        )
+    if values.numel() == 0:
+        return
     fast = gram_dtype == torch.float32
     # Half precision is exact in float32, and float64 rows keep their digits until they are centred.
     dtype = torch.float32 if fast and values.dtype != torch.float64 else torch.float64
