@@ -1,6 +1,7 @@
 """The compiled accumulation beside plain float64 arithmetic; what else it must hold is in test_moments.py."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import platform
@@ -200,6 +201,8 @@ def test_observations_that_do_not_fit():
     for values in (torch.ones(9, 4), torch.ones(9, 6)):
         with pytest.raises(ValueError, match=rf"with 5 features, got {values.shape[1]} \(shape \(9,"):
             accumulate(empty_moments(5), Observations(values), recentre=False)
+    with pytest.raises(TypeError, match=r"floating dtype, got torch.int64"):
+        accumulate(empty_moments(5), Observations(torch.ones(9, 5, dtype=torch.int64)), recentre=False)
     with pytest.raises(ValueError, match=r"valid of shape \(9,\), got \(8,\)"):
         accumulate(empty_moments(5), Observations(torch.ones(9, 5), valid=torch.ones(8, dtype=torch.bool)))
 
@@ -228,7 +231,9 @@ def test_what_it_does_not_take(instructions, monkeypatch):
     monkeypatch.setattr(compiled, "add", lambda *args: (calls.append(args), add(*args)))
     accumulate(moments, Observations(rows))
     assert len(calls) == 1
-    transposed = Moments(moments.count, moments.non_finite, moments.origin, moments.first, moments.second.T)
+
+    def other(**tensors):
+        return dataclasses.replace(moments, **tensors)
 
     class Subclass(torch.Tensor):
         pass
@@ -236,8 +241,14 @@ def test_what_it_does_not_take(instructions, monkeypatch):
     for sums, values, gram_dtype in [
         (moments, rows.double(), torch.float32),
         (moments, rows.as_subclass(Subclass), torch.float64),
-        (transposed, rows, torch.float64),
         (moments, torch._neg_view(rows), torch.float64),
+        (moments, torch._efficientzerotensor(5, 6), torch.float64),
+        (other(second=moments.second.T), rows, torch.float64),
+        (other(second=moments.second.float()), rows, torch.float64),
+        (other(first=moments.first[:1]), rows, torch.float64),
+        (other(origin=moments.origin.float()), rows, torch.float64),
+        (other(count=moments.count.int()), rows, torch.float64),
+        (other(non_finite=moments.non_finite.reshape(1)), rows, torch.float64),
     ]:
         assert not compiled.takes(sums, values, gram_dtype)
     with compiled.using(None):

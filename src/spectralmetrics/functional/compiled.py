@@ -120,12 +120,33 @@ def takes(moments: Moments, values: Tensor, gram_dtype: torch.dtype) -> bool:
         instruction_set() is not None
         # No subclass, which may hold its data elsewhere or not at all.
         and type(values) in (Tensor, torch.nn.Parameter)
-        and values.device.type == moments.second.device.type == "cpu"
+        and values.device.type == "cpu"
         and values.layout == torch.strided
         and not values.is_neg()
+        and not values._is_zerotensor()
         # Rows in float64 are scaled there before they are rounded to float32.
         and not (values.dtype == torch.float64 and gram_dtype == torch.float32)
-        and all(sums.is_contiguous() for sums in (moments.second, moments.first, moments.origin))
+        and _are_as_made(moments)
+    )
+
+
+def _are_as_made(moments: Moments) -> bool:
+    """Whether the sums are what ``empty_moments`` makes: memory is written to without looking again."""
+    width = moments.num_features
+    expected = (
+        (moments.second, torch.float64, (width, width)),
+        (moments.first, torch.float64, (width,)),
+        (moments.origin, torch.float64, (width,)),
+        (moments.count, torch.int64, ()),
+        (moments.non_finite, torch.int64, ()),
+    )
+    return all(
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        for tensor, dtype, shape in expected
     )
 
 

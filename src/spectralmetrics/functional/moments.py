@@ -175,6 +175,7 @@ def accumulate(
             lies near the data and rows of this dtype have set it.
 
     Raises:
+        TypeError: for observations that are not floating.
         ValueError: for observations of another width, or a ``valid`` of another length.
 
     >>> moments = empty_moments(1)
@@ -183,6 +184,10 @@ def accumulate(
     tensor([[1.]], dtype=torch.float64)
     """
     values, valid = observations.values.detach(), observations.valid
+    if not values.is_floating_point():
+        raise TypeError(
+            f"expected observations of a floating dtype, got {values.dtype}; cast them to float first"
+        )
     if observations.num_features != moments.num_features:
         raise ValueError(
             f"expected observations with {moments.num_features} features, got {observations.num_features}"
