@@ -16,7 +16,7 @@ HEAD = """# Benchmarks
 Written by `python -m nox -s benchmarks` from `benchmarks/results/*.json`. All arms of a table ran in turn in one run.
 The machine is shared and noisy: ratios of arms that ran side by side say more than times, and runs on another day
 differed by a third. The bars that the project has set itself stand with each table. "By PyTorch" is what
-is left on a machine for which the accumulation is not [compiled](guide/cost).
+is left on a machine for which the accumulation is not [compiled](guide/cost.md).
 """
 
 
