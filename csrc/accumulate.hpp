@@ -17,8 +17,6 @@ struct Sums {
     typedef double Wide
         __attribute__((vector_size(lanes * sizeof(double)), aligned(sizeof(double)), may_alias));
 
-    // -- packing --------------------------------------------------------------------------------------------
-
     // The larger magnitudes, as bits: in their order NaN and infinities come last.
     INLINE static Bits larger(Bits most, Vector values) {
         const Bits bits = (Bits)values & (Bits{} + std::numeric_limits<Integer>::max());
@@ -192,8 +190,6 @@ struct Sums {
         }
     }
 
-    // -- products -------------------------------------------------------------------------------------------
-
     // TILE_ROWS x (vectors * lanes) sums of products over the rows, for the features from i and from j.
     template <int vectors>
     INLINE static void add_tile(const Team &team, const Real *packed, int64_t rows, int64_t i, int64_t j,
@@ -266,8 +262,6 @@ struct Sums {
         for (int lane = 0; lane < std::min<int64_t>(lanes, team.job->features - feature); ++lane)
             sums[feature + lane] += total[0][lane] / scale;
     }
-
-    // -- sharing the work -----------------------------------------------------------------------------------
 
     // Few features: each slot sums its share of the rows by itself, and the slots are added at last.
     TARGET static void work_by_rows(Team &team) {
