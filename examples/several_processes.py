@@ -8,9 +8,8 @@ from torch import nn
 from spectralmetrics import EffectiveRankMetric, LayerProbe, SaturationMetric
 
 
-def main() -> None:
+def train_and_look() -> None:
     """Train a small network on digits, each process on its own part, and look at its layers."""
-    dist.init_process_group("gloo")
     torch.manual_seed(0)
     pixels, digits = load_digits(return_X_y=True)
     own = slice(dist.get_rank(), None, dist.get_world_size())
@@ -34,7 +33,14 @@ def main() -> None:
         for name, value in values.items():
             print(f"{name}: {value.item():.3f}")
     print(f"process {dist.get_rank()} has seen {count} digits", flush=True)
-    dist.barrier()  # leave together
+
+
+def main() -> None:
+    """Begin and leave together with the other processes."""
+    dist.init_process_group("gloo")
+    train_and_look()
+    dist.barrier()
+    # By now the model is gone: its last reference, given up later, could wait for a thread of gloo for ever.
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -82,16 +83,20 @@ def test_the_example_script_runs_under_torchrun(world, tmp_path):
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     launcher = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
     )
     try:
         output, errors = launcher.communicate(timeout=120)
     except subprocess.TimeoutExpired:
-        # Seen once, on a busy machine: the launcher did not end although the script had.
-        launcher.kill()
-        output, errors = launcher.communicate()
-    else:
-        assert launcher.returncode == 0, errors
+        os.killpg(launcher.pid, signal.SIGKILL)  # the workers too: they hold the pipes
+        raise
+    assert launcher.returncode == 0, errors
     for layer in "024":
         assert f"saturation/eval/{layer}: " in output
         assert f"effective_rank/eval/{layer}: " in output
