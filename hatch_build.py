@@ -14,7 +14,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = "csrc/accumulate.cpp"
-LIBRARY = "spectralmetrics/functional/_accumulate.so"
+LIBRARY = "spectralmetrics/sums/_accumulate.so"
 OPTIONS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti"
 
 

@@ -7,8 +7,8 @@
 // most `chunk_rows` rows before they are added in float64.
 //
 // This file plans the work and picks the instruction set; the arithmetic is in accumulate.hpp. There is no
-// plain fallback here: src/spectralmetrics/functional/moments.py has one in PyTorch, and calls this through
-// src/spectralmetrics/functional/compiled.py where it can.
+// plain fallback here: src/spectralmetrics/sums/accumulate.py has one in PyTorch, and calls this through
+// src/spectralmetrics/sums/compiled.py where it can.
 
 #include <sched.h>
 
@@ -90,7 +90,7 @@ struct Team {
     int64_t panels, stride;  // of panels, in elements
     int64_t slots;           // shares of the rows, each with sums of its own; 0 to share tiles instead
     Counter slot{0}, slots_done{0}, stripe{0};
-    Counter kept{0}, lost{0};
+    Counter kept{0}, lost{0}, overflowed{0};
     Chunk *states;
     char *high, *low, *packed, *sums;
     int64_t packed_bytes, sums_bytes;
@@ -178,7 +178,7 @@ void run(Team &team, Parallel *parallel) {
 extern "C" {
 
 // To be counted up with every change of what is declared here.
-PUBLIC int interface_version() { return 1; }
+PUBLIC int interface_version() { return 2; }
 
 PUBLIC int best_instructions() {
     __builtin_cpu_init();
@@ -205,5 +205,6 @@ PUBLIC void accumulate(const Job *job, Parallel *parallel) {
         run<double, float>(team, parallel);
     *job->count += team.kept;
     *job->non_finite += team.lost;
+    if (team.overflowed) job->second[0] = INFINITY;  // said when the sums are read
 }
 }

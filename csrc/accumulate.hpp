@@ -136,8 +136,17 @@ struct Sums {
         return largest_of(most);
     }
 
-    // Set rows that hold a NaN or an infinity to zero; the largest magnitude of the others.
-    TARGET static Integer clear(const Team &team, Real *packed, int64_t rows, int64_t &cleared) {
+    // Whether a row was finite before it was centred.
+    static bool was_finite(const Job &job, int64_t row) {
+        const Source *values = (const Source *)job.values + Place(job, row).offset(job);
+        for (int64_t j = 0; j < job.features; ++j)
+            if (!std::isfinite(values[j * job.feature_stride])) return false;
+        return true;
+    }
+
+    // Set rows that hold a NaN or an infinity to zero; the largest magnitude of the others. A row that only
+    // overflowed counts as one, and is told.
+    TARGET static Integer clear(Team &team, Real *packed, int64_t start, int64_t rows, int64_t &cleared) {
         Integer largest = 0;
         for (int64_t row = 0; row < rows; ++row) {
             Vector *values = (Vector *)(packed + row * lanes);
@@ -149,7 +158,10 @@ struct Sums {
                 largest = std::max(largest, bits);
                 continue;
             }
-            ++cleared;
+            if (was_finite(*team.job, start + row))
+                team.overflowed = 1;
+            else
+                ++cleared;
             for (int64_t panel = 0; panel < team.panels; ++panel)
                 values[panel * team.stride / lanes] = Vector{};
         }
@@ -166,7 +178,7 @@ struct Sums {
             largest = pack_maps(team, packed, start, rows);
         int64_t offered = rows, cleared = 0;
         if (job.valid) offered -= std::count(job.valid + start, job.valid + start + rows, 0);
-        if (largest >= infinite) largest = clear(team, packed, rows, cleared);
+        if (largest >= infinite) largest = clear(team, packed, start, rows, cleared);
         team.kept += offered - cleared;
         team.lost += cleared;
         return largest;

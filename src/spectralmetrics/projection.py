@@ -30,11 +30,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
-from spectralmetrics.functional.moments import Observations, full_precision
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import CovarianceMetric
-from spectralmetrics.metrics.merging import run_together
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
+from spectralmetrics.sums import Observations, full_precision, run_together
 
 _NAME = "pca_projection"
 _FEATURE_MAPS = (

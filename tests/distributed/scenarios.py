@@ -13,8 +13,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
-from spectralmetrics.metrics import merging
 from spectralmetrics.recording.writers.csv import read_rows
+from spectralmetrics.sums import moments as merging
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows

@@ -18,13 +18,15 @@ from spectralmetrics import (
     SaturationMetric,
     SpectrumMetric,
 )
-from spectralmetrics.metrics import base
+from spectralmetrics.metrics.stream import Stream
+from spectralmetrics.sums import Moments
+from spectralmetrics.sums.intake import WAITING_ROWS
 from tests.oracles import relative_error, two_pass_covariance
 
 
 def waiting(metric):
-    stream = base._STREAMS.get(metric.__dict__["second_moment"])
-    return 0 if stream is None else stream.waiting
+    intake = Stream.of(metric.__dict__["second_moment"])._intakes.get(Moments)
+    return 0 if intake is None else intake.waiting
 
 
 def fed(batches, **options):
@@ -147,9 +149,9 @@ def test_a_reset_forgets_what_waits():
 
 def test_the_buffer_is_bounded():
     metric = fed([torch.randn(200, 4) for _ in range(50)])
-    stream = base._STREAMS[metric.__dict__["second_moment"]]
-    assert stream.buffer.shape == (base._GATHERED_ROWS, 4)
-    assert 0 < waiting(metric) <= base._GATHERED_ROWS
+    intake = Stream.of(metric.__dict__["second_moment"])._intakes[Moments]
+    assert intake._buffer.shape == (WAITING_ROWS, 4)
+    assert 0 < waiting(metric) <= WAITING_ROWS
     assert int(metric.count) == 10_000
 
 

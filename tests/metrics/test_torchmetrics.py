@@ -14,8 +14,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Running
 
 import spectralmetrics as sm
-from spectralmetrics.functional import spectrum as spectrum_module
-from spectralmetrics.metrics import base
+from spectralmetrics.metrics import stream
+from spectralmetrics.sums import decomposition, intake
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -163,9 +163,9 @@ class TestCollections:
 
             return wrapper
 
-        monkeypatch.setattr(base, "accumulate", counted("accumulate", base.accumulate))
+        monkeypatch.setattr(intake, "accumulate", counted("accumulate", intake.accumulate))
         monkeypatch.setattr(
-            spectrum_module.torch.linalg, "eigvalsh", counted("eigenvalues", torch.linalg.eigvalsh)
+            decomposition.torch.linalg, "eigvalsh", counted("eigenvalues", torch.linalg.eigvalsh)
         )
         collection = self.collection()
         rows = random_rows(0, 90, 6)
@@ -539,9 +539,9 @@ class TestOrigin:
     @pytest.mark.parametrize("how", ["updates", "forward", "merge", "load"])
     def test_it_settles(self, how, gram_dtype, monkeypatch):
         moves = []
-        accumulate = base.accumulate
+        accumulate = intake.accumulate
         monkeypatch.setattr(
-            base, "accumulate", lambda *a, **k: moves.append(k["recentre"]) or accumulate(*a, **k)
+            intake, "accumulate", lambda *a, **k: moves.append(k["recentre"]) or accumulate(*a, **k)
         )
         metric, other = (sm.SaturationMetric(gram_dtype=gram_dtype) for _ in range(2))
         other.update(torch.randn(30, 4))
@@ -626,7 +626,8 @@ def test_memory_is_constant_in_the_number_of_updates():
 
     def size():
         states = sum(value.untyped_storage().nbytes() for value in metric.metric_state.values())
-        return states, len(base._DECOMPOSITIONS), len(base._MERGED), len(metric.__dict__)
+        kept = stream.Stream.of(metric.__dict__["second_moment"])
+        return states, len(kept.cache), len(stream._STREAMS), len(kept.merged), len(metric.__dict__)
 
     metric.update(torch.randn(4, 8, generator=generator))
     metric.compute()
@@ -646,14 +647,14 @@ def test_decompositions_do_not_outlive_their_state():
     import gc
 
     gc.collect()
-    before = len(base._DECOMPOSITIONS)
+    before = len(stream._STREAMS)
     metrics = [feed(sm.SaturationMetric(), torch.randn(20, 4)) for _ in range(5)]
     for metric in metrics:
         metric.compute()
-    assert len(base._DECOMPOSITIONS) == before + 5
+    assert len(stream._STREAMS) == before + 5
     del metrics, metric
     gc.collect()
-    assert len(base._DECOMPOSITIONS) == before
+    assert len(stream._STREAMS) == before
 
 
 def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():
@@ -663,7 +664,7 @@ def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():
 
 
 class TestWhatIsOverridden:
-    """Private methods of torchmetrics: if one of these fails, look at the override in base.py again."""
+    """Private methods of torchmetrics: if one of these fails, look at the override in overrides.py again."""
 
     OVERRIDES = (
         ("_wrap_update", ["self", "update"]),

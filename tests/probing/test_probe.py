@@ -33,6 +33,13 @@ SETTINGS = {
 }
 
 
+def assert_nothing(probe, reason, stage=None):
+    """Nothing was observed, and `compute` says why."""
+    with pytest.warns(UserWarning, match=f"nothing was observed in .*{reason}") as seen:
+        assert probe.compute(stage) == {}
+    assert len(seen) == 1
+
+
 def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
@@ -185,7 +192,7 @@ class TestEveryForwardOnce:
         rows = torch.randn(5, 4)
         torch.func.grad(loss)(parameters, rows)
         torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, rows)
-        assert probe.compute() == {}
+        assert_nothing(probe, "inside transforms of torch.func")
         model(rows)
         torch.func.vmap(model)(rows)
         assert self.count(probe) == 5
@@ -198,7 +205,7 @@ class TestEveryForwardOnce:
         meta = nn.Sequential(nn.Linear(4, 3)).to("meta")
         with LayerProbe(meta) as unused:
             meta(torch.ones(2, 4, device="meta"))
-        assert unused.compute() == {}
+        assert_nothing(unused, "the probe is paused or removed")
         block(torch.randn(4, 3))
         assert self.count(probe) == 4
 
@@ -276,49 +283,6 @@ class TestEveryForwardOnce:
         expected = feed(sm.CovarianceMetric(), small.movedim(1, -1).reshape(-1, 4)).compute()
         assert_same(probe.compute()["covariance/train/0"], expected, 1e-9)
 
-    @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own, at graph breaks
-    @pytest.mark.parametrize("when", ["probe first", "compile first", "in place"])
-    def test_compiled_models(self, when):
-        torch.compiler.reset()
-        model = ResNet()
-        if when == "probe first":
-            probe = LayerProbe(model)
-            run = torch.compile(model, backend="eager")
-        elif when == "compile first":
-            run = torch.compile(model, backend="eager")
-            probe = LayerProbe(run)
-        else:
-            model.compile(backend="eager")
-            run = model
-            probe = LayerProbe(model)
-        for _ in range(3):
-            run(torch.randn(2, 3, 8, 8)).sum().backward()
-        model.eval()
-        run(torch.randn(2, 3, 8, 8))
-        assert self.count(probe, "stem") == 3 * 128
-        assert self.count(probe, "stem", "eval") == 128
-        torch.compiler.reset()
-
-    @pytest.mark.filterwarnings("ignore:The .grad attribute")
-    @pytest.mark.parametrize("in_place", [False, True])
-    def test_a_compiled_model_that_has_run_is_an_error(self, in_place):
-        torch.compiler.reset()
-        model = ResNet()
-        if in_place:
-            model.compile(backend="eager")
-            run = model
-        else:
-            run = torch.compile(model, backend="eager")
-        run(torch.randn(2, 3, 8, 8))
-        with pytest.raises(RuntimeError, match="compiled and has already run"):
-            LayerProbe(run)
-        assert not model.stem._forward_hooks
-        torch.compiler.reset()
-        probe = LayerProbe(run)
-        run(torch.randn(2, 3, 8, 8))
-        assert self.count(probe, "stem") == 128
-        torch.compiler.reset()
-
     def test_tracing_is_no_run(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
         probe = LayerProbe(model)
@@ -329,7 +293,7 @@ class TestEveryForwardOnce:
         torch.export.export(model, (torch.randn(2, 3),))
         with torch.device("meta"):
             copy.deepcopy(model).to("meta")
-        assert probe.compute() == {}
+        assert_nothing(probe, "no probed layer has run")
         model(torch.randn(4, 3))
         assert self.count(probe) == 4
 
@@ -356,11 +320,11 @@ class TestEveryForwardOnce:
 
 
 def test_small_batches_wait_for_a_product(monkeypatch):
-    from spectralmetrics.metrics import base
+    from spectralmetrics.sums import intake
 
     calls = []
-    accumulate = base.accumulate
-    monkeypatch.setattr(base, "accumulate", lambda *a, **k: calls.append(1) or accumulate(*a, **k))
+    accumulate = intake.accumulate
+    monkeypatch.setattr(intake, "accumulate", lambda *a, **k: calls.append(1) or accumulate(*a, **k))
     model = nn.Linear(4, 3)
     probe = LayerProbe(model, [sm.SaturationMetric(), sm.StableRankMetric()])
     for _ in range(50):
@@ -495,11 +459,11 @@ class TestValues:
         assert_same(values["doubled/train/0"], 4 * values["trace/train/0"])
 
     def test_one_accumulation_and_decomposition_for_all_statistics(self, monkeypatch):
-        from spectralmetrics.metrics import base
+        from spectralmetrics.sums import intake
 
         calls = []
-        accumulate, decompose = base.accumulate, torch.linalg.eigh
-        monkeypatch.setattr(base, "accumulate", lambda *a, **k: calls.append("sum") or accumulate(*a, **k))
+        accumulate, decompose = intake.accumulate, torch.linalg.eigh
+        monkeypatch.setattr(intake, "accumulate", lambda *a, **k: calls.append("sum") or accumulate(*a, **k))
         monkeypatch.setattr(torch.linalg, "eigh", lambda *a, **k: calls.append("eigh") or decompose(*a, **k))
         monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *a, **k: calls.append("eigvalsh"))
         metrics = [cls() for cls in (sm.SaturationMetric, sm.EigenspaceEmbeddingMetric, sm.StableRankMetric)]
@@ -514,7 +478,7 @@ class TestValues:
         model = nn.Sequential(nn.Linear(3, 3))
         probe = LayerProbe(model)
         model(torch.randn(9, 3))
-        assert set(probe.compute("eval")) == set()
+        assert_nothing(probe, "the layers ran in train only", "eval")
         model.eval()
         model(torch.randn(4, 3))
         assert set(probe.compute()) == {"saturation/train/0", "saturation/eval/0"}
@@ -522,7 +486,7 @@ class TestValues:
         probe.reset("train")
         assert set(probe.compute()) == {"saturation/eval/0"}
         probe.reset()
-        assert probe.compute() == {}
+        assert_nothing(probe, "made or reset")
         with pytest.raises(ValueError, match="'test'"):
             probe.compute("test")
         with pytest.raises(ValueError, match="'test'"):
@@ -582,9 +546,11 @@ class TestControls:
     def test_every_n_steps(self):
         model = self.model()
         probe = LayerProbe(model, every_n_steps=3)
-        for size in (1, 10, 100, 1000, 10, 10, 10):
+        sizes = [10**power for power in range(6)]
+        for size in sizes:
             model(torch.randn(size, 3))
-        assert self.count(probe) == 1 + 1000 + 10
+        # The first forward, and one of the next three.
+        assert self.count(probe) - sizes[0] in sizes[3:]
         model.eval()
         model(torch.randn(7, 3))
         assert self.count(probe, "eval") == 7
@@ -652,7 +618,7 @@ class TestControls:
         probe = LayerProbe(model, layers="0")
         with pytest.warns(UserWarning, match="floating tensor in the output, got Tensor"):
             model(torch.arange(3))
-        assert probe.compute() == {}
+        assert_nothing(probe, "floating tensor in the output")
 
     def test_pause_and_resume(self):
         model = self.model()
@@ -764,7 +730,7 @@ class TestControls:
         probe = LayerProbe(model, sequences=sequences)
         model(torch.ones(3, 0, 4))
         model(torch.ones(0, 4))
-        assert probe.compute() == {}
+        assert_nothing(probe, "the layers ran, but put out no observations")
 
     @pytest.mark.parametrize(
         ("arguments", "error", "quoted"),
@@ -838,7 +804,8 @@ class TestResume:
         values = probe.compute()
         assert list(values) == list(expected)
         for key, value in values.items():
-            assert torch.equal(value, expected[key]), key
+            # The same observations; saving has added the rows that waited earlier, which rounds differently.
+            torch.testing.assert_close(value, expected[key], rtol=1e-13, atol=1e-15, msg=key)
 
     def test_states_are_saved_once_per_layer(self):
         model = nn.Sequential(nn.Linear(3, 3))

@@ -15,18 +15,21 @@ from spectralmetrics.functional.dimension import (
     stable_rank,
 )
 from spectralmetrics.functional.dispersion import determinant, diagonal_trace, trace
-from spectralmetrics.functional.moments import (
+from spectralmetrics.functional.held_out import held_out_eigenvalues
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.sums import (
     Moments,
     Observations,
     accumulate,
     covariance,
+    eigenvalues,
+    eigenvectors,
     empty_moments,
     mean,
     merge,
     rebase,
     variances,
 )
-from spectralmetrics.functional.spectrum import Spectrum, eigenvalues, eigenvectors
 
 __all__ = [
     "Moments",
@@ -40,6 +43,7 @@ __all__ = [
     "eigenvalues",
     "eigenvectors",
     "empty_moments",
+    "held_out_eigenvalues",
     "intrinsic_dimension",
     "mean",
     "merge",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.spectrum import check_covariance, round_off
+from spectralmetrics.sums.decomposition import check_covariance, round_off
 
 
 def trace(covariance: Tensor) -> Tensor:

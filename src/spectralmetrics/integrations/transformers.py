@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 
 from spectralmetrics.integrations.values import scalars
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.probe import Metrics
+from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.selection import unwrap
 
 

@@ -1,6 +1,6 @@
 """torchmetrics of a layer's feature spectrum."""
 
-from spectralmetrics.metrics.base import SpectralMetric, statistics
+from spectralmetrics.metrics.base import Interval, SpectralMetric, statistics
 from spectralmetrics.metrics.dimension import (
     EffectiveRankMetric,
     IntrinsicDimensionMetric,
@@ -23,6 +23,7 @@ __all__ = [
     "DiagonalTraceMetric",
     "EffectiveRankMetric",
     "EigenspaceEmbeddingMetric",
+    "Interval",
     "IntrinsicDimensionMetric",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",

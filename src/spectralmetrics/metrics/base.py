@@ -1,9 +1,7 @@
-"""The streaming covariance that every metric of this package accumulates, as a ``torchmetrics.Metric``.
+"""The streaming sums that every metric of this package accumulates, as a ``torchmetrics.Metric``.
 
-:class:`SpectralMetric` holds the state (sums about an origin, see
-:mod:`spectralmetrics.functional.moments`) and everything that torchmetrics needs to know about it. A
-statistic is a short subclass that says how to read a number from a
-:class:`~spectralmetrics.functional.Spectrum`:
+:class:`SpectralMetric` holds the state (sums of :mod:`spectralmetrics.sums`) and reads it. A statistic is a
+short subclass that says how to read a number from a :class:`~spectralmetrics.functional.Spectrum`:
 
 >>> import torch
 >>> from spectralmetrics.metrics.base import SpectralMetric
@@ -18,80 +16,59 @@ statistic is a short subclass that says how to read a number from a
 >>> metric.update(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
 >>> metric.compute()
 tensor(4., dtype=torch.float64)
-
-This file is the only one that overrides private methods of torchmetrics. Each override names the behaviour
-that forces it, and has a test that fails if that behaviour changes.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
+import numbers
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from spectralmetrics.functional.moments import Moments, Observations, accumulate, empty_moments, merge
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics.merging import Exchange, exchange_moments, run_together
+from spectralmetrics.metrics.overrides import OverriddenMetric
+from spectralmetrics.metrics.stream import Stream
+from spectralmetrics.sums import (
+    Exchange,
+    Moments,
+    Observations,
+    SpectralSum,
+    Sum,
+    empty_folds,
+    empty_moments,
+    run_together,
+)
 
 NanStrategy = Literal["warn", "error", "ignore"]
-
-# Results that belong to a state tensor and not to a metric: metrics of one compute group share the tensor,
-# and so the decomposition. Both are emptied when the tensor is updated in place.
-_DECOMPOSITIONS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> {center: cached parts}
-_MERGED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> {process group: merged Moments}
-
-_STREAMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # second moment -> _Stream
-
-# Batches too small for a product worth its pass over the D x D sum wait in a buffer of this many rows.
-_GATHERED_ROWS = 2048
 
 _STATISTICS: dict[str, type[SpectralMetric]] = {}
 
 
-@dataclass
-class _Stream:
-    """What belongs to the sums of a stream besides their numbers, whichever metrics share them.
+class Interval(NamedTuple):
+    """Two values of a statistic between which that for unlimited data is expected.
 
     Attributes:
-        origin_is_near: whether the origin is known to lie near the data.
-        origin_is_float32: whether the origin is known to be exact in float32.
-        accumulations: how often rows were added.
-        buffer: rows that wait, shape (_GATHERED_ROWS, D).
-        waiting: their number.
+        low: the smaller, of the statistic's shape; NaN if it is unknown.
+        high: the larger, of the statistic's shape; NaN if it is unknown.
     """
 
-    origin_is_near: bool = False
-    origin_is_float32: bool = False
-    accumulations: int = 0
-    buffer: Tensor | None = None
-    waiting: int = 0
+    low: Tensor
+    high: Tensor
 
 
-def _state(name: str) -> Any:
-    """A state whose reader, whoever it is, finds the waiting rows added."""
+class _Live(NamedTuple):
+    """The sums of a metric as objects, and their stream, until a state is replaced."""
 
-    def read(metric: SpectralMetric) -> Tensor:
-        metric._flush()
-        try:
-            value: Tensor = metric.__dict__[name]
-        except KeyError:
-            raise AttributeError(name) from None
-        return value
-
-    def write(metric: SpectralMetric, value: Tensor) -> None:
-        metric.__dict__[name] = value
-
-    return property(read, write)
+    sums: tuple[Sum, ...]
+    anchor: Tensor
+    stream: Stream
 
 
 def statistics() -> dict[str, type[SpectralMetric]]:
@@ -104,7 +81,28 @@ def statistics() -> dict[str, type[SpectralMetric]]:
     return dict(_STATISTICS)
 
 
-class SpectralMetric(Metric):
+def _state(name: str) -> Any:
+    """A state whose reader, whoever it is, finds the waiting rows added."""
+
+    def read(metric: SpectralMetric) -> Tensor:
+        metric.flush()
+        value: Tensor | None = metric.__dict__.get(name)
+        if value is None:  # no state of this metric, but maybe of the sums that it keeps in folds
+            spectral = metric._current()[0] if "_prototypes" in metric.__dict__ else None
+            total = spectral.total.tensors() if isinstance(spectral, SpectralSum) else {}
+            if name not in total:
+                raise AttributeError(f"{type(metric).__name__!r} object has no attribute {name!r}")
+            value = total[name]
+        return value
+
+    def write(metric: SpectralMetric, value: Tensor) -> None:
+        metric.__dict__[name] = value
+        metric.__dict__["_live"] = None
+
+    return property(read, write)
+
+
+class SpectralMetric(OverriddenMetric):
     r"""Base class of all statistics of a feature covariance; subclasses define :meth:`statistic`.
 
     ``update`` takes rows of shape (N, D) in any floating dtype. The state is float64, constant in size, and
@@ -119,13 +117,15 @@ class SpectralMetric(Metric):
             float64 either way.
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
+        folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can judge by some what
+            was fitted to the others. All values are those of all data; the state is g times as large.
         kwargs: see `torchmetrics.Metric`.
 
     Raises:
         TypeError: from ``update``, for rows that are no floating tensor.
         ValueError: for an argument out of range; from ``update``, for rows that are not 2-D or whose width
             is not D.
-        RuntimeError: from ``compute``, if no observation has been counted.
+        RuntimeError: from ``compute``, if no observation has been counted, or if the observations overflow.
     """
 
     is_differentiable = False
@@ -136,15 +136,17 @@ class SpectralMetric(Metric):
     """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
     needs_eigenvectors: ClassVar[bool] = False
     """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
+    has_interval: ClassVar[bool] = True
+    """Whether :meth:`statistic` can be read from held-out eigenvalues, too."""
     takes_observations: ClassVar[bool] = True
     """Whether ``update`` also takes ``Observations``; False for a subclass that overrides it."""
 
     configuration: Tensor
-    count = _state("count")
-    non_finite = _state("non_finite")
-    origin = _state("origin")
-    first_moment = _state("first_moment")
-    second_moment = _state("second_moment")
+    count: Tensor
+    non_finite: Tensor
+    origin: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -166,46 +168,69 @@ class SpectralMetric(Metric):
         center: bool = True,
         gram_dtype: torch.dtype = torch.float64,
         nan_strategy: NanStrategy = "warn",
+        folds: int = 1,
         **kwargs: Any,
     ) -> None:
-        if num_features is not None and (
-            not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 1
-        ):
+        if num_features is not None and not _is_positive_integer(num_features):
             raise ValueError(f"expected num_features to be a positive integer or None, got {num_features!r}")
         if gram_dtype not in (torch.float64, torch.float32):
             raise ValueError(f"expected gram_dtype torch.float64 or torch.float32, got {gram_dtype!r}")
         if nan_strategy not in get_args(NanStrategy):
             raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
+        if not _is_positive_integer(folds):
+            raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
         super().__init__(**kwargs)
         self._given_features = num_features
         self.center = center
         self.gram_dtype = gram_dtype
         self.nan_strategy = nan_strategy
+        self.folds = folds
         self._pinned_device: torch.device | None = None
-        self._computing = False
-        self._value_shape: torch.Size | None = None
-        self._register_states()
-
-    def _register_states(self) -> None:
+        self._batches = 0  # taken so far, never reset: what is drawn or dealt next
+        self._live: _Live | None = None
+        self._prototypes: tuple[Sum, ...] = ()
         # Compute groups are formed by comparing states with a tolerance, in some releases of torchmetrics only
         # the first state: this one tells apart metrics that accumulate differently, whatever the data. Small
         # integers differ by more than the tolerance.
-        digest = zlib.crc32(" ".join(self._accumulation()).encode()).to_bytes(4, "big")
-        configuration = torch.tensor(list(digest), dtype=torch.int64, device="cpu")
-        self.add_state("configuration", configuration, dist_reduce_fx="max")
-        # The widths are unknown, or large: the sums are allocated by the first update.
-        empty = functools.partial(torch.zeros, dtype=torch.float64, device="cpu")
-        self.add_state("count", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
-        self.add_state("non_finite", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
-        self.add_state("origin", empty(0), dist_reduce_fx=None)
-        self.add_state("first_moment", empty(0), dist_reduce_fx="sum")
-        self.add_state("second_moment", empty(0, 0), dist_reduce_fx="sum")
+        self.add_state("configuration", torch.zeros(4, dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
+        self.accumulate_also((_spectral_sum(folds), *self.other_sums()))
 
-    def _accumulation(self) -> list[str]:
-        """What changes the accumulation: the products' dtype, and an ``update`` of a subclass' own."""
+    def other_sums(self) -> Sequence[Sum]:
+        """Sums that :meth:`statistic` reads besides the moments, empty and of width zero; a subclass' own."""
+        return ()
+
+    def accumulate_also(self, sums: Sequence[Sum]) -> None:
+        """Keep further sums, empty and of width zero, so that metrics that need them can share these states."""
+        self._prototypes = (*self._prototypes, *sums)
+        for each in sums:
+            added = {each.states[attribute] for attribute in each.additive}
+            for name, tensor in each.tensors().items():
+                if not isinstance(getattr(type(self), name, None), property):
+                    setattr(SpectralMetric, name, _state(name))
+                self.add_state(name, tensor, dist_reduce_fx="sum" if name in added else None)
+        digest = zlib.crc32(" ".join(map(str, self.accumulation())).encode()).to_bytes(4, "big")
+        self.configuration = torch.tensor(list(digest), dtype=torch.int64, device="cpu")
+        self._defaults["configuration"] = self.configuration.clone()
+
+    def with_folds(self, folds: int) -> SpectralMetric:
+        """A metric with the same settings and without observations, which it will keep in so many folds."""
+        if not _is_positive_integer(folds):
+            raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
+        twin = copy.deepcopy(self)
+        twin.reset()
+        twin.drop_states([name for name in twin._defaults if name != "configuration"])
+        twin.folds = folds
+        twin._prototypes = ()
+        twin.accumulate_also((_spectral_sum(folds), *twin.other_sums()))
+        return twin
+
+    def accumulation(self) -> list[object]:
+        """What changes what is accumulated: the products' dtype, an ``update`` of a subclass' own, the sums."""
         update = type(self).update
         own = [] if self.takes_observations else [f"{update.__module__}.{update.__qualname__}"]
-        return [str(self.gram_dtype), *own]
+        return [self.gram_dtype, *own, *(setting for each in self._prototypes for setting in each.settings())]
+
+    # -- what a statistic reads --------------------------------------------------------------------------
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """The value of this metric for the given spectrum; what a subclass defines."""
@@ -214,14 +239,21 @@ class SpectralMetric(Metric):
     @property
     def num_features(self) -> int | None:
         """The width D; None until it is known."""
-        width: int = self.__dict__["second_moment"].shape[0]
-        return width if width else self._given_features
+        return self._current()[0].num_features or self._given_features
+
+    @property
+    def sums(self) -> tuple[Sum, ...]:
+        """The sums, the spectral one first; their tensors are the states themselves."""
+        self.flush()
+        return self._current()
 
     @property
     def moments(self) -> Moments | None:
-        """The sums, or None before the first rows; the tensors are the state itself."""
-        self._flush()
-        return self._unflushed()
+        """The moments, all folds together, or None before the first rows; without folds the state itself."""
+        first = self.sums[0]
+        assert isinstance(first, SpectralSum)
+        total = first.total
+        return total if isinstance(total, Moments) and total.num_features else None
 
     @property
     def spectrum(self) -> Spectrum:
@@ -239,12 +271,27 @@ class SpectralMetric(Metric):
             return type(self).compute(self)
         return self._value(self._shared_spectrum()).clone()  # the spectrum itself is shared
 
+    def read_interval(self) -> Interval:
+        """The value of :meth:`interval` for this process' observations, without its checks."""
+        spectrum = self._shared_spectrum()
+        held_out = spectrum.held_out()
+        plain = self._value(spectrum)
+        if held_out is None:
+            low = plain.to(torch.float64)
+            return Interval(low, torch.full_like(low, torch.nan))
+        other = self._value(held_out)
+        return Interval(torch.minimum(plain, other), torch.maximum(plain, other))
+
     def check_range(self) -> None:
-        """Raise a RuntimeError if the squares of the observations have overflowed."""
-        if not self.second_moment.diagonal().isfinite().all():
+        """Raise a RuntimeError if the observations have overflowed."""
+        first = self.sums[0]
+        assert isinstance(first, SpectralSum)
+        if first.num_features and not first.in_range():
+            limit = "1e154" if self.gram_dtype == torch.float64 else "3e38, or 1e154 for float64 rows"
             raise RuntimeError(
-                f"{type(self).__name__}: the squares of the observations exceed the range of the sums (about"
-                " 1e308 in float64); scale them down before `update`"
+                f"{type(self).__name__}: the observations overflow: their distances from the mean, or the"
+                " squares of the observations exceed the range of the sums (distances of about"
+                f" {limit} with {self.gram_dtype} products); scale them down before `update`"
             )
 
     def _value(self, spectrum: Spectrum) -> Tensor:
@@ -253,39 +300,73 @@ class SpectralMetric(Metric):
             return value
         # A number, from a statistic of the user's.
         dtype = torch.float64 if isinstance(value, float) else None
-        return torch.tensor(value, dtype=dtype, device=self.second_moment.device)
+        return torch.tensor(value, dtype=dtype, device=self.configuration.device)
 
     def _shared_spectrum(self) -> Spectrum:
-        assert self.moments is not None
-        cache = _DECOMPOSITIONS.setdefault(self.second_moment, {}).setdefault(self.center, {})
-        return Spectrum(self.moments, center=self.center, cache=cache)
+        first, *others = self.sums
+        assert isinstance(first, SpectralSum)
+        assert first.num_features
+        live = self._revive()
+        assert live is not None
+        return Spectrum(first, center=self.center, cache=live.stream.cache, others=others)
 
-    def update(self, rows: Tensor | Observations) -> None:
+    # -- what torchmetrics offers ------------------------------------------------------------------------
+
+    def update(self, rows: Tensor | Observations, *others: Any) -> None:
         """Add observations.
 
         Args:
             rows: shape (N, D), floating. Rows with NaN or infinities are left out and counted; zero rows are
                 a no-op. :class:`~spectralmetrics.functional.Observations` are taken in their own layout.
+            others: none. In a ``MetricCollection`` with metrics that take other arguments, name them:
+                ``collection.update(rows=features, preds=…, target=…)`` gives each metric its own.
         """
-        observations = self._check_rows(rows)
-        if observations.values.numel() == 0:
-            return
+        if others:
+            raise TypeError(
+                f"expected rows alone, got {1 + len(others)} positional arguments; in a MetricCollection with"
+                " metrics that take other arguments name them all, as in"
+                " collection.update(rows=features, preds=predictions, target=labels)"
+            )
+        observations = rows if isinstance(rows, Observations) else Observations(rows)
+        self._check(observations, rows)
         with torch.inference_mode(False), torch.no_grad():
-            first_rows = self._unflushed() is None
-            moments, observations = self._meet(observations)
-            if moments.second not in _STREAMS:
-                _STREAMS[moments.second] = _Stream()
-                if not first_rows:
-                    self.look_at_origin()
-            stream: _Stream = _STREAMS[moments.second]
-            if first_rows or not self._gather(stream, observations):
-                self._accumulate(moments, stream, observations)
-            if first_rows:
-                self.look_at_origin()
+            self._take(observations)
+
+    def observe(self, observations: Observations) -> None:
+        """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there."""
+        own = self.__dict__
+        own["_computed"] = None
+        own["_update_count"] += 1
+        width = self.num_features
+        if width is not None and observations.values.shape[observations.feature_dim] != width:
+            self._check(observations, observations)
+        self._take(observations)
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
         return self._value(self.spectrum)
+
+    def interval(self) -> Interval:
+        """Two values between which that for unlimited data is expected; merged like ``compute``.
+
+        One is the statistic of the spectrum; the other that of the spectrum on held-out data, see
+        :func:`~spectralmetrics.functional.held_out_eigenvalues`. Directions that are fitted to few observations
+        look too unequal on these and too equal on others: for dimension, saturation, effective rank,
+        participation ratio and stable rank the truth lies between.
+
+        Returns:
+            low and high, of the shape of ``compute``. The end that is unknown while a fold is empty is NaN.
+
+        Raises:
+            RuntimeError: with ``folds=1``, for what ``compute`` raises, and for a statistic that has no
+                interval.
+        """
+        self._check_interval()
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
+        ):
+            self._check_observed()
+            return Interval(*(end.clone() for end in self.read_interval()))
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
@@ -310,20 +391,6 @@ class SpectralMetric(Metric):
         """Forget all observations; a width that was read from rows is forgotten too."""
         super().reset()
 
-    def look_at_origin(self) -> None:
-        """Read from the device whether the origin lies near the data, which saves moving it at each update.
-
-        Called after the first rows, and before the first that are added to a state made elsewhere; never later
-        in ``update``.
-        """
-        moments = self.moments
-        if moments is None:
-            return
-        stream: _Stream = _STREAMS.setdefault(moments.second, _Stream())
-        stream.origin_is_near = int(moments.count) > 0
-        exact = moments.origin.to(torch.float32).to(torch.float64) == moments.origin
-        stream.origin_is_float32 = stream.origin_is_near and bool(exact.all())
-
     def to(self, *args: Any, **kwargs: Any) -> SpectralMetric:
         """Move the metric; from then on rows are brought to that device. Dtypes are left alone."""
         device = kwargs.get("device", args[0] if args else None)
@@ -346,123 +413,193 @@ class SpectralMetric(Metric):
         """Leave everything as it is: the state is float64 and integers, whatever the model's dtype."""
         return self
 
+    def state_dict(  # type: ignore[override]  # torchmetrics' signature
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The persistent states and, where it matters to what comes next, how many batches came."""
+        destination = super().state_dict(destination, prefix, keep_vars)
+        if any(each.counts_batches for each in self._prototypes) and any(self._persistent.values()):
+            destination[prefix + "draws"] = torch.tensor(self._batches)
+        return destination
+
+    # -- what the overrides of torchmetrics, probes and recorders ask for --------------------------------
+
+    def flush(self) -> None:
+        """Add the rows that wait. Called by whoever reads a state."""
+        live: _Live | None = self.__dict__.get("_live")
+        if live is None and "_prototypes" in self.__dict__:
+            live = self._revive()
+        if live is not None:
+            live.stream.flush(live.sums)
+
+    def take_in(self, incoming: dict[str, Any]) -> None:
+        """Add the states of another metric of this class."""
+        missing = [name for name in self._defaults if name not in incoming]
+        if missing:
+            raise ValueError(
+                f"expected the states {list(self._defaults)} in the incoming state, missing {missing}"
+            )
+        mine = self.sums
+        theirs = [prototype.with_tensors(incoming) for prototype in self._prototypes]
+        width, their_width = self.num_features, theirs[0].num_features
+        if their_width and width not in (None, their_width):
+            raise ValueError(f"expected an incoming state with {width} features, got {their_width}")
+        with torch.inference_mode(False), torch.no_grad():
+            home = mine[0].tensors()[self._anchor_name()].device
+            if not mine[0].num_features and their_width:
+                home = self._pinned_device or incoming[self._anchor_name()].device
+                mine = tuple(each.map(lambda tensor: tensor.to(home)) for each in mine)
+            self.replace_sums([own.merged(other) for own, other in zip(mine, theirs, strict=True)])
+
     def exchanges(self, group: Any = None) -> list[Exchange]:
-        """What this metric exchanges with other processes, for :func:`~.merging.run_together`."""
+        """What this metric exchanges with other processes, for :func:`~spectralmetrics.sums.run_together`."""
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        known = _MERGED.get(self.second_moment, {}).get(group)
-        return [exchange_moments(self.moments, known, rank, world_size)]
+        mine = self.sums
+        live = self._revive()
+        known: Sequence[Sum | None] = (
+            [None] * len(mine) if live is None else live.stream.merged.get(group, [None] * len(mine))
+        )
+        return [each.exchange(its, rank, world_size) for each, its in zip(mine, known, strict=True)]
 
-    def absorb(self, results: list[Any], group: Any = None) -> None:
-        """Replace the state by what the :meth:`exchanges` returned; the old tensors are left as they were."""
-        merged: Moments | None = results[0]
-        if merged is not None:
-            _MERGED.setdefault(self.second_moment, {})[group] = merged
-            self._set_moments(merged)
+    def absorb(self, results: Sequence[Sum | None], group: Any = None) -> None:
+        """Replace the states by what the :meth:`exchanges` returned; the old tensors are left as they were."""
+        if any(each is None for each in results):
+            return
+        merged = [each for each in results if each is not None]
+        live = self._revive()
+        if live is not None:
+            live.stream.merged[group] = merged
+        self.replace_sums(merged)
 
-    # -- the state --------------------------------------------------------------------------------------
+    def merge_processes(self, group: Any) -> None:
+        """Replace the states by those of all processes of a group together."""
+        if dist.get_rank(group) >= 0:  # a process outside the group keeps its own state
+            self.absorb(run_together(self.exchanges(group), group), group)
 
-    def _check_rows(self, rows: Tensor | Observations) -> Observations:
-        observations = rows if isinstance(rows, Observations) else Observations(rows)
+    def replace_sums(self, sums: Sequence[Sum]) -> None:
+        """Put other sums in the place of the states."""
+        for each in sums:
+            for name, tensor in each.tensors().items():
+                setattr(self, name, tensor)
+
+    def has_observed(self) -> bool:
+        """Whether there are sums of a known width."""
+        return self._current()[0].num_features > 0
+
+    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Look at a saved state before it is loaded."""
+        self._batches = int(saved.pop(prefix + "draws", self._batches))
+        names = [name for each in self._prototypes for name in each.tensors()]
+        if not all(prefix + name in saved for name in names):
+            return
+        loaded = [each.with_tensors({n: saved[prefix + n] for n in names}) for each in self._prototypes]
+        width = loaded[0].num_features
+        if width and self._given_features not in (None, width):
+            errors.append(
+                f"expected a state of num_features={self._given_features} for {prefix}{type(self).__name__},"
+                f" got one of {width}"
+            )
+        for own, other in zip(self._prototypes, loaded, strict=True):
+            if own.settings() != other.settings():
+                errors.append(f"expected a state with {own.settings()}, got one with {other.settings()}")
+
+    # -- the state ---------------------------------------------------------------------------------------
+
+    def _current(self) -> tuple[Sum, ...]:
+        """The sums without the rows that wait."""
+        own = self.__dict__
+        live: _Live | None = own.get("_live")
+        if live is not None:
+            return live.sums
+        prototypes: tuple[Sum, ...] = own["_prototypes"]
+        return tuple(each.with_tensors(own) for each in prototypes)
+
+    def _anchor_name(self) -> str:
+        return next(iter(self._prototypes[0].states.values()))
+
+    def _revive(self) -> _Live | None:
+        """The sums as objects and their stream; None before the first rows."""
+        own = self.__dict__
+        live: _Live | None = own.get("_live")
+        if live is None:
+            sums = self._current()
+            if sums[0].num_features == 0:
+                return None
+            anchor = own[self._anchor_name()]
+            live = own["_live"] = _Live(sums, anchor, Stream.of(anchor))
+        return live
+
+    def _check(self, observations: Observations, rows: Any) -> None:
         values = observations.values
-        if not isinstance(values, Tensor):
-            raise TypeError(f"expected rows as a floating tensor of shape (N, D), got {type(values).__name__}")
-        if not values.is_floating_point():
-            raise TypeError(f"expected rows of a floating dtype, got {values.dtype}; cast them to float first")
+        observations.check()
         if rows is values and values.ndim != 2:
             raise ValueError(
                 f"expected rows of shape (N, D), got shape {tuple(values.shape)}; give each observation a row,"
                 " or pass spectralmetrics.Observations(maps, feature_dim=1)"
             )
         width = observations.num_features
-        if width == 0:
-            raise ValueError(f"expected at least one feature, got rows of shape {tuple(values.shape)}")
         if self.num_features is not None and width != self.num_features:
             raise ValueError(
                 f"expected rows with {self.num_features} features, got {width} (shape {tuple(values.shape)})"
             )
-        return observations
 
-    def _meet(self, observations: Observations) -> tuple[Moments, Observations]:
+    def _take(self, observations: Observations) -> None:
+        """Add observations that fit."""
+        if observations.values.numel() == 0:
+            return
+        live = self._revive()
+        if (
+            live is None
+            or live.anchor.device != observations.values.device
+            or live.anchor.is_inference()
+            or self._is_synced
+        ):
+            live, observations = self._meet(observations)
+        own = self.__dict__
+        live.stream.add(live.sums, observations, own["_batches"], self.gram_dtype)
+        own["_batches"] += 1
+
+    def _meet(self, observations: Observations) -> tuple[_Live, Observations]:
         """The state, allocated and writable, and the observations, on one device."""
         device = observations.values.device
-        moments = self._unflushed()
-        if moments is None:
+        live = self._revive()
+        if live is None:
             home = self._pinned_device or (torch.device("cpu") if device.type == "mps" else device)
-            moments = empty_moments(observations.num_features, home)
-            moments.non_finite.add_(self.non_finite)
-            self._set_moments(moments)
-        elif moments.second.device.type == "cpu" and device.type not in ("cpu", "mps"):
-            if self._pinned_device is None:
-                self._flush()
-                moments = moments.map(lambda tensor: tensor.to(device))
-                self._set_moments(moments)
-        elif moments.second.is_inference() or self._is_synced:
-            # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place;
-            # merged sums are shared with the other metrics of a group.
-            self._flush()
-            moments = moments.map(torch.clone)
-            self._set_moments(moments)
-        if moments.second.device != device:
-            observations = observations.to(moments.second.device)
-        return moments, observations
+            before = self._current()
+            fresh = [each.empty(observations.num_features, home) for each in before]
+            self.replace_sums(
+                [each.merged(its.map(lambda t: t.to(home))) for each, its in zip(fresh, before, strict=True)]
+            )
+        else:
+            current = live.anchor.device
+            if current.type == "cpu" and device.type not in ("cpu", "mps"):
+                if self._pinned_device is None:
+                    self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
+            elif live.anchor.is_inference() or self._is_synced:
+                # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place;
+                # merged sums are shared with the other metrics of a group.
+                self.replace_sums([each.map(torch.clone) for each in self.sums])
+        is_new = live is None
+        live = self._revive()
+        assert live is not None
+        if is_new:
+            live.stream.begin(live.sums, self.gram_dtype)
+        home = live.anchor.device
+        return live, observations if observations.values.device == home else observations.to(home)
 
-    def _set_moments(self, moments: Moments) -> None:
-        self.count, self.non_finite = moments.count, moments.non_finite
-        self.origin, self.first_moment, self.second_moment = moments.origin, moments.first, moments.second
-
-    def _unflushed(self) -> Moments | None:
-        """The sums without the rows that wait."""
-        state = self.__dict__
-        if state["second_moment"].shape[0] == 0:
-            return None
-        return _moments_of(state)
-
-    def _gather(self, stream: _Stream, observations: Observations) -> bool:
-        """Let a small batch wait for others; False if it is none."""
-        count, width = observations.num_observations, observations.num_features
-        dtype = observations.values.dtype
-        if observations.valid is not None or count > min(max(width, 256), _GATHERED_ROWS // 2):
-            return False
-        if stream.buffer is None:
-            shape = (_GATHERED_ROWS, width)
-            dtype = dtype if dtype == torch.float64 else torch.float32  # in which half precision is exact
-            stream.buffer = torch.empty(shape, dtype=dtype, device=observations.values.device)
-        elif (dtype == torch.float64) != (stream.buffer.dtype == torch.float64):
-            return False
-        if stream.waiting + count > _GATHERED_ROWS:
-            self._flush()
-        moved = observations.values.detach().movedim(observations.feature_dim, -1)
-        stream.buffer[stream.waiting : stream.waiting + count].view(moved.shape).copy_(moved)
-        stream.waiting += count
-        return True
-
-    def _flush(self) -> None:
-        """Add the rows that wait. Called by whoever reads a state."""
-        second = self.__dict__.get("second_moment")
-        stream: _Stream | None = None if second is None else _STREAMS.get(second)
-        if stream is not None and stream.waiting:
-            assert stream.buffer is not None
-            rows, stream.waiting = stream.buffer[: stream.waiting], 0
-            with torch.inference_mode(False), torch.no_grad():
-                self._accumulate(_moments_of(self.__dict__), stream, Observations(rows))
-
-    def _accumulate(self, moments: Moments | None, stream: _Stream, observations: Observations) -> None:
-        assert moments is not None
-        is_float64 = observations.values.dtype == torch.float64
-        stream.accumulations += 1
-        # The first rows may be unlike the rest, and features drift in training: the origin follows the data,
-        # ever more seldom.
-        milestone = stream.accumulations <= 4 or stream.accumulations.bit_count() == 1
-        rounded = self.gram_dtype == torch.float32 and not is_float64
-        recentre = milestone or not stream.origin_is_near or (rounded and not stream.origin_is_float32)
-        accumulate(moments, observations, self.gram_dtype, recentre=recentre)
-        if recentre and is_float64:
-            stream.origin_is_float32 = False
-        _DECOMPOSITIONS.pop(moments.second, None)
-        _MERGED.pop(moments.second, None)
+    def _check_interval(self) -> None:
+        if self.folds < 2:
+            raise RuntimeError(
+                f"{type(self).__name__} has kept its observations in one fold, of which there is no"
+                " interval; make it with folds=8, say"
+            )
+        if not self.has_interval:
+            raise RuntimeError(f"{type(self).__name__} has no interval")
 
     def _check_observed(self) -> None:
-        count, non_finite = int(self.count), int(self.non_finite)
+        spectral = self.sums[0]
+        assert isinstance(spectral, SpectralSum)
+        count, non_finite = int(spectral.num_observations), int(spectral.num_left_out)
         if non_finite and self.nan_strategy == "error":
             raise RuntimeError(
                 f"{type(self).__name__}: {non_finite} of {count + non_finite} observations hold NaN or"
@@ -482,117 +619,14 @@ class SpectralMetric(Metric):
                 stacklevel=2,
             )
 
-    # -- overrides of torchmetrics -----------------------------------------------------------------------
 
-    @property
-    def update_called(self) -> bool:
-        """Whether rows have been offered since construction or reset."""
-        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
-        # had. Whether there are observations is checked after the merge, with an error.
-        return self._computing or self._update_count > 0
-
-    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
-        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
-        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
-        return wrapped
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        def remembering_shape(*args: Any, **kwargs: Any) -> Any:
-            value = compute(*args, **kwargs)
-            self._value_shape = value.shape if isinstance(value, Tensor) else None
-            return value
-
-        stock = super()._wrap_compute(functools.wraps(compute)(remembering_shape))
-
-        @functools.wraps(compute)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if self._to_sync and self.distributed_available_fn():
-                # A cached value would skip the merge on the processes that had no new rows, and the others
-                # would wait for them for ever.
-                self._computed = None
-            self._computing = True
-            try:
-                value = stock(*args, **kwargs)
-            finally:
-                self._computing = False
-            # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
-            return value if self._value_shape is None else value.reshape(self._value_shape)
-
-        return wrapped
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torchmetrics copies and pickles what is in the instance's dictionary.
-        self._flush()
-        return super().__getstate__()
-
-    def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
-        # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it
-        # is only ever replaced there, and may be large.
-        return {name: getattr(self, name) for name in self._defaults}
-
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        # torchmetrics would add the sums although their origins differ.
-        missing = [name for name in self._defaults if name not in incoming_state]
-        if missing:
-            raise ValueError(
-                f"expected the states {list(self._defaults)} in the incoming state, missing {missing}"
-            )
-        incoming = _moments_of(incoming_state) if incoming_state["second_moment"].shape[0] else None
-        local = self.moments
-        if incoming is not None and self.num_features not in (None, incoming.num_features):
-            raise ValueError(
-                f"expected an incoming state with {self.num_features} features, got {incoming.num_features}"
-            )
-        with torch.inference_mode(False), torch.no_grad():
-            if incoming is None:
-                self.non_finite = self.non_finite + incoming_state["non_finite"].to(self.non_finite.device)
-            elif local is None:
-                home = self._pinned_device or incoming.second.device
-                self._set_moments(incoming.map(lambda tensor: tensor.to(home, copy=True)))
-            else:
-                home = local.second.device
-                self._set_moments(merge(local, incoming.map(lambda tensor: tensor.to(home))))
-
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
-    ) -> None:
-        # torchmetrics gathers whole matrices from all processes and adds them although their origins differ.
-        group = process_group or self.process_group
-        if dist_sync_fn is not gather_all_tensors:
-            self._sync_with(dist_sync_fn, group)
-        elif dist.get_rank(group) >= 0:  # a process outside the group keeps its own state
-            self.absorb(run_together(self.exchanges(group), group), group)
-
-    def _sync_with(self, gather: Callable[..., Any], group: Any) -> None:
-        """Merge with a gather function of the user's: it returns one tensor per process."""
-        gathered = {name: gather(getattr(self, name), group=group) for name in self._defaults}
-        states = [dict(zip(gathered, parts, strict=True)) for parts in zip(*gathered.values(), strict=True)]
-        for name, default in self._defaults.items():
-            setattr(self, name, default.clone() if isinstance(default, Tensor) else default)
-        for state in states:
-            self._reduce_states(state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
-        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
-        def device_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(device_only, exclude_state)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place.
-        names = [name for name in self._defaults if prefix + name in state_dict]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        with torch.inference_mode(False):
-            for name in names:
-                setattr(self, name, getattr(self, name).detach().clone())
-        if names:
-            self._computed = None
-            self._update_count = max(self._update_count, int(self.moments is not None))
+def _spectral_sum(folds: int) -> SpectralSum:
+    return empty_folds(folds, 0) if folds > 1 else empty_moments(0)
 
 
-def _moments_of(state: Mapping[str, Any]) -> Moments:
-    names = ("count", "non_finite", "origin", "first_moment", "second_moment")
-    return Moments(*(state[name] for name in names))
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+for _name in ("count", "non_finite", "origin", "first_moment", "second_moment"):
+    setattr(SpectralMetric, _name, _state(_name))

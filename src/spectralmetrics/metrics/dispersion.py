@@ -33,7 +33,7 @@ class CovarianceTraceMetric(SpectralMetric):
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
-        return spectrum.variances.sum()
+        return spectrum.total_variance
 
 
 class CovarianceDeterminantMetric(SpectralMetric):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
-from spectralmetrics.functional.moments import Observations
+from spectralmetrics.sums import Observations
 
 FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
 Sequences = Literal["timesteps", "last", "mean", "flatten"]
@@ -62,6 +62,9 @@ _FEATURES_LAST: dict[type[nn.Module], str] = {
     nn.RMSNorm: "normalized_shape",
 }
 _RECURRENT_OR_ATTENTION = (nn.RNNBase, nn.MultiheadAttention)
+# Whose outputs of two dimensions are no rows (N, D), but maybe an unbatched map or sequence.
+_OF_UNBATCHED_RANK_TWO = (nn.Sequential, *_RECURRENT_OR_ATTENTION, *_MAP_LAYERS)
+_ROWS_OF_TWO_DIMENSIONS: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class ObservationRule:
         if self.max_map_size is not None and self.max_map_size < 1:
             raise ValueError(f"expected max_map_size to be positive or None, got {self.max_map_size!r}")
 
-    def batch(self, module: nn.Module | None, output: Any, mask: Tensor | None = None) -> Batch:
+    def batch(
+        self, module: nn.Module | None, output: Any, mask: Tensor | None = None, time_first: bool = False
+    ) -> Batch:
         """The first floating tensor of an output, samples first.
 
         Args:
@@ -98,11 +103,12 @@ class ObservationRule:
                 is no layer's output: (N, D), (N, T, D) or (N, C, *spatial).
             output: a tensor, a packed sequence, or a nest of tuples, lists, mappings and dataclasses.
             mask: (N, T) boolean, True for valid steps; used where it fits a sequence of that shape.
+            time_first: whether a sequence is (T, N, D), where the layer's type does not tell.
 
         Raises:
             ValueError: if there is no floating tensor in the output.
         """
-        values = first_tensor(output)
+        values = output if type(output) is Tensor and output.is_floating_point() else first_tensor(output)
         if values is None:
             raise ValueError(f"expected a floating tensor in the output, got {type(output).__name__}")
         if isinstance(values, PackedSequence):
@@ -115,7 +121,9 @@ class ObservationRule:
             return Batch(
                 "sequence", padded, _up_to(torch.tensor([len(part) for part in parts], device="cpu"), padded)
             )
-        kind, values = _samples_first(module, values)
+        if values.ndim == 2 and _puts_out_rows(type(module)):
+            return Batch("rows", values)
+        kind, values = _samples_first(module, values, time_first)
         if kind != "sequence" or mask is None:
             return Batch(kind, values)
         samples, steps = values.shape[:2]
@@ -167,10 +175,16 @@ def first_tensor(output: Any) -> Tensor | PackedSequence | None:
     >>> first_tensor({"ids": torch.zeros(2, dtype=torch.int64), "hidden": (torch.ones(3),)})
     tensor([1., 1., 1.])
     """
+    return _first_tensor(output, ())
+
+
+def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequence | None:
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     if isinstance(output, PackedSequence):  # itself a tuple
         return output if output.data.is_floating_point() else None
+    if any(output is outer for outer in inside):
+        return None  # a nest that holds itself
     parts: Any = ()
     if isinstance(output, Mapping):
         parts = output.values()
@@ -178,31 +192,23 @@ def first_tensor(output: Any) -> Tensor | PackedSequence | None:
         parts = output
     elif dataclasses.is_dataclass(output):
         parts = (getattr(output, field.name, None) for field in dataclasses.fields(output))
-    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+    inside = (*inside, output)
+    for part in parts:
+        found = _first_tensor(part, inside)
+        if found is not None:
+            return found
+    return None
 
 
-def draw(observations: Observations, number: int, seed: int) -> Observations:
-    """At most ``number`` of the observations, each with the same probability; the global state is left alone.
-
-    One observation is drawn from each of ``number`` strata of equal length, so that neighbouring positions of
-    one map, which resemble each other, seldom come together.
-
-    >>> draw(Observations(torch.arange(10.0)[:, None]), 5, seed=0).num_observations
-    5
-    """
-    total = observations.num_observations
-    if total <= number:
-        return observations
-    device = observations.values.device
-    generator = torch.Generator(device).manual_seed(seed)
-    offsets = torch.rand(number, generator=generator, device=device, dtype=torch.float64)
-    strata = torch.arange(number, device=device, dtype=torch.float64)
-    index = ((strata + offsets) * (total / number)).to(torch.int64).clamp_(max=total - 1)
-    return observations.take(index)
+def _puts_out_rows(kind: type) -> bool:
+    """Whether two dimensions of an output are (N, D) for sure."""
+    if kind not in _ROWS_OF_TWO_DIMENSIONS:
+        _ROWS_OF_TWO_DIMENSIONS[kind] = not issubclass(kind, _OF_UNBATCHED_RANK_TWO)
+    return _ROWS_OF_TWO_DIMENSIONS[kind]
 
 
 def _samples_first(
-    module: nn.Module | None, values: Tensor
+    module: nn.Module | None, values: Tensor, time_first: bool
 ) -> tuple[Literal["rows", "maps", "sequence"], Tensor]:
     module = _deciding(module)
     rank = next((rank for layer, rank in _MAP_LAYERS.items() if isinstance(module, layer)), None)
@@ -217,7 +223,8 @@ def _samples_first(
     if values.ndim == 2:
         return "rows", values
     if values.ndim == 3 and rank is None and not isinstance(module, _CHANNELS_SECOND):
-        return "sequence", values.transpose(0, 1) if _is_time_first(module) else values
+        own = is_time_first(module)
+        return "sequence", values.transpose(0, 1) if (time_first if own is None else own) else values
     if values.shape[-1] == _own_width(module):
         return "maps", values.movedim(-1, 1)
     return "maps", values
@@ -244,15 +251,19 @@ def _own_width(module: nn.Module | None) -> int | None:
     return None
 
 
-def _is_time_first(module: nn.Module | None) -> bool:
-    """Whether a layer puts out (T, N, D): it says so, or the attention inside it does."""
+def is_time_first(module: nn.Module | None) -> bool | None:
+    """Whether a layer puts out (T, N, D): it says so, or the attention inside it does; None if nothing tells.
+
+    >>> is_time_first(nn.LSTM(3, 4)), is_time_first(nn.Linear(3, 4))
+    (True, None)
+    """
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         module = module.layers[0]
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         module = module.self_attn
     if isinstance(module, (*_RECURRENT_OR_ATTENTION, nn.Transformer)):
         return not module.batch_first
-    return False
+    return None
 
 
 def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:
@@ -262,18 +273,24 @@ def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:
 
 
 def _observe_maps(maps: Tensor, rule: ObservationRule) -> Observations:
+    # Each map is pooled as it is; only what keeps its positions is shrunk.
+    if rule.feature_maps in ("mean", "max", "median"):
+        flat = maps.flatten(2)  # (N, C, *spatial) -> (N, C, positions)
+        if rule.feature_maps == "mean":
+            return Observations(_in_full(flat).mean(2))
+        return Observations(flat.amax(2) if rule.feature_maps == "max" else _lower_median(flat))
     if rule.max_map_size is not None and max(maps.shape[2:]) > rule.max_map_size:
         maps = _shrink(maps, rule.max_map_size, rule.interpolation)
-    if rule.feature_maps == "positions":
-        return Observations(maps, feature_dim=1)
-    flat = maps.flatten(2)  # (N, C, *spatial) -> (N, C, positions)
-    if rule.feature_maps == "mean":
-        return Observations(_in_full(flat).mean(2))
-    if rule.feature_maps == "max":
-        return Observations(flat.amax(2))
-    if rule.feature_maps == "median":
-        return Observations(flat.median(2).values)
-    return Observations(flat.flatten(1))
+    return (
+        Observations(maps, feature_dim=1) if rule.feature_maps == "positions" else Observations(maps.flatten(1))
+    )
+
+
+def _lower_median(flat: Tensor) -> Tensor:
+    """As ``torch.median`` along the last dimension, which has no deterministic way on CUDA."""
+    ordered = flat.sort(-1).values  # NaN comes last, and makes the median NaN
+    middle = ordered[..., (flat.shape[-1] - 1) // 2]
+    return torch.where(ordered[..., -1].isnan(), torch.nan, middle)
 
 
 def _shrink(maps: Tensor, size: int, mode: str) -> Tensor:
@@ -309,12 +326,3 @@ def _observe_sequence(values: Tensor, valid: Tensor | None, how: Sequences) -> O
 def _in_full(values: Tensor) -> Tensor:
     """Half-precision values in float32, so that sums of them keep their digits."""
     return values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)
-
-
-def sample_size(rows_per_feature: float, num_features: int) -> int:
-    """⌈r·D⌉, the largest number of observations drawn from one output.
-
-    >>> sample_size(0.5, 3)
-    2
-    """
-    return math.ceil(rows_per_feature * num_features)

@@ -44,7 +44,8 @@ def select_layers(
         TypeError: for a selector of another kind.
         ValueError: if a selector matches nothing, with the closest names, or if nothing is left.
 
-    The inner ``out_proj`` of ``nn.MultiheadAttention`` is a ``Linear`` that is never called; only its exact
+    A module that is registered under several names counts once, under the first of those that match. The inner
+    ``out_proj`` of ``nn.MultiheadAttention`` is a ``Linear`` that is never called; only its exact
     name selects it.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -54,9 +55,16 @@ def select_layers(
     ['1', '2']
     """
     modules = named_modules(unwrap(model))
-    chosen = set().union(*(_matches(modules, s) for s in _as_sequence(layers, DEFAULT_LAYERS, modules)))
-    dropped = set().union(*(_matches(modules, s) for s in _as_sequence(exclude, (), modules)))
-    left = {name: module for name, module in modules.items() if name in chosen - dropped}
+    chosen: set[str] = set().union(
+        *(_matches(modules, s) for s in _as_sequence(layers, DEFAULT_LAYERS, modules))
+    )
+    dropped: set[str] = set().union(*(_matches(modules, s) for s in _as_sequence(exclude, (), modules)))
+    unwanted = {modules[name] for name in dropped}
+    left: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        # A module of several names is taken once, by the first that was chosen.
+        if name in chosen and module not in unwanted and not any(module is other for other in left.values()):
+            left[name] = module
     if not left:
         raise ValueError(
             f"no layer of {type(model).__name__} is left to probe: {len(chosen)} selected by layers={layers!r},"
@@ -81,9 +89,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by qualified name; the model itself by its type's name, compiled parts by their own."""
+    """All modules by qualified name; the model itself by its type's name, compiled parts by their own.
+
+    A module that is registered in several places has a name for each.
+    """
     modules = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             continue  # a compiled part: the module inside it comes next, under the name without `_orig_mod`
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")

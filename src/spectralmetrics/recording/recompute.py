@@ -13,11 +13,11 @@ from torch import Tensor
 
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics import EigenspaceEmbeddingMetric, SpectralMetric
+from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.recording.manifest import read_manifest
 from spectralmetrics.recording.record import COLUMNS, UNKNOWN, Settings, tidy_rows
-from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_epochs
+from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
 
@@ -86,7 +86,7 @@ def recompute(
                     if vectors:
                         spectra[center].eigenvectors  # noqa: B018
                 spectrum = spectra[center]
-                values[name, layer.stage, layer.layer] = _value(metrics[name], spectrum, layer)
+                values[name, layer.stage, layer.layer] = _value(metrics[name], spectrum, layer.layer)
             for name in metrics:
                 key = (name, layer.stage, layer.layer)
                 values[key] = value = values.pop(key)  # in the order of the metrics
@@ -98,11 +98,13 @@ def recompute(
     return rows
 
 
-def _value(metric: SpectralMetric, spectrum: Spectrum, layer: SavedLayer) -> Tensor:
-    if isinstance(metric, EigenspaceEmbeddingMetric):
-        if layer.sample is None:
-            raise ValueError(f"expected a sample of layer {layer.layer!r} for an embedding; none was recorded")
-        metric.sample_keys, metric.sample_rows = layer.sample
+def _value(metric: SpectralMetric, spectrum: Spectrum, layer: str) -> Tensor:
+    for each in metric.other_sums():
+        if not spectrum.has(type(each)):
+            raise ValueError(
+                f"expected a {type(each).__name__} of layer {layer!r} for {metric.short_name!r}; none was"
+                " recorded"
+            )
     return torch.as_tensor(metric.statistic(spectrum))
 
 
@@ -119,7 +121,7 @@ def _metrics(
             except ValueError as error:
                 if "metric" in settings:  # not one of another library, of which there is no hope
                     warnings.warn(f"left out {name!r}: {error}", UserWarning, stacklevel=3)
-        found = {n: each for n, each in metrics.items() if not isinstance(each, EigenspaceEmbeddingMetric)}
+        found = {name: each for name, each in metrics.items() if not each.other_sums()}
         if not found:
             raise ValueError("expected the names of statistics: of those recorded, none can be recomputed")
         return found

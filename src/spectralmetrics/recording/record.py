@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from spectralmetrics.functional.moments import Moments
-from spectralmetrics.functional.reservoir import Reservoir
 from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
 from spectralmetrics.tail import MEAN_LAYER
 
 Settings: TypeAlias = dict[str, Any]
@@ -51,18 +50,34 @@ class Record:
         values: ``"{statistic}/{stage}/{layer}"`` -> value of any shape, in forward order, as
             :meth:`LayerProbe.compute` returns them, means over layers and added scalars included.
         rows: those of the values that are numbers.
-        moments: (stage, layer) -> sums over the observations of all processes. They are the state itself,
-            which goes on changing: read what you need before ``write`` returns.
-        samples: (stage, layer) -> sample of observations, where an ``EigenspaceEmbeddingMetric`` keeps one.
+        sums: (stage, layer) -> sums over the observations of all processes, the spectral one first. They are
+            the state itself, which goes on changing: read what you need before ``write`` returns.
         statistics: name -> settings, see :func:`describe`.
     """
 
     epoch: int
     values: Mapping[str, Tensor]
     rows: Sequence[Row]
-    moments: Mapping[tuple[str, str], Moments] = field(default_factory=dict)
-    samples: Mapping[tuple[str, str], Reservoir] = field(default_factory=dict)
+    sums: Mapping[tuple[str, str], Sequence[Sum]] = field(default_factory=dict)
     statistics: Mapping[str, Settings] = field(default_factory=dict)
+
+    @property
+    def moments(self) -> dict[tuple[str, str], Moments]:
+        """(stage, layer) -> moments, all folds together."""
+        totals = {
+            place: each.total
+            for place, sums in self.sums.items()
+            for each in sums
+            if isinstance(each, SpectralSum)
+        }
+        return {place: total for place, total in totals.items() if isinstance(total, Moments)}
+
+    @property
+    def samples(self) -> dict[tuple[str, str], Reservoir]:
+        """(stage, layer) -> sample of observations, where an ``EigenspaceEmbeddingMetric`` keeps one."""
+        return {
+            place: each for place, sums in self.sums.items() for each in sums if isinstance(each, Reservoir)
+        }
 
 
 UNKNOWN = "settings not recorded"
@@ -107,7 +122,7 @@ def describe(metric: Metric) -> Settings:
     settings: Settings = {"metric": metric.short_name, "center": metric.center}
     for name, parameter in inspect.signature(type(metric)).parameters.items():
         value = getattr(metric, name, parameter.default)
-        if name in ("num_features", "gram_dtype", "nan_strategy") or value is parameter.empty:
+        if name in ("num_features", "gram_dtype", "nan_strategy", "folds") or value is parameter.empty:
             continue  # a width of no consequence, and what changes how data is taken but not what it says
         if isinstance(value, (list, tuple)):
             value = list(value)

@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.functional.moments import Moments
-from spectralmetrics.functional.reservoir import Reservoir
-from spectralmetrics.metrics import EigenspaceEmbeddingMetric, SpectralMetric
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
 from spectralmetrics.recording.record import Record, Row, Settings, describe, tidy_rows
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import WRITERS, make_writers
+from spectralmetrics.sums import Sum
 from spectralmetrics.tail import MEAN_LAYER
 
 Mode = Literal["create", "resume", "overwrite"]
@@ -280,7 +278,7 @@ class Recorder:
 
     def _keep(self, record: Record) -> bool:
         """Write to all that keep records, or to none; return whether there was anything to keep."""
-        if not record.values and not record.moments:
+        if not record.values and not record.sums:
             return False
         counting = [writer for writer in self.writers if writer.keeps_records or writer.takes_back]
         try:
@@ -339,8 +337,7 @@ class Recorder:
 
     def _make_record(self, epoch: int) -> Record:
         values: dict[str, Tensor] = {}
-        moments: dict[tuple[str, str], Moments] = {}
-        samples: dict[tuple[str, str], Reservoir] = {}
+        sums: dict[tuple[str, str], list[Sum]] = {}
         rows: list[Row] = []
         if self.probe is not None:
             where: dict[tuple[str, str, str], Tensor] = {}
@@ -356,7 +353,8 @@ class Recorder:
             rows = tidy_rows(epoch, where)
             for stage in ("train", "eval"):
                 for layer in self.probe.layers:
-                    self._read_layer(stage, layer, moments, samples)
+                    if found_sums := self.probe.sums(stage, layer):
+                        sums[stage, layer] = found_sums
         for row in rows:
             if row.layer == MEAN_LAYER:
                 values[f"{row.statistic}/{row.stage}/{MEAN_LAYER}"] = torch.tensor(
@@ -365,27 +363,7 @@ class Recorder:
         for (name, stage, layer), scalar in self._scalars.items():
             rows.append(Row(epoch, stage, layer, name, scalar))
             values["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
-        return Record(epoch, values, rows, moments, samples, self._statistics)
-
-    def _read_layer(
-        self,
-        stage: str,
-        layer: str,
-        moments: dict[tuple[str, str], Moments],
-        samples: dict[tuple[str, str], Reservoir],
-    ) -> None:
-        assert self.probe is not None
-        members = [
-            metric
-            for metric in self.probe[stage, layer].values(copy_state=False)
-            if isinstance(metric, SpectralMetric) and metric.takes_observations and metric.moments is not None
-        ]
-        for metric in sorted(members, key=lambda each: each.gram_dtype != torch.float64):
-            found = metric.moments
-            if found is not None and (stage, layer) not in moments and int(found.count):
-                moments[stage, layer] = found
-            if isinstance(metric, EigenspaceEmbeddingMetric) and metric.reservoir is not None:
-                samples.setdefault((stage, layer), metric.reservoir)
+        return Record(epoch, values, rows, sums, self._statistics)
 
 
 def _is_first_process() -> bool:

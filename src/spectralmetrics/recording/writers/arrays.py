@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectralmetrics.functional.moments import covariance, mean
-from spectralmetrics.functional.reservoir import Reservoir
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
+from spectralmetrics.sums import SpectralSum, Sum, kinds
 
 FOLDER_NAME = "arrays"
 
@@ -31,10 +30,13 @@ class ArraysWriter(Writer):
     - ``"{stage}/{layer}/mean"``, (D,);
     - ``"{stage}/{layer}/count"``, (), int64: the number of observations n;
     - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities;
-    - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample.
+    - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample;
+    - with folds, ``".../fold_covariances"``, (g, D, D), ``".../fold_means"``, (g, D), ``".../fold_counts"`` and
+      ``".../fold_non_finites"``, (g,), int64.
 
     Covariances, means and counts of disjoint data merge exactly: with the difference d of two means,
-    n Σ = n₁ Σ₁ + n₂ Σ₂ + (n₁ n₂ / n) d dᵀ. Needs 8·D² bytes on disk for each layer, stage and epoch.
+    n Σ = n₁ Σ₁ + n₂ Σ₂ + (n₁ n₂ / n) d dᵀ. Needs 8·D² bytes on disk for each layer, stage and epoch,
+    and with g folds g times as much again.
     """
 
     name = "arrays"
@@ -74,14 +76,32 @@ class SavedLayer:
 
     stage: str
     layer: str
-    covariance: torch.Tensor
-    mean: torch.Tensor
-    count: int
-    sample: Reservoir | None
+    sums: tuple[Sum, ...]
+
+    @property
+    def spectral(self) -> SpectralSum:
+        """The sum from which the spectrum is read."""
+        return next(each for each in self.sums if isinstance(each, SpectralSum))
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """About the mean and divided by n, shape (D, D)."""
+        return self.spectral.covariance()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Shape (D,)."""
+        return self.spectral.mean()
+
+    @property
+    def count(self) -> int:
+        """The number of observations n."""
+        return int(self.spectral.num_observations)
 
     def spectrum(self, center: bool = True) -> Spectrum:
         """The spectrum that the metrics of this layer have read."""
-        return Spectrum.of_covariance(self.covariance, self.mean, self.count, center=center)
+        others = [each for each in self.sums if each is not self.spectral]
+        return Spectrum(self.spectral, center=center, others=others)
 
 
 def saved_epochs(directory: Path) -> dict[int, Path]:
@@ -101,38 +121,29 @@ def read_layers(path: Path) -> Iterator[SavedLayer]:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            names: dict[str, list[str]] = {}
             for name in arrays.files:
-                if not name.endswith("/covariance"):
-                    continue
-                key = name.removesuffix("/covariance")
-                stage, layer = key.split("/", 1)
-                sample = None
-                if f"{key}/sample" in arrays.files:
-                    keys, rows = arrays[f"{key}/sample_keys"], arrays[f"{key}/sample"]
-                    sample = Reservoir(torch.from_numpy(keys), torch.from_numpy(rows))
-                yield SavedLayer(
-                    stage,
-                    layer,
-                    torch.from_numpy(arrays[name]),
-                    torch.from_numpy(arrays[f"{key}/mean"]),
-                    int(arrays[f"{key}/count"]),
-                    sample,
-                )
+                place, own = name.rsplit("/", 1)
+                names.setdefault(place, []).append(own)
+            for place, kept in names.items():
+                stage, layer = place.split("/", 1)
+
+                def read(own: str, place: str = place) -> torch.Tensor:
+                    return torch.as_tensor(arrays[f"{place}/{own}"])
+
+                found = [kind for kind in kinds() if set(kind.arrays) <= set(kept)]
+                spectral = [kind for kind in found if issubclass(kind, SpectralSum)][-1]  # the most detailed
+                others = [kind for kind in found if not issubclass(kind, SpectralSum)]
+                yield SavedLayer(stage, layer, tuple(kind.restored(read) for kind in (spectral, *others)))
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
 
 
 def _arrays(record: Record) -> Iterator[tuple[str, npt.NDArray[np.float64 | np.int64]]]:
-    for (stage, layer), moments in record.moments.items():
-        key = f"{stage}/{layer}"
-        yield f"{key}/covariance", covariance(moments).cpu().numpy()
-        yield f"{key}/mean", mean(moments).cpu().numpy()
-        yield f"{key}/count", moments.count.cpu().numpy()
-        yield f"{key}/non_finite", moments.non_finite.cpu().numpy()
-        if (stage, layer) in record.samples:
-            sample = record.samples[stage, layer]
-            yield f"{key}/sample", sample.rows.cpu().numpy()
-            yield f"{key}/sample_keys", sample.keys.cpu().numpy()
+    for (stage, layer), sums in record.sums.items():
+        for each in sums:
+            for name, tensor in each.saved():
+                yield f"{stage}/{layer}/{name}", tensor.cpu().numpy()
 
 
 def _path(directory: Path, epoch: int) -> Path:

@@ -1,6 +1,6 @@
 import pytest
 
-from spectralmetrics.functional import compiled
+from spectralmetrics.sums import compiled
 
 
 @pytest.fixture(params=[None, "avx2", "avx512"], ids=["pytorch", "avx2", "avx512"])

@@ -14,8 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectralmetrics.functional import Observations, accumulate, compiled, empty_moments
-from spectralmetrics.functional.moments import Moments
+from spectralmetrics.sums import Moments, Observations, accumulate, compiled, empty_moments
 
 pytestmark = pytest.mark.usefixtures("instructions")
 

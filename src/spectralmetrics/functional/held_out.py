@@ -1,0 +1,85 @@
+r"""Eigenvalues that directions fitted to some of the data hold on the rest of it.
+
+Directions that are fitted to few observations look too unequal on the same observations: the first ones take
+more than their share of the variance, the last ones less. On data that they were not fitted to they look too
+equal. So the two spectra enclose that of unlimited data in what most statistics say of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate as running
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums import Moments, covariance, eigenvectors, merge, rebase
+from spectralmetrics.sums.decomposition import symmetrise, without_round_off
+
+
+def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tensor:
+    r"""The variance that each direction fitted to the other folds has in a fold, averaged over the folds.
+
+    For each fold :math:`i` with :math:`n_i` observations, :math:`v_{i1}, v_{i2}, \dots` are the eigenvectors of
+    all other folds together, in their order, and :math:`\mu_{-i}` is the mean of those. With the non-increasing
+    sequence that lies nearest in least squares (Barlow & Brunk 1972) in the place of
+
+    .. math:: h_k = \frac{1}{n} \sum_i \sum_{x \in \text{fold } i} \left(v_{ik}^\top (x - \mu_{-i})\right)^2
+
+    the result is a spectrum. It is the cross-validated estimate of eigenvalues (Bartz, arXiv:1611.00798), as an
+    average over the eigenvectors of each split.
+
+    Args:
+        folds: at least two, over disjoint data of one width D; see the argument ``folds`` of the metrics. What
+            belongs together (the positions of one map, the tokens of one text) must be in one fold, or the
+            folds are no strangers to each other.
+        center: False takes second moments about zero.
+
+    Returns:
+        Shape (D,), float64, descending; what round-off leaves of a zero is zero.
+
+    Raises:
+        ValueError: for fewer than two folds, folds of different widths, or a fold without observations.
+
+    >>> from spectralmetrics.functional import Observations, accumulate, empty_moments
+    >>> folds = [empty_moments(3) for _ in range(2)]
+    >>> for seed, fold in enumerate(folds):
+    ...     rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(seed))
+    ...     accumulate(fold, Observations(rows * torch.tensor([1.0, 0.5, 0.1])))
+    >>> values = held_out_eigenvalues(folds)
+    >>> bool((values.diff() <= 0).all())
+    True
+    """
+    _check(folds)
+    first, *later = folds
+    before = [None, *running([first, *later[:-1]], merge)]  # all folds before each
+    after = [*reversed(list(running(reversed(later), merge))), None]  # and all after it
+    total = torch.stack([fold.count for fold in folds]).sum()
+    found = torch.zeros(first.num_features, dtype=torch.float64, device=first.second.device)
+    for fold, left, right in zip(folds, before, after, strict=True):
+        others = right if left is None else left if right is None else merge(left, right)
+        assert others is not None
+        vectors = eigenvectors(covariance(others, center=center))[1]
+        about = others.mean() if center else torch.zeros_like(others.origin)
+        second = symmetrise(rebase(fold, about).second)
+        found += ((second @ vectors) * vectors).sum(0)
+    return without_round_off(_non_increasing(found / total))
+
+
+def _check(folds: Sequence[Moments]) -> None:
+    if len(folds) < 2:
+        raise ValueError(f"expected at least 2 folds, got {len(folds)}: nothing is held out of one")
+    widths = [fold.num_features for fold in folds]
+    if len(set(widths)) > 1:
+        raise ValueError(f"expected folds of one width, got {widths} features")
+    counts = torch.stack([fold.count for fold in folds]).tolist()
+    if not all(counts):
+        raise ValueError(f"expected observations in every fold, got {counts}")
+
+
+def _non_increasing(values: Tensor) -> Tensor:
+    # Sorted instead, the largest of many noisy values would come first, and the sum of the first be too large.
+    from scipy.optimize import isotonic_regression
+
+    fitted = isotonic_regression(values.cpu().numpy(), increasing=False).x
+    return torch.from_numpy(fitted.copy()).to(values.device).clamp_(min=0)

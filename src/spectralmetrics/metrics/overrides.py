@@ -1,0 +1,192 @@
+"""What torchmetrics does not promise, overridden here and nowhere else.
+
+Each override names the behaviour of torchmetrics that forces it, and has a test in ``TestWhatIsOverridden``
+that fails if that behaviour changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class OverriddenMetric(Metric):
+    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+
+    _computing: bool = False
+    _value_shape: torch.Size | None = None
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Add the rows that wait to the states."""
+
+    @abstractmethod
+    def take_in(self, incoming: dict[str, Any]) -> None:
+        """Add the states of another metric of this kind."""
+
+    @abstractmethod
+    def merge_processes(self, group: Any) -> None:
+        """Replace the states by those of all processes of a group together."""
+
+    @abstractmethod
+    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
+
+    def drop_states(self, names: Sequence[str]) -> None:
+        """Forget that there are states of these names; torchmetrics can only add some."""
+        for name in names:
+            for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
+                kept.pop(name, None)
+
+    @property
+    def update_called(self) -> bool:
+        """Whether rows have been offered since construction or reset."""
+        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
+        # had. Whether there are observations is checked after the merge, with an error.
+        return self._computing or self._update_count > 0
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
+        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
+        return wrapped
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def remembering_shape(*args: Any, **kwargs: Any) -> Any:
+            value = compute(*args, **kwargs)
+            self._value_shape = value.shape if isinstance(value, Tensor) else None
+            return value
+
+        stock = super()._wrap_compute(functools.wraps(compute)(remembering_shape))
+
+        @functools.wraps(compute)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._to_sync and self.distributed_available_fn():
+                # A cached value would skip the merge on the processes that had no new rows, and the others
+                # would wait for them for ever.
+                self._computed = None
+            self._computing = True
+            try:
+                value = stock(*args, **kwargs)
+            finally:
+                self._computing = False
+            # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
+            return value if self._value_shape is None else value.reshape(self._value_shape)
+
+        return wrapped
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Merge the states across processes, as torchmetrics does; if that fails they are as they were."""
+        # torchmetrics keeps a copy of the states, and leaves it and half-merged states behind an error.
+        before = self._cache
+        try:
+            super().sync(*args, **kwargs)
+        except BaseException:
+            if not self._is_synced and self._cache is not before and self._cache is not None:
+                for name, value in self._cache.items():
+                    setattr(self, name, value)
+                self._cache = None
+            raise
+
+    @contextlib.contextmanager
+    def sync_context(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any | None = None,
+        should_sync: bool = True,
+        should_unsync: bool = True,
+        distributed_available: Callable[..., Any] | None = None,
+    ) -> Iterator[None]:
+        """Merged states inside, and this process' own afterwards, whatever is raised inside."""
+        # torchmetrics has no `finally` here: an error in `compute` leaves the metric synced.
+        self.sync(
+            dist_sync_fn=dist_sync_fn,
+            process_group=process_group,
+            should_sync=should_sync,
+            distributed_available=distributed_available,
+        )
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
+        # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it
+        # is only ever replaced there, and may be large.
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        # torchmetrics would add the sums although their origins differ.
+        self.take_in(incoming_state)
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        # torchmetrics gathers whole matrices from all processes and adds them although their origins differ.
+        group = process_group or self.process_group
+        if dist_sync_fn is gather_all_tensors:
+            self.merge_processes(group)
+            return
+        # A gather function of the user's returns one tensor per process.
+        gathered = {name: dist_sync_fn(getattr(self, name), group=group) for name in self._defaults}
+        states = [dict(zip(gathered, parts, strict=True)) for parts in zip(*gathered.values(), strict=True)]
+        for name, default in self._defaults.items():
+            setattr(self, name, default.clone() if isinstance(default, Tensor) else default)
+        for state in states:
+            self.take_in(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
+        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
+        def device_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(device_only, exclude_state)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, whatever their
+        # shapes.
+        refused: list[str] = []
+        self.read_saved(state_dict, prefix, refused)
+        names = [name for name in self._defaults if prefix + name in state_dict]
+        if refused:
+            error_msgs += refused
+            for name in names:
+                state_dict.pop(prefix + name)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        with torch.inference_mode(False):
+            for name in names:
+                setattr(self, name, getattr(self, name).detach().clone())
+        if names:
+            self._computed = None
+            self._update_count = max(self._update_count, int(self.has_observed()))
+
+    @abstractmethod
+    def has_observed(self) -> bool:
+        """Whether there are sums of a known width."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torchmetrics copies and pickles what is in the instance's dictionary.
+        self.flush()
+        state: dict[str, Any] = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_live"}

@@ -1,0 +1,70 @@
+"""What belongs to the sums of a stream besides their numbers, whichever metrics share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from spectralmetrics.sums import Intake, Observations, Sum
+
+# A stream is found by the tensor that its sums are anchored in, and lives as long as that. There is no other
+# way: the metrics of a compute group share sums because torchmetrics sets the state tensors of one on the
+# others, one by one and by reference; the tensor is all that says who shares with whom.
+_STREAMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class Stream:
+    """The sums' intakes, and what has been read from them.
+
+    It must not hold the sums themselves, or it would keep them alive for ever.
+
+    Attributes:
+        cache: what has been read since the last observation: decompositions, see
+            :class:`~.functional.Spectrum`.
+        merged: process group -> the sums of all processes, as they were exchanged since then.
+    """
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, Any] = {}
+        self.merged: dict[Any, list[Sum]] = {}
+        self._intakes: dict[type[Sum], Intake] = {}
+
+    @staticmethod
+    def of(anchor: Tensor) -> Stream:
+        """The stream of the sums that are anchored in a tensor."""
+        stream: Stream | None = _STREAMS.get(anchor)
+        if stream is None:
+            stream = _STREAMS[anchor] = Stream()
+        return stream
+
+    def begin(self, sums: Sequence[Sum], gram_dtype: torch.dtype) -> None:
+        """Prepare for the first observations of sums that have just been made."""
+        self._intakes = {type(each): each.intake(gram_dtype) for each in sums}
+
+    def add(self, sums: Sequence[Sum], observations: Observations, batch: int, gram_dtype: torch.dtype) -> None:
+        """Add observations to each sum; to sums that were made elsewhere after a look at them."""
+        if not self._intakes:
+            self.begin(sums, gram_dtype)
+            for each in sums:
+                self._intakes[type(each)].meet(each)
+        for each in sums:
+            self._intakes[type(each)].add(each, observations, batch)
+        self.forget()
+
+    def flush(self, sums: Sequence[Sum]) -> None:
+        """Add the rows that wait."""
+        for each in sums:
+            intake = self._intakes.get(type(each))
+            if intake is not None and intake.flush(each):
+                self.forget()
+
+    def forget(self) -> None:
+        """Forget what has been read: there are more observations now."""
+        if self.cache:
+            self.cache = {}
+        if self.merged:
+            self.merged = {}

@@ -1,0 +1,182 @@
+"""The metrics of one layer in one stage: how they share their sums, and how they are updated and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torchmetrics import Metric, MetricCollection
+
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.sums import Observations, SpectralSum, Sum
+
+Metrics: TypeAlias = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollection
+
+
+class LayerMetrics:
+    """The metrics of one layer in one stage, and what a probe remembers beside them.
+
+    Attributes:
+        stage: ``"train"`` or ``"eval"``.
+        layer: its name.
+        collection: the metrics.
+        leaders: those that accumulate, one for each group that shares its sums.
+        forwards: of the layer since the last reset, observed or not.
+        samples: observed since the last reset.
+        epoch: number of resets so far.
+        given_up: why it is not observed until the next reset; empty if it is.
+        too_wide: whether it is left out for its width, for good.
+        transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
+    """
+
+    def __init__(self, stage: str, layer: str, collection: MetricCollection) -> None:
+        self.stage = stage
+        self.layer = layer
+        self.collection = collection
+        self.forwards = 0
+        self.samples = 0
+        self.epoch = 0
+        self.given_up = ""
+        self.too_wide = False
+        self.transformed = False
+        self.members = members(collection)
+        self.leaders: list[Metric] = [
+            getattr(collection, names[0]) for names in collection.compute_groups.values()
+        ]
+        self._spectral = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
+        # The collection's own update would read the states to share them, and rows could not wait.
+        self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
+
+    @property
+    def spectral_leaders(self) -> list[SpectralMetric]:
+        """The leaders that are metrics of this package."""
+        return self._spectral
+
+    def update(self, observations: Observations) -> None:
+        """Add observations to all metrics; gradients and inference mode are off."""
+        if self._is_direct:
+            for leader in self._spectral:
+                leader.observe(observations)
+            return
+        rows = observations.rows()
+        self.collection.update(rows if observations.valid is None else rows[observations.valid])
+
+    def sums(self) -> list[Sum]:
+        """The sums of the metrics, each kind once, of exact products before others; empty without data."""
+        kept: dict[bool, dict[type[Sum], Sum]] = {True: {}, False: {}}
+        for metric in sorted(self._spectral, key=lambda each: each.gram_dtype != torch.float64):
+            if not metric.takes_observations:
+                continue
+            for each in metric.sums:
+                if each.num_features:
+                    kept[isinstance(each, SpectralSum)].setdefault(type(each), each)
+        spectral = list(kept[True].values())[:1]
+        if not spectral or not int(spectral[0].num_observations):  # type: ignore[attr-defined]
+            return []
+        return [*spectral, *kept[False].values()]
+
+    def reset(self) -> None:
+        """Forget the observations."""
+        self.collection.reset()
+        self.forwards = self.samples = 0
+        self.epoch += 1
+        self.given_up = ""
+        self.transformed = False
+
+    def share_states(self) -> None:
+        """Give the members of each group the sums of its leader."""
+        self.collection._state_is_copy = False
+        self.collection._compute_groups_create_state_ref()
+
+    def has_seen(self) -> bool:
+        """Whether there is anything to compute; with several processes, once the states are merged."""
+        if self._spectral:
+            return all(int(metric.count) > 0 for metric in self._spectral)
+        # Metrics of other libraries merge by themselves, on all processes or on none.
+        return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.members)
+
+    def readable(self) -> dict[str, Metric]:
+        """The metrics by name, those first whose eigenvectors bring the eigenvalues that the others read."""
+        named = dict(self.collection.items(keep_base=True, copy_state=False))
+        return dict(sorted(named.items(), key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
+
+
+def members(collection: MetricCollection) -> list[Metric]:
+    """The metrics of a collection, without the sharing of states that ``values`` does."""
+    return [getattr(collection, str(name)) for name in collection.keys(keep_base=True)]
+
+
+def named_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """Metrics by the names that their values will have.
+
+    Raises:
+        TypeError: for anything that is no metric.
+        ValueError: for no metric, or a name that cannot be one or comes twice.
+    """
+    if isinstance(metrics, Metric):
+        metrics = [metrics]
+    if isinstance(metrics, MetricCollection):
+        named = [(str(key), metric) for key, metric in metrics.items(copy_state=False)]
+    elif isinstance(metrics, Mapping):
+        named = list(metrics.items())
+    elif isinstance(metrics, Sequence) and not isinstance(metrics, str):
+        named = [(getattr(metric, "short_name", type(metric).__name__), metric) for metric in metrics]
+    else:
+        hint = f"the class {metrics.__name__}; call it" if isinstance(metrics, type) else type(metrics).__name__
+        raise TypeError(f"expected a metric, a sequence or dict of metrics, got {hint}")
+    if not named:
+        raise ValueError("expected at least one metric, got none")
+    for name, metric in named:
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f"expected metric {name!r} to be a torchmetrics.Metric, got {type(metric).__name__}"
+            )
+        if {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
+            raise ValueError(
+                f"expected a metric name without dots and slashes that torch.nn.Module has not, got {name!r}"
+            )
+    names = [name for name, _ in named]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"expected each metric name once, got {twice} more than once; name them with a dict")
+    return dict(named)
+
+
+def collect(templates: Mapping[str, Metric]) -> MetricCollection:
+    """Clones in a collection whose groups are known from their settings instead of from the first data."""
+    groups = _groups(templates)
+    clones: dict[str, Metric | MetricCollection] = {}
+    for name, metric in templates.items():
+        clones[name] = clone = metric.clone()
+        clone.reset()
+    for names in groups:
+        leader = clones[names[0]]
+        if isinstance(leader, SpectralMetric):
+            have = {type(each) for each in leader.sums}
+            wanted = {type(each): each for name in names for each in _others(templates[name])}
+            leader.accumulate_also([each for kind, each in wanted.items() if kind not in have])
+    return MetricCollection(clones, compute_groups=groups)
+
+
+def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:
+    """Names of metrics that can share their sums; the first of each group accumulates for all of them."""
+    groups: list[tuple[Any, dict[type[Sum], tuple[object, ...]], list[str]]] = []
+    for name, metric in templates.items():
+        if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
+            groups.append((name, {}, [name]))
+            continue
+        key = (metric.gram_dtype, metric.folds, metric.process_group, metric.sync_on_compute)
+        others = {type(each): each.settings() for each in _others(metric)}
+        for its_key, kept, names in groups:
+            # Two sums of one kind with different settings, such as samples with different seeds, stay apart.
+            if its_key == key and all(kept.get(kind, own) == own for kind, own in others.items()):
+                kept.update(others)
+                names.append(name)
+                break
+        else:
+            groups.append((key, others, [name]))
+    return [names for _, _, names in groups]
+
+
+def _others(metric: Metric) -> Sequence[Sum]:
+    return metric.other_sums() if isinstance(metric, SpectralMetric) else ()

@@ -1,0 +1,108 @@
+"""The values of all layers in one stage, and what has to be said of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.compilation import ignores_hooks
+
+
+def read_stage(
+    places: Sequence[LayerMetrics], names: Sequence[str], read: Callable[[Any], Any]
+) -> dict[str, Any] | None:
+    """What is read of the named metrics, by ``"{metric}/{stage}/{layer}"``; None if no layer has seen anything.
+
+    Args:
+        places: the layers of one stage in forward order, their states merged.
+        names: of the metrics, in the order of the values.
+        read: of a metric.
+
+    Raises:
+        RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
+    """
+    stage = places[0].stage
+    seen = [place for place in places if place.has_seen()]
+    left_out = _left_out(places)
+    values: dict[str, Any] = {}
+    failed = []
+    for place in seen:
+        found: dict[str, Any] = {}
+        for name, metric in place.readable().items():
+            if name not in names:
+                continue
+            try:
+                if isinstance(metric, SpectralMetric):
+                    metric.check_range()
+                found[name] = read(metric)
+            except Exception as error:
+                # One value less: a user's statistic on a width it was not made for, say.
+                failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
+        values.update({f"{name}/{stage}/{place.layer}": found[name] for name in names if name in found})
+    if left_out:
+        _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
+    if failed:
+        _warn(f"values that could not be computed in {stage} are left out: {', '.join(failed)}")
+    if seen and len(seen) < len(places):
+        unseen = ", ".join(repr(place.layer) for place in places if place not in seen)
+        _warn(f"layers that saw nothing in {stage} are left out: {unseen}")
+    return values if seen else None
+
+
+def warn_of_nothing(stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool) -> None:
+    """Say that nothing at all was observed, and why, where it can be told.
+
+    Args:
+        stages: that were asked for.
+        places: all layers in all stages.
+        is_off: whether the probe is paused or removed.
+    """
+    places = list(places)
+    asked = [place for place in places if place.stage in set(stages)]
+    where = " or ".join(stages)
+    if any(place.forwards for place in asked):
+        reason = "the layers ran, but put out no observations"
+        given_up = {place.given_up for place in asked if place.given_up}
+        if given_up:
+            reason += f" ({next(iter(given_up))})"
+    elif any(place.transformed for place in asked):
+        reason = "the model ran inside transforms of torch.func, which are not observed"
+    elif any(place.forwards for place in places):
+        other = next(place.stage for place in places if place.forwards)
+        reason = f"the layers ran in {other} only; the stage is the layer's own `training` flag"
+    elif is_off:
+        reason = "the probe is paused or removed"
+    elif ignores_hooks():
+        reason = (
+            "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
+            " ignores hooks: set it to False and call torch.compiler.reset()"
+        )
+    else:
+        reason = (
+            "no probed layer has run since the probe was made or reset; a model that is exported or"
+            " scripted does not call hooks"
+        )
+    _warn(f"nothing was observed in {where}: {reason}")
+
+
+def _left_out(places: Collection[LayerMetrics]) -> list[str]:
+    """How many observations were not finite, by layer, where a metric wants that to be said."""
+    found = []
+    for place in places:
+        dropped = int(place.spectral_leaders[0].non_finite) if place.spectral_leaders else 0
+        strategies = {m.nan_strategy for m in place.members if isinstance(m, SpectralMetric)}
+        if dropped and "error" in strategies:
+            raise RuntimeError(
+                f"{dropped} observations of layer {place.layer!r} in {place.stage} hold NaN or infinite values;"
+                " nan_strategy='warn' leaves them out"
+            )
+        if dropped and "warn" in strategies:
+            found.append(f"{dropped} of {place.layer!r}")
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)

@@ -1,0 +1,83 @@
+"""Which observations of an output are drawn, and which steps of a training are observed."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import zlib
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums import Observations
+
+_GENERATORS = threading.local()
+
+
+def draw(observations: Observations, number: int, seed: int) -> Observations:
+    """At most ``number`` of the observations, each with the same probability; the global state is left alone.
+
+    All observations lie on a ring that is cut at a random place into ``number`` arcs whose lengths differ by
+    one at most, and one is drawn from each: none comes twice, all have the same chance, and neighbouring
+    positions of one map, which resemble each other, seldom come together.
+
+    >>> draw(Observations(torch.arange(10.0)[:, None]), 5, seed=0).num_observations
+    5
+    """
+    total = observations.num_observations
+    if total <= number:
+        return observations
+    device = observations.values.device
+    starts, lengths = _arcs(total, number, device)
+    # The last number turns the ring, the others place the draws in their arcs.
+    chances = torch.rand(number + 1, generator=_generator(device, seed), device=device, dtype=torch.float64)
+    index = (chances[:number] * lengths).to(torch.int64).add_(starts)
+    index.add_((chances[number:] * total).to(torch.int64)).remainder_(total)
+    return observations.take(index)
+
+
+def sample_size(rows_per_feature: float, num_features: int) -> int:
+    """⌈r·D⌉, the largest number of observations drawn from one output.
+
+    >>> sample_size(0.5, 3)
+    2
+    """
+    return math.ceil(rows_per_feature * num_features)
+
+
+def is_observed(index: int, every: int, seed: object) -> bool:
+    """Whether to observe a step, if one in ``every`` is: the first, then one drawn from each ``every`` steps.
+
+    A fixed beat would meet the same one of several forwards that a training makes in each of its steps.
+
+    Args:
+        index: of the step.
+        every: 1 observes all.
+        seed: of the draws.
+
+    >>> [index for index in range(12) if is_observed(index, 3, "seed")]
+    [0, 3, 7, 10]
+    """
+    if every == 1:
+        return True
+    block, place = divmod(index, every)
+    return place == (zlib.crc32(f"{seed} {block}".encode()) % every if block else 0)
+
+
+@functools.lru_cache(maxsize=512)
+def _arcs(total: int, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each arc starts and how long it is."""
+    with torch.inference_mode(False):
+        bounds = torch.arange(number + 1, device=device, dtype=torch.int64) * total // number
+        return bounds[:-1], bounds.diff().to(torch.float64)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    """A generator of this thread, which costs less than a new one."""
+    name = str(device)
+    generator: torch.Generator | None = getattr(_GENERATORS, name, None)
+    if generator is None:
+        generator = torch.Generator(device)
+        setattr(_GENERATORS, name, generator)
+    return generator.manual_seed(seed)

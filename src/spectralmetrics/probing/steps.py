@@ -1,0 +1,86 @@
+"""Which forwards of a model are observed: all calls of its layers inside one, or none."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectralmetrics.probing.copies import OwnHook
+from spectralmetrics.probing.hooks import Observer, Select
+from spectralmetrics.probing.sampling import is_observed
+
+
+class Steps:
+    """Counts the forwards of a model and says which are observed.
+
+    Args:
+        every: one in so many is observed.
+        seed: of the draws.
+    """
+
+    def __init__(self, every: int, seed: int) -> None:
+        self.every = every
+        self.seed = seed
+        self.counts = {"train": 0, "eval": 0}  # since the last reset
+        self.epochs = {"train": 0, "eval": 0}  # resets so far
+        self._thread = threading.local()
+
+    def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """A forward of the model begins."""
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation
+            self._inside().append(False)
+            return
+        stage = "train" if training else "eval"
+        step = self.counts[stage]
+        self.counts[stage] += 1
+        self._inside().append(is_observed(step, self.every, (self.seed, stage, self.epochs[stage])))
+
+    def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """The forward that began last ends."""
+        if inside := self._inside():
+            inside.pop()
+
+    def observes(self, stage: str, layer: str, forward: int) -> bool:
+        """Whether to observe a forward of a layer; its number counts where the model itself is not run."""
+        inside = self._inside()
+        if inside:
+            return inside[-1]
+        return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
+
+    def reset(self, stage: str) -> None:
+        """Count a stage from the beginning, with other draws."""
+        self.counts[stage] = 0
+        self.epochs[stage] += 1
+
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Put hooks on the model; return their handles. To be called after its layers have theirs."""
+        return [
+            model.register_forward_pre_hook(_Entering(Observer(self.enter, looks=False).watches(model))),
+            model.register_forward_hook(Observer(self.leave, looks=False).watches(model), always_call=True),
+        ]
+
+    def _inside(self) -> list[bool]:
+        inside: list[bool] | None = getattr(self._thread, "inside", None)
+        if inside is None:
+            inside = self._thread.inside = []
+        return inside
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._thread = threading.local()
+
+
+class _Entering(OwnHook):
+    """A pre-hook that passes on to an observer that the model runs."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._observer(module, args, None)

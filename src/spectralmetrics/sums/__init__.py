@@ -1,0 +1,54 @@
+"""What is accumulated: sums that can be re-based, merged and exchanged between processes, one kind a file."""
+
+from spectralmetrics.sums.accumulate import accumulate
+from spectralmetrics.sums.decomposition import eigenvalues, eigenvectors, symmetrise
+from spectralmetrics.sums.folds import Folds, empty_folds, stack
+from spectralmetrics.sums.merging import run_together, together
+from spectralmetrics.sums.moments import (
+    Moments,
+    covariance,
+    empty_moments,
+    mean,
+    merge,
+    moments_of_covariance,
+    rebase,
+    upper_covariance,
+    variances,
+)
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import full_precision, no_autocast
+from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, kept_rows, offer
+from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum, Sum, kinds
+
+__all__ = [
+    "Exchange",
+    "Folds",
+    "Intake",
+    "Moments",
+    "Observations",
+    "Reservoir",
+    "SpectralSum",
+    "Sum",
+    "accumulate",
+    "covariance",
+    "eigenvalues",
+    "eigenvectors",
+    "empty_folds",
+    "empty_moments",
+    "empty_reservoir",
+    "full_precision",
+    "kept_rows",
+    "kinds",
+    "mean",
+    "merge",
+    "moments_of_covariance",
+    "no_autocast",
+    "offer",
+    "rebase",
+    "run_together",
+    "stack",
+    "symmetrise",
+    "together",
+    "upper_covariance",
+    "variances",
+]

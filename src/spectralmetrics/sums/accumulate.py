@@ -1,0 +1,296 @@
+"""Rows into dense moments: centre, check, mask and multiply, in a bounded workspace.
+
+On the CPU this is compiled where it could be, see :mod:`~spectralmetrics.sums.compiled`; the same is done here
+in PyTorch everywhere else. Nothing here reads from the device: no branch and no shape depends on a value. Rows
+that hold NaN or an infinity are counted and left out. Rows that are finite and overflow when they are centred
+or squared make the sums infinite: that is said when they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums import compiled
+from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import full_precision
+
+# Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
+# centring and product; an accelerator wants fewer, larger products.
+_CPU_WORKSPACE_BYTES = 2**21
+_ACCELERATOR_WORKSPACE_BYTES = 2**26
+# Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
+_MINIMUM_ROWS_PER_PRODUCT = 2048
+# A float32 sum of many products of like sign drifts in proportion to their number: 2.4e-3 of it was seen for
+# 131,072.
+_ROWS_PER_FLOAT32_SUM = 256
+# Memory of a thread for one role, kept between updates.
+_KEPT_WORKSPACE_BYTES = 2**26
+_KEPT = threading.local()
+
+
+def accumulate(
+    moments: DenseSums,
+    observations: Observations,
+    gram_dtype: torch.dtype = torch.float64,
+    *,
+    recentre: bool = True,
+) -> None:
+    r"""Add observations to ``moments``, in place.
+
+    Rows are centred on the origin, masked, and multiplied in blocks that fit a bounded workspace; no copy
+    of all observations is made. On the CPU this is compiled where it could be, see
+    :mod:`spectralmetrics.sums.compiled`; the same is done in PyTorch everywhere else.
+
+    Args:
+        moments: the sums so far.
+        observations: floating observations of the same width, on the same device.
+        gram_dtype: dtype of the products. ``torch.float64``, or ``torch.float32`` for speed: then the centred
+            rows are scaled by a power of two to the middle of the range of float32 and each block's product
+            is added to the float64 sum.
+            Sums of more than 256 products are never left to float32, so that the error of a sum stays below
+            1e-5 of the size of its summands, as long as no feature is more than 1e18 times smaller than another
+            and no deviation from the origin exceeds 3e38.
+        recentre: first move the origin to the mean of these rows, which re-bases the sums exactly, unless they
+            are fewer than the root of the number of rows before them. False saves that; right if the origin
+            lies near the data and rows of this dtype have set it.
+
+    Raises:
+        TypeError: for observations that are not floating.
+        ValueError: for observations of another width, or a ``valid`` of another length.
+
+    >>> from spectralmetrics.sums import covariance, empty_moments
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1e9], [1e9 + 2]], dtype=torch.float64)))
+    >>> covariance(moments)
+    tensor([[1.]], dtype=torch.float64)
+    """
+    observations.check()
+    values, valid = observations.values.detach(), observations.valid
+    features = moments.second.shape[-1]
+    if observations.num_features != features:
+        raise ValueError(
+            f"expected observations with {features} features, got {observations.num_features}"
+            f" (shape {tuple(values.shape)}, feature_dim {observations.feature_dim})"
+        )
+    if values.numel() == 0:
+        return
+    fast = gram_dtype == torch.float32
+    # Half precision is exact in float32, and float64 rows keep their digits until they are centred.
+    dtype = torch.float32 if fast and values.dtype != torch.float64 else torch.float64
+    budget = _CPU_WORKSPACE_BYTES if values.device.type == "cpu" else _ACCELERATOR_WORKSPACE_BYTES
+    limit = max(budget // (features * gram_dtype.itemsize), _MINIMUM_ROWS_PER_PRODUCT)
+    if valid is not None:  # its rows are enumerated with the features last
+        values = observations.rows()
+    is_compiled = compiled.takes(moments, values, gram_dtype)
+    if is_compiled and not recentre and values.dtype in (torch.float32, torch.float64):
+        limit = values.numel()  # cuts them by itself
+    # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
+    with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
+        feature_dim = observations.feature_dim if valid is None else -1
+        for piece, dim, start in _blocks(values, feature_dim, limit):
+            chosen = None if valid is None else valid[start : start + piece.shape[0]]
+            if recentre:
+                copy = _workspace(piece, "rows", piece.shape, dtype).copy_(piece)
+                _recentre(moments, _as_rows(copy, dim), chosen, rounded=values.dtype != torch.float64)
+            if is_compiled:
+                _add_compiled(moments, piece, dim, chosen, gram_dtype)
+            else:
+                centred, finite = _centre(moments, piece, dim, dtype, exactly=recentre)
+                mask = _count(moments, finite, chosen)
+                (_add_in_float32 if fast else _add_in_float64)(moments, centred, mask)
+
+
+def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Cut observations into pieces of at most about ``limit`` rows, without copying where the layout allows it.
+
+    Yields each piece with the dimension of its features, which is the first or the last, and the place of its
+    first row among all rows (meaningful if the features come last).
+    """
+    features = values.shape[feature_dim]
+    moved = values.movedim(feature_dim, -1)
+    if moved.is_contiguous() or moved.ndim == 2:
+        start = 0
+        for rows in torch.split(moved.reshape(-1, features), limit):
+            yield rows, -1, start
+            start += rows.shape[0]
+        return
+    # (B, D, *positions) -> (D, b, p) for b samples at a time, so that runs of positions stay contiguous
+    maps = values.movedim(feature_dim, 1).flatten(2)
+    for samples in torch.split(maps, max(limit // max(maps.shape[2], 1), 1)):
+        for piece in torch.split(samples, limit, dim=2):
+            yield piece.transpose(0, 1), 0, 0
+
+
+def _as_rows(piece: Tensor, dim: int) -> Tensor:
+    """A view of shape (n, D) of what `_blocks` yields, or of contiguous memory of that shape."""
+    return piece if dim == -1 else piece.flatten(1).t()
+
+
+def _workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of any content, on a CPU the same again for the same role, since fresh pages are dear there."""
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size * dtype.itemsize > _KEPT_WORKSPACE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    name = f"{role}, {dtype}"
+    kept: Tensor | None = getattr(_KEPT, name, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=dtype, device="cpu")
+        setattr(_KEPT, name, kept)
+    return kept[:size].view(tuple(shape))
+
+
+def _add_compiled(
+    moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, gram_dtype: torch.dtype
+) -> None:
+    if piece.dtype not in (torch.float32, torch.float64):
+        piece = _workspace(piece, "rows", piece.shape, torch.float32).copy_(piece)
+    maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
+    compiled.add(moments, maps, valid, gram_dtype, functools.partial(_bytes, piece))
+
+
+def _bytes(like: Tensor, size: int) -> Tensor:
+    return _workspace(like, "panels", (size,), torch.uint8)
+
+
+def _centre(
+    moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, exactly: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows minus the origin, (n, D), in memory that the next piece uses, and which were finite, (n, 1).
+
+    A row is judged before it is centred: one that overflows then is no NaN of the user's.
+    """
+    work = _workspace(piece, "rows", piece.shape, dtype)
+    origin = moments.origin.to(dtype)
+    broadcast = origin if dim == -1 else origin[:, None, None]
+    if piece.dtype == dtype and dim == -1:
+        mask = _are_finite(piece)
+        torch.sub(piece, broadcast, out=work)
+    else:
+        mask = _are_finite(_as_rows(work.copy_(piece), dim))
+        work.sub_(broadcast)
+    centred = _as_rows(work, dim)
+    if exactly and dtype == torch.float32:
+        # What rounding the origin has lost: nothing, if rows of this dtype have set it.
+        centred.sub_((moments.origin - origin.to(torch.float64)).to(dtype))
+    return centred, mask
+
+
+def _count(moments: DenseSums, finite: Tensor, valid: Tensor | None) -> Tensor:
+    """Count rows; return which to keep, shape (N, 1)."""
+    mask = finite if valid is None else finite & valid.unsqueeze(1)
+    kept = mask.sum()
+    moments.count.add_(kept)
+    moments.non_finite.add_((mask.shape[0] if valid is None else valid.sum()) - kept)
+    return mask
+
+
+def _are_finite(rows: Tensor) -> Tensor:
+    """Which rows hold neither NaN nor infinities, shape (N, 1)."""
+    # These show in the sum of the row. The summands are made so small that nothing else does.
+    small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
+    return torch.mv(rows, small).isfinite().unsqueeze(1)
+
+
+def _clear(centred: Tensor, mask: Tensor) -> None:
+    """Set the rows to leave out to zero, whatever they hold."""
+    # As bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
+    bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
+    centred.view(bits).bitwise_and_(mask.to(bits).neg_())
+
+
+def _recentre(moments: DenseSums, rows: Tensor, valid: Tensor | None, rounded: bool) -> None:
+    """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow.
+
+    The memory of ``rows`` is used for the work and holds something else afterwards. Where the rows came in
+    float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly one float32 subtraction.
+    """
+    mask = _are_finite(rows)
+    mask = mask if valid is None else mask & valid.unsqueeze(1)
+    # The mean is taken about a row, so that constant features are centred to exactly zero.
+    pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
+    rows.sub_(pivot.to(rows.dtype))
+    _clear(rows, mask)
+    kept = mask.sum()
+    # An origin need not be the mean to the last digit: whatever it is, the sums are exact about it.
+    mean_about_pivot = rows.sum(0).to(torch.float64) / kept.clamp(min=1)
+    origin = pivot + torch.where(mean_about_pivot.isfinite(), mean_about_pivot, 0)
+    if rounded:
+        nearest = origin.to(torch.float32).to(torch.float64)
+        origin = torch.where(nearest.isfinite(), nearest, origin)
+    # A few rows that are unlike the rest, such as a last incomplete batch, must not carry the origin away.
+    followed = (kept > 0) & (kept.square() >= moments.count)
+    origin = torch.where(followed, origin, moments.origin)
+    # As in `rebase`, in place. Without observations the sums are zero, and a shift from an origin that means
+    # nothing must leave them so.
+    shift = torch.where(moments.count > 0, moments.origin - origin, 0)
+    count = moments.count.to(torch.float64)
+    half = moments.first + 0.5 * count * shift
+    left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
+    for start, stop in _block_rows(rows, 256):
+        moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
+    moments.first.add_(count * shift)
+    moments.origin.copy_(origin)
+
+
+def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
+    _clear(centred, mask)
+    for start, stop in _block_rows(centred, 64 if centred.shape[1] <= 512 else 128):
+        moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
+    moments.first.add_(centred.sum(0))
+
+
+def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
+    # Float64 rows keep their digits until they are centred and scaled.
+    _clear(centred, mask)
+    # Of a transposed view this would make a copy, row by row.
+    least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
+    scale = _power_of_two_scale(torch.maximum(-least, most))
+    centred.mul_(scale.to(centred.dtype))
+    centred = centred.to(torch.float32)
+    weight = scale.square().reciprocal()
+    for start, stop in _block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
+        # Added while it is in the cache; a product of all features would not be.
+        product = _product_of_short_sums(centred[:, start:stop], centred[:, start:])
+        moments.second[start:stop, start:].add_(product.mul_(weight))
+    moments.first.add_(centred.sum(0, dtype=torch.float64).div_(scale))
+
+
+def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
+    """The product leftᵀ right in float64, of float32 sums over few rows each."""
+    whole = left.shape[0] // _ROWS_PER_FLOAT32_SUM * _ROWS_PER_FLOAT32_SUM
+    shape = (left.shape[1], right.shape[1])
+    total = _workspace(left, "summed products", shape, torch.float64)
+    if whole:
+        # (n, b) -> (n / 256, b, 256), (n, w) -> (n / 256, 256, w)
+        transposed = left[:whole].unflatten(0, (-1, _ROWS_PER_FLOAT32_SUM)).mT
+        pieces = _workspace(left, "product", (transposed.shape[0], *shape), torch.float32)
+        torch.bmm(transposed, right[:whole].unflatten(0, (-1, _ROWS_PER_FLOAT32_SUM)), out=pieces)
+        torch.sum(pieces, 0, dtype=torch.float64, out=total)
+    if whole == left.shape[0]:
+        return total
+    rest = torch.mm(left[whole:].t(), right[whole:])
+    return total.add_(rest) if whole else total.copy_(rest)
+
+
+def _power_of_two_scale(largest: Tensor) -> Tensor:
+    """A float64 power of two that brings rows of this largest magnitude near one; 1 if they are all zero."""
+    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
+    if largest.dtype == torch.float32:
+        exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
+    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
+
+
+def _block_rows(rows: Tensor, size: int) -> Iterator[tuple[int, int]]:
+    """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work."""
+    features = rows.shape[1]
+    if rows.device.type != "cpu":
+        size = max(128, min(256, features // 4))  # fewer, larger products
+    for start in range(0, features, size):
+        yield start, min(start + size, features)

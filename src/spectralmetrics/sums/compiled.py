@@ -1,0 +1,208 @@
+"""The accumulation of :mod:`~spectralmetrics.sums.accumulate` compiled for x86-64.
+
+Installing the package compiles ``csrc/`` if there is a C++ compiler, on Linux on x86-64; the library then
+serves observations in the memory of the CPU, on processors with AVX2 or AVX-512. Everything else is done by
+PyTorch, with the same results up to rounding. Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to have
+PyTorch do it all.
+
+>>> from spectralmetrics.functional import compiled
+>>> compiled.instruction_set() in (None, "avx2", "avx512")
+True
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+
+class DenseSums(Protocol):
+    """Where dense moments are summed; see :class:`~spectralmetrics.sums.Moments` for what each tensor holds."""
+
+    @property
+    def count(self) -> Tensor: ...  # noqa: D102
+    @property
+    def non_finite(self) -> Tensor: ...  # noqa: D102
+    @property
+    def origin(self) -> Tensor: ...  # noqa: D102
+    @property
+    def first(self) -> Tensor: ...  # noqa: D102
+    @property
+    def second(self) -> Tensor: ...  # noqa: D102
+
+
+InstructionSet = Literal["avx2", "avx512"]
+
+_LIBRARY = Path(__file__).with_name("_accumulate.so")
+_INTERFACE_VERSION = 2
+# Below so many multiplications another thread takes longer to wake than it helps.
+_LEAST_WORK_TO_SHARE = 2**20
+
+
+class _Job(ctypes.Structure):
+    """Mirrors ``Job`` in csrc/accumulate.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "valid", "origin", "first", "second")),
+        *((name, ctypes.c_void_p) for name in ("count", "non_finite", "workspace")),
+        *((name, ctypes.c_int64) for name in ("samples", "positions", "features")),
+        *((name, ctypes.c_int64) for name in ("sample_stride", "position_stride", "feature_stride")),
+        *((name, ctypes.c_int32) for name in ("values_are_double", "products_are_float")),
+        *((name, ctypes.c_int32) for name in ("threads", "instructions")),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        if library.interface_version() != _INTERFACE_VERSION:
+            return None  # built from other sources than these
+    except (OSError, AttributeError):
+        return None
+    library.workspace_bytes.restype = ctypes.c_int64
+    library.workspace_bytes.argtypes = [ctypes.c_void_p]
+    library.accumulate.restype = None
+    library.accumulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return library
+
+
+@functools.cache
+def _parallel() -> ctypes.c_void_p | None:
+    """OpenMP's way to run a function on several threads, so that these are the threads of PyTorch."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except AttributeError:
+        return None
+
+
+@functools.cache
+def _best_instructions() -> int:
+    library = None if os.environ.get("SPECTRALMETRICS_COMPILED") == "0" else _library()
+    return 0 if library is None else int(library.best_instructions())
+
+
+_allowed = len(get_args(InstructionSet))
+
+
+def instruction_set() -> InstructionSet | None:
+    """What the compiled accumulation uses on this machine; None where PyTorch does all.
+
+    >>> with using(None):
+    ...     print(instruction_set())
+    None
+    """
+    sets: tuple[InstructionSet, ...] = get_args(InstructionSet)
+    best = min(_best_instructions(), _allowed)
+    return sets[best - 1] if best else None
+
+
+@contextlib.contextmanager
+def using(instructions: InstructionSet | None) -> Iterator[None]:
+    """Use no better instructions than these inside; with None, leave all to PyTorch. For comparisons.
+
+    Args:
+        instructions: ``"avx512"``, ``"avx2"`` or None.
+    """
+    global _allowed
+    before = _allowed
+    _allowed = 0 if instructions is None else get_args(InstructionSet).index(instructions) + 1
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
+    """Whether :func:`add` can be used for these values; they may have to be cast to float32 first.
+
+    Args:
+        moments: the sums so far.
+        values: observations of any shape.
+        gram_dtype: dtype of the products.
+    """
+    return (
+        instruction_set() is not None
+        # No subclass, which may hold its data elsewhere or not at all.
+        and type(values) in (Tensor, torch.nn.Parameter)
+        and values.device.type == "cpu"
+        and values.layout == torch.strided
+        and not values.is_neg()
+        and not values._is_zerotensor()
+        # Rows in float64 are scaled there before they are rounded to float32.
+        and not (values.dtype == torch.float64 and gram_dtype == torch.float32)
+        and _are_as_made(moments)
+    )
+
+
+def _are_as_made(moments: DenseSums) -> bool:
+    """Whether the sums are what ``empty_moments`` makes: memory is written to without looking again."""
+    width = moments.second.shape[-1]
+    expected = (
+        (moments.second, torch.float64, (width, width)),
+        (moments.first, torch.float64, (width,)),
+        (moments.origin, torch.float64, (width,)),
+        (moments.count, torch.int64, ()),
+        (moments.non_finite, torch.int64, ()),
+    )
+    return all(
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        for tensor, dtype, shape in expected
+    )
+
+
+def add(
+    moments: DenseSums,
+    values: Tensor,
+    valid: Tensor | None,
+    gram_dtype: torch.dtype,
+    workspace: Callable[[int], Tensor],
+) -> None:
+    """Add observations to ``moments``, in place and about their origin.
+
+    Args:
+        moments: the sums so far.
+        values: shape (samples, features, positions), float32 or float64, in any memory layout.
+        valid: shape (samples * positions,), boolean, False for observations to pass over; None if all count.
+        gram_dtype: dtype of the products; not float32 for values in float64.
+        workspace: gives memory of so many bytes.
+    """
+    library = _library()
+    assert library is not None
+    samples, features, positions = values.shape
+    sample_stride, feature_stride, position_stride = values.stride()
+    valid = None if valid is None else valid.to("cpu", torch.bool).contiguous()
+    job = _Job(
+        values=values.data_ptr(),
+        valid=None if valid is None else valid.data_ptr(),
+        origin=moments.origin.data_ptr(),
+        first=moments.first.data_ptr(),
+        second=moments.second.data_ptr(),
+        count=moments.count.data_ptr(),
+        non_finite=moments.non_finite.data_ptr(),
+        samples=samples,
+        positions=positions,
+        features=features,
+        sample_stride=sample_stride,
+        position_stride=position_stride,
+        feature_stride=feature_stride,
+        values_are_double=values.dtype == torch.float64,
+        products_are_float=gram_dtype == torch.float32,
+        threads=torch.get_num_threads() if values.numel() * features > _LEAST_WORK_TO_SHARE else 1,
+        instructions=min(_best_instructions(), _allowed),
+    )
+    memory = workspace(library.workspace_bytes(ctypes.byref(job)))
+    job.workspace = memory.data_ptr()
+    library.accumulate(ctypes.byref(job), _parallel())

@@ -1,0 +1,94 @@
+r"""Eigenvalues and eigenvectors of a covariance.
+
+The eigenvalues of a covariance are not negative; what a symmetric eigensolver returns below zero, or
+within its error bound of zero, is round-off and counts as zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def eigenvalues(covariance: Tensor) -> Tensor:
+    r"""Eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D \ge 0` of a covariance matrix.
+
+    Values below :math:`16 \max(D, 16)\, \epsilon \lambda_1` (:math:`\epsilon` of float64), which sums of many
+    products and the eigensolver cannot tell from zero, are returned as zero.
+
+    Args:
+        covariance: symmetric positive semi-definite, shape (..., D, D), floating.
+
+    Returns:
+        Shape (..., D), float64, descending.
+
+    Raises:
+        ValueError: if the last two dimensions are not square, or a value is not finite.
+
+    >>> eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    tensor([3., 1.], dtype=torch.float64)
+    """
+    values = torch.linalg.eigvalsh(check_covariance(covariance), UPLO="U")
+    return without_round_off(values.flip(-1))
+
+
+def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues as :func:`eigenvalues` gives them, and the orthonormal eigenvectors.
+
+    The sign of each eigenvector is fixed: its entry of largest magnitude is positive (the first of them
+    where several are equal), so that the result is reproducible across machines.
+
+    Args:
+        covariance: symmetric positive semi-definite, shape (..., D, D), floating.
+
+    Returns:
+        Eigenvalues (..., D) and eigenvectors (..., D, D), one in each column, both float64.
+
+    Raises:
+        ValueError: if the last two dimensions are not square, or a value is not finite.
+
+    >>> values, vectors = eigenvectors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    >>> values
+    tensor([4., 3.], dtype=torch.float64)
+    >>> vectors
+    tensor([[0., 1.],
+            [1., 0.]], dtype=torch.float64)
+    """
+    values, vectors = torch.linalg.eigh(check_covariance(covariance), UPLO="U")
+    vectors = vectors.flip(-1)
+    # Entries that agree up to round-off must not take turns at being the largest: prefer the first.
+    magnitude = vectors.abs()
+    nearly_largest = magnitude >= magnitude.amax(-2, keepdim=True) * (1 - 1e-6)
+    leading = nearly_largest.to(torch.uint8).argmax(-2, keepdim=True)
+    sign = torch.where(vectors.gather(-2, leading) < 0, -1.0, 1.0)
+    return without_round_off(values.flip(-1)), vectors * sign + 0.0
+
+
+def check_covariance(covariance: Tensor) -> Tensor:
+    """The covariance in float64; a ValueError unless it is square and finite."""
+    if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
+        raise ValueError(f"expected a covariance of shape (..., D, D), got {tuple(covariance.shape)}")
+    covariance = covariance.to(torch.float64)
+    if not torch.isfinite(covariance).all():
+        raise ValueError("expected a finite covariance, got one that holds NaN or infinite values")
+    return covariance
+
+
+def without_round_off(values: Tensor) -> Tensor:
+    """Descending eigenvalues, with zero for what round-off may have left of a zero."""
+    return torch.where(values > values[..., :1] * round_off(values.shape[-1]), values, 0)
+
+
+def round_off(features: int) -> float:
+    """What a sum of many float64 products and an eigensolver may leave of a zero, relative to the largest."""
+    return 16 * max(features, 16) * torch.finfo(torch.float64).eps
+
+
+def symmetrise(upper: Tensor) -> Tensor:
+    """The symmetric matrix with the given upper triangle, whatever stands below the diagonal.
+
+    >>> symmetrise(torch.tensor([[1.0, 2.0], [9.0, 3.0]]))
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    return upper.triu() + upper.triu(1).mT

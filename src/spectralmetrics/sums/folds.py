@@ -1,0 +1,246 @@
+"""Dense moments of disjoint parts of the data, so that what is fitted to some can be judged by the others.
+
+Batches are dealt in turn to g sums; a batch is never divided, so that what belongs to one input stays together.
+Whatever reads the sum reads all of them merged, unless it asks for the folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.merging import together
+from spectralmetrics.sums.moments import Moments, empty_moments, merge, moments_of_covariance
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.sum import Intake, SpectralSum
+
+
+@dataclass(frozen=True)
+class Folds(SpectralSum):
+    """The moments of g folds, stacked.
+
+    Attributes:
+        counts: shape (g,), int64; see :class:`~spectralmetrics.sums.Moments` for what each holds.
+        non_finites: shape (g,), int64.
+        origins: shape (g, D), float64.
+        firsts: shape (g, D), float64.
+        seconds: shape (g, D, D), float64.
+
+    >>> folds = empty_folds(2, 3)
+    >>> intake = folds.intake(torch.float64)
+    >>> for batch in range(4):
+    ...     intake.add(folds, Observations(torch.randn(5, 3)), batch)
+    >>> _ = intake.flush(folds)
+    >>> [int(fold.count) for fold in folds.folds], int(folds.num_observations)
+    ([10, 10], 20)
+    """
+
+    states: ClassVar[dict[str, str]] = {
+        "seconds": "fold_second_moment",
+        "counts": "fold_count",
+        "non_finites": "fold_non_finite",
+        "origins": "fold_origin",
+        "firsts": "fold_first_moment",
+    }
+    additive: ClassVar[frozenset[str]] = frozenset({"counts", "non_finites", "firsts", "seconds"})
+    arrays: ClassVar[tuple[str, ...]] = ("fold_covariances", "fold_means", "fold_counts", "fold_non_finites")
+    counts_batches: ClassVar[bool] = True
+
+    counts: Tensor
+    non_finites: Tensor
+    origins: Tensor
+    firsts: Tensor
+    seconds: Tensor
+
+    @property
+    def number(self) -> int:
+        """The number of folds g."""
+        return self.counts.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.seconds.shape[-1]
+
+    @property
+    def num_observations(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.counts.sum()
+
+    @property
+    def num_left_out(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.non_finites.sum()
+
+    def settings(self) -> tuple[object, ...]:
+        """See :class:`.Sum`."""
+        return ("folds", self.number)
+
+    @property
+    def folds(self) -> tuple[Moments, ...]:
+        """The moments of each fold; views of the tensors here."""
+        parts = (self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
+        return tuple(Moments(*each) for each in zip(*parts, strict=True))
+
+    @property
+    def total(self) -> Moments:
+        """The moments of all folds together."""
+        if self.num_features == 0:
+            nothing = empty_moments(0, self.seconds.device)
+            return replace(nothing, count=self.num_observations, non_finite=self.num_left_out)
+        return reduce(merge, self.folds)
+
+    def empty(self, num_features: int, device: torch.device | str | None = None) -> Folds:
+        """See :class:`.Sum`."""
+        return empty_folds(self.number, num_features, device)
+
+    def intake(self, gram_dtype: torch.dtype) -> FoldsIntake:
+        """See :class:`.Sum`."""
+        return FoldsIntake([DenseIntake(gram_dtype) for _ in range(self.number)])
+
+    def merged(self, other: Folds) -> Folds:
+        """See :class:`.Sum`."""
+        if other.settings() != self.settings():
+            raise ValueError(f"expected a state with folds={self.number} to merge, got folds={other.number}")
+        home = self.seconds.device
+        other = other.map(lambda tensor: tensor.to(home))
+        return stack([left.merged(right) for left, right in zip(self.folds, other.folds, strict=True)])
+
+    def exchange(
+        self, known: Folds | None, rank: int, world_size: int
+    ) -> Generator[Tensor, Tensor, Folds | None]:
+        """See :class:`.Sum`."""
+        before = (None,) * self.number if known is None else known.folds
+        parts = [fold.exchange(its, rank, world_size) for fold, its in zip(self.folds, before, strict=True)]
+        merged = yield from together(parts, self.seconds.device)
+        if all(each is None for each in merged):
+            return None
+        if all(each is its for each, its in zip(merged, before, strict=True)):
+            return known
+        width = max(each.num_features for each in merged if each is not None)
+        empty = empty_moments(width, self.seconds.device)
+        return stack([empty if each is None else each for each in merged])
+
+    def in_range(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.seconds.diagonal(dim1=-2, dim2=-1).isfinite().all()
+
+    def mean(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.mean()
+
+    def centred(self, rows: Tensor) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.centred(rows)
+
+    def variances(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.variances(center=center)
+
+    def covariance(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.covariance(center=center)
+
+    def eigenvalues(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.eigenvalues(center=center)
+
+    def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
+        """See :class:`.SpectralSum`."""
+        return self.total.eigenvectors(center=center)
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`.Sum`."""
+        yield from self.total.saved()  # for whoever knows of no folds
+        # An empty fold has no mean and no covariance; zeros keep the file free of NaN.
+        covariances = torch.stack([fold.covariance() for fold in self.folds])
+        yield "fold_covariances", torch.where(self.counts[:, None, None] > 0, covariances, 0)
+        means = torch.stack([fold.mean() for fold in self.folds])
+        yield "fold_means", torch.where(self.counts[:, None] > 0, means, 0)
+        yield "fold_counts", self.counts
+        yield "fold_non_finites", self.non_finites
+
+    @classmethod
+    def restored(cls, read: Callable[[str], Tensor]) -> Folds:
+        """See :class:`.Sum`."""
+        parts = [read(name) for name in cls.arrays]
+        folds = stack([moments_of_covariance(*each) for each in zip(*parts, strict=True)])
+        return _RestoredFolds(**vars(folds), given=Moments.restored(read))
+
+
+@dataclass(frozen=True)
+class _RestoredFolds(Folds):
+    """Folds whose total was kept beside them, with all the digits that the recorded values have."""
+
+    given: Moments
+
+    @property
+    def total(self) -> Moments:
+        """The moments of all folds together."""
+        return self.given
+
+
+class FoldsIntake(Intake):
+    """Deals batches to folds in turn.
+
+    Args:
+        parts: the intake of each fold.
+    """
+
+    def __init__(self, parts: Sequence[DenseIntake]) -> None:
+        self._parts = parts
+
+    def add(self, sums: Folds, observations: Observations, batch: int) -> None:
+        """See :class:`.Intake`."""
+        turn = batch % len(self._parts)
+        self._parts[turn].add(_fold(sums, turn), observations, batch)
+
+    def flush(self, sums: Folds) -> bool:
+        """See :class:`.Intake`."""
+        flushed = [part.flush(fold) for part, fold in zip(self._parts, sums.folds, strict=True)]
+        return any(flushed)
+
+    def meet(self, sums: Folds) -> None:
+        """See :class:`.Intake`."""
+        for part, fold in zip(self._parts, sums.folds, strict=True):
+            part.meet(fold)
+
+
+def empty_folds(number: int, num_features: int, device: torch.device | str | None = None) -> Folds:
+    """Folds of no observations.
+
+    Args:
+        number: of folds, g.
+        num_features: the width D.
+        device: where the sums live; the CPU by default.
+
+    >>> empty_folds(2, 3).seconds.shape
+    torch.Size([2, 3, 3])
+    """
+    return stack([empty_moments(num_features, device) for _ in range(number)])
+
+
+def stack(folds: Sequence[Moments]) -> Folds:
+    """Folds of copies of these moments.
+
+    >>> stack([empty_moments(3), empty_moments(3)]).number
+    2
+    """
+    with torch.inference_mode(False):
+        return Folds(
+            *(
+                torch.stack([getattr(fold, name) for fold in folds])
+                for name in ("count", "non_finite", "origin", "first", "second")
+            )
+        )
+
+
+def _fold(sums: Folds, turn: int) -> Moments:
+    parts = (sums.counts, sums.non_finites, sums.origins, sums.firsts, sums.seconds)
+    return Moments(*(part[turn] for part in parts))

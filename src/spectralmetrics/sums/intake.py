@@ -1,0 +1,95 @@
+"""How batches become sums: rows that wait for a product worth its pass, and an origin that follows the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums.accumulate import accumulate
+from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.sum import Intake
+
+WAITING_ROWS = 2048
+"""Batches too small for a product worth its pass over the D x D sum wait in a buffer of so many rows."""
+
+
+class DenseIntake(Intake):
+    """Adds batches to dense moments.
+
+    Args:
+        gram_dtype: dtype of the products.
+    """
+
+    def __init__(self, gram_dtype: torch.dtype) -> None:
+        self._gram_dtype = gram_dtype
+        self._origin_is_near = False  # known to lie near the data
+        self._origin_is_float32 = False  # known to be exact in float32
+        self._accumulations = 0
+        self._buffer: Tensor | None = None  # (WAITING_ROWS, D)
+        self.waiting = 0
+
+    def add(self, sums: DenseSums, observations: Observations, batch: int) -> None:
+        """See :class:`.Intake`."""
+        if not self._wait(sums, observations):
+            self._accumulate(sums, observations)
+            if self._accumulations == 1:
+                self.meet(sums)
+
+    def flush(self, sums: DenseSums) -> bool:
+        """See :class:`.Intake`."""
+        if not self.waiting:
+            return False
+        assert self._buffer is not None
+        rows, self.waiting = self._buffer[: self.waiting], 0
+        self._accumulate(sums, Observations(rows))
+        return True
+
+    def meet(self, sums: DenseSums) -> None:
+        """Read whether the origin lies near the data, which saves moving it at each update."""
+        self._accumulations = max(self._accumulations, 1)
+        self._origin_is_near = int(sums.count) > 0
+        exact = sums.origin.to(torch.float32).to(torch.float64) == sums.origin
+        self._origin_is_float32 = self._origin_is_near and bool(exact.all())
+
+    def _wait(self, sums: DenseSums, observations: Observations) -> bool:
+        """Let a small batch wait for others; False if it is none, or the first."""
+        values = observations.values
+        dtype, dim = values.dtype, observations.feature_dim
+        width = values.shape[dim]
+        count = values.numel() // width
+        few = count <= 256 or count <= min(width, WAITING_ROWS // 2)
+        if not few or observations.valid is not None or not self._accumulations:
+            return False
+        buffer = self._buffer
+        if buffer is None:
+            # In float32 half precision is exact.
+            kept = dtype if dtype == torch.float64 else torch.float32
+            buffer = self._buffer = torch.empty((WAITING_ROWS, width), dtype=kept, device=values.device)
+        elif (dtype == torch.float64) != (buffer.dtype == torch.float64):
+            return False
+        if self.waiting + count > WAITING_ROWS:
+            self.flush(sums)
+        stop = self.waiting + count
+        target = buffer[self.waiting : stop]
+        if values.ndim == 2 and dim == -1:
+            target.copy_(values)
+        else:
+            moved = values.movedim(dim, -1)
+            target.view(moved.shape).copy_(moved)
+        self.waiting = stop
+        return True
+
+    def _accumulate(self, sums: Any, observations: Observations) -> None:
+        is_float64 = observations.values.dtype == torch.float64
+        self._accumulations += 1
+        # The first rows may be unlike the rest, and features drift in training: the origin follows the data,
+        # ever more seldom.
+        milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
+        rounded = self._gram_dtype == torch.float32 and not is_float64
+        recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
+        accumulate(sums, observations, self._gram_dtype, recentre=recentre)
+        if recentre and is_float64:
+            self._origin_is_float32 = False

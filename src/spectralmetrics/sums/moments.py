@@ -1,0 +1,421 @@
+r"""Streaming first and second moments of feature vectors: re-base, merge, exchange, read.
+
+Observations :math:`x_i \in \mathbb{R}^D` are summed about an origin :math:`o` near the data,
+
+.. math:: s = \sum_i (x_i - o), \qquad S = \sum_i (x_i - o)(x_i - o)^\top,
+
+so that the covariance :math:`\Sigma = S/n - (s/n)(s/n)^\top` does not depend on the difference of two
+large numbers, as it does for sums of :math:`x x^\top` once the mean outweighs the spread. Sums about
+two origins :math:`o` and :math:`o'` are added exactly by moving one of them: with :math:`d = o' - o`,
+
+.. math:: \sum_i (x_i - o)(x_i - o)^\top = S' + s' d^\top + d s'^\top + n' d d^\top, \qquad
+          \sum_i (x_i - o) = s' + n' d.
+
+Everything here runs on the device of the data without reading from it: no branch and no shape depends
+on a value.
+
+>>> import torch
+>>> from spectralmetrics.sums import Observations, accumulate
+>>> moments = empty_moments(2)
+>>> accumulate(moments, Observations(torch.tensor([[1.0, 2.0], [3.0, 2.0], [float("nan"), 0.0]])))
+>>> covariance(moments)
+tensor([[1., 0.],
+        [0., 0.]], dtype=torch.float64)
+>>> int(moments.count), int(moments.non_finite)
+(2, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums import decomposition
+from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.merging import agree_on_width
+from spectralmetrics.sums.sum import SpectralSum
+
+# Above this number of processes the tables of origins are replaced by one more all-reduce.
+MOST_PROCESSES_WITH_TABLES = 64
+
+
+@dataclass(frozen=True)
+class Moments(SpectralSum):
+    r"""Sums over observations about an origin; the tensors are updated in place by :func:`accumulate`.
+
+    Attributes:
+        count: number of finite observations :math:`n`, shape ``()``, int64.
+        non_finite: number of observations left out for a NaN or an infinity, shape ``()``, int64.
+        origin: :math:`o`, shape ``(D,)``, float64.
+        first: :math:`s = \sum_i (x_i - o)`, shape ``(D,)``, float64.
+        second: :math:`S = \sum_i (x_i - o)(x_i - o)^\top`, shape ``(D, D)``, float64. Only its upper triangle
+            is meaningful: half the arithmetic is saved by leaving the lower one alone.
+    """
+
+    states: ClassVar[dict[str, str]] = {
+        "second": "second_moment",
+        "count": "count",
+        "non_finite": "non_finite",
+        "origin": "origin",
+        "first": "first_moment",
+    }
+    additive: ClassVar[frozenset[str]] = frozenset({"count", "non_finite", "first", "second"})
+    arrays: ClassVar[tuple[str, ...]] = ("covariance", "mean", "count", "non_finite")
+
+    count: Tensor
+    non_finite: Tensor
+    origin: Tensor
+    first: Tensor
+    second: Tensor
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.second.shape[0]
+
+    @property
+    def num_observations(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.count
+
+    @property
+    def num_left_out(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.non_finite
+
+    def empty(self, num_features: int, device: torch.device | str | None = None) -> Moments:
+        """See :class:`.Sum`."""
+        return empty_moments(num_features, device)
+
+    def intake(self, gram_dtype: torch.dtype) -> DenseIntake:
+        """See :class:`.Sum`."""
+        return DenseIntake(gram_dtype)
+
+    def merged(self, other: Moments) -> Moments:
+        """See :class:`.Sum`."""
+        home = self.second.device
+        other = other.map(lambda tensor: tensor.to(home))
+        if other.num_features == 0:
+            return replace(self, non_finite=self.non_finite + other.non_finite)
+        if self.num_features == 0:
+            copied = other.map(torch.clone)
+            return replace(copied, non_finite=copied.non_finite + self.non_finite)
+        return merge(self, other)
+
+    def exchange(
+        self, known: Moments | None, rank: int, world_size: int
+    ) -> Generator[Tensor, Tensor, Moments | None]:
+        """See :class:`.Sum`."""
+        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
+        header[rank, 0] = self.num_features
+        header[rank, 1] = known is None
+        header = (yield header).cpu()
+        if not header[:, 1].any():
+            return known
+        num_features = agree_on_width(header[:, 0])
+        if num_features == 0:
+            return None
+        mine = self if self.num_features else empty_moments(num_features)
+        if world_size <= MOST_PROCESSES_WITH_TABLES:
+            merged = yield from _exchange_with_tables(mine, rank, world_size)
+        else:
+            merged = yield from _exchange_with_common_origin(mine)
+        return merged
+
+    def in_range(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.second.diagonal().isfinite().all()
+
+    def mean(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return mean(self)
+
+    def centred(self, rows: Tensor) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return (rows.to(torch.float64) - self.origin) - self.first / self.count
+
+    def variances(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return variances(self, center=center)
+
+    def covariance(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return covariance(self, center=center)
+
+    def upper_covariance(self, *, center: bool = True) -> Tensor:
+        """As :meth:`covariance`, of which only the upper triangle is meaningful."""
+        return upper_covariance(self, center=center)
+
+    def eigenvalues(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        # Without the passes that make it symmetric: the solver reads one triangle.
+        return decomposition.eigenvalues(self.upper_covariance(center=center))
+
+    def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
+        """See :class:`.SpectralSum`."""
+        return decomposition.eigenvectors(self.upper_covariance(center=center))
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`.Sum`."""
+        yield "covariance", self.covariance()
+        yield "mean", self.mean()
+        yield "count", self.count
+        yield "non_finite", self.non_finite
+
+    @classmethod
+    def restored(cls, read: Callable[[str], Tensor]) -> Moments:
+        """See :class:`.Sum`."""
+        return moments_of_covariance(read("covariance"), read("mean"), read("count"), read("non_finite"))
+
+
+@dataclass(frozen=True)
+class _MomentsOfCovariance(Moments):
+    """Moments made of a covariance that was there: multiplied by n and divided again it would lose digits."""
+
+    given: Tensor
+
+    def covariance(self, *, center: bool = True) -> Tensor:
+        """The covariance as it was given."""
+        return self.given if center else self.given.addr(self.origin, self.origin)
+
+    def upper_covariance(self, *, center: bool = True) -> Tensor:
+        """The covariance as it was given."""
+        return self.covariance(center=center)
+
+
+def moments_of_covariance(
+    covariance: Tensor, mean: Tensor, count: int | Tensor, non_finite: int | Tensor = 0
+) -> Moments:
+    """The moments of data of which the covariance is known, such as one read from a file.
+
+    Args:
+        covariance: symmetric, about the mean and divided by n, shape (D, D).
+        mean: shape (D,).
+        count: the number of observations n.
+        non_finite: the number that was left out.
+
+    Raises:
+        ValueError: for a covariance that is not square, or not finite.
+
+    >>> moments_of_covariance(torch.eye(2), torch.zeros(2), 3).second
+    tensor([[3., 0.],
+            [0., 3.]], dtype=torch.float64)
+    """
+    covariance, mean = decomposition.check_covariance(covariance), mean.to(torch.float64)
+    return _MomentsOfCovariance(
+        count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
+        non_finite=torch.as_tensor(non_finite, dtype=torch.int64, device=covariance.device),
+        origin=mean,
+        first=torch.zeros_like(mean),
+        second=covariance * count,
+        given=covariance,
+    )
+
+
+def empty_moments(num_features: int, device: torch.device | str | None = None) -> Moments:
+    """Moments of no observations.
+
+    Args:
+        num_features: the width D.
+        device: where the sums live; the CPU by default.
+
+    >>> empty_moments(3).second.shape
+    torch.Size([3, 3])
+    """
+    device = torch.device(device or "cpu")
+    # Tensors made in inference mode could never be updated outside it.
+    with torch.inference_mode(False):
+        return Moments(
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            non_finite=torch.zeros((), dtype=torch.int64, device=device),
+            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
+            first=torch.zeros(num_features, dtype=torch.float64, device=device),
+            second=torch.zeros(num_features, num_features, dtype=torch.float64, device=device),
+        )
+
+
+def rebase(moments: Moments, origin: Tensor) -> Moments:
+    """The same sums about another origin, exactly up to rounding; the input is left as it was.
+
+    Args:
+        moments: sums about ``moments.origin``.
+        origin: the new origin, shape (D,), float64.
+
+    >>> from spectralmetrics.sums import Observations, accumulate
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [2.0]])))
+    >>> rebase(moments, torch.zeros(1, dtype=torch.float64)).second
+    tensor([[5.]], dtype=torch.float64)
+    """
+    shift = moments.origin - origin
+    count = moments.count.to(torch.float64)
+    # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
+    half = moments.first + 0.5 * count * shift
+    left = torch.stack([half, shift], dim=1)
+    right = torch.stack([shift, half], dim=0)
+    return replace(
+        moments,
+        origin=origin,
+        first=moments.first + count * shift,
+        second=torch.addmm(moments.second, left, right),
+    )
+
+
+def merge(left: Moments, right: Moments) -> Moments:
+    """The moments of two disjoint sets of observations together; neither input is changed.
+
+    A side without observations contributes nothing, not even its origin, and the result's origin is one of
+    the two given: it is the same data summed in another order.
+
+    >>> from spectralmetrics.sums import Observations, accumulate
+    >>> left, right = empty_moments(1), empty_moments(1)
+    >>> accumulate(left, Observations(torch.tensor([[0.0], [2.0]])))
+    >>> accumulate(right, Observations(torch.tensor([[1e6], [1e6 + 2]])))
+    >>> merge(left, right).count
+    tensor(4)
+    """
+    # The origin of the larger side lies nearer to the common mean.
+    origin = torch.where(left.count >= right.count, left.origin, right.origin)
+    left, right = rebase(left, origin), rebase(right, origin)
+    return Moments(
+        count=left.count + right.count,
+        non_finite=left.non_finite + right.non_finite,
+        origin=origin,
+        first=left.first + right.first,
+        second=left.second + right.second,
+    )
+
+
+def mean(moments: Moments) -> Tensor:
+    """The mean of the observations, shape (D,), float64; NaN where there are none.
+
+    >>> from spectralmetrics.sums import Observations, accumulate
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [4.0]])))
+    >>> mean(moments)
+    tensor([2.5000], dtype=torch.float64)
+    """
+    return moments.origin + moments.first / moments.count
+
+
+def variances(moments: Moments, *, center: bool = True) -> Tensor:
+    """The diagonal of :func:`covariance`, shape (D,), float64, without building the matrix.
+
+    >>> from spectralmetrics.sums import Observations, accumulate
+    >>> moments = empty_moments(2)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0, 0.0], [3.0, 0.0]])))
+    >>> variances(moments)
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    offset = moments.first / moments.count
+    about_mean = (moments.second.diagonal() / moments.count - offset.square()).clamp_(min=0)
+    return about_mean if center else about_mean + (moments.origin + offset).square()
+
+
+def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False) -> Tensor:
+    r"""The covariance :math:`\frac{1}{n} \sum_i (x_i - \mu)(x_i - \mu)^\top` of the observations.
+
+    Args:
+        moments: the sums.
+        center: with False, the second moment about zero, :math:`\frac{1}{n}\sum_i x_i x_i^\top`.
+        unbiased: divide by :math:`n - 1`.
+
+    Returns:
+        Symmetric matrix of shape (D, D), float64; NaN where there are no observations.
+
+    >>> from spectralmetrics.sums import Observations, accumulate
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [3.0]])))
+    >>> covariance(moments)
+    tensor([[1.]], dtype=torch.float64)
+    >>> covariance(moments, unbiased=True)
+    tensor([[2.]], dtype=torch.float64)
+    >>> covariance(moments, center=False)
+    tensor([[5.]], dtype=torch.float64)
+    """
+    return decomposition.symmetrise(upper_covariance(moments, center=center, unbiased=unbiased))
+
+
+def upper_covariance(moments: Moments, *, center: bool = True, unbiased: bool = False) -> Tensor:
+    """As :func:`covariance`, but only the upper triangle is meaningful: all that an eigensolver reads.
+
+    >>> from spectralmetrics.sums import Observations, accumulate
+    >>> moments = empty_moments(1)
+    >>> accumulate(moments, Observations(torch.tensor([[1.0], [3.0]])))
+    >>> upper_covariance(moments)
+    tensor([[1.]], dtype=torch.float64)
+    """
+    count = moments.count.to(torch.float64)
+    offset = moments.first / count
+    upper = (moments.second / count).addr_(offset, offset, alpha=-1)
+    if not center:
+        average = moments.origin + offset
+        upper = upper.addr_(average, average)
+    if unbiased:
+        upper = upper.mul_(count / (count - 1))
+    # Variances cannot be negative; round-off must not make them so.
+    upper.diagonal().clamp_(min=0)
+    return upper
+
+
+def _exchange_with_tables(local: Moments, rank: int, world_size: int) -> Generator[Tensor, Tensor, Moments]:
+    features, device = local.num_features, local.second.device
+    count = local.count.to(torch.float64)
+    upper = _upper_triangle(features, device)
+    # The scatter about the local mean needs no common origin.
+    offset = local.first / count.clamp(min=1)
+    scatter = torch.addr(local.second, local.first, offset, alpha=-1)
+    table = torch.zeros(world_size, 2 * features + 1, dtype=torch.float64, device=device)
+    table[rank] = torch.cat([count[None], local.origin, offset])
+    packed = torch.cat([local.non_finite.to(torch.float64)[None], table.flatten(), scatter[upper]])
+    packed = yield packed
+    non_finite, tables, scatters = torch.split(packed, [1, table.numel(), packed.numel() - 1 - table.numel()])
+    counts, origins, offsets = torch.split(tables.reshape(world_size, -1), [1, features, features], dim=1)
+    total = counts.sum()
+    # A mean is kept as origin plus offset: their sum would lose the digits of data far from zero.
+    largest = counts.argmax()
+    origin = origins[largest]
+    share = counts / total.clamp(min=1)
+    origin = origin + (share * ((origins - origin) + offsets)).sum(0)
+    deviations = (origins - origin) + offsets
+    second = torch.zeros_like(local.second)
+    second[upper] = scatters
+    second.addmm_((counts * deviations).t(), deviations)
+    return Moments(
+        count=total.to(torch.int64),
+        non_finite=non_finite[0].to(torch.int64),
+        origin=origin,
+        first=(counts * deviations).sum(0),
+        second=second,
+    )
+
+
+def _exchange_with_common_origin(local: Moments) -> Generator[Tensor, Tensor, Moments]:
+    features, device = local.num_features, local.second.device
+    count = local.count.to(torch.float64)
+    # The origin need only lie near the data, so this mean may be rounded; what follows is exact about it.
+    sums = yield torch.cat([count[None], count * local.origin + local.first])
+    origin = sums[1:] / sums[0].clamp(min=1)
+    moved = rebase(local, origin)
+    upper = _upper_triangle(features, device)
+    packed = yield torch.cat(
+        [count[None], local.non_finite.to(torch.float64)[None], moved.first, moved.second[upper]]
+    )
+    second = torch.zeros_like(local.second)
+    second[upper] = packed[2 + features :]
+    return Moments(
+        count=packed[0].to(torch.int64),
+        non_finite=packed[1].to(torch.int64),
+        origin=origin,
+        first=packed[2 : 2 + features],
+        second=second,
+    )
+
+
+def _upper_triangle(features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(features, features, device=device)
+    return rows, columns

@@ -1,0 +1,80 @@
+"""Observations in the memory layout in which a layer produced them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Observations in the memory layout in which a layer produced them.
+
+    Attributes:
+        values: floating tensor; every dimension but ``feature_dim`` enumerates observations.
+        feature_dim: the dimension of size D that holds the features of one observation.
+        valid: shape (N,), boolean, False for rows to pass over, such as padding; None if all count.
+
+    >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
+    torch.Size([128, 3])
+    """
+
+    values: Tensor
+    feature_dim: int = -1
+    valid: Tensor | None = None
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.values.shape[self.feature_dim]
+
+    @property
+    def num_observations(self) -> int:
+        """The number of observations N, those passed over included."""
+        return self.values.numel() // max(self.num_features, 1)
+
+    def check(self) -> None:
+        """Raise unless these are floating observations of at least one feature, and ``valid`` fits them.
+
+        Raises:
+            TypeError: for values that are no floating tensor.
+            ValueError: for values without features, or a ``valid`` of another length.
+        """
+        values, valid = self.values, self.valid
+        if not isinstance(values, Tensor):
+            raise TypeError(f"expected rows as a floating tensor of shape (N, D), got {type(values).__name__}")
+        if not values.is_floating_point():
+            raise TypeError(
+                f"expected observations of a floating dtype, got {values.dtype}; cast them to float first"
+            )
+        if values.ndim == 0 or self.num_features == 0:
+            raise ValueError(f"expected at least one feature, got rows of shape {tuple(values.shape)}")
+        if valid is not None and valid.shape != (self.num_observations,):
+            raise ValueError(
+                f"expected valid of shape ({self.num_observations},), one flag for each observation, got"
+                f" {tuple(valid.shape)}"
+            )
+
+    def rows(self) -> Tensor:
+        """All observations as a matrix of shape (N, D); a view where the layout allows it."""
+        return self.values.movedim(self.feature_dim, -1).reshape(-1, self.num_features)
+
+    def take(self, index: Tensor) -> Observations:
+        """The observations at the positions ``index`` of :meth:`rows`, without building all rows."""
+        valid = None if self.valid is None else self.valid[index]
+        moved = self.values if self.feature_dim == -1 else self.values.movedim(self.feature_dim, -1)
+        if moved.is_contiguous():
+            rows = moved.reshape(-1, moved.shape[-1]).index_select(0, index)
+            return Observations(rows, valid=valid)
+        positions = []
+        for size in reversed(moved.shape[:-1]):
+            positions.append(index % size)
+            index = index // size
+        return Observations(moved[tuple(reversed(positions))], valid=valid)
+
+    def to(self, device: torch.device) -> Observations:
+        """The observations on another device."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return Observations(self.values.to(device), self.feature_dim, valid)

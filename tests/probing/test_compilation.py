@@ -1,0 +1,210 @@
+"""Compiled models: every forward is seen once, and the graph is the user's with one operation more."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import spectralmetrics as sm
+from spectralmetrics import LayerProbe
+from spectralmetrics.probing import compilation
+from tests.probing.test_probe import assert_nothing, same
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def made(seed=0):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def count(probe, layer="head", stage="train"):
+    return int(probe[stage, layer]["saturation"].count)
+
+
+def steps(model, run, sizes=(4, 4, 6, 5)):
+    """Outputs and gradients of some training steps."""
+    seen = []
+    for number, size in enumerate(sizes):
+        x = torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        y = run(x)
+        y.square().sum().backward()
+        seen += [y.detach().clone(), *(p.grad.clone() for p in model.parameters())]
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # inside the compiler
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("training", [True, False])
+def test_fullgraph_is_the_users_own_graph(backend, training):
+    model = made().train(training)
+    twin = copy.deepcopy(model)
+    probe = LayerProbe(model)
+    probed = steps(model, torch.compile(model, backend=backend, fullgraph=True))
+    torch.compiler.reset()  # or the twin's batch sizes would be dynamic from the beginning, in other kernels
+    plain = steps(twin, torch.compile(twin, backend=backend, fullgraph=True))
+    assert same(probed, plain)
+    stage = "train" if training else "eval"
+    assert count(probe, "head", stage) == 19
+    assert count(probe, "conv", stage) == 19 * 64
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("when", ["probe first", "compile first", "after a run", "after a sibling's run"])
+def test_whenever_the_probe_is_made(when, in_place):
+    model = made()
+
+    def compiled(net):
+        if in_place:
+            net.compile(backend="eager", fullgraph=True)
+            return net
+        return torch.compile(net, backend="eager", fullgraph=True)
+
+    if when == "after a sibling's run":
+        compiled(made(1))(torch.randn(4, 3, 8, 8))
+    if when == "probe first":
+        probe = LayerProbe(model)
+    run = compiled(model)
+    if when == "after a run":
+        run(torch.randn(4, 3, 8, 8))
+    if when != "probe first":
+        probe = LayerProbe(run)
+    for _ in range(3):
+        run(torch.randn(2, 3, 8, 8))
+    model.eval()
+    run(torch.randn(2, 3, 8, 8))
+    assert (count(probe), count(probe, stage="eval")) == (6, 2)
+    probe.remove()
+    run(torch.randn(2, 3, 8, 8))
+    assert (count(probe), count(probe, stage="eval")) == (6, 2)
+
+
+def test_siblings_are_apart():
+    """The next fold of a cross-validation, a teacher: Dynamo keeps graphs by class."""
+    first, second, third = made(1), made(2), made(3)
+    run_first = torch.compile(first, backend="eager")
+    run_first(torch.randn(5, 3, 8, 8))
+    probe = LayerProbe(second)
+    run_second = torch.compile(second, backend="eager")
+    run_second(torch.randn(6, 3, 8, 8))
+    run_first(torch.randn(5, 3, 8, 8))
+    with LayerProbe(third) as other:
+        run_third = torch.compile(third, backend="eager")
+        run_third(torch.randn(7, 3, 8, 8))
+        run_second(torch.randn(6, 3, 8, 8))
+    assert (count(probe), count(other)) == (12, 7)
+
+
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)
+def test_a_model_compiled_before_hooks_were_heeded():
+    """Dynamo's default: what was compiled then must be compiled again once the first probe is made."""
+    model = made()
+    step = torch.compile(lambda x: model(x).sum(), backend="eager")  # the model is part of a function
+    step(torch.randn(4, 3, 8, 8))
+    probe = LayerProbe(model)
+    assert not torch._dynamo.config.skip_nnmodule_hook_guards
+    step(torch.randn(4, 3, 8, 8))
+    assert count(probe) == 4
+
+
+def test_who_has_hooks_ignored_again_is_told():
+    probe = LayerProbe(made(1))
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        assert compilation.ignores_hooks()
+        assert_nothing(probe, "skip_nnmodule_hook_guards")
+    assert not compilation.ignores_hooks()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_checkpoints_inside_count_once(backend):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.outer(checkpoint(lambda y: torch.tanh(self.inner(y)), x, use_reentrant=False))
+
+    model = Checkpointed()
+    probe = LayerProbe(model)
+    run = torch.compile(model, backend=backend)
+    for _ in range(3):
+        run(torch.randn(9, 6)).sum().backward()
+    assert (count(probe, "inner"), count(probe, "outer")) == (27, 27)
+
+
+def test_values_are_those_of_the_eager_model():
+    model = made()
+    metrics = [sm.SaturationMetric(), sm.CovarianceMetric()]
+    compiled_probe = LayerProbe(
+        model, metrics, select={"conv": lambda maps: maps.mean((2, 3))}, every_n_steps=2
+    )
+    steps(model, torch.compile(model, backend="eager", fullgraph=True))
+    values = compiled_probe.compute()
+    compiled_probe.remove()
+    model.zero_grad()
+    eager = made()
+    eager_probe = LayerProbe(eager, metrics, select={"conv": lambda maps: maps.mean((2, 3))}, every_n_steps=2)
+    steps(eager, eager)
+    for key, value in eager_probe.compute().items():
+        torch.testing.assert_close(values[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_in_nests():
+    class Nest(nn.Module):
+        def forward(self, x):
+            return {"ids": x.long(), "hidden": (x * 2, x)}
+
+    model = nn.Sequential(nn.Linear(3, 4), Nest())
+    probe = LayerProbe(model, layers=["0", "1"])
+    torch.compile(model, backend="eager", fullgraph=True)(torch.randn(5, 3))
+    assert (count(probe, "0"), count(probe, "1")) == (5, 5)
+
+
+def test_masks_and_pauses_act_at_every_run():
+    model = nn.Sequential(nn.Linear(3, 4))
+    probe = LayerProbe(model)
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    tokens, mask = torch.randn(2, 5, 3), torch.arange(5).expand(2, 5) < 3
+    with probe.mask(mask):
+        run(tokens)
+    with probe.paused():
+        run(tokens)
+    run(tokens)
+    assert count(probe, "0") == 6 + 10
+
+
+def test_exported_programs_hold_no_operation_of_the_probe():
+    model = made().eval()
+    LayerProbe(model)
+    program = torch.export.export(model, (torch.randn(2, 3, 8, 8),))
+    assert "spectralmetrics" not in str(program.graph)
+
+
+def test_transforms_inside_a_compiled_function():
+    model = nn.Sequential(nn.Linear(3, 4))
+    probe = LayerProbe(model)
+    run = torch.compile(lambda x: torch.vmap(model)(x), backend="eager")
+    expected = model(torch.ones(5, 3))
+    probe.reset()
+    torch.testing.assert_close(run(torch.ones(5, 3)), expected)
+    assert_nothing(probe, "")
