@@ -154,7 +154,7 @@ def _kinds(recorded: Mapping[str, Settings]) -> list[type[SpectralMetric]]:
 
 def _at(metrics: dict[str, SpectralMetric], threshold: float, named: bool) -> dict[str, SpectralMetric]:
     """The metrics at a threshold, and those that have none."""
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     found: dict[str, SpectralMetric] = {}
     for name, metric in metrics.items():
         if hasattr(metric, "threshold"):
