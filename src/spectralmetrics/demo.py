@@ -18,7 +18,7 @@ from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording import Recorder, draw_run
 from spectralmetrics.recording.record import Row
-from spectralmetrics.recording.recorder import Mode
+from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 

@@ -428,6 +428,7 @@ class TestRepeated:
         for epoch in range(2):
             recorder.add_scalar("loss", epoch)
             recorder.record()
+        recorder.close()
         (tmp_path / ".recording.json.tmp").rmdir()
         assert [row["epoch"] for row in read_csv(tmp_path)] == ["0", "1"]
         with Recorder(tmp_path, mode="resume") as recorder:
