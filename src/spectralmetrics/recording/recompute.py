@@ -166,7 +166,10 @@ def _rebuild(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
         raise ValueError(
             f"the settings {unknown} of {name!r} could not be recorded: pass a metric that has them"
         )
-    return kinds[short_name](**settings)
+    try:
+        return kinds[short_name](**settings)
+    except TypeError as error:
+        raise ValueError(f"the recorded settings of {name!r} are none of {short_name!r}: {error}") from error
 
 
 def _kinds(recorded: Mapping[str, Settings]) -> list[type[SpectralMetric]]:
