@@ -174,3 +174,28 @@ class TestPictures:
             "spectrum-eval-epoch-000000.png",
             "spectrum-train-epoch-000000.png",
         ]
+
+    @pytest.mark.parametrize("name", ["$loss_{x$", "$", "a$b$c", r"$\frac$", "$x^$ {"])
+    def test_names_are_no_mathematics(self, name, tmp_path, monkeypatch):
+        """matplotlib would set what stands between dollar signs, or fail to."""
+        from spectralmetrics.recording import draw, pictures
+
+        written = []
+        monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: None)
+        monkeypatch.setattr(draw, "save_figure", lambda figure, path, dpi: written.append(figure))
+        model = make_model()
+        named = {"s": SaturationMetric(), f"{name}rank": SpectrumMetric()}
+        with make_probe(model, named) as probe, Recorder(tmp_path, probe, ["csv", "plot"]) as recorder:
+            run_epoch(model, 0)
+            recorder.add_scalar(name, 0.5, stage="eval")
+            recorder.add_scalar(f"{name}norm", 0.5, stage=f"{name}stage", layer="layer")
+            recorder.record()
+        draw_run(tmp_path)
+        texts = set()
+        for figure in written:
+            figure.draw_without_rendering()
+            for ax in figure.axes:
+                texts |= {ax.get_title(), ax.get_ylabel()}
+        shown = {text.replace(r"\$", "$") for text in texts}
+        assert any(f"eval {name} 0.5" in text for text in shown)
+        assert f"{name}norm".replace("_", " ") in shown

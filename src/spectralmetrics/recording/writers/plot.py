@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectralmetrics.plotting import plot_covariance, plot_embedding, plot_layers, plot_spectrum
+from spectralmetrics.plotting import literal, plot_covariance, plot_embedding, plot_layers, plot_spectrum
 from spectralmetrics.recording.files import sweep
 from spectralmetrics.recording.pictures import draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Record
@@ -112,7 +112,7 @@ def _draw_layers(record: Record, statistic: str, stage: str, keys: Mapping[str, 
     if next(iter(values.values())).ndim == 2:
         is_embedding = record.statistics[statistic].get("metric") == "embedding"
         draw = plot_embedding if is_embedding else plot_covariance
-    title = f"{title_of(statistic, record.statistics)}, {stage}, epoch {record.epoch}"
+    title = f"{title_of(statistic, record.statistics)}, {literal(stage)}, epoch {record.epoch}"
     return plot_layers(values, draw, title=title)[0]
 
 
