@@ -89,7 +89,7 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
         column: _longest([*headings[column], *(cells.get((layer, *column), "") for layer in names)])
         for column in columns
     }
-    tables = []
+    tables: list[Table] = []
     for shown in _that_fit(widths, width - _table_width([name_width])) or [[]]:
         title = f"Epoch {record.epoch}" if tables else ", ".join([f"Epoch {record.epoch}", *scalars])
         table = Table(title=Text(title), title_justify="left")
