@@ -34,8 +34,8 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
     if not isinstance(values, Mapping):
         raise TypeError(
             "expected what a probe's compute() or a recorder's record() returned, got a"
-            f" {type(values).__name__}. Of rows, as recompute() returns them, write {{row['layer']: row['value']"
-            " for row in rows if (row['epoch'], row['stage'], row['statistic']) =="
+            f" {type(values).__name__}. Of rows, as recompute() returns them, write {{row['layer']:"
+            " row['value'] for row in rows if (row['epoch'], row['stage'], row['statistic']) =="
             f" (epoch, {stage!r}, {metric!r}) and row['layer'] != 'mean'}}"
         )
     prefix = f"{metric}/{stage}/"

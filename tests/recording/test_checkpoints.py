@@ -19,6 +19,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:added after the last record")  # as what is killed cannot warn
 @pytest.mark.parametrize("where", ["before record", "after record", "before the checkpoint", "after it"])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
