@@ -209,6 +209,17 @@ class TestThreshold:
         expected.update(values)
         torch.testing.assert_close(model[0].spectrum().covariance, expected.compute())
 
+    def test_those_of_numpy(self):
+        projection, values = trained(threshold=np.float32(0.5))
+        file = io.BytesIO()
+        torch.save(projection.state_dict(), file)
+        file.seek(0)
+        fresh = PCAProjection(WIDTH)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        assert fresh.threshold == 0.5
+        set_projection_threshold(projection, np.float64(1.0))
+        assert projection(values) is values
+
     @pytest.mark.parametrize("wrong", [0.0, 1.1, float("nan"), "high"])
     def test_wrong_ones(self, wrong):
         projection, values = trained(threshold=0.9)
