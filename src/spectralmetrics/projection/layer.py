@@ -98,7 +98,7 @@ class PCAProjection(nn.Module):
         """The number of directions k that are kept: the intrinsic dimension at the threshold.
 
         Raises:
-            RuntimeError: before any training forward.
+            RuntimeError: before any data was seen.
         """
         if self._random is not None:
             return self._random.shape[1]
@@ -153,7 +153,7 @@ class PCAProjection(nn.Module):
                 together, the first one's directions count.
 
         Raises:
-            RuntimeError: before any training forward.
+            RuntimeError: before any data was seen.
         """
         width, rank = self.spectrum().num_features, self.rank
         device = "cpu" if generator is None else generator.device
