@@ -61,17 +61,11 @@ def experiment(seed: int, epochs: int) -> list[dict[str, float]]:
         train_epoch()
     unprojected = accuracy(model.eval(), test_images, test_labels)
     found = []
-    with insert_projections(model, nn.Conv2d):
-        # The covariance of the final network's features on the training digits: forwards in training mode,
-        # without steps; batch normalisation must not move.
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        with torch.no_grad():
+    with insert_projections(model, nn.Conv2d) as projections:
+        # The covariance of the final network's features on the training digits.
+        with torch.no_grad(), projections.collect():
             for part in images.split(250):
                 model(part)
-        model.eval()
         for threshold in THRESHOLDS:
             rows = set_projection_threshold(model, threshold)
             projected = accuracy(model, test_images, test_labels)

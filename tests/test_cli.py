@@ -46,19 +46,19 @@ class TestDemo:
         for row in rows:
             if row["statistic"] == "saturation":
                 assert 0 <= float(row["value"]) <= 1
-        assert {row["epoch"] for row in rows} == {"1", "2"}
+        assert {row["epoch"] for row in rows} == {"0", "1"}
 
     def test_arrays_and_pictures(self, finished):
         folder = finished[1]
         assert sorted(path.name for path in (folder / "arrays").iterdir()) == [
+            "epoch-000000.npz",
             "epoch-000001.npz",
-            "epoch-000002.npz",
         ]
         names = {path.name for path in (folder / "plots").iterdir()}
         assert names == {
-            *(f"{s}-epoch-00000{k}.png" for s in ("saturation", "intrinsic_dimension") for k in (1, 2)),
+            *(f"{s}-epoch-00000{k}.png" for s in ("saturation", "intrinsic_dimension") for k in (0, 1)),
             *(f"{s}-{t}-epochs.png" for s in ("saturation", "intrinsic_dimension") for t in ("train", "eval")),
-            *(f"spectrum-{stage}-epoch-000002.png" for stage in ("train", "eval")),
+            *(f"spectrum-{stage}-epoch-000001.png" for stage in ("train", "eval")),
         }
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "plots").iterdir())
 
@@ -79,13 +79,13 @@ class TestDemo:
         assert printed.splitlines() == [line for line in recorded if "accuracy" not in line]
         output = tmp_path / "more.csv"
         assert main(["recompute", str(run), "--threshold", "0.5", "0.9", "--output", str(output)]) == 0
-        assert "2,eval,mean,saturation@0.5," in output.read_text()
+        assert "1,eval,mean,saturation@0.5," in output.read_text()
         assert capsys.readouterr().out == ""
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["plot", "RUN", "--epoch", "7"], "1 to 2, got 7"),
+            (["plot", "RUN", "--epoch", "7"], "0 to 1, got 7"),
             (["plot", "RUN", "--statistics", "rank"], "got 'rank'"),
             (["recompute", "RUN", "--statistics", "rank"], "got 'rank'"),
             (["recompute", "RUN", "--statistics", "covariance"], "numbers, got 'covariance'"),

@@ -189,12 +189,15 @@ class TestThreshold:
             ]
             torch.testing.assert_close(model(values), alone(alone(values)))
 
-    def test_before_any_data(self):
+    def test_before_any_data_it_says_what_to_do(self):
         model = nn.Sequential(PCAProjection(WIDTH), PCAProjection(None))
+        with pytest.raises(RuntimeError, match=r"no projection .* has seen data.*collect\(\)"):
+            set_projection_threshold(model, 0.5)
+        assert [projection.threshold for projection in model] == [0.99, 0.99]
+        model[1](correlated((300, WIDTH), 1))
         rows = set_projection_threshold(model, 0.5)
-        assert rows == [("0", None, WIDTH, None), ("1", None, None, None)]
-        model(correlated((300, WIDTH), 1))
-        assert model.eval()[0].rank == trained((300, WIDTH), threshold=0.5)[0].rank
+        rank = trained((300, WIDTH), threshold=0.5)[0].rank
+        assert rows == [("0", None, WIDTH, None), ("1", rank, WIDTH, rank / WIDTH)]
 
     def test_reading_in_the_middle_of_training_disturbs_nothing(self):
         values = correlated((300, WIDTH), 1)
@@ -205,6 +208,17 @@ class TestThreshold:
         expected = CovarianceMetric()
         expected.update(values)
         torch.testing.assert_close(model[0].spectrum().covariance, expected.compute())
+
+    def test_those_of_numpy(self):
+        projection, values = trained(threshold=np.float32(0.5))
+        file = io.BytesIO()
+        torch.save(projection.state_dict(), file)
+        file.seek(0)
+        fresh = PCAProjection(WIDTH)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        assert fresh.threshold == 0.5
+        set_projection_threshold(projection, np.float64(1.0))
+        assert projection(values) is values
 
     @pytest.mark.parametrize("wrong", [0.0, 1.1, float("nan"), "high"])
     def test_wrong_ones(self, wrong):
@@ -424,7 +438,7 @@ class TestInsert:
         expected = model.eval()(x)
         with insert_projections(model, layers=["0", "3", "5"], threshold=0.5) as projections:
             assert projections.layers == ["0", "3", "5"]
-            assert [type(p) for p in projections] == [PCAProjection] * 3
+            assert all(isinstance(p, PCAProjection) for p in projections)
             assert [p.dim for p in projections] == [1, None, -1]
             model.train()(torch.randn(32, 1, 8, 8))
             model.eval()
@@ -450,7 +464,8 @@ class TestInsert:
         assert torch.equal(model(data), by_hand(data))
         torch.testing.assert_close(model.eval()(data), by_hand.eval()(data))
         rows = set_projection_threshold(model, 0.6)
-        assert [row.name for row in rows] == ["0.pca_projection", "3.pca_projection"]
+        assert [row.name for row in rows] == ["0", "3"]  # as a probe names the layers
+        assert [row.name for row in set_projection_threshold(by_hand, 0.6)] == ["1", "5"]
         assert [row[1:] for row in rows] == [row[1:] for row in set_projection_threshold(by_hand, 0.6)]
 
     def test_outputs_that_are_no_tensors(self):
@@ -538,6 +553,213 @@ class TestInsert:
             insert_projections(model, nn.Linear)
         with pytest.raises(ValueError, match="no layer matches 'conv'"):
             insert_projections(model, "conv")
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x[:, 0].long(), (x, x + 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "part"),
+    [
+        (nn.Sequential(nn.Sequential(nn.LSTM(4, 6, batch_first=True))), (3, 5, 4), lambda out: out[0]),
+        (nn.Sequential(nn.Sequential(nn.Linear(4, 6), Pair())), (30, 4), lambda out: out[1][0]),
+    ],
+    ids=["recurrent", "nested"],
+)
+def test_a_sequence_of_modules_that_returns_a_tuple(model, shape, part):
+    (projection,) = insert_projections(model, layers="0", threshold=0.5)
+    x = torch.randn(shape)
+    trained_on = part(model(x))
+    assert int(projection.covariance.count) == trained_on[..., 0].numel()
+    output = model.eval()(x)
+    projected = part(output)
+    assert type(output) is tuple
+    assert not torch.allclose(projected, trained_on)
+    expected = PCAProjection(6, 0.5, dim=-1)
+    expected(trained_on)
+    torch.testing.assert_close(projected, expected.eval()(trained_on))
+
+
+def test_a_sequence_of_modules_without_a_floating_output_is_left_alone():
+    model = nn.Sequential(nn.Sequential(nn.Flatten()))
+    insert_projections(model, layers="0")
+    assert torch.equal(model(torch.arange(4)[None]), torch.arange(4)[None])
+
+
+class TestFunctorch:
+    """Under ``torch.func`` a projection counts the rows that are really there."""
+
+    def loss(self, model, parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, of its jvp
+    @pytest.mark.parametrize("kind", ["grad", "vmap", "per sample", "twice", "jvp"])
+    def test_training(self, kind):
+        model = nn.Sequential(nn.Linear(4, WIDTH), PCAProjection(None), nn.Linear(WIDTH, 2)).double()
+        plain = nn.Sequential(model[0], nn.Identity(), model[2])
+        x = torch.randn(7, 4, dtype=torch.float64)
+        parameters = dict(model.named_parameters())
+        results = []
+        for each in (model, plain):
+            loss = lambda p, rows, each=each: self.loss(each, p, rows)  # noqa: E731
+            results.append(
+                {
+                    "grad": lambda: torch.func.grad(loss)(parameters, x),  # noqa: B023
+                    "vmap": lambda: {"": torch.func.vmap(each, in_dims=1)(x[None])},  # noqa: B023
+                    "per sample": lambda: torch.func.vmap(torch.func.grad(loss), (None, 0))(  # noqa: B023
+                        parameters, x[:, None]
+                    ),
+                    "twice": lambda: {
+                        "": torch.func.vmap(torch.func.vmap(lambda row: each(row[None])[0]))(x[:, None])  # noqa: B023
+                    },
+                    "jvp": lambda: {"": torch.func.jvp(each, (x,), (torch.ones_like(x),))[1]},  # noqa: B023
+                }[kind]()
+            )
+        for one, other in zip(*(result.values() for result in results), strict=True):
+            torch.testing.assert_close(one, other)
+        expected = CovarianceMetric()
+        expected.update(model[0](x).detach())
+        assert int(model[1].covariance.count) == 7
+        torch.testing.assert_close(model[1].spectrum().covariance, expected.compute())
+
+    def test_evaluation_leaves_nothing_of_the_transform_behind(self):
+        model = nn.Sequential(nn.Linear(4, WIDTH), PCAProjection(WIDTH, 0.5))
+        x = torch.randn(64, 4)
+        model(x)
+        model.eval()
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        first = torch.func.grad(lambda p: self.loss(model, p, x))(parameters)
+        per_row = torch.func.vmap(lambda row: model(row[None])[0])(x)
+        torch.testing.assert_close(per_row, model(x))
+        model[1].threshold = 0.5  # forgets what was computed
+        second = torch.func.grad(lambda p: self.loss(model, p, x))(parameters)
+        torch.testing.assert_close(first, second)
+
+
+def network_with_everything():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    )
+
+
+def everything_about(model):
+    """State, modules, attributes, hooks and flags."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    return {
+        name: (
+            type(module),
+            module.training,
+            sorted(module.__dict__),
+            list(module._modules),
+            [list(getattr(module, kind)) for kind in hooks],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+class TestCollect:
+    def test_the_model_does_not_notice(self):
+        model = network_with_everything()
+        model(torch.randn(32, 1, 8, 8))
+        model.train()[1].eval()  # flags of its own
+        model[5].weight.requires_grad_(False)
+        x = torch.randn(16, 1, 8, 8)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        before = everything_about(model)
+        random = torch.get_rng_state()
+        flags = [module.training for module in model.modules()]
+        model.eval()
+        expected = model(x)
+        for module, flag in zip(model.modules(), flags, strict=True):
+            module.training = flag
+        with insert_projections(model, [nn.Conv2d, "2", nn.Linear], 0.5) as projections:
+            model.eval()
+            with projections.collect():
+                assert torch.equal(model(x), expected)
+                assert not any(module.training for module in model.modules())
+            assert not torch.allclose(model(x), expected)  # they project
+            assert [int(p.covariance.count) for p in projections] == [16 * 64, 16 * 36, 16 * 36, 16]
+            own = [module for name, module in model.named_modules() if name in before]
+            for module, flag in zip(own, flags, strict=True):
+                module.training = flag
+        assert everything_about(model) == before
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert torch.equal(model.eval()(x), expected)
+        assert torch.equal(torch.get_rng_state(), random)
+
+    def test_the_covariance_is_that_of_the_block(self):
+        model = nn.Sequential(nn.Linear(4, WIDTH)).eval()
+        first, second, third = torch.randn(3, 50, 4)
+        (projection,) = projections = insert_projections(model, "0", 0.7)
+        for parts in ((first, second), (third,)):
+            with projections.collect():
+                for part in parts:
+                    model(part)
+                    set_projection_threshold(model, 0.7)  # reading disturbs nothing
+            expected = CovarianceMetric()
+            expected.update(nn.functional.linear(torch.cat(parts), model[0].weight, model[0].bias).detach())
+            torch.testing.assert_close(projection.spectrum().covariance, expected.compute())
+            model(first)
+        model.train()(first)  # training starts a new one, too
+        assert int(projection.covariance.count) == 50
+
+    def test_in_training_mode_and_one_alone(self):
+        projection = PCAProjection(WIDTH)
+        projection(torch.randn(20, WIDTH))
+        with projection.collect():
+            projection(torch.randn(30, WIDTH))
+        assert int(projection.covariance.count) == 30
+        projection(torch.randn(10, WIDTH))
+        assert int(projection.covariance.count) == 10
+
+    def test_an_error_inside_ends_it(self):
+        model = nn.Sequential(nn.Linear(4, WIDTH)).eval()
+        projections = insert_projections(model, "0", 0.5)
+        with projections.collect():
+            model(torch.randn(50, 4))
+        with pytest.raises(KeyError), projections.collect():
+            raise KeyError
+        x = torch.randn(8, 4)
+        assert not torch.allclose(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+        assert int(projections[0].covariance.count) == 50  # until there is new data
+
+    def test_after_removal(self):
+        projections = insert_projections(nn.Sequential(nn.Linear(4, WIDTH)), "0")
+        projections.remove()
+        with pytest.raises(RuntimeError, match="have been removed"), projections.collect():
+            pass
+
+
+def test_inserted_projections_say_what_they_are():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8, 3))
+    projections = insert_projections(model, [nn.Conv2d, nn.Linear], 0.9)
+    model(torch.randn(16, 1, 3, 3))
+    assert repr(projections).splitlines() == [
+        "InsertedProjections(",
+        "  '0': PCAProjection(8, threshold=0.9, dim=1, keep_dim=True)",
+        "  '2': PCAProjection(3, threshold=0.9, dim=-1, keep_dim=True)",
+        ")",
+    ]
+    projections.remove()
+    assert repr(projections) == "InsertedProjections()"
+
+
+def test_rows_join_with_the_values_of_a_probe():
+    for model in (nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 3)))):
+        probe = LayerProbe(model)
+        insert_projections(model)
+        model(torch.randn(20, 4))
+        names = [row.name for row in set_projection_threshold(model, 0.9)]
+        assert sorted(names) == sorted(probe.layers)
 
 
 def test_the_core_is_that_of_the_metrics():

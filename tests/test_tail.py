@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spectralmetrics import low_saturation_tail
+from spectralmetrics import LayerProbe, Recorder, layer_profile, low_saturation_tail, recompute
 
 
 def profile(*values):
@@ -42,3 +42,16 @@ def test_what_is_no_saturation_is_refused(value):
 def test_bad_arguments_are_quoted(arguments):
     with pytest.raises(ValueError, match=f"got {next(iter(arguments.values()))}"):
         low_saturation_tail({}, **arguments)
+
+
+def test_of_rows_it_says_what_to_write_and_that_is_a_profile(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    with LayerProbe(model) as probe, Recorder(tmp_path, probe, "arrays") as recorder:
+        for _ in range(2):
+            model(torch.randn(20, 4))
+            values = recorder.record()
+    rows = recompute(tmp_path)
+    with pytest.raises(TypeError, match=r"got a list\. Of rows, as recompute") as error:
+        layer_profile(rows, "saturation", "train")
+    code = str(error.value).partition(" write ")[2]
+    assert eval(code, {"rows": rows, "epoch": 1}) == layer_profile(values, "saturation", "train")

@@ -18,7 +18,7 @@ from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording import Recorder, draw_run
 from spectralmetrics.recording.record import Row
-from spectralmetrics.recording.recorder import Mode
+from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
@@ -97,7 +97,7 @@ def run(
     """Train the network with a probe on every layer; print, record and draw what the probe saw.
 
     Args:
-        epochs: passes over the training digits.
+        epochs: passes over the training digits; they count from 0, as a recorder counts them.
         threshold: share of the variance that defines saturation.
         seed: of the split, the weights and the order of the digits.
         output: directory of the run: ``records.csv``, ``arrays`` and ``plots``.
@@ -129,9 +129,9 @@ def run(
     values: dict[str, Tensor] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with probe, recorder, Progress(*columns, console=console) as progress:
-        for epoch in range(1, epochs + 1):
+        for epoch in range(epochs):
             batches = torch.randperm(len(images)).split(64)
-            task = progress.add_task(f"epoch {epoch}/{epochs}", total=len(batches))
+            task = progress.add_task(f"epoch {epoch}", total=len(batches))
             model.train()
             for batch in batches:
                 optimizer.zero_grad()
@@ -148,7 +148,7 @@ def run(
     pictures = draw_run(output)
 
     tail = low_saturation_tail(layer_profile(values, "saturation", "eval"))
-    _print_table(console, values, tail, epochs)
+    _print_table(console, values, tail, epochs - 1)
     if tail:
         message = (
             f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses"

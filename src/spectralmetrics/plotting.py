@@ -85,14 +85,14 @@ def plot_profile(
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,
             linewidth=1.5,
-            label=stage,
+            label=literal(str(stage)),
         )
     shaded = [layers.index(name) for name in tail if name in layers]
     if shaded:
         ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.88", zorder=0, label="tail")
     ax.set_xlim(-0.6, len(layers) - 0.4)
     _name_layers(ax, layers, "x", room=not given)
-    ax.set_ylabel(statistic.replace("_", " "))
+    ax.set_ylabel(literal(statistic.replace("_", " ")))
     if statistic == "saturation":
         ax.set_ylim(0, 1.02)
     ax.set_xlabel("layers in forward order")
@@ -141,7 +141,7 @@ def plot_heatmap(
     limits: dict[str, Any] = {"vmin": 0.0, "vmax": 1.0} if statistic == "saturation" else {}
     ax.set_facecolor("0.8")
     image = ax.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
-    ax.figure.colorbar(image, ax=ax, label=statistic.replace("_", " "), fraction=0.05)
+    ax.figure.colorbar(image, ax=ax, label=literal(statistic.replace("_", " ")), fraction=0.05)
     step = math.ceil(len(epochs) / 12)
     ax.set_xticks(range(0, len(epochs), step), [str(epoch) for epoch in epochs[::step]])
     _name_layers(ax, layers, "y", room=not given)
@@ -193,7 +193,7 @@ def plot_spectrum(
             share = f"{dimension} of {len(values)} explain {threshold:.3g}"
             label = share if labels is None and len(spectra) == 1 else f"{label}: {share}"
         index = np.arange(1, len(positive) + 1)
-        ax.plot(index, positive, color=colour, marker=".", markersize=4, linewidth=1, label=label)
+        ax.plot(index, positive, color=colour, marker=".", markersize=4, linewidth=1, label=literal(str(label)))
         if threshold is not None and dimension:
             ax.axvline(dimension, color=colour, linestyle="--", linewidth=1)
     if any((values > 0).any() for values in spectra):
@@ -280,7 +280,8 @@ def plot_embedding(
             marker = _MARKERS[index % len(_MARKERS)]
             where = classes == kind
             colour = colours[index % len(colours)]
-            ax.scatter(first[where], second[where], s=12, color=colour, marker=marker, linewidths=0, label=kind)
+            name = literal(str(kind))
+            ax.scatter(first[where], second[where], s=12, color=colour, marker=marker, linewidths=0, label=name)
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
         scatter = ax.scatter(first, second, s=8, c=classes.astype(float), cmap="viridis")
@@ -330,7 +331,7 @@ def plot_layers(
         ax.set_axis_on()
         draw(value, ax=ax, **options)
         # Of a long name the end says more than the beginning.
-        ax.set_title(_plain(layer if len(layer) <= 34 else f"…{layer[-33:]}"), fontsize=_NAME_POINTS)
+        ax.set_title(literal(layer if len(layer) <= 34 else f"…{layer[-33:]}"), fontsize=_NAME_POINTS)
         ax.tick_params(labelsize=7, which="both")
         ax.xaxis.label.set_size(7)
         ax.yaxis.label.set_size(7)
@@ -340,6 +341,17 @@ def plot_layers(
     if title:
         figure.suptitle(title, fontsize=11)
     return figure, axes
+
+
+def literal(text: str) -> str:
+    r"""A text as it is: matplotlib would set what stands between dollar signs as mathematics.
+
+    For titles; the names of layers, statistics and stages are taken literally by every function here.
+
+    >>> print(literal("$loss_{x$"))
+    \$loss_{x\$
+    """
+    return text.replace("$", r"\$")
 
 
 def _axis(ax: Axes | None, size: tuple[float, float] = (6.0, 4.2)) -> Axes:
@@ -368,16 +380,11 @@ def _name_layers(ax: Axes, names: Sequence[str], along: str, room: bool) -> None
     box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
     inches = box.width if along == "x" else box.height
     step = 1 if room else math.ceil(0.85 * _NAME_INCHES * len(names) / inches)
-    places, shown = range(0, len(names), step), [_plain(name) for name in names[::step]]
+    places, shown = range(0, len(names), step), [literal(name) for name in names[::step]]
     if along == "x":
         ax.set_xticks(places, shown, rotation=90, fontsize=_NAME_POINTS)
     else:
         ax.set_yticks(places, shown, fontsize=_NAME_POINTS)
-
-
-def _plain(name: str) -> str:
-    """A name as it is: matplotlib would set what stands between dollar signs as mathematics."""
-    return name.replace("$", r"\$")
 
 
 def _finite(values: Any) -> npt.NDArray[np.float64]:

@@ -24,12 +24,20 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
 
     Raises:
         ValueError: if there is no such value, with the metrics and stages that there are.
+        TypeError: for rows, as :func:`~spectralmetrics.recompute` returns them, with what to write for them.
 
     >>> import torch
     >>> layer_profile({"saturation/eval/conv1": torch.tensor(0.5), "spectrum/eval/conv1": torch.ones(3)},
     ...               "saturation", "eval")
     {'conv1': tensor(0.5000)}
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "expected what a probe's compute() or a recorder's record() returned, got a"
+            f" {type(values).__name__}. Of rows, as recompute() returns them, write {{row['layer']:"
+            " row['value'] for row in rows if (row['epoch'], row['stage'], row['statistic']) =="
+            f" (epoch, {stage!r}, {metric!r}) and row['layer'] != 'mean'}}"
+        )
     prefix = f"{metric}/{stage}/"
     profile = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     if not profile:

@@ -408,6 +408,23 @@ def only_the_first_process_records(rank, world):
             assert int(arrays["train/1/count"]) == sum(map(len, everything))
 
 
+def a_second_recorder_is_refused_everywhere(rank, world):
+    told = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(told)
+    with sm.Recorder(told[0]) as recorder:
+        for mode in ("create", "resume", "overwrite"):
+            with pytest.raises(BlockingIOError, match="that is still open"):
+                sm.Recorder(told[0], mode=mode)
+        recorder.add_scalar("loss", 1.0)
+        recorder.record()
+    dist.barrier()
+    with sm.Recorder(told[0], mode="resume") as recorder:
+        assert recorder.next_epoch == 1
+    dist.barrier()
+    if rank == 0:
+        assert sorted(path.name for path in Path(told[0]).iterdir()) == ["recording.json", "records.csv"]
+
+
 def projections_are_alike_everywhere(rank, world):
     for without in {None, 0, world - 1} if world > 1 else {None}:
         parts = shares(world, without, far="each other")
@@ -457,6 +474,7 @@ EVERYWHERE = [
     a_probe_merges_all_layers_in_two_collectives,
     data_parallel_training_is_bit_identical,
     only_the_first_process_records,
+    a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,
 ]
 ON_TWO = [fully_sharded_training_is_observed]

@@ -1,3 +1,5 @@
+import fractions
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mp
 
+from spectralmetrics import SaturationMetric
 from spectralmetrics import functional as F  # noqa: N812
+from spectralmetrics.functional.dimension import _scan
 from tests.oracles import STATISTICS, random_rows, rotation
 
 OF_EIGENVALUES = {
@@ -69,6 +73,41 @@ def test_equal_shares_reach_the_threshold_where_they_should(width):
     assert F.intrinsic_dimension(values, 0.99) == int(np.ceil(width * 99 / 100))
     assert F.intrinsic_dimension(values, 1.0) == width
     assert F.intrinsic_dimension(values, 0.5) == int(np.ceil(width / 2))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.int64, fractions.Fraction])
+def test_thresholds_of_numpy(kind):
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    for threshold, dimension in ((kind(1), 4), *([] if kind is np.int64 else [(kind(0.5), 2)])):
+        assert F.intrinsic_dimension(values, threshold) == dimension
+        assert F.intrinsic_dimension(values, threshold, "delve") == dimension - 1
+        assert F.saturation(values, threshold) == dimension / 4
+        metric = SaturationMetric(threshold=threshold)
+        assert type(metric.threshold) is float
+        metric.update(torch.diag(values.sqrt()).repeat(2, 1) * torch.tensor([[1.0]] * 4 + [[-1.0]] * 4))
+        assert metric.compute() == dimension / 4
+    for wrong in (np.float32(0), np.float32(1.5), np.float32("nan"), np.bool_(True), True, torch.tensor(0.5)):
+        with pytest.raises(ValueError, match="got"):
+            F.intrinsic_dimension(values, wrong)
+
+
+@given(values=spectra, threshold=st.sampled_from([0.3, 0.5, 0.9, 0.99, 1.0]))
+def test_the_deterministic_sum_is_the_cumulative_one(values, threshold):
+    values = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    exact = [float(sum(map(fractions.Fraction, values[: k + 1].tolist()))) for k in range(len(values))]
+    torch.testing.assert_close(_scan(values), torch.tensor(exact, dtype=torch.float64), rtol=1e-14, atol=0)
+    assert torch.equal(_scan(torch.stack([values, values])), torch.stack([_scan(values)] * 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_deterministic_algorithms_on_cuda():
+    values = torch.rand(4, 300, dtype=torch.float64)
+    expected = F.saturation(values, 0.9)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(F.saturation(values.cuda(), 0.9).cpu(), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_delve_rule_is_what_the_delve_package_returns():

@@ -6,7 +6,19 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from spectralmetrics import EffectiveRankMetric, LayerProbe, SaturationMetric, SpectrumMetric
 from spectralmetrics.integrations.transformers import LayerProbeCallback
@@ -73,7 +85,12 @@ def expected(model, start, stop, stage, masked=True):
         model.train(stage == "train")
         with probe.mask(mask.bool() if masked else torch.ones_like(mask).bool()):
             model(input_ids=tokens, attention_mask=mask)
-        return {key: float(value) for key, value in probe.compute(stage).items() if value.numel() == 1}
+        prefix = "eval_" if stage == "eval" else ""
+        return {
+            prefix + key.replace(f"/{stage}/", "/"): float(value)
+            for key, value in probe.compute(stage).items()
+            if value.numel() == 1
+        }
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -99,7 +116,7 @@ def test_an_evaluation_without_training_and_a_model_made_later(tmp_path):
     callback = LayerProbeCallback(trainer, metrics())
     trainer.add_callback(callback)
     trainer.evaluate()
-    assert any("saturation/eval/classifier" in row for row in trainer.state.log_history)
+    assert any("eval_saturation/classifier" in row for row in trainer.state.log_history)
     callback.remove()
 
     trainer = make_trainer(tmp_path, make_model)
@@ -107,10 +124,9 @@ def test_an_evaluation_without_training_and_a_model_made_later(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     assert callback.probe.layers == [f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)]
-    keys = {key for row in trainer.state.log_history for key in row if key.startswith("saturation/")}
-    assert keys == {
-        f"saturation/{stage}/{layer}" for stage in ("train", "eval") for layer in callback.probe.layers
-    }
+    keys = {key for row in trainer.state.log_history for key in row if "saturation/" in key}
+    layers = (*callback.probe.layers, "mean")
+    assert keys == {f"{prefix}saturation/{layer}" for prefix in ("", "eval_") for layer in layers}
 
 
 def test_training_is_bit_identical(tmp_path):
@@ -137,7 +153,11 @@ def test_curves_reach_tensorboard(tmp_path):
         events = EventAccumulator(str(folder))
         events.Reload()
         tags.update(events.Tags()["scalars"])
-    assert any(tag.endswith("saturation/eval/classifier") for tag in tags), tags
+    # Each has its stage once, where the trainer puts it.
+    assert {tag for tag in tags if tag.endswith("/classifier")} == {
+        "train/saturation/classifier",
+        "eval/saturation/classifier",
+    }
 
 
 def test_a_failed_forward_does_not_leave_its_mask(tmp_path):
@@ -148,4 +168,164 @@ def test_a_failed_forward_does_not_leave_its_mask(tmp_path):
     mask = torch.stack([item["attention_mask"] for item in items])
     with pytest.raises(Exception, match="input_ids"):
         model(attention_mask=mask)
-    assert callback.probe._mask is None
+    assert callback.probe._masks.mask is None
+
+
+def test_an_evaluation_s_values_are_among_its_metrics(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model)
+    trainer.add_callback(LayerProbeCallback(trainer, metrics()))
+    values = {key: pytest.approx(value, rel=1e-4) for key, value in expected(model, 96, 144, "eval").items()}
+    found = trainer.evaluate()
+    assert {key: found[key] for key in values} == values
+    saturations = [float(found[key]) for key in values if key.startswith("eval_saturation/")]
+    assert found["eval_saturation/mean"] == pytest.approx(sum(saturations) / len(saturations))
+    sets = trainer.evaluate({"one": dataset(96, 144), "two": dataset(0, 16)})
+    assert sets["eval_one_saturation/classifier"] == values["eval_saturation/classifier"]
+    assert "eval_two_effective_rank/mean" in sets
+    tested = trainer.predict(dataset(96, 144)).metrics
+    assert tested["test_saturation/classifier"] == values["eval_saturation/classifier"]
+    found = trainer.evaluate()  # of which the prediction is no part
+    assert {key: found[key] for key in values} == values
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_early_stopping_and_the_best_model_go_by_them(given, tmp_path):
+    """Whether the callback that stops was there before or comes after."""
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = make_trainer(
+        tmp_path,
+        make_model(),
+        num_train_epochs=9,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="saturation/mean",
+        greater_is_better=True,
+    )
+    if given:
+        trainer.add_callback(stopping)
+    callback = LayerProbeCallback(trainer, metrics())
+    trainer.add_callback(callback)
+    if not given:
+        trainer.add_callback(stopping)
+    others = [type(each) for each in trainer.callback_handler.callbacks if each is not callback]
+    trainer.train()  # which learns nothing: its rate is zero
+    assert trainer.state.epoch == 3
+    assert trainer.state.best_metric == trainer.evaluate()["eval_saturation/mean"]
+    after = [type(each) for each in trainer.callback_handler.callbacks if each is not callback]
+    assert after == others
+    assert callback in trainer.callback_handler.callbacks
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_screen_shows_means_alone(bar, tmp_path, capsys):
+    trainer = make_trainer(tmp_path, make_model(), num_train_epochs=1, disable_tqdm=not bar)
+    trainer.add_callback(LayerProbeCallback(trainer, metrics()))
+    trainer.train()
+    shown = "".join(capsys.readouterr())
+    for key in ("saturation/mean", "eval_saturation/mean", "effective_rank/mean"):
+        assert f"'{key}'" in shown
+    assert "classifier" not in shown
+    assert max(map(len, shown.splitlines())) < 300
+    assert any("saturation/classifier" in row for row in trainer.state.log_history)
+
+
+LENGTH, SOURCE, TARGET = 12, 3, 7
+
+
+def sequence_to_sequence(kind):
+    torch.manual_seed(0)
+    small = {"d_model": 16, "decoder_start_token_id": 0, "vocab_size": 50, "pad_token_id": 0}
+    if kind == "t5":
+        return T5ForConditionalGeneration(T5Config(d_kv=8, d_ff=32, num_layers=1, num_heads=2, **small))
+    if kind == "bart":
+        sizes = {
+            f"{side}_{name}": size
+            for side in ("encoder", "decoder")
+            for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+        }
+        return BartForConditionalGeneration(BartConfig(max_position_embeddings=32, **sizes, **small))
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    configs = [BertConfig(hidden_size=size, **config) for size in (24, 16)]
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs))
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    return model
+
+
+def pairs(count, given):
+    """Source and target of one length, of which the first tokens are valid."""
+    source, target = torch.arange(LENGTH) < SOURCE, torch.arange(LENGTH) < TARGET
+    item = {"input_ids": 5 * source.long(), "attention_mask": source.long()}
+    item["labels"] = torch.where(target, 7, -100)
+    item["labels"][1] = -100  # not learnt, and no padding
+    if given == "mask":
+        item["decoder_attention_mask"] = target.long()
+        item["labels"] = torch.full((LENGTH,), 7)
+    return [item] * count
+
+
+def sees_the_source(name):
+    is_key_or_value = name.endswith((".k", ".v", ".k_proj", ".v_proj", ".key", ".value"))
+    is_cross = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
+    return name.startswith(("encoder", "model.encoder", "enc_to_dec")) or (is_cross and is_key_or_value)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert2bert"])
+@pytest.mark.parametrize("given", ["mask", "labels", "none"])
+def test_each_layer_of_an_encoder_decoder_model_has_its_sequence_s_mask(kind, given, tmp_path):
+    counts = {}
+
+    class Counting(LayerProbeCallback):
+        def _log(self, stage, *rest):
+            if stage == "train":
+                for name in self.probe.layers:
+                    counts[name] = int(self.probe["train", name]["saturation"].count)
+            return super()._log(stage, *rest)
+
+    trainer = make_trainer(tmp_path, sequence_to_sequence(kind), num_train_epochs=1, eval_strategy="no")
+    trainer.train_dataset = pairs(16, given)
+    masks = {"decoder_attention_mask": None} if given == "none" else {}
+    chosen = lambda name, module: isinstance(module, nn.Linear) and "pooler" not in name  # noqa: E731
+    callback = Counting(trainer, SaturationMetric(), layers=chosen, **masks)
+    trainer.add_callback(callback)
+    trainer.train()
+    target = LENGTH if given == "none" else TARGET
+    assert counts == {name: 16 * (SOURCE if sees_the_source(name) else target) for name in counts}
+    assert {sees_the_source(name) for name in counts} == {True, False}
+    assert sum("decoder" in name and sees_the_source(name) for name in counts) == 2
+    callback.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
+
+
+def test_generation_leaves_out_the_source_s_padding(tmp_path):
+    model = sequence_to_sequence("t5").eval()
+    trainer = make_trainer(tmp_path, model)
+    callback = LayerProbeCallback(trainer, SaturationMetric())
+    (item,) = pairs(1, "labels")
+    model.generate(item["input_ids"][None], attention_mask=item["attention_mask"][None], max_new_tokens=4)
+    counts = {name: int(callback.probe["eval", name]["saturation"].count) for name in callback.probe.layers}
+    assert {count for name, count in counts.items() if sees_the_source(name)} == {SOURCE}
+    assert {count for name, count in counts.items() if not sees_the_source(name)} == {4}
+
+
+def test_a_failed_forward_of_a_decoder_leaves_no_mask(tmp_path):
+    model = sequence_to_sequence("t5")
+    trainer = make_trainer(tmp_path, model)
+    callback = LayerProbeCallback(trainer, SaturationMetric())
+    batch = {key: torch.stack([item[key] for item in pairs(2, "labels")]) for key in pairs(1, "labels")[0]}
+    handle = model.decoder.block[0].layer[1].EncDecAttention.k.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    handle.remove()
+    model(**batch)
+    counts = {name: int(callback.probe["train", name]["saturation"].count) for name in callback.probe.layers}
+    assert counts["decoder.block.0.layer.1.EncDecAttention.k"] == 2 * SOURCE
+    assert counts["decoder.block.0.layer.1.EncDecAttention.o"] == 2 * TARGET
+    callback.probe.reset()
+    with torch.no_grad():
+        model.encoder.block[0].layer[1].DenseReluDense.wo(
+            torch.zeros(2, LENGTH, 32)
+        )  # by itself, without a mask
+    name = "encoder.block.0.layer.1.DenseReluDense.wo"
+    assert int(callback.probe["train", name]["saturation"].count) == 2 * LENGTH

@@ -73,3 +73,4 @@ def test_killed_at_random_moments(writers, tmp_path):
         events.Reload()
         steps = [event.step for event in events.Scalars("saturation/train/0")]
         assert steps == list(range(seen + 1))
+    assert not list(tmp_path.rglob(".*"))  # neither halves of files nor a lock

@@ -94,7 +94,8 @@ class TestRecord:
         expected = other.compute()
         values = recorder.record()
         assert {k: v for k, v in values.items() if not k.endswith("/mean")} == expected
-        assert probe.compute() == {}
+        with pytest.warns(UserWarning, match="nothing was observed"):
+            assert probe.compute() == {}
 
     def test_without_reset_it_goes_on_accumulating(self, tmp_path):
         model = make_model()
@@ -428,6 +429,7 @@ class TestRepeated:
         for epoch in range(2):
             recorder.add_scalar("loss", epoch)
             recorder.record()
+        recorder.close()
         (tmp_path / ".recording.json.tmp").rmdir()
         assert [row["epoch"] for row in read_csv(tmp_path)] == ["0", "1"]
         with Recorder(tmp_path, mode="resume") as recorder:

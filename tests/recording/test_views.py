@@ -75,10 +75,49 @@ class TestConsole:
         (table,) = tables_of(Record(0, {}, [Row(0, "", "", "loss", 1.0)]))
         assert table.row_count == 0
 
-    def test_many_statistics_are_split(self):
-        rows = [Row(0, stage, "a", f"s{k}", 1.0) for stage in ("train", "eval") for k in range(8)]
-        tables = tables_of(Record(0, {}, rows), max_columns=6)
-        assert [len(table.columns) for table in tables] == [7, 7, 5]
+    @pytest.mark.parametrize(
+        ("width", "columns"),
+        [(200, [17]), (150, [17]), (80, [10, 8]), (60, [7, 8, 4]), (12, [2] * 16), (1, [2] * 16)],
+    )
+    def test_columns_go_by_the_width_that_they_have(self, width, columns):
+        rows = [Row(0, stage, "a", f"s{k}", 1.25) for stage in ("train", "eval") for k in range(8)]
+        tables = tables_of(Record(0, {}, rows), width=width)
+        assert [len(table.columns) for table in tables] == columns
+
+    @pytest.mark.parametrize("width", range(36, 140, 7))
+    def test_no_table_is_wider_than_the_screen_or_could_take_another_column(self, width):
+        from rich.console import Console
+
+        names = ["saturation", "effective_rank", "participation_ratio", "x", "power_law_exponent"]
+        rows = [
+            Row(0, stage, layer, name, value)
+            for layer, value in (("0", 1.0), ("encoder.layer.11", 1.234e-30))
+            for name in names
+            for stage in ("train", "eval")
+        ]
+        console = Console(width=1000)
+        tables = tables_of(Record(0, {}, rows), width=width)
+        sizes = [console.measure(table).maximum for table in tables]
+        for table, size in zip(tables, sizes, strict=True):
+            assert size <= width or len(table.columns) == 2  # one statistic is always shown
+        assert sum(len(table.columns) - 1 for table in tables) == 10
+        for index, (table, size) in enumerate(zip(tables[:-1], sizes[:-1], strict=True)):
+            start = sum(len(each.columns) - 1 for each in tables[:index])
+            shown = [row for k, row in enumerate(rows) if start <= k % 10 <= start + len(table.columns) - 1]
+            (wider,) = tables_of(Record(0, {}, shown), width=10_000)
+            assert len(wider.columns) == len(table.columns) + 1
+            assert console.measure(wider).maximum > width >= size
+
+    def test_four_columns_of_two_statistics_fit_eighty(self, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "80")
+        rows = [
+            Row(0, stage, f"layer{k}.conv1", statistic, 0.123456)
+            for k in range(3)
+            for statistic in ("saturation", "effective_rank")
+            for stage in ("train", "eval")
+        ]
+        ConsoleWriter().write(Record(0, {}, rows))
+        assert capsys.readouterr().out.count("Epoch 0") == 1
 
     def test_names_are_no_markup(self, capsys):
         rows = [Row(0, "eval", "[/red]", "acc[top5]", 1.0), Row(0, "", "", "loss[bold]", 1.0)]
@@ -174,3 +213,28 @@ class TestPictures:
             "spectrum-eval-epoch-000000.png",
             "spectrum-train-epoch-000000.png",
         ]
+
+    @pytest.mark.parametrize("name", ["$loss_{x$", "$", "a$b$c", r"$\frac$", "$x^$ {"])
+    def test_names_are_no_mathematics(self, name, tmp_path, monkeypatch):
+        """matplotlib would set what stands between dollar signs, or fail to."""
+        from spectralmetrics.recording import draw, pictures
+
+        written = []
+        monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: None)
+        monkeypatch.setattr(draw, "save_figure", lambda figure, path, dpi: written.append(figure))
+        model = make_model()
+        named = {"s": SaturationMetric(), f"{name}rank": SpectrumMetric()}
+        with make_probe(model, named) as probe, Recorder(tmp_path, probe, ["csv", "plot"]) as recorder:
+            run_epoch(model, 0)
+            recorder.add_scalar(name, 0.5, stage="eval")
+            recorder.add_scalar(f"{name}norm", 0.5, stage=f"{name}stage", layer="layer")
+            recorder.record()
+        draw_run(tmp_path)
+        texts = set()
+        for figure in written:
+            figure.draw_without_rendering()
+            for ax in figure.axes:
+                texts |= {ax.get_title(), ax.get_ylabel()}
+        shown = {text.replace(r"\$", "$") for text in texts}
+        assert any(f"eval {name} 0.5" in text for text in shown)
+        assert f"{name}norm".replace("_", " ") in shown

@@ -7,6 +7,7 @@ has dimension, saturation and ranks 0.
 
 from __future__ import annotations
 
+import numbers
 from typing import Literal, get_args
 
 import torch
@@ -42,10 +43,10 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = 0.99, rule: Rule
     >>> intrinsic_dimension(spectrum, threshold=0.85, rule="delve")
     tensor(2)
     """
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     check_rule(rule)
     values = _descending(eigenvalues)
-    cumulative = values.cumsum(-1)
+    cumulative = _cumulative(values)
     if rule == "delve":
         # All-zero spectra give NaN shares, which lie below nothing.
         return (cumulative / values.sum(-1, keepdim=True) < threshold).sum(-1)
@@ -172,10 +173,11 @@ def power_law_exponent(eigenvalues: Tensor, first: int = 1, last: int | None = N
     return torch.where(count[..., 0] >= 2, -(x * y).sum(-1) / x.square().sum(-1), torch.nan)
 
 
-def check_threshold(threshold: float) -> None:
-    """Raise a ValueError unless ``threshold`` is a share in (0, 1]."""
-    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not 0 < threshold <= 1:
+def check_threshold(threshold: float) -> float:
+    """The threshold as a float, numbers of numpy included; a ValueError unless it is a share in (0, 1]."""
+    if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 < threshold <= 1:
         raise ValueError(f"expected a threshold in (0, 1], the share of variance to explain, got {threshold!r}")
+    return float(threshold)
 
 
 def check_rule(rule: str) -> None:
@@ -192,6 +194,22 @@ def check_fit_range(first: int, last: int | None) -> None:
 
 def _descending(eigenvalues: Tensor) -> Tensor:
     return _finite(eigenvalues).clamp(min=0).sort(dim=-1, descending=True).values
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    # CUDA has no deterministic `cumsum` of floating-point values: it raises where determinism is asked for.
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _scan(values)
+    return values.cumsum(-1)
+
+
+def _scan(values: Tensor) -> Tensor:
+    """The cumulative sum along the last dimension in ⌈log₂ D⌉ additions, always in the same order."""
+    step = 1
+    while step < values.shape[-1]:
+        values = torch.cat([values[..., :step], values[..., step:] + values[..., :-step]], -1)
+        step *= 2
+    return values
 
 
 def _finite(eigenvalues: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Spectrum:
         for each in self._others:
             if isinstance(each, kind):
                 return each
-        raise ValueError(f"expected a {kind.__name__} beside the moments; none was kept")
+        raise ValueError(f"expected {kind.described} beside the moments; none was kept")
 
     def has(self, kind: type[Sum]) -> bool:
         """Whether there is a sum of another kind for :meth:`part`."""

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        EarlyStoppingCallback,
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'this callback needs transformers: pip install "spectralmetrics[transformers]"'
     ) from error
 
-from spectralmetrics.integrations.values import scalars
+from spectralmetrics.integrations.masking import Masking
+from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.selection import unwrap
+from spectralmetrics.tail import MEAN_LAYER
 
 
 class LayerProbeCallback(TrainerCallback):
-    """Probes a Trainer's model and logs one value per metric, stage and layer.
+    """Probes a Trainer's model and logs one value per metric, stage and layer, and their means over the layers.
 
-    What the training forwards showed is logged at the end of every epoch, what an evaluation showed when it
-    ends, through ``trainer.log``: values are in ``trainer.state.log_history`` and reach TensorBoard, Weights &
-    Biases, MLflow and whatever else the trainer reports to. On several devices they are those of all together.
+    - Training values are logged at the end of an epoch, as ``"saturation/{layer}"`` and ``"saturation/mean"``.
+    - Evaluation values are part of the metrics that ``trainer.evaluate()`` returns, under its prefix:
+      ``"eval_saturation/{layer}"``, ``"eval_saturation/mean"``. So
+      ``TrainingArguments(metric_for_best_model="saturation/mean")`` and ``EarlyStoppingCallback`` can use them.
+    - All of them are in ``trainer.state.log_history`` and reach TensorBoard, Weights & Biases, MLflow and
+      whatever else the trainer reports to. The progress bar and the printed log show the means alone.
 
-    Padding is left out: the ``attention_mask`` that the model is called with masks every output of its shape.
+    On several devices values are those of all together.
+
+    Padding is left out, by the masks that the model is called with. In an encoder-decoder model the encoder's
+    layers and the keys and values of cross-attention go by ``attention_mask``, all others by
+    ``decoder_attention_mask`` or, without one, by the labels: steps after a sequence's last label other than
+    −100 are padding.
 
     Args:
         trainer: the trainer that the callback is added to; its model is probed at once.
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars are not logged.
         attention_mask: name of the model's argument that tells valid tokens, (N, T), non-zero for valid; None
             counts padding, too.
+        decoder_attention_mask: likewise for the decoder of an encoder-decoder model; None counts its padding.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
@@ -58,13 +76,15 @@ class LayerProbeCallback(TrainerCallback):
         metrics: Metrics | None = None,
         *,
         attention_mask: str | None = "attention_mask",
+        decoder_attention_mask: str | None = "decoder_attention_mask",
         **arguments: Any,
     ) -> None:
         self._trainer = trainer
         self._metrics = metrics
         self._attention_mask = attention_mask
+        self._decoder_attention_mask = decoder_attention_mask
         self._arguments = arguments
-        self._handles: list[Any] = []
+        self._masking: Masking | None = None
         self._model: nn.Module | None = None
         if trainer.model is not None:
             self._attach(trainer.model)
@@ -78,6 +98,7 @@ class LayerProbeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Follow the trainer to a new model, as its ``model_init`` makes one."""
+        self._go_before_early_stopping()
         if model is not None and unwrap(model) is not self._model:
             self._attach(model)
 
@@ -88,15 +109,32 @@ class LayerProbeCallback(TrainerCallback):
         self._log("train")
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Log what the evaluation showed."""
-        self._log("eval")
+        """Log what the evaluation showed, and add it to the evaluation's metrics."""
+        self._log_evaluation(metrics, "eval")
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log what the prediction showed, and add it to its metrics."""
+        self._log_evaluation(metrics, "test")
 
     def remove(self) -> None:
         """Take the probe off the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        if self._masking is not None:
+            self._masking.remove()
+            self._masking = None
         if self._model is not None:
             self.probe.remove()
             self._model = None
@@ -106,36 +144,46 @@ class LayerProbeCallback(TrainerCallback):
         self.probe = LayerProbe(model, self._metrics, **self._arguments)
         self._model = unwrap(model)
         if self._attention_mask is not None:
-            masking = _Masking(self.probe, self._attention_mask)
-            self._handles = [
-                self._model.register_forward_pre_hook(masking.enter, with_kwargs=True),
-                self._model.register_forward_hook(masking.leave, always_call=True),
-            ]
+            self._masking = Masking(self.probe, self._model, self._attention_mask, self._decoder_attention_mask)
 
-    def _log(self, stage: str) -> None:
-        values = scalars(self.probe.compute(stage))
+    def _log(self, stage: str, prefix: str = "") -> dict[str, float]:
+        """Log the values of a stage and forget what they were made of."""
+        values = with_means(self.probe.compute(stage))
         self.probe.reset(stage)
-        if values:
-            self._trainer.log({key: float(value) for key, value in values.items()})
+        # A trainer's own keys name the stage once, in front, and its loggers read it there.
+        named = {f"{prefix}{metric}/{layer}": value for (metric, layer), value in values.items()}
+        if named:
+            means = {key: value for key, value in named.items() if key.endswith(f"/{MEAN_LAYER}")}
+            self._send(named, means)
+        return named
 
+    def _log_evaluation(self, metrics: dict[str, float] | None, default: str) -> None:
+        # Of one of several data sets it is "eval_" and the name of the set.
+        clocks = [key for key in metrics or {} if key.endswith("_runtime")]
+        prefix = clocks[-1].removesuffix("_runtime") if clocks else default
+        values = self._log("eval", f"{prefix}_")
+        if metrics is not None:
+            metrics.update(values)
 
-class _Masking:
-    """Hooks that put a probe's mask around a model's forward."""
+    def _send(self, values: dict[str, float], means: dict[str, float]) -> None:
+        """Log values everywhere, but show only the means of them on the screen."""
+        trainer, handler = self._trainer, self._trainer.callback_handler
+        callbacks = handler.callbacks
+        printing = [each for each in callbacks if isinstance(each, (PrinterCallback, ProgressCallback))]
+        try:
+            handler.callbacks = [each for each in callbacks if each not in printing]
+            trainer.log(dict(values))
+            handler.callbacks = printing
+            shown = dict(means) if trainer.state.epoch is None else {**means, "epoch": trainer.state.epoch}
+            handler.on_log(trainer.args, trainer.state, trainer.control, shown)
+        finally:
+            handler.callbacks = callbacks
 
-    def __init__(self, probe: LayerProbe, argument: str) -> None:
-        self._probe = probe
-        self._argument = argument
-        self._entered: list[contextlib.ExitStack] = []
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack = contextlib.ExitStack()
-        mask = kwargs.get(self._argument)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            stack.enter_context(self._probe.mask(mask != 0))
-        self._entered.append(stack)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._entered:
-            self._entered.pop().close()
+    def _go_before_early_stopping(self) -> None:
+        """Whoever stops early reads the metrics when it is its turn, and must find the values there."""
+        callbacks = self._trainer.callback_handler.callbacks
+        first = next((k for k, each in enumerate(callbacks) if isinstance(each, EarlyStoppingCallback)), None)
+        if first is not None and self in callbacks and callbacks.index(self) > first:
+            # The handler, which is going through the list, has passed both places.
+            callbacks.remove(self)
+            callbacks.insert(first, self)

@@ -22,7 +22,7 @@ class _ThresholdMetric(SpectralMetric):
         rule: Rule = "explained",
         **kwargs: Any,
     ) -> None:
-        check_threshold(threshold)
+        threshold = check_threshold(threshold)
         check_rule(rule)
         super().__init__(num_features, **kwargs)
         self.threshold = threshold

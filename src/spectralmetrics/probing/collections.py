@@ -175,7 +175,8 @@ def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:
                 break
         else:
             groups.append((key, others, [name]))
-    return [names for _, _, names in groups]
+    # The one that needs most leads: it accumulates all of that anyway, and saved states go by its name.
+    return [sorted(names, key=lambda name: -len(_others(templates[name]))) for _, _, names in groups]
 
 
 def _others(metric: Metric) -> Sequence[Sum]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectralmetrics.plotting import plot_layers, plot_spectrum
+from spectralmetrics.plotting import literal, plot_layers, plot_spectrum
 from spectralmetrics.recording.manifest import read_manifest
 from spectralmetrics.recording.pictures import draw_heatmap, draw_profile, percent, save_figure
 from spectralmetrics.recording.record import Row, Settings
@@ -93,7 +93,7 @@ def draw_run(
             progress(f"spectrum of {layer.layer} in {layer.stage}")
             spectra.setdefault(layer.stage, {})[layer.layer] = layer.spectrum().eigenvalues
         for stage, of_stage in spectra.items():
-            title = f"Spectra in {stage}, epoch {epoch}; dashed: {percent(share)} of the variance"
+            title = f"Spectra in {literal(stage)}, epoch {epoch}; dashed: {percent(share)} of the variance"
             save(
                 f"spectrum-{stage}-epoch-{epoch:06d}.png",
                 lambda: plot_layers(of_stage, plot_spectrum, title=title, threshold=share)[0],  # noqa: B023

@@ -15,7 +15,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of ``path`` at the end of the block, all at once.
 
     If the block raises, ``path`` is as it was. A process killed inside leaves a hidden ``.tmp`` file beside it,
-    which the next call for the same path replaces.
+    which the next call for the same path replaces and :func:`sweep` removes.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -46,3 +46,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what a process left that was killed while it replaced a file.
+
+    Args:
+        folder: of the file.
+        pattern: glob of the names that the files were to have.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / ".epoch-000003.npz.tmp").touch()
+    >>> sweep(folder, "epoch-*.npz")
+    >>> list(folder.iterdir())
+    []
+    """
+    for path in folder.glob(f".{pattern}.tmp"):
+        with contextlib.suppress(OSError):  # one that cannot be removed does no harm
+            path.unlink()

@@ -11,6 +11,7 @@ from spectralmetrics.recording.record import Settings
 
 FILE_NAME = "recording.json"
 _FORMAT = 1
+_KINDS: dict[str, tuple[type, ...]] = {"metric": (str,), "center": (bool,), "threshold": (float, int)}
 
 
 @dataclass
@@ -44,10 +45,11 @@ def read_manifest(directory: Path) -> Manifest:
         if version > _FORMAT:
             raise ValueError(f"format {version} is of a later release")
         manifest = Manifest(**content)
-        if not isinstance(manifest.writers, dict) or not isinstance(manifest.statistics, dict):
-            raise ValueError("writers and statistics are no objects")
+        _check(manifest)
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"expected {path} to be a recorder's: it has no {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"expected {path} to be a recorder's: {error}") from error
 
 
@@ -55,3 +57,19 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace the manifest of a run."""
     with replacing(directory / FILE_NAME) as file:
         file.write(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1).encode())
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise a ValueError unless all parts that others read are of their kind."""
+    if not isinstance(manifest.writers, dict) or not isinstance(manifest.statistics, dict):
+        raise ValueError("writers and statistics are no objects")
+    for name, epoch in [*manifest.writers.items(), ("last_epoch", manifest.last_epoch)]:
+        if epoch is not None and type(epoch) is not int:
+            raise ValueError(f"expected an epoch or null as {name!r}, got {epoch!r}")
+    for name, settings in manifest.statistics.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"expected an object as the settings of {name!r}, got {settings!r}")
+        for key, kinds in _KINDS.items():
+            if type(settings.get(key, kinds[0]())) not in kinds:
+                kind = " or ".join(each.__name__ for each in kinds)
+                raise ValueError(f"expected a {kind} as the {key} of {name!r}, got {settings[key]!r}")

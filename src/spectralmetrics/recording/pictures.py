@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectralmetrics.plotting import plot_heatmap, plot_profile
+from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.record import Row, Settings
 from spectralmetrics.tail import MEAN_LAYER, low_saturation_tail
@@ -21,7 +21,7 @@ def draw_profile(rows: Sequence[Row], statistic: str, settings: Mapping[str, Set
     profiles: dict[str, dict[str, float]] = {}
     for row in own:
         profiles.setdefault(row.stage, {})[row.layer] = row.value
-    task = [f"{row.stage} {row.statistic} {row.value:.4g}".strip() for row in rows if not row.layer]
+    task = [literal(f"{row.stage} {row.statistic} {row.value:.4g}".strip()) for row in rows if not row.layer]
     title = ", ".join([title_of(statistic, settings), f"epoch {own[0].epoch}", *task])
     tail = []
     is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
@@ -36,7 +36,7 @@ def draw_heatmap(rows: Sequence[Row], statistic: str, stage: str, settings: Mapp
     for row in rows:
         if row.statistic == statistic and row.stage == stage and row.layer not in ("", MEAN_LAYER):
             profiles.setdefault(row.epoch, {})[row.layer] = row.value
-    title = f"{title_of(statistic, settings)}, {stage}"
+    title = f"{title_of(statistic, settings)}, {literal(stage)}"
     return plot_heatmap(profiles, statistic=statistic, title=title)[0]
 
 
@@ -46,7 +46,7 @@ def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
     >>> title_of("saturation", {"saturation": {"threshold": 0.99}})
     'Saturation at 99 % of variance'
     """
-    name = statistic.replace("_", " ")
+    name = literal(statistic.replace("_", " "))
     name = name[:1].upper() + name[1:]
     threshold = settings.get(statistic, {}).get("threshold")
     return name if threshold is None else f"{name} at {percent(threshold)} of variance"

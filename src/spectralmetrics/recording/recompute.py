@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -74,36 +75,56 @@ def recompute(
     rows: list[dict[str, Any]] = []
     for epoch, path in files.items():
         progress(path)
-        values: dict[tuple[str, str, str], Tensor] = {}
-        arrays: list[dict[str, Any]] = []
-        for layer in read_layers(path):
-            spectra: dict[bool, Spectrum] = {}
-            # Eigenvectors first: they come with the eigenvalues that the others read.
-            for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
-                center = metrics[name].center
-                if center not in spectra:
-                    spectra[center] = layer.spectrum(center)
-                    if vectors:
-                        spectra[center].eigenvectors  # noqa: B018
-                spectrum = spectra[center]
-                values[name, layer.stage, layer.layer] = _value(metrics[name], spectrum, layer.layer)
-            for name in metrics:
-                key = (name, layer.stage, layer.layer)
-                values[key] = value = values.pop(key)  # in the order of the metrics
-                if value.ndim:
-                    cells = (epoch, layer.stage, layer.layer, name, value.numpy())
-                    arrays.append(dict(zip(COLUMNS, cells, strict=True)))
+        values = rebuild_layers(path, metrics, vectors)
         rows += [row._asdict() for row in tidy_rows(epoch, values)]
-        rows += arrays if statistics is not None else []
+        if statistics is not None:
+            for (name, stage, layer), value in values.items():
+                if value.ndim:
+                    rows.append(dict(zip(COLUMNS, (epoch, stage, layer, name, value.numpy()), strict=True)))
     return rows
+
+
+def rebuild_layers(
+    path: Path, metrics: Mapping[str, SpectralMetric], vectors: bool = False
+) -> dict[tuple[str, str, str], Tensor]:
+    """(statistic, stage, layer) -> value, layer by layer and in the order of the metrics.
+
+    Args:
+        path: of an array file.
+        metrics: by the names of their statistics.
+        vectors: whether eigenvalues are to come with eigenvectors, as they did in the recording.
+    """
+    values: dict[tuple[str, str, str], Tensor] = {}
+    for layer in read_layers(path):
+        spectra: dict[bool, Spectrum] = {}
+        # Eigenvectors first: they come with the eigenvalues that the others read.
+        for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
+            center = metrics[name].center
+            if center not in spectra:
+                spectra[center] = layer.spectrum(center)
+                if vectors:
+                    spectra[center].eigenvectors  # noqa: B018
+            values[name, layer.stage, layer.layer] = _value(metrics[name], spectra[center], layer.layer)
+        for name in metrics:
+            key = (name, layer.stage, layer.layer)
+            values[key] = values.pop(key)
+    return values
+
+
+def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
+    """The metrics of a run, by name, as far as they can be made from their settings."""
+    metrics = {}
+    for name in recorded:
+        with contextlib.suppress(ValueError):
+            metrics[name] = _rebuild(name, recorded)
+    return metrics
 
 
 def _value(metric: SpectralMetric, spectrum: Spectrum, layer: str) -> Tensor:
     for each in metric.other_sums():
         if not spectrum.has(type(each)):
             raise ValueError(
-                f"expected a {type(each).__name__} of layer {layer!r} for {metric.short_name!r}; none was"
-                " recorded"
+                f"expected {each.described} of layer {layer!r} for {metric.short_name!r}; none was recorded"
             )
     return torch.as_tensor(metric.statistic(spectrum))
 
@@ -146,7 +167,10 @@ def _rebuild(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
         raise ValueError(
             f"the settings {unknown} of {name!r} could not be recorded: pass a metric that has them"
         )
-    return kinds[short_name](**settings)
+    try:
+        return kinds[short_name](**settings)
+    except TypeError as error:
+        raise ValueError(f"the recorded settings of {name!r} are none of {short_name!r}: {error}") from error
 
 
 def _kinds(recorded: Mapping[str, Settings]) -> list[type[SpectralMetric]]:
@@ -156,7 +180,7 @@ def _kinds(recorded: Mapping[str, Settings]) -> list[type[SpectralMetric]]:
 
 def _at(metrics: dict[str, SpectralMetric], threshold: float, named: bool) -> dict[str, SpectralMetric]:
     """The metrics at a threshold, and those that have none."""
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     found: dict[str, SpectralMetric] = {}
     for name, metric in metrics.items():
         if hasattr(metric, "threshold"):

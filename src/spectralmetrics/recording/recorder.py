@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
 from spectralmetrics.recording.record import Record, Row, Settings, describe, tidy_rows
+from spectralmetrics.recording.run import Mode, Run
 from spectralmetrics.recording.writer import Writer
-from spectralmetrics.recording.writers import WRITERS, make_writers
+from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.sums import Sum
 from spectralmetrics.tail import MEAN_LAYER
 
-Mode = Literal["create", "resume", "overwrite"]
 T = TypeVar("T")
-
-_logger = logging.getLogger("spectralmetrics")
 
 
 class Recorder:
     """Keeps what a probe sees, epoch by epoch, in a directory; a record is whole or absent.
 
     Epochs count from 0, as in ``for epoch in range(recorder.next_epoch, epochs)``, unless :meth:`record` is
-    given other numbers. A process killed at any moment leaves all earlier records readable. On several
-    processes make the recorder and call :meth:`record` on all of them: they merge, and the first one writes.
+    given other numbers. A process killed at any moment leaves all earlier records readable. A directory has one
+    recorder at a time, until that is closed or collected or its process ends. On several processes make the
+    recorder and call :meth:`record` on all of them: they merge, and the first one writes.
 
     Args:
         directory: of the run; made if it is not there.
@@ -42,13 +38,15 @@ class Recorder:
         writers: names among ``"csv"``, ``"arrays"``, ``"console"``, ``"tensorboard"`` and ``"plot"``, or
             instances of :class:`Writer`.
         mode: ``"create"`` refuses a directory that holds records and leaves it as it is; ``"resume"`` goes on
-            after the last whole record, also of a directory that holds none yet; ``"overwrite"`` removes
-            earlier records at once (not other files), and logs how many there were.
+            after the last whole record, also of a directory that holds none yet, and draws the pictures of that
+            record that are missing; ``"overwrite"`` removes earlier records at once (not other files), and logs
+            how many there were.
 
     Raises:
         FileExistsError: in mode ``"create"``, if the directory holds records.
         TypeError, ValueError: for other arguments; for a layer named ``"mean"``; in mode ``"resume"``, for
             metrics with other settings than those recorded.
+        BlockingIOError: while another recorder of the directory is open, in this process or another.
         OSError: if the directory cannot be written to.
         ModuleNotFoundError: if a writer's extra is not installed.
 
@@ -87,7 +85,7 @@ class Recorder:
         self._statistics: dict[str, Settings] = {}
         if probe is not None:
             self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
-        self._manifest = Manifest()
+        self._run: Run | None = None  # on the first process
         self._last_epoch = _on_first_process(lambda: self._open(mode))
         self._is_open = True
 
@@ -150,9 +148,10 @@ class Recorder:
         try:
             with contextlib.nullcontext() if self.probe is None else self.probe.merged():
                 record = self._make_record(epoch)
-                is_kept = _on_first_process(lambda: self._keep(record))
+                run: Any = self._run
+                is_kept = _on_first_process(lambda: run.keep(record))
                 if is_kept:
-                    failed = _on_first_process(lambda: self._show(record))
+                    failed = _on_first_process(lambda: run.show(record))
         finally:
             if is_kept:  # whatever happens then, an interrupt from the keyboard too
                 self._last_epoch = epoch
@@ -175,10 +174,8 @@ class Recorder:
         if not self._is_open:
             return
         self._is_open = False
-        with contextlib.ExitStack() as stack:  # all are closed, also if one fails
-            if _is_first_process():
-                for writer in reversed(self.writers):
-                    stack.callback(writer.close)
+        if self._run is not None:
+            self._run.close()
         if self._scalars:
             names = ", ".join(repr(name) for name, _, _ in self._scalars)
             warnings.warn(f"added after the last record, and not kept: {names}", UserWarning, stacklevel=2)
@@ -189,141 +186,9 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # -- on the first process ----------------------------------------------------------------------------
-
     def _open(self, mode: Mode) -> int | None:
-        """Prepare the directory; return the last epoch that it holds."""
-        directory = self.directory
-        known = self._known()
-        if mode == "create":
-            holding = [name for name, writer in known.items() if writer.holds_records(directory)]
-            if holding:
-                raise FileExistsError(
-                    f"{directory} already holds records ({', '.join(holding)}); mode='resume' goes on after"
-                    " them, mode='overwrite' removes them"
-                )
-        last_epoch = None
-        if mode == "resume":
-            self._manifest = read_manifest(directory)
-            self._check_settings()
-            last_epoch = self._last_whole_epoch()
-        directory.mkdir(parents=True, exist_ok=True)
-        if mode == "overwrite":
-            with contextlib.suppress(ValueError):
-                ends = [writer.last_epoch(directory) for writer in known.values()]
-                if any(end is not None for end in ends):
-                    last = max(end for end in ends if end is not None)
-                    _logger.warning("removing the records of %s, up to epoch %d", directory, last)
-            for writer in known.values():
-                writer.discard(directory, None)
-        joined = self._manifest.writers
-        self._manifest = Manifest(
-            # One that pauses for a while joins anew.
-            {each.name: joined.get(each.name, last_epoch) for each in self.writers if each.keeps_records},
-            self._manifest.statistics | self._statistics,
-            last_epoch,
-        )
-        write_manifest(directory, self._manifest)
-        if mode == "resume":
-            for writer in known.values():
-                writer.discard(directory, last_epoch)
-        for each in self.writers:
-            each.open(directory, last_epoch)
-        return last_epoch
-
-    def _known(self) -> dict[str, Writer | type[Writer]]:
-        """The writers whose records the directory may hold, by name."""
-        return {**WRITERS, **{writer.name: writer for writer in self.writers}}
-
-    def _last_whole_epoch(self) -> int | None:
-        directory, known, manifest = self.directory, self._known(), self._manifest
-        if not manifest.writers:  # records without a manifest: those of any writer count
-            manifest.writers = {
-                name: None
-                for name, writer in known.items()
-                if writer.keeps_records and writer.holds_records(directory)
-            }
-        ends = {}
-        for name, before in manifest.writers.items():
-            if name not in known or (not known[name].holds_records(directory) and name not in self._names()):
-                continue  # its files were removed, and it is not wanted any more
-            last = known[name].last_epoch(directory)
-            end = max(-1 if last is None else last, -1 if before is None else before)
-            if manifest.last_epoch is not None and end < manifest.last_epoch:
-                if not known[name].holds_records(directory):
-                    raise ValueError(
-                        f"expected {directory} to hold the records of the writer {name!r} up to epoch"
-                        f" {manifest.last_epoch}, got none: restore its files, leave the writer out, or record"
-                        " to another directory"
-                    )
-                end = manifest.last_epoch  # the last epochs had nothing for this writer
-            ends[name] = end
-        if not ends:
-            return manifest.last_epoch
-        whole = min(ends.values())
-        return None if whole < 0 else whole
-
-    def _names(self) -> set[str]:
-        return {writer.name for writer in self.writers}
-
-    def _check_settings(self) -> None:
-        for name, settings in self._statistics.items():
-            recorded = self._manifest.statistics.get(name, settings)
-            for key in settings:
-                if recorded.get(key) != settings[key]:
-                    raise ValueError(
-                        f"expected {name!r} as it was recorded in {self.directory}, with"
-                        f" {key}={recorded.get(key)!r}, got {key}={settings[key]!r}"
-                    )
-
-    def _keep(self, record: Record) -> bool:
-        """Write to all that keep records, or to none; return whether there was anything to keep."""
-        if not record.values and not record.sums:
-            return False
-        counting = [writer for writer in self.writers if writer.keeps_records or writer.takes_back]
-        try:
-            # Those that can take back come first, and the table last: it has a record only if the others do.
-            for writer in sorted(counting, key=lambda each: (not each.takes_back, each.name == "csv")):
-                writer.write(record)
-            if not any(writer.keeps_records for writer in counting):
-                self._tell_manifest(record.epoch)
-        except BaseException as error:
-            for writer in counting:
-                self._take_back(writer)
-            if not isinstance(error, OSError):
-                raise
-            message = (
-                f"cannot record epoch {record.epoch}, earlier records are intact: {error.strerror or error}"
-            )
-            raise OSError(error.errno, message, str(error.filename or self.directory)) from error
-        with contextlib.suppress(OSError):  # the record is there: what the manifest says is a lower bound
-            self._tell_manifest(record.epoch)
-        return True
-
-    def _take_back(self, writer: Writer) -> None:
-        with contextlib.suppress(OSError):
-            if writer.takes_back:
-                writer.close()
-                writer.open(self.directory, self._last_epoch)
-            else:
-                writer.discard(self.directory, self._last_epoch)
-
-    def _tell_manifest(self, epoch: int) -> None:
-        write_manifest(self.directory, replace(self._manifest, last_epoch=epoch))
-        self._manifest.last_epoch = epoch
-
-    def _show(self, record: Record) -> tuple[str, Exception] | None:
-        """Write to all that only show records; return the first that failed."""
-        failed = None
-        for writer in self.writers:
-            if not writer.keeps_records and not writer.takes_back:
-                try:
-                    writer.write(record)
-                except Exception as error:
-                    failed = failed or (writer.name, error)
-        return failed
-
-    # -- on every process --------------------------------------------------------------------------------
+        self._run = Run(self.directory, self.writers, self._statistics, mode)
+        return self._run.last_epoch
 
     def _check_epoch(self, epoch: int | None) -> int:
         if epoch is None:
@@ -364,10 +229,6 @@ class Recorder:
             rows.append(Row(epoch, stage, layer, name, scalar))
             values["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
         return Record(epoch, values, rows, sums, self._statistics)
-
-
-def _is_first_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _on_first_process(function: Callable[[], T]) -> T:

@@ -50,6 +50,14 @@ class Writer:
         """Write one record; whole or, if it raises, not at all."""
         raise NotImplementedError(f"{type(self).__name__} must define `write(self, record)`")
 
+    def restore(self, record: Record) -> None:
+        """Called after :meth:`open` in a run that is resumed; show what a killed process had not shown.
+
+        Args:
+            record: the last one, as the files hold it: its ``rows`` if the run has a table, and its values that
+                are no single numbers, rebuilt when one is first read, if the run has arrays. No moments.
+        """
+
     def close(self) -> None:
         """Called once, after the last record."""
 

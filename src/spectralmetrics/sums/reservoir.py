@@ -40,6 +40,7 @@ class Reservoir(Sum):
     """
 
     states: ClassVar[dict[str, str]] = {"rows": "sample_rows", "keys": "sample_keys"}
+    described: ClassVar[str] = "a sample"
     arrays: ClassVar[tuple[str, ...]] = ("sample", "sample_keys")
     counts_batches: ClassVar[bool] = True
 

@@ -29,6 +29,8 @@ class Sum(ABC):
     states: ClassVar[Mapping[str, str]]
     """Attribute -> name of the metric's state that holds it. The first one tells sums apart: it is replaced
     whenever the sum is, and updated in place otherwise."""
+    described: ClassVar[str] = "sums"
+    """What it is, for messages, with an article."""
     additive: ClassVar[frozenset[str]] = frozenset()
     """The attributes that add up as they are, if the origins of both sides agree."""
     arrays: ClassVar[tuple[str, ...]] = ()

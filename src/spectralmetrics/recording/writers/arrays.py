@@ -13,12 +13,13 @@ import numpy.typing as npt
 import torch
 
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.files import replacing, sweep
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import SpectralSum, Sum, kinds
 
 FOLDER_NAME = "arrays"
+_COVARIANCE = "/covariance.npy"
 
 
 class ArraysWriter(Writer):
@@ -65,6 +66,7 @@ class ArraysWriter(Writer):
     @classmethod
     def discard(cls, directory: Path, after: int | None) -> None:
         """See :class:`Writer`."""
+        sweep(directory / FOLDER_NAME, "epoch-*.npz")
         for epoch, path in saved_epochs(directory).items():
             if after is None or epoch > after:
                 path.unlink()
@@ -111,6 +113,20 @@ def saved_epochs(directory: Path) -> dict[int, Path]:
         if match := re.fullmatch(r"epoch-(\d+)\.npz", path.name):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
+
+
+def saved_layers(path: Path) -> list[str]:
+    """What an array file holds, as ``"{stage}/{layer}"``, in the order in which it was recorded.
+
+    Raises:
+        ValueError: if the file is no archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
+    return [name.removesuffix(_COVARIANCE) for name in names if name.endswith(_COVARIANCE)]
 
 
 def read_layers(path: Path) -> Iterator[SavedLayer]:

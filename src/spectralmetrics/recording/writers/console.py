@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.recording.record import Record, Row
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_NAME_WIDTH = 26
-_COLUMN_WIDTH = 14
+_AROUND = 3  # a line and two spaces beside the cells of a column
 
 
 class ConsoleWriter(Writer):
@@ -46,7 +46,7 @@ class ConsoleWriter(Writer):
         from rich.console import Console
 
         console = Console()
-        tables = tables_of(record, self.max_layers, max((console.width - _NAME_WIDTH) // _COLUMN_WIDTH, 1))
+        tables = tables_of(record, self.max_layers, console.width)
         if console.is_jupyter:
             for table in tables:
                 console.print(table)
@@ -62,13 +62,14 @@ class ConsoleWriter(Writer):
             sys.stdout.flush()
 
 
-def tables_of(record: Record, max_layers: int | None = None, max_columns: int = 6) -> list[Table]:
+def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:
     """The numbers of a record as tables: a line for each layer, a column for each statistic and stage.
 
     Args:
         record: of one epoch.
         max_layers: with more layers, only their means are shown.
-        max_columns: more are put into further tables.
+        width: of the screen, in characters. Columns that have no room go into further tables, one at least into
+            each; names longer than half of it are folded.
     """
     from rich.table import Table
     from rich.text import Text
@@ -78,22 +79,53 @@ def tables_of(record: Record, max_layers: int | None = None, max_columns: int = 
     layers = list(dict.fromkeys(row.layer for row in of_layers if row.layer != MEAN_LAYER))
     if max_layers is not None and len(layers) > max_layers:
         layers = []
+    names = [*layers, MEAN_LAYER] if of_layers else []
     scalars = [f"{_name(row)} {row.value:.4g}" for row in record.rows if not row.layer]
     cells = {(row.layer, row.statistic, row.stage): _format(row.value) for row in of_layers}
-    tables = []
-    for start in range(0, max(len(columns), 1), max_columns):
-        shown = columns[start : start + max_columns]
-        title = ", ".join([f"Epoch {record.epoch}", *scalars]) if start == 0 else f"Epoch {record.epoch}"
+    headings = {(statistic, stage): [*statistic.split("_"), stage] for statistic, stage in columns}
+    room = max(width // 2, 8)
+    name_width = min(_longest(["layer", *names]), room)
+    widths = {
+        column: _longest([*headings[column], *(cells.get((layer, *column), "") for layer in names)])
+        for column in columns
+    }
+    tables: list[Table] = []
+    for shown in _that_fit(widths, width - _table_width([name_width])) or [[]]:
+        title = f"Epoch {record.epoch}" if tables else ", ".join([f"Epoch {record.epoch}", *scalars])
         table = Table(title=Text(title), title_justify="left")
-        table.add_column("layer", overflow="fold")
-        for statistic, stage in shown:
-            table.add_column(Text("\n".join([*statistic.split("_"), stage])), justify="right")
-        for layer in [*layers, MEAN_LAYER] if of_layers else []:
+        table.add_column("layer", overflow="fold", max_width=room)
+        for column in shown:
+            table.add_column(Text("\n".join(headings[column])), justify="right")
+        for layer in names:
             if layer == MEAN_LAYER and layers:
                 table.add_section()
             table.add_row(Text(layer), *(cells.get((layer, *column), "") for column in shown))
         tables.append(table)
     return tables
+
+
+def _that_fit(widths: Mapping[tuple[str, str], int], room: int) -> list[list[tuple[str, str]]]:
+    """Columns in groups, none of which is wider than the room unless it is of one column."""
+    groups: list[list[tuple[str, str]]] = []
+    left = 0
+    for column, width in widths.items():
+        if not groups or width + _AROUND > left:
+            groups.append([])
+            left = room
+        groups[-1].append(column)
+        left -= width + _AROUND
+    return groups
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    return sum(width + _AROUND for width in widths) + 1
+
+
+def _longest(texts: Sequence[str]) -> int:
+    """Characters of the screen that the longest of them takes."""
+    from rich.cells import cell_len
+
+    return max(map(cell_len, texts))
 
 
 def _render(tables: list[Table], console: Console) -> str:

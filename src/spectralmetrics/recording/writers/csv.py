@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.files import replacing, sweep
 from spectralmetrics.recording.record import COLUMNS, Record, Row
 from spectralmetrics.recording.writer import Writer
 
@@ -60,6 +60,7 @@ class CSVWriter(Writer):
     def discard(cls, directory: Path, after: int | None) -> None:
         """See :class:`Writer`."""
         path = directory / FILE_NAME
+        sweep(directory, FILE_NAME)
         if not path.exists():
             return
         if after is None:

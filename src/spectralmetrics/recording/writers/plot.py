@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from spectralmetrics.plotting import plot_covariance, plot_embedding, plot_layers, plot_spectrum
+from spectralmetrics.plotting import literal, plot_covariance, plot_embedding, plot_layers, plot_spectrum
+from spectralmetrics.recording.files import sweep
 from spectralmetrics.recording.pictures import draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
@@ -52,7 +51,20 @@ class PlotWriter(Writer):
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
         for name, draw in _pictures(record).items():
-            save_figure(draw(), self._folder / f"{name}-epoch-{record.epoch:06d}.png", self.dpi)
+            self._save(draw(), self._path(name, record.epoch))
+
+    def restore(self, record: Record) -> None:
+        """Draw the pictures that are not there."""
+        for name, draw in _pictures(record).items():
+            if not (path := self._path(name, record.epoch)).exists():
+                self._save(draw(), path)
+
+    def _path(self, name: str, epoch: int) -> Path:
+        return self._folder / f"{name}-epoch-{epoch:06d}.png"
+
+    def _save(self, figure: Figure | None, path: Path) -> None:
+        if figure is not None:
+            save_figure(figure, path, self.dpi)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
@@ -62,6 +74,7 @@ class PlotWriter(Writer):
     @classmethod
     def discard(cls, directory: Path, after: int | None) -> None:
         """See :class:`Writer`."""
+        sweep(directory / FOLDER_NAME, "*-epoch*.png")
         for path, epoch in _files(directory).items():
             if after is None or epoch > after:
                 path.unlink()
@@ -71,29 +84,35 @@ class PlotWriter(Writer):
                     path.unlink()
 
 
-def _pictures(record: Record) -> dict[str, Callable[[], Figure]]:
-    pictures: dict[str, Callable[[], Figure]] = {
+def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
+    """What there is to draw, by name; values that are no numbers are read when they are drawn."""
+    numbers = list(dict.fromkeys(row.statistic for row in record.rows if row.layer))
+    pictures: dict[str, Callable[[], Figure | None]] = {
         statistic: functools.partial(draw_profile, record.rows, statistic, record.statistics)
-        for statistic in dict.fromkeys(row.statistic for row in record.rows if row.layer)
+        for statistic in numbers
     }
-    of_stage: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, value in record.values.items():
-        if value.ndim not in (1, 2) or key.count("/") < 2:
-            continue
-        statistic, stage, layer = key.split("/", 2)
-        if "metric" in record.statistics.get(statistic, {}):  # of another library's values nothing is known
-            of_stage.setdefault((statistic, stage), {})[layer] = value
-    for (statistic, stage), values in of_stage.items():
-        draw: Any = plot_spectrum
-        if next(iter(values.values())).ndim == 2:
-            is_embedding = record.statistics[statistic].get("metric") == "embedding"
-            draw = plot_embedding if is_embedding else plot_covariance
-        title = f"{title_of(statistic, record.statistics)}, {stage}, epoch {record.epoch}"
-        pictures[f"{statistic}-{stage}"] = functools.partial(_draw_layers, values, draw, title)
+    of_stage: dict[tuple[str, str], dict[str, str]] = {}
+    for key in record.values:
+        statistic, stage, layer = (*key.split("/", 2), "", "")[:3]
+        # Of another library's values nothing is known.
+        if layer and statistic not in numbers and "metric" in record.statistics.get(statistic, {}):
+            of_stage.setdefault((statistic, stage), {})[layer] = key
+    for (statistic, stage), keys in of_stage.items():
+        pictures[f"{statistic}-{stage}"] = functools.partial(_draw_layers, record, statistic, stage, keys)
     return pictures
 
 
-def _draw_layers(values: dict[str, Tensor], draw: Callable[..., Any], title: str) -> Figure:
+def _draw_layers(record: Record, statistic: str, stage: str, keys: Mapping[str, str]) -> Figure | None:
+    """One small picture per layer; None for values of a shape that no picture shows."""
+    values = {layer: record.values[key] for layer, key in keys.items()}
+    values = {layer: value for layer, value in values.items() if value.ndim in (1, 2)}
+    if not values:
+        return None
+    draw: Any = plot_spectrum
+    if next(iter(values.values())).ndim == 2:
+        is_embedding = record.statistics[statistic].get("metric") == "embedding"
+        draw = plot_embedding if is_embedding else plot_covariance
+    title = f"{title_of(statistic, record.statistics)}, {literal(stage)}, epoch {record.epoch}"
     return plot_layers(values, draw, title=title)[0]
 
 

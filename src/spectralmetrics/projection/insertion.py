@@ -1,0 +1,314 @@
+"""Putting projections behind the layers of a model, and handling all projections of one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from spectralmetrics.functional.dimension import check_threshold
+from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
+from spectralmetrics.projection.layer import PCAProjection
+
+_NAME = "pca_projection"
+_FEATURE_MAPS = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.GroupNorm,
+)
+_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+
+
+class ProjectionRow(NamedTuple):
+    """What one projection of a model does.
+
+    Attributes:
+        name: qualified name of the layer that the projection was inserted behind, as a
+            :class:`~spectralmetrics.LayerProbe` names it, or of the projection itself in a network that was
+            written with it.
+        dimension: the number of directions k that it keeps; None if it has seen no data.
+        width: the number of features D; None as well, if it was not given.
+        saturation: k / D.
+    """
+
+    name: str
+    dimension: int | None
+    width: int | None
+    saturation: float | None
+
+
+class InsertedProjection(PCAProjection):
+    """A projection of the first floating tensor in a layer's output."""
+
+    def forward(self, output: Any) -> Any:
+        """The output with that tensor passed on or projected; see :class:`PCAProjection`."""
+        return _apply_to_first(super().forward, output)[0]
+
+
+class InsertedProjections(Sequence[PCAProjection]):
+    """The projections that :func:`insert_projections` has put behind layers, in their order.
+
+    A context manager that removes them on exit.
+    """
+
+    def __init__(self, behind: dict[str, tuple[nn.Module, PCAProjection, Any]]) -> None:
+        self._behind = behind
+
+    @property
+    def layers(self) -> list[str]:
+        """The qualified names of the layers."""
+        return list(self._behind)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [projection for _, projection, _ in self._behind.values()][index]
+
+    def __len__(self) -> int:
+        return len(self._behind)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Inside, all pass on what they get and accumulate its covariance; the model stays in evaluation.
+
+        Each block starts new covariances. See :meth:`PCAProjection.collect`.
+
+        Raises:
+            RuntimeError: after :meth:`remove`.
+
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+        >>> with insert_projections(model) as projections:
+        ...     with projections.collect():
+        ...         _ = model(torch.randn(64, 4))
+        ...     [row.name for row in set_projection_threshold(model, 0.9)]
+        ['0', '2']
+        """
+        if not self._behind:
+            raise RuntimeError("these projections have been removed from their model: insert them again")
+        with contextlib.ExitStack() as stack:
+            for projection in self:
+                stack.enter_context(projection.collect())
+            yield
+
+    def remove(self) -> None:
+        """Take the projections off the model, which is then as it was."""
+        for layer, _, handle in self._behind.values():
+            if handle is not None:
+                handle.remove()
+            layer._modules.pop(_NAME, None)
+        self._behind = {}
+
+    def __repr__(self) -> str:
+        lines = [f"  {n!r}: PCAProjection({each.extra_repr()})" for n, (_, each, _) in self._behind.items()]
+        return "\n".join(["InsertedProjections(", *lines, ")"]) if lines else "InsertedProjections()"
+
+    def __enter__(self) -> InsertedProjections:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def insert_projections(
+    model: nn.Module,
+    layers: Selectors | None = None,
+    threshold: float = 0.99,
+    *,
+    exclude: Selectors | None = None,
+    center: bool = True,
+    dim: int | None = None,
+) -> InsertedProjections:
+    """Put a projection behind each of some layers of a model that was not written for it.
+
+    Each becomes a submodule ``pca_projection`` of its layer: it follows the model to other devices, into copies
+    and state dicts, and changes the layer's output in evaluation. Of a tuple, the first floating tensor is
+    projected; of a ``PackedSequence`` its valid steps. To load a state dict with projections into a fresh
+    network, insert them there first.
+
+    Args:
+        model: any module.
+        layers: which, as in :class:`~spectralmetrics.LayerProbe`.
+        threshold: share of the variance to keep.
+        exclude: taken away from these.
+        center: see :class:`PCAProjection`.
+        dim: of the features; None takes 1 for convolutions, pooling and their norms, −1 for linear, recurrent
+            and attention layers, embeddings and layer norms, and goes by the number of dimensions elsewhere.
+
+    Returns:
+        The projections; ``remove()`` takes them off.
+
+    Raises:
+        ValueError: for a selector that matches nothing, a threshold outside (0, 1], a layer that has a
+            projection already or is a list of modules, which has no output.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    >>> projections = insert_projections(model, layers=nn.Conv2d)
+    >>> projections.layers, projections[0].dim
+    (['0'], 1)
+    >>> projections.remove()
+    """
+    check_threshold(threshold)
+    chosen = select_layers(model, layers, exclude)
+    for name, layer in chosen.items():
+        if isinstance(layer, (nn.ModuleList, nn.ModuleDict, PCAProjection)):
+            raise ValueError(
+                f"expected layers with an output of their own, got {name!r} ({type(layer).__name__})"
+            )
+        if hasattr(layer, _NAME):
+            raise ValueError(f"expected layers without a projection, but {name!r} has one; remove it first")
+    behind: dict[str, tuple[nn.Module, PCAProjection, Any]] = {}
+    for name, layer in chosen.items():
+        of_layer = _dim_of(layer) if dim is None else dim
+        projection = InsertedProjection(None, threshold, center=center, dim=of_layer)
+        projection.train(layer.training)
+        projection._starts_anew = False
+        # A sequence calls all its modules by itself, the projection as the last of them.
+        is_called = type(layer).forward is nn.Sequential.forward
+        handle = None if is_called else layer.register_forward_hook(_project_output)
+        layer.add_module(_NAME, projection)
+        behind[name] = (layer, projection, handle)
+    return InsertedProjections(behind)
+
+
+def set_projection_threshold(model: nn.Module, threshold: float) -> list[ProjectionRow]:
+    """Set the threshold of every projection in a model, and see what it keeps; no new data is needed.
+
+    Projections with random directions go back to their eigenvectors. On several processes all call this.
+
+    Args:
+        model: any module.
+        threshold: share of the variance to keep, in (0, 1].
+
+    Returns:
+        One row per projection, in the order of the model's modules.
+
+    Raises:
+        ValueError: for a threshold outside (0, 1], or a model without projections.
+        RuntimeError: if no projection has seen data. To set a threshold before that, set each projection's own.
+
+    >>> model = nn.Sequential(nn.Linear(3, 3), PCAProjection(3, threshold=1.0))
+    >>> _ = model(torch.randn(256, 3))
+    >>> set_projection_threshold(model, 1.0)
+    [ProjectionRow(name='1', dimension=3, width=3, saturation=1.0)]
+    """
+    threshold = check_threshold(threshold)
+    projections = _projections(model)
+    # Of all, as each is an exchange between processes, which find the same.
+    if not [each for each in projections.values() if _has_seen_data(each)]:
+        raise RuntimeError(
+            f"no projection of this {type(unwrap(model)).__name__} has seen data, so none has a dimension: run"
+            " forwards inside `with projections.collect():` or in training mode first"
+        )
+    for projection in projections.values():
+        projection.threshold = threshold
+    return _rows(projections)
+
+
+def randomize_projections(model: nn.Module, generator: torch.Generator | None = None) -> list[ProjectionRow]:
+    """Replace the directions of every projection in a model by random orthonormal ones, of the same rank.
+
+    What a network makes of a random subspace of that rank is what its eigenspace must be compared with.
+    Setting the threshold goes back to the eigenvectors. On several processes all call this, and the first one's
+    directions count.
+
+    Args:
+        model: any module.
+        generator: of the directions; PyTorch's global one if None.
+
+    Returns:
+        One row per projection, in the order of the model's modules.
+
+    Raises:
+        ValueError: for a model without projections.
+        RuntimeError: for a projection that has seen no data.
+
+    >>> model = nn.Sequential(nn.Linear(3, 3), PCAProjection(3, threshold=1.0))
+    >>> _ = model(torch.randn(256, 3))
+    >>> randomize_projections(model, torch.Generator().manual_seed(0))[0].dimension
+    3
+    """
+    projections = _projections(model)
+    for projection in projections.values():
+        projection.spectrum()  # all or none are changed
+    for projection in projections.values():
+        projection.randomize(generator)
+    return _rows(projections)
+
+
+def _projections(model: nn.Module) -> dict[str, PCAProjection]:
+    """All of a model, by the names that their rows have."""
+    inner = unwrap(model)
+    found: dict[str, PCAProjection] = {}
+    for name, module in named_modules(inner).items():
+        if isinstance(module, InsertedProjection):
+            layer = name.removesuffix(_NAME).removesuffix(".")
+            found[layer or type(inner).__name__] = module
+        elif isinstance(module, PCAProjection):
+            found["" if module is inner else name] = module
+    if not found:
+        raise ValueError(f"expected a model with projections, got {type(model).__name__} without any")
+    return found
+
+
+def _rows(projections: dict[str, PCAProjection]) -> list[ProjectionRow]:
+    return list(_each_row(projections))
+
+
+def _each_row(projections: dict[str, PCAProjection]) -> Iterator[ProjectionRow]:
+    for name, projection in projections.items():
+        if _has_seen_data(projection):
+            width = projection.spectrum().num_features
+            yield ProjectionRow(name, projection.rank, width, projection.rank / width)
+        else:
+            yield ProjectionRow(name, None, projection.num_features, None)
+
+
+def _has_seen_data(projection: PCAProjection) -> bool:
+    """Whether it has on any process; all call this together."""
+    try:
+        projection.spectrum()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _project_output(layer: nn.Module, args: Any, output: Any) -> Any:
+    """The forward hook of a layer with a projection."""
+    projection = getattr(layer, _NAME, None)
+    return output if projection is None else projection(output)
+
+
+def _apply_to_first(projection: Callable[[Tensor], Tensor], output: Any) -> tuple[Any, bool]:
+    """The output with its first floating tensor projected, and whether there was one."""
+    if isinstance(output, Tensor):
+        return (projection(output), True) if output.is_floating_point() else (output, False)
+    if isinstance(output, PackedSequence):
+        return output._replace(data=projection(output.data)), True
+    if isinstance(output, dict):
+        for key, value in output.items():
+            new, done = _apply_to_first(projection, value)
+            if done:
+                # Output classes of other libraries are dicts with attributes, which must agree.
+                items = {**output, key: new}
+                return items if type(output) is dict else type(output)(**items), True
+        return output, False
+    if isinstance(output, (tuple, list)):
+        for index, value in enumerate(output):
+            new, done = _apply_to_first(projection, value)
+            if done:
+                replaced = [*output[:index], new, *output[index + 1 :]]
+                is_named = hasattr(output, "_fields")
+                return type(output)(*replaced) if is_named else type(output)(replaced), True
+    return output, False
+
+
+def _dim_of(layer: nn.Module) -> int | None:
+    if isinstance(layer, _FEATURE_MAPS):
+        return 1
+    return -1 if isinstance(layer, _FEATURES_LAST) else None

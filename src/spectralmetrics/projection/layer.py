@@ -1,0 +1,304 @@
+"""The layer that passes its input on while it learns its eigenspace, and then projects onto it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectralmetrics.functional import Observations, Spectrum
+from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
+from spectralmetrics.metrics import CovarianceMetric
+from spectralmetrics.projection.transforms import outside_transforms, untransformed
+from spectralmetrics.sums import full_precision, run_together
+
+
+class PCAProjection(nn.Module):
+    r"""Passes its input through in training; in evaluation, projects it onto its leading eigenspace.
+
+    The covariance is that of the training forwards since the module last was in evaluation: training again
+    starts a new one. :meth:`collect` accumulates while the module stays in evaluation. On several processes the
+    first evaluation merges the data of all, so all evaluate. A forward that activation checkpointing repeats is
+    not counted again; under ``torch.func`` every row counts that ``vmap`` runs over.
+
+    Args:
+        num_features: the width D; None reads it from the first input.
+        threshold: share :math:`\delta` of the variance to keep, in (0, 1]. Setting :attr:`threshold` later
+            takes effect without new data.
+        center: False projects about zero, by the eigenvectors of the second moment.
+        keep_dim: False returns the coordinates :math:`V^\top (x - \mu)` in evaluation, with k features instead
+            of D, whose covariance over the training data is diagonal.
+        dim: the dimension of the features: 1 for vectors (N, D) and feature maps ``(N, C, *spatial)``, −1 for
+            token sequences (N, T, D). None: 1 for inputs of four and more dimensions, or else −1.
+
+    Raises:
+        ValueError: for an argument out of range; from ``forward``, for an input without ``dim`` or of another
+            width.
+        TypeError: from ``forward``, for an input that is no floating tensor.
+        RuntimeError: from ``forward`` in evaluation, before any data was seen.
+
+    >>> projection = PCAProjection(2, threshold=0.9)
+    >>> x = torch.tensor([[4.0, 1.0], [-2.0, 1.0], [1.0, 1.5], [1.0, 0.5]])
+    >>> torch.equal(projection(x), x)
+    True
+    >>> projection.eval()(x)
+    tensor([[ 4.,  1.],
+            [-2.,  1.],
+            [ 1.,  1.],
+            [ 1.,  1.]])
+    """
+
+    def __init__(
+        self,
+        num_features: int | None,
+        threshold: float = 0.99,
+        *,
+        center: bool = True,
+        keep_dim: bool = True,
+        dim: int | None = 1,
+    ) -> None:
+        super().__init__()
+        self._threshold = check_threshold(threshold)
+        self.covariance = CovarianceMetric(num_features, center=center, nan_strategy="ignore")
+        self.covariance.persistent(True)
+        self.center = center
+        self.keep_dim = keep_dim
+        self.dim = dim
+        self._is_collecting = False
+        self._starts_anew = False  # at the next forward that is observed
+        self._is_merged = False  # whether the sums are those of all processes
+        self._random: Tensor | None = None
+        self._spectrum: Spectrum | None = None
+        self._projectors: dict[Any, tuple[Tensor, Tensor, bool]] = {}
+
+    @property
+    def num_features(self) -> int | None:
+        """The width D; None until it is known."""
+        return self.covariance.num_features
+
+    @property
+    def threshold(self) -> float:
+        """The share of the variance to keep. Setting it goes back from random directions to eigenvectors."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._threshold = check_threshold(threshold)
+        self._random = None
+        self._projectors = {}
+
+    @property
+    def rank(self) -> int:
+        """The number of directions k that are kept: the intrinsic dimension at the threshold.
+
+        Raises:
+            RuntimeError: before any data was seen.
+        """
+        if self._random is not None:
+            return self._random.shape[1]
+        return int(intrinsic_dimension(self.spectrum().eigenvalues, self.threshold))
+
+    def spectrum(self) -> Spectrum:
+        """The spectrum of the training data of all processes, which call this together.
+
+        Raises:
+            RuntimeError: before any data was seen.
+        """
+        if self._spectrum is None:
+            moments = self.covariance.moments
+            if _several_processes() and not self._is_merged:
+                with torch.inference_mode(False), torch.no_grad():
+                    moments = run_together(self.covariance.exchanges())[0]
+            if moments is None or int(moments.count) == 0:
+                raise RuntimeError(
+                    "this projection has seen no training data to project by: run forwards inside `with"
+                    " projections.collect():` or in training mode first, or load a state"
+                )
+            self.covariance.check_range()
+            self._spectrum = Spectrum(moments, center=self.center)
+        return self._spectrum
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Inside, pass on the input and accumulate its covariance, whatever the mode of the model.
+
+        Each block starts a new covariance with its first forward. A model in evaluation stays there, so that
+        its BatchNorm and Dropout do not notice.
+
+        >>> projection = PCAProjection(2).eval()
+        >>> with projection.collect():
+        ...     _ = projection(torch.randn(8, 2))
+        >>> int(projection.covariance.count), projection.training
+        (8, False)
+        """
+        self._starts_anew = True
+        self._is_collecting = True
+        try:
+            yield
+        finally:
+            self._is_collecting = False
+            self._starts_anew = True
+
+    def randomize(self, generator: torch.Generator | None = None) -> None:
+        """Project onto random orthonormal directions of the same rank, until the threshold is set again.
+
+        Args:
+            generator: of the directions; PyTorch's global one if None. On several processes, which call this
+                together, the first one's directions count.
+
+        Raises:
+            RuntimeError: before any data was seen.
+        """
+        width, rank = self.spectrum().num_features, self.rank
+        device = "cpu" if generator is None else generator.device
+        with torch.inference_mode(False), torch.no_grad():
+            normal = torch.randn(width, rank, generator=generator, dtype=torch.float64, device=device)
+            # Of a Gaussian matrix, Q is uniform on all subspaces of that rank.
+            directions = torch.linalg.qr(normal).Q
+            if _several_processes():
+                told = [directions.cpu()]
+                dist.broadcast_object_list(told)
+                directions = told[0]
+        self._random = directions
+        self._projectors = {}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input itself in training and while collecting; in evaluation its projection, of the same dtype.
+
+        Args:
+            input: floating, with D features along ``dim``.
+        """
+        dim = self._check(input)
+        if self.training or self._is_collecting:
+            self._observe(input, dim)
+            return input
+        self._starts_anew = True
+        return self._project(input, dim)
+
+    def train(self, mode: bool = True) -> PCAProjection:
+        """Switch to training or evaluation; see the class for what that means."""
+        if mode and not self.training:
+            self._starts_anew = True
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Width and threshold in a line."""
+        return f"{self.num_features}, threshold={self.threshold}, dim={self.dim}, keep_dim={self.keep_dim}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state dict holds besides the sums."""
+        return {
+            "threshold": self.threshold,
+            "random": self._random,
+            "is_merged": self._is_merged,
+            "starts_anew": self._starts_anew or not self.training,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`get_extra_state`."""
+        self.threshold = state["threshold"]
+        self._random = state["random"]
+        self._is_merged = state["is_merged"]
+        self._starts_anew = state["starts_anew"]
+        self._spectrum = None
+        self._projectors = {}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _observe(self, input: Tensor, dim: int) -> None:
+        if torch._C._current_graph_task_id() != -1:  # in backward: a checkpoint's recomputation
+            return
+        found = untransformed(input, dim)
+        if found is None:
+            return
+        with outside_transforms():
+            values, dim = found
+            if self._starts_anew:
+                self.covariance.reset()
+                self._starts_anew = False
+                self._is_merged = False
+                self._random = None
+            self._spectrum = None
+            self._projectors = {}
+            self.covariance.update(Observations(values.detach(), dim))
+
+    def _project(self, input: Tensor, dim: int) -> Tensor:
+        dtype = input.dtype if input.dtype == torch.float64 else torch.float32
+        directions, mean, is_complement = self._projector(input.device, dtype)
+        if is_complement and directions.shape[1] == 0:
+            return input  # nothing is left out
+        with full_precision(input.device.type):
+            if self.keep_dim:
+                values = input.to(dtype)
+                centred = values - _along(mean, dim, input.ndim)
+                kept = _multiply(_multiply(centred, directions, dim), directions.mT, dim)
+                result = values - kept if is_complement else kept + _along(mean, dim, input.ndim)
+            else:
+                centred = input.to(dtype) - _along(mean, dim, input.ndim)
+                result = _multiply(centred, directions, dim)
+        return result.to(input.dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _projector(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
+        """Directions (D, k), mean (D,), and False; if D − k are fewer, the directions left out, and True."""
+        if (device, dtype) not in self._projectors:
+            # Tensors made in inference mode could not be used where gradients are wanted.
+            with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+                spectrum = self.spectrum()
+                if _several_processes() and not self._is_merged:
+                    # From here on a saved state is complete; training again starts a new one.
+                    self.covariance.absorb([spectrum.moments])
+                    self._is_merged = True
+                rank = self.rank
+                is_complement = False
+                if self._random is not None:
+                    directions = self._random
+                else:
+                    is_complement = self.keep_dim and 2 * rank > spectrum.num_features
+                    vectors = spectrum.eigenvectors
+                    directions = vectors[:, rank:] if is_complement else vectors[:, :rank]
+                mean = spectrum.mean if self.center else torch.zeros_like(spectrum.mean)
+                self._projectors[device, dtype] = (
+                    directions.to(device, dtype),
+                    mean.to(device, dtype),
+                    is_complement,
+                )
+        return self._projectors[device, dtype]
+
+    def _check(self, input: Tensor) -> int:
+        """The dimension of the features."""
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
+            raise TypeError(f"expected a floating tensor to project, got {kind}")
+        dim = self.dim if self.dim is not None else (1 if input.ndim >= 4 else -1)
+        if not -input.ndim <= dim < input.ndim:
+            raise ValueError(f"expected an input that has dimension {dim}, got shape {tuple(input.shape)}")
+        if self.num_features is not None and input.shape[dim] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} features along dimension {dim}, got {input.shape[dim]} (shape"
+                f" {tuple(input.shape)})"
+            )
+        return dim % input.ndim
+
+
+def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
+    """A vector shaped to broadcast along one of ``ndim`` dimensions."""
+    return vector.reshape(-1, *[1] * (ndim - dim - 1))
+
+
+def _multiply(values: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """Multiply by a (D, k) matrix from the right along one dimension."""
+    moved = values.movedim(dim, -1)
+    if dim == values.ndim - 1 or moved.is_contiguous():
+        return functional.linear(moved, matrix.mT).movedim(-1, dim)
+    # (..., D, positions): the positions stay contiguous, as in the input
+    product: Tensor = matrix.mT @ values.flatten(dim + 1)
+    return product.reshape(*product.shape[:-1], *values.shape[dim + 1 :])
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

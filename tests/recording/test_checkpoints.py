@@ -1,0 +1,71 @@
+"""The recipe of the guide for checkpoints, killed where it can be killed."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics import LayerProbe, Recorder, SaturationMetric, recompute
+from tests.recording.runs import read_csv
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "recording.md"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:added after the last record")  # as what is killed cannot warn
+@pytest.mark.parametrize("where", ["before record", "after record", "before the checkpoint", "after it"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
+    (block,) = [
+        text
+        for text in re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+        if "checkpoint.pt" in text
+    ]
+    definitions = block[: block.index("\n\n\ntrain(")]
+    names = {"torch": torch, "nn": nn, "LayerProbe": LayerProbe, "Recorder": Recorder, "recompute": recompute}
+    namespace = {"SaturationMetric": SaturationMetric, **names}
+    exec(compile(definitions, str(GUIDE), "exec"), namespace)
+
+    def killing(function, before):
+        calls = []
+
+        def call(*arguments):
+            calls.append(arguments)
+            if before and len(calls) == epoch + 1:
+                raise Killed
+            result = function(*arguments)
+            if len(calls) == epoch + 1:
+                raise Killed
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if "record" in where:
+            patch.setattr(Recorder, "record", killing(Recorder.record, where == "before record"))
+        else:
+            replace = killing(os.replace, where == "before the checkpoint")
+            system = os.replace
+            patch.setattr(
+                os,
+                "replace",
+                lambda source, target: (replace if "checkpoint" in str(target) else system)(source, target),
+            )
+        with pytest.raises(Killed):
+            namespace["train"](tmp_path, 3)
+    namespace["train"](tmp_path, 3)
+    recorded = Counter(
+        (row["epoch"], row["stage"], row["layer"], row["statistic"]) for row in read_csv(tmp_path)
+    )
+    assert set(recorded.values()) == {1}
+    assert {key[0] for key in recorded} == {"0", "1", "2"}
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 2
+    counts = [torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"][0]["step"]]
+    assert counts == [3 * 8]  # no epoch was lost or counted twice in what is trained

@@ -1,0 +1,93 @@
+"""What earlier releases wrote goes on working: ``tests/data`` was made by the release that its names say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics import (
+    EigenspaceEmbeddingMetric,
+    IntrinsicDimensionMetric,
+    LayerProbe,
+    Recorder,
+    SaturationMetric,
+    insert_projections,
+    recompute,
+)
+from spectralmetrics.cli import main
+from tests.recording.runs import read_csv
+
+DATA = Path(__file__).parents[1] / "data"
+RELEASES = ("0.1.0",)
+
+
+@pytest.fixture(params=RELEASES)
+def run(request, tmp_path):
+    return Path(shutil.copytree(DATA / f"run-{request.param}", tmp_path / "run"))
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def make_probe(model):
+    embedding = EigenspaceEmbeddingMetric(num_components=2, max_samples=6)
+    return LayerProbe(model, [SaturationMetric(threshold=0.9), IntrinsicDimensionMetric(), embedding])
+
+
+def test_its_numbers_are_rebuilt_from_its_arrays(run):
+    recorded = [row for row in read_csv(run) if row["statistic"] != "accuracy"]
+    rebuilt = recompute(run)
+    assert len(rebuilt) == len(recorded) == 3 * 2 * 3 * 2
+    for old, new in zip(recorded, rebuilt, strict=True):
+        assert [old[key] for key in ("epoch", "stage", "layer", "statistic")] == [
+            str(new[key]) for key in ("epoch", "stage", "layer", "statistic")
+        ]
+        assert float(old["value"]) == new["value"]
+
+
+def test_its_samples_are_embedded(run):
+    rows = recompute(run, statistics="embedding")
+    assert [row["value"].shape for row in rows] == [(6, 2)] * 3 * 2 * 2
+
+
+def test_it_is_resumed(run):
+    before = (run / "records.csv").read_text()
+    model = make_model()
+    with make_probe(model) as probe, Recorder(run, probe, ["csv", "arrays"], mode="resume") as recorder:
+        assert recorder.next_epoch == 3
+        model(torch.randn(24, 5))
+        recorder.record()
+    assert (run / "records.csv").read_text().startswith(before)
+    assert {row["epoch"] for row in recompute(run)} == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"threshold=0.9, got threshold=0.5"):
+        Recorder(run, LayerProbe(model, SaturationMetric(threshold=0.5)), mode="resume")
+
+
+def test_it_is_drawn(run, capsys):
+    assert main(["plot", str(run), "--dpi", "40"]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == [
+        "saturation-epoch-000002.png",
+        "saturation-train-epochs.png",
+        "saturation-eval-epochs.png",
+        "intrinsic_dimension-epoch-000002.png",
+        "intrinsic_dimension-train-epochs.png",
+        "intrinsic_dimension-eval-epochs.png",
+        "spectrum-train-epoch-000002.png",
+        "spectrum-eval-epoch-000002.png",
+    ]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_state_dict_with_inserted_projections(release):
+    expected = json.loads((DATA / f"projection-{release}.json").read_text())
+    model = make_model()
+    insert_projections(model, ["0", "2"])
+    model.load_state_dict(torch.load(DATA / f"projection-{release}.pt", weights_only=True))
+    torch.testing.assert_close(
+        model.eval()(torch.tensor(expected["input"])), torch.tensor(expected["output"]), rtol=1e-5, atol=1e-6
+    )
