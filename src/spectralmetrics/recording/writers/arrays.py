@@ -78,6 +78,7 @@ class SavedLayer:
     mean: torch.Tensor
     count: int
     sample: Reservoir | None
+    non_finite: int = 0
 
     def spectrum(self, center: bool = True) -> Spectrum:
         """The spectrum that the metrics of this layer have read."""
@@ -117,6 +118,7 @@ def read_layers(path: Path) -> Iterator[SavedLayer]:
                     torch.from_numpy(arrays[f"{key}/mean"]),
                     int(arrays[f"{key}/count"]),
                     sample,
+                    int(arrays[f"{key}/non_finite"]) if f"{key}/non_finite" in arrays.files else 0,
                 )
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
