@@ -35,8 +35,8 @@ MOST_POINTS = 1_280_000
 def collect(runs: Sequence[Run], progress: Progress) -> Content:
     """The content of a page.
 
-    Arrays have the axes (stage, layer, epoch), or (stage, layer, threshold or point, epoch), in the order of the
-    page's and the run's lists. They hold ``MISSING``, or NaN where ``"is_recorded"`` is 0, where there is nothing.
+    Arrays have the axes (stage, layer, epoch), or (stage, layer, threshold or point, epoch), in the order of
+    the page's and the run's lists. Where nothing was recorded, they hold ``MISSING``, or ``"is_recorded"`` 0.
 
     Args:
         runs: see :func:`~spectralmetrics.recording.report.runs.read_runs`.

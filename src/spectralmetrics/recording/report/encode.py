@@ -17,14 +17,14 @@ MISSING = -1
 def pack(content: dict[str, Any]) -> str:
     """Lists, dicts, strings, numbers and arrays as one compressed block.
 
-    Every array is taken out, and an object ``{"array": kind, "start": first byte, "shape": shape}`` says where it
-    is: 4 bytes with the length of the JSON, little endian, then the JSON, then the arrays.
+    Every array is taken out, and an object ``{"array": kind, "start": first byte, "shape": shape}`` says where
+    it is. The block is 4 bytes with the length of the JSON, little endian, then the JSON, then the arrays.
 
-    - ``"integers"``: int32. Along the last axis, epochs, each number is stored as its difference from the one
-      before, since neighbours are nearly equal; signs alternate (0, -1, 1, -2, ... become 0, 1, 2, 3, ...) so that
-      small differences of both signs have leading zeros; and all first bytes come first, then all second ones,
-      so that these zeros stand together. Compression makes little of them.
-    - ``"floats"``: float64, the bytes by their place as well. NaN and infinities are kept.
+    - ``"integers"``: int32. Neighbours along the last axis, epochs, are nearly equal: each number is stored as
+      its difference from the one before. 0, -1, 1, -2, ... become 0, 1, 2, 3, ..., so that small differences
+      of both signs have leading zeros. All first bytes come first, then all second ones, so that these zeros
+      stand together; compression leaves little of them.
+    - ``"floats"``: float64, the bytes in the same order. NaN and infinities are kept.
 
     Args:
         content: what is JSON once the arrays are out; they are of integers below 2³⁰, or floats.

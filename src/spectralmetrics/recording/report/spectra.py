@@ -56,7 +56,7 @@ def dimensions(eigenvalues: Tensor, thresholds: Thresholds, rule: Rule = "explai
     if rule == "delve":
         return torch.searchsorted(cumulative / values.sum(-1, keepdim=True), shares).numpy()
     limits = (shares - len(values) * torch.finfo(torch.float64).eps) * total
-    return torch.searchsorted(cumulative, limits).numpy() + 1
+    return (torch.searchsorted(cumulative, limits) + 1).numpy()
 
 
 def positions(width: int, most: int) -> npt.NDArray[np.int64]:
@@ -87,4 +87,5 @@ def points(eigenvalues: npt.NDArray[np.float64], chosen: npt.NDArray[np.int64]) 
     found = np.full(len(picked), ZERO)
     positive = picked > 0
     found[positive] = np.rint(-np.log10(picked[positive] / eigenvalues[0]) * STEPS_PER_DECADE)
-    return np.minimum(found, ZERO)
+    capped: npt.NDArray[np.int64] = np.minimum(found, ZERO)
+    return capped

@@ -24,9 +24,9 @@ def write_report(
 ) -> Path:
     """Write recorded runs as one page that a browser opens without a network or a server.
 
-    The page has sliders for the epoch and, if the runs have arrays, the threshold: dimension, saturation and tail
-    are those that :func:`recompute` gives at every position of the slider. It decomposes one covariance for each
-    layer, stage and epoch, which takes most of the time.
+    The page has sliders for the epoch and, if the runs have arrays, the threshold: at each of its positions
+    dimension, saturation and tail are those that :func:`recompute` gives. Writing decomposes the covariance of
+    every layer, stage and epoch, which takes most of the time.
 
     Args:
         directories: of one or several runs, each with a ``records.csv`` or arrays.

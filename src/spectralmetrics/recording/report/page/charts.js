@@ -36,7 +36,7 @@ function nameAxis(names, room, most) {
   const picked = names.map((_, index) => index).filter((index) => index % every === 0);
   const texts = picked.map((index) => shortened(names[index], most));
   const longest = Math.max(0, ...texts.map((text) => [...text].length));
-  return { tickmode: "array", tickvals: picked, ticktext: texts.map(escaped), pixels: longest * 6.8 + 14 };
+  return { tickmode: "array", tickvals: picked, ticktext: texts.map(escaped), pixels: longest * 6.5 + 14 };
 }
 
 function style(name) {

@@ -8,9 +8,14 @@ function named(run) {
   return page.runs.length > 1 ? `${run.name}, ` : "";
 }
 
+function heading(run) {
+  return page.runs.length > 1 ? `${run.name}: ` : "";
+}
+
 function condition(state, isAtThreshold = Boolean(page.kind(state.statistic))) {
   const share = isAtThreshold && page.hasArrays ? `, threshold ${page.thresholds[state.threshold]}` : "";
-  return `${page.stages[state.stage] || "no stage"}, epoch ${page.epochs[state.epoch]}${share}`;
+  const stage = page.stages[state.stage] ? ` in ${page.stages[state.stage]}` : "";
+  return `epoch ${page.epochs[state.epoch]}${stage}${share}`;
 }
 
 // The layers of which some visible run knows the statistic, at any epoch of the stage.
@@ -30,13 +35,24 @@ function layersOf(state) {
     );
 }
 
+// Shares from 0 to 1, other statistics from 0 on, scalars (no statistic) as they are.
 function range(statistic, values) {
   const finite = values.filter(Number.isFinite);
   if (page.kind(statistic) === "share") return { range: [0, 1.03] };
   if (!finite.length) return { range: [0, 1] };
-  const [least, most] = [Math.min(...finite), Math.max(...finite)];
-  const room = (most - least || Math.abs(most) || 1) * 0.06;
-  return { range: [least >= 0 ? 0 : least - room, most + room] };
+  const most = finite.reduce((a, b) => Math.max(a, b));
+  const least = finite.reduce((a, b) => Math.min(a, b), statistic ? Math.min(0, most) : most);
+  const room = (most - least || Math.abs(most) || 1) * 0.08;
+  return { range: [least === 0 ? 0 : least - room, most + room] };
+}
+
+// Powers of ten on a logarithmic axis, and 2 and 5 between them where it is short.
+function logTicks(values) {
+  const finite = values.filter((value) => value > 0);
+  const decades = finite.length
+    ? Math.log10(finite.reduce((a, b) => Math.max(a, b)) / finite.reduce((a, b) => Math.min(a, b)))
+    : 1;
+  return { dtick: decades < 2 ? "D2" : Math.ceil(decades / 6) };
 }
 
 function profileFigure(state, width) {
@@ -95,12 +111,12 @@ function heatFigure(state, run, width) {
   );
   const epoch = run.epochIndex(page.epochs[state.epoch]);
   const chosen = layers.indexOf(state.layer);
-  const outline = (x0, x1, y0, y1) => ({
-    type: "rect", xref: "x", yref: "y", x0, x1, y0, y1, line: { color: style("--text"), width: 1.5 },
-  });
+  // White around black is seen on every colour.
+  const outline = (x0, x1, y0, y1) =>
+    [["white", 4], ["black", 1.5]].map(([color, width]) => ({ type: "rect", x0, x1, y0, y1, line: { color, width } }));
   const shapes = [];
-  if (epoch >= 0) shapes.push(outline(epoch - 0.5, epoch + 0.5, -0.5, layers.length - 0.5));
-  if (chosen >= 0) shapes.push(outline(-0.5, run.epochs.length - 0.5, chosen - 0.5, chosen + 0.5));
+  if (epoch >= 0) shapes.push(...outline(epoch - 0.5, epoch + 0.5, -0.5, layers.length - 0.5));
+  if (chosen >= 0) shapes.push(...outline(-0.5, run.epochs.length - 0.5, chosen - 0.5, chosen + 0.5));
   const every = Math.ceil(run.epochs.length / Math.max(2, Math.floor((width - 200) / 36)));
   const ticks = run.epochs.map((_, index) => index).filter((index) => index % every === 0);
   return {
@@ -171,7 +187,7 @@ function spectrumFigure(state) {
     }
     const dimension = now < 0 ? undefined : run.dimension(0, state.stage, state.layer, now, state.threshold);
     if (dimension !== undefined) {
-      words.push(`${named(run)}dimension ${dimension} of ${run.integer("width", state.stage, state.layer, now)}`);
+      words.push(`${heading(run)}${dimension} of ${run.integer("width", state.stage, state.layer, now)}`);
       shapes.push({
         type: "line", xref: "x", yref: "paper", x0: dimension || 1, x1: dimension || 1, y0: 0, y1: 1,
         line: { color: colour(index), width: 1.5, dash: "dash" },
@@ -184,15 +200,15 @@ function spectrumFigure(state) {
     layout: {
       height: 340,
       margin: { l: 70, r: 10, t: 10, b: 44 },
-      xaxis: axis({ type: "log", title: "index of the eigenvalue", dtick: 1 }),
-      yaxis: axis({ type: "log", title: "eigenvalue", exponentformat: "power", nticks: 8 }),
+      xaxis: axis({ type: "log", title: "index of the eigenvalue", ...logTicks(traces.flatMap((trace) => trace.x)) }),
+      yaxis: axis({ type: "log", title: "eigenvalue", exponentformat: "power", ...logTicks(traces.flatMap((trace) => trace.y)) }),
       shapes,
       annotations: isEmpty ? [{ text: "no spectrum was recorded here", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
     },
-    label: `Spectrum of layer ${page.layers[state.layer]}, ${condition(state)}: ${words.join("; ") || "none recorded"}.`,
+    label: `Spectrum of layer ${page.layers[state.layer]}, ${condition(state, true)}: dimension ${words.join("; ") || "unknown"}.`,
     hint: isEmpty
       ? "A spectrum needs the covariances that the writer “arrays” keeps."
-      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}. Thin lines are other epochs.`,
+      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}.${traces.length > visibleRuns(state).length ? " Faint lines are other epochs." : ""}`,
   };
 }
 
@@ -204,7 +220,7 @@ function historyFigure(state) {
       const values = run.epochs.map((_, epoch) => run.value(state.statistic, stage, state.layer, epoch, state.threshold));
       if (values.some((value) => value !== undefined)) used.add(stage);
       all.push(...values);
-      return curve(run, index, stage, values, (value, epoch) =>
+      return curve(run, index, dashOf(stage, state), values, (value, epoch) =>
         `${named(run)}${name}, epoch ${run.epochs[epoch]}: ${shown(value, page.kind(state.statistic))}`,
       );
     }),
@@ -219,7 +235,7 @@ function historyFigure(state) {
       shapes: [epochLine(state)],
     },
     label: `Line chart of ${state.statistic} of layer ${page.layers[state.layer]} over ${page.epochs.length} epochs.`,
-    hint: stageWords(used),
+    hint: stageWords(used, state),
     click: (point) => choose({ epoch: page.epochs.indexOf(point.x) }),
   };
 }
@@ -243,11 +259,11 @@ function scalarsFigure(state) {
       values: run.epochs.map((_, epoch) => (scalar.is_recorded.values[epoch] ? scalar.values.values[epoch] : undefined)),
     }));
     for (const { row, stage, values } of lines) {
-      const dash = page.stages.indexOf(stage);
-      if (dash >= 0 && values.some((value) => value !== undefined)) used.add(dash);
+      const known = page.stages.indexOf(stage);
+      if (known >= 0 && values.some((value) => value !== undefined)) used.add(known);
       extent[row].push(...values);
       traces.push({
-        ...curve(run, index, Math.max(dash, 0), values, (value, epoch) =>
+        ...curve(run, index, dashOf(known, state), values, (value, epoch) =>
           `${named(run)}${titles[row]}${stage ? `, ${stage}` : ""}, epoch ${run.epochs[epoch]}: ${shown(value)}`,
         ),
         yaxis: row ? `y${row + 1}` : "y",
@@ -278,12 +294,12 @@ function scalarsFigure(state) {
     traces,
     layout,
     label: `Line charts over ${page.epochs.length} epochs: ${titles.join(", ")}.`,
-    hint: `${stageWords(used)}${first ? " The mean is over all layers." : ""}`,
+    hint: `${stageWords(used, state)}${first ? " The mean is over all layers." : ""}`,
     click: (point) => choose({ epoch: page.epochs.indexOf(point.x) }),
   };
 }
 
-function curve(run, index, stage, values, text) {
+function curve(run, index, dash, values, text) {
   return {
     type: "scatter",
     mode: "lines+markers",
@@ -291,7 +307,7 @@ function curve(run, index, stage, values, text) {
     y: values.map((value) => (Number.isFinite(value) ? value : null)),
     text: values.map((value, epoch) => escaped(text(value, epoch))),
     hoverinfo: "text",
-    line: { color: colour(index), width: 2, dash: DASHES[stage % DASHES.length] },
+    line: { color: colour(index), width: 2, dash: DASHES[dash] },
     marker: { color: colour(index), size: run.epochs.length > 40 ? 3 : 6, symbol: MARKERS[index % MARKERS.length] },
   };
 }
@@ -310,7 +326,13 @@ function epochLine(state) {
   };
 }
 
-function stageWords(used) {
-  const words = [...used].sort().map((stage) => `${page.stages[stage] || "no stage"} is ${DASH_WORDS[stage % DASH_WORDS.length]}`);
+// Solid is the stage that is chosen, or none.
+function dashOf(stage, state) {
+  if (stage < 0 || stage === state.stage) return 0;
+  return 1 + ((stage > state.stage ? stage - 1 : stage) % (DASHES.length - 1));
+}
+
+function stageWords(used, state) {
+  const words = [...used].sort().map((stage) => `${page.stages[stage] || "no stage"} is ${DASH_WORDS[dashOf(stage, state)]}`);
   return words.length ? `${words.join(", ")}.`.replace(/^./, (letter) => letter.toUpperCase()) : "";
 }

@@ -64,6 +64,7 @@ function drawRest() {
   const next = rest.shift();
   if (!next) {
     document.documentElement.dataset.drawn = "all";
+    if (!performance.getEntriesByName("drawn").length) performance.mark("drawn");
     return;
   }
   draw(next);
@@ -98,7 +99,7 @@ function tailWords() {
       : names.length === 1
         ? `low-saturation tail of one layer, ${names[0]}`
         : `low-saturation tail of ${names.length} layers, ${names[0]} to ${names[names.length - 1]}`;
-    return `${named(run)}${found}`;
+    return `${heading(run)}${found}`;
   });
   return `${condition(current, true)}: ${words.join("; ")}.`.replace(/^./, (letter) => letter.toUpperCase());
 }
@@ -115,6 +116,8 @@ function fill(select, names) {
 }
 
 function makeControls() {
+  const layers = `${page.layers.length} layers, ${page.epochs.length} ${page.epochs.length === 1 ? "epoch" : "epochs"}`;
+  byId("subtitle").textContent = page.runs.length > 1 ? `${page.runs.length} runs, ${layers}` : `${page.runs[0].name}, ${layers}`;
   fill(byId("statistic"), page.statistics.map((name) => [name, name]));
   fill(byId("stage"), page.stages.map((name, index) => [index, name || "no stage"]));
   fill(byId("layer"), page.layers.map((name, index) => [index, name]));
