@@ -211,6 +211,7 @@ async function start() {
   const script = document.createElement("script");
   script.textContent = new TextDecoder().decode(library);
   document.head.append(script);
+  byId("library-version").textContent = `plotly.js ${Plotly.version}`;
   page = new Page(readContent(data));
   current = {
     statistic: page.statistics.find((name) => page.kind(name) === "share") || page.statistics[0],
