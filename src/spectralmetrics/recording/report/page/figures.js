@@ -46,13 +46,21 @@ function range(statistic, values) {
   return { range: [least === 0 ? 0 : least - room, most + room] };
 }
 
-// Powers of ten on a logarithmic axis, and 2 and 5 between them where it is short.
+// Powers of ten on a logarithmic axis, with 2 and 5 between them where it is short.
 function logTicks(values) {
-  const finite = values.filter((value) => value > 0);
-  const decades = finite.length
-    ? Math.log10(finite.reduce((a, b) => Math.max(a, b)) / finite.reduce((a, b) => Math.min(a, b)))
-    : 1;
-  return { dtick: decades < 2 ? "D2" : Math.ceil(decades / 6) };
+  const positive = values.filter((value) => value > 0);
+  if (!positive.length) return {};
+  const most = Math.log10(positive.reduce((a, b) => Math.max(a, b)));
+  const least = Math.log10(positive.reduce((a, b) => Math.min(a, b)));
+  const room = Math.max((most - least) * 0.03, 0.02);
+  return { dtick: most - least < 1.2 ? "D2" : Math.ceil((most - least) / 6), range: [least - room, most + room] };
+}
+
+function indexTicks(values) {
+  const last = values.reduce((a, b) => Math.max(a, b), 1);
+  const all = Array.from({ length: 18 }, (_, place) => [1, 2, 5][place % 3] * 10 ** Math.floor(place / 3));
+  const ticks = all.filter((tick) => tick <= last && (last <= 500 || Number.isInteger(Math.log10(tick))));
+  return { ...logTicks(values), dtick: undefined, tickmode: "array", tickvals: ticks, ticktext: ticks.map(String) };
 }
 
 function profileFigure(state, width) {
@@ -80,6 +88,7 @@ function profileFigure(state, width) {
         color: layers.map((layer) => (tail.has(layer) ? style("--page") : colour(index))),
         line: { color: colour(index), width: 2 },
         size: layers.map((layer) => (tail.has(layer) ? 11 : layers.length > 100 ? 5 : 7)),
+        opacity: 1,
         symbol: layers.map((layer) => (tail.has(layer) ? "diamond" : MARKERS[index % MARKERS.length])),
       },
     };
@@ -200,7 +209,7 @@ function spectrumFigure(state) {
     layout: {
       height: 340,
       margin: { l: 70, r: 10, t: 10, b: 44 },
-      xaxis: axis({ type: "log", title: "index of the eigenvalue", ...logTicks(traces.flatMap((trace) => trace.x)) }),
+      xaxis: axis({ type: "log", title: "index of the eigenvalue", ...indexTicks(traces.flatMap((trace) => trace.x)) }),
       yaxis: axis({ type: "log", title: "eigenvalue", exponentformat: "power", ...logTicks(traces.flatMap((trace) => trace.y)) }),
       shapes,
       annotations: isEmpty ? [{ text: "no spectrum was recorded here", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
