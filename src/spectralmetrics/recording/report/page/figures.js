@@ -67,6 +67,7 @@ function profileFigure(state, width) {
   const layers = layersOf(state);
   const names = nameAxis(layers.map((layer) => page.layers[layer]), width - 70, width < 600 ? 16 : 22);
   const epoch = page.epochs[state.epoch];
+  const size = Math.min(Math.max((width / layers.length) * 0.8, 3), 7);
   const all = [];
   const traces = visibleRuns(state).map(({ run, index }) => {
     const when = run.epochIndex(epoch);
@@ -86,8 +87,8 @@ function profileFigure(state, width) {
       line: { color: colour(index), width: 2 },
       marker: {
         color: layers.map((layer) => (tail.has(layer) ? style("--page") : colour(index))),
-        line: { color: colour(index), width: 2 },
-        size: layers.map((layer) => (tail.has(layer) ? 11 : layers.length > 100 ? 5 : 7)),
+        line: { color: colour(index), width: size > 4 ? 2 : 1 },
+        size: layers.map((layer) => (tail.has(layer) ? size + 4 : size)),
         opacity: 1,
         symbol: layers.map((layer) => (tail.has(layer) ? "diamond" : MARKERS[index % MARKERS.length])),
       },
@@ -311,13 +312,13 @@ function scalarsFigure(state) {
 function curve(run, index, dash, values, text) {
   return {
     type: "scatter",
-    mode: "lines+markers",
+    mode: run.epochs.length > 40 ? "lines" : "lines+markers",
     x: run.epochs,
     y: values.map((value) => (Number.isFinite(value) ? value : null)),
     text: values.map((value, epoch) => escaped(text(value, epoch))),
     hoverinfo: "text",
     line: { color: colour(index), width: 2, dash: DASHES[dash] },
-    marker: { color: colour(index), size: run.epochs.length > 40 ? 3 : 6, symbol: MARKERS[index % MARKERS.length] },
+    marker: { color: colour(index), size: 6, symbol: MARKERS[index % MARKERS.length] },
   };
 }
 
