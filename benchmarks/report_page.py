@@ -3,10 +3,10 @@
     python benchmarks/report_page.py [--runs runs/demo] [--keep FOLDER]
 
 Two made-up runs, of 21 layers and 10 epochs and of 200 layers and 100 epochs, each in two stages, and whatever
-recorded runs are named. Layers have 16 to 64 features whose eigenvalues fall by power laws that drift and jitter
-from epoch to epoch. The time is that from the start of the navigation to the moment at which sliders, table and
-the charts in view are there; the median of several loads, each in an empty profile, window 1280 x 900. Needs
-Chromium and the extra `test`.
+recorded runs are named. Layers have 16 to 64 features whose eigenvalues fall by power laws that drift and
+jitter from epoch to epoch. The time is that from the start of the navigation to the moment at which sliders,
+table and the charts in view are there; the median of several loads, each in an empty profile, window
+1280 x 900. Needs Chromium and the extra `test`.
 """
 
 import argparse
