@@ -381,6 +381,34 @@ def test_a_narrow_window_is_not_scrolled_sideways(visit, runs_shown):
         assert 300 < box["width"] <= 390 - box["x"]
 
 
+class OddModel(nn.Module):
+    """A layer whose name has no place to break, and fills a narrow window several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("deep" * 60, nn.Linear(2, 2))
+
+    def forward(self, x):
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("what", ["scalars", "one layer", "arrays alone"])
+def test_odd_runs(what, browser, tmp_path):
+    model = OddModel()
+    probe = None if what == "scalars" else LayerProbe(model, [SaturationMetric()])
+    with Recorder(tmp_path, probe, ["arrays"] if what == "arrays alone" else ["csv"]) as recorder:
+        model(torch.randn(50, 2))
+        recorder.add_scalar("loss", 0.5)
+        recorder.record()
+    report = Visit(browser, write_report(tmp_path, tmp_path / "page.html"), width=390)
+    assert report.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert [row["layer"] for row in report.table()] == ([] if what == "scalars" else ["deep" * 60])
+    scalars = report.page.locator("#scalars").text_content()
+    assert ("loss" in scalars) == (what != "arrays alone")
+    assert ("mean saturation" in scalars) == (what != "scalars")
+    report.leave()
+
+
 def test_light_and_dark(visit):
     def background():
         return report.page.evaluate("getComputedStyle(document.body).backgroundColor")

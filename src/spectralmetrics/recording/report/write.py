@@ -13,7 +13,7 @@ from spectralmetrics.recording.report.encode import compress, pack
 from spectralmetrics.recording.report.runs import read_runs
 
 LIBRARY = "plotly/plotly-cartesian.min.js"
-SCRIPTS = ("data.js", "values.js", "charts.js", "figures.js", "table.js", "page.js")
+SCRIPTS = ("data.js", "values.js", "charts.js", "figures.js", "curves.js", "table.js", "page.js")
 
 
 def write_report(
