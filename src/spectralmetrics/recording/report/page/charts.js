@@ -7,8 +7,7 @@ const COLOURS = {
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const DASH_WORDS = ["solid", "dotted", "dashed", "dash-dotted"];
 const MARKERS = ["circle", "square", "triangle-up", "cross", "triangle-down", "x", "star", "hexagon"];
-// Names are text: no tags, no entities, and typesetMath is off, so that dollars are dollars.
-const CONFIG = { displayModeBar: false, responsive: false, typesetMath: false, scrollZoom: false, doubleClick: "reset" };
+const CONFIG = { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: "reset" };
 
 function isDark() {
   const chosen = document.documentElement.dataset.theme;
@@ -20,6 +19,7 @@ function colour(index) {
   return all[index % all.length];
 }
 
+// Plotly reads tags and entities in all text; dollars mean nothing, since MathJax is not there.
 function escaped(name) {
   return String(name).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
