@@ -43,7 +43,11 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on(
             "console",
-            lambda line: self.complaints.append(line.text) if line.type in ("error", "warning") else None,
+            lambda line: (
+                self.complaints.append(line.text)
+                if line.type in ("error", "warning", "trace", "assert")
+                else None
+            ),
         )
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))

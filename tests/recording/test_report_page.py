@@ -301,6 +301,8 @@ def test_beside_others_a_run_without_arrays_is_shown_at_its_own_threshold(visit,
     )
     report.set_threshold(0.5)
     assert {row["run"] for row in report.table() if row["saturation"] is not None} == {"first"}
+    assert "plain: saturation is not known" in report.page.locator("#tail").text_content()
+    assert "no values at this threshold" in report.page.locator("#heat-1").text_content()
     report.set_threshold(0.9)
     wanted = expected(read_csv(runs / "plain"), "saturation", "eval", 2)
     found = {row["layer"]: row["saturation"] for row in report.table() if row["run"] == "plain"}

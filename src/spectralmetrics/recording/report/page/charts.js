@@ -7,7 +7,7 @@ const COLOURS = {
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const DASH_WORDS = ["solid", "dotted", "dashed", "dash-dotted"];
 const MARKERS = ["circle", "square", "triangle-up", "cross", "triangle-down", "x", "star", "hexagon"];
-const CONFIG = { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: "reset" };
+const CONFIG = { displayModeBar: false, responsive: false, typesetMath: false, scrollZoom: false, doubleClick: "reset" };
 
 function isDark() {
   const chosen = document.documentElement.dataset.theme;
@@ -19,7 +19,7 @@ function colour(index) {
   return all[index % all.length];
 }
 
-// Plotly reads tags and entities in all text; dollars mean nothing, since MathJax is not there.
+// Plotly reads tags and entities in all text.
 function escaped(name) {
   return String(name).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
@@ -30,13 +30,16 @@ function shortened(name, most) {
   return letters.length > most ? `…${letters.slice(1 - most).join("")}` : name;
 }
 
+const pen = document.createElement("canvas").getContext("2d");
+
 // Labels for an axis of names: as many as have room, and the pixels that the longest of them takes.
 function nameAxis(names, room, most) {
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   const every = Math.max(1, Math.ceil((names.length * 15) / Math.max(room, 15)));
   const picked = names.map((_, index) => index).filter((index) => index % every === 0);
   const texts = picked.map((index) => shortened(names[index], most));
-  const longest = Math.max(0, ...texts.map((text) => [...text].length));
-  return { tickmode: "array", tickvals: picked, ticktext: texts.map(escaped), pixels: longest * 6.5 + 14 };
+  const longest = Math.max(0, ...texts.map((text) => pen.measureText(text).width));
+  return { tickmode: "array", tickvals: picked, ticktext: texts.map(escaped), pixels: longest + 16 };
 }
 
 function style(name) {
@@ -54,6 +57,10 @@ function axis(options) {
   };
 }
 
+function nothing(text) {
+  return { text, showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
+}
+
 function drawChart(element, figure) {
   element.setAttribute("aria-label", figure.label);
   const zooms = matchMedia("(pointer: fine)").matches; // a finger that drags wants to scroll
@@ -64,6 +71,7 @@ function drawChart(element, figure) {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style("--text") },
     hoverlabel: { bgcolor: style("--panel"), bordercolor: style("--quiet"), font: { color: style("--text") } },
     showlegend: false,
+    annotations: figure.isEmpty ? [nothing(figure.isEmpty)] : [],
     hovermode: "closest",
     dragmode: zooms ? "zoom" : false,
     ...figure.layout,

@@ -71,7 +71,7 @@ function profileFigure(state, width) {
   const all = [];
   const traces = visibleRuns(state).map(({ run, index }) => {
     const when = run.epochIndex(epoch);
-    const tail = run.tail(state.stage, when, state.threshold);
+    const tail = run.tail(state.stage, when, state.threshold) || new Set();
     const values = layers.map((layer) => run.value(state.statistic, state.stage, layer, when, state.threshold));
     all.push(...values);
     return {
@@ -124,12 +124,14 @@ function heatFigure(state, run, width) {
   // White around black is seen on every colour.
   const outline = (x0, x1, y0, y1) =>
     [["white", 4], ["black", 1.5]].map(([color, width]) => ({ type: "rect", x0, x1, y0, y1, line: { color, width } }));
+  const isEmpty = rows.every((row) => row.every((value) => value === undefined));
   const shapes = [];
   if (epoch >= 0) shapes.push(...outline(epoch - 0.5, epoch + 0.5, -0.5, layers.length - 0.5));
   if (chosen >= 0) shapes.push(...outline(-0.5, run.epochs.length - 0.5, chosen - 0.5, chosen + 0.5));
   const every = Math.ceil(run.epochs.length / Math.max(2, Math.floor((width - 200) / 36)));
   const ticks = run.epochs.map((_, index) => index).filter((index) => index % every === 0);
   return {
+    isEmpty: isEmpty && "no values at this threshold",
     traces: [{
       type: "heatmap",
       z: rows.map((row) => row.map((value) => (Number.isFinite(value) ? value : null))),
@@ -153,7 +155,7 @@ function heatFigure(state, run, width) {
         range: [-0.5, run.epochs.length - 0.5], showgrid: false, tickangle: 0,
       }),
       yaxis: axis({ ...names, pixels: undefined, range: [layers.length - 0.5, -0.5], showgrid: false }),
-      shapes,
+      shapes: isEmpty ? [] : shapes,
     },
     label: `Heat map of ${state.statistic} of run ${run.name}: ${layers.length} layers by ${run.epochs.length} epochs, ${condition(state)}.`,
     click: (point) => {
@@ -207,13 +209,13 @@ function spectrumFigure(state) {
   const isEmpty = traces.every((trace) => !trace.x.length);
   return {
     traces,
+    isEmpty: isEmpty && "no spectrum was recorded here",
     layout: {
       height: 340,
       margin: { l: 70, r: 10, t: 10, b: 44 },
       xaxis: axis({ type: "log", title: "index of the eigenvalue", ...indexTicks(traces.flatMap((trace) => trace.x)) }),
       yaxis: axis({ type: "log", title: "eigenvalue", exponentformat: "power", ...logTicks(traces.flatMap((trace) => trace.y)) }),
       shapes,
-      annotations: isEmpty ? [{ text: "no spectrum was recorded here", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
     },
     label: `Spectrum of layer ${page.layers[state.layer]}, ${condition(state, true)}: dimension ${words.join("; ") || "unknown"}.`,
     hint: isEmpty

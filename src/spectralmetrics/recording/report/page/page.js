@@ -92,8 +92,9 @@ function updateControls() {
 
 function tailWords() {
   const words = visibleRuns(current).map(({ run }) => {
-    const tail = [...run.tail(current.stage, run.epochIndex(page.epochs[current.epoch]), current.threshold)];
-    const names = tail.map((layer) => page.layers[layer]);
+    const tail = run.tail(current.stage, run.epochIndex(page.epochs[current.epoch]), current.threshold);
+    if (!tail) return `${heading(run)}saturation is not known`;
+    const names = [...tail].map((layer) => page.layers[layer]);
     const found = !names.length
       ? "no low-saturation tail"
       : names.length === 1

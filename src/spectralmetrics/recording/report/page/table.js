@@ -32,7 +32,7 @@ function standsOut(row) {
   const observations = integer(row, "observations");
   const found = [];
   if (observations < 10 * dimension) found.push("few observations: below 10 times the dimension");
-  if (row.tail.has(row.layer)) found.push("in the tail");
+  if (row.tail?.has(row.layer)) found.push("in the tail");
   const dead = integer(row, "dead");
   if (dead > 0) found.push(`${shown(dead)} dead ${dead === 1 ? "feature" : "features"}`);
   const left = integer(row, "non_finite");
@@ -65,7 +65,7 @@ function updateTable(state) {
     if (body.children[place] !== element) body.insertBefore(element, body.children[place] || null);
   });
   while (body.children.length > elements.length) body.lastChild.remove();
-  document.getElementById("table-caption").textContent =
+  document.getElementById("table-caption").firstElementChild.textContent =
     `${rows.length} rows: ${condition(state, true)}${ended(state)}`;
 }
 

@@ -54,13 +54,14 @@ class Run {
     return count ? sum / count : undefined;
   }
 
-  // The layers at the end whose saturation is below half of the largest, the output layer apart.
+  // The layers at the end whose saturation is below half of the largest, the output layer apart; undefined if not
+  // all saturations are known.
   tail(stage, epoch, threshold) {
     const statistic = this.ofKind("share");
     const seen = this.page.layers
       .map((_, layer) => [layer, this.value(statistic, stage, layer, epoch, threshold)])
       .filter(([, value]) => value !== undefined);
-    if (seen.some(([, value]) => !(value >= 0 && value <= 1))) return new Set();
+    if (!seen.length || seen.some(([, value]) => !(value >= 0 && value <= 1))) return undefined;
     const inner = seen.slice(0, -1);
     const limit = 0.5 * Math.max(0, ...inner.map(([, value]) => value));
     let start = inner.length;
