@@ -122,7 +122,7 @@ def main():
             write_run(directory, layers, epochs)
             pages[name] = ([directory], target / f"{layers}x{epochs}.html")
         for run in options.runs:
-            pages[str(run)] = ([run], target / f"recorded-{run.name}.html")
+            pages[f"recorded run {run.name}"] = ([run], target / f"recorded-{run.name}.html")
         results = []
         for name, (runs, path) in pages.items():
             started = time.perf_counter()
