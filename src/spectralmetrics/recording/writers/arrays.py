@@ -100,6 +100,11 @@ class SavedLayer:
         """The number of observations n."""
         return int(self.spectral.num_observations)
 
+    @property
+    def non_finite(self) -> int:
+        """The number of observations left out for NaN or infinities."""
+        return int(self.spectral.num_left_out)
+
     def spectrum(self, center: bool = True) -> Spectrum:
         """The spectrum that the metrics of this layer have read."""
         others = [each for each in self.sums if each is not self.spectral]
@@ -148,9 +153,10 @@ def read_layers(path: Path) -> Iterator[SavedLayer]:
                     return torch.as_tensor(arrays[f"{place}/{own}"])
 
                 found = [kind for kind in kinds() if set(kind.arrays) <= set(kept)]
-                spectral = [kind for kind in found if issubclass(kind, SpectralSum)][-1]  # the most detailed
+                spectral = [kind for kind in found if issubclass(kind, SpectralSum)][-1:]  # the most detailed
                 others = [kind for kind in found if not issubclass(kind, SpectralSum)]
-                yield SavedLayer(stage, layer, tuple(kind.restored(read) for kind in (spectral, *others)))
+                if spectral:
+                    yield SavedLayer(stage, layer, tuple(kind.restored(read) for kind in (*spectral, *others)))
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
 

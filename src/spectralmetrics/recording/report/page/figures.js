@@ -1,0 +1,225 @@
+// What each chart shows: traces and layout for Plotly, and a sentence for those who do not see it.
+
+function visibleRuns(state) {
+  return page.runs.map((run, index) => ({ run, index })).filter(({ index }) => state.runs[index]);
+}
+
+function named(run) {
+  return page.runs.length > 1 ? `${run.name}, ` : "";
+}
+
+function heading(run) {
+  return page.runs.length > 1 ? `${run.name}: ` : "";
+}
+
+function condition(state, isAtThreshold = Boolean(page.kind(state.statistic))) {
+  const share = isAtThreshold && page.hasArrays ? `, threshold ${page.thresholds[state.threshold]}` : "";
+  const stage = page.stages[state.stage] ? ` in ${page.stages[state.stage]}` : "";
+  return `epoch ${page.epochs[state.epoch]}${stage}${share}`;
+}
+
+// The layers of which some visible run knows the statistic, at any epoch of the stage.
+function layersOf(state) {
+  return page.layers
+    .map((_, layer) => layer)
+    .filter((layer) =>
+      visibleRuns(state).some(({ run }) => {
+        const entry = run.statistics[state.statistic];
+        if (!entry) return false;
+        return run.epochs.some(
+          (_, epoch) =>
+            (entry.values && at(entry.is_recorded, state.stage, layer, epoch)) ||
+            (entry.kind && run.integer("width", state.stage, layer, epoch) !== undefined),
+        );
+      }),
+    );
+}
+
+// Shares from 0 to 1, other statistics from 0 on, scalars (no statistic) as they are.
+function range(statistic, values) {
+  const finite = values.filter(Number.isFinite);
+  if (page.kind(statistic) === "share") return { range: [0, 1.03] };
+  if (!finite.length) return { range: [0, 1] };
+  const most = finite.reduce((a, b) => Math.max(a, b));
+  const least = finite.reduce((a, b) => Math.min(a, b), statistic ? Math.min(0, most) : most);
+  const room = (most - least || Math.abs(most) || 1) * 0.08;
+  return { range: [least === 0 ? 0 : least - room, most + room] };
+}
+
+// Powers of ten on a logarithmic axis, with 2 and 5 between them where it is short.
+function logTicks(values) {
+  const positive = values.filter((value) => value > 0);
+  if (!positive.length) return {};
+  const most = Math.log10(positive.reduce((a, b) => Math.max(a, b)));
+  const least = Math.log10(positive.reduce((a, b) => Math.min(a, b)));
+  const room = Math.max((most - least) * 0.03, 0.02);
+  return { dtick: most - least < 1.2 ? "D2" : Math.ceil((most - least) / 6), range: [least - room, most + room] };
+}
+
+function indexTicks(values) {
+  const last = values.reduce((a, b) => Math.max(a, b), 1);
+  const all = Array.from({ length: 18 }, (_, place) => [1, 2, 5][place % 3] * 10 ** Math.floor(place / 3));
+  const ticks = all.filter((tick) => tick <= last && (last <= 500 || Number.isInteger(Math.log10(tick))));
+  return { ...logTicks(values), dtick: undefined, tickmode: "array", tickvals: ticks, ticktext: ticks.map(String) };
+}
+
+function profileFigure(state, width) {
+  const layers = layersOf(state);
+  const names = nameAxis(layers.map((layer) => page.layers[layer]), width - 70, width < 600 ? 16 : 22);
+  const epoch = page.epochs[state.epoch];
+  const size = Math.min(Math.max((width / layers.length) * 0.8, 3), 7);
+  const all = [];
+  const traces = visibleRuns(state).map(({ run, index }) => {
+    const when = run.epochIndex(epoch);
+    const tail = run.tail(state.stage, when, state.threshold) || new Set();
+    const values = layers.map((layer) => run.value(state.statistic, state.stage, layer, when, state.threshold));
+    all.push(...values);
+    return {
+      type: "scatter",
+      mode: "lines+markers",
+      x: layers.map((_, place) => place),
+      y: values.map((value) => (Number.isFinite(value) ? value : null)),
+      customdata: layers,
+      text: layers.map((layer, place) =>
+        escaped(`${named(run)}${page.layers[layer]}: ${shown(values[place], page.kind(state.statistic))}`),
+      ),
+      hoverinfo: "text",
+      line: { color: colour(index), width: 2 },
+      marker: {
+        color: layers.map((layer) => (tail.has(layer) ? style("--page") : colour(index))),
+        line: { color: colour(index), width: size > 4 ? 2 : 1 },
+        size: layers.map((layer) => (tail.has(layer) ? size + 4 : size)),
+        opacity: 1,
+        symbol: layers.map((layer) => (tail.has(layer) ? "diamond" : MARKERS[index % MARKERS.length])),
+      },
+    };
+  });
+  const chosen = layers.indexOf(state.layer);
+  return {
+    traces,
+    layout: {
+      height: 300 + names.pixels,
+      margin: { l: 58, r: 10, t: 10, b: names.pixels },
+      xaxis: axis({ ...names, pixels: undefined, tickangle: -90, range: [-0.6, layers.length - 0.4], showgrid: false }),
+      yaxis: axis({ title: state.statistic, ...range(state.statistic, all) }),
+      shapes: chosen < 0 ? [] : [{
+        type: "line", xref: "x", yref: "paper", x0: chosen, x1: chosen, y0: 0, y1: 1,
+        line: { color: style("--quiet"), width: 1, dash: "dot" },
+      }],
+    },
+    label: `Line chart of ${state.statistic} over ${layers.length} layers, ${condition(state)}. The table has its numbers.`,
+    click: (point) => choose({ layer: point.customdata }),
+  };
+}
+
+function heatFigure(state, run, width) {
+  const layers = layersOf(state);
+  const kind = page.kind(state.statistic);
+  const names = nameAxis(layers.map((layer) => page.layers[layer]), heatHeight(layers.length) - 60, width < 500 ? 16 : 22);
+  const rows = layers.map((layer) =>
+    run.epochs.map((_, epoch) => run.value(state.statistic, state.stage, layer, epoch, state.threshold)),
+  );
+  const epoch = run.epochIndex(page.epochs[state.epoch]);
+  const chosen = layers.indexOf(state.layer);
+  // White around black is seen on every colour.
+  const outline = (x0, x1, y0, y1) =>
+    [["white", 4], ["black", 1.5]].map(([color, width]) => ({ type: "rect", x0, x1, y0, y1, line: { color, width } }));
+  const isEmpty = rows.every((row) => row.every((value) => value === undefined));
+  const shapes = [];
+  if (epoch >= 0) shapes.push(...outline(epoch - 0.5, epoch + 0.5, -0.5, layers.length - 0.5));
+  if (chosen >= 0) shapes.push(...outline(-0.5, run.epochs.length - 0.5, chosen - 0.5, chosen + 0.5));
+  const every = Math.ceil(run.epochs.length / Math.max(2, Math.floor((width - 200) / 36)));
+  const ticks = run.epochs.map((_, index) => index).filter((index) => index % every === 0);
+  return {
+    isEmpty: isEmpty && "no values at this threshold",
+    traces: [{
+      type: "heatmap",
+      z: rows.map((row) => row.map((value) => (Number.isFinite(value) ? value : null))),
+      text: rows.map((row, place) =>
+        row.map((value, index) =>
+          escaped(`${named(run)}${page.layers[layers[place]]}, epoch ${run.epochs[index]}: ${shown(value, kind)}`),
+        ),
+      ),
+      hoverinfo: "text",
+      colorscale: "Viridis",
+      ...(kind === "share" ? { zmin: 0, zmax: 1 } : {}),
+      xgap: run.epochs.length <= 30 ? 1 : 0,
+      ygap: layers.length <= 40 ? 1 : 0,
+      colorbar: { thickness: 10, len: 1, outlinewidth: 0, xpad: 4 },
+    }],
+    layout: {
+      height: heatHeight(layers.length),
+      margin: { l: names.pixels, r: 10, t: 10, b: 44 },
+      xaxis: axis({
+        title: "epoch", tickmode: "array", tickvals: ticks, ticktext: ticks.map((index) => String(run.epochs[index])),
+        range: [-0.5, run.epochs.length - 0.5], showgrid: false, tickangle: 0,
+      }),
+      yaxis: axis({ ...names, pixels: undefined, range: [layers.length - 0.5, -0.5], showgrid: false }),
+      shapes: isEmpty ? [] : shapes,
+    },
+    label: `Heat map of ${state.statistic} of run ${run.name}: ${layers.length} layers by ${run.epochs.length} epochs, ${condition(state)}.`,
+    click: (point) => {
+      const shownNow = layersOf(current);
+      choose({ layer: shownNow[point.y], epoch: page.epochs.indexOf(run.epochs[point.x]) });
+    },
+  };
+}
+
+function heatHeight(layers) {
+  return Math.min(Math.max(layers * 17 + 60, 220), 640);
+}
+
+function spectrumFigure(state) {
+  const traces = [];
+  const shapes = [];
+  const words = [];
+  for (const { run, index } of visibleRuns(state)) {
+    const now = run.epochIndex(page.epochs[state.epoch]);
+    const others = Math.min(6, run.epochs.length);
+    const faint = new Set(
+      Array.from({ length: others }, (_, step) => Math.round((step * (run.epochs.length - 1)) / Math.max(others - 1, 1))),
+    );
+    faint.delete(now);
+    for (const epoch of [...faint, now]) {
+      const { x, y } = run.spectrum(state.stage, state.layer, epoch);
+      const isNow = epoch === now;
+      traces.push({
+        type: "scatter",
+        mode: x.length > 1 ? "lines" : "markers",
+        x,
+        y,
+        text: x.map((position, point) =>
+          escaped(`${named(run)}epoch ${run.epochs[epoch]}, eigenvalue ${position}: ${shown(y[point] + 0)}`),
+        ),
+        hoverinfo: "text",
+        opacity: isNow ? 1 : 0.35,
+        line: { color: colour(index), width: isNow ? 2.5 : 1 },
+        marker: { color: colour(index) },
+      });
+    }
+    const dimension = now < 0 ? undefined : run.dimension(0, state.stage, state.layer, now, state.threshold);
+    if (dimension !== undefined) {
+      words.push(`${heading(run)}${dimension} of ${run.integer("width", state.stage, state.layer, now)}`);
+      shapes.push({
+        type: "line", xref: "x", yref: "paper", x0: dimension || 1, x1: dimension || 1, y0: 0, y1: 1,
+        line: { color: colour(index), width: 1.5, dash: "dash" },
+      });
+    }
+  }
+  const isEmpty = traces.every((trace) => !trace.x.length);
+  return {
+    traces,
+    isEmpty: isEmpty && "no spectrum was recorded here",
+    layout: {
+      height: 340,
+      margin: { l: 70, r: 10, t: 10, b: 44 },
+      xaxis: axis({ type: "log", title: "index of the eigenvalue", ...indexTicks(traces.flatMap((trace) => trace.x)) }),
+      yaxis: axis({ type: "log", title: "eigenvalue", exponentformat: "power", ...logTicks(traces.flatMap((trace) => trace.y)) }),
+      shapes,
+    },
+    label: `Spectrum of layer ${page.layers[state.layer]}, ${condition(state, true)}: dimension ${words.join("; ") || "unknown"}.`,
+    hint: isEmpty
+      ? "A spectrum needs the covariances that the writer “arrays” keeps."
+      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}.${traces.length > visibleRuns(state).length ? " Faint lines are other epochs." : ""}`,
+  };
+}

@@ -1,0 +1,239 @@
+// The state of the page, its controls, and when what is drawn.
+
+let page;
+let current;
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+// Change the state; everything that shows it follows before the next frame.
+let isWaiting = false;
+function choose(change) {
+  for (const [key, value] of Object.entries(change)) {
+    if (value !== undefined && value !== -1) current[key] = value;
+  }
+  if (!isWaiting) {
+    isWaiting = true;
+    requestAnimationFrame(() => {
+      isWaiting = false;
+      update();
+    });
+  }
+}
+
+function update() {
+  document.documentElement.dataset.drawn = "";
+  updateControls();
+  updateTable(current);
+  drawSoon(charts());
+}
+
+function charts() {
+  const width = (id) => byId(id).clientWidth;
+  const heats = page.runs.map((run, index) => ({
+    element: byId(`heat-${index}`),
+    isHidden: !current.runs[index],
+    figure: () => heatFigure(current, run, byId(`heat-${index}`).clientWidth),
+  }));
+  return [
+    { element: byId("profile"), figure: () => profileFigure(current, width("profile")) },
+    ...heats.filter((heat) => !heat.isHidden),
+    { element: byId("spectrum"), figure: () => spectrumFigure(current), hint: byId("spectrum-hint") },
+    { element: byId("history"), figure: () => historyFigure(current), hint: byId("history-hint") },
+    { element: byId("scalars"), figure: () => scalarsFigure(current), hint: byId("scalars-hint") },
+  ];
+}
+
+// What is in view at once, the rest one by one while there is nothing else to do.
+let rest = [];
+let restTimer = 0;
+function drawSoon(all) {
+  clearTimeout(restTimer);
+  const isInView = ({ element }) => {
+    const box = element.getBoundingClientRect();
+    return box.bottom > -50 && box.top < innerHeight + 50;
+  };
+  const [now, later] = [all.filter(isInView), all.filter((chart) => !isInView(chart))];
+  now.forEach(draw);
+  rest = later;
+  restTimer = setTimeout(drawRest, 0);
+}
+
+function drawRest() {
+  const next = rest.shift();
+  if (!next) {
+    document.documentElement.dataset.drawn = "all";
+    if (!performance.getEntriesByName("drawn").length) performance.mark("drawn");
+    return;
+  }
+  draw(next);
+  restTimer = setTimeout(drawRest, 0);
+}
+
+function draw({ element, figure, hint }) {
+  const made = figure();
+  drawChart(element, made);
+  if (hint) hint.textContent = made.hint;
+}
+
+function updateControls() {
+  const epoch = page.epochs[current.epoch];
+  const threshold = page.thresholds[current.threshold];
+  for (const id of ["statistic", "stage", "layer", "epoch", "threshold"]) byId(id).value = String(current[id]);
+  byId("epoch-shown").textContent = String(epoch);
+  byId("epoch").setAttribute("aria-valuetext", `epoch ${epoch}`);
+  byId("threshold-shown").textContent = page.hasArrays ? String(threshold) : "–";
+  byId("threshold").setAttribute("aria-valuetext", `${threshold} of the variance`);
+  byId("layer-title").textContent = `Layer ${page.layers[current.layer] ?? "–"}`;
+  byId("tail").textContent = tailWords();
+  page.runs.forEach((_, index) => { byId(`heat-box-${index}`).hidden = !current.runs[index]; });
+}
+
+function tailWords() {
+  const words = visibleRuns(current).map(({ run }) => {
+    const tail = run.tail(current.stage, run.epochIndex(page.epochs[current.epoch]), current.threshold);
+    if (!tail) return `${heading(run)}saturation is not known`;
+    const names = [...tail].map((layer) => page.layers[layer]);
+    const found = !names.length
+      ? "no low-saturation tail"
+      : names.length === 1
+        ? `low-saturation tail of one layer, ${names[0]}`
+        : `low-saturation tail of ${names.length} layers, ${names[0]} to ${names[names.length - 1]}`;
+    return `${heading(run)}${found}`;
+  });
+  return `${condition(current, true)}: ${words.join("; ")}.`.replace(/^./, (letter) => letter.toUpperCase());
+}
+
+function fill(select, names) {
+  select.replaceChildren(
+    ...names.map(([value, text]) => {
+      const option = document.createElement("option");
+      option.value = String(value);
+      option.textContent = text;
+      return option;
+    }),
+  );
+}
+
+function makeControls() {
+  const layers = `${page.layers.length} layers, ${page.epochs.length} ${page.epochs.length === 1 ? "epoch" : "epochs"}`;
+  byId("subtitle").textContent = page.runs.length > 1 ? `${page.runs.length} runs, ${layers}` : `${page.runs[0].name}, ${layers}`;
+  fill(byId("statistic"), page.statistics.map((name) => [name, name]));
+  fill(byId("stage"), page.stages.map((name, index) => [index, name || "no stage"]));
+  fill(byId("layer"), page.layers.map((name, index) => [index, name]));
+  byId("epoch").max = page.epochs.length - 1;
+  byId("threshold").max = page.thresholds.length - 1;
+  byId("threshold").disabled = !page.hasArrays;
+  byId("epoch").disabled = page.epochs.length < 2;
+  byId("statistic").addEventListener("change", (event) => choose({ statistic: event.target.value }));
+  for (const id of ["stage", "layer"]) byId(id).addEventListener("change", (event) => choose({ [id]: Number(event.target.value) }));
+  for (const id of ["epoch", "threshold"]) byId(id).addEventListener("input", (event) => choose({ [id]: Number(event.target.value) }));
+  makeRuns();
+  writeNotes();
+  byId("theme").value = document.documentElement.dataset.theme || "auto";
+  byId("theme").addEventListener("change", (event) => {
+    document.documentElement.dataset.theme = event.target.value;
+    restyle();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth !== width) choose({}); // on a telephone the height changes with every scroll
+    width = innerWidth;
+  });
+  addEventListener("beforeprint", () => charts().forEach(draw));
+}
+
+function restyle() {
+  page.runs.forEach((_, index) => {
+    const swatch = byId(`swatch-${index}`);
+    if (swatch) swatch.style.background = colour(index);
+  });
+  choose({});
+}
+
+function makeRuns() {
+  const several = page.runs.length > 1;
+  byId("runs").hidden = !several;
+  page.runs.forEach((run, index) => {
+    if (several) {
+      const label = document.createElement("label");
+      const box = document.createElement("input");
+      box.type = "checkbox";
+      box.checked = true;
+      box.id = `run-${index}`;
+      box.addEventListener("change", () => {
+        current.runs[index] = box.checked;
+        choose({});
+      });
+      const swatch = document.createElement("span");
+      swatch.className = "swatch";
+      swatch.id = `swatch-${index}`;
+      swatch.style.background = colour(index);
+      label.append(box, swatch, run.name);
+      byId("runs").append(label);
+    }
+    const holder = document.createElement("div");
+    holder.id = `heat-box-${index}`;
+    if (several) {
+      const title = document.createElement("h3");
+      title.textContent = run.name;
+      holder.append(title);
+    }
+    const chart = document.createElement("div");
+    chart.id = `heat-${index}`;
+    chart.className = "chart";
+    chart.setAttribute("role", "img");
+    holder.append(chart);
+    byId("heat").append(holder);
+  });
+}
+
+function writeNotes() {
+  const why = byId("threshold-why");
+  const without = page.runs.filter((run) => !run.hasArrays);
+  const words = without
+    .map((run) => {
+      const recorded = Object.values(run.statistics).find((entry) => entry.kind)?.threshold;
+      return recorded === undefined ? run.name : `${run.name} at ${recorded}`;
+    })
+    .join(", ");
+  if (!page.hasArrays) {
+    why.textContent = `The threshold cannot be moved: no covariances were recorded (writer “arrays”). Recorded: ${words}.`;
+  } else if (without.length) {
+    why.textContent = `Without covariances (writer “arrays”), and shown at the recorded threshold only: ${words}.`;
+  }
+  why.hidden = !why.textContent;
+}
+
+async function start() {
+  const [library, data] = await Promise.all([unpacked("library"), unpacked("data")]);
+  const script = document.createElement("script");
+  script.textContent = new TextDecoder().decode(library);
+  document.head.append(script);
+  byId("library-version").textContent = `plotly.js ${Plotly.version}`;
+  page = new Page(readContent(data));
+  current = {
+    statistic: page.statistics.find((name) => page.kind(name) === "share") || page.statistics[0],
+    stage: Math.max(page.stages.indexOf("eval"), 0),
+    layer: 0,
+    epoch: page.epochs.length - 1,
+    threshold: page.threshold,
+    runs: page.runs.map(() => true),
+  };
+  byId("report").hidden = false;
+  makeControls();
+  update();
+  document.documentElement.dataset.ready = "true";
+  performance.mark("ready");
+}
+
+start().catch((error) => {
+  byId("failure").hidden = false;
+  byId("failure").textContent =
+    typeof DecompressionStream === "undefined"
+      ? "This browser is too old for this page: it needs Chrome 80, Firefox 113, Safari 16.4 or a later one."
+      : `This page could not be drawn: ${error.message}`;
+  throw error;
+});

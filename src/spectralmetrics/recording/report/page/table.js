@@ -1,0 +1,170 @@
+// The summary table: the same numbers for those who read, sort or listen.
+
+// A column: what it is called, what a row says there, and how that is written. A column without any value is not
+// shown; one more needs one more line here.
+function columns(state) {
+  const own = page.kind(state.statistic) ? [] : [state.statistic];
+  return [
+    ...(page.runs.length > 1 ? [{ title: "run", text: true, value: ({ run }) => run.name }] : []),
+    { title: "layer", text: true, isLayer: true, value: ({ layer }) => layer, words: ({ layer }) => page.layers[layer] },
+    { title: "width", value: (row) => integer(row, "width") },
+    { title: "observations", value: (row) => integer(row, "observations") },
+    { title: "dimension", kind: "dimension", value: (row) => ofKind(row, "dimension") },
+    { title: "saturation", kind: "share", value: (row) => ofKind(row, "share") },
+    ...own.map((name) => ({
+      title: name,
+      value: ({ run, layer, epoch, state: { stage, threshold } }) => run.value(name, stage, layer, epoch, threshold),
+    })),
+    { title: "what stands out", text: true, isWords: true, value: standsOut },
+  ];
+}
+
+function integer({ run, layer, epoch, state }, name) {
+  return run.integer(name, state.stage, layer, epoch);
+}
+
+function ofKind({ run, layer, epoch, state }, kind) {
+  return run.value(run.ofKind(kind), state.stage, layer, epoch, state.threshold);
+}
+
+function standsOut(row) {
+  const dimension = ofKind(row, "dimension");
+  const observations = integer(row, "observations");
+  const found = [];
+  if (observations < 10 * dimension) found.push("few observations: below 10 times the dimension");
+  if (row.tail?.has(row.layer)) found.push("in the tail");
+  const dead = integer(row, "dead");
+  if (dead > 0) found.push(`${shown(dead)} dead ${dead === 1 ? "feature" : "features"}`);
+  const left = integer(row, "non_finite");
+  if (left > 0) found.push(`${shown(left)} ${left === 1 ? "row" : "rows"} with NaN or infinities left out`);
+  return found.join("; ");
+}
+
+let sorting = { title: "", isDescending: false };
+const tableRows = new Map();
+
+function updateTable(state) {
+  const all = columns(state);
+  const rows = visibleRuns(state).flatMap(({ run, index }) => {
+    const epoch = run.epochIndex(page.epochs[state.epoch]);
+    const tail = run.tail(state.stage, epoch, state.threshold);
+    return page.layers
+      .map((_, layer) => ({ run, index, layer, epoch, tail, state }))
+      .map((row) => ({ ...row, cells: all.map((column) => column.value(row)) }))
+      .filter((row) => row.cells.some((cell, i) => cell !== undefined && !all[i].text));
+  });
+  const kept = all
+    .map((column, index) => ({ ...column, index }))
+    .filter(({ index }) => rows.some((row) => row.cells[index] !== undefined));
+  updateHeadings(kept);
+  sort(rows, kept.find((column) => column.title === sorting.title));
+  const body = document.getElementById("rows");
+  const elements = rows.map((row) => rowElement(row, kept));
+  // Moving an element takes the focus away from what is in it: touch only what is out of place.
+  elements.forEach((element, place) => {
+    if (body.children[place] !== element) body.insertBefore(element, body.children[place] || null);
+  });
+  while (body.children.length > elements.length) body.lastChild.remove();
+  document.getElementById("table-caption").firstElementChild.textContent =
+    `${rows.length} rows: ${condition(state, true)}${ended(state)}`;
+}
+
+function ended(state) {
+  const epoch = page.epochs[state.epoch];
+  const words = visibleRuns(state)
+    .filter(({ run }) => run.epochs[run.epochIndex(epoch)] !== epoch)
+    .map(({ run }) => {
+      const last = run.epochs[run.epochIndex(epoch)];
+      return last === undefined ? `${run.name} begins later` : `${run.name} shows its epoch ${last}`;
+    });
+  return words.length ? `; ${words.join(", ")}` : "";
+}
+
+function updateHeadings(kept) {
+  const headings = document.getElementById("headings");
+  const titles = kept.map((column) => column.title);
+  if (headings.dataset.titles !== JSON.stringify(titles)) {
+    headings.dataset.titles = JSON.stringify(titles);
+    tableRows.clear();
+    headings.replaceChildren(
+      ...kept.map((column) => {
+        const heading = document.createElement("th");
+        heading.scope = "col";
+        heading.className = column.text ? "text" : "";
+        const button = document.createElement("button");
+        button.type = "button";
+        button.textContent = column.title;
+        button.addEventListener("click", () => {
+          // First the largest number, or the first letter.
+          const isSame = sorting.title === column.title;
+          sorting = { title: column.title, isDescending: isSame ? !sorting.isDescending : !column.text };
+          updateTable(current);
+        });
+        heading.append(button);
+        return heading;
+      }),
+    );
+  }
+  kept.forEach((column, index) => {
+    const direction = sorting.isDescending ? "descending" : "ascending";
+    headings.children[index].setAttribute("aria-sort", column.title === sorting.title ? direction : "none");
+  });
+}
+
+function sort(rows, column) {
+  if (!column) return;
+  const sign = sorting.isDescending ? -1 : 1;
+  // Whatever the direction, what has no number comes last.
+  const isNone = (cell) => cell === undefined || cell === "" || Number.isNaN(cell);
+  rows.sort((left, right) => {
+    const [a, b] = [left.cells[column.index], right.cells[column.index]];
+    if (isNone(a) || isNone(b)) return isNone(a) - isNone(b);
+    return sign * (a < b ? -1 : a > b ? 1 : 0);
+  });
+}
+
+function rowElement(row, kept) {
+  const key = `${row.index}/${row.layer}`;
+  let element = tableRows.get(key);
+  if (!element) {
+    element = newRow(row, kept);
+    tableRows.set(key, element);
+  }
+  element.className = row.layer === row.state.layer ? "chosen" : "";
+  kept.forEach((column, index) => {
+    const cell = row.cells[column.index];
+    const place = element.children[index];
+    if (column.isLayer) return;
+    if (column.text) {
+      if (place.textContent !== (cell ?? "")) place.textContent = cell ?? "";
+      return;
+    }
+    const data = place.firstChild;
+    const exact = cell === undefined ? "" : String(cell);
+    if (data.value !== exact || !data.textContent) {
+      data.value = exact;
+      data.textContent = shown(cell, column.kind);
+    }
+  });
+  return element;
+}
+
+function newRow(row, kept) {
+  const element = document.createElement("tr");
+  for (const column of kept) {
+    const cell = document.createElement(column.isLayer ? "th" : "td");
+    cell.className = column.isWords ? "words" : column.text ? "text" : "";
+    if (column.isLayer) {
+      cell.scope = "row";
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = column.words(row);
+      button.addEventListener("click", () => choose({ layer: row.layer }));
+      cell.append(button);
+    } else if (!column.text) {
+      cell.append(document.createElement("data"));
+    }
+    element.append(cell);
+  }
+  return element;
+}

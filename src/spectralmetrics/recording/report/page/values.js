@@ -1,0 +1,116 @@
+// What a run says at an epoch and a threshold. `undefined` stands for what was not recorded; NaN is a value.
+
+const STEPS_PER_DECADE = 4096;
+const ZERO = 2 ** 20;
+
+class Run {
+  constructor(content, page) {
+    Object.assign(this, content);
+    this.page = page;
+    this.hasArrays = "dimensions" in this.arrays;
+  }
+
+  // A run that has ended goes on showing its last epoch.
+  epochIndex(epoch) {
+    let found = -1;
+    this.epochs.forEach((each, index) => { if (each <= epoch) found = index; });
+    return found;
+  }
+
+  integer(name, stage, layer, epoch) {
+    if (!this.hasArrays || epoch < 0) return undefined;
+    const found = at(this.arrays[name], stage, layer, epoch);
+    return found < 0 ? undefined : found;
+  }
+
+  dimension(family, stage, layer, epoch, threshold) {
+    if (!this.hasArrays) return undefined;
+    const found = at(this.arrays.dimensions[family], stage, layer, threshold, epoch);
+    return found < 0 ? undefined : found;
+  }
+
+  value(statistic, stage, layer, epoch, threshold) {
+    const entry = this.statistics[statistic];
+    if (!entry || epoch < 0) return undefined;
+    if (entry.kind) {
+      const found = this.dimension(entry.family, stage, layer, epoch, threshold);
+      if (found !== undefined) return entry.kind === "share" ? found / this.integer("width", stage, layer, epoch) : found;
+      if (this.page.hasArrays && this.page.thresholds[threshold] !== entry.threshold) return undefined;
+    }
+    if (!entry.values || !at(entry.is_recorded, stage, layer, epoch)) return undefined;
+    return at(entry.values, stage, layer, epoch);
+  }
+
+  mean(statistic, stage, epoch, threshold) {
+    let sum = 0;
+    let count = 0;
+    for (let layer = 0; layer < this.page.layers.length; layer++) {
+      const value = this.value(statistic, stage, layer, epoch, threshold);
+      if (value !== undefined) {
+        sum += value;
+        count += 1;
+      }
+    }
+    return count ? sum / count : undefined;
+  }
+
+  // The layers at the end whose saturation is below half of the largest, the output layer apart; undefined if not
+  // all saturations are known.
+  tail(stage, epoch, threshold) {
+    const statistic = this.ofKind("share");
+    const seen = this.page.layers
+      .map((_, layer) => [layer, this.value(statistic, stage, layer, epoch, threshold)])
+      .filter(([, value]) => value !== undefined);
+    if (!seen.length || seen.some(([, value]) => !(value >= 0 && value <= 1))) return undefined;
+    const inner = seen.slice(0, -1);
+    const limit = 0.5 * Math.max(0, ...inner.map(([, value]) => value));
+    let start = inner.length;
+    while (start && inner[start - 1][1] < limit) start -= 1;
+    return new Set(inner.slice(start).map(([layer]) => layer));
+  }
+
+  ofKind(kind) {
+    return Object.keys(this.statistics).find((name) => this.statistics[name].kind === kind);
+  }
+
+  // Indices, counted from 1, and eigenvalues; those that are zero have no place on a logarithmic axis.
+  spectrum(stage, layer, epoch) {
+    const found = { x: [], y: [] };
+    const width = this.integer("width", stage, layer, epoch);
+    const positions = width === undefined ? [] : this.arrays.positions[width] || [];
+    const largest = positions.length ? at(this.arrays.largest, stage, layer, epoch) : NaN;
+    positions.forEach((position, point) => {
+      const steps = at(this.arrays.points, stage, layer, point, epoch);
+      if (steps >= 0 && steps < ZERO && largest > 0) {
+        found.x.push(position);
+        found.y.push(largest * 10 ** (-steps / STEPS_PER_DECADE));
+      }
+    });
+    return found;
+  }
+}
+
+class Page {
+  constructor(content) {
+    Object.assign(this, content);
+    this.hasArrays = content.runs.some((run) => "dimensions" in run.arrays);
+    this.runs = content.runs.map((run) => new Run(run, this));
+    this.epochs = [...new Set(this.runs.flatMap((run) => run.epochs))].sort((a, b) => a - b);
+    this.statistics = [...new Set(this.runs.flatMap((run) => Object.keys(run.statistics)))];
+  }
+
+  kind(statistic) {
+    return this.runs.map((run) => run.statistics[statistic]).find(Boolean)?.kind;
+  }
+}
+
+// With all the digits that a reader can use; the exact number goes into the table's `value`.
+function shown(value, kind) {
+  if (value === undefined) return "–";
+  if (Number.isNaN(value)) return "NaN";
+  if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
+  if (kind === "share") return value.toFixed(3);
+  if (Number.isInteger(value) && Math.abs(value) < 1e9) return value.toLocaleString("en");
+  const size = Math.abs(value);
+  return size >= 1e-3 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(3);
+}

@@ -1,0 +1,74 @@
+"""Recorded runs -> one HTML file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.report.collect import Progress, collect
+from spectralmetrics.recording.report.encode import compress, pack
+from spectralmetrics.recording.report.runs import read_runs
+
+LIBRARY = "plotly/plotly-cartesian.min.js"
+SCRIPTS = ("data.js", "values.js", "charts.js", "figures.js", "curves.js", "table.js", "page.js")
+
+
+def write_report(
+    directories: str | Path | Iterable[str | Path],
+    path: str | Path,
+    *,
+    progress: Progress = lambda name, total: None,
+) -> Path:
+    """Write recorded runs as one page that a browser opens without a network or a server.
+
+    The page has sliders for the epoch and, if the runs have arrays, the threshold: at each of its positions
+    dimension, saturation and tail are those that :func:`recompute` gives. Writing decomposes the covariance of
+    every layer, stage and epoch, which takes most of the time.
+
+    Args:
+        directories: of one or several runs, each with a ``records.csv`` or arrays.
+        path: of the HTML file; one that is there is replaced.
+        progress: called before each spectrum with what it is of, and the number of all spectra.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: if a directory holds no run.
+        ValueError: if there is no directory, or a file in one cannot be read.
+
+    >>> import tempfile, torch
+    >>> from spectralmetrics import LayerProbe, Recorder
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> directory = Path(tempfile.mkdtemp())
+    >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["csv", "arrays"]) as recorder:
+    ...     _ = model(torch.eye(4))
+    ...     _ = recorder.record()
+    >>> write_report(directory, directory / "report.html").name
+    'report.html'
+    """
+    paths = (
+        [Path(directories)] if isinstance(directories, (str, Path)) else [Path(each) for each in directories]
+    )
+    if not paths:
+        raise ValueError("expected the directory of at least one run, got none")
+    runs = read_runs(paths)
+    content = collect(runs, progress)
+    page = files(__package__) / "page"
+    text = (page / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "title": html.escape(f"spectralmetrics: {', '.join(run.name for run in runs)}"),
+        "style": (page / "page.css").read_text(encoding="utf-8"),
+        "library": compress((page / LIBRARY).read_bytes()),
+        "data": pack(content),
+        "script": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    for name, part in parts.items():
+        text = text.replace(f"<!-- {name} -->", part, 1)
+    path = Path(path)
+    with replacing(path) as file:
+        file.write(text.encode(errors="replace"))  # a name of a directory may be no text
+    return path

@@ -1,0 +1,430 @@
+"""The report in a real browser."""
+
+import itertools
+import warnings
+from importlib.resources import files
+
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics import (
+    CovarianceDeterminantMetric,
+    IntrinsicDimensionMetric,
+    LayerProbe,
+    PowerLawExponentMetric,
+    Recorder,
+    SaturationMetric,
+    low_saturation_tail,
+    recompute,
+    write_report,
+)
+from spectralmetrics.recording.report.encode import pack
+from spectralmetrics.recording.report.write import SCRIPTS
+from tests.recording.browser import Visit, chromium
+from tests.recording.runs import read_csv
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+NAMES = [
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(2)<",
+    "$x^2$ & &lt;b> %{x}",
+    "<!--<script>",
+    "line\u2028break<b>bold</b>",
+    "\"quoted\\'",
+]
+THRESHOLDS = [0.5, 0.9, 0.99, 0.995, 1.0]
+
+
+def record(directory, seed, epochs, writers, threshold=0.99):
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    for name in NAMES:
+        model.add_module(name, nn.Linear(12, 12))
+    with torch.no_grad():
+        model[3].weight[:, 2:] = 0
+        model[4].weight[5] = 0  # a dead feature
+    metrics = [
+        SaturationMetric(threshold=threshold),
+        IntrinsicDimensionMetric(threshold=threshold),
+        CovarianceDeterminantMetric(log=True),
+        PowerLawExponentMetric(first=11),
+    ]
+    with LayerProbe(model, metrics) as probe, Recorder(directory, probe, writers) as recorder:
+        for epoch in range(epochs):
+            for training in (True, False):
+                model.train(training)
+                rows = torch.randn(60, 12) * torch.logspace(0, -1 - epoch, 12)
+                rows[0, 0] = float("nan")
+                model(rows)
+            recorder.add_scalar("loss<i>", [float("nan"), float("inf"), 0.5][epoch])
+            recorder.add_scalar("accuracy", 0.1 * epoch, stage="eval")
+            recorder.record()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    with warnings.catch_warnings(record=True) as notes:  # pytest.warns takes a single statement
+        warnings.simplefilter("always")
+        record(folder / "first", 0, 3, ["csv", "arrays"])
+        record(folder / "second", 1, 2, ["csv", "arrays"])
+        record(folder / "plain", 2, 3, ["csv"], threshold=0.9)
+    assert all("NaN" in str(note.message) for note in notes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visit(runs, browser):
+    """Opens the report of some runs; in the end nothing may have gone wrong there."""
+    visits = []
+
+    def go(*names, **options):
+        path = runs / f"{'-'.join(names)}.html"
+        if not path.exists():
+            write_report([runs / name for name in names], path)
+        visits.append(Visit(browser, path, **options))
+        return visits[-1]
+
+    yield go
+    for each in visits:
+        each.leave()
+
+
+def expected(rows, statistic, stage, epoch):
+    return {
+        row["layer"]: float(row["value"])
+        for row in rows
+        if (row["statistic"], row["stage"], int(row["epoch"])) == (statistic, stage, epoch)
+    }
+
+
+def test_the_page_begins_with_what_was_recorded(visit, runs):
+    report = visit("first")
+    rows = read_csv(runs / "first")
+    for title, statistic in (("saturation", "saturation"), ("dimension", "intrinsic_dimension")):
+        wanted = expected(rows, statistic, "eval", 2)
+        wanted.pop("mean")
+        assert {row["layer"]: row[title] for row in report.table()} == wanted
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_the_threshold_slider_gives_the_numbers_of_recompute(visit, runs, threshold):
+    report = visit("first")
+    report.set_threshold(threshold)
+    assert report.page.locator("#threshold-shown").text_content() == f"{threshold:g}"
+    rows = recompute(runs / "first", threshold)
+    for stage, epoch in itertools.product(("train", "eval"), range(3)):
+        report.set("stage", {"train": "0", "eval": "1"}[stage])
+        report.set("epoch", epoch)
+        saturation = expected(rows, "saturation", stage, epoch)
+        dimension = expected(rows, "intrinsic_dimension", stage, epoch)
+        table = report.table()
+        assert [row["layer"] for row in table] == NAMES
+        for row in table:
+            assert row["saturation"] == saturation[row["layer"]]
+            assert row["dimension"] == dimension[row["layer"]]
+        profile = [saturation[name] for name in NAMES]
+        assert report.chart("profile")[0]["y"] == profile
+        assert [line[epoch] for line in report.chart("heat-0")[0]["z"]] == profile
+        mean = report.chart("scalars")[["train", "eval"].index(stage)]["y"][epoch]
+        assert mean == saturation["mean"]
+        tail = low_saturation_tail({name: saturation[name] for name in NAMES})
+        assert {row["layer"] for row in table if "in the tail" in row["what stands out"]} == set(tail)
+
+
+def test_the_sliders_make_a_difference(runs):
+    """Else the tests above compare little."""
+    rows = recompute(runs / "first", THRESHOLDS, "saturation")
+    profiles = [expected(rows, f"saturation@{threshold}", "eval", 2) for threshold in THRESHOLDS]
+    assert len({tuple(profile.values()) for profile in profiles}) == len(THRESHOLDS)
+    for profile in profiles:
+        profile.pop("mean")
+    assert len({tuple(low_saturation_tail(profile)) for profile in profiles}) > 1
+
+
+def test_what_does_not_depend_on_the_threshold(visit, runs):
+    report = visit("first")
+    rows = read_csv(runs / "first")
+    for statistic in ("covariance_determinant", "power_law_exponent"):
+        report.set("statistic", statistic)
+        wanted = expected(rows, statistic, "eval", 2)
+        for row in report.table():
+            assert row[statistic] == pytest.approx(wanted[row["layer"]], rel=0, abs=0, nan_ok=True)
+    report.set("statistic", "covariance_determinant")
+    assert float("-inf") in {row["covariance_determinant"] for row in report.table()}
+    assert "−∞" in report.page.locator("#rows").text_content()
+
+
+def test_nan_and_infinity_survive(visit):
+    report = visit("first")
+    hover = [text for trace in report.chart("scalars") for text in trace["text"] if "loss" in text]
+    assert [text.rpartition(": ")[2] for text in hover] == ["NaN", "∞", "0.5"]
+    [loss] = [trace for trace in report.chart("scalars") if "loss" in trace["text"][0]]
+    assert loss["y"] == [None, None, 0.5]
+
+
+def test_arrays_cross_from_python_to_the_browser(browser):
+    page = browser.new_page()
+    source = files("spectralmetrics.recording.report") / "page" / SCRIPTS[0]
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-(2**28), 2**28, (3, 2, 5), generator=generator).numpy()
+    floats = [[0.1, float("nan"), float("inf")], [-float("inf"), -0.0, 5e-324]]
+    text = pack(
+        {"a": {"b": [integers]}, "c": torch.tensor(floats, dtype=torch.float64).numpy(), "d": "</script>"}
+    )
+    page.set_content(f"<script type=text/plain id=data>{text}</script>")
+    page.add_script_tag(content=source.read_text(encoding="utf-8"))
+    found = page.evaluate(
+        """async () => {
+          const content = readContent(await unpacked("data"));
+          const { a: { b: [integers] }, c } = content;
+          const write = (each) => (Object.is(each, -0) ? "-0" : String(each));
+          const one = at(integers, 2, 1, 3);
+          return [Array.from(integers.values), integers.shape, Array.from(c.values, write), one, content.d];
+        }"""
+    )
+    assert found == [
+        integers.ravel().tolist(),
+        [3, 2, 5],
+        ["0.1", "NaN", "Infinity", "-Infinity", "-0", "5e-324"],
+        integers[2, 1, 3],
+        "</script>",
+    ]
+    page.close()
+
+
+def test_a_click_shows_a_layer_and_an_epoch(visit):
+    report = visit("first")
+    title = report.page.locator("#layer-title")
+    profile = report.chart("profile")[0]
+    report.click("profile", 4, profile["y"][4])
+    assert title.text_content() == f"Layer {NAMES[4]}"
+    report.click("heat-0", 1, 2)
+    assert title.text_content() == f"Layer {NAMES[2]}"
+    assert report.page.locator("#epoch-shown").text_content() == "1"
+    history = report.chart("history")[1]
+    report.click("history", 0, history["y"][0])
+    assert report.page.locator("#epoch-shown").text_content() == "0"
+    report.page.get_by_role("button", name=NAMES[5]).click()
+    report.settle()
+    assert title.text_content() == f"Layer {NAMES[5]}"
+    assert report.page.locator("tr.chosen th").text_content() == NAMES[5]
+
+
+def test_the_spectrum_and_its_crossing(visit, runs):
+    report = visit("first")
+    report.set_threshold(0.9)
+    report.set("layer", "1")
+    [spectrum] = [
+        row["value"]
+        for row in recompute(runs / "first", statistics=["spectrum"])
+        if (row["stage"], row["layer"], row["epoch"]) == ("eval", NAMES[1], 2)
+    ]
+    now = report.chart("spectrum")[-1]
+    assert now["x"] == list(range(1, 13))
+    assert now["y"] == pytest.approx(spectrum.tolist(), rel=3e-4)
+    dimension = expected(recompute(runs / "first", 0.9), "intrinsic_dimension", "eval", 2)[NAMES[1]]
+    assert [shape["x0"] for shape in report.chart("spectrum", "layout.shapes")] == [dimension]
+    assert f"{dimension:g} of 12" in report.page.locator("#spectrum-hint").text_content()
+
+
+def test_names_are_text(visit):
+    report = visit("first")
+    page = report.page
+    assert page.locator("#rows th").all_text_contents() == NAMES
+    assert page.locator("#layer option").all_text_contents() == NAMES
+    assert page.locator("main img, main b, main i, main svg a").count() == 0
+    # Axes shorten long names from the left.
+    ticks = page.locator("#profile .xtick text").all_text_contents()
+    assert ticks == [name if len(name) <= 22 else f"…{name[-21:]}" for name in NAMES]
+    report.click("profile", 2, report.chart("profile")[0]["y"][2])
+    hover = page.locator("#profile .hovertext").text_content()
+    assert hover.startswith("$x^2$ & &lt;b> %{x}: ")
+    assert "loss<i>" in page.locator("#scalars").text_content()
+
+
+def test_what_stands_out(visit):
+    report = visit("first")
+    rows = report.table()
+    assert {row["observations"] for row in rows} == {59}
+    for row in rows:
+        words = row["what stands out"]
+        assert "1 row with NaN or infinities left out" in words
+        assert ("1 dead feature" in words) == (row["layer"] == NAMES[4])
+        assert ("few observations" in words) == (10 * row["dimension"] > 59)
+    report.set_threshold(1.0)
+    assert any("few observations" in row["what stands out"] for row in report.table())
+    assert not any("few observations" in row["what stands out"] for row in rows)
+
+
+def test_two_runs_lie_over_each_other(visit, runs):
+    report = visit("first", "second")
+    report.set_threshold(0.9)
+    # The second ended with epoch 1, and goes on showing it.
+    assert "second shows its epoch 1" in report.page.locator("#table-caption").text_content()
+    for index, (name, epoch) in enumerate((("first", 2), ("second", 1))):
+        wanted = expected(recompute(runs / name, 0.9), "saturation", "eval", epoch)
+        assert report.chart("profile")[index]["y"] == [wanted[layer] for layer in NAMES]
+        rows = [row for row in report.table() if row["run"] == name]
+        assert [row["saturation"] for row in rows] == [wanted[layer] for layer in NAMES]
+        assert report.page.locator(f"#heat-{index}").is_visible()
+    report.page.get_by_role("checkbox", name="first").uncheck()
+    report.settle()
+    assert len(report.chart("profile")) == 1
+    assert {row["run"] for row in report.table()} == {"second"}
+    assert not report.page.locator("#heat-0").is_visible()
+
+
+def test_without_arrays_the_threshold_stays(visit, runs):
+    report = visit("plain")
+    assert report.page.locator("#threshold").is_disabled()
+    why = report.page.locator("#threshold-why").text_content()
+    assert "no covariances were recorded" in why
+    assert "plain at 0.9" in why
+    wanted = expected(read_csv(runs / "plain"), "saturation", "eval", 2)
+    assert [row["saturation"] for row in report.table()] == [wanted[layer] for layer in NAMES]
+    assert "width" not in report.table()[0]
+
+
+def test_beside_others_a_run_without_arrays_is_shown_at_its_own_threshold(visit, runs):
+    report = visit("first", "plain")
+    assert (
+        "at the recorded threshold only: plain at 0.9" in report.page.locator("#threshold-why").text_content()
+    )
+    report.set_threshold(0.5)
+    assert {row["run"] for row in report.table() if row["saturation"] is not None} == {"first"}
+    assert "plain: saturation is not known" in report.page.locator("#tail").text_content()
+    assert "no values at this threshold" in report.page.locator("#heat-1").text_content()
+    report.set_threshold(0.9)
+    wanted = expected(read_csv(runs / "plain"), "saturation", "eval", 2)
+    found = {row["layer"]: row["saturation"] for row in report.table() if row["run"] == "plain"}
+    assert found == {layer: wanted[layer] for layer in NAMES}
+
+
+def test_the_table_sorts(visit):
+    report = visit("first")
+    heading = report.page.get_by_role("button", name="dimension", exact=True)
+    for direction in ("descending", "ascending"):
+        heading.click()
+        values = [row["dimension"] for row in report.table()]
+        assert values == sorted(values, reverse=direction == "descending")
+        assert report.page.locator(f"th[aria-sort={direction}]").text_content() == "dimension"
+    report.page.get_by_role("button", name="layer", exact=True).click()
+    # It goes on being sorted while a slider moves.
+    heading.click()
+    report.set_threshold(0.5)
+    values = [row["dimension"] for row in report.table()]
+    assert values == sorted(values, reverse=True)
+
+
+def test_everything_is_reached_by_keyboard(visit):
+    report = visit("first", "second")
+    controls = report.page.evaluate(
+        """() => {
+          const all = [...document.querySelectorAll("select, input, button, a[href], [tabindex='0']")];
+          all.forEach((each, index) => { each.dataset.place = index; });
+          return all.filter((each) => each.checkVisibility()).map((each) => each.dataset.place);
+        }"""
+    )
+    reached = []
+    for _ in controls:
+        report.page.keyboard.press("Tab")
+        reached.append(report.page.evaluate("document.activeElement.dataset.place"))
+    assert reached == controls
+    report.page.locator("#epoch").focus()
+    report.page.keyboard.press("Home")
+    report.page.keyboard.press("ArrowRight")
+    report.settle()
+    assert report.page.locator("#epoch-shown").text_content() == "1"
+    report.page.locator("#threshold").focus()
+    report.page.keyboard.press("Home")
+    report.settle()
+    assert report.page.locator("#threshold-shown").text_content() == "0.5"
+    layer = report.page.get_by_role("button", name=NAMES[3]).first
+    layer.focus()
+    report.page.keyboard.press("Enter")
+    report.settle()
+    assert report.page.locator("#layer-title").text_content() == f"Layer {NAMES[3]}"
+    # The button that was pressed still has the focus.
+    assert report.page.evaluate("document.activeElement.textContent") == NAMES[3]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_audit_of_accessibility(visit, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    report = visit("first", "plain", width=width, scheme=scheme)
+    found = axe.Axe().run(report.page).response["violations"]
+    assert [(each["id"], each["impact"], len(each["nodes"])) for each in found] == []
+
+
+@pytest.mark.parametrize("runs_shown", [("first",), ("first", "second")])
+def test_a_narrow_window_is_not_scrolled_sideways(visit, runs_shown):
+    report = visit(*runs_shown, width=390)
+    assert report.page.evaluate("document.documentElement.scrollWidth") == 390
+    for chart in ("profile", "heat-0", "spectrum", "history", "scalars"):
+        box = report.page.locator(f"#{chart}").bounding_box()
+        assert 300 < box["width"] <= 390 - box["x"]
+
+
+class OddModel(nn.Module):
+    """A layer whose name has no place to break, and fills a narrow window several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("deep" * 60, nn.Linear(2, 2))
+
+    def forward(self, x):
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("what", ["scalars", "one layer", "arrays alone"])
+def test_odd_runs(what, browser, tmp_path):
+    model = OddModel()
+    probe = None if what == "scalars" else LayerProbe(model, [SaturationMetric()])
+    with Recorder(tmp_path, probe, ["arrays"] if what == "arrays alone" else ["csv"]) as recorder:
+        model(torch.randn(50, 2))
+        recorder.add_scalar("loss", 0.5)
+        recorder.record()
+    report = Visit(browser, write_report(tmp_path, tmp_path / "page.html"), width=390)
+    assert report.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert [row["layer"] for row in report.table()] == ([] if what == "scalars" else ["deep" * 60])
+    scalars = report.page.locator("#scalars").text_content()
+    assert ("loss" in scalars) == (what != "arrays alone")
+    assert ("mean saturation" in scalars) == (what != "scalars")
+    report.leave()
+
+
+def test_light_and_dark(visit):
+    def background():
+        return report.page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    report = visit("first", scheme="dark")
+    dark = background()
+    report.set("theme", "light")
+    light = background()
+    assert light == "rgb(255, 255, 255)"
+    assert dark != light
+    font = report.chart("profile", "layout.font.color")
+    report.set("theme", "auto")
+    assert background() == dark
+    assert report.chart("profile", "layout.font.color") != font
+
+
+def test_the_page_cannot_reach_a_network(browser, runs):
+    path = runs / "first.html"
+    if not path.exists():
+        write_report(runs / "first", path)
+    report = Visit(browser, path)
+    tried = "fetch('https://example.org/').then(() => 'reached', () => 'refused')"
+    assert report.page.evaluate(tried) == "refused"
+    assert any("Content Security Policy" in each for each in report.complaints)
+    report.context.close()
