@@ -26,6 +26,15 @@ from spectralmetrics.functional.moments import (
     rebase,
     variances,
 )
+from spectralmetrics.functional.relations import (
+    cka,
+    debiased_hsic,
+    frechet_distance,
+    gram,
+    linear_cka,
+    subspace_overlap,
+    u_centred,
+)
 from spectralmetrics.functional.spectrum import Spectrum, eigenvalues, eigenvectors
 
 __all__ = [
@@ -33,14 +42,19 @@ __all__ = [
     "Observations",
     "Spectrum",
     "accumulate",
+    "cka",
     "covariance",
+    "debiased_hsic",
     "determinant",
     "diagonal_trace",
     "effective_rank",
     "eigenvalues",
     "eigenvectors",
     "empty_moments",
+    "frechet_distance",
+    "gram",
     "intrinsic_dimension",
+    "linear_cka",
     "mean",
     "merge",
     "participation_ratio",
@@ -48,6 +62,8 @@ __all__ = [
     "rebase",
     "saturation",
     "stable_rank",
+    "subspace_overlap",
     "trace",
+    "u_centred",
     "variances",
 ]
