@@ -14,6 +14,7 @@ from spectralmetrics.metrics.dispersion import (
     CovarianceTraceMetric,
     DiagonalTraceMetric,
 )
+from spectralmetrics.metrics.similarity import LinearCKAMetric
 from spectralmetrics.metrics.spectrum import CovarianceMetric, EigenspaceEmbeddingMetric, SpectrumMetric
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "EffectiveRankMetric",
     "EigenspaceEmbeddingMetric",
     "IntrinsicDimensionMetric",
+    "LinearCKAMetric",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
     "SaturationMetric",
