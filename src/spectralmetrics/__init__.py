@@ -28,6 +28,7 @@ from spectralmetrics.projection import (
 )
 from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
 from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
+from spectralmetrics.similarity import LayerSimilarity, Similarity
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "EigenspaceEmbeddingMetric",
     "IntrinsicDimensionMetric",
     "LayerProbe",
+    "LayerSimilarity",
     "LinearCKAMetric",
     "Observations",
     "PCAProjection",
@@ -50,6 +52,7 @@ __all__ = [
     "Record",
     "Recorder",
     "SaturationMetric",
+    "Similarity",
     "SpectralMetric",
     "Spectrum",
     "SpectrumMetric",

@@ -112,16 +112,16 @@ class LinearCKAMetric(Metric):
     def compute(self) -> Tensor:
         """The alignment, shape (), float64."""
         count, left_out = int(self.count), int(self.non_finite)
-        detail = f"{left_out} samples hold NaN or infinite values"
+        detail = f"samples left out for NaN or infinite values: {left_out}"
         if left_out and self.nan_strategy == "error":
-            raise RuntimeError(f"LinearCKAMetric: {detail}; nan_strategy='warn' leaves them out")
+            raise RuntimeError(f"LinearCKAMetric: {detail}; nan_strategy='warn' only warns of them")
         if count == 0:
-            because = f" ({detail} and were left out)" if left_out else ""
+            because = f" ({detail})" if left_out else ""
             raise RuntimeError(
                 f"LinearCKAMetric has counted no sample{because}; call `update` before `compute`"
             )
         if left_out and self.nan_strategy == "warn":
-            warnings.warn(f"LinearCKAMetric: {detail} and were left out", UserWarning, stacklevel=2)
+            warnings.warn(f"LinearCKAMetric: {detail}", UserWarning, stacklevel=2)
         return cka(self.cross, self.left, self.right)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
