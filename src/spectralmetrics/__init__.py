@@ -27,7 +27,7 @@ from spectralmetrics.projection import (
     set_projection_threshold,
 )
 from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
-from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute
+from spectralmetrics.recording import Record, Recorder, Writer, compare, draw_run, read_records, recompute
 from spectralmetrics.similarity import LayerSimilarity, Similarity
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
@@ -59,12 +59,14 @@ __all__ = [
     "StableRankMetric",
     "Writer",
     "border_layer",
+    "compare",
     "draw_run",
     "functional",
     "insert_projections",
     "layer_profile",
     "low_saturation_tail",
     "randomize_projections",
+    "read_records",
     "receptive_fields",
     "recompute",
     "set_projection_threshold",

@@ -1,5 +1,6 @@
 """Keeping a run and looking at it: the recorder, its writers, recomputation, pictures."""
 
+from spectralmetrics.recording.compare import compare, read_records
 from spectralmetrics.recording.draw import draw_run
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import Record, Row
@@ -23,6 +24,8 @@ __all__ = [
     "Row",
     "TensorBoardWriter",
     "Writer",
+    "compare",
     "draw_run",
+    "read_records",
     "recompute",
 ]
