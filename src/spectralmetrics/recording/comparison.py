@@ -98,7 +98,7 @@ def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list
         lines += _first("Least overlap: ", named)
     else:
         lines += [
-            "In most layers the eigenspaces share no more than random ones: the units of the two networks do not",
+            "In most layers the eigenspaces share no more than random ones: units of the two networks do not",
             "correspond, as after different seeds, and overlap and Fréchet distance tell little. Compare the",
             "statistics, and the networks themselves by LayerSimilarity (CKA).",
         ]
