@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,6 +83,28 @@ class LinearCKAMetric(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("count", "non_finite"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    _computing = False
+
+    @property
+    def update_called(self) -> bool:
+        """Whether rows have been offered since construction or reset."""
+        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
+        # had. Whether there are samples is checked after the merge, with an error.
+        return self._computing or self._update_count > 0
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def computing(*args: Any, **kwargs: Any) -> Any:
+            self._computing = True
+            try:
+                return wrapped(*args, **kwargs)
+            finally:
+                self._computing = False
+
+        return computing
 
     def update(self, left: Tensor, right: Tensor) -> None:
         """Add a batch.
