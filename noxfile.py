@@ -70,7 +70,7 @@ def docs(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
-    for script in ("update", "training_step", "compute", "merge", "memory", "report"):
+    for script in ("update", "training_step", "compute", "merge", "memory", "similarity", "report"):
         session.run("python", f"benchmarks/{script}.py", *(session.posargs if script != "report" else ()))
 
 

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
@@ -166,6 +167,18 @@ def test_merging_forward_collections_and_copies():
     assert all(torch.equal(each, whole) for each in collection.compute().values())
     for copied in (copy.deepcopy(by_forward), pickle.loads(pickle.dumps(by_forward))):
         assert torch.equal(copied.compute(), by_forward.compute())
+
+
+@pytest.mark.parametrize("width", [3, 300])
+def test_an_update_waits_for_no_device(width):
+    # With tensors that have no values, anything that reads one raises.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        left, right = torch.randn(20, width), torch.randn(20, 4)
+        metric = sm.LinearCKAMetric()
+        metric.update(left, right)
+        metric.update(left, right)
+        with pytest.raises(DataDependentOutputException):
+            metric.compute()
 
 
 def test_plot():
