@@ -94,6 +94,6 @@ axis.set_ylabel("with the tail")
 plt.show()
 
 # %%
-# The last convolution of the short network is closest to the last one of the long network, and not to the one of
-# the same name: with four layers less it gets nearly as far, and reaches the same accuracy. Its fourth layer
-# also uses fewer directions than that of the long network, as the last layer before ten outputs does in both.
+# The last convolution of the short network is closest to the last one of the long network, and not to the one
+# of the same name: with four layers less it gets nearly as far, and reaches the same accuracy. It also uses
+# fewer directions than the long network's layer of that name. The last layer before ten outputs does in both.
