@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_rows
+from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
 from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences, first_tensor
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 
@@ -229,11 +229,10 @@ class LayerSimilarity:
         try:
             with _undisturbed():
                 observations = self.rule.batch(module, output).observations(self.rule)
-                rows = observations.rows()
-                finite = usable_rows(rows)
+                products = gram(observations.rows())
+                finite = usable_samples(products)
                 if observations.valid is not None:
                     finite = finite & observations.valid
-                products = gram(rows, finite)
                 if name in side.current:
                     # Features put side by side: their inner products add up.
                     earlier = side.current[name]

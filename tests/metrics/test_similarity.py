@@ -172,9 +172,9 @@ def test_merging_forward_collections_and_copies():
 @pytest.mark.parametrize("width", [3, 300])
 def test_an_update_waits_for_no_device(width):
     # With tensors that have no values, anything that reads one raises.
+    metric = sm.LinearCKAMetric()
     with FakeTensorMode(allow_non_fake_inputs=True):
         left, right = torch.randn(20, width), torch.randn(20, 4)
-        metric = sm.LinearCKAMetric()
         metric.update(left, right)
         metric.update(left, right)
         with pytest.raises(DataDependentOutputException):

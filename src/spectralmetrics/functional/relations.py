@@ -164,7 +164,7 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
     check_pair(left, right)
     samples, (width_1, width_2) = len(left), (left.shape[1], right.shape[1])
     if width_1 * width_2 > samples * (width_1 + width_2):
-        product = u_centred(gram(left, valid), valid) * u_centred(gram(right, valid), valid)
+        product = u_centred(gram(left), valid) * u_centred(gram(right), valid)
         return product.sum() / _pairs(_number(left, valid))
     x, y = _centred(left, valid), _centred(right, valid)
     x_norms, y_norms = x.square().sum(1), y.square().sum(1)
@@ -223,27 +223,32 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return ratio.clamp(-1.0, 1.0)
 
 
-def gram(rows: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Inner products between samples, about the mean of the valid ones.
+def gram(rows: Tensor) -> Tensor:
+    """Inner products between samples, about the first of them, which :func:`u_centred` takes away.
 
-    The features are taken in blocks, so that wide rows are never in memory as float64.
+    The features are taken in blocks, so that wide rows are never in memory as float64. A sample with NaN or
+    infinities spoils its own row and column only: its entry in the diagonal is not finite.
 
     Args:
         rows: (N, D), floating.
-        valid: (N,) boolean, True for the samples to use, whose products with all others are 0; all if None.
 
     Returns:
         Shape (N, N), float64.
 
     >>> gram(torch.tensor([[1.0], [3.0]]))
-    tensor([[ 1., -1.],
-            [-1.,  1.]], dtype=torch.float64)
+    tensor([[0., 0.],
+            [0., 4.]], dtype=torch.float64)
     """
+    rows = rows.detach()
     samples = rows.shape[0]
     products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
-    for block in rows.split(max(_BLOCK_BYTES // (8 * max(samples, 1)), 64), dim=1):
-        centred = _centred(block, valid)
-        products.addmm_(centred, centred.mT)
+    # About a sample: equal rows give exact zeros, and a far mean costs no digits.
+    first = rows[:1].to(torch.float64)
+    first = torch.where(first.abs() <= _LARGEST, first, 0.0)
+    width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
+    for block, reference in zip(rows.split(width, 1), first.split(width, 1), strict=True):
+        moved = block - reference
+        products.addmm_(moved, moved.mT)
     return products
 
 
@@ -281,14 +286,24 @@ def u_centred(grams: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def usable_rows(rows: Tensor) -> Tensor:
-    """Which rows have only values whose fourth power is finite in float64, shape (N,), boolean.
+    """Which rows are finite and small enough for fourth powers in float64, shape (N,), boolean.
 
     >>> usable_rows(torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [float("inf"), 0.0]]))
     tensor([ True, False, False])
     """
+    # A sum is not finite where a value is not, and takes one pass.
     if rows.dtype == torch.float64:
-        return (rows.abs() <= _LARGEST).all(1)
-    return torch.isfinite(rows).all(1)
+        return rows.abs().sum(1) <= _LARGEST
+    return torch.isfinite(rows.sum(1, dtype=torch.float64))
+
+
+def usable_samples(grams: Tensor) -> Tensor:
+    """Likewise of samples whose inner products are there, (..., N) of (..., N, N), boolean.
+
+    >>> usable_samples(gram(torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [3.0, 0.0]])))
+    tensor([ True, False,  True])
+    """
+    return grams.diagonal(dim1=-2, dim2=-1) <= _LARGEST**2
 
 
 def check_pair(left: Tensor, right: Tensor) -> None:
@@ -337,9 +352,14 @@ def _centred(rows: Tensor, valid: Tensor | None) -> Tensor:
         rows = rows - rows[:1]
         return rows - rows.mean(0)
     keep = valid[:, None]
-    rows = torch.where(keep, rows - rows.index_select(0, valid.to(torch.uint8).argmax()[None]), 0.0)
+    rows = torch.where(keep, rows - rows.index_select(0, _first(valid)), 0.0)
     mean = rows.sum(0) / valid.sum().clamp(min=1)
     return torch.where(keep, rows - mean, 0.0)
+
+
+def _first(valid: Tensor) -> Tensor:
+    """The index of the first valid sample, shape (1,)."""
+    return valid.to(torch.uint8).argmax()[None]
 
 
 def _number(rows: Tensor, valid: Tensor | None) -> Tensor:
