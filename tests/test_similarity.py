@@ -6,6 +6,7 @@ import itertools
 import pickle
 import warnings
 
+import cka as pytorch_cka
 import pytest
 import torch
 from torch import nn
@@ -105,6 +106,33 @@ def test_two_models_over_batches_equal_the_metric(order):
     assert result.count == 49
     for (left, right), metric in metrics.items():
         torch.testing.assert_close(result[left, right], metric.compute(), rtol=1e-9, atol=1e-12)
+
+
+def test_equals_what_pytorch_cka_says_of_batches_of_one_size():
+    models = chains()
+    batches = [torch.randn(32, 5) for _ in range(6)]
+    with sm.LayerSimilarity(*models) as similarity:
+        for batch in batches:
+            for model in models:
+                model(batch)
+    result = similarity.compute()
+    (theirs,) = pytorch_cka.compute_cka(
+        *models,
+        [batches],
+        layers=result.layers,
+        model2_layers=result.other_layers,
+        device="cpu",
+        progress=False,
+    )
+    assert theirs.shape == (3, 2)
+    torch.testing.assert_close(result.matrix, theirs.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_a_single_layer():
+    model = nn.Linear(5, 3)
+    with sm.LayerSimilarity(model, model) as similarity:
+        model(torch.randn(8, 5))
+    assert float(similarity.compute()["Linear", "Linear"]) == pytest.approx(1)
 
 
 def test_means_of_maps_and_sequences():

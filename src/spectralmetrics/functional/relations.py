@@ -253,7 +253,13 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def u_centred(grams: Tensor, valid: Tensor | None = None) -> Tensor:
-    r"""The matrices :math:`\hat K`: a zero diagonal, and rows and columns that sum to zero without it.
+    r"""Inner products about the mean, without the diagonal, so that rows and columns sum to zero.
+
+    .. math:: \hat K_{ij} = k_{ij} - \frac{\sum_{l \ne i} k_{il} + \sum_{l \ne j} k_{lj}}{n - 2}
+              + \frac{\sum_{l \ne m} k_{lm}}{(n - 1)(n - 2)} \quad (i \ne j), \qquad \hat K_{ii} = 0
+
+    (Székely and Rizzo 2014). The sum of :math:`\hat K_{ij} \hat L_{ij}` is n (n − 3) times
+    :func:`debiased_hsic`.
 
     Args:
         grams: symmetric matrices of inner products, shape (..., N, N), floating. Adding a constant to all rows
