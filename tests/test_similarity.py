@@ -135,6 +135,16 @@ def test_a_model_that_is_a_single_layer():
     assert float(similarity.compute()["Linear", "Linear"]) == pytest.approx(1)
 
 
+def test_what_is_done_in_place_behind_a_layer_is_not_its_output():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    inputs = torch.randn(16, 5)
+    with sm.LayerSimilarity(model) as similarity, torch.no_grad():
+        outputs = model(inputs)
+    expected = functional.linear_cka(model[0](inputs).detach(), outputs)
+    torch.testing.assert_close(similarity.compute()["0", "2"], expected, rtol=1e-9, atol=0)
+
+
 def test_means_of_maps_and_sequences():
     model, images = Mixed(), torch.randn(24, 1, 4, 4)
     with sm.LayerSimilarity(model, feature_maps="mean", sequences="last") as similarity:
