@@ -337,15 +337,17 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """A matrix F with F Fᵀ = Σ, shape (..., D, D)."""
+    """A matrix F with F Fᵀ = Σ, with a column for each direction that has variance, at least one."""
     values, vectors = eigenvectors(covariance)
-    return vectors * values.sqrt()[..., None, :]
+    rank = max(int((values > 0).sum(-1).max()), 1)
+    return vectors[..., :rank] * values[..., None, :rank].sqrt()
 
 
 def _singular_values_twice(matrix: Tensor) -> Tensor:
-    """Each singular value twice, shape (..., 2 D): the magnitudes of the eigenvalues of [[0, A], [Aᵀ, 0]]."""
-    zero = torch.zeros_like(matrix)
-    upper, lower = torch.cat([zero, matrix], -1), torch.cat([matrix.mT, zero], -1)
+    """Each singular value twice, and zeros: the magnitudes of the eigenvalues of [[0, A], [Aᵀ, 0]]."""
+    rows, columns = matrix.shape[-2:]
+    upper = torch.cat([matrix.new_zeros(*matrix.shape[:-2], rows, rows), matrix], -1)
+    lower = torch.cat([matrix.mT, matrix.new_zeros(*matrix.shape[:-2], columns, columns)], -1)
     values: Tensor = torch.linalg.eigvalsh(torch.cat([upper, lower], -2))
     return values.abs()
 
