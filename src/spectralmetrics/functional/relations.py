@@ -30,8 +30,8 @@ MINIMUM_SAMPLES = 4
 
 # Fourth powers of larger values, summed over samples and features, leave the range of float64.
 _LARGEST = 1e60
-# A block of features in float64 that stays in the cache between centring and product.
-_BLOCK_BYTES = 2**22
+# Memory for a block of features in float64: larger ones leave the cache, smaller ones are many operations.
+_BLOCK_BYTES = 2**23
 
 
 def subspace_overlap(left: Tensor, right: Tensor) -> Tensor:
@@ -247,7 +247,8 @@ def gram(rows: Tensor) -> Tensor:
     first = torch.where(first.abs() <= _LARGEST, first, 0.0)
     width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
     for block, reference in zip(rows.split(width, 1), first.split(width, 1), strict=True):
-        moved = block - reference
+        # Cast first: an operation between two dtypes takes many times longer.
+        moved = block.to(torch.float64) - reference
         products.addmm_(moved, moved.mT)
     return products
 
