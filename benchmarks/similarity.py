@@ -1,6 +1,6 @@
 """Similarity of layers: its cost beside the forward pass, and how batches change the numbers.
 
-    python benchmarks/similarity.py [--rounds 5] [--batches 32 128]
+    python benchmarks/similarity.py [--rounds 5] [--batches 32 128] [--threads 1]
 
 Cost: two ResNet-18 for images of 32 x 32 pixels, 21 x 21 layers, forward passes in evaluation. Each round runs
 every arm for some batches after one that is not timed; added time is relative to the same round's plain
@@ -142,7 +142,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--threads", type=int, help="of torch; one where other programs keep the cores busy")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     costs = [cost(batch, options.rounds, max(64 // batch, 1)) for batch in options.batches]
     rows = []
     for result in costs:
