@@ -377,6 +377,25 @@ def test_layers_that_cannot_be_compared_are_named():
     assert result.layers == ["norm", "head"]
 
 
+def test_a_failure_ends_no_run(monkeypatch):
+    def fail(*args):
+        raise MemoryError("no room")
+
+    model = Chain(5, 4)
+    similarity = sm.LayerSimilarity(model)
+    for broken, message in (
+        ("u_centred", "left out: MemoryError: no room"),
+        ("gram", "'parts.0' cannot be com"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"spectralmetrics.similarity.{broken}", fail)
+            with pytest.warns(UserWarning, match=message):
+                outputs = model(torch.randn(8, 5))
+        assert outputs.shape == (8, 4)
+    model(torch.randn(8, 5))
+    assert similarity.compute().count == 8
+
+
 def test_bad_arguments():
     model = Chain(5, 4)
     with pytest.raises(TypeError, match=r"model to be a torch\.nn\.Module, got int"):

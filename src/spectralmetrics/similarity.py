@@ -264,8 +264,11 @@ class LayerSimilarity:
         else:
             pair = [current, self._waiting[1]] if index == 0 else [self._waiting[1], current]
             self._waiting = None
-        with _undisturbed():
-            self._add(pair)
+        try:
+            with _undisturbed():
+                self._add(pair)
+        except Exception as error:
+            self._warn_once(f"a batch could not be compared and was left out: {type(error).__name__}: {error}")
 
     def _add(self, pair: list[_Outputs]) -> None:
         sizes = [Counter(len(valid) for _, valid in side.values()).most_common(1)[0][0] for side in pair]
