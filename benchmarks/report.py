@@ -137,7 +137,7 @@ def projection(results):
 def similarity(results):
     yield (
         "## Similarity of layers\n\nTwo ResNet-18 for images of 32 x 32 pixels, 21 x 21 layers. Added time of"
-        " `LayerSimilarity`, in per cent of the forward passes of both; median, least and most of the rounds."
+        " `LayerSimilarity`, in per cent of the forward passes of both, on one core; median, least and most of the rounds."
         " `pytorch-cka` computes in float32.\n"
     )
     rows = [
