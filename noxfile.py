@@ -70,7 +70,8 @@ def docs(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
-    for script in ("update", "training_step", "compute", "merge", "memory", "report_page", "report"):
+    scripts = ("update", "training_step", "compute", "merge", "memory", "similarity", "report_page", "report")
+    for script in scripts:
         session.run("python", f"benchmarks/{script}.py", *(session.posargs if script != "report" else ()))
 
 

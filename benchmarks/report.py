@@ -134,9 +134,35 @@ def projection(results):
     yield "![Accuracy over the threshold](images/projection.png)\n"
 
 
+def similarity(results):
+    yield (
+        "## Similarity of layers\n\nTwo ResNet-18 for images of 32 x 32 pixels, 21 x 21 layers. Added time of"
+        " `LayerSimilarity`, in per cent of the forward passes of both, on one core; median, least and most of the rounds."
+        " `pytorch-cka` computes in float32.\n"
+    )
+    rows = [
+        [result["batch"], name, f"{1e3 * statistics.median(result['seconds'][name]):.0f}", spread(values, 1)]
+        for result in results["cost"]
+        for name, values in result["added percent"].items()
+    ]
+    yield table(["batch", "arm", "ms a batch", "added %"], rows)
+    growth = results["batches"]
+    yield (
+        f"\nHow far batches are from all {growth['samples']:,} samples at once: 21 x 21 pairs of layers of two"
+        f" networks that were trained on digits, whose mean CKA is {growth['mean of the whole']:.2f}. The biased"
+        " estimator is the one without the correction.\n"
+    )
+    kinds = ("debiased", "biased")
+    rows = [
+        [row["batch"], *(f"{row[kind][key]:.4f}" for kind in kinds for key in row[kind])]
+        for row in growth["batches"]
+    ]
+    yield table(["batch", *(f"{kind}, {key}" for kind in kinds for key in growth["batches"][0][kind])], rows)
+
+
 def main():
     parts = [HEAD]
-    for write in (update, training_step, compute, merge, memory, projection):
+    for write in (update, training_step, compute, merge, memory, similarity, projection):
         path = RESULTS / f"{write.__name__}.json"
         if path.exists():
             content = json.loads(path.read_text())

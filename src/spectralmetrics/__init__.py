@@ -11,6 +11,7 @@ from spectralmetrics.metrics import (
     EigenspaceEmbeddingMetric,
     Interval,
     IntrinsicDimensionMetric,
+    LinearCKAMetric,
     ParticipationRatioMetric,
     PowerLawExponentMetric,
     SaturationMetric,
@@ -27,7 +28,17 @@ from spectralmetrics.projection import (
     set_projection_threshold,
 )
 from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
-from spectralmetrics.recording import Record, Recorder, Writer, draw_run, recompute, write_report
+from spectralmetrics.recording import (
+    Record,
+    Recorder,
+    Writer,
+    compare,
+    draw_run,
+    read_records,
+    recompute,
+    write_report,
+)
+from spectralmetrics.similarity import LayerSimilarity, Similarity
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 __version__ = "0.1.0"
@@ -42,6 +53,8 @@ __all__ = [
     "Interval",
     "IntrinsicDimensionMetric",
     "LayerProbe",
+    "LayerSimilarity",
+    "LinearCKAMetric",
     "Observations",
     "PCAProjection",
     "ParticipationRatioMetric",
@@ -50,18 +63,21 @@ __all__ = [
     "Record",
     "Recorder",
     "SaturationMetric",
+    "Similarity",
     "SpectralMetric",
     "Spectrum",
     "SpectrumMetric",
     "StableRankMetric",
     "Writer",
     "border_layer",
+    "compare",
     "draw_run",
     "functional",
     "insert_projections",
     "layer_profile",
     "low_saturation_tail",
     "randomize_projections",
+    "read_records",
     "receptive_fields",
     "recompute",
     "set_projection_threshold",

@@ -12,7 +12,9 @@ from typing import Any
 
 from spectralmetrics import __version__
 from spectralmetrics.functional.dimension import check_threshold
+from spectralmetrics.recording.comparison import describe_comparison
 from spectralmetrics.recording.draw import draw_run
+from spectralmetrics.recording.draw_several import draw_runs
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.report import write_report
@@ -61,18 +63,30 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _run_plot(options: argparse.Namespace) -> None:
+    common = {name: getattr(options, name) for name in ("epoch", "statistics", "output", "dpi")}
     with _progress("drawing") as advance:
-        written = draw_run(
-            options.directory,
-            epoch=options.epoch,
-            statistics=options.statistics,
-            threshold=options.threshold,
-            output=options.output,
-            dpi=options.dpi,
-            progress=advance,
-        )
+        if len(options.directories) == 1:
+            written = draw_run(options.directories[0], threshold=options.threshold, progress=advance, **common)
+        elif options.threshold is not None:
+            raise ValueError("expected no --threshold with several runs: it is that of spectra, one run's")
+        else:
+            written = draw_runs(options.directories, progress=advance, **common)
     for path in written:
         print(path)
+
+
+def _run_compare(options: argparse.Namespace) -> None:
+    if options.right is None and options.epochs is None:
+        raise ValueError("expected a second RUN, or two epochs of one: --epochs LEFT RIGHT")
+    text = describe_comparison(
+        options.left,
+        options.right,
+        epochs=options.epochs and tuple(options.epochs),
+        stage=options.stage,
+        threshold=options.threshold,
+    )
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _run_recompute(options: argparse.Namespace) -> None:
@@ -134,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="spectralmetrics",
         description="Which layers of a neural network do work?",
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
+        "  spectralmetrics compare runs/demo --epochs 1 4\n"
         "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
         "`spectralmetrics COMMAND --help` says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_plot(commands)
+    _add_compare(commands)
     _add_recompute(commands)
     _add_report(commands)
     return parser
@@ -174,19 +190,52 @@ def _add_plot(commands: Any) -> None:
         commands,
         "plot",
         _run_plot,
-        "draw a recorded run",
+        "draw recorded runs",
         "Draw a recorded run: a profile over the layers for each statistic, heat maps of layers and epochs, and"
-        " the spectra if the run has arrays. Prints the names of the files written.",
-        ["spectralmetrics plot runs/demo", "spectralmetrics plot runs/demo --statistics saturation --epoch 3"],
+        " the spectra if the run has arrays. Of several runs, draw the profiles of each statistic into one"
+        " picture, a line for each run. Prints the names of the files written.",
+        [
+            "spectralmetrics plot runs/demo",
+            "spectralmetrics plot runs/demo --statistics saturation --epoch 3",
+            "spectralmetrics plot runs/first runs/second --output pictures",
+        ],
     )
-    plot.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
+    plot.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
     plot.add_argument("--epoch", type=int, help="of profiles and spectra (default: the last)")
     plot.add_argument("--statistics", nargs="+", metavar="NAME", help="which to draw (default: all)")
     plot.add_argument(
         "--threshold", type=_share, help="of the dashed lines in the spectra (default: that of the run)"
     )
-    plot.add_argument("--output", type=Path, help="folder to write to (default: RUN/plots)")
+    plot.add_argument("--output", type=Path, help="folder to write to (default: plots in the first RUN)")
     plot.add_argument("--dpi", type=_positive, default=150, help="dots per inch (default: 150)")
+
+
+def _add_compare(commands: Any) -> None:
+    comparison = _add_command(
+        commands,
+        "compare",
+        _run_compare,
+        "what changed between two epochs, or between two runs",
+        "Compare two runs layer by layer, or two epochs of one run, by the numbers and the covariances that"
+        " they recorded (writer arrays). Prints what changed most, and a table of all layers.",
+        ["spectralmetrics compare runs/demo --epochs 1 5", "spectralmetrics compare runs/first runs/second"],
+    )
+    comparison.add_argument("left", type=Path, metavar="RUN", help="directory of a run")
+    comparison.add_argument("right", type=Path, nargs="?", metavar="RUN", help="directory of another run")
+    comparison.add_argument(
+        "--epochs",
+        type=int,
+        nargs=2,
+        metavar=("LEFT", "RIGHT"),
+        help="of one run, or of each of two (default: the last of each)",
+    )
+    comparison.add_argument("--stage", default="eval", help="train or eval (default: eval)")
+    comparison.add_argument(
+        "--threshold",
+        type=_share,
+        default=0.99,
+        help="share of variance of the leading eigenspaces, in (0, 1] (default: 0.99)",
+    )
 
 
 def _add_recompute(commands: Any) -> None:

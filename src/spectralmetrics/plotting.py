@@ -152,6 +152,64 @@ def plot_heatmap(
     return _with_figure(ax)
 
 
+def plot_similarity(
+    matrix: Tensor,
+    layers: Sequence[str],
+    other_layers: Sequence[str] | None = None,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Draw how alike layers are as colours: one network's layers downwards, the other's to the right.
+
+    Args:
+        matrix: values such as linear CKA, shape (L1, L2). Colours run from 0 to 1; what lies below 0 by chance
+            has the colour of 0. Small matrices have their numbers written into them.
+        layers: names of the L1 rows.
+        other_layers: names of the L2 columns; those of the rows if None.
+        title: of the picture.
+        ax: where to draw; if None a new figure, large enough for the names.
+
+    Returns:
+        The figure and the axis.
+
+    Raises:
+        ValueError: if the names are not as many as rows and columns, or there are none.
+        ModuleNotFoundError: without matplotlib.
+
+    >>> figure, axis = plot_similarity(torch.eye(2), ["conv1", "head"])
+    >>> [text.get_text() for text in axis.texts]
+    ['1.00', '0.00', '0.00', '1.00']
+    """
+    columns = layers if other_layers is None else other_layers
+    if tuple(matrix.shape) != (len(layers), len(columns)) or 0 in matrix.shape:
+        raise ValueError(
+            f"expected a matrix of {len(layers)} x {len(columns)} named layers, got {tuple(matrix.shape)}"
+        )
+    values = matrix.detach().cpu().to(torch.float64).numpy()
+    numbered = max(values.shape) <= 10
+    cell = 0.42 if numbered else _NAME_INCHES + 0.01
+    width, height = max(2.6, cell * len(columns)), max(2.6, cell * len(layers))
+    given = ax is not None
+    ax = _axis(ax, (width + 1.7 + _longest(layers), height + 0.7 + _longest(columns)))
+    image = ax.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="linear CKA", fraction=0.046, pad=0.03)
+    _name_layers(ax, layers, "y", room=not given)
+    _name_layers(ax, columns, "x", room=not given)
+    if numbered:
+        for row, column in np.ndindex(values.shape):
+            value = values[row, column]
+            # A small negative number would be written as -0.00.
+            text, shade = (
+                f"{value + 0.0 if abs(value) >= 0.005 else 0.0:.2f}",
+                "black" if value > 0.6 else "white",
+            )
+            ax.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
+    if title:
+        ax.set_title(title, fontsize=10)
+    return _with_figure(ax)
+
+
 def plot_spectrum(
     eigenvalues: Tensor | Sequence[Tensor],
     *,

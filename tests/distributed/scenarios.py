@@ -458,6 +458,50 @@ def projections_are_alike_everywhere(rank, world):
         assert int(model[0].covariance.count) == len(parts[rank])
 
 
+def a_pair_of_models():
+    """Two models that run their layers in the reverse of the order in which they are registered."""
+
+    class Backwards(nn.Sequential):
+        def forward(self, rows):
+            for layer in reversed(self):
+                rows = layer(rows)
+            return rows
+
+    torch.manual_seed(3)
+    return [Backwards(nn.Linear(width, 5), nn.ReLU(), nn.Linear(6, width)) for width in (9, 30)]
+
+
+def similarities_equal_those_of_one_process(rank, world):
+    batches = torch.randn(8, 12, 6, generator=torch.Generator().manual_seed(0))
+    left, right = a_pair_of_models()
+
+    def observe(some, other):
+        metric = sm.LinearCKAMetric()
+        with sm.LayerSimilarity(left, other) as similarity:
+            for batch in some:
+                metric.update(left(batch).detach(), right(batch).detach())
+        return similarity, metric
+
+    for other in (right, None):
+        # A process that saw nothing contributes nothing, and does not know the order of the layers.
+        for first in {0, 1 if world > 1 else 0}:
+            similarity, metric = observe(batches[rank::world] if rank >= first else batches[:0], other)
+            everything = torch.cat([batches[r::world] for r in range(first, world)])
+            alone, alone_metric = observe(everything, other)
+            with counted_collectives() as seen:
+                result = similarity.compute()
+            assert [name for name, _ in seen] == ["all_reduce"]
+            assert result.count == 12 * len(everything)
+            assert result.layers == result.other_layers == ["2", "0"]
+            # The layers are kept in the order of registration.
+            expected = sm.functional.cka(*alone._sums).flip(0, 1)
+            torch.testing.assert_close(result.matrix, expected, rtol=1e-10, atol=1e-12)
+            expected = sm.functional.cka(alone_metric.cross, alone_metric.left, alone_metric.right)
+            torch.testing.assert_close(metric.compute(), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="no forward of the model"):
+        sm.LayerSimilarity(left).compute()
+
+
 EVERYWHERE = [
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
@@ -476,5 +520,6 @@ EVERYWHERE = [
     only_the_first_process_records,
     a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,
+    similarities_equal_those_of_one_process,
 ]
 ON_TWO = [fully_sharded_training_is_observed]

@@ -16,6 +16,15 @@ from spectralmetrics.functional.dimension import (
 )
 from spectralmetrics.functional.dispersion import determinant, diagonal_trace, trace
 from spectralmetrics.functional.held_out import held_out_eigenvalues
+from spectralmetrics.functional.relations import (
+    cka,
+    debiased_hsic,
+    frechet_distance,
+    gram,
+    linear_cka,
+    subspace_overlap,
+    u_centred,
+)
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import (
     Moments,
@@ -36,15 +45,20 @@ __all__ = [
     "Observations",
     "Spectrum",
     "accumulate",
+    "cka",
     "covariance",
+    "debiased_hsic",
     "determinant",
     "diagonal_trace",
     "effective_rank",
     "eigenvalues",
     "eigenvectors",
     "empty_moments",
+    "frechet_distance",
+    "gram",
     "held_out_eigenvalues",
     "intrinsic_dimension",
+    "linear_cka",
     "mean",
     "merge",
     "participation_ratio",
@@ -52,6 +66,8 @@ __all__ = [
     "rebase",
     "saturation",
     "stable_rank",
+    "subspace_overlap",
     "trace",
+    "u_centred",
     "variances",
 ]

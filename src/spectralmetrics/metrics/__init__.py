@@ -14,6 +14,7 @@ from spectralmetrics.metrics.dispersion import (
     CovarianceTraceMetric,
     DiagonalTraceMetric,
 )
+from spectralmetrics.metrics.similarity import LinearCKAMetric
 from spectralmetrics.metrics.spectrum import CovarianceMetric, EigenspaceEmbeddingMetric, SpectrumMetric
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "EigenspaceEmbeddingMetric",
     "Interval",
     "IntrinsicDimensionMetric",
+    "LinearCKAMetric",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
     "SaturationMetric",

@@ -1,6 +1,9 @@
 """Keeping a run and looking at it: the recorder, its writers, recomputation, pictures."""
 
+from spectralmetrics.recording.compare import compare, read_records
+from spectralmetrics.recording.comparison import describe_comparison
 from spectralmetrics.recording.draw import draw_run
+from spectralmetrics.recording.draw_several import draw_runs
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.recorder import Recorder
@@ -24,7 +27,11 @@ __all__ = [
     "Row",
     "TensorBoardWriter",
     "Writer",
+    "compare",
+    "describe_comparison",
     "draw_run",
+    "draw_runs",
+    "read_records",
     "recompute",
     "write_report",
 ]

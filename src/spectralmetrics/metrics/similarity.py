@@ -1,0 +1,166 @@
+"""Linear CKA of two layers, streamed over batches."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from spectralmetrics.functional.relations import (
+    MINIMUM_SAMPLES,
+    check_pair,
+    cka,
+    debiased_hsic,
+    usable_rows,
+)
+
+NanStrategy = Literal["warn", "error", "ignore"]
+
+
+class LinearCKAMetric(Metric):
+    r"""Debiased linear centred kernel alignment between two layers, or between one layer of two networks.
+
+    .. math:: \frac{\sum_b n_b \operatorname{HSIC}(X_b, Y_b)}
+              {\sqrt{\sum_b n_b \operatorname{HSIC}(X_b, X_b)} \sqrt{\sum_b n_b \operatorname{HSIC}(Y_b, Y_b)}}
+
+    over batches :math:`b` of :math:`n_b` samples, with the unbiased estimator of HSIC
+    (:func:`~spectralmetrics.functional.debiased_hsic`) of each batch, as in `Nguyen et al. 2021
+    <https://arxiv.org/abs/2010.15327>`_. Batches count by their samples, so that a short last one does not
+    weigh as much as a full one. The value is 1 if the features differ by a rotation, a shift and a scale only,
+    and about 0 if they are uncorrelated. It lies in [−1, 1] for any data, and is 0 where a side is constant
+    within every batch. Batches make it differ from that of all samples at once; the guide shows by how much.
+
+    The state is three float64 sums and two counts, so merging across batches, metrics and processes is a sum.
+
+    Inputs to ``update``:
+        - **left** -- rows (N, D1) in any floating dtype, one for each sample
+        - **right** -- rows (N, D2) of the same samples in the same order
+
+    Args:
+        nan_strategy: a sample with NaN or infinities on either side (or with float64 values beyond 1e60) is
+            left out and counted. ``"warn"`` says so at ``compute``, ``"error"`` raises there, ``"ignore"`` is
+            silent.
+        kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError: from ``update``, for rows that are not floating.
+        ValueError: from ``update``, for rows that are not 2-D, of different numbers, or of one to three
+            samples; the state is then as it was. No samples at all are a no-op.
+        RuntimeError: from ``compute``, if no sample has been counted.
+
+    >>> _ = torch.manual_seed(0)
+    >>> metric = LinearCKAMetric()
+    >>> for _ in range(10):
+    ...     left = torch.randn(32, 16)
+    ...     metric.update(left, left @ torch.diag(torch.arange(16.0)))
+    >>> round(float(metric.compute()), 2)
+    0.75
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+
+    cross: Tensor
+    left: Tensor
+    right: Tensor
+    count: Tensor
+    non_finite: Tensor
+
+    def __init__(self, *, nan_strategy: NanStrategy = "warn", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if nan_strategy not in get_args(NanStrategy):
+            raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
+        self.nan_strategy = nan_strategy
+        for name in ("cross", "left", "right"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("count", "non_finite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    _computing = False
+
+    @property
+    def update_called(self) -> bool:
+        """Whether rows have been offered since construction or reset."""
+        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
+        # had. Whether there are samples is checked after the merge, with an error.
+        return self._computing or self._update_count > 0
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def computing(*args: Any, **kwargs: Any) -> Any:
+            self._computing = True
+            try:
+                return wrapped(*args, **kwargs)
+            finally:
+                self._computing = False
+
+        return computing
+
+    def update(self, left: Tensor, right: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            left: rows (N, D1), floating.
+            right: rows (N, D2) of the same samples.
+        """
+        if all(isinstance(rows, Tensor) and rows.ndim == 2 and len(rows) == 0 for rows in (left, right)):
+            return
+        check_pair(left, right)
+        # Sums made in inference mode must still be tensors that can be added to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            left, right = left.detach(), right.detach().to(left.device)
+            valid = usable_rows(left) & usable_rows(right)
+            number = valid.sum()
+            sums = {
+                "cross": number * debiased_hsic(left, right, valid),
+                "left": number * debiased_hsic(left, left, valid),
+                "right": number * debiased_hsic(right, right, valid),
+                "count": torch.where(number >= MINIMUM_SAMPLES, number, 0),
+                "non_finite": len(left) - number,
+            }
+            for name, value in sums.items():
+                # The state lives where the rows do.
+                setattr(self, name, getattr(self, name).to(value.device) + value)
+
+    def compute(self) -> Tensor:
+        """The alignment, shape (), float64."""
+        count, left_out = int(self.count), int(self.non_finite)
+        detail = f"samples left out for NaN or infinite values: {left_out}"
+        if left_out and self.nan_strategy == "error":
+            raise RuntimeError(f"LinearCKAMetric: {detail}; nan_strategy='warn' only warns of them")
+        if count == 0:
+            because = f" ({detail})" if left_out else ""
+            raise RuntimeError(
+                f"LinearCKAMetric has counted no sample{because}; call `update` before `compute`"
+            )
+        if left_out and self.nan_strategy == "warn":
+            warnings.warn(f"LinearCKAMetric: {detail}", UserWarning, stacklevel=2)
+        return cka(self.cross, self.left, self.right)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another metric of this class, or of its state as a dict."""
+        super().merge_state(incoming_state)
+        self._computed = None  # torchmetrics keeps the value computed before the merge
+        self._update_count = max(self._update_count, 1)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one value or a sequence of them, as torchmetrics' metrics do.
+
+        Args:
+            val: what ``compute`` or ``forward`` returned, or a sequence of such; None computes.
+            ax: a matplotlib axis to draw into.
+
+        Returns:
+            The figure and the axis.
+        """
+        return self._plot(val, ax)

@@ -1,0 +1,422 @@
+"""LayerSimilarity: which layers of one network, or of two, tell the same samples apart."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
+from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences, first_tensor
+from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """The alignment of every layer of one network with every layer of another, or of the same.
+
+    Attributes:
+        matrix: debiased linear CKA, shape (L1, L2), float64, in [−1, 1].
+        layers: names of the rows, in forward order.
+        other_layers: names of the columns, likewise.
+        count: the number of samples.
+    """
+
+    matrix: Tensor
+    layers: list[str]
+    other_layers: list[str]
+    count: int
+
+    def __repr__(self) -> str:
+        return f"Similarity({len(self.layers)} x {len(self.other_layers)} layers, {self.count} samples)"
+
+    def __getitem__(self, pair: tuple[str, str]) -> Tensor:
+        """The alignment of two layers by their names, shape ()."""
+        row, column = pair
+        return self.matrix[self.layers.index(row), self.other_layers.index(column)]
+
+    def plot(self, *, title: str | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw it as a heat map, see :func:`~spectralmetrics.plotting.plot_similarity`."""
+        from spectralmetrics.plotting import plot_similarity
+
+        return plot_similarity(self.matrix, self.layers, self.other_layers, title=title, ax=ax)
+
+
+# Of each layer in one forward: inner products between samples, and which samples are finite.
+_Outputs: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Side:
+    """One of the two models."""
+
+    layers: list[str]
+    forward_order: list[str] = field(default_factory=list)
+    times: Counter[str] = field(default_factory=Counter)  # that a layer was in a batch that counted
+    current: _Outputs | None = None  # while a forward runs
+
+
+class LayerSimilarity:
+    """Debiased linear CKA between all layers of a model, or of two models, over batches.
+
+    It hooks the models like a probe and never becomes part of them; training is bit-identical with and without
+    it. Run one forward of each model on the same batch, in either order, then the next batch. At the end of
+    each pair of forwards the inner products between the samples of the batch are compared and forgotten: three
+    numbers per pair of layers are kept, whatever their widths. During a forward each layer needs 8·N² bytes
+    for a batch of N samples, and as much again at its end.
+
+    A sample is one row of features per layer. Feature maps and sequences are flattened, as is usual for CKA:
+    two layers are then alike if they tell the same samples apart by what is where. Means forget the place, and
+    are cheaper. A layer that runs several times in a forward has the features of all runs. A sample with NaN or
+    infinities in any layer is left out of the whole batch and counted. A batch needs at least four samples.
+
+    Args:
+        model: any module; wrappers for compilation and ``DistributedDataParallel`` are looked through.
+        other: the second model; None compares the layers of ``model`` with each other.
+        layers: which layers of both, as for :class:`~spectralmetrics.LayerProbe`.
+        exclude: taken away from these, likewise.
+        feature_maps: ``"flatten"``, or ``"mean"``, ``"max"`` or ``"median"`` of each map.
+        sequences: ``"flatten"`` (padding is zero), ``"mean"`` of the valid steps, or the ``"last"`` one.
+        process_group: whose processes' samples :meth:`compute` adds up; the default group if None.
+
+    Raises:
+        TypeError: for a model of another type, or ``nn.DataParallel``, whose replicas see parts of a batch.
+        ValueError: for a selector that matches nothing or an unknown way to observe.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> with LayerSimilarity(model) as similarity:
+    ...     for _ in range(4):
+    ...         _ = model(torch.randn(64, 4))
+    >>> result = similarity.compute()
+    >>> result.layers
+    ['0', '1', '3']
+    >>> result.matrix.diagonal()
+    tensor([1., 1., 1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        other: nn.Module | None = None,
+        *,
+        layers: Selectors | None = None,
+        exclude: Selectors | None = None,
+        feature_maps: FeatureMaps = "flatten",
+        sequences: Sequences = "flatten",
+        process_group: Any = None,
+    ) -> None:
+        if feature_maps == "positions" or sequences == "timesteps":
+            raise ValueError(
+                "expected feature_maps and sequences that make one row of each sample ('flatten', 'mean', …),"
+                f" got feature_maps={feature_maps!r}, sequences={sequences!r}"
+            )
+        self.rule = ObservationRule(feature_maps, sequences, max_map_size=None)
+        self.process_group = process_group
+        models = [model] if other is None else [model, other]
+        for name, each in zip(("model", "other"), models, strict=False):
+            if not isinstance(each, nn.Module):
+                raise TypeError(f"expected {name} to be a torch.nn.Module, got {type(each).__name__}")
+            if isinstance(each, nn.DataParallel):
+                raise TypeError(
+                    f"expected {name} to see whole batches, got nn.DataParallel, whose replicas see parts of"
+                    " them; run and pass the model inside it"
+                )
+        chosen = [select_layers(each, layers, exclude) for each in models]
+        self._sides = [_Side(list(names)) for names in chosen]
+        self._waiting: tuple[int, _Outputs] | None = None  # of the model that has run first
+        self._paused = 0
+        self._warned: set[str] = set()
+        self._handles: list[Any] = []
+        for index, (each, modules) in enumerate(zip(models, chosen, strict=True)):
+            root = unwrap(each)
+            self._handles.append(root.register_forward_pre_hook(_Hook(self, "_begin", index)))
+            for name, module in modules.items():
+                self._handles.append(module.register_forward_hook(_Hook(self, "_observe", index, name)))
+            self._handles.append(root.register_forward_hook(_Hook(self, "_end", index)))
+        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self._finalizer.atexit = False
+        self.reset()
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers of the model: those that have run, in the order of their first run, then the rest."""
+        return _ordered(self._sides[0])
+
+    @property
+    def other_layers(self) -> list[str]:
+        """Those of the other model, or of the only one."""
+        return _ordered(self._sides[-1])
+
+    def compute(self) -> Similarity:
+        """The alignment of all layers that have run, over all samples of all processes, in one all-reduce.
+
+        Raises:
+            RuntimeError: if no pair of forwards has been counted.
+
+        Warns of layers that have not run and of samples that were left out.
+        """
+        sums, counts, seen, positions = self._merged()
+        count, left_out = (int(number) for number in counts)
+        if count == 0:
+            raise RuntimeError(self._why_nothing(left_out))
+        if left_out:
+            _warn(f"samples left out for NaN or infinite values in some layer: {left_out}")
+        kept: list[list[int]] = []
+        for side, times, order in zip(self._sides, seen, positions, strict=True):
+            # The mean place over the processes that have seen the layer: the place itself where they agree.
+            place = (order / times.clamp(min=1)).tolist()
+            kept.append(sorted((i for i, t in enumerate(times.tolist()) if t), key=lambda i: place[i]))
+            if unseen := [name for name, t in zip(side.layers, times.tolist(), strict=True) if not t]:
+                _warn(f"layers that saw nothing are left out: {', '.join(map(repr, unseen))}")
+        rows, columns = kept[0], kept[-1]
+        matrix = cka(*sums)[rows][:, columns]
+        names = [[side.layers[i] for i in order] for side, order in zip(self._sides, kept, strict=True)]
+        return Similarity(matrix, names[0], list(names[-1]), count)
+
+    def reset(self) -> None:
+        """Forget all samples, and a forward that waits for that of the other model."""
+        self._waiting = None
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+        for side in self._sides:
+            side.times.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Observe nothing inside ``with similarity.paused():``, such as training steps."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def remove(self) -> None:
+        """Take all hooks off the models; what has been observed can still be computed."""
+        _remove_all(self._handles)
+
+    def __enter__(self) -> LayerSimilarity:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(str(len(side.layers)) for side in (self._sides[0], self._sides[-1]))
+        return f"LayerSimilarity({sizes} layers)"
+
+    def _begin(self, index: int, module: nn.Module, inputs: Any) -> None:
+        self._sides[index].current = {} if self._is_run(inputs) else None
+
+    def _observe(self, index: int, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        side = self._sides[index]
+        if side.current is None or not self._is_run(output):
+            return  # a layer that was called by itself, or a checkpoint's recomputation
+        try:
+            with _undisturbed():
+                observations = self.rule.batch(module, output).observations(self.rule)
+                products = gram(observations.rows())
+                finite = usable_samples(products)
+                if observations.valid is not None:
+                    finite = finite & observations.valid
+                if name in side.current:
+                    # Features put side by side: their inner products add up.
+                    earlier = side.current[name]
+                    products, finite = products + earlier[0], finite & earlier[1]
+                side.current[name] = (products, finite)
+        except Exception as error:
+            # It must not end a training run.
+            self._warn_once(f"layer {name!r} cannot be compared: {type(error).__name__}: {error}")
+            side.current.pop(name, None)
+            return
+        if name not in side.forward_order:
+            side.forward_order.append(name)
+
+    def _end(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        current, self._sides[index].current = self._sides[index].current, None
+        if not current:
+            return
+        if len(self._sides) == 1:
+            pair = [current]
+        elif self._waiting is None or self._waiting[0] == index:
+            if self._waiting is not None:
+                name = ("`model`", "`other`")[index]
+                self._warn_once(
+                    f"{name} ran twice before the other model ran: the earlier forward was dropped. Run both on"
+                    " each batch, and other forwards inside `with similarity.paused():`"
+                )
+            self._waiting = (index, current)
+            return
+        else:
+            pair = [current, self._waiting[1]] if index == 0 else [self._waiting[1], current]
+            self._waiting = None
+        try:
+            with _undisturbed():
+                self._add(pair)
+        except Exception as error:
+            self._warn_once(f"a batch could not be compared and was left out: {type(error).__name__}: {error}")
+
+    def _add(self, pair: list[_Outputs]) -> None:
+        sizes = [Counter(len(valid) for _, valid in side.values()).most_common(1)[0][0] for side in pair]
+        if len(set(sizes)) > 1:
+            self._warn_once(f"forwards of {sizes[0]} and {sizes[1]} samples are no pair and were left out")
+            return
+        samples = sizes[0]
+        if samples < MINIMUM_SAMPLES:
+            self._warn_once(
+                f"a forward of {samples} samples was left out: the unbiased estimator needs {MINIMUM_SAMPLES}"
+            )
+            return
+        for outputs in pair:
+            for name, rows in [(name, len(valid)) for name, (_, valid) in outputs.items()]:
+                if rows != samples:
+                    del outputs[name]
+                    self._warn_once(
+                        f"layer {name!r} was left out of a forward: it has {rows} rows for {samples} samples"
+                    )
+        device = next(iter(pair[0].values()))[0].device
+        valid = torch.stack([each.to(device) for side in pair for _, each in side.values()]).all(0)
+        stacks = [_stack(side, outputs, valid) for side, outputs in zip(self._sides, pair, strict=True)]
+        (left, left_present), (right, right_present) = stacks[0], stacks[-1]
+        # Of each pair of layers the sums run over the batches that both have seen.
+        sums = torch.stack(
+            [
+                left @ right.mT,
+                left.square().sum(1)[:, None] * right_present,
+                left_present[:, None] * right.square().sum(1),
+            ]
+        )
+        # Weighed by its samples, a batch has n · HSIC = ⟨K̂, L̂⟩ / (n − 3).
+        number = valid.sum()
+        enough = number >= MINIMUM_SAMPLES
+        sums = torch.where(enough, sums / (number - 3), 0.0)
+        counts = torch.stack([torch.where(enough, number, 0), samples - number])
+        self._sums = sums if self._sums is None else self._sums.to(device) + sums
+        self._counts = counts if self._counts is None else self._counts.to(device) + counts
+
+    def _merged(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Sums, counts, and per side on how many processes each layer ran and the sum of its places there."""
+        shape = (3, len(self._sides[0].layers), len(self._sides[-1].layers))
+        sums = torch.zeros(shape, dtype=torch.float64) if self._sums is None else self._sums
+        counts = torch.zeros(2) if self._counts is None else self._counts
+        places = []
+        for side in self._sides:
+            seen = [float(side.times[name] > 0) for name in side.layers]
+            order = _ordered(side)
+            places += [seen, [s * order.index(name) for s, name in zip(seen, side.layers, strict=True)]]
+        parts = [sums.flatten(), counts.to(torch.float64)]
+        parts += [torch.tensor(place, dtype=torch.float64, device=sums.device) for place in places]
+        packed = torch.cat(parts)
+        group = self.process_group
+        if dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0:
+            on_gpu = "nccl" in str(dist.get_backend(group))
+            packed = packed.to("cuda" if on_gpu else "cpu", copy=True)
+            dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)
+        sums, counts, *rest = torch.split(packed.to(sums.device), [len(part) for part in parts])
+        return sums.reshape(shape), counts, rest[0::2], rest[1::2]
+
+    def _why_nothing(self, left_out: int) -> str:
+        if left_out:
+            return (
+                f"no sample could be compared: all {left_out} samples hold NaN or infinite values in some layer"
+            )
+        ran = [bool(side.forward_order) for side in self._sides]
+        if all(ran):
+            what = "run both models on the same batch" if len(ran) == 2 else "run the model"
+            return f"no batch has been counted; {what}, with at least {MINIMUM_SAMPLES} samples"
+        which = (
+            "the model"
+            if len(ran) == 1
+            else " and ".join(name for name, has in zip(("`model`", "`other`"), ran, strict=True) if not has)
+        )
+        return (
+            f"no forward of {which} has been seen since the LayerSimilarity was made; if it is compiled, make"
+            " the LayerSimilarity before its first call, or call torch.compiler.reset() first"
+        )
+
+    def _is_run(self, values: Any) -> bool:
+        """Whether the model is being run, and not traced, nor run again in backward by a checkpoint."""
+        if self._paused or torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
+            return False
+        tensor = None if isinstance(values, torch.fx.Proxy) else first_tensor(values)
+        if not isinstance(tensor, Tensor):
+            return not isinstance(values, torch.fx.Proxy)
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        return not (isinstance(tensor, FakeTensor) or tensor.is_meta or wrapped)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            _warn(message)
+
+
+class _Hook:
+    """A forward hook, or one that runs before, that calls a method of a LayerSimilarity while that is there."""
+
+    def __init__(self, similarity: LayerSimilarity, method: str, *arguments: Any) -> None:
+        self._similarity = weakref.ref(similarity)
+        self._method = method
+        self._arguments = arguments
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, inputs: Any, *output: Any) -> None:
+        similarity = self._similarity()
+        if similarity is not None:
+            getattr(similarity, self._method)(*self._arguments, module, inputs, *output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Hooks are copied and pickled with a module: what arrives takes any arguments and does nothing.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _stack(side: _Side, outputs: _Outputs, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Debiased inner products of all layers, shape (L, N²), and which of them are there, (L,), as 0 and 1."""
+    device = valid.device
+    stacked = torch.zeros(len(side.layers), len(valid) ** 2, dtype=torch.float64, device=device)
+    present = [name in outputs for name in side.layers]
+    for row, name in enumerate(side.layers):
+        if name in outputs:
+            products, _ = outputs.pop(name)  # so that one matrix less is in memory
+            stacked[row] = u_centred(products.to(device), valid).flatten()
+            side.times[name] += 1
+    if all(present):  # without a copy to the device, which would wait for it
+        return stacked, torch.ones(len(present), dtype=torch.float64, device=device)
+    return stacked, torch.tensor(present, dtype=torch.float64, device=device)
+
+
+def _ordered(side: _Side) -> list[str]:
+    return side.forward_order + [name for name in side.layers if name not in side.forward_order]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No autograd, no inference mode, and nobody listening to what is computed inside."""
+    with contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.inference_mode(False))
+        yield
+
+
+def _remove_all(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
