@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.spectrum import eigenvectors, round_off
+from spectralmetrics.sums.decomposition import eigenvectors, round_off
 
 MINIMUM_SAMPLES = 4
 """The unbiased estimator divides by n − 3."""
