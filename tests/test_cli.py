@@ -37,7 +37,7 @@ class TestDemo:
         assert status == 0
         with open(folder / "records.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value"]
+        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value", "low", "high"]
         layers = list(dict.fromkeys(row["layer"] for row in rows if row["statistic"] == "saturation"))
         assert len(layers) == 22
         assert layers[0] == "stem"
@@ -46,6 +46,9 @@ class TestDemo:
         for row in rows:
             if row["statistic"] == "saturation":
                 assert 0 <= float(row["value"]) <= 1
+                assert (row["low"] == "") == (row["layer"] == "mean")
+                if row["low"]:
+                    assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
         assert {row["epoch"] for row in rows} == {"0", "1"}
 
     def test_arrays_and_pictures(self, finished):
@@ -105,6 +108,7 @@ class TestDemo:
         assert error.count("\n") == 1
         assert "Traceback" not in error
 
+    @pytest.mark.filterwarnings("ignore:in train there are fewer observations")
     def test_same_seed_same_values(self, finished, tmp_path, monkeypatch):
         whole = demo.load_digits
         monkeypatch.setattr(demo, "load_digits", lambda seed: tuple(part[:64] for part in whole(seed)))

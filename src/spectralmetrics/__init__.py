@@ -20,7 +20,7 @@ from spectralmetrics.metrics import (
     StableRankMetric,
     statistics,
 )
-from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing import LayerProbe, Summary, SummaryRow
 from spectralmetrics.projection import (
     PCAProjection,
     insert_projections,
@@ -36,6 +36,7 @@ from spectralmetrics.recording import (
     draw_run,
     read_records,
     recompute,
+    summarise_run,
     write_report,
 )
 from spectralmetrics.similarity import LayerSimilarity, Similarity
@@ -68,6 +69,8 @@ __all__ = [
     "Spectrum",
     "SpectrumMetric",
     "StableRankMetric",
+    "Summary",
+    "SummaryRow",
     "Writer",
     "border_layer",
     "compare",
@@ -82,5 +85,6 @@ __all__ = [
     "recompute",
     "set_projection_threshold",
     "statistics",
+    "summarise_run",
     "write_report",
 ]

@@ -18,6 +18,7 @@ from spectralmetrics.recording.draw_several import draw_runs
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.report import write_report
+from spectralmetrics.recording.summary import summarise_run
 from spectralmetrics.recording.writers.arrays import saved_epochs
 from spectralmetrics.recording.writers.csv import format_rows
 
@@ -89,6 +90,18 @@ def _run_compare(options: argparse.Namespace) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
+def _run_summary(options: argparse.Namespace) -> None:
+    summary = summarise_run(
+        options.directory,
+        epoch=options.epoch,
+        stage=options.stage,
+        statistic=options.statistic,
+        threshold=options.threshold,
+    )
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(str(summary).encode(encoding, "replace").decode(encoding))
+
+
 def _run_recompute(options: argparse.Namespace) -> None:
     thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
     files = saved_epochs(options.directory)
@@ -157,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_plot(commands)
+    _add_summary(commands)
     _add_compare(commands)
     _add_recompute(commands)
     _add_report(commands)
@@ -236,6 +250,29 @@ def _add_compare(commands: Any) -> None:
         default=0.99,
         help="share of variance of the leading eigenspaces, in (0, 1] (default: 0.99)",
     )
+
+
+def _add_summary(commands: Any) -> None:
+    summary = _add_command(
+        commands,
+        "summary",
+        _run_summary,
+        "a table: how wide each layer is, how sure that is, and what stands out",
+        "Print one row per layer: its width, the most directions that its weights allow (ceiling), the"
+        " number of observations n, the intrinsic dimension (with its interval if the run was recorded with"
+        " folds), saturation, and what stands out.",
+        [
+            "spectralmetrics summary runs/demo",
+            "spectralmetrics summary runs/demo --stage train --threshold 0.95",
+        ],
+    )
+    summary.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
+    summary.add_argument("--epoch", type=int, help="which (default: the last)")
+    summary.add_argument("--stage", default="eval", help="train or eval (default: eval)")
+    summary.add_argument(
+        "--statistic", default="intrinsic_dimension", metavar="NAME", help="(default: intrinsic_dimension)"
+    )
+    summary.add_argument("--threshold", type=_share, metavar="T", help="in (0, 1] (default: as recorded)")
 
 
 def _add_recompute(commands: Any) -> None:

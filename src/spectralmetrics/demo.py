@@ -16,14 +16,18 @@ from torch.nn import functional
 
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.recording import Recorder, draw_run, write_report
+from spectralmetrics.recording import Recorder, draw_run, summarise_run, write_report
 from spectralmetrics.recording.record import Row
 from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
+
+
+FOLDS = 4
+"""Into which the observations are dealt, so that values come with intervals."""
 
 
 class ResidualBlock(nn.Module):
@@ -119,7 +123,7 @@ def run(
     model = ResidualNetwork()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     metrics = [SaturationMetric(threshold=threshold), IntrinsicDimensionMetric(threshold=threshold)]
-    probe = LayerProbe(model, metrics)
+    probe = LayerProbe(model, metrics, folds=FOLDS)
     recorder = Recorder(output, probe, ["csv", "arrays", "plot"], mode=mode)
     console.print(
         f"Training on {len(images)} real MNIST digits, validating on {len(validation_images)};"
@@ -140,7 +144,7 @@ def run(
                 progress.advance(task)
             model.eval()
             with torch.no_grad():
-                predicted = torch.cat([model(part).argmax(1) for part in validation_images.split(250)])
+                predicted = torch.cat([model(part).argmax(1) for part in validation_images.split(50)])
             accuracy = (predicted == validation_labels).double().mean()
             recorder.add_scalar("accuracy", accuracy, stage="eval")
             values = recorder.record(epoch)
@@ -149,7 +153,12 @@ def run(
     report = write_report(output, output / "report.html")
 
     tail = low_saturation_tail(layer_profile(values, "saturation", "eval"))
-    _print_table(console, values, tail, epochs - 1)
+    console.print(f"\n{summarise_run(output)}\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        "The ceiling is the most directions that a layer's weights allow. The dimension is the number of"
+        f" directions that hold {100 * threshold:.4g} % of the variance. The interval behind it, from {FOLDS}"
+        " folds of the data, says how sure that is, and its upper end is a width that suffices."
+    )
     if tail:
         message = (
             f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses"
@@ -159,9 +168,6 @@ def run(
     else:
         message = "No low-saturation tail on validation data: the last layers' directions are in use."
     console.print(message)
-    console.print(
-        "Train values pool the features of all the weights of an epoch; eval values are of one network."
-    )
     seconds = time.monotonic() - started
     console.print(
         f"Wrote records.csv, arrays and {len(pictures)} pictures to {output} after {seconds:.0f} s. Other"
@@ -170,20 +176,3 @@ def run(
     )
     console.print(f"Open {report} in a browser to look at it.", soft_wrap=True)
     return read_rows(output / "records.csv")
-
-
-def _print_table(console: Console, values: dict[str, Tensor], tail: list[str], epoch: int) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"Epoch {epoch}, layers in forward order", title_justify="left")
-    table.add_column("layer", no_wrap=True)
-    for heading in ("saturation\ntrain", "saturation\neval", "dimension\ntrain", "dimension\neval", ""):
-        table.add_column(heading, justify="right")
-    for layer in layer_profile(values, "saturation", "eval"):
-        table.add_row(
-            layer,
-            *(f"{float(values[f'saturation/{stage}/{layer}']):.3f}" for stage in ("train", "eval")),
-            *(str(int(values[f"intrinsic_dimension/{stage}/{layer}"])) for stage in ("train", "eval")),
-            "tail" if layer in tail else "",
-        )
-    console.print(table)

@@ -48,6 +48,8 @@ def plot_profile(
     statistic: str = "saturation",
     title: str | None = None,
     tail: Sequence[str] = (),
+    bands: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    ceilings: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """Draw one value per layer, in forward order, one line for each stage.
@@ -58,6 +60,8 @@ def plot_profile(
         statistic: what the values are; labels the axis.
         title: of the picture.
         tail: layers to shade.
+        bands: of some profiles, layer name -> low and high, shaded around the line.
+        ceilings: layer name -> the most that a value can be, drawn as a faint step line.
         ax: where to draw; if None a new figure, large enough for the names. Where a given axis has not room
             for all names, evenly spaced ones are written.
 
@@ -87,6 +91,16 @@ def plot_profile(
             linewidth=1.5,
             label=literal(str(stage)),
         )
+        band = (bands or {}).get(stage, {})
+        ends = [band.get(name, (math.nan, math.nan)) for name in layers]
+        if band:
+            low, high = (_finite([float(end[side]) for end in ends]) for side in (0, 1))
+            colour = _COLOURS[index % len(_COLOURS)]
+            ax.fill_between(range(len(layers)), low, high, color=colour, alpha=0.2, linewidth=0)
+            ax.vlines(range(len(layers)), low, high, color=colour, alpha=0.45, linewidth=2.5)
+    if ceilings:
+        steps = _finite([float(ceilings.get(name, math.nan)) for name in layers])
+        ax.step(range(len(layers)), steps, where="mid", color="0.6", linewidth=0.9, label="ceiling", zorder=0)
     shaded = [layers.index(name) for name in tail if name in layers]
     if shaded:
         ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.88", zorder=0, label="tail")

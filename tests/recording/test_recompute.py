@@ -153,14 +153,14 @@ def test_layers_whose_names_look_alike_stay_apart(tmp_path):
             self.add_module("a/b", nn.Linear(3, 3))
 
         def forward(self, x):
-            return self.get_submodule("a/b")(self.a["b"](x)[:5])
+            return self.get_submodule("a/b")(self.a["b"](x)[:10])
 
     model = Model()
     with LayerProbe(model) as probe, Recorder(tmp_path, probe, ["arrays"]) as recorder:
         model(torch.randn(20, 3))
         recorder.record()
     with np.load(tmp_path / "arrays/epoch-000000.npz", allow_pickle=False) as arrays:
-        assert [int(arrays[f"train/{name}/count"]) for name in ("a.b", "a/b")] == [20, 5]
+        assert [int(arrays[f"train/{name}/count"]) for name in ("a.b", "a/b")] == [20, 10]
     assert [row["layer"] for row in recompute(tmp_path)] == ["a.b", "a/b", "mean"]
 
 

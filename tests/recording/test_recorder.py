@@ -68,7 +68,7 @@ class TestRecord:
     def test_the_table(self, tmp_path):
         values = record(tmp_path / "nested" / "run", epochs=3)
         rows = read_csv(tmp_path / "nested" / "run")
-        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value"]
+        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value", "low", "high"]
         expected = []
         for epoch in range(3):
             for stage in ("train", "eval"):

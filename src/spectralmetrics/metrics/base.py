@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from spectralmetrics.functional.dimension import intrinsic_dimension
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.overrides import OverriddenMetric
 from spectralmetrics.metrics.stream import Stream
@@ -273,7 +274,20 @@ class SpectralMetric(OverriddenMetric):
 
     def read_interval(self) -> Interval:
         """The value of :meth:`interval` for this process' observations, without its checks."""
-        spectrum = self._shared_spectrum()
+        return self.interval_of(self._shared_spectrum())
+
+    def dimension_read(self) -> int:
+        """The intrinsic dimension, if eigenvalues have been read anyway; 0 if they have not."""
+        live = self._revive()
+        values = None if live is None else live.stream.cache.get(("eigenvalues", self.center))
+        return 0 if values is None else int(intrinsic_dimension(values, getattr(self, "threshold", 0.99)))
+
+    def interval_of(self, spectrum: Spectrum) -> Interval:
+        """The value of :meth:`interval` for a given spectrum.
+
+        Raises:
+            RuntimeError: for observations that were kept in one fold.
+        """
         held_out = spectrum.held_out()
         plain = self._value(spectrum)
         if held_out is None:

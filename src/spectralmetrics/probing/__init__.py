@@ -2,5 +2,6 @@
 
 from spectralmetrics.probing.probe import LayerProbe
 from spectralmetrics.probing.selection import DEFAULT_LAYERS, select_layers
+from spectralmetrics.probing.summary import Summary, SummaryRow
 
-__all__ = ["DEFAULT_LAYERS", "LayerProbe", "select_layers"]
+__all__ = ["DEFAULT_LAYERS", "LayerProbe", "Summary", "SummaryRow", "select_layers"]

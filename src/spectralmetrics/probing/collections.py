@@ -62,6 +62,14 @@ class LayerMetrics:
         rows = observations.rows()
         self.collection.update(rows if observations.valid is None else rows[observations.valid])
 
+    def too_few(self) -> int:
+        """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
+        for metric in self.members:
+            if isinstance(metric, SpectralMetric) and (dimension := metric.dimension_read()):
+                count = int(metric.count)
+                return count if count < 2 * dimension else 0
+        return 0
+
     def sums(self) -> list[Sum]:
         """The sums of the metrics, each kind once, of exact products before others; empty without data."""
         kept: dict[bool, dict[type[Sum], Sum]] = {True: {}, False: {}}

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric
+from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
 from spectralmetrics.probing.compilation import heed_hooks
 from spectralmetrics.probing.copies import leave_as_it_was, leave_out_of_copies
+from spectralmetrics.probing.facts import LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Observer, Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.masking import Masks
@@ -34,6 +35,7 @@ from spectralmetrics.probing.reading import read_stage, warn_of_nothing
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
+from spectralmetrics.probing.summary import Summary, summarise, threshold_of
 from spectralmetrics.sums import Sum
 
 STAGES = ("train", "eval")
@@ -150,6 +152,7 @@ class LayerProbe(nn.Module):
         self.metrics = nn.ModuleDict(
             {_module_key(*place): of_layer.collection for place, of_layer in self._places.items()}
         )
+        self.facts = {name: self._facts_of(name, module) for name, module in chosen.items()}
         self._paused = 0
         self._masks = Masks()
         self._steps = Steps(every_n_steps, seed)
@@ -232,14 +235,22 @@ class LayerProbe(nn.Module):
         Raises:
             RuntimeError: without folds; for what :meth:`compute` raises.
         """
-        able = {
+        able = self._with_interval()
+        if not able:
+            raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
+        return self._read(stage, lambda metric: metric.read_interval(), able)
+
+    @property
+    def keeps_folds(self) -> bool:
+        """Whether there are :meth:`intervals`."""
+        return bool(self._with_interval())
+
+    def _with_interval(self) -> set[str]:
+        return {
             name
             for name, metric in self.statistics.items()
             if isinstance(metric, SpectralMetric) and metric.has_interval and metric.folds > 1
         }
-        if not able:
-            raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        return self._read(stage, lambda metric: metric.read_interval(), able)
 
     def _read(
         self, stage: str | None, read: Callable[[Any], Any], names: set[str] | None = None
@@ -278,6 +289,34 @@ class LayerProbe(nn.Module):
             return
         with merged_states([self._places[place] for place in where]):
             yield
+
+    def summary(self, stage: str = "eval", statistic: str = "intrinsic_dimension") -> Summary:
+        """The answer in a table: how wide each layer's features are, how sure that is, and what stands out.
+
+        Merged across processes in two collectives; all processes call it. With ``folds`` values come with their
+        intervals. Printing it gives a table that fits 100 columns.
+
+        Args:
+            stage: ``"train"`` or ``"eval"``.
+            statistic: name of a metric of this probe, or short name of any statistic that is one number.
+
+        Raises:
+            ValueError: for another stage, for no such statistic, or one that is not one number.
+            RuntimeError: if nothing was observed in that stage.
+        """
+        _check_stage(stage)
+        metric = self.statistics.get(statistic) or _known_statistic(statistic, self.statistics)
+        if not isinstance(metric, SpectralMetric):
+            kind = type(metric).__name__
+            raise ValueError(f"expected a statistic of this package, got {statistic!r}, a {kind}")
+        threshold = threshold_of([metric, *self.statistics.values()])
+        with self._lock, self._merged([(stage, name) for name in self._layers]):
+            found = {name: self._places[stage, name].sums() for name in self.layers}
+            seen = {name: sums for name, sums in found.items() if sums}
+            if not seen:
+                raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
+            title = f"{stage}, dimension at {100 * threshold:.4g} % of the variance"
+            return summarise(seen, self.facts, metric, threshold=threshold, title=title)
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
         """What is kept of a layer's observations: the spectral sum, then others; empty for nothing.
@@ -407,6 +446,7 @@ class LayerProbe(nn.Module):
         of_layer.forwards += 1
         if not forward and name not in self._forward_order:
             self._forward_order.append(name)
+            self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
         if of_layer.given_up or of_layer.too_wide:
             return
         if self.every_n_steps > 1 and not self._steps.observes(of_layer.stage, name, forward):
@@ -431,6 +471,10 @@ class LayerProbe(nn.Module):
             seed = zlib.crc32(f"{self.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
             observations = draw(observations, sample_size(self.rows_per_feature, width), seed)
         of_layer.update(observations)
+
+    def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:
+        is_linear = name not in self._selected and self.rule.feature_maps in ("positions", "mean")
+        return facts_of(module, is_linear=is_linear and self.rule.sequences != "flatten")
 
     def _batch_of(self, name: str, module: nn.Module, output: Any) -> Batch:
         """The output with samples first, as its layer's type, its surroundings and the mask tell."""
@@ -514,6 +558,15 @@ def _check_stage(stage: str) -> str:
     if stage not in STAGES:
         raise ValueError(f"expected a stage among {STAGES}, got {stage!r}")
     return stage
+
+
+def _known_statistic(name: str, recorded: Mapping[str, Metric]) -> SpectralMetric:
+    if name not in statistics():
+        raise ValueError(f"expected a statistic among {sorted({*recorded, *statistics()})}, got {name!r}")
+    metric = statistics()[name]()
+    if hasattr(metric, "threshold"):
+        metric.threshold = threshold_of(recorded.values())
+    return metric
 
 
 def _with_folds(metric: Metric, folds: int) -> Metric:

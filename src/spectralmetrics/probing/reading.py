@@ -28,7 +28,7 @@ def read_stage(
     seen = [place for place in places if place.has_seen()]
     left_out = _left_out(places)
     values: dict[str, Any] = {}
-    failed = []
+    failed, few = [], []
     for place in seen:
         found: dict[str, Any] = {}
         for name, metric in place.readable().items():
@@ -42,10 +42,17 @@ def read_stage(
                 # One value less: a user's statistic on a width it was not made for, say.
                 failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
         values.update({f"{name}/{stage}/{place.layer}": found[name] for name in names if name in found})
+        if count := place.too_few():
+            few.append(f"{place.layer!r} ({count})")
     if left_out:
         _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
     if failed:
         _warn(f"values that could not be computed in {stage} are left out: {', '.join(failed)}")
+    if few:
+        _warn(
+            f"in {stage} there are fewer observations than twice the dimension found, which is too small then:"
+            f" {', '.join(few)}; observe more, or ask for intervals with folds=8"
+        )
     if seen and len(seen) < len(places):
         unseen = ", ".join(repr(place.layer) for place in places if place not in seen)
         _warn(f"layers that saw nothing in {stage} are left out: {unseen}")

@@ -8,6 +8,7 @@ from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.recorder import Recorder
 from spectralmetrics.recording.report import write_report
+from spectralmetrics.recording.summary import summarise_run
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import (
     ArraysWriter,
@@ -33,5 +34,6 @@ __all__ = [
     "draw_runs",
     "read_records",
     "recompute",
+    "summarise_run",
     "write_report",
 ]

@@ -59,7 +59,8 @@ def draw_run(
     epoch = epochs[-1] if epoch is None else epoch
     if epoch not in epochs:
         raise ValueError(f"expected an epoch among those recorded, {epochs[0]} to {epochs[-1]}, got {epoch}")
-    settings = read_manifest(directory).statistics
+    manifest = read_manifest(directory)
+    settings = manifest.statistics
     arrays = saved_epochs(directory).get(epoch)
     recorded = _statistics_of(rows)
     known = [*recorded, *([] if arrays is None or "spectrum" in recorded else ["spectrum"])]
@@ -80,7 +81,10 @@ def draw_run(
             continue
         of_epoch = [row for row in rows if row.epoch == epoch]
         if statistic in _statistics_of(of_epoch):
-            save(f"{statistic}-epoch-{epoch:06d}.png", lambda: draw_profile(of_epoch, statistic, settings))  # noqa: B023
+            save(
+                f"{statistic}-epoch-{epoch:06d}.png",
+                lambda: draw_profile(of_epoch, statistic, settings, manifest.facts),  # noqa: B023
+            )
         for stage in dict.fromkeys(row.stage for row in rows if row.statistic == statistic and row.layer):
             save(
                 f"{statistic}-{stage}-epochs.png",

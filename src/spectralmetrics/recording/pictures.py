@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
+from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.record import Row, Settings
 from spectralmetrics.tail import MEAN_LAYER, low_saturation_tail
@@ -15,19 +16,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_profile(rows: Sequence[Row], statistic: str, settings: Mapping[str, Settings]) -> Figure:
+def draw_profile(
+    rows: Sequence[Row],
+    statistic: str,
+    settings: Mapping[str, Settings],
+    facts: Mapping[str, LayerFacts] | None = None,
+) -> Figure:
     """One epoch of a statistic, all stages together; the task's own numbers in the title."""
     own = [row for row in rows if row.statistic == statistic and row.layer not in ("", MEAN_LAYER)]
     profiles: dict[str, dict[str, float]] = {}
+    bands: dict[str, dict[str, tuple[float, float]]] = {}
     for row in own:
         profiles.setdefault(row.stage, {})[row.layer] = row.value
+        if row.low is not None and row.high is not None:
+            bands.setdefault(row.stage, {})[row.layer] = (row.low, row.high)
     task = [literal(f"{row.stage} {row.statistic} {row.value:.4g}".strip()) for row in rows if not row.layer]
     title = ", ".join([title_of(statistic, settings), f"epoch {own[0].epoch}", *task])
     tail = []
     is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
     if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
         tail = low_saturation_tail(profiles.get("eval", {}))
-    return plot_profile(profiles, statistic=statistic, title=title, tail=tail)[0]
+    ceilings = {}
+    if settings.get(statistic, {}).get("metric") == "intrinsic_dimension":
+        ceilings = {name: each.ceiling for name, each in (facts or {}).items() if each.ceiling is not None}
+    return plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)[
+        0
+    ]
 
 
 def draw_heatmap(rows: Sequence[Row], statistic: str, stage: str, settings: Mapping[str, Settings]) -> Figure:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.recording.manifest import read_manifest
-from spectralmetrics.recording.record import COLUMNS, UNKNOWN, Settings, tidy_rows
+from spectralmetrics.recording.record import UNKNOWN, Row, Settings, tidy_rows
 from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
@@ -42,8 +42,8 @@ def recompute(
         progress: called with each array file before it is read.
 
     Returns:
-        Rows with the columns of ``records.csv``: epoch, stage, layer, statistic, value, in its order, means
-        over the layers included. Values of a statistic that is no number are numpy arrays.
+        Rows with the columns of ``records.csv``, in its order, means over the layers included. With folds, low
+        and high are the ends of the values' intervals. Values of a statistic that is no number are arrays.
 
     Raises:
         FileNotFoundError: if the run holds no arrays.
@@ -75,19 +75,19 @@ def recompute(
     rows: list[dict[str, Any]] = []
     for epoch, path in files.items():
         progress(path)
-        values = rebuild_layers(path, metrics, vectors)
-        rows += [row._asdict() for row in tidy_rows(epoch, values)]
+        values, intervals = rebuild_layers(path, metrics, vectors)
+        rows += [row._asdict() for row in tidy_rows(epoch, values, intervals)]
         if statistics is not None:
             for (name, stage, layer), value in values.items():
                 if value.ndim:
-                    rows.append(dict(zip(COLUMNS, (epoch, stage, layer, name, value.numpy()), strict=True)))
+                    rows.append(Row(epoch, stage, layer, name, value.numpy())._asdict())  # type: ignore[arg-type]
     return rows
 
 
 def rebuild_layers(
     path: Path, metrics: Mapping[str, SpectralMetric], vectors: bool = False
-) -> dict[tuple[str, str, str], Tensor]:
-    """(statistic, stage, layer) -> value, layer by layer and in the order of the metrics.
+) -> tuple[dict[tuple[str, str, str], Tensor], dict[tuple[str, str, str], Interval]]:
+    """(statistic, stage, layer) -> value, and to interval where there is one; in the order of the metrics.
 
     Args:
         path: of an array file.
@@ -95,6 +95,7 @@ def rebuild_layers(
         vectors: whether eigenvalues are to come with eigenvectors, as they did in the recording.
     """
     values: dict[tuple[str, str, str], Tensor] = {}
+    intervals: dict[tuple[str, str, str], Interval] = {}
     for layer in read_layers(path):
         spectra: dict[bool, Spectrum] = {}
         # Eigenvectors first: they come with the eigenvalues that the others read.
@@ -105,10 +106,12 @@ def rebuild_layers(
                 if vectors:
                     spectra[center].eigenvectors  # noqa: B018
             values[name, layer.stage, layer.layer] = _value(metrics[name], spectra[center], layer.layer)
-        for name in metrics:
+        for name, metric in metrics.items():
             key = (name, layer.stage, layer.layer)
             values[key] = values.pop(key)
-    return values
+            if metric.has_interval and spectra[metric.center].num_folds > 1:
+                intervals[key] = metric.interval_of(spectra[metric.center])
+    return values, intervals
 
 
 def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
@@ -116,7 +119,7 @@ def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetri
     metrics = {}
     for name in recorded:
         with contextlib.suppress(ValueError):
-            metrics[name] = _rebuild(name, recorded)
+            metrics[name] = rebuild_statistic(name, recorded)
     return metrics
 
 
@@ -138,7 +141,7 @@ def _metrics(
         metrics = {}
         for name, settings in recorded.items():
             try:
-                metrics[name] = _rebuild(name, recorded)
+                metrics[name] = rebuild_statistic(name, recorded)
             except ValueError as error:
                 if "metric" in settings:  # not one of another library, of which there is no hope
                     warnings.warn(f"left out {name!r}: {error}", UserWarning, stacklevel=3)
@@ -151,11 +154,16 @@ def _metrics(
         if isinstance(each, SpectralMetric):
             found[each.short_name] = each
         else:
-            found[each] = _rebuild(each, recorded)
+            found[each] = rebuild_statistic(each, recorded)
     return found
 
 
-def _rebuild(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
+def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
+    """A metric by the name that it was recorded under, with its settings, or by a short name.
+
+    Raises:
+        ValueError: if there is none, or its settings could not be recorded.
+    """
     settings = {**recorded.get(name, {"metric": name})}
     kinds = all_statistics()
     short_name = settings.pop("metric", None)

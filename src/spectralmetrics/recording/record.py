@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics import Interval, SpectralMetric
+from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
 from spectralmetrics.tail import MEAN_LAYER
 
@@ -29,6 +30,8 @@ class Row(NamedTuple):
         layer: its qualified name, or ``"mean"`` for the mean over all layers of that stage.
         statistic: the name of the metric or scalar.
         value: dimensions are int, all else is float.
+        low: the lower end of its interval, see :meth:`.SpectralMetric.interval`; None without folds.
+        high: the upper end of its interval; None without folds.
     """
 
     epoch: int
@@ -36,6 +39,8 @@ class Row(NamedTuple):
     layer: str
     statistic: str
     value: float
+    low: float | None = None
+    high: float | None = None
 
 
 COLUMNS = Row._fields
@@ -53,6 +58,7 @@ class Record:
         sums: (stage, layer) -> sums over the observations of all processes, the spectral one first. They are
             the state itself, which goes on changing: read what you need before ``write`` returns.
         statistics: name -> settings, see :func:`describe`.
+        layers: name -> what is known of the layer besides its data.
     """
 
     epoch: int
@@ -60,6 +66,7 @@ class Record:
     rows: Sequence[Row]
     sums: Mapping[tuple[str, str], Sequence[Sum]] = field(default_factory=dict)
     statistics: Mapping[str, Settings] = field(default_factory=dict)
+    layers: Mapping[str, LayerFacts] = field(default_factory=dict)
 
     @property
     def moments(self) -> dict[tuple[str, str], Moments]:
@@ -84,13 +91,18 @@ UNKNOWN = "settings not recorded"
 """Under which :func:`describe` names settings that JSON cannot hold."""
 
 
-def tidy_rows(epoch: int, values: Mapping[tuple[str, str, str], Tensor]) -> list[Row]:
+def tidy_rows(
+    epoch: int,
+    values: Mapping[tuple[str, str, str], Tensor],
+    intervals: Mapping[tuple[str, str, str], Interval] | None = None,
+) -> list[Row]:
     """The numbers among values, as rows, and after each stage the means over its layers.
 
     Args:
         epoch: of the record.
         values: (statistic, stage, layer) -> value, stage by stage and in forward order. What is no single
             number is left out.
+        intervals: of some of them, by the same keys.
 
     >>> import torch
     >>> values = {("saturation", "eval", layer): torch.tensor(0.5 * k) for k, layer in enumerate("ab", 1)}
@@ -103,7 +115,8 @@ def tidy_rows(epoch: int, values: Mapping[tuple[str, str, str], Tensor]) -> list
         for (statistic, its_stage, layer), value in values.items():
             if its_stage == stage and value.ndim == 0 and not value.is_complex():
                 number = int(value) if value.dtype == torch.bool else value.item()
-                rows.append(Row(epoch, stage, layer, statistic, number))
+                ends = (intervals or {}).get((statistic, stage, layer), ())
+                rows.append(Row(epoch, stage, layer, statistic, number, *(end.item() for end in ends)))
                 of_stage.setdefault(statistic, []).append(number)
         for statistic, numbers in of_stage.items():
             rows.append(Row(epoch, stage, MEAN_LAYER, statistic, sum(numbers) / len(numbers)))

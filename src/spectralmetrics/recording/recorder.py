@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spectralmetrics.metrics import Interval
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording.record import Record, Row, Settings, describe, tidy_rows
 from spectralmetrics.recording.run import Mode, Run
@@ -215,7 +216,7 @@ class Recorder:
                         name = f"{statistic}_{part}" if part else statistic
                         where[name, stage, layer] = torch.as_tensor(value)
             values = {"/".join(key): value for key, value in where.items()}
-            rows = tidy_rows(epoch, where)
+            rows = tidy_rows(epoch, where, self._intervals())
             for stage in ("train", "eval"):
                 for layer in self.probe.layers:
                     if found_sums := self.probe.sums(stage, layer):
@@ -228,7 +229,18 @@ class Recorder:
         for (name, stage, layer), scalar in self._scalars.items():
             rows.append(Row(epoch, stage, layer, name, scalar))
             values["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
-        return Record(epoch, values, rows, sums, self._statistics)
+        facts = {} if self.probe is None else self.probe.facts
+        return Record(epoch, values, rows, sums, self._statistics, facts)
+
+    def _intervals(self) -> dict[tuple[str, str, str], Interval]:
+        """Of all values that have one, by statistic, stage and layer."""
+        if self.probe is None or not self.probe.keeps_folds:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the values have said it all
+            found = self.probe.intervals()
+        parts = {tuple(key.split("/", 2)): interval for key, interval in found.items()}
+        return {(statistic, stage, layer): each for (statistic, stage, layer), each in parts.items()}
 
 
 def _on_first_process(function: Callable[[], T]) -> T:

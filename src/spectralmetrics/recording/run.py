@@ -68,7 +68,7 @@ class Run:
             for writer in sorted(counting, key=lambda each: (not each.takes_back, each.name == "csv")):
                 writer.write(record)
             if not any(writer.keeps_records for writer in counting):
-                self._tell_manifest(record.epoch)
+                self._tell_manifest(record)
         except BaseException as error:
             for writer in counting:
                 self._take_back(writer)
@@ -80,7 +80,7 @@ class Run:
             raise OSError(error.errno, message, str(error.filename or self.directory)) from error
         self.last_epoch = record.epoch
         with contextlib.suppress(OSError):  # the record is there: what the manifest says is a lower bound
-            self._tell_manifest(record.epoch)
+            self._tell_manifest(record)
         return True
 
     def show(self, record: Record) -> tuple[str, Exception] | None:
@@ -132,6 +132,7 @@ class Run:
             {each.name: joined.get(each.name, last_epoch) for each in self.writers if each.keeps_records},
             self._manifest.statistics | self._statistics,
             last_epoch,
+            self._manifest.layers,
         )
         write_manifest(directory, self._manifest)
         if mode == "resume":
@@ -149,7 +150,7 @@ class Run:
             if type(writer).restore is Writer.restore:
                 continue
             try:
-                writer.restore(saved_record(self.directory, epoch, self._manifest.statistics))
+                writer.restore(saved_record(self.directory, epoch, self._manifest))
             except Exception as error:  # as when it is shown at once, this costs no record
                 _logger.warning("the writer %r cannot show epoch %d now: %s", writer.name, epoch, error)
 
@@ -200,6 +201,8 @@ class Run:
             else:
                 writer.discard(self.directory, self.last_epoch)
 
-    def _tell_manifest(self, epoch: int) -> None:
-        write_manifest(self.directory, replace(self._manifest, last_epoch=epoch))
-        self._manifest.last_epoch = epoch
+    def _tell_manifest(self, record: Record) -> None:
+        layers = self._manifest.layers | {name: facts._asdict() for name, facts in record.layers.items()}
+        manifest = replace(self._manifest, last_epoch=record.epoch, layers=layers)
+        write_manifest(self.directory, manifest)
+        self._manifest = manifest

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.decomposition import symmetrise
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import together
 from spectralmetrics.sums.moments import Moments, empty_moments, merge, moments_of_covariance
@@ -159,8 +160,9 @@ class Folds(SpectralSum):
         """See :class:`.Sum`."""
         yield from self.total.saved()  # for whoever knows of no folds
         # An empty fold has no mean and no covariance; zeros keep the file free of NaN.
-        covariances = torch.stack([fold.covariance() for fold in self.folds])
-        yield "fold_covariances", torch.where(self.counts[:, None, None] > 0, covariances, 0)
+        rows, columns = torch.triu_indices(self.num_features, self.num_features, device=self.seconds.device)
+        uppers = torch.stack([fold.upper_covariance()[rows, columns] for fold in self.folds])
+        yield "fold_covariances", torch.where(self.counts[:, None] > 0, uppers, 0)
         means = torch.stack([fold.mean() for fold in self.folds])
         yield "fold_means", torch.where(self.counts[:, None] > 0, means, 0)
         yield "fold_counts", self.counts
@@ -169,8 +171,13 @@ class Folds(SpectralSum):
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Folds:
         """See :class:`.Sum`."""
-        parts = [read(name) for name in cls.arrays]
-        folds = stack([moments_of_covariance(*each) for each in zip(*parts, strict=True)])
+        uppers, *parts = (read(name) for name in cls.arrays)
+        covariances = uppers.new_zeros(len(uppers), parts[0].shape[1], parts[0].shape[1])
+        rows, columns = torch.triu_indices(parts[0].shape[1], parts[0].shape[1])
+        covariances[:, rows, columns] = uppers
+        folds = stack(
+            [moments_of_covariance(symmetrise(s), *each) for s, *each in zip(covariances, *parts, strict=True)]
+        )
         return _RestoredFolds(**vars(folds), given=Moments.restored(read))
 
 

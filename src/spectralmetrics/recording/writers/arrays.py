@@ -32,12 +32,12 @@ class ArraysWriter(Writer):
     - ``"{stage}/{layer}/count"``, (), int64: the number of observations n;
     - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities;
     - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample;
-    - with folds, ``".../fold_covariances"``, (g, D, D), ``".../fold_means"``, (g, D), ``".../fold_counts"`` and
-      ``".../fold_non_finites"``, (g,), int64.
+    - with g folds, ``".../fold_covariances"``, (g, D·(D+1)/2), the upper triangles row by row,
+      ``".../fold_means"``, (g, D), ``".../fold_counts"`` and ``".../fold_non_finites"``, (g,), int64.
 
     Covariances, means and counts of disjoint data merge exactly: with the difference d of two means,
     n Σ = n₁ Σ₁ + n₂ Σ₂ + (n₁ n₂ / n) d dᵀ. Needs 8·D² bytes on disk for each layer, stage and epoch,
-    and with g folds g times as much again.
+    and with g folds g/2 times as much again.
     """
 
     name = "arrays"

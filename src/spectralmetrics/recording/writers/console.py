@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spectralmetrics.metrics import IntrinsicDimensionMetric
+from spectralmetrics.probing.summary import Summary, summarise
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.tail import MEAN_LAYER
@@ -19,7 +21,9 @@ _AROUND = 3  # a line and two spaces beside the cells of a column
 
 
 class ConsoleWriter(Writer):
-    """A table of the layers after each epoch, with rich; extra ``spectralmetrics[console]``.
+    """Tables of the layers after each epoch: their numbers, and a summary of the last stage.
+
+    Needs rich, extra ``spectralmetrics[console]``.
 
     Progress bars of tqdm and rich stay whole, and in a notebook the table renders as one.
 
@@ -50,8 +54,12 @@ class ConsoleWriter(Writer):
         if console.is_jupyter:
             for table in tables:
                 console.print(table)
+            if (summary := self._summary(record)) is not None:
+                console.print(str(summary), markup=False, highlight=False)
             return
         text = _render(tables, console)
+        if (summary := self._summary(record)) is not None:
+            text += f"\n\n{_encodable(str(summary))}"
         bars = sys.modules.get("tqdm.std")
         active: Any = getattr(getattr(bars, "tqdm", None), "_instances", ())
         if len(active):
@@ -60,6 +68,20 @@ class ConsoleWriter(Writer):
             # As text: rich redirects that around its progress bars, but not what another console prints.
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
+
+    def _summary(self, record: Record) -> Summary | None:
+        """What stands out, unless only means are to be shown."""
+        if self.max_layers is not None and len({layer for _, layer in record.sums}) > self.max_layers:
+            return None
+        stages = {stage for stage, _ in record.sums}
+        if not stages:
+            return None
+        stage = "eval" if "eval" in stages else "train"
+        layers = {layer: sums for (its_stage, layer), sums in record.sums.items() if its_stage == stage}
+        given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
+        metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
+        title = f"{stage}, dimension at {100 * metric.threshold:.4g} % of the variance"
+        return summarise(layers, record.layers, metric, threshold=metric.threshold, title=title)
 
 
 def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:
@@ -141,7 +163,13 @@ def _render(tables: list[Table], console: Console) -> str:
 
             table.box = ASCII
         renderer.print(table)
-    return text.getvalue().rstrip("\n").encode(encoding, "replace").decode(encoding)
+    return _encodable(text.getvalue().rstrip("\n"))
+
+
+def _encodable(text: str) -> str:
+    """The text as standard output can encode it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _name(row: Row) -> str:

@@ -15,13 +15,14 @@ from spectralmetrics.recording.record import COLUMNS, Record, Row
 from spectralmetrics.recording.writer import Writer
 
 FILE_NAME = "records.csv"
+_EARLIER_COLUMNS = COLUMNS[:5]  # of 0.1.0, which knew no intervals
 
 
 class CSVWriter(Writer):
-    """All numbers in one ``records.csv`` with the columns epoch, stage, layer, statistic, value.
+    """All numbers in one ``records.csv``: epoch, stage, layer, statistic, value, low and high.
 
-    Rows are in forward order. The file is replaced as a whole by a copy that is one record longer, so that at
-    any moment it holds whole records only.
+    Low and high are the ends of the value's interval, empty without folds. Rows are in forward order. The file
+    is replaced as a whole by a copy that is one record longer: at any moment it holds whole records only.
     """
 
     name = "csv"
@@ -30,6 +31,13 @@ class CSVWriter(Writer):
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
         self._path = directory / FILE_NAME
+        if self._path.exists():
+            with open(self._path, "rb") as earlier:
+                is_earlier = earlier.readline().strip() == ",".join(_EARLIER_COLUMNS).encode()
+            if is_earlier:  # what will be added has more columns
+                rows = read_rows(self._path)
+                with replacing(self._path) as file:
+                    file.write(format_rows(rows))
         self._size = self._path.stat().st_size if self._path.exists() else 0
 
     def write(self, record: Record) -> None:
@@ -97,14 +105,17 @@ def read_rows(path: Path) -> list[Row]:
     with io.StringIO(text, newline="") as file:
         reader = csv.reader(file)
         header = next(reader, None)
-        if header is None or tuple(header) != COLUMNS:
+        if header is None or tuple(header) not in (COLUMNS, _EARLIER_COLUMNS):
             first = ",".join(header or [])
             raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {first!r}")
         rows = []
         for cells in reader:
             try:
-                epoch, stage, layer, statistic, value = cells
-                rows.append(Row(int(epoch), stage, layer, statistic, _number(value)))
+                epoch, stage, layer, statistic, value, *ends = cells
+                if len(cells) != len(header):
+                    raise ValueError
+                low_and_high = (_number(end) if end else None for end in ends)
+                rows.append(Row(int(epoch), stage, layer, statistic, _number(value), *low_and_high))
             except ValueError:
                 found, line = ",".join(cells), reader.line_num
                 raise ValueError(f"expected a record in line {line} of {path}, got {found!r}") from None

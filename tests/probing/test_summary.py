@@ -1,0 +1,224 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import spectralmetrics as sm
+from spectralmetrics import LayerProbe, Recorder
+from spectralmetrics.cli import main
+from spectralmetrics.probing.facts import facts_of
+from spectralmetrics.recording import summarise_run
+
+LAYERS = {
+    "linear": (nn.Linear(5, 9), 5),
+    "narrow": (nn.Linear(9, 5, bias=False), 5),
+    "pointwise": (nn.Conv2d(4, 7, 1), 4),
+    "conv": (nn.Conv1d(2, 9, 3), 6),
+    "grouped": (nn.Conv2d(4, 12, 1, groups=2), 4),
+    "depthwise": (nn.Conv2d(3, 6, 2, groups=3), 6),
+    "transposed": (nn.ConvTranspose2d(2, 9, 2, stride=2), 8),
+}
+
+
+def outputs(layer):
+    """Rows of many outputs on random inputs, (N, D)."""
+    width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+    out = layer(torch.randn(400, width, *[4] * rank, dtype=torch.float64))
+    return out if rank == 0 else out.movedim(1, -1).reshape(-1, out.shape[1])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_ceiling_is_the_rank_that_outputs_have(name):
+    layer, ceiling = LAYERS[name]
+    assert facts_of(layer) == (type(layer).__name__, ceiling)
+    rows = outputs(layer.double()).detach().numpy()
+    assert np.linalg.matrix_rank(np.cov(rows.T), tol=1e-10) == ceiling
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(3, 4), nn.MultiheadAttention(4, 2), nn.ReLU()])
+def test_no_ceiling_where_none_is_known(module):
+    assert facts_of(module).ceiling is None
+    assert facts_of(nn.Linear(2, 9), is_linear=False).ceiling is None
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.wide = nn.Linear(6, 40)
+        self.idle = nn.Linear(40, 30)
+        self.head = nn.Linear(30, 4)
+        with torch.no_grad():
+            self.idle.weight[2:].zero_()  # two of its features vary
+
+    def forward(self, x):
+        return self.head(self.idle(self.wide(self.conv(x).mean((2, 3)))))
+
+
+def probed(batches=12, size=20, **options):
+    torch.manual_seed(0)
+    model = Net().eval()
+    probe = LayerProbe(model, [sm.SaturationMetric(), sm.EffectiveRankMetric()], **options)
+    for _ in range(batches):
+        model(torch.randn(size, 1, 6, 6))
+    return model, probe
+
+
+def test_rows():
+    _, probe = probed(folds=4)
+    rows = {row.layer: row for row in probe.summary().rows}
+    assert list(rows) == ["conv", "wide", "idle", "head"]
+    values = probe.compute("eval")
+    ends = probe.intervals("eval")
+    for name, row in rows.items():
+        assert row.saturation == values[f"saturation/eval/{name}"]
+        assert row.value == round(row.saturation * row.width)
+        interval = ends[f"saturation/eval/{name}"]
+        assert (row.low / row.width, row.high / row.width) == pytest.approx(tuple(map(float, interval)))
+        assert row.sufficient_width == row.high
+    assert (rows["wide"].kind, rows["wide"].width, rows["wide"].ceiling) == ("Linear", 40, 6)
+    assert (rows["conv"].observations, rows["wide"].observations) == (12 * 20 * 16, 240)
+    assert rows["wide"].stands_out == ("in the tail",)
+    full = {name for name, row in rows.items() if "at its ceiling" in row.stands_out}
+    assert full == {name for name, row in rows.items() if row.value >= 0.95 * row.ceiling} == {"conv"}
+    assert "28 dead features" in rows["idle"].stands_out
+    assert "in the tail" not in rows["conv"].stands_out
+
+
+def test_few_observations_and_rows_left_out():
+    model, probe = probed(batches=2, size=8)
+    bad = torch.randn(2, 1, 6, 6)
+    bad[0, 0, 0, 0] = torch.nan
+    model(bad)
+    with pytest.warns(UserWarning, match="left out in eval"):
+        probe.compute("eval")
+    rows = {row.layer: row for row in probe.summary().rows}
+    assert np.isnan(rows["wide"].low)
+    assert "few observations" in rows["wide"].stands_out
+    assert "1 row with NaN or infinities left out" in rows["wide"].stands_out
+    assert rows["wide"].sufficient_width == rows["wide"].value
+
+
+def test_an_interval_that_is_wide_stands_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity()).eval()
+    scales = torch.arange(1, 101.0) ** -0.5
+    probe = LayerProbe(model, layers="0", folds=4)
+    for _ in range(16):
+        model(torch.randn(60, 100) * scales)
+    row = probe.summary().rows[0]
+    assert row.observations > 10 * row.value
+    assert row.high - row.low <= 10
+    assert row.stands_out == ()
+    probe.reset()
+    for _ in range(8):
+        model(torch.randn(20, 100) * scales)
+    row = probe.summary().rows[0]
+    assert row.high - row.low > 10
+    assert row.stands_out == ("few observations",)
+
+
+def test_any_statistic_that_is_one_number():
+    _, probe = probed(folds=2)
+    summary = probe.summary(statistic="effective_rank")
+    values = probe.compute("eval")
+    assert [row.value for row in summary.rows] == [
+        values[f"effective_rank/eval/{row.layer}"] for row in summary.rows
+    ]
+    assert "effective rank" in str(summary)
+    assert probe.summary(statistic="participation_ratio").rows[0].value > 1  # which the probe does not keep
+    for wrong, message in (("spectrum", "one number, got 'spectrum'"), ("nothing", "got 'nothing'")):
+        with pytest.raises(ValueError, match=message):
+            probe.summary(statistic=wrong)
+    with pytest.raises(ValueError, match="'test'"):
+        probe.summary("test")
+    with pytest.raises(RuntimeError, match="nothing was observed in train"):
+        probe.summary("train")
+
+
+def test_it_fits_100_columns_and_keeps_names_whole():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = nn.ModuleDict({"a_rather_long_name_of_a_block_in_a_network": nn.Linear(3, 200)})
+            self.outer_module_with_a_long_name_too = inner
+
+        def forward(self, x):
+            return self.outer_module_with_a_long_name_too["a_rather_long_name_of_a_block_in_a_network"](x)
+
+    model = Deep().eval()
+    probe = LayerProbe(model, folds=2)
+    for _ in range(4):
+        model(torch.randn(3, 3) * 1e-3)
+    text = str(probe.summary())
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert probe.layers[0] in "".join(
+        line[: line.find("  ") if line.find("  ") > 0 else None] for line in lines
+    )
+
+
+def test_names_are_text_in_html():
+    model = nn.ModuleDict({"<b>&": nn.Linear(3, 3)}).eval()
+    probe = LayerProbe(model)
+    model["<b>&"](torch.randn(40, 3))
+    markup = probe.summary()._repr_html_()
+    assert "<b>" not in markup
+    assert "&lt;b&gt;&amp;" in markup
+
+
+def test_a_data_frame():
+    pandas = pytest.importorskip("pandas")
+    _, probe = probed()
+    frame = probe.summary().to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["layer"]) == ["conv", "wide", "idle", "head"]
+    assert frame["stands_out"][2] == "in the tail, 28 dead features"
+
+
+def test_of_a_run(tmp_path, capsys):
+    _, probe = probed(folds=4)
+    expected = probe.summary().rows
+    intervals = probe.intervals("eval")
+    with Recorder(tmp_path, probe, ["csv", "arrays"]) as recorder:
+        recorder.record()
+    assert summarise_run(tmp_path).rows == expected
+    assert main(["summary", str(tmp_path), "--threshold", "0.9"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("epoch 0, eval, dimension at 90 % of the variance\nlayer")
+    assert main(["summary", str(tmp_path), "--stage", "train"]) == 2
+    assert "got 'train'" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="'arrays'"):
+        summarise_run(tmp_path / "arrays")
+    with pytest.raises(ValueError, match="got 7"):
+        summarise_run(tmp_path, epoch=7)
+    # The ends of the intervals are in the table, and are rebuilt from the arrays at any threshold.
+    recorded = {f"{row.statistic}/{row.stage}/{row.layer}": row for row in map_rows(tmp_path)}
+    rebuilt = {f"{r['statistic']}/{r['stage']}/{r['layer']}": r for r in sm.recompute(tmp_path)}
+    for key, interval in intervals.items():
+        ends = tuple(map(float, interval))
+        assert (recorded[key].low, recorded[key].high) == pytest.approx(ends, rel=1e-12)
+        assert (rebuilt[key]["low"], rebuilt[key]["high"]) == pytest.approx(ends, rel=1e-9)
+    lower = {r["layer"]: r for r in sm.recompute(tmp_path, 0.5, ["saturation"])}
+    assert lower["wide"]["high"] < rebuilt["saturation/eval/wide"]["low"]
+
+
+def map_rows(directory):
+    from spectralmetrics.recording.writers.csv import read_rows
+
+    return read_rows(directory / "records.csv")
+
+
+def test_compute_warns_of_fewer_observations_than_twice_the_dimension():
+    model = nn.Sequential(nn.Identity(), nn.Linear(30, 2)).eval()
+    probe = LayerProbe(model, layers="*")
+    probe.pause()
+    probe.resume()
+    model(torch.randn(40, 30))
+    with pytest.warns(UserWarning, match=r"in eval there are fewer observations.*'0' \(40\)") as seen:
+        probe.compute()
+    assert len(seen) == 1
+    for _ in range(3):
+        model(torch.randn(40, 30))
+    probe.compute()
