@@ -163,6 +163,10 @@ class TestTaking:
         assert intake.flush(sums) is waited
         kind.check(sums, batches)
 
+    def test_more_rows_than_can_wait(self, kind):
+        batches = stream(0, [300] * 3 + [250] * 40, 3)
+        kind.check(take(kind.make(), batches), batches)
+
     def test_the_intake_writes_into_the_tensors_that_are_there(self, kind):
         batches = stream(0, [30, 3000], 4)
         sums = begin(kind.make(), batches)
