@@ -70,9 +70,10 @@ def docs(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
-    scripts = ("update", "training_step", "compute", "merge", "memory", "similarity", "report_page", "report")
+    scripts = ("update", "training_step", "hook", "compute", "merge", "memory", "similarity", "report_page")
     for script in scripts:
-        session.run("python", f"benchmarks/{script}.py", *(session.posargs if script != "report" else ()))
+        session.run("python", f"benchmarks/{script}.py", *session.posargs)
+    session.run("python", "benchmarks/report.py")
 
 
 @nox.session

@@ -70,6 +70,15 @@ def training_step(results):
     yield table(["model", "arm", "added %", "of Delve's"], rows)
 
 
+def hook(results):
+    yield (
+        f"## Hook\n\nHost time of a hook, in microseconds per layer and forward: {results['layers']} linear layers of"
+        f" width {results['width']}, {results['rows']} rows, one thread; median, least and most of the rounds. Sampled draws"
+        " half of the rows. Bars: 40 exact, 60 sampled.\n"
+    )
+    yield table(["hook", "µs"], [[name, spread(values, 1)] for name, values in results["microseconds"].items()])
+
+
 def compute(results):
     yield (
         "## Compute\n\nSeven scalar statistics of one layer, from sums to values, in units of one `eigvalsh`. Bar: 1.2"
@@ -162,7 +171,7 @@ def similarity(results):
 
 def main():
     parts = [HEAD]
-    for write in (update, training_step, compute, merge, memory, similarity, projection):
+    for write in (update, training_step, hook, compute, merge, memory, similarity, projection):
         path = RESULTS / f"{write.__name__}.json"
         if path.exists():
             content = json.loads(path.read_text())

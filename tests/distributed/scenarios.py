@@ -18,6 +18,7 @@ from spectralmetrics.sums import moments as merging
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows
+from tests.sums.toy import CrestFactorMetric, crest_factor
 
 
 @contextlib.contextmanager
@@ -502,6 +503,23 @@ def similarities_equal_those_of_one_process(rank, world):
         sm.LayerSimilarity(left).compute()
 
 
+def a_kind_of_sum_from_elsewhere_is_merged_like_ours(rank, world):
+    for without in (None, 0):
+        parts = shares(world, without, far="each other")
+        everything = torch.cat(parts)
+        assert_same(feed(CrestFactorMetric(), parts[rank]).compute(), crest_factor(everything))
+        model = nn.Sequential(nn.Linear(6, 4)).double()
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.copy_(torch.linspace(-1, 1 + number, parameter.numel()).view(parameter.shape))
+        probe = sm.LayerProbe(model, [sm.SaturationMetric(), CrestFactorMetric()])
+        model(parts[rank])
+        with counted_collectives() as seen:
+            values = probe.compute()
+        assert [name for name, _ in seen] == ["all_reduce"] * 2
+        assert_same(values["crest_factor/train/0"], crest_factor(model(everything).detach()))
+
+
 EVERYWHERE = [
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
@@ -521,5 +539,6 @@ EVERYWHERE = [
     a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,
     similarities_equal_those_of_one_process,
+    a_kind_of_sum_from_elsewhere_is_merged_like_ours,
 ]
 ON_TWO = [fully_sharded_training_is_observed]

@@ -1,8 +1,11 @@
 """One process: what torchmetrics asks of a metric, and what is overridden in it."""
 
+import contextlib
+import copy
 import inspect
 import io
 import warnings
+from typing import ClassVar
 
 import matplotlib
 import numpy as np
@@ -14,7 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Running
 
 import spectralmetrics as sm
-from spectralmetrics.metrics import stream
+from spectralmetrics.metrics import overrides, stream
 from spectralmetrics.sums import decomposition, intake
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
@@ -664,21 +667,49 @@ def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():
 
 
 class TestWhatIsOverridden:
-    """Private methods of torchmetrics: if one of these fails, look at the override in overrides.py again."""
+    """What torchmetrics does by itself: if one of these fails, look at the override in overrides.py again."""
 
-    OVERRIDES = (
-        ("_wrap_update", ["self", "update"]),
-        ("_wrap_compute", ["self", "compute"]),
-        ("_copy_state_dict", ["self"]),
-        ("_reduce_states", ["self", "incoming_state"]),
-        ("_sync_dist", ["self", "dist_sync_fn", "process_group"]),
-        ("_apply", ["self", "fn", "exclude_state"]),
-    )
+    OVERRIDES: ClassVar = {
+        "update_called": None,
+        "_wrap_update": ["self", "update"],
+        "_wrap_compute": ["self", "compute"],
+        "sync": ["self", "dist_sync_fn", "process_group", "should_sync", "distributed_available"],
+        "sync_context": [
+            "self",
+            "dist_sync_fn",
+            "process_group",
+            "should_sync",
+            "should_unsync",
+            "distributed_available",
+        ],
+        "_copy_state_dict": ["self"],
+        "_reduce_states": ["self", "incoming_state"],
+        "_sync_dist": ["self", "dist_sync_fn", "process_group"],
+        "_apply": ["self", "fn", "exclude_state"],
+        "_load_from_state_dict": [
+            "self",
+            "state_dict",
+            "prefix",
+            "local_metadata",
+            "strict",
+            "missing_keys",
+            "unexpected_keys",
+            "error_msgs",
+        ],
+        "__getstate__": ["self"],
+    }
 
-    @pytest.mark.parametrize(("name", "parameters"), OVERRIDES, ids=lambda value: str(value))
-    def test_the_method_is_there_with_the_same_parameters(self, name, parameters):
+    def test_these_are_all(self):
+        classes = (overrides.MergedMetric, overrides.OverriddenMetric)
+        stock = {name for name in dir(torchmetrics.Metric) if callable(getattr(torchmetrics.Metric, name))}
+        own = {name for each in classes for name in vars(each) if name in stock | {"update_called"}}
+        made_by_python = {"__init_subclass__", "__doc__", "__module__"}
+        assert own - made_by_python == set(self.OVERRIDES)
+
+    @pytest.mark.parametrize("name", [name for name, parameters in OVERRIDES.items() if parameters])
+    def test_the_method_is_there_with_the_same_parameters(self, name):
         stock = list(inspect.signature(getattr(torchmetrics.Metric, name)).parameters)
-        assert stock == parameters
+        assert stock == self.OVERRIDES[name]
 
     def test_they_are_called_where_we_rely_on_it(self):
         metric = torchmetrics.Metric
@@ -688,6 +719,161 @@ class TestWhatIsOverridden:
         assert "_sync_dist" in inspect.getsource(metric.sync)
         assert "_reduce_states" in inspect.getsource(metric.merge_state)
         assert "_reduce_states" in inspect.getsource(metric._forward_reduce_state_update)
+
+    def test_a_failed_sync_still_leaves_its_copy_behind(self):
+        def fails(*args, **kwargs):
+            raise OSError("the other side has hung up")
+
+        def sync(metric):
+            with pytest.raises(OSError, match="hung up"):
+                metric.sync(fails, distributed_available=lambda: True)
+
+        stock, ours = torchmetrics.SumMetric(), feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 4))
+        stock.update(1.0)
+        before = ours.metric_state
+        sync(stock)
+        sync(ours)
+        assert stock._cache is not None  # why `sync` is overridden
+        assert ours._cache is None
+        assert not ours._is_synced
+        assert all(ours.metric_state[name] is value for name, value in before.items())
+
+    def test_a_sync_that_fails_half_way_still_leaves_half_merged_states(self):
+        class Two(torchmetrics.Metric):
+            def __init__(self):
+                super().__init__()
+                self.add_state("first", torch.ones(()), dist_reduce_fx="sum")
+                self.add_state("second", torch.ones(()), dist_reduce_fx=lambda stacked: 1 / 0)
+
+            def update(self):
+                pass
+
+            def compute(self):
+                return self.first
+
+        stock = Two()
+        with pytest.raises(ZeroDivisionError):
+            stock.sync(lambda value, group=None: [value, value], distributed_available=lambda: True)
+        assert stock.first == 2  # why `sync` puts the states back
+
+        def second_state_fails(value, group=None):
+            if value.ndim == 2:
+                raise OSError("the other side has hung up")
+            return [value, value]
+
+        ours = feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 4))
+        value = ours.compute()
+        with pytest.raises(OSError, match="hung up"):
+            ours.sync(second_state_fails, distributed_available=lambda: True)
+        assert_same(feed(ours, torch.zeros(0, 4)).compute(), value)
+
+    def test_an_error_inside_a_synced_context_still_leaves_the_metric_synced(self):
+        def both(value, group=None):
+            return [value, value]
+
+        def fail_inside(metric):
+            with (
+                pytest.raises(ZeroDivisionError),
+                metric.sync_context(both, distributed_available=lambda: True),
+            ):
+                raise ZeroDivisionError
+
+        stock, ours = torchmetrics.SumMetric(), feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 4))
+        stock.update(1.0)
+        fail_inside(stock)
+        fail_inside(ours)
+        assert stock._is_synced  # why `sync_context` is overridden
+        assert not ours._is_synced
+        assert int(ours.count) == 30
+
+    def test_a_loaded_state_is_still_the_checkpoints_own_tensor(self):
+        stock, saved = torchmetrics.SumMetric(), {"sum_value": torch.tensor(3.0)}
+        stock.persistent(True)
+        stock.load_state_dict(saved.copy())
+        assert stock.sum_value is saved["sum_value"]  # why `_load_from_state_dict` copies
+        ours = feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 4))
+        ours.persistent(True)
+        checkpoint = {name: value.clone() for name, value in ours.state_dict().items()}
+        kept = {name: value.clone() for name, value in checkpoint.items()}
+        fresh = sm.CovarianceTraceMetric()
+        fresh.load_state_dict(checkpoint)
+        for part in random_rows(1, 6000, 4).split(3000):
+            fresh.update(part)
+        assert int(fresh.count) == 6030
+        assert all(torch.equal(checkpoint[name], kept[name]) for name in kept)
+
+    def test_a_loaded_state_of_any_shape_is_still_taken(self):
+        stock = torchmetrics.SumMetric()
+        stock.persistent(True)
+        stock.load_state_dict({"sum_value": torch.zeros(3)})
+        assert stock.sum_value.shape == (3,)  # why `_load_from_state_dict` looks at it before
+        other = feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 5))
+        other.persistent(True)
+        ours = sm.CovarianceTraceMetric(4)
+        ours.persistent(True)
+        with pytest.raises(RuntimeError, match=r"num_features=4.*got one of 5"):
+            ours.load_state_dict(other.state_dict())
+
+    def test_what_is_pickled_is_still_the_instances_dictionary(self):
+        class Marked(torchmetrics.SumMetric):
+            pass
+
+        stock = Marked()
+        stock.anything = object()
+        # Why `__getstate__` adds the rows that wait, and leaves out the objects that hold the same tensors.
+        assert stock.__getstate__()["anything"] is stock.anything
+        ours = feed(sm.CovarianceTraceMetric(), random_rows(0, 60, 4), 20)
+        assert int(ours.__dict__["count"]) == 20  # the others wait
+        kept = ours.__getstate__()
+        assert int(kept["count"]) == 60
+        assert "_live" not in kept
+        twin = copy.deepcopy(ours)
+        twin.update(random_rows(1, 3000, 4))
+        assert (int(twin.count), int(ours.count)) == (3060, 60)
+
+    def test_torchmetrics_still_clones_before_a_merge(self):
+        stock = torchmetrics.SumMetric()
+        assert stock._copy_state_dict()["sum_value"] is not stock.sum_value
+        ours = feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 4))
+        assert ours._copy_state_dict()["second_moment"] is ours.second_moment  # why `_copy_state_dict` is ours
+
+    def test_torchmetrics_still_adds_sums_whatever_their_origins(self):
+        class Summed(sm.CovarianceTraceMetric):
+            _reduce_states = torchmetrics.Metric._reduce_states
+            _sync_dist = torchmetrics.Metric._sync_dist
+
+        rows = [random_rows(0, 30, 4), random_rows(1, 30, 4, mean=50.0)]
+        expected = feed(sm.CovarianceTraceMetric(), torch.cat(rows)).compute()
+        for kind, is_right in ((Summed, False), (sm.CovarianceTraceMetric, True)):
+            merged = feed(kind(), rows[0])
+            with contextlib.suppress(RuntimeError, ValueError):  # the origins are not added, nor anything else
+                merged.merge_state(feed(kind(), rows[1]))
+            assert bool(torch.isclose(kind.compute(merged), expected)) is is_right
+
+    def test_torch_compile_would_still_trace_the_bookkeeping(self):
+        # Why `_wrap_update` is overridden: dynamo looks into what is not marked.
+        assert not getattr(torchmetrics.SumMetric().update, "_torchdynamo_disable", False)
+        assert getattr(sm.CovarianceTraceMetric().update, "_torchdynamo_disable", False)
+
+    def test_a_cached_value_still_skips_the_merge(self):
+        merges = []
+
+        def both(value, group=None):
+            merges.append(1)
+            return [value, value]
+
+        settings = {"dist_sync_fn": both, "distributed_available_fn": lambda: True}
+        stock = torchmetrics.SumMetric(**settings)
+        stock.update(1.0)
+        stock.compute()
+        merges.clear()
+        stock.compute()
+        assert not merges  # why `_wrap_compute` forgets the value first
+        ours = feed(sm.CovarianceTraceMetric(**settings), random_rows(0, 30, 4))
+        ours.compute()
+        merges.clear()
+        ours.compute()
+        assert merges
 
     def test_torchmetrics_still_squeezes(self):
         class One(torchmetrics.Metric):

@@ -1,7 +1,7 @@
-"""The streaming sums that every metric of this package accumulates, as a ``torchmetrics.Metric``.
+"""What all statistics have in common: arguments, registration, what is read and what is checked.
 
-:class:`SpectralMetric` holds the state (sums of :mod:`spectralmetrics.sums`) and reads it. A statistic is a
-short subclass that says how to read a number from a :class:`~spectralmetrics.functional.Spectrum`:
+A statistic is a short subclass of :class:`SpectralMetric` that says how to read a number from a
+:class:`~spectralmetrics.functional.Spectrum`:
 
 >>> import torch
 >>> from spectralmetrics.metrics.base import SpectralMetric
@@ -23,28 +23,23 @@ from __future__ import annotations
 import copy
 import numbers
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from spectralmetrics.functional.dimension import intrinsic_dimension
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics.overrides import OverriddenMetric
-from spectralmetrics.metrics.stream import Stream
+from spectralmetrics.metrics.state import SumsMetric
 from spectralmetrics.sums import (
-    Exchange,
     Moments,
     Observations,
     SpectralSum,
     Sum,
     empty_folds,
     empty_moments,
-    run_together,
 )
 
 NanStrategy = Literal["warn", "error", "ignore"]
@@ -64,14 +59,6 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-class _Live(NamedTuple):
-    """The sums of a metric as objects, and their stream, until a state is replaced."""
-
-    sums: tuple[Sum, ...]
-    anchor: Tensor
-    stream: Stream
-
-
 def statistics() -> dict[str, type[SpectralMetric]]:
     """All statistics defined so far, by short name, those of the user included.
 
@@ -82,28 +69,7 @@ def statistics() -> dict[str, type[SpectralMetric]]:
     return dict(_STATISTICS)
 
 
-def _state(name: str) -> Any:
-    """A state whose reader, whoever it is, finds the waiting rows added."""
-
-    def read(metric: SpectralMetric) -> Tensor:
-        metric.flush()
-        value: Tensor | None = metric.__dict__.get(name)
-        if value is None:  # no state of this metric, but maybe of the sums that it keeps in folds
-            spectral = metric._current()[0] if "_prototypes" in metric.__dict__ else None
-            total = spectral.total.tensors() if isinstance(spectral, SpectralSum) else {}
-            if name not in total:
-                raise AttributeError(f"{type(metric).__name__!r} object has no attribute {name!r}")
-            value = total[name]
-        return value
-
-    def write(metric: SpectralMetric, value: Tensor) -> None:
-        metric.__dict__[name] = value
-        metric.__dict__["_live"] = None
-
-    return property(read, write)
-
-
-class SpectralMetric(OverriddenMetric):
+class SpectralMetric(SumsMetric):
     r"""Base class of all statistics of a feature covariance; subclasses define :meth:`statistic`.
 
     ``update`` takes rows of shape (N, D) in any floating dtype. The state is float64, constant in size, and
@@ -139,10 +105,6 @@ class SpectralMetric(OverriddenMetric):
     """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
     has_interval: ClassVar[bool] = True
     """Whether :meth:`statistic` can be read from held-out eigenvalues, too."""
-    takes_observations: ClassVar[bool] = True
-    """Whether ``update`` also takes ``Observations``; False for a subclass that overrides it."""
-
-    configuration: Tensor
     count: Tensor
     non_finite: Tensor
     origin: Tensor
@@ -180,73 +142,30 @@ class SpectralMetric(OverriddenMetric):
             raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
         if not _is_positive_integer(folds):
             raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
-        super().__init__(**kwargs)
-        self._given_features = num_features
+        super().__init__(num_features, gram_dtype, **kwargs)
         self.center = center
-        self.gram_dtype = gram_dtype
         self.nan_strategy = nan_strategy
         self.folds = folds
-        self._pinned_device: torch.device | None = None
-        self._batches = 0  # taken so far, never reset: what is drawn or dealt next
-        self._live: _Live | None = None
-        self._prototypes: tuple[Sum, ...] = ()
-        # Compute groups are formed by comparing states with a tolerance, in some releases of torchmetrics only
-        # the first state: this one tells apart metrics that accumulate differently, whatever the data. Small
-        # integers differ by more than the tolerance.
-        self.add_state("configuration", torch.zeros(4, dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
         self.accumulate_also((_spectral_sum(folds), *self.other_sums()))
 
     def other_sums(self) -> Sequence[Sum]:
         """Sums that :meth:`statistic` reads besides the moments, empty and of width zero; a subclass' own."""
         return ()
 
-    def accumulate_also(self, sums: Sequence[Sum]) -> None:
-        """Keep further sums, empty and of width zero, so that metrics that need them can share these states."""
-        self._prototypes = (*self._prototypes, *sums)
-        for each in sums:
-            added = {each.states[attribute] for attribute in each.additive}
-            for name, tensor in each.tensors().items():
-                if not isinstance(getattr(type(self), name, None), property):
-                    setattr(SpectralMetric, name, _state(name))
-                self.add_state(name, tensor, dist_reduce_fx="sum" if name in added else None)
-        digest = zlib.crc32(" ".join(map(str, self.accumulation())).encode()).to_bytes(4, "big")
-        self.configuration = torch.tensor(list(digest), dtype=torch.int64, device="cpu")
-        self._defaults["configuration"] = self.configuration.clone()
-
     def with_folds(self, folds: int) -> SpectralMetric:
         """A metric with the same settings and without observations, which it will keep in so many folds."""
         if not _is_positive_integer(folds):
             raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
         twin = copy.deepcopy(self)
-        twin.reset()
-        twin.drop_states([name for name in twin._defaults if name != "configuration"])
         twin.folds = folds
-        twin._prototypes = ()
-        twin.accumulate_also((_spectral_sum(folds), *twin.other_sums()))
+        twin.accumulate_instead((_spectral_sum(folds), *twin.other_sums()))
         return twin
-
-    def accumulation(self) -> list[object]:
-        """What changes what is accumulated: the products' dtype, an ``update`` of a subclass' own, the sums."""
-        update = type(self).update
-        own = [] if self.takes_observations else [f"{update.__module__}.{update.__qualname__}"]
-        return [self.gram_dtype, *own, *(setting for each in self._prototypes for setting in each.settings())]
 
     # -- what a statistic reads --------------------------------------------------------------------------
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """The value of this metric for the given spectrum; what a subclass defines."""
         raise NotImplementedError(f"{type(self).__name__} must define `statistic(self, spectrum)`")
-
-    @property
-    def num_features(self) -> int | None:
-        """The width D; None until it is known."""
-        return self._current()[0].num_features or self._given_features
-
-    @property
-    def sums(self) -> tuple[Sum, ...]:
-        """The sums, the spectral one first; their tensors are the states themselves."""
-        self.flush()
-        return self._current()
 
     @property
     def moments(self) -> Moments | None:
@@ -346,16 +265,6 @@ class SpectralMetric(OverriddenMetric):
         with torch.inference_mode(False), torch.no_grad():
             self._take(observations)
 
-    def observe(self, observations: Observations) -> None:
-        """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there."""
-        own = self.__dict__
-        own["_computed"] = None
-        own["_update_count"] += 1
-        width = self.num_features
-        if width is not None and observations.values.shape[observations.feature_dim] != width:
-            self._check(observations, observations)
-        self._take(observations)
-
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
         return self._value(self.spectrum)
@@ -423,183 +332,7 @@ class SpectralMetric(OverriddenMetric):
         """Move the metric to a CUDA device; from then on rows are brought there."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> SpectralMetric:
-        """Leave everything as it is: the state is float64 and integers, whatever the model's dtype."""
-        return self
-
-    def state_dict(  # type: ignore[override]  # torchmetrics' signature
-        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """The persistent states and, where it matters to what comes next, how many batches came."""
-        destination = super().state_dict(destination, prefix, keep_vars)
-        if any(each.counts_batches for each in self._prototypes) and any(self._persistent.values()):
-            destination[prefix + "draws"] = torch.tensor(self._batches)
-        return destination
-
-    # -- what the overrides of torchmetrics, probes and recorders ask for --------------------------------
-
-    def flush(self) -> None:
-        """Add the rows that wait. Called by whoever reads a state."""
-        live: _Live | None = self.__dict__.get("_live")
-        if live is None and "_prototypes" in self.__dict__:
-            live = self._revive()
-        if live is not None:
-            live.stream.flush(live.sums)
-
-    def take_in(self, incoming: dict[str, Any]) -> None:
-        """Add the states of another metric of this class."""
-        missing = [name for name in self._defaults if name not in incoming]
-        if missing:
-            raise ValueError(
-                f"expected the states {list(self._defaults)} in the incoming state, missing {missing}"
-            )
-        mine = self.sums
-        theirs = [prototype.with_tensors(incoming) for prototype in self._prototypes]
-        width, their_width = self.num_features, theirs[0].num_features
-        if their_width and width not in (None, their_width):
-            raise ValueError(f"expected an incoming state with {width} features, got {their_width}")
-        with torch.inference_mode(False), torch.no_grad():
-            home = mine[0].tensors()[self._anchor_name()].device
-            if not mine[0].num_features and their_width:
-                home = self._pinned_device or incoming[self._anchor_name()].device
-                mine = tuple(each.map(lambda tensor: tensor.to(home)) for each in mine)
-            self.replace_sums([own.merged(other) for own, other in zip(mine, theirs, strict=True)])
-
-    def exchanges(self, group: Any = None) -> list[Exchange]:
-        """What this metric exchanges with other processes, for :func:`~spectralmetrics.sums.run_together`."""
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        mine = self.sums
-        live = self._revive()
-        known: Sequence[Sum | None] = (
-            [None] * len(mine) if live is None else live.stream.merged.get(group, [None] * len(mine))
-        )
-        return [each.exchange(its, rank, world_size) for each, its in zip(mine, known, strict=True)]
-
-    def absorb(self, results: Sequence[Sum | None], group: Any = None) -> None:
-        """Replace the states by what the :meth:`exchanges` returned; the old tensors are left as they were."""
-        if any(each is None for each in results):
-            return
-        merged = [each for each in results if each is not None]
-        live = self._revive()
-        if live is not None:
-            live.stream.merged[group] = merged
-        self.replace_sums(merged)
-
-    def merge_processes(self, group: Any) -> None:
-        """Replace the states by those of all processes of a group together."""
-        if dist.get_rank(group) >= 0:  # a process outside the group keeps its own state
-            self.absorb(run_together(self.exchanges(group), group), group)
-
-    def replace_sums(self, sums: Sequence[Sum]) -> None:
-        """Put other sums in the place of the states."""
-        for each in sums:
-            for name, tensor in each.tensors().items():
-                setattr(self, name, tensor)
-
-    def has_observed(self) -> bool:
-        """Whether there are sums of a known width."""
-        return self._current()[0].num_features > 0
-
-    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Look at a saved state before it is loaded."""
-        self._batches = int(saved.pop(prefix + "draws", self._batches))
-        names = [name for each in self._prototypes for name in each.tensors()]
-        if not all(prefix + name in saved for name in names):
-            return
-        loaded = [each.with_tensors({n: saved[prefix + n] for n in names}) for each in self._prototypes]
-        width = loaded[0].num_features
-        if width and self._given_features not in (None, width):
-            errors.append(
-                f"expected a state of num_features={self._given_features} for {prefix}{type(self).__name__},"
-                f" got one of {width}"
-            )
-        for own, other in zip(self._prototypes, loaded, strict=True):
-            if own.settings() != other.settings():
-                errors.append(f"expected a state with {own.settings()}, got one with {other.settings()}")
-
-    # -- the state ---------------------------------------------------------------------------------------
-
-    def _current(self) -> tuple[Sum, ...]:
-        """The sums without the rows that wait."""
-        own = self.__dict__
-        live: _Live | None = own.get("_live")
-        if live is not None:
-            return live.sums
-        prototypes: tuple[Sum, ...] = own["_prototypes"]
-        return tuple(each.with_tensors(own) for each in prototypes)
-
-    def _anchor_name(self) -> str:
-        return next(iter(self._prototypes[0].states.values()))
-
-    def _revive(self) -> _Live | None:
-        """The sums as objects and their stream; None before the first rows."""
-        own = self.__dict__
-        live: _Live | None = own.get("_live")
-        if live is None:
-            sums = self._current()
-            if sums[0].num_features == 0:
-                return None
-            anchor = own[self._anchor_name()]
-            live = own["_live"] = _Live(sums, anchor, Stream.of(anchor))
-        return live
-
-    def _check(self, observations: Observations, rows: Any) -> None:
-        values = observations.values
-        observations.check()
-        if rows is values and values.ndim != 2:
-            raise ValueError(
-                f"expected rows of shape (N, D), got shape {tuple(values.shape)}; give each observation a row,"
-                " or pass spectralmetrics.Observations(maps, feature_dim=1)"
-            )
-        width = observations.num_features
-        if self.num_features is not None and width != self.num_features:
-            raise ValueError(
-                f"expected rows with {self.num_features} features, got {width} (shape {tuple(values.shape)})"
-            )
-
-    def _take(self, observations: Observations) -> None:
-        """Add observations that fit."""
-        if observations.values.numel() == 0:
-            return
-        live = self._revive()
-        if (
-            live is None
-            or live.anchor.device != observations.values.device
-            or live.anchor.is_inference()
-            or self._is_synced
-        ):
-            live, observations = self._meet(observations)
-        own = self.__dict__
-        live.stream.add(live.sums, observations, own["_batches"], self.gram_dtype)
-        own["_batches"] += 1
-
-    def _meet(self, observations: Observations) -> tuple[_Live, Observations]:
-        """The state, allocated and writable, and the observations, on one device."""
-        device = observations.values.device
-        live = self._revive()
-        if live is None:
-            home = self._pinned_device or (torch.device("cpu") if device.type == "mps" else device)
-            before = self._current()
-            fresh = [each.empty(observations.num_features, home) for each in before]
-            self.replace_sums(
-                [each.merged(its.map(lambda t: t.to(home))) for each, its in zip(fresh, before, strict=True)]
-            )
-        else:
-            current = live.anchor.device
-            if current.type == "cpu" and device.type not in ("cpu", "mps"):
-                if self._pinned_device is None:
-                    self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
-            elif live.anchor.is_inference() or self._is_synced:
-                # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place;
-                # merged sums are shared with the other metrics of a group.
-                self.replace_sums([each.map(torch.clone) for each in self.sums])
-        is_new = live is None
-        live = self._revive()
-        assert live is not None
-        if is_new:
-            live.stream.begin(live.sums, self.gram_dtype)
-        home = live.anchor.device
-        return live, observations if observations.values.device == home else observations.to(home)
+    # -- checks ------------------------------------------------------------------------------------------
 
     def _check_interval(self) -> None:
         if self.folds < 2:
@@ -642,5 +375,4 @@ def _is_positive_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-for _name in ("count", "non_finite", "origin", "first_moment", "second_moment"):
-    setattr(SpectralMetric, _name, _state(_name))
+SpectralMetric.declare(Moments.states.values())  # also of metrics that keep folds

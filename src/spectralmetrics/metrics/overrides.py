@@ -18,10 +18,35 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 
-class OverriddenMetric(Metric):
-    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+class MergedMetric(Metric):
+    """A ``torchmetrics.Metric`` of which this process may have seen nothing, while others have."""
 
     _computing: bool = False
+
+    @property
+    def update_called(self) -> bool:
+        """Whether rows have been offered since construction or reset."""
+        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
+        # had. Whether there are observations is checked after the merge, with an error.
+        return self._computing or self._update_count > 0
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        stock = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def computing(*args: Any, **kwargs: Any) -> Any:
+            self._computing = True
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self._computing = False
+
+        return computing
+
+
+class OverriddenMetric(MergedMetric):
+    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+
     _value_shape: torch.Size | None = None
 
     @abstractmethod
@@ -46,13 +71,6 @@ class OverriddenMetric(Metric):
             for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
                 kept.pop(name, None)
 
-    @property
-    def update_called(self) -> bool:
-        """Whether rows have been offered since construction or reset."""
-        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
-        # had. Whether there are observations is checked after the merge, with an error.
-        return self._computing or self._update_count > 0
-
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
         wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
@@ -72,11 +90,7 @@ class OverriddenMetric(Metric):
                 # A cached value would skip the merge on the processes that had no new rows, and the others
                 # would wait for them for ever.
                 self._computed = None
-            self._computing = True
-            try:
-                value = stock(*args, **kwargs)
-            finally:
-                self._computing = False
+            value = stock(*args, **kwargs)
             # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
             return value if self._value_shape is None else value.reshape(self._value_shape)
 

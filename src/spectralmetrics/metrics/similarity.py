@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,11 +17,12 @@ from spectralmetrics.functional.relations import (
     debiased_hsic,
     usable_rows,
 )
+from spectralmetrics.metrics.overrides import MergedMetric
 
 NanStrategy = Literal["warn", "error", "ignore"]
 
 
-class LinearCKAMetric(Metric):
+class LinearCKAMetric(MergedMetric):
     r"""Debiased linear centred kernel alignment between two layers, or between one layer of two networks.
 
     .. math:: \frac{\sum_b n_b \operatorname{HSIC}(X_b, Y_b)}
@@ -83,28 +83,6 @@ class LinearCKAMetric(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("count", "non_finite"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    _computing = False
-
-    @property
-    def update_called(self) -> bool:
-        """Whether rows have been offered since construction or reset."""
-        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
-        # had. Whether there are samples is checked after the merge, with an error.
-        return self._computing or self._update_count > 0
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        wrapped = super()._wrap_compute(compute)
-
-        @functools.wraps(compute)
-        def computing(*args: Any, **kwargs: Any) -> Any:
-            self._computing = True
-            try:
-                return wrapped(*args, **kwargs)
-            finally:
-                self._computing = False
-
-        return computing
 
     def update(self, left: Tensor, right: Tensor) -> None:
         """Add a batch.

@@ -88,14 +88,17 @@ class Reservoir(Sum):
         The keys of all samples are shared first; then each row that is kept travels once, from the one process
         that has it.
         """
-        header = torch.zeros(world_size, self.capacity + 1, dtype=torch.float64, device="cpu")
+        header = torch.zeros(world_size, 2 + self.capacity, dtype=torch.float64, device="cpu")
         header[rank, 0] = self.num_features
-        header[rank, 1:] = self.keys if self.num_features else torch.inf
+        header[rank, 1] = known is None
+        header[rank, 2:] = self.keys if self.num_features else torch.inf
         header = (yield header).cpu()
+        if not header[:, 1].any():
+            return known
         width = agree_on_width(header[:, 0])
         if width == 0:
             return None
-        smallest = torch.topk(header[:, 1:].flatten(), self.capacity, largest=False, sorted=True)
+        smallest = torch.topk(header[:, 2:].flatten(), self.capacity, largest=False, sorted=True)
         owner, place = smallest.indices // self.capacity, smallest.indices % self.capacity
         rows = torch.zeros(self.capacity, width, dtype=torch.float64, device=self.rows.device)
         if self.num_features:

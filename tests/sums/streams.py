@@ -1,0 +1,124 @@
+"""Streams of batches, and what a sum over them must hold, worked out plainly."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from spectralmetrics.sums import Observations
+from tests.oracles import two_pass_covariance
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch of a stream: its number in it, and its observations."""
+
+    number: int
+    observations: Observations
+
+    def kept(self):
+        """Which rows are to count, (N,): those that are valid and finite."""
+        rows = self.observations.rows()
+        valid = self.observations.valid
+        return rows.isfinite().all(1) & (torch.ones(len(rows), dtype=torch.bool) if valid is None else valid)
+
+    def left_out(self):
+        """The number of valid rows that are not finite."""
+        valid = self.observations.valid
+        every = self.observations.num_observations if valid is None else int(valid.sum())
+        return every - int(self.kept().sum())
+
+    def rows(self):
+        return self.observations.rows()[self.kept()].double()
+
+
+def rows_of(batches):
+    """The rows that count, (N, D); of no batches, (0, 0)."""
+    return torch.cat([batch.rows() for batch in batches]) if batches else torch.zeros(0, 0, dtype=torch.float64)
+
+
+def stream(seed, sizes, features, *, means=(0.0,), first=0, bad=0.0, masked=False, maps=False, dtype=None):
+    """Batches of these sizes, each about one of the means in turn, with a share of ``bad`` rows."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for index, size in enumerate(sizes):
+        rows = torch.randn(size, features, generator=generator, dtype=torch.float64)
+        rows = rows * torch.logspace(0, -1, features, dtype=torch.float64) + means[index % len(means)]
+        spoiled = torch.rand(size, generator=generator) < bad
+        rows[spoiled, index % features] = (torch.nan, torch.inf, -torch.inf)[index % 3]
+        rows = rows.to(dtype or torch.float64)
+        valid = torch.rand(size, generator=generator) < 0.7 if masked and index % 2 else None
+        if maps and size % 2 == 0:  # (N, D) -> (2, D, N / 2), whose rows come in the same order
+            observations = Observations(rows.view(2, -1, features).mT.contiguous(), 1, valid)
+        else:
+            observations = Observations(rows, valid=valid)
+        batches.append(Batch(first + index, observations))
+    return batches
+
+
+def streams(**fixed):
+    """Any stream: of one batch or many, small ones and large ones, near zero or far away."""
+    drawn = {
+        "seed": st.integers(0, 10**6),
+        "sizes": st.lists(st.sampled_from([1, 2, 3, 8, 40, 300]), min_size=1, max_size=7),
+        "features": st.integers(1, 6),
+        "means": st.sampled_from([(0.0,), (1e4,), (0.0, 1e3, -1e3), (1e6, 1e6 + 5)]),
+        "bad": st.sampled_from([0.0, 0.3]),
+        "masked": st.booleans(),
+        "maps": st.booleans(),
+        "dtype": st.sampled_from([torch.float64, torch.float32]),
+    }
+    drawn.update({name: st.just(value) for name, value in fixed.items()})
+    return st.builds(stream, **drawn)
+
+
+# -- what each kind must hold, in extended precision --------------------------------------------------------
+
+
+def check_moments(sums, batches, error=1e-12):
+    """Counts, mean, variances and covariance are those of the rows that count."""
+    rows = rows_of(batches)
+    assert int(sums.num_observations) == len(rows)
+    assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
+    if not len(rows):
+        return
+    extended = rows.numpy().astype(np.longdouble)
+    mean = extended.mean(0)
+    spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
+    # The mean is one float64, so this is as near as it can be.
+    scale = np.abs(mean).max() + np.sqrt(spread)
+    assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * scale
+    for center in (True, False):
+        exact = two_pass_covariance(rows, center=center)
+        bound = error * (spread if center else np.abs(exact).max() + spread)
+        difference = sums.covariance(center=center).numpy().astype(np.longdouble) - exact
+        assert np.abs(difference).max() <= bound
+        assert np.abs(sums.variances(center=center).numpy() - exact.diagonal()).max() <= bound
+
+
+def check_folds(sums, batches, error=1e-12):
+    """The whole is that of all rows, and each fold that of every g-th batch."""
+    check_moments(sums, batches, error)
+    for turn, fold in enumerate(sums.folds):
+        check_moments(fold, [batch for batch in batches if batch.number % sums.number == turn], error)
+
+
+def check_reservoir(sums, batches, error=None):
+    """The rows with the smallest keys, whole and in the order of their keys."""
+    keys, rows = [], []
+    for batch in batches:
+        count = batch.observations.num_observations
+        # seed, process, batch: so a sample is the same again in a run that is repeated.
+        entropy = np.random.SeedSequence([sums.seed, 0, batch.number]).generate_state(1, np.uint64)
+        drawn = torch.rand(
+            count, generator=torch.Generator().manual_seed(int(entropy[0]) >> 1), dtype=torch.float64
+        )
+        keys.append(drawn[batch.kept()])
+        rows.append(batch.rows())
+    keys, rows = torch.cat(keys).numpy(), torch.cat(rows).numpy()
+    order = np.argsort(keys, kind="stable")[: sums.capacity]
+    found = sums.keys.isfinite().numpy()
+    np.testing.assert_array_equal(sums.keys.numpy()[found], keys[order])
+    np.testing.assert_array_equal(sums.rows.numpy()[found], rows[order])
+    assert found[: len(order)].all()

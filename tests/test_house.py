@@ -1,0 +1,134 @@
+"""How the code is laid out: what may import what, and where torchmetrics is overridden."""
+
+import graphlib
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+import torchmetrics
+
+ROOT = Path(__file__).parents[1]
+_SPEC = importlib.util.spec_from_file_location("draw_imports", ROOT / "docs" / "draw_imports.py")
+draw_imports = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(draw_imports)
+
+IMPORTS = draw_imports.module_imports()
+# From the bottom up: each part may import those before it, and none of those after it.
+TOWER = ("sums", "functional", "metrics", "probing", "recording", ("cli", "demo", "integrations"))
+# What stands beside the tower, and the parts of it and of each other that it stands on.
+BESIDE = {
+    "plotting": {"functional", "sums"},
+    "tail": set(),
+    "receptive_field": {"probing"},
+    "similarity": {"functional", "plotting", "probing", "sums"},
+    "projection": {"sums", "functional", "metrics", "probing"},
+    "__main__": {"cli"},
+}
+# Who may use what stands beside; the command line and the demo may use anything.
+USED_BY = {"metrics": {"plotting"}, "recording": {"plotting", "tail"}, "integrations": {"plotting", "tail"}}
+LEVELS = [level if isinstance(level, tuple) else (level,) for level in TOWER]
+
+
+def allowed(part):
+    """The parts that a part may import."""
+    if part in BESIDE:
+        return BESIDE[part]
+    (height,) = (height for height, level in enumerate(LEVELS) if part in level)
+    below = {each for level in LEVELS[:height] for each in level}
+    if part in ("cli", "demo"):
+        return below | set(BESIDE) - {"__main__"} | {"demo"} - {part}
+    return below | USED_BY.get(part, set())
+
+
+def test_no_module_imports_itself_in_a_circle():
+    list(graphlib.TopologicalSorter(IMPORTS).static_order())  # raises a CycleError that names one
+
+
+@pytest.mark.parametrize("part", sorted(draw_imports.part_imports(IMPORTS)))
+def test_imports_run_one_way(part):
+    forbidden = draw_imports.part_imports(IMPORTS)[part] - allowed(part)
+    where = [
+        f"{module} imports {each}"
+        for module, imported in IMPORTS.items()
+        for each in imported
+        if draw_imports.part_of(module) == part and draw_imports.part_of(each) in forbidden
+    ]
+    assert not where
+
+
+def test_only_the_command_line_looks_at_the_face_of_the_package():
+    users = {module for module, imported in IMPORTS.items() if "spectralmetrics" in imported}
+    assert users <= {"spectralmetrics.cli"}
+
+
+def test_the_reader_sees_imports_for_types_and_inside_functions(tmp_path):
+    package = tmp_path / "house"
+    (package / "attic").mkdir(parents=True)
+    (package / "__init__.py").write_text("from house.attic import box\n")
+    (package / "attic" / "__init__.py").touch()
+    (package / "attic" / "box.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.cellar import Rat\n"
+    )
+    (package / "cellar.py").write_text("def look():\n    import house.attic.box\n")
+    found = draw_imports.module_imports(package)
+    assert found == {
+        "house": ["house.attic.box"],
+        "house.attic": [],
+        "house.attic.box": ["house.cellar"],
+        "house.cellar": ["house.attic.box"],
+    }
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter(found).static_order())
+    with pytest.raises(graphlib.CycleError):
+        draw_imports.draw(draw_imports.part_imports(found))
+    (package / "cellar.py").write_text("from . import attic\n")
+    with pytest.raises(ValueError, match="relative"):
+        draw_imports.module_imports(package)
+
+
+def test_the_drawing_is_that_of_the_code():
+    expected = draw_imports.draw(draw_imports.part_imports(IMPORTS))
+    assert draw_imports.drawn() == expected, "run `python docs/draw_imports.py --write`"
+
+
+def metric_classes():
+    """All classes of the package that are metrics."""
+    for name in IMPORTS:
+        if name != "spectralmetrics.__main__":
+            for each in vars(importlib.import_module(name)).values():
+                if inspect.isclass(each) and issubclass(each, torchmetrics.Metric) and each.__module__ == name:
+                    yield each
+
+
+def test_private_methods_of_torchmetrics_are_overridden_in_one_file():
+    stock = {name for name in dir(torchmetrics.Metric) if name.startswith("_") and not name.startswith("__")}
+    stock |= {"__getstate__", "__setstate__", "__setattr__", "__getattr__", "update_called"}
+    overriding = {
+        each.__module__
+        for each in metric_classes()
+        for name, value in vars(each).items()
+        if name in stock and (inspect.isroutine(value) or isinstance(value, property))
+    }
+    assert overriding == {"spectralmetrics.metrics.overrides"}
+
+
+# Beyond 350 lines, and why it is one file all the same.
+LONG_FILES = {
+    "functional/relations.py": "half of it is docstrings with formulas and sources",
+    "metrics/base.py": "the whole public face of a metric, half of it docstrings",
+    "plotting.py": "one function for each picture, and what they share",
+    "probing/probe.py": "the whole public face of a probe, half of it docstrings",
+    "similarity.py": "one class and its result",
+    "sums/moments.py": "one kind of sum, with a doctest for each operation",
+}
+
+
+def test_long_files_have_a_reason():
+    source = ROOT / "src" / "spectralmetrics"
+    lengths = {
+        path.relative_to(source).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in source.rglob("*.py")
+    }
+    assert {name for name, length in lengths.items() if length > 350} == set(LONG_FILES)
