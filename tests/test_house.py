@@ -27,7 +27,12 @@ BESIDE = {
     "__main__": {"cli"},
 }
 # Who may use what stands beside; the command line and the demo may use anything.
-USED_BY = {"metrics": {"plotting"}, "recording": {"plotting", "tail"}, "integrations": {"plotting", "tail"}}
+USED_BY = {
+    "metrics": {"plotting"},
+    "probing": {"tail"},
+    "recording": {"plotting", "tail"},
+    "integrations": {"plotting", "tail"},
+}
 LEVELS = [level if isinstance(level, tuple) else (level,) for level in TOWER]
 
 
@@ -121,6 +126,7 @@ LONG_FILES = {
     "plotting.py": "one function for each picture, and what they share",
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
+    "cli.py": "one command after the other, each with its help",
     "sums/moments.py": "one kind of sum, with a doctest for each operation",
 }
 
