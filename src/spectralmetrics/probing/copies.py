@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -12,6 +12,10 @@ _ATTRIBUTE = "__reduce_ex__"
 # Hooks by number, and what PyTorch notes of each by the same number.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NOTES = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+Handles: TypeAlias = list[tuple[weakref.ref[nn.Module], Any]]
+"""Of hooks, with the module that each is on."""
 
 
 class OwnHook:
@@ -49,6 +53,16 @@ def leave_as_it_was(module: nn.Module) -> None:
         vars(module).get(_ATTRIBUTE), _Reduction
     ):
         del vars(module)[_ATTRIBUTE]
+
+
+def take_off(handles: Handles) -> None:
+    """Remove hooks, and leave nothing of ours on their modules."""
+    while handles:
+        module, handle = handles.pop()
+        handle.remove()
+        hooked = module()
+        if hooked is not None:
+            leave_as_it_was(hooked)
 
 
 def _without_own(state: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
 from spectralmetrics.probing.compilation import heed_hooks
-from spectralmetrics.probing.copies import leave_as_it_was, leave_out_of_copies
+from spectralmetrics.probing.copies import Handles, leave_out_of_copies, take_off
 from spectralmetrics.probing.hooks import Observer, Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.masking import Masks
@@ -155,8 +155,8 @@ class LayerProbe(nn.Module):
         self._steps = Steps(every_n_steps, seed)
         self._lock = threading.RLock()
         self._thread = threading.local()
-        self._handles: list[Any] = []
-        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self._handles: Handles = []
+        self._finalizer = weakref.finalize(self, take_off, self._handles)
         self._finalizer.atexit = False  # at the end of the program there is nothing left to clean
         heed_hooks()
         try:
@@ -330,7 +330,7 @@ class LayerProbe(nn.Module):
 
     def remove(self) -> None:
         """Take all hooks off the model; what has been observed can still be computed."""
-        _remove_all(self._handles)
+        take_off(self._handles)
 
     def __enter__(self) -> LayerProbe:
         return self
@@ -499,15 +499,6 @@ class _Watching:
         probe = self._probe()
         if probe is not None:
             probe._observe(self._name, module, output, training, select)
-
-
-def _remove_all(handles: list[tuple[weakref.ref[nn.Module], Any]]) -> None:
-    while handles:
-        module, handle = handles.pop()
-        handle.remove()
-        hooked = module()
-        if hooked is not None:
-            leave_as_it_was(hooked)
 
 
 def _check_stage(stage: str) -> str:
