@@ -30,7 +30,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
 
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.overrides import OverriddenMetric
@@ -379,13 +378,6 @@ class SpectralMetric(OverriddenMetric):
             The figure and the axis.
         """
         return self._plot(val, ax)
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the observations of another metric of this class, or of its state as a dict."""
-        super().merge_state(incoming_state)
-        # torchmetrics keeps the value computed before the merge.
-        self._computed = None
-        self._update_count = max(self._update_count, 1)
 
     def reset(self) -> None:
         """Forget all observations; a width that was read from rows is forgotten too."""

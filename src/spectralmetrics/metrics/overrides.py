@@ -18,33 +18,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 
-class OverriddenMetric(Metric):
-    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+class MergingMetric(Metric):
+    """A ``torchmetrics.Metric`` that is itself again after a merge with others, whatever went wrong meanwhile."""
 
     _computing: bool = False
     _value_shape: torch.Size | None = None
-
-    @abstractmethod
-    def flush(self) -> None:
-        """Add the rows that wait to the states."""
-
-    @abstractmethod
-    def take_in(self, incoming: dict[str, Any]) -> None:
-        """Add the states of another metric of this kind."""
-
-    @abstractmethod
-    def merge_processes(self, group: Any) -> None:
-        """Replace the states by those of all processes of a group together."""
-
-    @abstractmethod
-    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
-
-    def drop_states(self, names: Sequence[str]) -> None:
-        """Forget that there are states of these names; torchmetrics can only add some."""
-        for name in names:
-            for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
-                kept.pop(name, None)
 
     @property
     def update_called(self) -> bool:
@@ -52,11 +30,6 @@ class OverriddenMetric(Metric):
         # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
         # had. Whether there are observations is checked after the merge, with an error.
         return self._computing or self._update_count > 0
-
-    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
-        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
-        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
-        return wrapped
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def remembering_shape(*args: Any, **kwargs: Any) -> Any:
@@ -116,6 +89,44 @@ class OverriddenMetric(Metric):
             yield
         finally:
             self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the observations of another metric of this class, or of its state as a dict."""
+        super().merge_state(incoming_state)
+        # torchmetrics keeps the value computed before the merge.
+        self._computed = None
+        self._update_count = max(self._update_count, 1)
+
+
+class OverriddenMetric(MergingMetric):
+    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Add the rows that wait to the states."""
+
+    @abstractmethod
+    def take_in(self, incoming: dict[str, Any]) -> None:
+        """Add the states of another metric of this kind."""
+
+    @abstractmethod
+    def merge_processes(self, group: Any) -> None:
+        """Replace the states by those of all processes of a group together."""
+
+    @abstractmethod
+    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
+
+    def drop_states(self, names: Sequence[str]) -> None:
+        """Forget that there are states of these names; torchmetrics can only add some."""
+        for name in names:
+            for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
+                kept.pop(name, None)
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
+        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
+        return wrapped
 
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
         # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from spectralmetrics.functional.relations import (
     MINIMUM_SAMPLES,
@@ -18,11 +16,12 @@ from spectralmetrics.functional.relations import (
     debiased_hsic,
     usable_rows,
 )
+from spectralmetrics.metrics.overrides import MergingMetric
 
 NanStrategy = Literal["warn", "error", "ignore"]
 
 
-class LinearCKAMetric(Metric):
+class LinearCKAMetric(MergingMetric):
     r"""Debiased linear centred kernel alignment between two layers, or between one layer of two networks.
 
     .. math:: \frac{\sum_b n_b \operatorname{HSIC}(X_b, Y_b)}
@@ -84,28 +83,6 @@ class LinearCKAMetric(Metric):
         for name in ("count", "non_finite"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    _computing = False
-
-    @property
-    def update_called(self) -> bool:
-        """Whether rows have been offered since construction or reset."""
-        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
-        # had. Whether there are samples is checked after the merge, with an error.
-        return self._computing or self._update_count > 0
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        wrapped = super()._wrap_compute(compute)
-
-        @functools.wraps(compute)
-        def computing(*args: Any, **kwargs: Any) -> Any:
-            self._computing = True
-            try:
-                return wrapped(*args, **kwargs)
-            finally:
-                self._computing = False
-
-        return computing
-
     def update(self, left: Tensor, right: Tensor) -> None:
         """Add a batch.
 
@@ -146,12 +123,6 @@ class LinearCKAMetric(Metric):
         if left_out and self.nan_strategy == "warn":
             warnings.warn(f"LinearCKAMetric: {detail}", UserWarning, stacklevel=2)
         return cka(self.cross, self.left, self.right)
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric of this class, or of its state as a dict."""
-        super().merge_state(incoming_state)
-        self._computed = None  # torchmetrics keeps the value computed before the merge
-        self._update_count = max(self._update_count, 1)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
