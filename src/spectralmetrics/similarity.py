@@ -76,10 +76,12 @@ class LayerSimilarity:
 
     It hooks the models like a probe and never becomes part of them: eager training is bit-identical with and
     without it, and copies of the models have no hook. A compiled model gets one opaque operation for each layer
-    and two for itself, so that every forward is seen. Run one forward of each model on the same batch, in either order, then the next batch. At the end of
-    each pair of forwards the inner products between the samples of the batch are compared and forgotten: three
-    numbers per pair of layers are kept, whatever their widths. During a forward each layer needs 8·N² bytes
-    for a batch of N samples, and as much again at its end.
+    and two for itself, so that every forward is seen.
+
+    Run one forward of each model on the same batch, in either order, then the next batch. At the end of each
+    pair of forwards the inner products between the samples of the batch are compared and forgotten: three
+    numbers per pair of layers are kept, whatever their widths. During a forward each layer needs 8·N² bytes for
+    a batch of N samples, and as much again at its end.
 
     A sample is one row of features per layer. Feature maps and sequences are flattened, as is usual for CKA:
     two layers are then alike if they tell the same samples apart by what is where. Means forget the place, and

@@ -19,7 +19,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class MergingMetric(Metric):
-    """A ``torchmetrics.Metric`` that is itself again after a merge with others, whatever went wrong meanwhile."""
+    """A ``torchmetrics.Metric`` that is itself again after a merge, whatever went wrong meanwhile."""
 
     _computing: bool = False
     _value_shape: torch.Size | None = None
