@@ -67,7 +67,7 @@ class Mixed(nn.Module):
 def test_where_nothing_tells_it_warns_once():
     model = Mixed()
     probe = LayerProbe(model, sm.CovarianceMetric(), layers="embed", sequences="last")
-    with pytest.warns(UserWarning, match=r"'embed' is taken as \(N, T, D\) = \(7, 9, 6\).*batch_first") as told:
+    with pytest.warns(UserWarning, match=r"'embed' is taken as \(N, T, D\) = \(7, 9, 6\).*batch_first") as told:  # noqa: PT031
         model(DATA)
         model(DATA)
     assert len(told) == 1

@@ -44,17 +44,14 @@ def test_one_step_of_each_block_is_observed(every):
 @pytest.mark.parametrize("every", [2, 3])
 def test_all_calls_of_an_observed_step_are_seen(calls, every):
     model = Recurring(calls)
-    seen, sizes = [], []
-    model.layer.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    seen = []
     probe = LayerProbe(model, sm.CovarianceTraceMetric(), layers="layer", every_n_steps=every)
-    for step in range(12):
+    for _ in range(12):
         before = count(probe, "layer")
         model(torch.randn(5, 3))
         seen.append(count(probe, "layer") - before)
     assert set(seen) == {0, 5 * calls}
-    assert [bool(each) for each in seen] == [
-        is_observed(step, every, (0, "train", 0)) for step in range(12)
-    ]
+    assert [bool(each) for each in seen] == [is_observed(step, every, (0, "train", 0)) for step in range(12)]
     assert sum(map(bool, seen)) == 12 // every
 
 

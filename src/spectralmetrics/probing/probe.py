@@ -131,11 +131,13 @@ class LayerProbe(nn.Module):
         self.seed = seed
 
         chosen = select_layers(model, layers, exclude)
-        self._selected = {
-            name: function
+        functions = {
+            module: function
             for pattern, function in (select or {}).items()
-            for name in select_layers(model, pattern)
+            for module in select_layers(model, pattern).values()
         }
+        # By module: a shared one may be chosen under one name and given a function under another.
+        self._selected = {name: functions[module] for name, module in chosen.items() if module in functions}
         self._layout = find_layout(model, chosen, batch_first, self._selected)
         self._unsure = set() if sequences == "timesteps" else set(self._layout.unsure)
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
