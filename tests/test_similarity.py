@@ -195,6 +195,7 @@ def test_nothing_is_left_behind():
     assert hooks_of(model) == 5
     assert list(model.state_dict()) == keys
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert hooks_of(copied) == 0
         copied(torch.randn(8, 1, 4, 4))  # a copy is not observed, and runs
     with pytest.raises(RuntimeError, match="no forward of the model"):
         similarity.compute()
@@ -240,22 +241,88 @@ def test_a_checkpoints_recomputation_is_not_another_forward():
     assert similarity.compute().count == 8
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own, at graph breaks
-@pytest.mark.parametrize("first", ["compile", "hook"])
-def test_compiled(first):
-    torch.compiler.reset()
-    model, inputs = Chain(5, 8, 4), torch.randn(16, 5)
-    if first == "compile":
-        compiled = torch.compile(model, backend="eager")
-        similarity = sm.LayerSimilarity(compiled)
-    else:
+class TestCompiled:
+    """Every pair of forwards is seen, whenever the hooks were made, and the graph stays in one piece."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # inside the compiler
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+    @pytest.mark.parametrize("first", ["hook", "compile", "run", "sibling's run"])
+    def test_every_pair_is_seen(self, first, backend):
+        models = chains()
+        other_fold = Chain(5, 8, 30, 4)
+
+        def compiled(model):
+            return torch.compile(model, backend=backend, fullgraph=True)
+
+        if first == "sibling's run":
+            compiled(other_fold)(torch.randn(16, 5))
+        if first == "hook":
+            similarity = sm.LayerSimilarity(*models)
+        runs = [compiled(model) for model in models]
+        if first == "run":
+            for run in runs:
+                run(torch.randn(16, 5))
+        if first != "hook":
+            similarity = sm.LayerSimilarity(*runs)
+        batches = [torch.randn(size, 5) for size in (16, 16, 9)]
+        for batch in batches:
+            for run in runs:
+                run(batch)
+        assert similarity.layers == ["parts.0", "parts.1", "parts.2"]
+        values = similarity.compute()
+        assert values.count == 41
+        metric = sm.LinearCKAMetric()
+        similarity.remove()
+        for batch in batches:
+            rows = [outputs_of(model, ["parts.1"], batch)["parts.1"] for model in models]
+            metric.update(*rows)
+        torch.testing.assert_close(values["parts.1", "parts.1"], metric.compute(), rtol=1e-5, atol=1e-7)
+        runs[0](batches[0])
+        assert similarity.compute().count == 41  # no hook any more
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_training_is_bit_identical(self, backend):
+        def steps(probed):
+            torch.manual_seed(3)
+            model = Chain(5, 8, 30, 4)
+            similarity = sm.LayerSimilarity(model) if probed else None
+            run = torch.compile(model, backend=backend, fullgraph=True)
+            seen = []
+            for _ in range(3):
+                outputs = run(torch.randn(8, 5))
+                outputs.square().sum().backward()
+                seen += [outputs.detach(), *(p.grad.clone() for p in model.parameters())]
+            return seen, similarity
+
+        plain, _ = steps(False)
+        torch.compiler.reset()
+        hooked, similarity = steps(True)
+        assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
+        assert similarity.compute().count == 24
+
+    def test_pauses_act_at_every_run(self):
+        model = Chain(5, 8, 4)
         similarity = sm.LayerSimilarity(model)
-        compiled = torch.compile(model, backend="eager")
-    compiled(inputs)
-    rows = outputs_of(model, ["parts.0", "parts.1"], inputs)
-    value = similarity.compute()["parts.0", "parts.1"]
-    torch.testing.assert_close(value, functional.linear_cka(*rows.values()), rtol=1e-9, atol=0)
-    torch.compiler.reset()
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        run(torch.randn(8, 5))
+        with similarity.paused():
+            run(torch.randn(8, 5))
+        run(torch.randn(8, 5))
+        assert similarity.compute().count == 16
+
+    @torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)
+    def test_who_has_hooks_ignored_again_is_told(self):
+        similarity = sm.LayerSimilarity(Chain(5, 4))
+        assert not torch._dynamo.config.skip_nnmodule_hook_guards
+        torch._dynamo.config.skip_nnmodule_hook_guards = True
+        with pytest.raises(RuntimeError, match="skip_nnmodule_hook_guards has been set to True"):
+            similarity.compute()
 
 
 def test_a_layer_that_runs_twice_has_the_features_of_both_runs():
@@ -394,6 +461,70 @@ def test_a_failure_ends_no_run(monkeypatch):
         assert outputs.shape == (8, 4)
     model(torch.randn(8, 5))
     assert similarity.compute().count == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # scripting
+def test_a_failed_construction_leaves_no_hook():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
+        sm.LayerSimilarity(model, layers="?")
+    assert hooks_of(model) == 0
+    assert "__reduce_ex__" not in vars(model) | vars(model[0])
+
+
+def test_warnings_that_are_errors_end_no_forward(caplog):
+    left, right = chains()
+    similarity = sm.LayerSimilarity(left, right)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left(torch.randn(8, 5))
+        left(torch.randn(8, 5))
+    assert "`model` ran twice before the other model ran" in caplog.text
+    inputs = torch.randn(6, 5)
+    right(inputs)
+    del similarity
+
+
+def test_outputs_that_hold_themselves_and_transforms():
+    class Ring(nn.Module):
+        def forward(self, rows):
+            ring = {"rows": rows * 2}
+            ring["ring"] = ring
+            return ring
+
+    model = nn.Sequential(nn.Linear(5, 4), Ring())
+    similarity = sm.LayerSimilarity(model, layers=["0", "1"])
+    weights = dict(model.named_parameters())
+    rows = torch.randn(9, 5)
+    torch.func.vmap(lambda row: torch.func.functional_call(model, weights, row)["rows"])(rows)
+    with pytest.raises(RuntimeError, match=r"inside transforms of torch\.func is not observed"):
+        similarity.compute()
+    model(rows)
+    assert float(similarity.compute()["0", "1"]) == pytest.approx(1)
+
+
+def test_autocast_by_function_stays_as_it_was():
+    """Leaving autocast's own context would clear the cache of cast weights, and change gradients."""
+
+    def gradient(probed):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64, bias=False)
+        similarity = sm.LayerSimilarity(model) if probed else None
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+        torch.set_autocast_enabled("cpu", True)
+        try:
+            outputs = torch.randn(32, 64)
+            for _ in range(8):
+                outputs = model(outputs).tanh()
+        finally:
+            torch.set_autocast_enabled("cpu", False)
+            torch.clear_autocast_cache()
+        outputs.float().square().mean().backward()
+        return model.weight.grad, similarity
+
+    hooked, similarity = gradient(True)
+    assert torch.equal(hooked, gradient(False)[0])
+    assert similarity.compute().count == 8 * 32
 
 
 def test_bad_arguments():

@@ -6,18 +6,19 @@ import contextlib
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
-from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences, first_tensor
+from spectralmetrics.probing.compilation import heed_hooks, ignores_hooks
+from spectralmetrics.probing.copies import Handles, leave_out_of_copies, take_off
+from spectralmetrics.probing.hooks import Entering, Observer, Select, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 
 if TYPE_CHECKING:
@@ -73,11 +74,14 @@ class _Side:
 class LayerSimilarity:
     """Debiased linear CKA between all layers of a model, or of two models, over batches.
 
-    It hooks the models like a probe and never becomes part of them; training is bit-identical with and without
-    it. Run one forward of each model on the same batch, in either order, then the next batch. At the end of
-    each pair of forwards the inner products between the samples of the batch are compared and forgotten: three
-    numbers per pair of layers are kept, whatever their widths. During a forward each layer needs 8·N² bytes
-    for a batch of N samples, and as much again at its end.
+    It hooks the models like a probe and never becomes part of them: eager training is bit-identical with and
+    without it, and copies of the models have no hook. A compiled model gets one opaque operation for each layer
+    and two for itself, so that every forward is seen.
+
+    Run one forward of each model on the same batch, in either order, then the next batch. At the end of each
+    pair of forwards the inner products between the samples of the batch are compared and forgotten: three
+    numbers per pair of layers are kept, whatever their widths. During a forward each layer needs 8·N² bytes for
+    a batch of N samples, and as much again at its end.
 
     A sample is one row of features per layer. Feature maps and sequences are flattened, as is usual for CKA:
     two layers are then alike if they tell the same samples apart by what is where. Means forget the place, and
@@ -96,6 +100,7 @@ class LayerSimilarity:
     Raises:
         TypeError: for a model of another type, or ``nn.DataParallel``, whose replicas see parts of a batch.
         ValueError: for a selector that matches nothing or an unknown way to observe.
+        RuntimeError: if a layer takes no hooks, such as a scripted one.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -141,16 +146,29 @@ class LayerSimilarity:
         self._waiting: tuple[int, _Outputs] | None = None  # of the model that has run first
         self._paused = 0
         self._warned: set[str] = set()
-        self._handles: list[Any] = []
-        for index, (each, modules) in enumerate(zip(models, chosen, strict=True)):
-            root = unwrap(each)
-            self._handles.append(root.register_forward_pre_hook(_Hook(self, "_begin", index)))
-            for name, module in modules.items():
-                self._handles.append(module.register_forward_hook(_Hook(self, "_observe", index, name)))
-            self._handles.append(root.register_forward_hook(_Hook(self, "_end", index)))
-        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self._handles: Handles = []
+        self._finalizer = weakref.finalize(self, take_off, self._handles)
         self._finalizer.atexit = False
         self.reset()
+        heed_hooks()
+        try:
+            for index, (each, modules) in enumerate(zip(models, chosen, strict=True)):
+                self._watch(index, unwrap(each), modules)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _watch(self, index: int, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Put hooks on one of the models: the first before its forward, the last behind its layers'."""
+        begin = Observer(_Watching(self, "_begin", index), looks=False).watches(model)
+        end = Observer(_Watching(self, "_end", index), looks=False).watches(model)
+        self._handles.append((weakref.ref(model), model.register_forward_pre_hook(Entering(begin))))
+        for name, module in layers.items():
+            observer = Observer(_Watching(self, "_observe", index, name)).watches(module)
+            self._handles.append((weakref.ref(module), module.register_forward_hook(observer)))
+            leave_out_of_copies(module)
+        self._handles.append((weakref.ref(model), model.register_forward_hook(end)))
+        leave_out_of_copies(model)
 
     @property
     def layers(self) -> list[str]:
@@ -207,7 +225,7 @@ class LayerSimilarity:
 
     def remove(self) -> None:
         """Take all hooks off the models; what has been observed can still be computed."""
-        _remove_all(self._handles)
+        take_off(self._handles)
 
     def __enter__(self) -> LayerSimilarity:
         return self
@@ -219,15 +237,20 @@ class LayerSimilarity:
         sizes = " x ".join(str(len(side.layers)) for side in (self._sides[0], self._sides[-1]))
         return f"LayerSimilarity({sizes} layers)"
 
-    def _begin(self, index: int, module: nn.Module, inputs: Any) -> None:
-        self._sides[index].current = {} if self._is_run(inputs) else None
+    def _begin(self, index: int, module: nn.Module, output: Any) -> None:
+        """A forward of a model begins, unless it is traced or a checkpoint's recomputation in backward."""
+        is_off = self._paused or torch._C._current_graph_task_id() != -1
+        self._sides[index].current = {} if not is_off and how_it_runs(output) == "run" else None
 
-    def _observe(self, index: int, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _observe(self, index: int, name: str, module: nn.Module, output: Any) -> None:
+        """A layer has run, maybe by itself; nothing that happens here may end a forward."""
         side = self._sides[index]
-        if side.current is None or not self._is_run(output):
-            return  # a layer that was called by itself, or a checkpoint's recomputation
+        if self._paused or side.current is None or torch._C._current_graph_task_id() != -1:
+            return
         try:
-            with _undisturbed():
+            if how_it_runs(output) != "run":
+                return
+            with undisturbed(output):
                 observations = self.rule.batch(module, output).observations(self.rule)
                 products = gram(observations.rows())
                 finite = usable_samples(products)
@@ -246,7 +269,8 @@ class LayerSimilarity:
         if name not in side.forward_order:
             side.forward_order.append(name)
 
-    def _end(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _end(self, index: int, module: nn.Module, output: Any) -> None:
+        """A forward of a model ends."""
         current, self._sides[index].current = self._sides[index].current, None
         if not current:
             return
@@ -265,7 +289,7 @@ class LayerSimilarity:
             pair = [current, self._waiting[1]] if index == 0 else [self._waiting[1], current]
             self._waiting = None
         try:
-            with _undisturbed():
+            with undisturbed(next(iter(current.values()))[0]):
                 self._add(pair)
         except Exception as error:
             self._warn_once(f"a batch could not be compared and was left out: {type(error).__name__}: {error}")
@@ -343,44 +367,32 @@ class LayerSimilarity:
             if len(ran) == 1
             else " and ".join(name for name, has in zip(("`model`", "`other`"), ran, strict=True) if not has)
         )
-        return (
-            f"no forward of {which} has been seen since the LayerSimilarity was made; if it is compiled, make"
-            " the LayerSimilarity before its first call, or call torch.compiler.reset() first"
+        because = (
+            "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
+            " ignores hooks: set it to False and call torch.compiler.reset()"
+            if ignores_hooks()
+            else "a model that is exported, scripted or run inside transforms of torch.func is not observed"
         )
-
-    def _is_run(self, values: Any) -> bool:
-        """Whether the model is being run, and not traced, nor run again in backward by a checkpoint."""
-        if self._paused or torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
-            return False
-        tensor = None if isinstance(values, torch.fx.Proxy) else first_tensor(values)
-        if not isinstance(tensor, Tensor):
-            return not isinstance(values, torch.fx.Proxy)
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        return not (isinstance(tensor, FakeTensor) or tensor.is_meta or wrapped)
+        return f"no forward of {which} has been seen since the LayerSimilarity was made; {because}"
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            _warn(message)
+            tell(message)
 
 
-class _Hook:
-    """A forward hook, or one that runs before, that calls a method of a LayerSimilarity while that is there."""
+class _Watching:
+    """Passes what a hook sees on to a method of a LayerSimilarity, as long as that is there."""
 
     def __init__(self, similarity: LayerSimilarity, method: str, *arguments: Any) -> None:
         self._similarity = weakref.ref(similarity)
         self._method = method
         self._arguments = arguments
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, inputs: Any, *output: Any) -> None:
+    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         similarity = self._similarity()
         if similarity is not None:
-            getattr(similarity, self._method)(*self._arguments, module, inputs, *output)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Hooks are copied and pickled with a module: what arrives takes any arguments and does nothing.
-        return getattr, (contextlib.nullcontext(), "__exit__")
+            getattr(similarity, self._method)(*self._arguments, module, output)
 
 
 def _stack(side: _Side, outputs: _Outputs, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,22 +412,6 @@ def _stack(side: _Side, outputs: _Outputs, valid: Tensor) -> tuple[Tensor, Tenso
 
 def _ordered(side: _Side) -> list[str]:
     return side.forward_order + [name for name in side.layers if name not in side.forward_order]
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No autograd, no inference mode, and nobody listening to what is computed inside."""
-    with contextlib.ExitStack() as stack:
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.inference_mode(False))
-        yield
-
-
-def _remove_all(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
 
 
 def _warn(message: str) -> None:

@@ -172,6 +172,86 @@ def settings_of_torchmetrics(rank, world):
     assert int(together.count) == len(parts[rank])
 
 
+class BrokenMetric(sm.SpectralMetric):
+    """A statistic that raises."""
+
+    def statistic(self, spectrum):
+        raise ArithmeticError("mine")
+
+
+def own_rows(rank, spoiled=False):
+    rows = random_rows(rank, 10 + rank, 3)
+    if spoiled:
+        rows[0] = torch.nan
+    return rows
+
+
+def assert_goes_on(metric, rank, world, new):
+    """The metric holds this process' rows only, takes more, and merges as if nothing had happened."""
+    assert not metric._is_synced
+    assert int(metric.count) == 10 + rank
+    metric.update(random_rows(70 + rank, 10, 3))
+    assert int(metric.count) == 20 + rank
+    parts = [part for each in range(world) for part in (own_rows(each), random_rows(70 + each, 10, 3))]
+    assert_same(metric.compute(), alone(new, torch.cat(parts)), 1e-12)
+
+
+def an_error_in_compute_leaves_the_state_as_it_was(rank, world):
+    metric = sm.SaturationMetric()
+    with pytest.raises(RuntimeError, match="no observation"):
+        metric.compute()  # nothing yet, on any process
+    metric.update(own_rows(rank))
+    assert_goes_on(metric, rank, world, sm.SaturationMetric)
+
+    strict = sm.CovarianceTraceMetric(nan_strategy="error")
+    strict.update(own_rows(rank, spoiled=True))
+    with pytest.raises(RuntimeError, match=f"{world} of "):
+        strict.compute()
+    assert not strict._is_synced
+    assert (int(strict.count), int(strict.non_finite)) == (9 + rank, 1)
+    strict.reset()
+    strict.update(own_rows(rank))
+    assert_goes_on(strict, rank, world, sm.CovarianceTraceMetric)
+
+    broken = feed(BrokenMetric(), own_rows(rank))
+    with pytest.raises(ArithmeticError, match="mine"):
+        broken.compute()
+    broken.statistic = lambda spectrum: spectrum.eigenvalues.sum()
+    assert_goes_on(broken, rank, world, sm.CovarianceTraceMetric)
+
+    pair = sm.LinearCKAMetric(nan_strategy="error")
+    left = torch.cat([torch.full((1, 3), torch.nan, dtype=torch.float64), own_rows(rank)])
+    pair.update(left, left)
+    with pytest.raises(RuntimeError, match=f"NaN or infinite values: {world}"):
+        pair.compute()
+    assert not pair._is_synced
+    assert (int(pair.count), int(pair.non_finite)) == (10 + rank, 1)
+
+
+def an_error_in_a_collection_leaves_all_states_as_they_were(rank, world):
+    for groups in (True, False):
+        collection = MetricCollection(
+            {"trace": sm.CovarianceTraceMetric(), "broken": BrokenMetric()}, compute_groups=groups
+        )
+        collection.update(own_rows(rank))
+        with pytest.raises(ArithmeticError, match="mine"):
+            collection.compute()
+        assert [int(metric.count) for metric in collection.values()] == [10 + rank] * 2
+        collection["broken"].statistic = lambda spectrum: spectrum.eigenvalues.sum()
+        collection.update(random_rows(70 + rank, 10, 3))
+        parts = [part for each in range(world) for part in (own_rows(each), random_rows(70 + each, 10, 3))]
+        expected = alone(sm.CovarianceTraceMetric, torch.cat(parts))
+        for value in collection.compute().values():
+            assert_same(value, expected, 1e-12)
+
+    strict = MetricCollection([sm.CovarianceTraceMetric(nan_strategy="error"), sm.StableRankMetric()])
+    strict.update(own_rows(rank, spoiled=True))
+    with pytest.raises(RuntimeError, match=f"{world} of "):
+        strict.compute()
+    assert [int(metric.count) for metric in strict.values()] == [9 + rank] * 2
+    assert not any(metric._is_synced for metric in strict.values())
+
+
 def an_update_while_synced_is_undone(rank, world):
     rows, more = random_rows(rank, 30, 4), random_rows(50 + rank, 30, 4)
     metric = feed(sm.CovarianceTraceMetric(), rows)
@@ -527,6 +607,8 @@ EVERYWHERE = [
     widths_that_differ_are_an_error_everywhere,
     bad_rows_are_counted_over_all_processes,
     settings_of_torchmetrics,
+    an_error_in_compute_leaves_the_state_as_it_was,
+    an_error_in_a_collection_leaves_all_states_as_they_were,
     an_update_while_synced_is_undone,
     a_value_that_is_changed_in_place_is_the_callers_own,
     a_process_group_of_some_ranks,

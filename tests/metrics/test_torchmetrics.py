@@ -258,6 +258,25 @@ class TestCollections:
         validation.update(rows)
         assert_same(collection.compute()["trace"], values["trace"])
 
+    def test_beside_metrics_that_take_other_arguments(self):
+        """`update(x, y)` gives each metric both; named arguments reach those that take them."""
+        accuracy = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
+        collection = MetricCollection([accuracy, sm.SaturationMetric(), sm.StableRankMetric()])
+        scores, labels = torch.randn(20, 3), torch.randint(3, (20,), generator=torch.Generator())
+        with pytest.raises(TypeError, match=r"got 2 positional.*collection\.update\(rows=features, preds="):
+            collection.update(scores, labels)
+        assert int(collection["SaturationMetric"].count) == 0
+        collection.reset()
+        features = random_rows(0, 20, 5)
+        collection.update(rows=features[:8], preds=scores[:8], target=labels[:8])
+        collection.update(rows=features[8:], preds=scores[8:], target=labels[8:])
+        values = collection.compute()
+        assert float(values["MulticlassAccuracy"]) == pytest.approx(
+            float((scores.argmax(1) == labels).float().mean())
+        )
+        assert_same(values["SaturationMetric"], feed(sm.SaturationMetric(), features).compute())
+        assert_same(values["StableRankMetric"], feed(sm.StableRankMetric(), features).compute())
+
     def test_forward_of_a_collection(self):
         rows = random_rows(0, 60, 5, mean=100.0)
         collection = self.collection()
@@ -696,11 +715,12 @@ class TestWhatIsOverridden:
             "unexpected_keys",
             "error_msgs",
         ],
+        "merge_state": ["self", "incoming_state"],
         "__getstate__": ["self"],
     }
 
     def test_these_are_all(self):
-        classes = (overrides.MergedMetric, overrides.OverriddenMetric)
+        classes = (overrides.MergingMetric, overrides.OverriddenMetric)
         stock = {name for name in dir(torchmetrics.Metric) if callable(getattr(torchmetrics.Metric, name))}
         own = {name for each in classes for name in vars(each) if name in stock | {"update_called"}}
         made_by_python = {"__init_subclass__", "__doc__", "__module__"}

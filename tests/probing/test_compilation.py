@@ -152,6 +152,7 @@ def test_checkpoints_inside_count_once(backend):
     assert (count(probe, "inner"), count(probe, "outer")) == (27, 27)
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer observations than twice")
 def test_values_are_those_of_the_eager_model():
     model = made()
     metrics = [sm.SaturationMetric(), sm.CovarianceMetric()]

@@ -60,6 +60,50 @@ class TestMaps:
         sets_of_rows_equal(observe(module, maps, max_map_size=8, interpolation="nearest"), nearest)
         assert len(observe(module, maps, max_map_size=8, interpolation="area")) == len(expected)
 
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    @pytest.mark.parametrize("how", ["mean", "max", "median"])
+    def test_maps_are_pooled_as_they_are(self, how, rank):
+        """What is shrunk first has lost its maximum: one position of a hundred would be averaged away."""
+        maps = torch.randn(2, 3, *(60, 7, 5)[:rank])
+        maps[(..., *(3,) * rank)] = 50.0
+        flat = maps.flatten(2)
+        pooled = {"mean": flat.mean(2), "max": flat.amax(2), "median": flat.median(2).values}
+        for settings in ({"max_map_size": 4}, {"max_map_size": None}, {"interpolation": "nearest"}):
+            rows = observe(CONVOLUTIONS[rank](3, 3, 1), maps, feature_maps=how, **settings)
+            torch.testing.assert_close(rows, pooled[how], rtol=1e-6, atol=1e-6)
+
+    def test_maps_of_which_positions_are_kept_are_shrunk(self):
+        maps = torch.randn(2, 3, 60, 7)
+        small = nn.functional.interpolate(maps, (8, 7), mode="bilinear")
+        sets_of_rows_equal(
+            observe(nn.Conv2d(3, 3, 1), maps, max_map_size=8, feature_maps="flatten"), small.flatten(1)
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("positions", [1, 2, 5, 6, 49])
+    def test_the_median_is_that_of_torch_without_its_kernel(self, positions, dtype, monkeypatch):
+        """`torch.median` with indices has no deterministic way on CUDA."""
+        maps = torch.randn(5, 4, positions, 1).to(dtype)
+        maps[0, 0, 0] = torch.nan
+        maps[1, 1] = torch.inf
+        maps[2, 2, 0] = -torch.inf
+        expected = maps.flatten(2).median(2).values
+
+        def refuse(*args, **kwargs):
+            raise RuntimeError("median CUDA with indices output does not have a deterministic implementation")
+
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            for name in ("median", "nanmedian", "kthvalue"):
+                monkeypatch.setattr(torch, name, refuse)
+                monkeypatch.setattr(torch.Tensor, name, refuse)
+            rows = observe(nn.Conv2d(4, 4, 1), maps, feature_maps="median")
+        finally:
+            torch.use_deterministic_algorithms(before)
+        torch.testing.assert_close(rows, expected, rtol=0, atol=0, equal_nan=True)
+        assert rows[0, 0].isnan()
+
     def test_small_maps_are_left_alone(self):
         maps = torch.randn(2, 3, 32, 5)
         sets_of_rows_equal(observe(nn.Conv2d(1, 3, 1), maps), maps.movedim(1, -1).reshape(-1, 3))
@@ -223,6 +267,15 @@ class Output:
 
 
 class TestNests:
+    def test_a_nest_that_holds_itself(self):
+        ring = {"ids": torch.zeros(2, dtype=torch.int64)}
+        ring["ring"] = [ring]
+        assert first_tensor(ring) is None
+        ring["rows"] = torch.ones(2, 3)
+        assert torch.equal(first_tensor(ring), torch.ones(2, 3))
+        shared = [torch.zeros(1, dtype=torch.int64)]
+        assert first_tensor([shared, shared, torch.ones(3)]) is not None  # the same twice is no ring
+
     ids, hidden = torch.arange(3), torch.randn(2, 4)
 
     @pytest.mark.parametrize(
@@ -258,13 +311,17 @@ class TestDraw:
         assert not torch.equal(drawn, draw(observations, 37, seed=6).values[:, 0])
         assert draw(observations, 1000, seed=0) is observations
 
-    def test_every_observation_has_the_same_chance(self):
-        observations = Observations(torch.arange(53.0)[:, None])
-        counts = torch.zeros(53)
-        for seed in range(6000):
-            counts[draw(observations, 10, seed).values[:, 0].long()] += 1
-        expected = 6000 * 10 / 53
-        assert (counts - expected).abs().max() < 5 * expected**0.5
+    @pytest.mark.parametrize(("total", "number"), [(53, 10), (10, 3), (7, 5), (100, 99), (1234, 700), (3, 1)])
+    def test_none_twice_and_all_with_the_same_chance(self, total, number):
+        observations = Observations(torch.arange(float(total))[:, None])
+        counts, repeats = torch.zeros(total), 4000
+        for seed in range(repeats):
+            drawn = draw(observations, number, seed).values[:, 0].long()
+            assert len(drawn.unique()) == number
+            counts[drawn] += 1
+        chance = number / total
+        deviation = (repeats * chance * (1 - chance)) ** 0.5
+        assert (counts - repeats * chance).abs().max() < 5 * deviation
 
     def test_maps_are_drawn_by_position(self):
         maps = torch.randn(4, 3, 5, 6)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -103,6 +104,44 @@ class TestNothingIsDisturbed:
             twin(torch.randn(2, 3, 8, 8))
             assert same(twin.state_dict().values(), twin.state_dict().values())
         assert int(probe["train", "stem"]["saturation"].count) == count
+
+    def test_autocast_switched_on_by_function(self):
+        """Leaving autocast's own context would clear the cache of cast weights, and gradients would differ."""
+
+        def gradients(probed):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh())
+            probe = LayerProbe(model) if probed else None
+            torch.set_autocast_dtype("cpu", torch.bfloat16)
+            torch.set_autocast_enabled("cpu", True)
+            try:
+                rows = torch.randn(32, 64)
+                for _ in range(8):
+                    rows = model(rows)
+                assert torch.is_autocast_enabled("cpu")
+                assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+            finally:
+                torch.set_autocast_enabled("cpu", False)
+                torch.clear_autocast_cache()
+            rows.float().square().mean().backward()
+            return model[0].weight.grad, probe
+
+        plain, _ = gradients(False)
+        assert torch.equal(gradients(False)[0], plain)
+        probed, probe = gradients(True)
+        assert torch.equal(probed, plain)
+        assert int(probe["train", "0"]["saturation"].count) == 8 * 32
+
+    def test_a_failed_construction_leaves_no_hook(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # scripting
+            model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+        before = set(vars(model[0]))
+        with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
+            LayerProbe(model, layers="?", every_n_steps=2)
+        assert not model[0]._forward_hooks
+        assert not model._forward_pre_hooks
+        assert set(vars(model[0])) == before
 
     def test_the_model_can_be_collected_while_probed(self):
         model = ResNet()
@@ -494,11 +533,26 @@ class TestValues:
 
     def test_looking_up_a_layer(self):
         probe = LayerProbe(ResNet())
+        for wrong in ("stem", "train", ("train", "stem", "count"), 0):
+            with pytest.raises(
+                KeyError, match=r"a stage and a layer, such as probe\['train', 'stem'\], got"
+            ) as told:
+                probe[wrong]
+            assert repr(wrong) in str(told.value)
         assert isinstance(probe["eval", "layer1.0.conv1"], torchmetrics.MetricCollection)
         with pytest.raises(KeyError, match="'layer1' is not probed"):
             probe["train", "layer1"]
         with pytest.raises(ValueError, match="'test'"):
             probe["test", "stem"]
+
+    def test_it_says_in_a_line_what_it_is(self):
+        assert repr(LayerProbe(nn.Linear(2, 2))) == "LayerProbe(saturation of 1 layers: Linear)"
+        probe = LayerProbe(ResNet(), [sm.SaturationMetric(), sm.StableRankMetric()], layers="*")
+        text = repr(probe)
+        assert text.startswith("LayerProbe(saturation, stable_rank of 15 layers: ResNet, stem, ")
+        assert len(text.splitlines()) == 1
+        assert len(text) < 200
+        assert str(probe) == text
 
     def test_names_that_modules_have_themselves(self):
         model = nn.ModuleDict({"metrics": nn.Linear(2, 2), "eval/0": nn.Linear(2, 2), "a/b": nn.Linear(2, 2)})
@@ -723,6 +777,83 @@ class TestControls:
             model(torch.randn(5, 4))
         assert len(seen) == 1
         assert int(probe["train", "1"]["saturation"].count) == 10
+
+    def test_warnings_that_are_errors_end_no_forward(self, caplog):
+        """Under `python -W error` what the probe has to say from a forward is logged."""
+
+        def noisy(output):
+            warnings.warn("the user's own", UserWarning, stacklevel=1)
+            return output
+
+        model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3), nn.Linear(3, 2))
+        probe = LayerProbe(model, max_features=8, select={"1": noisy})
+        mask = torch.ones(6, 7, dtype=torch.bool)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            outputs = model(torch.randn(5, 4))
+            outputs.sum().backward()
+            with probe.mask(mask):
+                model(torch.randn(5, 4, 4))
+        assert "layer '0' is not observed any more in train: 9 features exceed" in caplog.text
+        assert "layer '1' is not observed any more in train: UserWarning: the user's own" in caplog.text
+        assert "the mask of shape (6, 7) fits no sequence" in caplog.text
+        assert int(probe["train", "2"]["saturation"].count) == 25
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="saw nothing in train"):
+                probe.compute()  # outside a forward the user's filters hold
+
+    def test_an_output_that_holds_itself(self):
+        @dataclasses.dataclass
+        class Node:
+            parent: object
+            value: object
+
+        class Model(nn.Module):
+            def forward(self, x):
+                node = Node(None, x if len(x) > 3 else None)
+                node.parent = node
+                return node
+
+        model = Model()
+        probe = LayerProbe(model, layers="Model")
+        assert model(torch.randn(5, 2)).value.shape == (5, 2)
+        with pytest.warns(UserWarning, match="'Model' is not observed any more in train: ValueError: expected"):
+            model(torch.randn(3, 2))
+        assert int(probe["train", "Model"]["saturation"].count) == 5
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize(
+        "part",
+        [
+            "probe.how_it_runs",
+            "probe.undisturbed.__enter__",
+            "probe.ObservationRule.batch",
+            "probe.Masks.met",
+            "probe.draw",
+            "probe.Steps.observes",
+            "observations.Batch.observations",
+            "collections.LayerMetrics.update",
+        ],
+    )
+    def test_an_error_in_any_part_ends_no_forward(self, part, compiled, monkeypatch):
+        def fail(*args, **kwargs):
+            raise MemoryError("no room")
+
+        torch.compiler.reset()
+        model = nn.Sequential(nn.Linear(4, 3))
+        probe = LayerProbe(model, rows_per_feature=1, every_n_steps=2)
+        run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        rows = torch.randn(5, 4)
+        monkeypatch.setattr(f"spectralmetrics.probing.{part}", fail)
+        with pytest.warns(UserWarning, match="'0' is not observed any more in train: MemoryError: no room"):
+            outputs = run(rows)
+        assert outputs.requires_grad
+        monkeypatch.undo()
+        torch.testing.assert_close(run(rows), outputs)
+        probe.reset()
+        run(rows)
+        assert int(probe["train", "0"]["saturation"].count) == 3
 
     @pytest.mark.parametrize("sequences", ["timesteps", "last", "mean", "flatten"])
     def test_empty_outputs_are_no_observations(self, sequences):

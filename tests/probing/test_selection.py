@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectralmetrics import LayerProbe
 from spectralmetrics.probing import select_layers
 from tests.probing.models import ResNet, Transformer
 
@@ -50,6 +51,60 @@ def test_the_projection_inside_attention_is_left_out():
     assert not [name for name in select_layers(model, "*") if "out_proj" in name]
     exact = "encoder.layers.0.self_attn.out_proj"
     assert list(select_layers(model, exact)) == [exact]
+
+
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+        self.decoder = self.encoder
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.decoder(torch.relu(self.encoder(x))))
+
+
+class TestSharedModules:
+    """Each of its names will do; it counts once, under the first that was asked for."""
+
+    @pytest.mark.parametrize(
+        ("selectors", "names"),
+        [
+            ({}, ["encoder", "head"]),
+            ({"layers": "decoder"}, ["decoder"]),
+            ({"layers": "encoder"}, ["encoder"]),
+            ({"layers": ["decoder", "encoder"]}, ["encoder"]),
+            ({"layers": ["head", "dec*"]}, ["decoder", "head"]),
+            ({"exclude": "decoder"}, ["head"]),
+            ({"exclude": "encoder"}, ["head"]),
+            ({"layers": "*coder", "exclude": "head"}, ["encoder"]),
+        ],
+        ids=str,
+    )
+    def test_names(self, selectors, names):
+        model = Tied()
+        assert list(select_layers(model, **selectors)) == names
+        probe = LayerProbe(model, **selectors)
+        assert probe.layers == names
+        model(torch.randn(5, 4))
+        values = probe.compute()
+        assert list(values) == [f"saturation/train/{name}" for name in names]
+        if names[0] != "head":
+            assert int(probe["train", names[0]]["saturation"].count) == 10  # both its runs
+
+    @pytest.mark.parametrize("chosen", ["encoder", "decoder"])
+    @pytest.mark.parametrize("pattern", ["encoder", "decoder", "dec*"])
+    def test_select(self, pattern, chosen):
+        model = Tied()
+        probe = LayerProbe(model, layers=chosen, select={pattern: lambda output: output[:, :3]})
+        model(torch.randn(5, 4))
+        assert probe["train", chosen]["saturation"].num_features == 3
+
+    def test_nothing_is_left_if_all_names_are_taken_away(self):
+        with pytest.raises(ValueError, match="no layer of Tied is left"):
+            select_layers(Tied(), "encoder", exclude="decoder")
 
 
 def test_wrappers_are_looked_through():

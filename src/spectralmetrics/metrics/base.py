@@ -28,7 +28,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from spectralmetrics.functional.dimension import intrinsic_dimension
 from spectralmetrics.functional.spectrum import Spectrum
@@ -302,13 +301,6 @@ class SpectralMetric(SumsMetric):
             The figure and the axis.
         """
         return self._plot(val, ax)
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the observations of another metric of this class, or of its state as a dict."""
-        super().merge_state(incoming_state)
-        # torchmetrics keeps the value computed before the merge.
-        self._computed = None
-        self._update_count = max(self._update_count, 1)
 
     def reset(self) -> None:
         """Forget all observations; a width that was read from rows is forgotten too."""

@@ -18,10 +18,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 
-class MergedMetric(Metric):
-    """A ``torchmetrics.Metric`` of which this process may have seen nothing, while others have."""
+class MergingMetric(Metric):
+    """A ``torchmetrics.Metric`` that is itself again after a merge, whatever went wrong meanwhile."""
 
     _computing: bool = False
+    _value_shape: torch.Size | None = None
 
     @property
     def update_called(self) -> bool:
@@ -29,52 +30,6 @@ class MergedMetric(Metric):
         # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
         # had. Whether there are observations is checked after the merge, with an error.
         return self._computing or self._update_count > 0
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        stock = super()._wrap_compute(compute)
-
-        @functools.wraps(compute)
-        def computing(*args: Any, **kwargs: Any) -> Any:
-            self._computing = True
-            try:
-                return stock(*args, **kwargs)
-            finally:
-                self._computing = False
-
-        return computing
-
-
-class OverriddenMetric(MergedMetric):
-    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
-
-    _value_shape: torch.Size | None = None
-
-    @abstractmethod
-    def flush(self) -> None:
-        """Add the rows that wait to the states."""
-
-    @abstractmethod
-    def take_in(self, incoming: dict[str, Any]) -> None:
-        """Add the states of another metric of this kind."""
-
-    @abstractmethod
-    def merge_processes(self, group: Any) -> None:
-        """Replace the states by those of all processes of a group together."""
-
-    @abstractmethod
-    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
-
-    def drop_states(self, names: Sequence[str]) -> None:
-        """Forget that there are states of these names; torchmetrics can only add some."""
-        for name in names:
-            for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
-                kept.pop(name, None)
-
-    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
-        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
-        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
-        return wrapped
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def remembering_shape(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +45,11 @@ class OverriddenMetric(MergedMetric):
                 # A cached value would skip the merge on the processes that had no new rows, and the others
                 # would wait for them for ever.
                 self._computed = None
-            value = stock(*args, **kwargs)
+            self._computing = True
+            try:
+                value = stock(*args, **kwargs)
+            finally:
+                self._computing = False
             # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
             return value if self._value_shape is None else value.reshape(self._value_shape)
 
@@ -130,6 +89,44 @@ class OverriddenMetric(MergedMetric):
             yield
         finally:
             self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the observations of another metric of this class, or of its state as a dict."""
+        super().merge_state(incoming_state)
+        # torchmetrics keeps the value computed before the merge.
+        self._computed = None
+        self._update_count = max(self._update_count, 1)
+
+
+class OverriddenMetric(MergingMetric):
+    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Add the rows that wait to the states."""
+
+    @abstractmethod
+    def take_in(self, incoming: dict[str, Any]) -> None:
+        """Add the states of another metric of this kind."""
+
+    @abstractmethod
+    def merge_processes(self, group: Any) -> None:
+        """Replace the states by those of all processes of a group together."""
+
+    @abstractmethod
+    def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
+
+    def drop_states(self, names: Sequence[str]) -> None:
+        """Forget that there are states of these names; torchmetrics can only add some."""
+        for name in names:
+            for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
+                kept.pop(name, None)
+
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
+        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
+        return wrapped
 
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
         # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it

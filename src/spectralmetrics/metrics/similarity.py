@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from spectralmetrics.functional.relations import (
     MINIMUM_SAMPLES,
@@ -17,12 +16,12 @@ from spectralmetrics.functional.relations import (
     debiased_hsic,
     usable_rows,
 )
-from spectralmetrics.metrics.overrides import MergedMetric
+from spectralmetrics.metrics.overrides import MergingMetric
 
 NanStrategy = Literal["warn", "error", "ignore"]
 
 
-class LinearCKAMetric(MergedMetric):
+class LinearCKAMetric(MergingMetric):
     r"""Debiased linear centred kernel alignment between two layers, or between one layer of two networks.
 
     .. math:: \frac{\sum_b n_b \operatorname{HSIC}(X_b, Y_b)}
@@ -124,12 +123,6 @@ class LinearCKAMetric(MergedMetric):
         if left_out and self.nan_strategy == "warn":
             warnings.warn(f"LinearCKAMetric: {detail}", UserWarning, stacklevel=2)
         return cka(self.cross, self.left, self.right)
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric of this class, or of its state as a dict."""
-        super().merge_state(incoming_state)
-        self._computed = None  # torchmetrics keeps the value computed before the merge
-        self._update_count = max(self._update_count, 1)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value or a sequence of them, as torchmetrics' metrics do.

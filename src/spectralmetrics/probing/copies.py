@@ -4,58 +4,107 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
-_ATTRIBUTE = "__reduce_ex__"
 # Hooks by number, and what PyTorch notes of each by the same number.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NOTES = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+Handles: TypeAlias = list[tuple[weakref.ref[nn.Module], Any]]
+"""Of hooks, with the module that each is on."""
 
 
 class OwnHook:
     """Marks hooks that stay with the module they were made for."""
 
 
-class _Reduction:
-    """How a probed module is copied and pickled: by what its class says of it, without our hooks.
+class _Way:
+    """A way of copying a module, which ``copy`` or ``pickle`` asks the object itself for before its class.
 
-    ``copy`` and ``pickle`` ask the object itself for ``__reduce_ex__`` before its class; that is the only place
-    where an entry of ``_forward_hooks`` can be kept out of a copy.
+    That is the only place where an entry of ``_forward_hooks`` can be kept out of a copy.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
 
-    def __call__(self, protocol: Any) -> Any:
+    @property
+    def module(self) -> nn.Module:
         module = self._module()
         assert module is not None
+        return module
+
+
+class _Reduction(_Way):
+    """What the module's class says of it, without our hooks."""
+
+    def __call__(self, protocol: Any) -> Any:
+        module = self.module
         reduced = type(module).__reduce_ex__(module, protocol)
-        if isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict):
-            return (*reduced[:2], _without_own(reduced[2]), *reduced[3:])
-        return reduced
+        if not isinstance(reduced, tuple):
+            return reduced
+        function, arguments, *others = reduced
+        # A graph module hands its attributes over as an argument, others as the state.
+        arguments = tuple(_without_own(each, module) for each in arguments)
+        return (function, arguments, *(_without_own(each, module) for each in others))
+
+
+class _DeepCopy(_Way):
+    """What the module's class makes of it, without our hooks; for classes that copy themselves."""
+
+    def __call__(self, memo: Any) -> Any:
+        module: Any = self.module
+        twin = type(module).__deepcopy__(module, memo)
+        if isinstance(twin, nn.Module) and twin is not module:
+            kept = _without_own(vars(twin), module)
+            vars(twin).clear()
+            vars(twin).update(kept)
+        return twin
+
+
+_WAYS: dict[str, type[_Way]] = {"__reduce_ex__": _Reduction, "__deepcopy__": _DeepCopy}
 
 
 def leave_out_of_copies(module: nn.Module) -> None:
     """Have copies of a module come without our hooks."""
-    vars(module).setdefault(_ATTRIBUTE, _Reduction(module))
+    for name, way in _WAYS.items():
+        if hasattr(type(module), name):
+            vars(module).setdefault(name, way(module))
 
 
 def leave_as_it_was(module: nn.Module) -> None:
     """Undo :func:`leave_out_of_copies`, once the last of our hooks is gone."""
-    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
-    if not any(isinstance(hook, OwnHook) for hook in hooks) and isinstance(
-        vars(module).get(_ATTRIBUTE), _Reduction
-    ):
-        del vars(module)[_ATTRIBUTE]
+    if not _own_hooks(module):
+        for name in _WAYS:
+            if isinstance(vars(module).get(name), _Way):
+                del vars(module)[name]
 
 
-def _without_own(state: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in state.items() if name != _ATTRIBUTE}
-    own = {
-        number for name in _HOOKS for number, hook in kept.get(name, {}).items() if isinstance(hook, OwnHook)
+def take_off(handles: Handles) -> None:
+    """Remove hooks, and leave nothing of ours on their modules."""
+    while handles:
+        module, handle = handles.pop()
+        handle.remove()
+        hooked = module()
+        if hooked is not None:
+            leave_as_it_was(hooked)
+
+
+def _own_hooks(module: nn.Module) -> set[int]:
+    """Our hooks on a module, by number."""
+    return {
+        number for name in _HOOKS for number, hook in vars(module)[name].items() if isinstance(hook, OwnHook)
     }
+
+
+def _without_own(attributes: Any, module: nn.Module) -> Any:
+    """The attributes of a module, or of a copy of it, without what is ours; anything else as it is."""
+    if not isinstance(attributes, dict) or _HOOKS[0] not in attributes:
+        return attributes
+    own = _own_hooks(module)
+    kept = {name: value for name, value in attributes.items() if not isinstance(value, _Way)}
     for name in (*_HOOKS, *_NOTES):
         if own & set(kept.get(name, ())):
             kept[name] = OrderedDict((n, value) for n, value in kept[name].items() if n not in own)

@@ -84,6 +84,21 @@ class Observer(OwnHook):
         return self
 
 
+class Entering(OwnHook):
+    """A forward pre-hook of one module, which tells an observer that a forward begins.
+
+    Args:
+        observer: one that does not look, and has been put on the module's forward nowhere.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """See ``torch.nn.Module.register_forward_pre_hook``."""
+        self._observer(module, args, None)
+
+
 # The compiler is to leave outputs in the layout that it would choose without us, and out of captured CUDA
 # graphs.
 _TAGS = tuple(

@@ -18,7 +18,7 @@ from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, 
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
 from spectralmetrics.probing.compilation import heed_hooks
-from spectralmetrics.probing.copies import leave_as_it_was, leave_out_of_copies
+from spectralmetrics.probing.copies import Handles, leave_out_of_copies, take_off
 from spectralmetrics.probing.facts import LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Observer, Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import find_layout
@@ -133,11 +133,13 @@ class LayerProbe(nn.Module):
         self.seed = seed
 
         chosen = select_layers(model, layers, exclude)
-        self._selected = {
-            name: function
+        functions = {
+            module: function
             for pattern, function in (select or {}).items()
-            for name in select_layers(model, pattern)
+            for module in select_layers(model, pattern).values()
         }
+        # By module: a shared one may be chosen under one name and given a function under another.
+        self._selected = {name: functions[module] for name, module in chosen.items() if module in functions}
         self._layout = find_layout(model, chosen, batch_first, self._selected)
         self._unsure = set() if sequences == "timesteps" else set(self._layout.unsure)
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
@@ -158,8 +160,8 @@ class LayerProbe(nn.Module):
         self._steps = Steps(every_n_steps, seed)
         self._lock = threading.RLock()
         self._thread = threading.local()
-        self._handles: list[Any] = []
-        self._finalizer = weakref.finalize(self, _remove_all, self._handles)
+        self._handles: Handles = []
+        self._finalizer = weakref.finalize(self, take_off, self._handles)
         self._finalizer.atexit = False  # at the end of the program there is nothing left to clean
         heed_hooks()
         try:
@@ -369,7 +371,7 @@ class LayerProbe(nn.Module):
 
     def remove(self) -> None:
         """Take all hooks off the model; what has been observed can still be computed."""
-        _remove_all(self._handles)
+        take_off(self._handles)
 
     def __enter__(self) -> LayerProbe:
         return self
@@ -543,15 +545,6 @@ class _Watching:
         probe = self._probe()
         if probe is not None:
             probe._observe(self._name, module, output, training, select)
-
-
-def _remove_all(handles: list[tuple[weakref.ref[nn.Module], Any]]) -> None:
-    while handles:
-        module, handle = handles.pop()
-        handle.remove()
-        hooked = module()
-        if hooked is not None:
-            leave_as_it_was(hooked)
 
 
 def _check_stage(stage: str) -> str:

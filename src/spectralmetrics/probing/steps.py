@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectralmetrics.probing.copies import OwnHook
-from spectralmetrics.probing.hooks import Observer, Select
+from spectralmetrics.probing.hooks import Entering, Observer, Select
 from spectralmetrics.probing.sampling import is_observed
 
 
@@ -58,7 +57,7 @@ class Steps:
     def watch(self, model: nn.Module) -> list[Any]:
         """Put hooks on the model; return their handles. To be called after its layers have theirs."""
         return [
-            model.register_forward_pre_hook(_Entering(Observer(self.enter, looks=False).watches(model))),
+            model.register_forward_pre_hook(Entering(Observer(self.enter, looks=False).watches(model))),
             model.register_forward_hook(Observer(self.leave, looks=False).watches(model), always_call=True),
         ]
 
@@ -74,13 +73,3 @@ class Steps:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._thread = threading.local()
-
-
-class _Entering(OwnHook):
-    """A pre-hook that passes on to an observer that the model runs."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self._observer(module, args, None)
