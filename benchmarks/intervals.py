@@ -45,12 +45,12 @@ def truth(variances):
     }
 
 
-def draw(variances, count, folds, generator):
-    """Of one draw: statistic -> plain, held out, low, high; of all folds' numbers from the same data."""
+def draw(variances, count, metrics, generator):
+    """Of one draw: folds -> statistic -> plain, held out, low, high."""
     rows = torch.randn(count, len(variances), dtype=torch.float64, generator=generator) * variances.sqrt()
     found = {}
-    for number in folds:
-        metric = sm.IntrinsicDimensionMetric(folds=number)
+    for number, metric in metrics.items():
+        metric.reset()
         for batch in rows.chunk(BATCHES):
             metric.update(batch)
         plain, held_out = metric.spectrum, metric.spectrum.held_out()
@@ -66,7 +66,8 @@ def draw(variances, count, folds, generator):
 def measure(name, variances, ratio, draws):
     generator = torch.Generator().manual_seed(0)
     count = int(ratio * len(variances))
-    found = [draw(variances, count, FOLDS, generator) for _ in range(draws)]
+    metrics = {folds: sm.IntrinsicDimensionMetric(folds=folds) for folds in FOLDS}
+    found = [draw(variances, count, metrics, generator) for _ in range(draws)]
     for folds in FOLDS:
         for statistic, value in truth(variances).items():
             of = torch.tensor([each[folds][statistic] for each in found], dtype=torch.float64)

@@ -26,6 +26,7 @@ METRICS = {
     "effective rank": sm.EffectiveRankMetric,
     "participation ratio": sm.ParticipationRatioMetric,
 }
+LISTED = ("of all", "plain", "low", "high", "widest", "holds", "within one", "farthest", "scatter")
 DRAWN = ("stem", "blocks.3.conv2", "blocks.5.conv2", "blocks.7.conv2")
 
 
@@ -117,6 +118,18 @@ def summarised(row):
     }
 
 
+def of_all_networks(rows):
+    """One row for each number of digits, layer and statistic, with lists over the networks."""
+    together = {}
+    for row in rows:
+        together.setdefault((row["digits"], row["layer"], row["statistic"]), []).append(row)
+    return [
+        {key: own[0][key] for key in ("digits", "layer", "width", "observations", "statistic")}
+        | {key: [round(row[key], 4) for row in own] for key in LISTED}
+        for own in together.values()
+    ]
+
+
 def closing(model, images):
     """The interval of some layers as digits come in, in one pass."""
     probe = sm.LayerProbe(model, sm.IntrinsicDimensionMetric(), folds=FOLDS, layers=list(DRAWN))
@@ -182,7 +195,7 @@ def main():
         )
     )
     settings = {key: getattr(options, key) for key in ("seeds", "draws", "epochs")}
-    result = {**settings, "accuracies": accuracies, "rows": rows, "closing": closed}
+    result = {**settings, "accuracies": accuracies, "rows": of_all_networks(rows), "closing": closed}
     write_result("intervals_real", result)
 
 

@@ -365,14 +365,14 @@ def folds_equal_one_process(rank, world):
 
 
 def intervals_of_a_probe_take_two_collectives(rank, world):
-    rows = [random_rows(k, 60 + 9 * k, 6, mean=2.0 * k, dtype=torch.float32) for k in range(world)]
+    rows = [random_rows(k, 60 + 9 * k, 6, mean=2.0 * k) for k in range(world)]
     batches, together = dealt(rows, [7 + k for k in range(world)])
     metrics = [new() for name, new in VARIANTS.items() if name in ("saturation", "effective_rank", "spectrum")]
     metrics.append(sm.EigenspaceEmbeddingMetric(max_samples=8))
 
     def model():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).eval()
+        return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).double().eval()
 
     mine, alone = model(), model()
     probe = sm.LayerProbe(mine, metrics, folds=4)
