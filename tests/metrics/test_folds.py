@@ -1,7 +1,9 @@
 """Folds change no value, deal whole batches in turn, and give an interval."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
 from spectralmetrics.functional import held_out_eigenvalues
+from spectralmetrics.sums.folds import Folds
 from tests.metrics.properties import SAMPLED, assert_same, feed
 from tests.metrics.test_properties import BUILT_IN, VARIANTS
 from tests.oracles import random_rows
@@ -316,6 +319,22 @@ class TestInterval:
         low, high = feed(sm.IntrinsicDimensionMetric(folds=folds), rows, 6).interval()
         assert low <= 90
         assert high >= 94
+
+
+def test_nothing_keeps_the_sums_alive():
+    metric = feed(sm.SaturationMetric(folds=3), torch.randn(40, 5), 8)
+    metric.interval()
+    kept = weakref.ref(metric.fold_second_moment)
+    del metric
+    gc.collect()
+    assert kept() is None
+
+
+def test_counting_merges_no_matrices(monkeypatch):
+    metric = feed(sm.SaturationMetric(folds=3), torch.randn(40, 5), 8)
+    monkeypatch.setattr(Folds, "total", property(lambda self: pytest.fail("merged")))
+    assert int(metric.count) == 40
+    assert int(metric.non_finite) == 0
 
 
 class TestArguments:
