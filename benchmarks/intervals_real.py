@@ -27,7 +27,7 @@ METRICS = {
     "participation ratio": sm.ParticipationRatioMetric,
 }
 LISTED = ("of all", "plain", "low", "high", "widest", "holds", "within one", "farthest", "scatter")
-DRAWN = ("stem", "blocks.3.conv2", "blocks.5.conv2", "blocks.7.conv2")
+DRAWN = ("blocks.2.conv1", "blocks.4.conv1", "blocks.5.conv2", "blocks.6.conv1")
 
 
 def all_digits():
@@ -133,7 +133,7 @@ def of_all_networks(rows):
 def closing(model, images):
     """The interval of some layers as digits come in, in one pass."""
     probe = sm.LayerProbe(model, sm.IntrinsicDimensionMetric(), folds=FOLDS, layers=list(DRAWN))
-    steps = [round(2**exponent * scale) for exponent in range(4, 13) for scale in (1, 1.5)]
+    steps = [round(2**exponent * scale) for exponent in range(5, 13) for scale in (1, 1.5)]
     steps = [*(step for step in steps if step < len(images)), len(images)]
     rows, seen = [], 0
     with torch.no_grad():
