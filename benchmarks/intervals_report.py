@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 DOCS = Path(__file__).parents[1] / "docs"
+SPACE = "\N{NO-BREAK SPACE}"
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito
 
 
@@ -20,11 +21,17 @@ def read(name):
 
 
 def percent(share):
-    return f"{100 * share:.0f} %" if share in (0, 1) or share < 0.995 else f"{100 * share:.1f} %"
+    digits = 1 if 0.99 < share < 1 else 0
+    return f"{100 * share:.{digits}f}{SPACE}%"
 
 
 def number(value):
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def between(low, high):
+    """Both ends, on one line of a table."""
+    return f"{number(low)}{SPACE}…{SPACE}{number(high)}"
 
 
 def pivoted(results):
@@ -56,22 +63,16 @@ def spectra(results):
     return table([*headings, "holds, 8 folds", "… 2 folds", "within one"], rows)
 
 
-def ranks(results):
-    """Of effective rank and participation ratio with 8 folds."""
+def ranks(results, statistic):
+    """Of another statistic with 8 folds."""
     rows = []
-    found = pivoted(results)
-    for spectrum, ratio in dict.fromkeys(key[:2] for key in found):
-        cells = []
-        for statistic in ("effective rank", "participation ratio"):
-            row = found[spectrum, ratio, statistic][8]
-            ends = " … ".join(number(row[key]) for key in ("plain", "held out"))
-            cells += [number(row["truth"]), ends, number(row["scatter"]), percent(row["holds"])]
-        rows.append([spectrum, f"{ratio:g}", *cells])
-    headings = ["effective rank", "plain … held out", "scatter", "holds"]
-    return table(
-        ["spectrum", "n/D", *headings, "participation ratio", *headings[1:]],
-        rows,
-    )
+    for (spectrum, ratio, name), of in pivoted(results).items():
+        if name == statistic:
+            row = of[8]
+            cells = [number(row["truth"]), between(row["plain"], row["held out"]), number(row["scatter"])]
+            rows.append([spectrum, f"{ratio:g}", *cells, percent(row["holds"]), number(row["farthest"])])
+    headings = ["spectrum", "n/D", f"true {statistic}", "plain … held out", "scatter", "holds", "farthest miss"]
+    return table(headings, rows)
 
 
 def digits(results):
@@ -115,8 +116,7 @@ def layers(results):
         first = next(iter(of.values()))
         cells = []
         for row in of.values():
-            ends = " … ".join(f"{row[key][0]:.3g}" for key in ("low", "high"))
-            cells += [ends, percent(statistics.mean(row["holds"]))]
+            cells += [between(row["low"][0], row["high"][0]), percent(statistics.mean(row["holds"]))]
         rows.append(
             [f"`{layer}`", first["width"], f"{first['observations']:,}", f"{first['of all'][0]:.0f}", *cells]
         )
@@ -173,7 +173,8 @@ def main():
     known, real = read("intervals"), read("intervals_real")
     texts = {
         "spectra": spectra(known),
-        "ranks": ranks(known),
+        "effective_rank": ranks(known, "effective rank"),
+        "participation_ratio": ranks(known, "participation ratio"),
         "digits": digits(real),
         "layers": layers(real),
         "cost": cost(read("folds")),
