@@ -70,10 +70,11 @@ def docs(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
-    scripts = ("update", "training_step", "hook", "compute", "merge", "memory", "similarity", "report_page")
-    for script in scripts:
+    scripts = ("update", "training_step", "hook", "compute", "merge", "memory", "folds", "similarity", "report_page")
+    for script in (*scripts, "intervals", "intervals_real"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)
-    session.run("python", "benchmarks/report.py")
+    for script in ("report", "intervals_report"):
+        session.run("python", f"benchmarks/{script}.py")
 
 
 @nox.session

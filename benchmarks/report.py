@@ -112,6 +112,25 @@ def merge(results):
     yield table(["processes", "arm", "collectives", "median s", "of the fused"], rows)
 
 
+def folds(results):
+    yield (
+        "## Folds\n\nAn update with 8 folds beside one with one, on one thread. The cost of an update does not change"
+        " by more than the noise; the state is 8 times as large. Median, least and most of the rounds.\n"
+    )
+    rows = [
+        [
+            result["width"],
+            result["rows"],
+            *(f"{1e6 * statistics.median(result['seconds'][number]):.0f}" for number in ("1", "8")),
+            spread(ratios(result["seconds"]["8"], result["seconds"]["1"])),
+            *(f"{result['state'][number] / 2**20:.2f}" for number in ("1", "8")),
+        ]
+        for result in results
+    ]
+    headings = ["D", "rows", "µs, 1 fold", "µs, 8 folds", "ratio", "state MB, 1 fold", "state MB, 8 folds"]
+    yield table(headings, rows)
+
+
 def memory(results):
     yield (
         "## Memory\n\nOf the state, and at the peak of an update above it, with a batch of 128 MB in float32, whose"
@@ -171,7 +190,7 @@ def similarity(results):
 
 def main():
     parts = [HEAD]
-    for write in (update, training_step, hook, compute, merge, memory, similarity, projection):
+    for write in (update, training_step, hook, compute, merge, memory, folds, similarity, projection):
         path = RESULTS / f"{write.__name__}.json"
         if path.exists():
             content = json.loads(path.read_text())

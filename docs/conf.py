@@ -29,6 +29,7 @@ extensions = [
 ]
 exclude_patterns = [
     "_build",
+    "guide/observations_tables",
     "published_picture_tables",
     "reference/statistics_table.md",
     "sg_execution_times.rst",

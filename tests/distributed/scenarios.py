@@ -407,6 +407,102 @@ def a_probe_merges_all_layers_in_two_collectives(rank, world):
         assert int(probe["train", "shared"]["saturation"].count) == total
 
 
+def dealt(rows, sizes):
+    """Batches of each process, and what one process must be fed with so that its folds hold the same rows."""
+    batches = [list(part.split(size)) if len(part) else [] for part, size in zip(rows, sizes, strict=True)]
+    together = [
+        torch.cat([own[turn] for own in batches if turn < len(own)]) for turn in range(max(map(len, batches)))
+    ]
+    return batches, together
+
+
+def folds_equal_one_process(rank, world):
+    sizes = [5 + 2 * k for k in range(world)]
+    for far in (None, "zero", "each other"):
+        for without in {None, 0, world - 1}:
+            parts = shares(world, without, far=far)
+            batches, together = dealt(parts, sizes)
+            for name in ("saturation", "intrinsic_dimension", "participation_ratio", "spectrum", "covariance"):
+                new = VARIANTS[name]
+                folded, plain = new(folds=3), new()
+                one = new(folds=3, sync_on_compute=False)
+                for batch in batches[rank]:
+                    folded.update(batch)
+                    plain.update(batch)
+                for batch in together:
+                    one.update(batch)
+                with counted_collectives() as seen:
+                    value = folded.compute()
+                assert [kind for kind, _ in seen] == ["all_reduce", "all_reduce"]
+                assert_same(value, plain.compute(), 1e-9)
+                assert_same(value, one.compute(), 1e-9)
+                if name != "covariance":
+                    with counted_collectives() as seen:
+                        interval = folded.interval()
+                    assert len(seen) <= 2
+                    for mine, its in zip(interval, one.interval(), strict=True):
+                        assert_same(mine, its, 1e-7 if far else 1e-9)
+                assert sum(folded.fold_count.tolist()) == len(parts[rank])  # this process' own again
+
+
+def intervals_of_a_probe_take_two_collectives(rank, world):
+    rows = [random_rows(k, 60 + 9 * k, 6, mean=2.0 * k) for k in range(world)]
+    batches, together = dealt(rows, [7 + k for k in range(world)])
+    metrics = [new() for name, new in VARIANTS.items() if name in ("saturation", "effective_rank", "spectrum")]
+    metrics.append(sm.EigenspaceEmbeddingMetric(max_samples=8))
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).double().eval()
+
+    mine, alone = model(), model()
+    probe = sm.LayerProbe(mine, metrics, folds=4)
+    own = [metric.clone() for metric in metrics]
+    for metric in own:
+        metric.sync_on_compute = False
+    reference = sm.LayerProbe(alone, own, folds=4)
+    with torch.no_grad():
+        for batch in batches[rank]:
+            mine(batch)
+        for batch in together:
+            alone(batch)
+    with counted_collectives() as seen:
+        intervals = probe.intervals("eval")
+    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    with counted_collectives() as seen:
+        values = probe.compute("eval")
+    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    expected = reference.compute("eval")
+    for key, value in values.items():
+        if "embedding" not in key:
+            assert_same(value, expected[key], 1e-9)
+    expected = reference.intervals("eval")
+    assert list(intervals) == list(expected) == [key for key in values if "embedding" not in key]
+    for key, interval in intervals.items():
+        for end, its in zip(interval, expected[key], strict=True):
+            assert_same(end, its, 1e-9)
+            others = [torch.empty_like(end) for _ in range(world)]
+            dist.all_gather(others, end)
+            assert all(torch.equal(end, other) for other in others)
+    # The states are this process' own again, and the dealing goes on.
+    metric = probe["eval", "0"]["saturation"]
+    assert metric.fold_count.tolist() == [sum(map(len, batches[rank][turn::4])) for turn in range(4)]
+
+
+def a_fold_that_is_empty_everywhere(rank, world):
+    metric = sm.SaturationMetric(folds=3)
+    metric.update(random_rows(rank, 20, 4))
+    if rank == world - 1:
+        metric.update(random_rows(50, 20, 4))
+    low, high = metric.interval()
+    assert low == metric.compute()
+    assert high.isnan()
+    if rank == 0:
+        metric.update(random_rows(60, 20, 4))
+        metric.update(random_rows(70, 20, 4))
+    assert not any(end.isnan() for end in metric.interval())
+
+
 def data_parallel_training_is_bit_identical(rank, world):
     def train(probed):
         torch.manual_seed(1)
@@ -616,6 +712,9 @@ EVERYWHERE = [
     a_single_metric_moves_packed_sums,
     a_collection_merges_its_sums_once,
     a_probe_merges_all_layers_in_two_collectives,
+    folds_equal_one_process,
+    intervals_of_a_probe_take_two_collectives,
+    a_fold_that_is_empty_everywhere,
     data_parallel_training_is_bit_identical,
     only_the_first_process_records,
     a_second_recorder_is_refused_everywhere,

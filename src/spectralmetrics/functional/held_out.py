@@ -21,8 +21,9 @@ def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tenso
     r"""The variance that each direction fitted to the other folds has in a fold, averaged over the folds.
 
     For each fold :math:`i` with :math:`n_i` observations, :math:`v_{i1}, v_{i2}, \dots` are the eigenvectors of
-    all other folds together, in their order, and :math:`\mu_{-i}` is the mean of those. With the non-increasing
-    sequence that lies nearest in least squares (Barlow & Brunk 1972) in the place of
+    all other folds together, in their order, and :math:`\mu_{-i}` is the mean of those. Directions in which the
+    others do not vary have no order; each is given the mean of what they hold. With the non-increasing sequence
+    that lies nearest in least squares (Barlow & Brunk 1972) in the place of
 
     .. math:: h_k = \frac{1}{n} \sum_i \sum_{x \in \text{fold } i} \left(v_{ik}^\top (x - \mu_{-i})\right)^2
 
@@ -59,10 +60,10 @@ def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tenso
     for fold, left, right in zip(folds, before, after, strict=True):
         others = right if left is None else left if right is None else merge(left, right)
         assert others is not None
-        vectors = eigenvectors(covariance(others, center=center))[1]
+        values, vectors = eigenvectors(covariance(others, center=center))
         about = others.mean() if center else torch.zeros_like(others.origin)
         second = symmetrise(rebase(fold, about).second)
-        found += ((second @ vectors) * vectors).sum(0)
+        found += _alike_where(values == 0, ((second @ vectors) * vectors).sum(0))
     return without_round_off(_non_increasing(found / total))
 
 
@@ -75,6 +76,13 @@ def _check(folds: Sequence[Moments]) -> None:
     counts = torch.stack([fold.count for fold in folds]).tolist()
     if not all(counts):
         raise ValueError(f"expected observations in every fold, got {counts}")
+
+
+def _alike_where(unordered: Tensor, values: Tensor) -> Tensor:
+    # Directions in which the others do not vary have no order but that of the eigensolver's round-off. With few
+    # observations they are many, and the fold varies along them.
+    mean = torch.where(unordered, values, 0).sum() / unordered.sum().clamp(min=1)
+    return torch.where(unordered, mean, values)
 
 
 def _non_increasing(values: Tensor) -> Tensor:

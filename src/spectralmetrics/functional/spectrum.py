@@ -25,6 +25,7 @@ class Spectrum:
         cache: where decompositions are kept, so that several spectra of the same sums share them.
         others: sums of other kinds over the same observations, see :meth:`part`.
 
+    >>> import torch
     >>> from spectralmetrics.functional import Observations, accumulate, empty_moments
     >>> moments = empty_moments(2)
     >>> accumulate(moments, Observations(torch.tensor([[0.0, 1.0], [2.0, 1.0]])))
@@ -60,6 +61,7 @@ class Spectrum:
             count: the number of observations n.
             center: False reads the second moment about zero.
 
+        >>> import torch
         >>> Spectrum.of_covariance(torch.diag(torch.tensor([1.0, 4.0])), torch.zeros(2), 10).eigenvalues
         tensor([4., 1.], dtype=torch.float64)
         """
@@ -156,6 +158,7 @@ class Spectrum:
         Returns:
             Shape (N, k), float64.
 
+        >>> import torch
         >>> spectrum = Spectrum.of_covariance(torch.diag(torch.tensor([1.0, 4.0])), torch.ones(2), 10)
         >>> spectrum.coordinates(torch.tensor([[3.0, 2.0]]), 1)
         tensor([[1.]], dtype=torch.float64)

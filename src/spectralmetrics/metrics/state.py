@@ -35,10 +35,9 @@ def _state(name: str) -> Any:
         value: Tensor | None = metric.__dict__.get(name)
         if value is None:  # no state of this metric, but maybe of the sums that it keeps in folds
             spectral = metric._current()[0] if "_prototypes" in metric.__dict__ else None
-            total = spectral.total.tensors() if isinstance(spectral, SpectralSum) else {}
-            if name not in total:
+            value = _of_all_folds(spectral, name) if isinstance(spectral, SpectralSum) else None
+            if value is None:
                 raise AttributeError(f"{type(metric).__name__!r} object has no attribute {name!r}")
-            value = total[name]
         return value
 
     def write(metric: SumsMetric, value: Tensor) -> None:
@@ -46,6 +45,12 @@ def _state(name: str) -> Any:
         metric.__dict__["_live"] = None
 
     return property(read, write)
+
+
+def _of_all_folds(sums: SpectralSum, name: str) -> Tensor | None:
+    if name == "count":  # what is asked for most needs no merge of matrices
+        return sums.num_observations
+    return sums.num_left_out if name == "non_finite" else sums.total.tensors().get(name)
 
 
 class SumsMetric(OverriddenMetric):

@@ -6,10 +6,10 @@ Whatever reads the sum reads all of them merged, unless it asks for the folds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import ClassVar
+from functools import cached_property, reduce
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -83,11 +83,18 @@ class Folds(SpectralSum):
         """See :class:`.Sum`."""
         return ("folds", self.number)
 
-    @property
+    @cached_property  # to make five views takes as long as to add a small batch
     def folds(self) -> tuple[Moments, ...]:
         """The moments of each fold; views of the tensors here."""
         parts = (self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
-        return tuple(Moments(*each) for each in zip(*parts, strict=True))
+        with torch.inference_mode(False):
+            return tuple(Moments(*each) for each in zip(*parts, strict=True))
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See :class:`.Sum`."""
+        twin = super().with_tensors(tensors)
+        vars(twin).pop("folds", None)  # views of the others
+        return twin
 
     @property
     def total(self) -> Moments:
@@ -206,7 +213,7 @@ class FoldsIntake(Intake):
     def add(self, sums: Folds, observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
         turn = batch % len(self._parts)
-        self._parts[turn].add(_fold(sums, turn), observations, batch)
+        self._parts[turn].add(sums.folds[turn], observations, batch)
 
     def flush(self, sums: Folds) -> bool:
         """See :class:`.Intake`."""
@@ -246,8 +253,3 @@ def stack(folds: Sequence[Moments]) -> Folds:
                 for name in ("count", "non_finite", "origin", "first", "second")
             )
         )
-
-
-def _fold(sums: Folds, turn: int) -> Moments:
-    parts = (sums.counts, sums.non_finites, sums.origins, sums.firsts, sums.seconds)
-    return Moments(*(part[turn] for part in parts))
