@@ -72,7 +72,7 @@ def training_step(results):
 
 def hook(results):
     yield (
-        f"## Hook\n\nHost time of a hook, in microseconds per layer and forward: {results['layers']} linear layers of"
+        f"## Hook\n\nHost time of a hook (processor time), in microseconds per layer and forward: {results['layers']} linear layers of"
         f" width {results['width']}, {results['rows']} rows, one thread; median, least and most of the rounds. Sampled draws"
         " half of the rows. Bars: 40 exact, 60 sampled.\n"
     )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -263,6 +265,14 @@ def test_merge_with_nothing_is_nothing():
     for merged in (merge(moments, empty_moments(3)), merge(empty_moments(3), moments)):
         assert torch.equal(merged.origin, moments.origin)
         assert torch.equal(covariance(merged), covariance(moments))
+
+
+def test_what_was_left_out_before_a_width_is_known_is_counted():
+    moments = stream(random_rows(5, 20, 3), 5)
+    unknown = dataclasses.replace(empty_moments(0), non_finite=torch.tensor(2))
+    for merged in (moments.merged(unknown), unknown.merged(moments)):
+        assert (int(merged.count), int(merged.non_finite), merged.num_features) == (20, 2, 3)
+    assert int(unknown.merged(unknown).non_finite) == 4
 
 
 @pytest.mark.parametrize("setting", ["medium", "high"])

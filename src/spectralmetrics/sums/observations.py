@@ -53,8 +53,8 @@ class Observations:
             raise ValueError(f"expected at least one feature, got rows of shape {tuple(values.shape)}")
         if valid is not None and valid.shape != (self.num_observations,):
             raise ValueError(
-                f"expected valid of shape ({self.num_observations},), one flag for each observation, got"
-                f" {tuple(valid.shape)}"
+                f"expected valid of shape ({self.num_observations},), got {tuple(valid.shape)}; give each"
+                " observation one flag"
             )
 
     def rows(self) -> Tensor:
