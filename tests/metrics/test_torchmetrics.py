@@ -453,7 +453,21 @@ class TestLifeCycle:
         metric.update(torch.randn(5, 4))
         assert metric.second_moment.dtype == torch.float64
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))  # a generator cannot be on "meta"
+    def test_after_a_reset_no_state_stays_where_the_rows_were(self, name, monkeypatch):
+        monkeypatch.setattr(intake.DenseIntake, "meet", lambda *_: None)  # nothing can be read on "meta"
+        metric = VARIANTS[name](nan_strategy="ignore")
+        spoiled = random_rows(0, 20, 4)
+        spoiled[3] = torch.nan
+        metric.update(spoiled)
+        metric.reset()
+        metric.update(torch.randn(9, 4, device="meta"))
+        devices = {
+            key: state.device.type for key, state in metric.metric_state.items() if key != "configuration"
+        }
+        assert set(devices.values()) == {"meta"}, devices
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     @pytest.mark.parametrize("name", VARIANTS)
     def test_rows_of_another_device_after_a_reset(self, name):
         """No state stays behind where the rows were before."""
