@@ -70,7 +70,17 @@ def docs(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure, print tables, write benchmarks/results/*.json and docs/benchmarks.md; about half an hour."""
     install(session, "test")
-    scripts = ("update", "training_step", "hook", "compute", "merge", "memory", "folds", "similarity", "report_page")
+    scripts = (
+        "update",
+        "training_step",
+        "hook",
+        "compute",
+        "merge",
+        "memory",
+        "folds",
+        "similarity",
+        "report_page",
+    )
     for script in (*scripts, "intervals", "intervals_real"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)
     for script in ("report", "intervals_report"):

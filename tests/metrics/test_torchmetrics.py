@@ -18,7 +18,7 @@ from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Run
 
 import spectralmetrics as sm
 from spectralmetrics.metrics import overrides, stream
-from spectralmetrics.sums import decomposition, intake
+from spectralmetrics.sums import Observations, decomposition, intake
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -99,6 +99,27 @@ class TestWrongInput:
             metric.compute()
 
 
+class TestValidFlags:
+    @pytest.mark.parametrize("name", VARIANTS)
+    @pytest.mark.parametrize("length", [5, 0, 9])
+    def test_of_another_length_are_refused_and_fix_no_width(self, name, length):
+        metric = VARIANTS[name]()
+        valid = torch.ones(length, dtype=torch.bool)
+        with pytest.raises(ValueError, match=rf"valid of shape \(8,\), one flag for each.*got \({length},\)"):
+            metric.update(Observations(torch.randn(8, 3), valid=valid))
+        assert metric.num_features is None
+        feed(metric, random_rows(0, 20, 5))
+        assert int(metric.count) == 20
+
+    def test_maps_have_a_flag_for_each_position(self):
+        metric = sm.SaturationMetric()
+        maps = torch.randn(4, 3, 2, 5)
+        with pytest.raises(ValueError, match=r"valid of shape \(40,\)"):
+            metric.update(Observations(maps, feature_dim=1, valid=torch.ones(4, dtype=torch.bool)))
+        metric.update(Observations(maps, feature_dim=1, valid=torch.arange(40) < 7))
+        assert int(metric.count) == 7
+
+
 class TestBadData:
     @pytest.mark.parametrize("where", ["alone", "first", "every", "whole first"])
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -141,6 +162,21 @@ class TestBadData:
         metric = feed(sm.SaturationMetric(), random_rows(0, 10, 3) * 1e200)
         with pytest.raises(RuntimeError, match="exceed the range of the sums"):
             metric.compute()
+
+    @pytest.mark.parametrize(
+        ("largest", "dtype", "gram_dtype"),
+        [(3e38, torch.float32, torch.float32), (1e308, torch.float64, torch.float64)],
+    )
+    @pytest.mark.parametrize("nan_strategy", ["warn", "error", "ignore"])
+    def test_overflow_is_named_as_overflow(self, largest, dtype, gram_dtype, nan_strategy):
+        metric = sm.CovarianceTraceMetric(gram_dtype=gram_dtype, nan_strategy=nan_strategy)
+        metric.update(torch.tensor([[largest], [-largest]], dtype=dtype))
+        assert (int(metric.count), int(metric.non_finite)) == (2, 0)
+        with pytest.raises(RuntimeError, match=r"the observations overflow.*scale them down before"):
+            metric.compute()
+        metric.reset()
+        metric.update(torch.ones(2, 1, dtype=dtype))
+        assert metric.compute() == 0
 
 
 class TestCollections:
@@ -419,6 +455,35 @@ class TestLifeCycle:
         metric.reset()
         metric.update(torch.randn(5, 4))
         assert metric.second_moment.dtype == torch.float64
+
+    @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))  # a generator cannot be on "meta"
+    def test_after_a_reset_no_state_stays_where_the_rows_were(self, name, monkeypatch):
+        monkeypatch.setattr(intake.DenseIntake, "meet", lambda *_: None)  # nothing can be read on "meta"
+        metric = VARIANTS[name](nan_strategy="ignore")
+        spoiled = random_rows(0, 20, 4)
+        spoiled[3] = torch.nan
+        metric.update(spoiled)
+        metric.reset()
+        metric.update(torch.randn(9, 4, device="meta"))
+        devices = {
+            key: state.device.type for key, state in metric.metric_state.items() if key != "configuration"
+        }
+        assert set(devices.values()) == {"meta"}, devices
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_rows_of_another_device_after_a_reset(self, name):
+        """No state stays behind where the rows were before."""
+        metric = VARIANTS[name]()
+        metric.update(torch.randn(9, 4, device="cuda"))
+        assert {state.device.type for key, state in metric.metric_state.items() if key != "configuration"} == {
+            "cuda"
+        }
+        metric.reset()
+        rows = random_rows(0, 20, 4)
+        assert_same(feed(metric, rows, 7).compute(), feed(VARIANTS[name](), rows, 7).compute())
+        for key, state in metric.metric_state.items():
+            assert key == "configuration" or state.device.type == "cpu"
 
     def test_moving_pins_the_device(self):
         metric = sm.SaturationMetric().to("meta")
