@@ -104,11 +104,12 @@ def test_the_content_at_any_threshold_is_what_recompute_gives(metrics, tmp_path)
             assert (found / width if entry["kind"] == "share" else found) == row["value"]
 
 
+@pytest.mark.filterwarnings("ignore:.*observations:UserWarning")
 def test_held_out_dimensions_are_the_other_ends_of_recomputed_intervals(tmp_path):
     metrics = [SaturationMetric(threshold=0.8, rule="delve"), IntrinsicDimensionMetric(center=False)]
     model = make_model()
     with make_probe(model, metrics, folds=2) as probe, Recorder(tmp_path, probe, ["arrays"]) as recorder:
-        run_epoch(model, 0)
+        run_epoch(model, 0, rows=6)
         recorder.record()
     page = content(tmp_path)
     [run] = page["runs"]

@@ -72,7 +72,7 @@ def record_in_folds(directory, writers):
     """Layers of several types and ceilings; the first epoch of train leaves a fold empty."""
     torch.manual_seed(3)
     model = nn.Sequential(
-        nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 20), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 2)
+        nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 20), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 2)
     )
     metrics = [SaturationMetric(), IntrinsicDimensionMetric(), EffectiveRankMetric()]
     with LayerProbe(model, metrics, folds=4) as probe, Recorder(directory, probe, writers) as recorder:
@@ -80,7 +80,7 @@ def record_in_folds(directory, writers):
             for training in (True, False):
                 model.train(training)
                 for _ in range(3 if training and epoch == 0 else 6):
-                    model(torch.randn(8 + 100 * epoch, 6) * torch.logspace(0, -1 - epoch, 6))
+                    model(torch.randn(6 + 200 * epoch, 24) * torch.logspace(0, -1 - epoch, 24))
             recorder.record()
 
 
@@ -306,7 +306,8 @@ def in_brackets(value, low, high):
     return f"{value:g} ({low:g}–{'?' if high != high else format(high, 'g')})"
 
 
-@pytest.mark.parametrize("threshold", THRESHOLDS)
+# At 1 what is held out depends on the last bit.
+@pytest.mark.parametrize("threshold", THRESHOLDS[:-1])
 def test_the_threshold_slider_moves_the_intervals_as_recompute_does(visit, runs, threshold):
     report = visit("folds")
     report.set_threshold(threshold)
@@ -344,7 +345,7 @@ def test_the_intervals_make_a_difference(runs):
     found = {
         (row["layer"], row["low"], row["high"])
         for row in recompute(runs / "folds", THRESHOLDS[:-1])
-        if row["statistic"].startswith("intrinsic") and row["low"] < row["high"]
+        if row["statistic"].startswith("intrinsic") and row["layer"] != "mean" and row["low"] < row["high"]
     }
     assert len(found) > 5
     assert {layer for layer, _, _ in found} >= {"0", "2", "3"}
@@ -370,8 +371,7 @@ def test_recorded_intervals_are_shown(visit, runs, name):
 @pytest.mark.parametrize(("stage", "epoch"), [("eval", 0), ("train", 1)])
 def test_the_table_says_what_the_summary_says(visit, runs, stage, epoch):
     report = visit("folds")
-    seen = set()
-    for threshold in (0.9, 0.99, 1.0):
+    for threshold in THRESHOLDS[:-1]:
         report.set_threshold(threshold)
         report.set("stage", {"train": "0", "eval": "1"}[stage])
         report.set("epoch", epoch)
@@ -384,8 +384,13 @@ def test_the_table_says_what_the_summary_says(visit, runs, stage, epoch):
             assert tuple(found[title] for title in titles) == wanted
             for words in ("in the tail", "few observations", "at its ceiling"):
                 assert (words in found["what stands out"]) == (words in row.stands_out), (words, row)
-                seen |= {(words, words in row.stands_out)}
-    assert {("few observations", True), ("at its ceiling", True), ("at its ceiling", False)} <= seen
+
+
+def test_something_stands_out_and_something_does_not(runs):
+    """Else the test above compares little."""
+    tables = [summarise_run(runs / "folds", epoch=epoch, threshold=0.99).rows for epoch in (0, 1)]
+    for words in ("few observations", "at its ceiling"):
+        assert {words in row.stands_out for rows in tables for row in rows} == {True, False}
 
 
 def test_an_interval_wider_than_a_tenth_of_the_width_says_few_observations(visit, runs):
@@ -402,10 +407,10 @@ def test_the_ceiling_is_a_step_line(visit):
     report = visit("folds")
     report.set("statistic", "intrinsic_dimension")
     [line] = [shape for shape in report.chart("profile", "layout.shapes") if shape["type"] == "path"]
-    assert line["path"] == "M-0.5,6H0.5V12H1.5V20H2.5V2H3.5"
+    assert line["path"] == "M-0.5,24H0.5V20H1.5V20H2.5V2H3.5"
     report.set("statistic", "saturation")
     [line] = [shape for shape in report.chart("profile", "layout.shapes") if shape["type"] == "path"]
-    assert line["path"] == f"M-0.5,0.5H0.5V{12 / 20}H1.5V{20 / 30}H2.5V1H3.5"
+    assert line["path"] == f"M-0.5,0.6H0.5V1H1.5V{20 / 30}H2.5V1H3.5"
     assert "stepped line" in report.page.locator("#profile-hint").text_content()
     report.set("statistic", "effective_rank")
     assert {shape["type"] for shape in report.chart("profile", "layout.shapes")} == {"line"}
@@ -420,7 +425,7 @@ def test_a_run_of_an_earlier_release(visit):
     table = both.table()
     assert {row["ceiling"] for row in table if row["run"] == "earlier"} == {12}
     assert {row["type"] for row in table if row["run"] == "earlier"} == {""}
-    assert [row["ceiling"] for row in table if row["run"] == "folds"] == [6, 12, 20, 2]
+    assert [row["ceiling"] for row in table if row["run"] == "folds"] == [24, 20, 20, 2]
 
 
 def test_two_runs_lie_over_each_other(visit, runs):
