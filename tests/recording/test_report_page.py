@@ -330,6 +330,7 @@ def test_the_threshold_slider_moves_the_intervals_as_recompute_does(visit, runs,
             if index == 1:
                 cells = report.page.locator("#rows td:has(data + span)").all_text_contents()
                 assert cells == [in_brackets(*each) for each in wanted.values()]
+                assert "in brackets the interval" in report.page.locator("#table-caption").text_content()
             drawn = [trace for trace in report.chart("profile") if trace.get("fill") == "toself"]
             if (stage, epoch) == ("train", 0):
                 assert {str(high) for _, _, high in wanted.values()} == {"nan"}

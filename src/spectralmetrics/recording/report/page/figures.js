@@ -144,7 +144,7 @@ function ceilingLines(state, layers, values) {
   }
   return [...found].map(([path, index]) => ({
     type: "path", xref: "x", yref: "y", path, layer: "below", opacity: 0.6,
-    line: { color: found.size > 1 ? colour(index) : style("--quiet"), width: 1 },
+    line: { color: found.size > 1 ? colour(index) : style("--quiet"), width: 1.5 },
   }));
 }
 

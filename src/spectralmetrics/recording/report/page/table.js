@@ -79,6 +79,8 @@ function updateTable(state) {
     .filter(({ index }) => rows.some((row) => row.cells[index] !== undefined));
   updateHeadings(kept);
   sort(rows, kept.find((column) => column.title === sorting.title));
+  const hasIntervals = rows.some((row) => kept.some((column) => column.interval?.(row)));
+  const brackets = hasIntervals ? "; in brackets the interval of a value" : "";
   const body = document.getElementById("rows");
   const elements = rows.map((row) => rowElement(row, kept));
   // Moving an element takes the focus away from what is in it: touch only what is out of place.
@@ -87,7 +89,7 @@ function updateTable(state) {
   });
   while (body.children.length > elements.length) body.lastChild.remove();
   document.getElementById("table-caption").firstElementChild.textContent =
-    `${rows.length} rows: ${condition(state, true)}${ended(state)}`;
+    `${rows.length} rows: ${condition(state, true)}${ended(state)}${brackets}`;
 }
 
 function ended(state) {
