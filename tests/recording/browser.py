@@ -81,7 +81,7 @@ class Visit:
                 Object.fromEntries([...row.children].map((each, index) => [titles[index], cell(each)])));
             }"""
         )
-        words = ("run", "layer", "what stands out")
+        words = ("run", "layer", "type", "what stands out")
         return [
             {key: cell if key in words else float(cell) if cell else None for key, cell in row.items()}
             for row in rows

@@ -1,5 +1,7 @@
 """The content of a report, and what goes wrong on the way to it. The page itself: test_report_page.py."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from spectralmetrics import (
 from spectralmetrics.cli import main
 from spectralmetrics.functional import intrinsic_dimension
 from spectralmetrics.recording.report.collect import collect
-from spectralmetrics.recording.report.encode import pack
+from spectralmetrics.recording.report.encode import UNKNOWN, pack
 from spectralmetrics.recording.report.runs import in_order, read_runs, run_names
 from spectralmetrics.recording.report.spectra import ZERO, dimensions, points, positions, slider
 from tests.recording.runs import make_model, make_probe, run_epoch
@@ -100,6 +102,53 @@ def test_the_content_at_any_threshold_is_what_recompute_gives(metrics, tmp_path)
             found = run["arrays"]["dimensions"][entry["family"]][*where, index, row["epoch"]]
             width = run["arrays"]["width"][*where, row["epoch"]]
             assert (found / width if entry["kind"] == "share" else found) == row["value"]
+
+
+@pytest.mark.filterwarnings("ignore:.*observations:UserWarning")
+def test_held_out_dimensions_are_the_other_ends_of_recomputed_intervals(tmp_path):
+    metrics = [SaturationMetric(threshold=0.8, rule="delve"), IntrinsicDimensionMetric(center=False)]
+    model = make_model()
+    with make_probe(model, metrics, folds=2) as probe, Recorder(tmp_path, probe, ["arrays"]) as recorder:
+        run_epoch(model, 0, rows=6)
+        recorder.record()
+    page = content(tmp_path)
+    [run] = page["runs"]
+    differ = 0
+    for index, threshold in list(enumerate(page["thresholds"]))[::9]:
+        for row in recompute(tmp_path, threshold):
+            if row["layer"] == "mean":
+                continue
+            family = run["statistics"][row["statistic"]]["family"]
+            place = (page["stages"].index(row["stage"]), page["layers"].index(row["layer"]), index, 0)
+            ends = sorted(int(run["arrays"][name][family][place]) for name in ("dimensions", "held_out"))
+            size = 6 if row["statistic"] == "saturation" else 1
+            assert (row["low"], row["high"]) == (ends[0] / size, ends[1] / size)
+            differ += ends[0] < ends[1]
+    assert differ > 5
+
+
+@pytest.mark.filterwarnings("ignore:.*observations:UserWarning")
+def test_while_a_fold_is_empty_the_other_end_is_unknown(tmp_path):
+    model = make_model()
+    with make_probe(model, folds=3) as probe, Recorder(tmp_path, probe, ["arrays"]) as recorder:
+        run_epoch(model, 0)  # two batches
+        recorder.record()
+    [run] = content(tmp_path)["runs"]
+    [held_out] = run["arrays"]["held_out"]
+    assert (held_out == UNKNOWN).all()
+    assert (run["arrays"]["dimensions"][0] > 0).all()
+
+
+def test_what_is_known_of_the_layers(tmp_path):
+    record(tmp_path / "now")
+    record(tmp_path / "earlier", layers=4)
+    path = tmp_path / "earlier" / "recording.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layers": {}}))
+    now, earlier = content(tmp_path / "now", tmp_path / "earlier")["runs"]
+    unknown = {"kind": "", "ceiling": None}
+    assert now["facts"] == [{"kind": "Linear", "ceiling": 6}] * 3 + [unknown]
+    assert earlier["facts"] == [unknown] * 4
+    assert "held_out" not in now["arrays"]
 
 
 def test_epochs_without_arrays_have_none(tmp_path):

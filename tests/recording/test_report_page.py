@@ -1,15 +1,19 @@
 """The report in a real browser."""
 
 import itertools
+import json
+import shutil
 import warnings
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from spectralmetrics import (
     CovarianceDeterminantMetric,
+    EffectiveRankMetric,
     IntrinsicDimensionMetric,
     LayerProbe,
     PowerLawExponentMetric,
@@ -21,6 +25,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.recording.report.encode import pack
 from spectralmetrics.recording.report.write import SCRIPTS
+from spectralmetrics.recording.summary import summarise_run
 from tests.recording.browser import Visit, chromium
 from tests.recording.runs import read_csv
 
@@ -63,6 +68,22 @@ def record(directory, seed, epochs, writers, threshold=0.99):
             recorder.record()
 
 
+def record_in_folds(directory, writers):
+    """Layers of several types and ceilings; the first epoch of train leaves a fold empty."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 20), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 2)
+    )
+    metrics = [SaturationMetric(), IntrinsicDimensionMetric(), EffectiveRankMetric()]
+    with LayerProbe(model, metrics, folds=4) as probe, Recorder(directory, probe, writers) as recorder:
+        for epoch in range(2):
+            for training in (True, False):
+                model.train(training)
+                for _ in range(3 if training and epoch == 0 else 6):
+                    model(torch.randn(6 + 200 * epoch, 24) * torch.logspace(0, -1 - epoch, 24))
+            recorder.record()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -72,6 +93,13 @@ def runs(tmp_path_factory):
         record(folder / "second", 1, 2, ["csv", "arrays"])
         record(folder / "plain", 2, 3, ["csv"], threshold=0.9)
     assert all("NaN" in str(note.message) for note in notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few observations, as is meant here
+        record_in_folds(folder / "folds", ["csv", "arrays"])
+    shutil.copytree(folder / "folds", folder / "table", ignore=shutil.ignore_patterns("arrays"))
+    shutil.copytree(folder / "first", folder / "earlier")
+    manifest = json.loads((folder / "earlier" / "recording.json").read_text())
+    (folder / "earlier" / "recording.json").write_text(json.dumps({**manifest, "layers": {}}))
     return folder
 
 
@@ -263,6 +291,142 @@ def test_what_stands_out(visit):
     report.set_threshold(1.0)
     assert any("few observations" in row["what stands out"] for row in report.table())
     assert not any("few observations" in row["what stands out"] for row in rows)
+
+
+def intervals(rows, statistic, stage, epoch):
+    return {
+        row["layer"]: (float(row["value"]), float(row["low"]), float(row["high"]))
+        for row in rows
+        if row["layer"] != "mean"
+        and (row["statistic"], row["stage"], int(row["epoch"])) == (statistic, stage, epoch)
+    }
+
+
+def in_brackets(value, low, high):
+    return f"{value:g} ({low:g}–{'?' if high != high else format(high, 'g')})"
+
+
+# At 1 what is held out depends on the last bit.
+@pytest.mark.parametrize("threshold", THRESHOLDS[:-1])
+def test_the_threshold_slider_moves_the_intervals_as_recompute_does(visit, runs, threshold):
+    report = visit("folds")
+    report.set_threshold(threshold)
+    rows = recompute(runs / "folds", threshold)
+    for stage, epoch in itertools.product(("train", "eval"), range(2)):
+        report.set("stage", {"train": "0", "eval": "1"}[stage])
+        report.set("epoch", epoch)
+        for index, statistic in enumerate(("saturation", "intrinsic_dimension")):
+            report.set("statistic", statistic)
+            wanted = intervals(rows, statistic, stage, epoch)
+            assert len(wanted) == 4
+            found = report.page.evaluate(
+                """([statistic, stage, epoch]) => page.layers.map((_, layer) =>
+                  page.runs[0].interval(statistic, stage, layer, epoch, current.threshold).map(String))""",
+                [statistic, ["train", "eval"].index(stage), epoch],
+            )
+            np.testing.assert_array_equal(
+                np.array(found, dtype=float), [(low, high) for _, low, high in wanted.values()]
+            )
+            if index == 1:
+                cells = report.page.locator("#rows td:has(data + span)").all_text_contents()
+                assert cells == [in_brackets(*each) for each in wanted.values()]
+                assert "in brackets the interval" in report.page.locator("#table-caption").text_content()
+            drawn = [trace for trace in report.chart("profile") if trace.get("fill") == "toself"]
+            if (stage, epoch) == ("train", 0):
+                assert {str(high) for _, _, high in wanted.values()} == {"nan"}
+                assert drawn == []
+            else:
+                lows, highs = ([each[end] for each in wanted.values()] for end in (1, 2))
+                assert drawn[0]["x"] == [0, 1, 2, 3, 3, 2, 1, 0, 0, None]
+                assert drawn[0]["y"] == [*lows, *highs[::-1], lows[0], None]
+
+
+def test_the_intervals_make_a_difference(runs):
+    """Else the test above compares little."""
+    found = {
+        (row["layer"], row["low"], row["high"])
+        for row in recompute(runs / "folds", THRESHOLDS[:-1])
+        if row["statistic"].startswith("intrinsic") and row["layer"] != "mean" and row["low"] < row["high"]
+    }
+    assert len(found) > 5
+    assert {layer for layer, _, _ in found} >= {"0", "2", "3"}
+
+
+@pytest.mark.parametrize("name", ["folds", "table"])
+def test_recorded_intervals_are_shown(visit, runs, name):
+    """Also those of other statistics, and without arrays."""
+    report = visit(name)
+    report.set("statistic", "effective_rank")
+    wanted = intervals(read_csv(runs / name), "effective_rank", "eval", 1)
+    found = report.page.evaluate(
+        "page.layers.map((_, layer) => page.runs[0].interval('effective_rank', 1, layer, 1, current.threshold))"
+    )
+    assert found == [[low, high] for _, low, high in wanted.values()]
+    cells = report.page.locator("#rows td:has(data + span)").all_text_contents()
+    dimensions = intervals(read_csv(runs / name), "intrinsic_dimension", "eval", 1)
+    assert cells[::2] == [in_brackets(*each) for each in dimensions.values()]
+    ends = [f" ({low:.4g}–{high:.4g})" for _, low, high in wanted.values()]
+    assert all(cell.endswith(end) for cell, end in zip(cells[1::2], ends, strict=True))
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [("eval", 0), ("train", 1)])
+def test_the_table_says_what_the_summary_says(visit, runs, stage, epoch):
+    report = visit("folds")
+    for threshold in THRESHOLDS[:-1]:
+        report.set_threshold(threshold)
+        report.set("stage", {"train": "0", "eval": "1"}[stage])
+        report.set("epoch", epoch)
+        rows = summarise_run(runs / "folds", epoch=epoch, stage=stage, threshold=threshold).rows
+        table = report.table()
+        assert [row["layer"] for row in table] == [row.layer for row in rows]
+        for found, row in zip(table, rows, strict=True):
+            wanted = (row.kind, row.width, row.ceiling, row.observations, row.value)
+            titles = ("type", "width", "ceiling", "observations", "dimension")
+            assert tuple(found[title] for title in titles) == wanted
+            for words in ("in the tail", "few observations", "at its ceiling"):
+                assert (words in found["what stands out"]) == (words in row.stands_out), (words, row)
+
+
+def test_something_stands_out_and_something_does_not(runs):
+    """Else the test above compares little."""
+    tables = [summarise_run(runs / "folds", epoch=epoch, threshold=0.99).rows for epoch in (0, 1)]
+    for words in ("few observations", "at its ceiling"):
+        assert {words in row.stands_out for rows in tables for row in rows} == {True, False}
+
+
+def test_an_interval_wider_than_a_tenth_of_the_width_says_few_observations(visit, runs):
+    report = visit("folds")
+    report.set("epoch", 0)
+    rows = summarise_run(runs / "folds", epoch=0).rows
+    wide = {row.layer for row in rows if row.high - row.low > row.width / 10}
+    found = {row["layer"] for row in report.table() if "wider than a tenth" in row["what stands out"]}
+    assert found == wide != set()
+    assert found != {row.layer for row in rows}
+
+
+def test_the_ceiling_is_a_step_line(visit):
+    report = visit("folds")
+    report.set("statistic", "intrinsic_dimension")
+    [line] = [shape for shape in report.chart("profile", "layout.shapes") if shape["type"] == "path"]
+    assert line["path"] == "M-0.5,24H0.5V20H1.5V20H2.5V2H3.5"
+    report.set("statistic", "saturation")
+    [line] = [shape for shape in report.chart("profile", "layout.shapes") if shape["type"] == "path"]
+    assert line["path"] == f"M-0.5,0.6H0.5V1H1.5V{20 / 30}H2.5V1H3.5"
+    assert "stepped line" in report.page.locator("#profile-hint").text_content()
+    report.set("statistic", "effective_rank")
+    assert {shape["type"] for shape in report.chart("profile", "layout.shapes")} == {"line"}
+
+
+def test_a_run_of_an_earlier_release(visit):
+    report = visit("earlier")
+    assert not {"type", "ceiling"} & set(report.table()[0])
+    assert report.page.locator("#profile-hint").text_content() == ""
+    # Beside a run that knows more, its ceilings are the widths.
+    both = visit("earlier", "folds")
+    table = both.table()
+    assert {row["ceiling"] for row in table if row["run"] == "earlier"} == {12}
+    assert {row["type"] for row in table if row["run"] == "earlier"} == {""}
+    assert [row["ceiling"] for row in table if row["run"] == "folds"] == [24, 20, 20, 2]
 
 
 def test_two_runs_lie_over_each_other(visit, runs):

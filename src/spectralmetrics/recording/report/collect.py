@@ -14,8 +14,9 @@ from torch import Tensor
 
 from spectralmetrics.functional.dimension import Rule
 from spectralmetrics.metrics import statistics as all_statistics
+from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.record import Settings
-from spectralmetrics.recording.report.encode import MISSING
+from spectralmetrics.recording.report.encode import MISSING, UNKNOWN
 from spectralmetrics.recording.report.runs import Run, in_order
 from spectralmetrics.recording.report.spectra import Thresholds, dimensions, points, positions, slider
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers
@@ -41,6 +42,8 @@ def collect(runs: Sequence[Run], progress: Progress) -> Content:
 
     Arrays have the axes (stage, layer, epoch), or (stage, layer, threshold or point, epoch), in the order of
     the page's and the run's lists. Where nothing was recorded, they hold ``MISSING``, or ``"is_recorded"`` 0.
+    ``"held_out"`` has the dimensions of what was held out, ``MISSING`` without folds and ``UNKNOWN`` while one
+    of them is empty; with the dimension they are the ends of its interval.
 
     Args:
         runs: see :func:`~spectralmetrics.recording.report.runs.read_runs`.
@@ -66,7 +69,8 @@ def collect(runs: Sequence[Run], progress: Progress) -> Content:
             else {}
         )
         records = _from_records(run, place, families)
-        found.append({"name": run.name, "epochs": run.epochs, "arrays": arrays, **records})
+        facts = [run.facts.get(layer, LayerFacts("", None))._asdict() for layer in layers]
+        found.append({"name": run.name, "epochs": run.epochs, "facts": facts, "arrays": arrays, **records})
     return {
         "thresholds": thresholds,
         "threshold": thresholds.index(recorded[0] if recorded else DEFAULT_THRESHOLD),
@@ -126,6 +130,10 @@ def _from_records(run: Run, place: _Place, families: list[Family]) -> Content:
             where = place.of(row.stage, row.layer, row.epoch)
             statistics[row.statistic]["values"][where] = row.value
             statistics[row.statistic]["is_recorded"][where] = 1
+            for end, value in (("low", row.low), ("high", row.high)):
+                if value is not None:
+                    ends = statistics[row.statistic].setdefault(end, place.new(np.nan))
+                    ends[where] = value
     # With arrays these two can be had of every run.
     names = list(dict.fromkeys([*statistics, *(KINDS if run.files else ())]))
     for name in names:
@@ -157,6 +165,7 @@ def _from_arrays(
     found["largest"] = place.new(np.nan)
     found["points"] = place.new(MISSING, most)
     tables = [place.new(MISSING, len(thresholds)) for _ in families]
+    held_out = [place.new(MISSING, len(thresholds)) for _ in families]
     chosen: dict[int, Array] = {}
     # As in the recording, where an embedding's eigenvectors bring the eigenvalues that all read.
     kinds = all_statistics()
@@ -175,14 +184,17 @@ def _from_arrays(
             found["non_finite"][where] = layer.non_finite
             found["dead"][where] = int((layer.covariance.diagonal() == 0).sum())
             try:
-                eigenvalues = {center: _eigenvalues(layer, center, vectors) for _, center in families}
+                spectra = {center: _decomposed(layer, center, vectors) for _, center in families}
             except ValueError as error:
                 message = f"left out the spectrum of {layer.layer!r} in {layer.stage}, epoch {epoch}: {error}"
                 warnings.warn(message, UserWarning, stacklevel=4)
                 continue
-            for table, (rule, center) in zip(tables, families, strict=True):
-                table[where] = dimensions(eigenvalues[center], thresholds, rule)
-            drawn = eigenvalues[families[0][1]].numpy()
+            for table, other, (rule, center) in zip(tables, held_out, families, strict=True):
+                plain, held = spectra[center]
+                table[where] = dimensions(plain, thresholds, rule)
+                if len(layer.spectral.folds) > 1:
+                    other[where] = UNKNOWN if held is None else dimensions(held, thresholds, rule)
+            drawn = spectra[families[0][1]][0].numpy()
             if width not in chosen:
                 chosen[width] = positions(width, most)
             found["largest"][where] = drawn[0]
@@ -190,16 +202,20 @@ def _from_arrays(
     return {
         **found,
         "dimensions": tables,
+        # Most runs have no folds, and their pages are not to carry tables of nothing.
+        **({"held_out": held_out} if any((table != MISSING).any() for table in held_out) else {}),
         "positions": {width: list(map(int, each)) for width, each in chosen.items()},
     }
 
 
-def _eigenvalues(layer: SavedLayer, center: bool, vectors: bool) -> Tensor:
+def _decomposed(layer: SavedLayer, center: bool, vectors: bool) -> tuple[Tensor, Tensor | None]:
+    """The eigenvalues of a spectrum, and those of what was held out where it can be known."""
     with _threads(1 if len(layer.mean) < NARROW else torch.get_num_threads()):
         spectrum = layer.spectrum(center)
         if vectors:
             spectrum.eigenvectors  # noqa: B018
-        return spectrum.eigenvalues
+        held_out = spectrum.held_out() if spectrum.num_folds > 1 else None
+        return spectrum.eigenvalues, None if held_out is None else held_out.eigenvalues
 
 
 @contextlib.contextmanager

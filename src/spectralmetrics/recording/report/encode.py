@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 MISSING = -1
 """What an array of integers holds where nothing was recorded."""
+UNKNOWN = -2
+"""What it holds where something was recorded that says nothing yet."""
 
 
 def pack(content: dict[str, Any]) -> str:

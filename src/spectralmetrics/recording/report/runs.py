@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.manifest import read_manifest
 from spectralmetrics.recording.record import Row, Settings
 from spectralmetrics.recording.writers.arrays import saved_epochs
@@ -24,6 +25,7 @@ class Run:
         files: epoch -> array file.
         saved: epoch -> (stage, layer) of all that the array file holds.
         settings: name of a statistic -> its settings.
+        facts: name of a layer -> its type and ceiling; empty for a run of an earlier release.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Run:
     files: dict[int, Path] = field(default_factory=dict)
     saved: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
     settings: dict[str, Settings] = field(default_factory=dict)
+    facts: dict[str, LayerFacts] = field(default_factory=dict)
 
     @property
     def epochs(self) -> list[int]:
@@ -64,7 +67,8 @@ def _read(directory: Path, name: str) -> Run:
     if not rows and not files:
         raise ValueError(f"expected records in {table}, got none")
     saved = {epoch: _saved_in(path) for epoch, path in files.items()}
-    return Run(name, rows, files, saved, read_manifest(directory).statistics)
+    manifest = read_manifest(directory)
+    return Run(name, rows, files, saved, manifest.statistics, manifest.facts)
 
 
 def _saved_in(path: Path) -> list[tuple[str, str]]:

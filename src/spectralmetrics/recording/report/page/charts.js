@@ -57,6 +57,36 @@ function axis(options) {
   };
 }
 
+function faint(index) {
+  const [red, green, blue] = [1, 3, 5].map((start) => parseInt(colour(index).slice(start, start + 2), 16));
+  return `rgba(${red}, ${green}, ${blue}, 0.25)`;
+}
+
+// What lies between the two ends of some intervals; nothing where there is none.
+function band(index, x, intervals) {
+  const outline = { x: [], y: [] };
+  const add = (places) => {
+    if (!places.length) return;
+    const round = [...places.map((place) => [place, 0]), ...places.reverse().map((place) => [place, 1])];
+    for (const [place, end] of [...round, round[0]]) {
+      outline.x.push(x[place]);
+      outline.y.push(intervals[place][end]);
+    }
+    outline.x.push(null);
+    outline.y.push(null);
+  };
+  let places = [];
+  intervals.forEach((interval, place) => {
+    if (interval?.every(Number.isFinite)) return places.push(place);
+    add(places);
+    places = [];
+  });
+  add(places);
+  if (!outline.x.length) return [];
+  const line = { color: faint(index), width: 1 };
+  return [{ type: "scatter", mode: "lines", ...outline, fill: "toself", fillcolor: faint(index), line, hoverinfo: "skip", zorder: -1 }];
+}
+
 function nothing(text) {
   return { text, showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
 }

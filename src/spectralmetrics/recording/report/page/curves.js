@@ -3,18 +3,25 @@
 function historyFigure(state) {
   const all = [];
   const used = new Set();
+  const bands = [];
+  const kind = page.kind(state.statistic);
   const traces = visibleRuns(state).flatMap(({ run, index }) =>
     page.stages.map((name, stage) => {
+      const intervals = run.epochs.map((_, epoch) => run.interval(state.statistic, stage, state.layer, epoch, state.threshold));
+      if (stage === state.stage) {
+        bands.push(...band(index, run.epochs, intervals));
+        all.push(...intervals.flatMap((interval) => interval ?? []));
+      }
       const values = run.epochs.map((_, epoch) => run.value(state.statistic, stage, state.layer, epoch, state.threshold));
       if (values.some((value) => value !== undefined)) used.add(stage);
       all.push(...values);
       return curve(run, index, dashOf(stage, state), values, (value, epoch) =>
-        `${named(run)}${name}, epoch ${run.epochs[epoch]}: ${shown(value, page.kind(state.statistic))}`,
+        `${named(run)}${name}, epoch ${run.epochs[epoch]}: ${shown(value, kind)}${shownInterval(intervals[epoch], kind)}`,
       );
     }),
   );
   return {
-    traces,
+    traces: [...traces, ...bands],
     layout: {
       height: 340,
       margin: { l: 70, r: 10, t: 10, b: 44 },
@@ -23,7 +30,7 @@ function historyFigure(state) {
       shapes: [epochLine(state)],
     },
     label: `Line chart of ${state.statistic} of layer ${page.layers[state.layer]} over ${page.epochs.length} epochs.`,
-    hint: stageWords(used, state),
+    hint: `${stageWords(used, state)}${bands.length ? " The band is the interval of the value." : ""}`,
     click: (point) => choose({ epoch: page.epochs.indexOf(point.x) }),
   };
 }

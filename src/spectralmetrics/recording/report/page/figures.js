@@ -69,11 +69,15 @@ function profileFigure(state, width) {
   const epoch = page.epochs[state.epoch];
   const size = Math.min(Math.max((width / layers.length) * 0.8, 3), 7);
   const all = [];
+  const bands = [];
+  const kind = page.kind(state.statistic);
   const traces = visibleRuns(state).map(({ run, index }) => {
     const when = run.epochIndex(epoch);
     const tail = run.tail(state.stage, when, state.threshold) || new Set();
     const values = layers.map((layer) => run.value(state.statistic, state.stage, layer, when, state.threshold));
-    all.push(...values);
+    const intervals = layers.map((layer) => run.interval(state.statistic, state.stage, layer, when, state.threshold));
+    bands.push(...band(index, layers.map((_, place) => place), intervals));
+    all.push(...values, ...intervals.flatMap((interval) => interval ?? []));
     return {
       type: "scatter",
       mode: "lines+markers",
@@ -81,7 +85,7 @@ function profileFigure(state, width) {
       y: values.map((value) => (Number.isFinite(value) ? value : null)),
       customdata: layers,
       text: layers.map((layer, place) =>
-        escaped(`${named(run)}${page.layers[layer]}: ${shown(values[place], page.kind(state.statistic))}`),
+        escaped(`${named(run)}${page.layers[layer]}: ${shown(values[place], kind)}${shownInterval(intervals[place], kind)}`),
       ),
       hoverinfo: "text",
       line: { color: colour(index), width: 2 },
@@ -95,21 +99,53 @@ function profileFigure(state, width) {
     };
   });
   const chosen = layers.indexOf(state.layer);
+  const ceilings = ceilingLines(state, layers, all);
+  const words = [
+    ...(bands.length ? ["The band is the interval of the value."] : []),
+    ...(ceilings.length ? ["The stepped line is the ceiling that a layer's weights and width set."] : []),
+  ];
   return {
-    traces,
+    traces: [...traces, ...bands],
+    hint: words.join(" "),
     layout: {
       height: 300 + names.pixels,
       margin: { l: 58, r: 10, t: 10, b: names.pixels },
       xaxis: axis({ ...names, pixels: undefined, tickangle: -90, range: [-0.6, layers.length - 0.4], showgrid: false }),
       yaxis: axis({ title: state.statistic, ...range(state.statistic, all) }),
-      shapes: chosen < 0 ? [] : [{
+      shapes: [...ceilings, ...(chosen < 0 ? [] : [{
         type: "line", xref: "x", yref: "paper", x0: chosen, x1: chosen, y0: 0, y1: 1,
         line: { color: style("--quiet"), width: 1, dash: "dot" },
-      }],
+      }])],
     },
     label: `Line chart of ${state.statistic} over ${layers.length} layers, ${condition(state)}. The table has its numbers.`,
     click: (point) => choose({ layer: point.customdata }),
   };
+}
+
+// A step for each layer, and a line for each run that has another one; the values join those of the axis.
+function ceilingLines(state, layers, values) {
+  const kind = page.kind(state.statistic);
+  const found = new Map();
+  for (const { run, index } of visibleRuns(state)) {
+    if (!kind || !run.hasCeilings()) continue;
+    const when = run.epochIndex(page.epochs[state.epoch]);
+    let path = "";
+    let isOpen = false;
+    layers.forEach((layer, place) => {
+      const ceiling = run.ceiling(state.stage, layer, when);
+      const share = kind === "share" ? ceiling / run.integer("width", state.stage, layer, when) : ceiling;
+      if (Number.isFinite(share)) {
+        path += isOpen ? `V${share}H${place + 0.5}` : `M${place - 0.5},${share}H${place + 0.5}`;
+        values.push(share);
+      }
+      isOpen = Number.isFinite(share);
+    });
+    if (path && !found.has(path)) found.set(path, index);
+  }
+  return [...found].map(([path, index]) => ({
+    type: "path", xref: "x", yref: "y", path, layer: "below", opacity: 0.6,
+    line: { color: found.size > 1 ? colour(index) : style("--quiet"), width: 1.5 },
+  }));
 }
 
 function heatFigure(state, run, width) {

@@ -37,7 +37,7 @@ function charts() {
     figure: () => heatFigure(current, run, byId(`heat-${index}`).clientWidth),
   }));
   return [
-    { element: byId("profile"), figure: () => profileFigure(current, width("profile")) },
+    { element: byId("profile"), figure: () => profileFigure(current, width("profile")), hint: byId("profile-hint") },
     ...heats.filter((heat) => !heat.isHidden),
     { element: byId("spectrum"), figure: () => spectrumFigure(current), hint: byId("spectrum-hint") },
     { element: byId("history"), figure: () => historyFigure(current), hint: byId("history-hint") },

@@ -1,19 +1,27 @@
 // The summary table: the same numbers for those who read, sort or listen.
 
 // A column: what it is called, what a row says there, and how that is written. A column without any value is not
-// shown; one more needs one more line here.
+// shown; one more needs one more line here. A fact is known of layers that were not recorded, too.
 function columns(state) {
   const own = page.kind(state.statistic) ? [] : [state.statistic];
   return [
     ...(page.runs.length > 1 ? [{ title: "run", text: true, value: ({ run }) => run.name }] : []),
     { title: "layer", text: true, isLayer: true, value: ({ layer }) => layer, words: ({ layer }) => page.layers[layer] },
+    { title: "type", text: true, value: ({ run, layer }) => run.facts[layer].kind || undefined },
     { title: "width", value: (row) => integer(row, "width") },
+    ...(page.hasCeilings ? [{ title: "ceiling", isFact: true, value: ceiling }] : []),
     { title: "observations", value: (row) => integer(row, "observations") },
-    { title: "dimension", kind: "dimension", value: (row) => ofKind(row, "dimension") },
+    {
+      title: "dimension",
+      kind: "dimension",
+      value: (row) => ofKind(row, "dimension"),
+      interval: (row) => intervalOf(row, row.run.ofKind("dimension")),
+    },
     { title: "saturation", kind: "share", value: (row) => ofKind(row, "share") },
     ...own.map((name) => ({
       title: name,
       value: ({ run, layer, epoch, state: { stage, threshold } }) => run.value(name, stage, layer, epoch, threshold),
+      interval: (row) => intervalOf(row, name),
     })),
     { title: "what stands out", text: true, isWords: true, value: standsOut },
   ];
@@ -27,12 +35,25 @@ function ofKind({ run, layer, epoch, state }, kind) {
   return run.value(run.ofKind(kind), state.stage, layer, epoch, state.threshold);
 }
 
+function ceiling({ run, layer, epoch, state }) {
+  return run.ceiling(state.stage, layer, epoch);
+}
+
+function intervalOf({ run, layer, epoch, state }, name) {
+  return run.interval(name, state.stage, layer, epoch, state.threshold);
+}
+
 function standsOut(row) {
   const dimension = ofKind(row, "dimension");
   const observations = integer(row, "observations");
   const found = [];
-  if (observations < 10 * dimension) found.push("few observations: below 10 times the dimension");
+  const [low, high] = intervalOf(row, row.run.ofKind("dimension")) ?? [];
+  const why = [];
+  if (observations < 10 * dimension) why.push("below 10 times the dimension");
+  if (high - low > 0.1 * integer(row, "width")) why.push("the interval is wider than a tenth of the width");
+  if (why.length) found.push(`few observations: ${why.join(", ")}`);
   if (row.tail?.has(row.layer)) found.push("in the tail");
+  if (dimension > 0 && dimension >= 0.95 * ceiling(row)) found.push("at its ceiling");
   const dead = integer(row, "dead");
   if (dead > 0) found.push(`${shown(dead)} dead ${dead === 1 ? "feature" : "features"}`);
   const left = integer(row, "non_finite");
@@ -51,13 +72,15 @@ function updateTable(state) {
     return page.layers
       .map((_, layer) => ({ run, index, layer, epoch, tail, state }))
       .map((row) => ({ ...row, cells: all.map((column) => column.value(row)) }))
-      .filter((row) => row.cells.some((cell, i) => cell !== undefined && !all[i].text));
+      .filter((row) => row.cells.some((cell, i) => cell !== undefined && !all[i].text && !all[i].isFact));
   });
   const kept = all
     .map((column, index) => ({ ...column, index }))
     .filter(({ index }) => rows.some((row) => row.cells[index] !== undefined));
   updateHeadings(kept);
   sort(rows, kept.find((column) => column.title === sorting.title));
+  const hasIntervals = rows.some((row) => kept.some((column) => column.interval?.(row)));
+  const brackets = hasIntervals ? "; in brackets the interval of a value" : "";
   const body = document.getElementById("rows");
   const elements = rows.map((row) => rowElement(row, kept));
   // Moving an element takes the focus away from what is in it: touch only what is out of place.
@@ -66,7 +89,7 @@ function updateTable(state) {
   });
   while (body.children.length > elements.length) body.lastChild.remove();
   document.getElementById("table-caption").firstElementChild.textContent =
-    `${rows.length} rows: ${condition(state, true)}${ended(state)}`;
+    `${rows.length} rows: ${condition(state, true)}${ended(state)}${brackets}`;
 }
 
 function ended(state) {
@@ -145,6 +168,10 @@ function rowElement(row, kept) {
       data.value = exact;
       data.textContent = shown(cell, column.kind);
     }
+    if (column.interval) {
+      const interval = shownInterval(column.interval(row), column.kind);
+      if (place.lastChild.textContent !== interval) place.lastChild.textContent = interval;
+    }
   });
   return element;
 }
@@ -163,6 +190,7 @@ function newRow(row, kept) {
       cell.append(button);
     } else if (!column.text) {
       cell.append(document.createElement("data"));
+      if (column.interval) cell.append(document.createElement("span"));
     }
     element.append(cell);
   }

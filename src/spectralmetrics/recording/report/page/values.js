@@ -2,6 +2,7 @@
 
 const STEPS_PER_DECADE = 4096;
 const ZERO = 2 ** 20;
+const UNKNOWN = -2;
 
 class Run {
   constructor(content, page) {
@@ -39,6 +40,35 @@ class Run {
     }
     if (!entry.values || !at(entry.is_recorded, stage, layer, epoch)) return undefined;
     return at(entry.values, stage, layer, epoch);
+  }
+
+  // The ends of a value's interval; the upper one is NaN while a fold is empty. Undefined without folds.
+  interval(statistic, stage, layer, epoch, threshold) {
+    const value = this.value(statistic, stage, layer, epoch, threshold);
+    if (value === undefined) return undefined;
+    const entry = this.statistics[statistic];
+    if (entry.kind && this.dimension(entry.family, stage, layer, epoch, threshold) !== undefined) {
+      if (!this.arrays.held_out) return undefined;
+      const found = at(this.arrays.held_out[entry.family], stage, layer, threshold, epoch);
+      if (found === UNKNOWN) return [value, NaN];
+      if (found < 0) return undefined;
+      const other = entry.kind === "share" ? found / this.integer("width", stage, layer, epoch) : found;
+      return [Math.min(value, other), Math.max(value, other)];
+    }
+    if (!entry.low || !entry.high) return undefined;
+    const [low, high] = [entry.low, entry.high].map((end) => at(end, stage, layer, epoch));
+    return Number.isNaN(low) ? undefined : [low, high];
+  }
+
+  // The most directions that a layer's weights and width allow.
+  ceiling(stage, layer, epoch) {
+    const known = this.facts[layer].ceiling ?? undefined;
+    const width = this.integer("width", stage, layer, epoch);
+    return known === undefined || width === undefined ? (known ?? width) : Math.min(known, width);
+  }
+
+  hasCeilings() {
+    return this.facts.some(({ ceiling }) => ceiling !== null);
   }
 
   mean(statistic, stage, epoch, threshold) {
@@ -95,6 +125,7 @@ class Page {
     Object.assign(this, content);
     this.hasArrays = content.runs.some((run) => "dimensions" in run.arrays);
     this.runs = content.runs.map((run) => new Run(run, this));
+    this.hasCeilings = this.runs.some((run) => run.hasCeilings());
     this.epochs = [...new Set(this.runs.flatMap((run) => run.epochs))].sort((a, b) => a - b);
     this.statistics = [...new Set(this.runs.flatMap((run) => Object.keys(run.statistics)))];
   }
@@ -102,6 +133,13 @@ class Page {
   kind(statistic) {
     return this.runs.map((run) => run.statistics[statistic]).find(Boolean)?.kind;
   }
+}
+
+// What follows a value in brackets.
+function shownInterval(interval, kind) {
+  if (!interval) return "";
+  const [low, high] = interval;
+  return ` (${shown(low, kind)}–${Number.isNaN(high) ? "?" : shown(high, kind)})`;
 }
 
 // With all the digits that a reader can use; the exact number goes into the table's `value`.
