@@ -169,7 +169,8 @@ class Moments(SpectralSum):
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Moments:
         """See :class:`.Sum`."""
-        return moments_of_covariance(read("covariance"), read("mean"), read("count"), read("non_finite"))
+        # What cannot be decomposed is said when it is to be, so that other layers can be read.
+        return _of_covariance(*(read(name) for name in cls.arrays))
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,13 @@ def moments_of_covariance(
     tensor([[3., 0.],
             [0., 3.]], dtype=torch.float64)
     """
-    covariance, mean = decomposition.check_covariance(covariance), mean.to(torch.float64)
+    return _of_covariance(decomposition.check_covariance(covariance), mean, count, non_finite)
+
+
+def _of_covariance(
+    covariance: Tensor, mean: Tensor, count: int | Tensor, non_finite: int | Tensor
+) -> _MomentsOfCovariance:
+    mean = mean.to(torch.float64)
     return _MomentsOfCovariance(
         count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
         non_finite=torch.as_tensor(non_finite, dtype=torch.int64, device=covariance.device),
