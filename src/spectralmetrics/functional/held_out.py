@@ -28,7 +28,9 @@ def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tenso
     .. math:: h_k = \frac{1}{n} \sum_i \sum_{x \in \text{fold } i} \left(v_{ik}^\top (x - \mu_{-i})\right)^2
 
     the result is a spectrum. It is the cross-validated estimate of eigenvalues (Bartz, arXiv:1611.00798), as an
-    average over the eigenvectors of each split.
+    average over the eigenvectors of each split. About zero (``center=False``) it is never steeper than the
+    spectrum of all folds together: its first k values hold no more than the first k eigenvalues, and all of
+    them hold the same.
 
     Args:
         folds: at least two, over disjoint data of one width D; see the argument ``folds`` of the metrics. What
