@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate as running
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,20 +54,67 @@ def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tenso
     >>> bool((values.diff() <= 0).all())
     True
     """
+    return leave_one_out(folds, center).held_out
+
+
+class LeftOut(NamedTuple):
+    """What is known of a spectrum by leaving out one fold at a time.
+
+    Attributes:
+        held_out: what directions fitted to the other folds hold, shape (D,), see :func:`held_out_eigenvalues`.
+        others: the eigenvalues of all folds but one, shape (g, D).
+    """
+
+    held_out: Tensor
+    others: Tensor
+
+
+def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
+    """The held-out eigenvalues and those that their directions had where they were fitted.
+
+    See :func:`held_out_eigenvalues` for the arguments and what is raised.
+    """
     _check(folds)
     first, *later = folds
     before = [None, *running([first, *later[:-1]], merge)]  # all folds before each
     after = [*reversed(list(running(reversed(later), merge))), None]  # and all after it
     total = torch.stack([fold.count for fold in folds]).sum()
+    fitted = []
     found = torch.zeros(first.num_features, dtype=torch.float64, device=first.second.device)
     for fold, left, right in zip(folds, before, after, strict=True):
         others = right if left is None else left if right is None else merge(left, right)
         assert others is not None
         values, vectors = eigenvectors(covariance(others, center=center))
+        fitted.append(values)
         about = others.mean() if center else torch.zeros_like(others.origin)
         second = symmetrise(rebase(fold, about).second)
         found += _alike_where(values == 0, ((second @ vectors) * vectors).sum(0))
-    return without_round_off(_non_increasing(found / total))
+    return LeftOut(without_round_off(_non_increasing(found / total)), torch.stack(fitted))
+
+
+def sampling_margin(values: Sequence[Tensor]) -> Tensor:
+    r"""How far a statistic may lie from its value for other draws of the data, with a confidence of 95 %.
+
+    .. math:: t_{g-1} \sqrt{\frac{g-1}{g} \sum_i (\theta_i - \bar\theta)^2}
+
+    with the statistic :math:`\theta_i` of all folds but one: the jackknife's standard error (Efron 1982), and
+    for so few values the quantile of Student's t.
+
+    Args:
+        values: of the statistic, g at least 2, all of one shape.
+
+    Returns:
+        Of that shape, float64.
+
+    >>> sampling_margin([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]).round(decimals=2)
+    tensor(4.9700, dtype=torch.float64)
+    """
+    from scipy.special import stdtrit
+
+    stacked = torch.stack([value.to(torch.float64) for value in values])
+    folds = len(stacked)
+    error = (stacked.var(0, correction=1) * (folds - 1) ** 2 / folds).sqrt()
+    return error * float(stdtrit(folds - 1, 0.975))
 
 
 def _check(folds: Sequence[Moments]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from spectralmetrics.functional.held_out import held_out_eigenvalues
+from spectralmetrics.functional.held_out import LeftOut, leave_one_out
 from spectralmetrics.sums import Moments, SpectralSum, Sum, eigenvalues, eigenvectors, moments_of_covariance
 
 __all__ = ["Spectrum", "eigenvalues", "eigenvectors"]
@@ -180,18 +180,32 @@ class Spectrum:
         Raises:
             RuntimeError: if the observations were kept in one fold.
         """
+        left_out = self._left_out()
+        return None if left_out is None else _OtherEigenvalues(self, left_out.held_out)
+
+    def without_each_fold(self) -> list[Spectrum]:
+        """The spectra of all folds but one, each along the eigenvectors of all; empty with an empty fold.
+
+        Raises:
+            RuntimeError: if the observations were kept in one fold.
+        """
+        left_out = self._left_out()
+        return [] if left_out is None else [_OtherEigenvalues(self, values) for values in left_out.others]
+
+    def _left_out(self) -> LeftOut | None:
         if self.num_folds < 2:
             raise RuntimeError("expected observations kept in folds, got one: give the metric folds=8, say")
-        key = ("held out", self.center)
+        key = ("left out", self.center)
         if key not in self._cache:
             folds = self._sums.folds
             if any(int(fold.num_observations) == 0 for fold in folds):
                 return None
-            self._cache[key] = held_out_eigenvalues([_dense(fold) for fold in folds], center=self.center)
-        return _HeldOutSpectrum(self, self._cache[key])
+            self._cache[key] = leave_one_out([_dense(fold) for fold in folds], center=self.center)
+        found: LeftOut = self._cache[key]
+        return found
 
 
-class _HeldOutSpectrum(Spectrum):
+class _OtherEigenvalues(Spectrum):
     """A spectrum with other eigenvalues along the same eigenvectors."""
 
     def __init__(self, plain: Spectrum, values: Tensor) -> None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.functional.dimension import intrinsic_dimension
+from spectralmetrics.functional.held_out import sampling_margin
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.state import SumsMetric
 from spectralmetrics.sums import (
@@ -102,6 +103,8 @@ class SpectralMetric(SumsMetric):
     """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
     needs_eigenvectors: ClassVar[bool] = False
     """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
+    counts_directions: ClassVar[bool] = False
+    """Whether the value is a number or share of directions, which other draws of the data hardly move."""
     has_interval: ClassVar[bool] = True
     """Whether :meth:`statistic` can be read from held-out eigenvalues, too."""
     count: Tensor
@@ -212,7 +215,11 @@ class SpectralMetric(SumsMetric):
             low = plain.to(torch.float64)
             return Interval(low, torch.full_like(low, torch.nan))
         other = self._value(held_out)
-        return Interval(torch.minimum(plain, other), torch.maximum(plain, other))
+        low, high = torch.minimum(plain, other), torch.maximum(plain, other)
+        if not self.counts_directions:
+            margin = sampling_margin([self._value(each) for each in spectrum.without_each_fold()])
+            low, high = low - margin, high + margin
+        return Interval(low, high)
 
     def check_range(self) -> None:
         """Raise a RuntimeError if the observations have overflowed."""
@@ -274,7 +281,9 @@ class SpectralMetric(SumsMetric):
         One is the statistic of the spectrum; the other that of the spectrum on held-out data, see
         :func:`~spectralmetrics.functional.held_out_eigenvalues`. Directions that are fitted to few observations
         look too unequal on these and too equal on others: for dimension, saturation, effective rank,
-        participation ratio and stable rank the truth lies between.
+        participation ratio and stable rank the truth lies between. Unless the statistic counts directions, both
+        ends are moved outwards by what other draws of the data may change, see
+        :func:`~spectralmetrics.functional.held_out.sampling_margin`.
 
         Returns:
             low and high, of the shape of ``compute``. The end that is unknown while a fold is empty is NaN.

@@ -15,6 +15,8 @@ from spectralmetrics.metrics.base import SpectralMetric
 class _ThresholdMetric(SpectralMetric):
     """A statistic with a share of variance to explain and a rule for counting it."""
 
+    counts_directions = True
+
     def __init__(
         self,
         num_features: int | None = None,
