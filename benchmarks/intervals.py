@@ -53,13 +53,11 @@ def draw(variances, count, metrics, generator):
         metric.reset()
         for batch in rows.chunk(BATCHES):
             metric.update(batch)
-        plain, held_out = metric.spectrum, metric.spectrum.held_out()
-        low, high = metric.interval()
+        plain = metric.spectrum
         found[number] = {}
         for name, kind in STATISTICS.items():
-            values = [float(kind().statistic(spectrum)) for spectrum in (plain, held_out)]
-            found[number][name] = (*values, min(values), max(values))
-        assert (float(low), float(high)) == found[number]["dimension"][2:]
+            values = [float(kind().statistic(spectrum)) for spectrum in (plain, plain.held_out())]
+            found[number][name] = (*values, *map(float, kind().interval_of(plain)))
     return found
 
 
@@ -87,6 +85,7 @@ def measure(name, variances, ratio, draws):
                 "missed below": float((value > high + 1e-9 * value).double().mean()),
                 "missed above": float((value < low - 1e-9 * value).double().mean()),
                 "farthest": float(missed.max()),
+                "width": float((high - low).mean()),
                 "scatter": float(plain.std()),
             }
 
@@ -105,7 +104,7 @@ def main():
         for row in measure(name, variances, ratio, options.draws)
     ]
     keys = ("spectrum", "ratio", "folds", "statistic", "truth", "plain", "held out", "holds", "within one")
-    keys += ("missed below", "missed above", "farthest", "scatter")
+    keys += ("missed below", "missed above", "farthest", "width", "scatter")
     shown = [[f"{row[k]:.3g}" if isinstance(row[k], float) else row[k] for k in keys] for row in rows]
     print(table(keys, shown))
     write_result("intervals", {"width": options.width, "draws": options.draws, "rows": rows})
