@@ -57,7 +57,7 @@ def is_observed(index: int, every: int, seed: object) -> bool:
         seed: of the draws.
 
     >>> [index for index in range(12) if is_observed(index, 3, "seed")]
-    [0, 3, 7, 10]
+    [0, 4, 6, 11]
     """
     if every == 1:
         return True
