@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +89,10 @@ class Folds(SpectralSum):
         parts = (self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
         with torch.inference_mode(False):
             return tuple(Moments(*each) for each in zip(*parts, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of the views would be no views of the copy.
+        return {name: value for name, value in vars(self).items() if name != "folds"}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See :class:`.Sum`."""
