@@ -38,7 +38,8 @@ def by_hand(directory, epoch, stage, layer):
 class TestReadRecords:
     def test_rows_are_those_of_the_table(self, run):
         rows, table = sm.read_records(run), read_csv(run)
-        assert [{key: str(value) for key, value in row.items()} for row in rows] == table
+        written = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+        assert written == table
         assert {type(row["epoch"]) for row in rows} == {int}
         assert {row["statistic"] for row in rows if row["layer"] == ""} == {"accuracy"}
 

@@ -202,7 +202,7 @@ def test_observations_that_do_not_fit():
             accumulate(empty_moments(5), Observations(values), recentre=False)
     with pytest.raises(TypeError, match=r"floating dtype, got torch.int64"):
         accumulate(empty_moments(5), Observations(torch.ones(9, 5, dtype=torch.int64)), recentre=False)
-    with pytest.raises(ValueError, match=r"valid of shape \(9,\), one flag for each observation, got \(8,\)"):
+    with pytest.raises(ValueError, match=r"valid of shape \(9,\), got \(8,\)"):
         accumulate(empty_moments(5), Observations(torch.ones(9, 5), valid=torch.ones(8, dtype=torch.bool)))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
+from spectralmetrics.probing.sampling import draw  # noqa: F401  # where 0.1.0 had it
 from spectralmetrics.sums import Observations
 
 FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
