@@ -69,10 +69,11 @@ def ranks(results, statistic):
     for (spectrum, ratio, name), of in pivoted(results).items():
         if name == statistic:
             row = of[8]
-            cells = [number(row["truth"]), between(row["plain"], row["held out"]), number(row["scatter"])]
+            cells = [number(row["truth"]), between(row["plain"], row["held out"])]
+            cells += [number(row["width"]), number(row["scatter"])]
             rows.append([spectrum, f"{ratio:g}", *cells, percent(row["holds"]), number(row["farthest"])])
-    headings = ["spectrum", "n/D", f"true {statistic}", "plain … held out", "scatter", "holds", "farthest miss"]
-    return table(headings, rows)
+    headings = ["spectrum", "n/D", f"true {statistic}", "plain … held out", "width", "scatter", "holds"]
+    return table([*headings, "farthest miss"], rows)
 
 
 def digits(results):

@@ -471,7 +471,7 @@ def intervals_of_a_probe_take_two_collectives(rank, world):
     assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
     with counted_collectives() as seen:
         values = probe.compute("eval")
-    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    assert [name for name, _ in seen] == ["all_reduce"]  # nothing has come since, and one must tell
     expected = reference.compute("eval")
     for key, value in values.items():
         if "embedding" not in key:

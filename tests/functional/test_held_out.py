@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from spectralmetrics.functional import (
     Observations,
@@ -15,6 +16,7 @@ from spectralmetrics.functional import (
     participation_ratio,
     stable_rank,
 )
+from spectralmetrics.functional.held_out import leave_one_out, sampling_margin
 from tests.oracles import random_rows, rotation, two_pass_covariance
 
 
@@ -169,6 +171,37 @@ def test_the_sum_is_the_scatter_about_the_others_means(seed, sizes, features, me
     )
     np.testing.assert_allclose(found, scatter / sum(sizes), rtol=1e-10, atol=1e-25)
     assert found >= float(np.trace(two_pass_covariance(rows))) * (1 - 1e-10)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("sizes", [(40, 50), (30, 9, 60), (5, 4, 6, 3)])
+def test_the_eigenvalues_of_all_folds_but_one(sizes, center):
+    parts = random_rows(3, sum(sizes), 8, mean=1.0, decay=0.5).split(sizes)
+    found = leave_one_out([moments(part) for part in parts], center).others
+    assert found.shape == (len(sizes), 8)
+    assert found.dtype == torch.float64
+    for k, values in enumerate(found):
+        rows = torch.cat([*parts[:k], *parts[k + 1 :]]).numpy()
+        covariance = np.cov(rows.T, bias=True) if center else rows.T @ rows / len(rows)
+        np.testing.assert_allclose(values, np.linalg.eigvalsh(covariance)[::-1], rtol=1e-10, atol=1e-13)
+
+
+class TestSamplingMargin:
+    @pytest.mark.parametrize("folds", [2, 3, 8, 40])
+    def test_of_a_mean_it_is_that_of_the_t_interval(self, folds):
+        """The jackknife error of a mean of g values is their standard error."""
+        values = np.random.default_rng(folds).normal(3.0, 2.0, (folds, 4))
+        without = [torch.from_numpy(np.delete(values, k, 0).mean(0)) for k in range(folds)]
+        low, high = stats.t.interval(0.95, folds - 1, values.mean(0), stats.sem(values))
+        np.testing.assert_allclose(sampling_margin(without), (high - low) / 2, rtol=1e-12)
+
+    def test_numbers_that_are_counts(self):
+        margin = sampling_margin([torch.tensor(4), torch.tensor(6)])
+        assert margin.dtype == torch.float64
+        np.testing.assert_allclose(margin, stats.t.ppf(0.975, 1), rtol=1e-12)
+
+    def test_alike_values_leave_none(self):
+        assert sampling_margin([torch.tensor(0.7)] * 5) == 0
 
 
 @given(**shapes)

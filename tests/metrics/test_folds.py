@@ -5,19 +5,48 @@ import gc
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
-from spectralmetrics.functional import held_out_eigenvalues
 from spectralmetrics.sums.folds import Folds
+from tests.functional.test_held_out import plain_definition
 from tests.metrics.properties import SAMPLED, assert_same, feed
 from tests.metrics.test_properties import BUILT_IN, VARIANTS
-from tests.oracles import random_rows
+from tests.oracles import STATISTICS, random_rows
 
 STREAMED = [name for name, new in VARIANTS.items() if new().short_name not in SAMPLED]
 REFUSING = ("covariance", "embedding")
+COUNTING = ("delve", "intrinsic_dimension", "saturation")
+# The statistic of each variant that has an interval, in numpy.
+ORACLES = {name: STATISTICS[name] for name in STREAMED if name in STATISTICS and name not in REFUSING} | {
+    "delve": lambda values, covariance: (np.cumsum(values) < 0.99 * values.sum()).mean(),
+    "determinant_log": lambda values, covariance: np.linalg.slogdet(covariance)[1],
+    "rankme": STATISTICS["effective_rank"],
+    "uncentred_spectrum": STATISTICS["spectrum"],
+}
+
+
+def plain_interval(statistic, parts, center=True, counts_directions=False):
+    """By the definition: of all rows, of held-out values, and the jackknife over all parts but one."""
+
+    def of_rows(rows):
+        covariance = np.cov(rows.T, bias=True) if center else rows.T @ rows / len(rows)
+        return np.asarray(statistic(np.linalg.eigvalsh(covariance)[::-1], covariance))
+
+    held_out = plain_definition(parts, center)
+    ends = [of_rows(np.concatenate(parts)), np.asarray(statistic(held_out, np.diag(held_out)))]
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    if counts_directions:
+        return low, high
+    number = len(parts)
+    values = [of_rows(np.concatenate(parts[:k] + parts[k + 1 :])) for k in range(number)]
+    error = np.sqrt((number - 1) / number * sum((value - np.mean(values, 0)) ** 2 for value in values))
+    margin = stats.t.ppf(0.975, number - 1) * error
+    return low - margin, high + margin
 
 
 class LargestShareMetric(sm.SpectralMetric):
@@ -232,28 +261,59 @@ class TestCollections:
 
 
 class TestInterval:
-    @pytest.mark.parametrize("name", sorted(set(STREAMED) - {"covariance", "unbiased"}))
-    def test_it_is_the_plain_value_and_that_of_the_held_out_spectrum(self, name):
-        metric = feed(VARIANTS[name](folds=4), random_rows(1, 90, 7, mean=0.3, decay=0.8), 9)
+    @pytest.mark.parametrize("folds", [2, 3, 8])
+    @pytest.mark.parametrize("name", ORACLES)
+    def test_against_the_plain_definition(self, name, folds):
+        """The plain and the held-out value, moved outwards by the margin unless directions are counted."""
+        rows = random_rows(folds, 30 * folds, 7, mean=0.3, decay=0.8)
+        metric = feed(VARIANTS[name](folds=folds), rows, 10)
         low, high = interval = metric.interval()
         assert isinstance(interval, sm.metrics.base.Interval)
         plain = metric.compute()
         assert low.shape == high.shape == plain.shape
         assert low.dtype == high.dtype == plain.dtype
-        assert (low <= high).all()
-        held_out = held_out_eigenvalues(metric.sums[0].folds, metric.center)
-        values = held_out.sum() if name == "covariance_trace" else None
-        if name == "spectrum" or name == "uncentred_spectrum":
-            values = held_out
-        elif name == "intrinsic_dimension":
-            values = sm.functional.intrinsic_dimension(held_out, 0.99)
-        elif name == "participation_ratio":
-            values = sm.functional.participation_ratio(held_out)
-        if values is not None:
-            assert_same(low, torch.minimum(plain, values), 1e-12)
-            assert_same(high, torch.maximum(plain, values), 1e-12)
-        else:
-            assert ((low == plain) | (high == plain)).all()
+        batches = rows.split(10)
+        parts = [torch.cat(batches[turn::folds]).numpy() for turn in range(folds)]
+        of = plain_interval(ORACLES[name], parts, metric.center, name in COUNTING)
+        for end, expected in zip(interval, of, strict=True):
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(end, expected, rtol=1e-9, atol=1e-10 * scale)
+
+    @pytest.mark.parametrize("name", COUNTING)
+    def test_of_counted_directions_the_ends_are_values_themselves(self, name):
+        metric = feed(VARIANTS[name](folds=4), random_rows(1, 90, 30, decay=0.8), 9)
+        low, high = metric.interval()
+        held_out = metric.statistic(metric.spectrum.held_out())
+        assert low == metric.compute() < high == held_out
+
+    @pytest.mark.parametrize("name", sorted(set(ORACLES) - set(COUNTING)))
+    def test_of_others_they_lie_further_out(self, name):
+        metric = feed(VARIANTS[name](folds=4), random_rows(1, 90, 7, mean=0.3, decay=0.8), 9)
+        low, high = metric.interval()
+        for value in (metric.compute(), metric.statistic(metric.spectrum.held_out())):
+            assert (low < value).all()
+            assert (value < high).all()
+
+    def test_without_enough_observations_a_logarithm_of_zero_leaves_it_unknown(self):
+        metric = feed(sm.CovarianceDeterminantMetric(log=True, folds=4), torch.randn(20, 18), 5)
+        assert metric.compute().isfinite()  # but not without a fold
+        assert all(end.isnan() for end in metric.interval())
+
+    def test_it_holds_what_a_few_large_eigenvalues_decide(self):
+        """Which observations are drawn moves this ratio by more than the fitting of directions does."""
+        generator = torch.Generator().manual_seed(0)
+        variances = torch.arange(1, 49, dtype=torch.float64) ** -2
+        truth = float(variances.sum() ** 2 / (variances**2).sum())
+        held, held_without = 0, 0
+        for _ in range(40):
+            rows = torch.randn(192, 48, dtype=torch.float64, generator=generator) * variances.sqrt()
+            metric = feed(sm.ParticipationRatioMetric(folds=8), rows, 6)
+            low, high = metric.interval()
+            held += bool(low <= truth <= high)
+            ends = sorted([float(metric.compute()), float(metric.statistic(metric.spectrum.held_out()))])
+            held_without += ends[0] <= truth <= ends[1]
+        assert held >= 36
+        assert held_without < 30  # or the margin would not be needed
 
     @pytest.mark.parametrize("name", REFUSING)
     def test_what_is_no_number_of_a_spectrum_has_none(self, name):
@@ -284,18 +344,20 @@ class TestInterval:
         assert not any(end.isnan() for end in metric.interval())
 
     def test_a_users_own_statistic_has_one(self):
-        metric = feed(LargestShareMetric(folds=3), random_rows(0, 60, 6), 6)
-        low, high = metric.interval()
-        held_out = held_out_eigenvalues(metric.sums[0].folds)
-        assert_same(low, held_out[0] / held_out.sum(), 1e-12)
-        assert_same(high, metric.compute(), 0)
+        rows = random_rows(0, 60, 6)
+        metric = feed(LargestShareMetric(folds=3), rows, 6)
+        parts = [torch.cat(rows.split(6)[turn::3]).numpy() for turn in range(3)]
+        expected = plain_interval(lambda values, covariance: values.max() / values.sum(), parts)
+        np.testing.assert_allclose(metric.interval(), expected, rtol=1e-10)
 
     def test_a_users_own_plain_number_has_one(self):
         rows = torch.randn(40, 12)
         metric = feed(CountMetric(folds=4), rows, 5)
         low, high = metric.interval()
-        assert low.dtype == torch.int64
-        assert low <= metric.compute() <= high
+        assert low.dtype == high.dtype == torch.float64
+        parts = [torch.cat(rows.split(5)[turn::4]).numpy() for turn in range(4)]
+        expected = plain_interval(lambda values, covariance: (values > 0.5).sum(), parts)
+        np.testing.assert_allclose((low, high), expected, rtol=1e-12)
 
     def test_more_data_moves_it(self):
         metric = feed(sm.EffectiveRankMetric(folds=2), random_rows(0, 40, 6, decay=0.0), 10)

@@ -199,7 +199,9 @@ def test_of_a_run(tmp_path, capsys):
     for key, interval in intervals.items():
         ends = tuple(map(float, interval))
         assert (recorded[key].low, recorded[key].high) == pytest.approx(ends, rel=1e-12)
-        assert (rebuilt[key]["low"], rebuilt[key]["high"]) == pytest.approx(ends, rel=1e-9)
+        # The effective rank takes the roots of eigenvalues, those that are round-off of float32 features, too.
+        tolerance = 1e-6 if key.startswith("effective_rank") else 1e-9
+        assert (rebuilt[key]["low"], rebuilt[key]["high"]) == pytest.approx(ends, rel=tolerance)
     lower = {r["layer"]: r for r in sm.recompute(tmp_path, 0.5, ["saturation"])}
     assert lower["wide"]["high"] < rebuilt["saturation/eval/wide"]["low"]
 
