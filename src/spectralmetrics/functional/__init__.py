@@ -15,7 +15,7 @@ from spectralmetrics.functional.dimension import (
     stable_rank,
 )
 from spectralmetrics.functional.dispersion import determinant, diagonal_trace, trace
-from spectralmetrics.functional.held_out import held_out_eigenvalues
+from spectralmetrics.functional.held_out import held_out_eigenvalues, sampling_margin
 from spectralmetrics.functional.relations import (
     cka,
     debiased_hsic,
@@ -64,6 +64,7 @@ __all__ = [
     "participation_ratio",
     "power_law_exponent",
     "rebase",
+    "sampling_margin",
     "saturation",
     "stable_rank",
     "subspace_overlap",

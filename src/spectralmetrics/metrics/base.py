@@ -280,10 +280,11 @@ class SpectralMetric(SumsMetric):
 
         One is the statistic of the spectrum; the other that of the spectrum on held-out data, see
         :func:`~spectralmetrics.functional.held_out_eigenvalues`. Directions that are fitted to few observations
-        look too unequal on these and too equal on others: for dimension, saturation, effective rank,
-        participation ratio and stable rank the truth lies between. Unless the statistic counts directions, both
+        look too unequal on these and too equal on others: for dimension, saturation, effective rank and
+        participation ratio the truth lies between; for the stable rank as well, unless several leading
+        eigenvalues are equal. Unless the statistic counts directions, both
         ends are moved outwards by what other draws of the data may change, see
-        :func:`~spectralmetrics.functional.held_out.sampling_margin`.
+        :func:`~spectralmetrics.functional.sampling_margin`.
 
         Returns:
             low and high, of the shape of ``compute``. The end that is unknown while a fold is empty is NaN.
