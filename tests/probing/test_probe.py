@@ -19,6 +19,8 @@ from tests.metrics.properties import assert_same, feed
 from tests.oracles import random_rows
 from tests.probing.models import MODELS, ResNet, Transformer, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:in (train|eval) there are fewer observations")
+
 SETTINGS = {
     "exact": {},
     "fast": {"metrics": sm.SaturationMetric(gram_dtype=torch.float32)},

@@ -114,7 +114,8 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
     stacked = torch.stack([value.to(torch.float64) for value in values])
     folds = len(stacked)
     error = (stacked.var(0, correction=1) * (folds - 1) ** 2 / folds).sqrt()
-    return error * float(stdtrit(folds - 1, 0.975))
+    # Of a statistic that is infinite or no number without some fold, nothing is known beyond its value.
+    return torch.where(error.isfinite(), error, 0) * float(stdtrit(folds - 1, 0.975))
 
 
 def _check(folds: Sequence[Moments]) -> None:

@@ -219,6 +219,8 @@ class SpectralMetric(SumsMetric):
         if not self.counts_directions:
             margin = sampling_margin([self._value(each) for each in spectrum.without_each_fold()])
             low, high = low - margin, high + margin
+            if self.plot_lower_bound is not None:
+                low = low.clamp(min=self.plot_lower_bound)
         return Interval(low, high)
 
     def check_range(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -45,6 +46,7 @@ class LayerMetrics:
             getattr(collection, names[0]) for names in collection.compute_groups.values()
         ]
         self._spectral = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
+        self._linked: list[object] = []  # the sums that the members share, as objects
         # The collection's own update would read the states to share them, and rows could not wait.
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
 
@@ -58,6 +60,9 @@ class LayerMetrics:
         if self._is_direct:
             for leader in self._spectral:
                 leader.observe(observations)
+            for member in self.members:
+                member.__dict__["_computed"] = None
+            self._link()
             return
         rows = observations.rows()
         self.collection.update(rows if observations.valid is None else rows[observations.valid])
@@ -73,16 +78,26 @@ class LayerMetrics:
     def sums(self) -> list[Sum]:
         """The sums of the metrics, each kind once, of exact products before others; empty without data."""
         kept: dict[bool, dict[type[Sum], Sum]] = {True: {}, False: {}}
-        for metric in sorted(self._spectral, key=lambda each: each.gram_dtype != torch.float64):
+        # Exact products first, and more folds before fewer: they hold all that the others do.
+        for metric in sorted(self._spectral, key=lambda each: (each.gram_dtype != torch.float64, -each.folds)):
             if not metric.takes_observations:
                 continue
             for each in metric.sums:
-                if each.num_features:
+                if each.num_features and (not isinstance(each, SpectralSum) or each.in_range()):
                     kept[isinstance(each, SpectralSum)].setdefault(type(each), each)
         spectral = list(kept[True].values())[:1]
         if not spectral or not int(spectral[0].num_observations):  # type: ignore[attr-defined]
             return []
         return [*spectral, *kept[False].values()]
+
+    def _link(self) -> None:
+        """Share states where a leader has replaced its own, or a reader has made copies of the members'."""
+        live = [leader.__dict__["_live"] for leader in self._spectral]
+        is_linked = len(live) == len(self._linked) and all(map(operator.is_, live, self._linked))
+        if len(self.members) > len(live) and (not is_linked or self.collection._state_is_copy):
+            self.share_states()
+            live = [leader.__dict__["_live"] for leader in self._spectral]
+        self._linked = live
 
     def reset(self) -> None:
         """Forget the observations."""

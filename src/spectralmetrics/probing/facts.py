@@ -8,6 +8,11 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+_KNOWN: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    *(getattr(nn, f"{name}{rank}d") for name in ("Conv", "ConvTranspose") for rank in (1, 2, 3)),
+)
+
 
 class LayerFacts(NamedTuple):
     """What is known of a layer without its data.
@@ -37,6 +42,8 @@ def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
 
 def _ceiling(module: nn.Module) -> int | None:
     """The rank that the weights can have; a bias moves the mean and adds no direction."""
+    if not any(type(module).forward is kind.forward for kind in _KNOWN if isinstance(module, kind)):
+        return None  # a forward of its own may do more than its weights
     if isinstance(module, nn.Linear):
         return min(module.out_features, module.in_features) or None
     if isinstance(module, _ConvNd):

@@ -8,6 +8,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class LayerProbe(nn.Module):
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with LayerProbe(model, SaturationMetric(threshold=0.9)) as probe:
-    ...     _ = model(torch.eye(4))
+    ...     _ = model(torch.randn(32, 4))
     ...     sorted(probe.compute())
     ['saturation/train/0', 'saturation/train/2']
     """
@@ -156,6 +157,8 @@ class LayerProbe(nn.Module):
         )
         self.facts = {name: self._facts_of(name, module) for name, module in chosen.items()}
         self._paused = 0
+        self._resets: list[str | None] = []  # to be done once states are no longer merged
+        self._deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         self._masks = Masks()
         self._steps = Steps(every_n_steps, seed)
         self._lock = threading.RLock()
@@ -175,7 +178,7 @@ class LayerProbe(nn.Module):
             observer = Observer(_Watching(self, name), self._selected.get(name)).watches(module)
             self._handles.append((weakref.ref(module), module.register_forward_hook(observer)))
             leave_out_of_copies(module)
-        if self.every_n_steps > 1:
+        if self.every_n_steps > 1 or self._deals:
             self._handles += [(weakref.ref(model), handle) for handle in self._steps.watch(model)]
             leave_out_of_copies(model)
 
@@ -277,12 +280,18 @@ class LayerProbe(nn.Module):
         :meth:`compute` and ``probe[stage, layer]`` then read it without further communication. All processes
         enter together. Layers must not run inside.
         """
-        with self._lock, self._merged(list(self._places)):
-            self._is_merged = True
-            try:
+        with self._lock:
+            if self._is_merged:
                 yield
-            finally:
-                self._is_merged = False
+                return
+            with self._merged(list(self._places)):
+                self._is_merged = True
+                try:
+                    yield
+                finally:
+                    self._is_merged = False
+            while self._resets:  # what was reset inside was that of all processes
+                self.reset(self._resets.pop())
 
     @contextlib.contextmanager
     def _merged(self, where: list[tuple[str, str]]) -> Iterator[None]:
@@ -331,6 +340,9 @@ class LayerProbe(nn.Module):
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""
         with self._lock:
+            if self._is_merged:
+                self._resets.append(None if stage is None else _check_stage(stage))
+                return
             for each in STAGES if stage is None else (_check_stage(stage),):
                 self._steps.reset(each)
                 for name in self._layers:
@@ -424,6 +436,9 @@ class LayerProbe(nn.Module):
         if self._paused or torch._C._current_graph_task_id() != -1 or getattr(self._thread, "observing", False):
             return
         of_layer = self._places["train" if training else "eval", name]
+        if self._is_merged:
+            tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
+            return
         with self._lock:
             self._thread.observing = True
             try:
@@ -446,8 +461,9 @@ class LayerProbe(nn.Module):
             return
         forward = of_layer.forwards
         of_layer.forwards += 1
-        if not forward and name not in self._forward_order:
-            self._forward_order.append(name)
+        if not forward:
+            if name not in self._forward_order:
+                self._forward_order.append(name)
             self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
         if of_layer.given_up or of_layer.too_wide:
             return
@@ -472,6 +488,8 @@ class LayerProbe(nn.Module):
         if self.rows_per_feature is not None:
             seed = zlib.crc32(f"{self.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
             observations = draw(observations, sample_size(self.rows_per_feature, width), seed)
+        if self._deals:  # what one forward of the model showed of its inputs stays in one fold
+            observations = replace(observations, group=self._steps.number())
         of_layer.update(observations)
 
     def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:

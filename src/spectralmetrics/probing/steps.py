@@ -30,23 +30,29 @@ class Steps:
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of the model begins."""
         if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation
-            self._inside().append(False)
             return
         stage = "train" if training else "eval"
         step = self.counts[stage]
         self.counts[stage] += 1
-        self._inside().append(is_observed(step, self.every, (self.seed, stage, self.epochs[stage])))
+        # In the place of what an interrupted forward, after which no hook is called, has left.
+        is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
+        self._inside()[:] = [(step, is_seen)]
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
-        if inside := self._inside():
-            inside.pop()
+        if torch._C._current_graph_task_id() == -1:
+            self._inside().clear()
+
+    def number(self) -> int | None:
+        """The number of the forward of the model that runs in this thread; None outside of one."""
+        inside = self._inside()
+        return inside[-1][0] if inside else None
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """Whether to observe a forward of a layer; its number counts where the model itself is not run."""
         inside = self._inside()
         if inside:
-            return inside[-1]
+            return inside[-1][1]
         return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
 
     def reset(self, stage: str) -> None:
@@ -61,8 +67,8 @@ class Steps:
             model.register_forward_hook(Observer(self.leave, looks=False).watches(model), always_call=True),
         ]
 
-    def _inside(self) -> list[bool]:
-        inside: list[bool] | None = getattr(self._thread, "inside", None)
+    def _inside(self) -> list[tuple[int, bool]]:
+        inside: list[tuple[int, bool]] | None = getattr(self._thread, "inside", None)
         if inside is None:
             inside = self._thread.inside = []
         return inside

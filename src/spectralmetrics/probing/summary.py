@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of the screen that the table fits."""
-_ENOUGH = 10  # observations per direction found, below which a value is not to be trusted
+_ENOUGH = 10  # observations per direction found (and at all), below which a value is not to be trusted
 _WIDE = 0.1  # share of the width, beyond which an interval says little
 _AT_CEILING = 0.95  # share of the ceiling from which on a layer uses all that its weights allow
 
@@ -209,12 +209,14 @@ def _row(
         enough = found if math.isnan(spread) else int(end.high)
     width, count = sums.num_features, int(sums.num_observations)
     ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
+    if found > ceiling:  # refuted: weights that changed meanwhile, or a forward of the layer's own
+        ceiling = width
     words = []
-    if count < _ENOUGH * found or spread > _WIDE * width:
+    if count < _ENOUGH * max(found, 1) or spread > _WIDE * width:
         words.append("few observations")
     if found and found >= _AT_CEILING * ceiling:
         words.append("at its ceiling")
-    if dead := int((about_mean.variances == 0).sum()):
+    if count > 1 and (dead := int((about_mean.variances == 0).sum())):
         words.append(f"{dead} dead feature{'s' if dead > 1 else ''}")
     if left_out := int(sums.num_left_out):
         words.append(f"{left_out} row{'s' if left_out > 1 else ''} with NaN or infinities left out")

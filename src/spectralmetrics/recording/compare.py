@@ -36,7 +36,7 @@ def read_records(directory: str | Path) -> list[dict[str, Any]]:
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> directory = tempfile.mkdtemp()
     >>> with LayerProbe(model) as probe, Recorder(directory, probe) as recorder:
-    ...     _ = model(torch.eye(4))
+    ...     _ = model(torch.randn(32, 4))
     ...     _ = recorder.record()
     >>> [(row["layer"], row["statistic"]) for row in read_records(directory)]
     [('0', 'saturation'), ('mean', 'saturation')]
@@ -91,7 +91,7 @@ def compare(
     >>> directory = tempfile.mkdtemp()
     >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["csv", "arrays"]) as recorder:
     ...     for epoch in range(2):
-    ...         _ = model(torch.eye(4) * (1 + epoch))
+    ...         _ = model(torch.randn(32, 4) * (1 + epoch))
     ...         _ = recorder.record(epoch)
     >>> row = compare(directory, epochs=(0, 1))[0]
     >>> row["layer"], row["saturation_left"] == row["saturation_right"], round(row["subspace_overlap"], 6)

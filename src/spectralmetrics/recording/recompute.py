@@ -55,7 +55,7 @@ def recompute(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> directory = tempfile.mkdtemp()
     >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["arrays"]) as recorder:
-    ...     _ = model(torch.eye(4))
+    ...     _ = model(torch.randn(32, 4))
     ...     _ = recorder.record()
     >>> [(row["statistic"], row["layer"]) for row in recompute(directory, 0.5, ["intrinsic_dimension"])]
     [('intrinsic_dimension', '0'), ('intrinsic_dimension', 'mean')]

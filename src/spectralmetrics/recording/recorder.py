@@ -55,7 +55,7 @@ class Recorder:
     >>> from spectralmetrics import LayerProbe, SaturationMetric
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> with LayerProbe(model, SaturationMetric()) as probe, Recorder(tempfile.mkdtemp(), probe) as recorder:
-    ...     _ = model(torch.eye(4))
+    ...     _ = model(torch.randn(32, 4))
     ...     recorder.add_scalar("loss", 0.5)
     ...     values = recorder.record()
     >>> list(values), recorder.next_epoch

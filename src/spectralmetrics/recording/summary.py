@@ -37,7 +37,7 @@ def summarise_run(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> directory = tempfile.mkdtemp()
     >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["arrays"]) as recorder:
-    ...     _ = model(torch.eye(4).repeat(10, 1))
+    ...     _ = model(torch.randn(32, 4))
     ...     _ = recorder.record()
     >>> summarise_run(directory, stage="train").rows[0].width
     3

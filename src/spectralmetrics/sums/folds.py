@@ -1,6 +1,7 @@
 """Dense moments of disjoint parts of the data, so that what is fitted to some can be judged by the others.
 
-Batches are dealt in turn to g sums; a batch is never divided, so that what belongs to one input stays together.
+Batches are dealt in turn to g sums. A batch is never divided, and batches of one group (what one forward of a
+model has shown) go to one sum, so that what belongs to one input stays together.
 Whatever reads the sum reads all of them merged, unless it asks for the folds.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from spectralmetrics.sums.decomposition import symmetrise
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import together
-from spectralmetrics.sums.moments import Moments, empty_moments, merge, moments_of_covariance
+from spectralmetrics.sums.moments import Moments, empty_moments, merge
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import Intake, SpectralSum
 
@@ -187,7 +188,7 @@ class Folds(SpectralSum):
         rows, columns = torch.triu_indices(parts[0].shape[1], parts[0].shape[1])
         covariances[:, rows, columns] = uppers
         folds = stack(
-            [moments_of_covariance(symmetrise(s), *each) for s, *each in zip(covariances, *parts, strict=True)]
+            [Moments.of_covariance(symmetrise(s), *each) for s, *each in zip(covariances, *parts, strict=True)]
         )
         return _RestoredFolds(**vars(folds), given=Moments.restored(read))
 
@@ -216,7 +217,7 @@ class FoldsIntake(Intake):
 
     def add(self, sums: Folds, observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
-        turn = batch % len(self._parts)
+        turn = (batch if observations.group is None else observations.group) % len(self._parts)
         self._parts[turn].add(sums.folds[turn], observations, batch)
 
     def flush(self, sums: Folds) -> bool:

@@ -169,8 +169,22 @@ class Moments(SpectralSum):
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Moments:
         """See :class:`.Sum`."""
-        # What cannot be decomposed is said when it is to be, so that other layers can be read.
-        return _of_covariance(*(read(name) for name in cls.arrays))
+        return cls.of_covariance(*(read(name) for name in cls.arrays))
+
+    @staticmethod
+    def of_covariance(
+        covariance: Tensor, mean: Tensor, count: int | Tensor, non_finite: int | Tensor
+    ) -> Moments:
+        """As :func:`moments_of_covariance`, whatever the covariance holds: decomposing it says that."""
+        mean = mean.to(torch.float64)
+        return _MomentsOfCovariance(
+            count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
+            non_finite=torch.as_tensor(non_finite, dtype=torch.int64, device=covariance.device),
+            origin=mean,
+            first=torch.zeros_like(mean),
+            second=covariance * count,
+            given=covariance,
+        )
 
 
 @dataclass(frozen=True)
@@ -206,21 +220,7 @@ def moments_of_covariance(
     tensor([[3., 0.],
             [0., 3.]], dtype=torch.float64)
     """
-    return _of_covariance(decomposition.check_covariance(covariance), mean, count, non_finite)
-
-
-def _of_covariance(
-    covariance: Tensor, mean: Tensor, count: int | Tensor, non_finite: int | Tensor
-) -> _MomentsOfCovariance:
-    mean = mean.to(torch.float64)
-    return _MomentsOfCovariance(
-        count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
-        non_finite=torch.as_tensor(non_finite, dtype=torch.int64, device=covariance.device),
-        origin=mean,
-        first=torch.zeros_like(mean),
-        second=covariance * count,
-        given=covariance,
-    )
+    return Moments.of_covariance(decomposition.check_covariance(covariance), mean, count, non_finite)
 
 
 def empty_moments(num_features: int, device: torch.device | str | None = None) -> Moments:

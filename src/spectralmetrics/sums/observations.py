@@ -16,6 +16,7 @@ class Observations:
         values: floating tensor; every dimension but ``feature_dim`` enumerates observations.
         feature_dim: the dimension of size D that holds the features of one observation.
         valid: shape (N,), boolean, False for rows to pass over, such as padding; None if all count.
+        group: number of what they belong to; folds keep batches of one group together. None: of themselves.
 
     >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
     torch.Size([128, 3])
@@ -24,6 +25,7 @@ class Observations:
     values: Tensor
     feature_dim: int = -1
     valid: Tensor | None = None
+    group: int | None = None
 
     @property
     def num_features(self) -> int:
@@ -67,14 +69,14 @@ class Observations:
         moved = self.values if self.feature_dim == -1 else self.values.movedim(self.feature_dim, -1)
         if moved.is_contiguous():
             rows = moved.reshape(-1, moved.shape[-1]).index_select(0, index)
-            return Observations(rows, valid=valid)
+            return Observations(rows, valid=valid, group=self.group)
         positions = []
         for size in reversed(moved.shape[:-1]):
             positions.append(index % size)
             index = index // size
-        return Observations(moved[tuple(reversed(positions))], valid=valid)
+        return Observations(moved[tuple(reversed(positions))], valid=valid, group=self.group)
 
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)
-        return Observations(self.values.to(device), self.feature_dim, valid)
+        return Observations(self.values.to(device), self.feature_dim, valid, self.group)

@@ -45,7 +45,7 @@ def write_report(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> directory = Path(tempfile.mkdtemp())
     >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["csv", "arrays"]) as recorder:
-    ...     _ = model(torch.eye(4))
+    ...     _ = model(torch.randn(32, 4))
     ...     _ = recorder.record()
     >>> write_report(directory, directory / "report.html").name
     'report.html'

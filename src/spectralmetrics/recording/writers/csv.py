@@ -31,10 +31,12 @@ class CSVWriter(Writer):
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
         self._path = directory / FILE_NAME
-        if self._path.exists():
+        if self._path.exists() and self._path.stat().st_size:
             with open(self._path, "rb") as earlier:
                 is_earlier = earlier.readline().strip() == ",".join(_EARLIER_COLUMNS).encode()
-            if is_earlier:  # what will be added has more columns
+                earlier.seek(-1, os.SEEK_END)
+                is_cut = earlier.read() != b"\n"  # an editor's doing
+            if is_earlier or is_cut:  # what will be added has more columns, or begins a line
                 rows = read_rows(self._path)
                 with replacing(self._path) as file:
                     file.write(format_rows(rows))

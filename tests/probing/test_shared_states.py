@@ -1,0 +1,163 @@
+"""What a reader of a collection finds, inside `merged` too, and what modules that run several times show."""
+
+import pytest
+import torch
+from torch import nn
+
+import spectralmetrics as sm
+from spectralmetrics import LayerProbe, Recorder
+from spectralmetrics.probing.facts import facts_of
+
+
+def probed(metrics, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6))
+    return model, LayerProbe(model, metrics, **options)
+
+
+@pytest.mark.parametrize("read", ["collection", "item", "attribute", "interval"])
+def test_every_member_reads_what_is_there_now(read):
+    metrics = {"a": sm.SaturationMetric(folds=2), "b": sm.CovarianceTraceMetric(folds=2)}
+    model, probe = probed(metrics)
+    collection = probe["train", "0"]
+
+    def value():
+        if read == "collection":
+            return collection.compute()["b"]
+        if read == "item":
+            return collection["b"].compute()
+        if read == "attribute":
+            return collection.b.compute()
+        return torch.stack(collection["b"].interval()).mean()
+
+    for scale in (1, 100, 10_000):
+        for _ in range(4):
+            model(scale * torch.randn(50, 8))
+        seen = value()
+        expected = probe.compute()["b/train/0"]
+        if read == "interval":
+            expected = torch.stack(probe.intervals()["b/train/0"]).mean()
+        torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize("folds", [2, 4])
+def test_what_one_forward_shows_of_its_inputs_stays_in_one_fold(folds):
+    class Unrolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.cell(self.cell(x))
+
+    model = Unrolled()
+    probe = LayerProbe(model, sm.SaturationMetric(folds=folds))
+    for size in range(1, 9):
+        model(torch.randn(size, 3))
+    kept = [int(fold.count) for fold in probe.sums("train", "cell")[0].folds]
+    assert kept == [2 * sum(range(1 + turn, 9, folds)) for turn in range(folds)]
+
+
+def test_merged_nests_and_resets_afterwards(tmp_path):
+    model, probe = probed([sm.SaturationMetric()])
+    model(torch.randn(40, 8))
+    with probe.merged():
+        with probe.merged():
+            pass
+        with pytest.warns(UserWarning, match="ran inside `merged"):
+            model(torch.randn(5, 8))
+        with Recorder(tmp_path, probe) as recorder:
+            recorder.record()
+        assert int(probe["train", "0"]["saturation"].count) == 40
+    assert int(probe["train", "0"]["saturation"].count) == 0
+    model(torch.randn(7, 8))
+    assert int(probe["train", "0"]["saturation"].count) == 7
+
+
+def test_a_layer_that_overflowed_does_not_take_the_others_along(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double().eval()
+    probe = LayerProbe(model, folds=2)
+    for _ in range(4):
+        model(torch.randn(40, 4).double())
+    model[1](1e200 * torch.randn(40, 3).double())
+    assert [row.layer for row in probe.summary().rows] == ["0"]
+    with Recorder(tmp_path, probe, ["csv", "arrays"]) as recorder, pytest.warns(UserWarning, match="overflow"):
+        recorder.record()
+    assert {row["layer"] for row in sm.recompute(tmp_path)} == {"0", "mean"}
+
+
+def test_arrays_keep_the_folds_of_whichever_metric_has_them(tmp_path):
+    model, probe = probed([sm.SaturationMetric(), sm.IntrinsicDimensionMetric(folds=4)])
+    for _ in range(8):
+        model(torch.randn(30, 8))
+    ends = tuple(map(float, probe.intervals()["intrinsic_dimension/train/0"]))
+    row = probe.summary("train").rows[0]
+    assert (row.low, row.high) == ends
+    with Recorder(tmp_path, probe, ["arrays"]) as recorder:
+        recorder.record()
+    found = sm.recompute(tmp_path, statistics=["intrinsic_dimension"])[0]
+    assert (found["low"], found["high"]) == ends
+
+
+def test_one_observation_is_few_and_kills_no_feature():
+    model, probe = probed([sm.SaturationMetric()])
+    model(torch.randn(1, 8))
+    assert probe.summary("train").rows[0].stands_out == ("few observations",)
+
+
+def test_a_ceiling_that_is_refuted_is_none():
+    class Bent(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    assert facts_of(Bent(2, 64)).ceiling is None
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 64))
+    probe = LayerProbe(model)
+    for _ in range(40):  # weights that change
+        nn.init.normal_(model[0].weight)
+        model(torch.randn(30, 2))
+    row = probe.summary("train").rows[0]
+    assert row.value > 2
+    assert row.ceiling == 64
+    assert "at its ceiling" not in row.stands_out
+
+
+def test_an_interrupted_forward_leaves_nothing_behind():
+    class Halting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.halts = False
+
+        def forward(self, x):
+            if self.halts:
+                raise KeyboardInterrupt
+            return self.inner(x)
+
+    model = Halting()
+    probe = LayerProbe(model, every_n_steps=4)
+    model(torch.randn(5, 3))
+    model.halts = True
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(5, 3))
+    model.halts = False
+    for _ in range(40):
+        model(torch.randn(5, 3))
+    seen = int(probe["train", "inner"]["saturation"].count)
+    for _ in range(40):
+        model.inner(torch.randn(5, 3))
+    assert int(probe["train", "inner"]["saturation"].count) == seen + 50
+
+
+def test_interval_ends_are_values_that_the_statistic_can_have():
+    metric = sm.CovarianceTraceMetric(folds=4)
+    for scale in (1, 1000, 1, 1):
+        metric.update(scale * torch.randn(10, 3))
+    assert metric.interval().low >= 0
+    metric = sm.CovarianceDeterminantMetric(log=True, folds=4)
+    for _ in range(4):
+        metric.update(torch.randn(1, 9))
+    low, high = metric.interval()
+    assert low == -torch.inf
+    assert not high.isnan()
