@@ -115,8 +115,9 @@ class TestDemo:
         whole = demo.load_digits
         monkeypatch.setattr(demo, "load_digits", lambda seed: tuple(part[:64] for part in whole(seed)))
         runs = [demo.run(epochs=1, seed=seed, output=tmp_path) for seed in (3, 3, 4)]
-        assert runs[0] == runs[1]
-        assert runs[0] != runs[2]
+        texts = [repr(rows) for rows in runs]  # where the upper end of an interval is unknown it is NaN
+        assert texts[0] == texts[1]
+        assert texts[0] != texts[2]
 
 
 @pytest.mark.parametrize(

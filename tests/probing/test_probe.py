@@ -355,7 +355,7 @@ class TestEveryForwardOnce:
     def test_a_layer_that_never_ran_is_named_once(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.MultiheadAttention(3, 1))
         probe = LayerProbe(model, layers=["0", "1.out_proj"])
-        model[0](torch.randn(5, 3))
+        model[0](torch.randn(20, 3))
         with pytest.warns(UserWarning, match=r"saw nothing in train are left out: '1.out_proj'") as seen:
             assert list(probe.compute()) == ["saturation/train/0"]
         assert len(seen) == 1
