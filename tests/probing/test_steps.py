@@ -127,7 +127,7 @@ def test_a_failed_forward_is_left_again():
         else:
             model(torch.randn(2, 3), False)
     assert count(probe, "layer") == 10 * 2
-    assert not probe._steps._inside()
+    assert probe._steps._current() is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

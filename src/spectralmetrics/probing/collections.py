@@ -50,6 +50,10 @@ class LayerMetrics:
         # The collection's own update would read the states to share them, and rows could not wait.
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would hold the sums twice; its members are linked again by its first update.
+        return {**self.__dict__, "_linked": []}
+
     @property
     def spectral_leaders(self) -> list[SpectralMetric]:
         """The leaders that are metrics of this package."""

@@ -284,14 +284,16 @@ class LayerProbe(nn.Module):
             if self._is_merged:
                 yield
                 return
-            with self._merged(list(self._places)):
-                self._is_merged = True
-                try:
-                    yield
-                finally:
-                    self._is_merged = False
-            while self._resets:  # what was reset inside was that of all processes
-                self.reset(self._resets.pop())
+            try:
+                with self._merged(list(self._places)):
+                    self._is_merged = True
+                    try:
+                        yield
+                    finally:
+                        self._is_merged = False
+            finally:
+                while self._resets:  # what was reset inside was that of all processes
+                    self.reset(self._resets.pop())
 
     @contextlib.contextmanager
     def _merged(self, where: list[tuple[str, str]]) -> Iterator[None]:
@@ -326,8 +328,7 @@ class LayerProbe(nn.Module):
             seen = {name: sums for name, sums in found.items() if sums}
             if not seen:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
-            title = f"{stage}, dimension at {100 * threshold:.4g} % of the variance"
-            return summarise(seen, self.facts, metric, threshold=threshold, title=title)
+            return summarise(seen, self.facts, metric, threshold=threshold, where=stage)
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
         """What is kept of a layer's observations: the spectral sum, then others; empty for nothing.

@@ -36,23 +36,23 @@ class Steps:
         self.counts[stage] += 1
         # In the place of what an interrupted forward, after which no hook is called, has left.
         is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
-        self._inside()[:] = [(step, is_seen)]
+        self._thread.current = (step, is_seen)
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
         if torch._C._current_graph_task_id() == -1:
-            self._inside().clear()
+            self._thread.current = None
 
     def number(self) -> int | None:
         """The number of the forward of the model that runs in this thread; None outside of one."""
-        inside = self._inside()
-        return inside[-1][0] if inside else None
+        current = self._current()
+        return None if current is None else current[0]
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """Whether to observe a forward of a layer; its number counts where the model itself is not run."""
-        inside = self._inside()
-        if inside:
-            return inside[-1][1]
+        current = self._current()
+        if current is not None:
+            return current[1]
         return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
 
     def reset(self, stage: str) -> None:
@@ -67,11 +67,10 @@ class Steps:
             model.register_forward_hook(Observer(self.leave, looks=False).watches(model), always_call=True),
         ]
 
-    def _inside(self) -> list[tuple[int, bool]]:
-        inside: list[tuple[int, bool]] | None = getattr(self._thread, "inside", None)
-        if inside is None:
-            inside = self._thread.inside = []
-        return inside
+    def _current(self) -> tuple[int, bool] | None:
+        """The number of the forward that runs in this thread, and whether it is observed."""
+        current: tuple[int, bool] | None = getattr(self._thread, "current", None)
+        return current
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_thread"}

@@ -146,7 +146,7 @@ def summarise(
     metric: SpectralMetric,
     *,
     threshold: float = 0.99,
-    title: str = "",
+    where: str,
 ) -> Summary:
     """The summary of layers of which the sums are known.
 
@@ -155,7 +155,7 @@ def summarise(
         facts: name -> what is known of the layer besides.
         metric: of the value to show; one that gives a single number.
         threshold: share of the variance for dimension and saturation.
-        title: of the table.
+        where: the stage, and whatever else the title is to begin with.
 
     Raises:
         ValueError: for a statistic that is no single number.
@@ -170,6 +170,7 @@ def summarise(
     rows = [
         row._replace(stands_out=("in the tail", *row.stands_out)) if row.layer in tail else row for row in rows
     ]
+    title = f"{where}, dimension at {100 * threshold:.4g} % of the variance"
     return Summary(rows, title, metric.short_name)
 
 

@@ -59,5 +59,4 @@ def summarise_run(
     layers = {each.layer: each.sums for each in read_layers(files[chosen]) if each.stage == stage}
     if not layers:
         raise ValueError(f"expected a stage that was recorded in epoch {chosen}, got {stage!r}")
-    title = f"epoch {chosen}, {stage}, dimension at {100 * threshold:.4g} % of the variance"
-    return summarise(layers, manifest.facts, metric, threshold=threshold, title=title)
+    return summarise(layers, manifest.facts, metric, threshold=threshold, where=f"epoch {chosen}, {stage}")

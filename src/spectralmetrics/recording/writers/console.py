@@ -80,8 +80,7 @@ class ConsoleWriter(Writer):
         layers = {layer: sums for (its_stage, layer), sums in record.sums.items() if its_stage == stage}
         given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
         metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
-        title = f"{stage}, dimension at {100 * metric.threshold:.4g} % of the variance"
-        return summarise(layers, record.layers, metric, threshold=metric.threshold, title=title)
+        return summarise(layers, record.layers, metric, threshold=metric.threshold, where=stage)
 
 
 def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:
