@@ -87,11 +87,13 @@ def compare(
 
     >>> import tempfile, torch
     >>> from spectralmetrics import LayerProbe, Recorder
+    >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3)).eval()
     >>> directory = tempfile.mkdtemp()
+    >>> batch = torch.randn(32, 4)
     >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["csv", "arrays"]) as recorder:
     ...     for epoch in range(2):
-    ...         _ = model(torch.randn(32, 4) * (1 + epoch))
+    ...         _ = model(batch * (1 + epoch))
     ...         _ = recorder.record(epoch)
     >>> row = compare(directory, epochs=(0, 1))[0]
     >>> row["layer"], row["saturation_left"] == row["saturation_right"], round(row["subspace_overlap"], 6)
