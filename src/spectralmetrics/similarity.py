@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
-from spectralmetrics.probing.compilation import heed_hooks, ignores_hooks
-from spectralmetrics.probing.copies import Handles, leave_out_of_copies, take_off
-from spectralmetrics.probing.hooks import Entering, Observer, Select, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.compilation import ignores_hooks
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 
@@ -146,11 +144,8 @@ class LayerSimilarity:
         self._waiting: tuple[int, _Outputs] | None = None  # of the model that has run first
         self._paused = 0
         self._warned: set[str] = set()
-        self._handles: Handles = []
-        self._finalizer = weakref.finalize(self, take_off, self._handles)
-        self._finalizer.atexit = False
+        self._hooks = Hooks(self)
         self.reset()
-        heed_hooks()
         try:
             for index, (each, modules) in enumerate(zip(models, chosen, strict=True)):
                 self._watch(index, unwrap(each), modules)
@@ -160,15 +155,10 @@ class LayerSimilarity:
 
     def _watch(self, index: int, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Put hooks on one of the models: the first before its forward, the last behind its layers'."""
-        begin = Observer(_Watching(self, "_begin", index), looks=False).watches(model)
-        end = Observer(_Watching(self, "_end", index), looks=False).watches(model)
-        self._handles.append((weakref.ref(model), model.register_forward_pre_hook(Entering(begin))))
+        self._hooks.before(model, Weakly(self._begin, index))
         for name, module in layers.items():
-            observer = Observer(_Watching(self, "_observe", index, name)).watches(module)
-            self._handles.append((weakref.ref(module), module.register_forward_hook(observer)))
-            leave_out_of_copies(module)
-        self._handles.append((weakref.ref(model), model.register_forward_hook(end)))
-        leave_out_of_copies(model)
+            self._hooks.behind(module, Weakly(self._observe, index, name))
+        self._hooks.behind(model, Weakly(self._end, index), looks=False)
 
     @property
     def layers(self) -> list[str]:
@@ -225,7 +215,7 @@ class LayerSimilarity:
 
     def remove(self) -> None:
         """Take all hooks off the models; what has been observed can still be computed."""
-        take_off(self._handles)
+        self._hooks.take_off()
 
     def __enter__(self) -> LayerSimilarity:
         return self
@@ -237,12 +227,14 @@ class LayerSimilarity:
         sizes = " x ".join(str(len(side.layers)) for side in (self._sides[0], self._sides[-1]))
         return f"LayerSimilarity({sizes} layers)"
 
-    def _begin(self, index: int, module: nn.Module, output: Any) -> None:
+    def _begin(self, index: int, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of a model begins, unless it is traced or a checkpoint's recomputation in backward."""
         is_off = self._paused or torch._C._current_graph_task_id() != -1
         self._sides[index].current = {} if not is_off and how_it_runs(output) == "run" else None
 
-    def _observe(self, index: int, name: str, module: nn.Module, output: Any) -> None:
+    def _observe(
+        self, index: int, name: str, module: nn.Module, output: Any, training: bool, select: Select | None
+    ) -> None:
         """A layer has run, maybe by itself; nothing that happens here may end a forward."""
         side = self._sides[index]
         if self._paused or side.current is None or torch._C._current_graph_task_id() != -1:
@@ -269,7 +261,7 @@ class LayerSimilarity:
         if name not in side.forward_order:
             side.forward_order.append(name)
 
-    def _end(self, index: int, module: nn.Module, output: Any) -> None:
+    def _end(self, index: int, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of a model ends."""
         current, self._sides[index].current = self._sides[index].current, None
         if not current:
@@ -379,20 +371,6 @@ class LayerSimilarity:
         if message not in self._warned:
             self._warned.add(message)
             tell(message)
-
-
-class _Watching:
-    """Passes what a hook sees on to a method of a LayerSimilarity, as long as that is there."""
-
-    def __init__(self, similarity: LayerSimilarity, method: str, *arguments: Any) -> None:
-        self._similarity = weakref.ref(similarity)
-        self._method = method
-        self._arguments = arguments
-
-    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        similarity = self._similarity()
-        if similarity is not None:
-            getattr(similarity, self._method)(*self._arguments, module, output)
 
 
 def _stack(side: _Side, outputs: _Outputs, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spectralmetrics.probing.copies import OwnHook
+from spectralmetrics.probing.compilation import heed_hooks
+from spectralmetrics.probing.copies import Handles, OwnHook, leave_out_of_copies, take_off
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.sums import no_autocast
 
@@ -39,20 +40,89 @@ _TICKET = torch.zeros((), dtype=torch.int64, device="cpu").add_(0)
 _NOTHING = torch.zeros((), device="cpu")
 
 
+class Hooks:
+    """The hooks of one owner on any number of modules; gone together, at the latest with the owner.
+
+    No copy of a module has them, and a copy of these has none.
+
+    Args:
+        owner: what they are for; kept alive by none of them if what they call is :class:`Weakly`.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._handles: Handles = []
+        finalizer = weakref.finalize(owner, take_off, self._handles)
+        finalizer.atexit = False  # at the end of the program there is nothing left to clean
+        heed_hooks()
+
+    def before(self, module: nn.Module, observe: Observe) -> None:
+        """Have it told that a forward of a module begins."""
+        hook = Entering(Observer(module, observe, looks=False))
+        self._note(module, module.register_forward_pre_hook(hook))
+
+    def behind(
+        self,
+        module: nn.Module,
+        observe: Observe,
+        select: Select | None = None,
+        *,
+        looks: bool = True,
+        always_call: bool = False,
+    ) -> None:
+        """Have it shown what a module has put out, see :class:`Observer`.
+
+        ``always_call`` is that of ``torch.nn.Module.register_forward_hook``.
+        """
+        hook = Observer(module, observe, select, looks=looks)
+        self._note(module, module.register_forward_hook(hook, always_call=always_call))
+
+    def take_off(self) -> None:
+        """Remove them all, and leave nothing of ours on the modules."""
+        take_off(self._handles)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_handles": []}
+
+    def _note(self, module: nn.Module, handle: Any) -> None:
+        self._handles.append((weakref.ref(module), handle))
+        leave_out_of_copies(module)
+
+
+class Weakly:
+    """Calls a bound method, with these arguments before its others, as long as its object is there."""
+
+    def __init__(self, method: Any, *arguments: Any) -> None:
+        self._owner = weakref.ref(method.__self__)
+        self._function = method.__func__
+        self._arguments = arguments
+
+    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """See :data:`Observe`."""
+        owner = self._owner()
+        if owner is not None:
+            self._function(owner, *self._arguments, module, output, training, select)
+
+
 class Observer(OwnHook):
     """A forward hook of one module.
 
     Args:
+        module: that it will be put on.
         observe: see :data:`Observe`.
         select: of the output; None takes the first floating tensor.
         looks: False for a hook that is content to know that the module ran; a compiled one then gets no output.
     """
 
-    def __init__(self, observe: Observe, select: Select | None = None, *, looks: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, observe: Observe, select: Select | None = None, *, looks: bool = True
+    ) -> None:
+        self._module = weakref.ref(module)
         self._observe = observe
         self._select = select
         self._looks = looks
-        self._module: weakref.ref[nn.Module] | None = None
         self._number = next(_NUMBERS)
         _OBSERVERS[self._number] = self
 
@@ -74,14 +144,9 @@ class Observer(OwnHook):
 
     def see_compiled(self, output: Tensor, training: bool) -> None:
         """Pass on what a compiled module has put out."""
-        module = None if self._module is None else self._module()
+        module = self._module()
         if module is not None:
             self._observe(module, output, training, None)
-
-    def watches(self, module: nn.Module) -> Observer:
-        """Name the module that the hook will be put on."""
-        self._module = weakref.ref(module)
-        return self
 
 
 class Entering(OwnHook):

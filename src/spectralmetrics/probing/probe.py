@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import numbers
 import threading
-import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,10 +17,8 @@ from torchmetrics import Metric, MetricCollection
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
-from spectralmetrics.probing.compilation import heed_hooks
-from spectralmetrics.probing.copies import Handles, leave_out_of_copies, take_off
 from spectralmetrics.probing.facts import LayerFacts, facts_of
-from spectralmetrics.probing.hooks import Observer, Select, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.merging import merged_states
@@ -163,10 +160,7 @@ class LayerProbe(nn.Module):
         self._steps = Steps(every_n_steps, seed)
         self._lock = threading.RLock()
         self._thread = threading.local()
-        self._handles: Handles = []
-        self._finalizer = weakref.finalize(self, take_off, self._handles)
-        self._finalizer.atexit = False  # at the end of the program there is nothing left to clean
-        heed_hooks()
+        self._hooks = Hooks(self)
         try:
             self._watch(unwrap(model), chosen)
         except BaseException:
@@ -175,12 +169,9 @@ class LayerProbe(nn.Module):
 
     def _watch(self, model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         for name, module in chosen.items():
-            observer = Observer(_Watching(self, name), self._selected.get(name)).watches(module)
-            self._handles.append((weakref.ref(module), module.register_forward_hook(observer)))
-            leave_out_of_copies(module)
+            self._hooks.behind(module, Weakly(self._observe, name), self._selected.get(name))
         if self.every_n_steps > 1 or self._deals:
-            self._handles += [(weakref.ref(model), handle) for handle in self._steps.watch(model)]
-            leave_out_of_copies(model)
+            self._steps.watch(model, self._hooks)
 
     # -- what the user sees ------------------------------------------------------------------------------
 
@@ -270,7 +261,7 @@ class LayerProbe(nn.Module):
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
-                warn_of_nothing(stages, self._places.values(), bool(self._paused or not self._handles))
+                warn_of_nothing(stages, self._places.values(), bool(self._paused or not self._hooks))
         return values
 
     @contextlib.contextmanager
@@ -384,7 +375,7 @@ class LayerProbe(nn.Module):
 
     def remove(self) -> None:
         """Take all hooks off the model; what has been observed can still be computed."""
-        take_off(self._handles)
+        self._hooks.take_off()
 
     def __enter__(self) -> LayerProbe:
         return self
@@ -540,7 +531,7 @@ class LayerProbe(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a probe holds its observations; the hooks belong to the original.
         state = self.__dict__.copy()
-        state.update(_lock=None, _thread=None, _handles=[], _finalizer=None, _selected={}, _masks=Masks())
+        state.update(_lock=None, _thread=None, _selected={}, _masks=Masks())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -551,19 +542,6 @@ class LayerProbe(nn.Module):
 
 class _LeftOut(Exception):  # noqa: N818  # no error
     """A layer is not to be observed."""
-
-
-class _Watching:
-    """Passes what a hook sees on to the probe, as long as that is there."""
-
-    def __init__(self, probe: LayerProbe, name: str) -> None:
-        self._probe = weakref.ref(probe)
-        self._name = name
-
-    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        probe = self._probe()
-        if probe is not None:
-            probe._observe(self._name, module, output, training, select)
 
 
 def _check_stage(stage: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectralmetrics.probing.hooks import Entering, Observer, Select
+from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
 
 
@@ -60,12 +60,10 @@ class Steps:
         self.counts[stage] = 0
         self.epochs[stage] += 1
 
-    def watch(self, model: nn.Module) -> list[Any]:
-        """Put hooks on the model; return their handles. To be called after its layers have theirs."""
-        return [
-            model.register_forward_pre_hook(Entering(Observer(self.enter, looks=False).watches(model))),
-            model.register_forward_hook(Observer(self.leave, looks=False).watches(model), always_call=True),
-        ]
+    def watch(self, model: nn.Module, hooks: Hooks) -> None:
+        """Put hooks on the model. To be called after its layers have theirs."""
+        hooks.before(model, self.enter)
+        hooks.behind(model, self.leave, looks=False, always_call=True)
 
     def _current(self) -> tuple[int, bool] | None:
         """The number of the forward that runs in this thread, and whether it is observed."""
