@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from spectralmetrics.functional.held_out import LeftOut, leave_one_out
@@ -24,6 +25,7 @@ class Spectrum:
         center: False reads the second moment about zero instead of the covariance.
         cache: where decompositions are kept, so that several spectra of the same sums share them.
         others: sums of other kinds over the same observations, see :meth:`part`.
+        device: where everything that is read goes; None leaves it where the sums are.
 
     >>> import torch
     >>> from spectralmetrics.functional import Observations, accumulate, empty_moments
@@ -43,11 +45,21 @@ class Spectrum:
         center: bool = True,
         cache: dict[Any, Any] | None = None,
         others: Sequence[Sum] = (),
+        device: torch.device | None = None,
     ) -> None:
         self._sums = sums
         self.center = center
         self._cache = {} if cache is None else cache
         self._others = others
+        self._device = device
+
+    def at(self, device: torch.device | None) -> Spectrum:
+        """The same spectrum, of which everything that is read goes to a device; None: where the sums are."""
+        return Spectrum(self._sums, center=self.center, cache=self._cache, others=self._others, device=device)
+
+    def about(self, *, center: bool) -> Spectrum:
+        """The spectrum of the same observations about their mean, or about zero."""
+        return Spectrum(self._sums, center=center, cache=self._cache, others=self._others, device=self._device)
 
     @classmethod
     def of_covariance(
@@ -82,7 +94,7 @@ class Spectrum:
         total = self._total
         if not isinstance(total, Moments):
             raise TypeError(f"expected dense sums, got {type(total).__name__}, which keep no moments")
-        return total
+        return total if self._device is None else total.map(self._brought)
 
     def part(self, kind: type[S]) -> S:
         """The sum of another kind over the same observations.
@@ -92,7 +104,7 @@ class Spectrum:
         """
         for each in self._others:
             if isinstance(each, kind):
-                return each
+                return each if self._device is None else each.map(self._brought)
         raise ValueError(f"expected {kind.described} beside the moments; none was kept")
 
     def has(self, kind: type[Sum]) -> bool:
@@ -107,17 +119,22 @@ class Spectrum:
     @property
     def num_observations(self) -> Tensor:
         """The number of observations n, shape (), int64."""
-        return self._sums.num_observations
+        return self._brought(self._sums.num_observations)
+
+    @property
+    def num_left_out(self) -> Tensor:
+        """The number of observations left out for a NaN or an infinity, shape (), int64."""
+        return self._brought(self._sums.num_left_out)
 
     @cached_property
     def mean(self) -> Tensor:
         """The mean of the observations, shape (D,), float64, also where ``center`` is False."""
-        return self._total.mean()
+        return self._brought(self._total.mean())
 
-    @cached_property
+    @property
     def variances(self) -> Tensor:
         """The diagonal of :attr:`covariance`, shape (D,), float64."""
-        return self._total.variances(center=self.center)
+        return self._kept("variances", lambda: self._total.variances(center=self.center))
 
     @property
     def total_variance(self) -> Tensor:
@@ -127,26 +144,63 @@ class Spectrum:
     @property
     def covariance(self) -> Tensor:
         """The covariance, shape (D, D), float64; made anew each time, since it is as large as the state."""
-        return self._total.covariance(center=self.center)
+        return self._brought(self._total.covariance(center=self.center))
 
     @property
     def eigenvalues(self) -> Tensor:
         """Descending eigenvalues, shape (D,), float64."""
-        key = ("eigenvalues", self.center)
-        if key not in self._cache:
-            self._cache[key] = self._total.eigenvalues(center=self.center)
-        found: Tensor = self._cache[key]
-        return found
+        return self._kept("eigenvalues", lambda: self._total.eigenvalues(center=self.center))
 
     @property
     def eigenvectors(self) -> Tensor:
         """Orthonormal eigenvectors in columns, shape (D, D), float64, in the order of the eigenvalues."""
-        key = ("eigenvectors", self.center)
-        if key not in self._cache:
+
+        def decompose() -> Tensor:
             values, vectors = self._total.eigenvectors(center=self.center)
-            self._cache["eigenvalues", self.center], self._cache[key] = values, vectors
-        found: Tensor = self._cache[key]
+            self._cache["eigenvalues", self.center] = values
+            return vectors
+
+        return self._kept("eigenvectors", decompose)
+
+    # -- for whoever decomposes several at once, see `together` ------------------------------------------
+
+    @property
+    def home(self) -> torch.device:
+        """The device of the sums."""
+        return self._sums.num_observations.device
+
+    @property
+    def identity(self) -> tuple[int, bool]:
+        """The same for spectra that share what has been read."""
+        return id(self._cache), self.center
+
+    def knows(self, name: str, device: torch.device | None = None) -> bool:
+        """Whether ``"eigenvalues"``, ``"eigenvectors"`` or ``"variances"`` have been read, or brought."""
+        return ((name, self.center) if device is None else (name, self.center, device)) in self._cache
+
+    def matrix(self) -> Tensor | None:
+        """See :meth:`.SpectralSum.matrix`."""
+        return self._total.matrix(center=self.center)
+
+    def learn(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
+        """Take what has been read elsewhere."""
+        self._cache[(name, self.center) if device is None else (name, self.center, device)] = value
+
+    def _kept(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        """What is read once of the sums, and once brought to where it goes."""
+        if self._device is not None and self.home != self._device:
+            brought: Tensor | None = self._cache.get((name, self.center, self._device))
+            if brought is None:
+                brought = getattr(self.at(None), name).to(self._device)
+                self.learn(name, brought, self._device)
+            return brought
+        if not self.knows(name):
+            self.learn(name, read())
+        found: Tensor = self._cache[name, self.center]
         return found
+
+    def _brought(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device is None else tensor.to(self._device)
 
     def coordinates(self, rows: Tensor, num_components: int | None = None) -> Tensor:
         """Observations about the mean in the basis of the leading eigenvectors.
@@ -163,7 +217,8 @@ class Spectrum:
         >>> spectrum.coordinates(torch.tensor([[3.0, 2.0]]), 1)
         tensor([[1.]], dtype=torch.float64)
         """
-        return self._total.centred(rows) @ self.eigenvectors[:, :num_components]
+        total = self._total if self._device is None else self._total.map(self._brought)
+        return total.centred(self._brought(rows)) @ self.eigenvectors[:, :num_components]
 
     @property
     def num_folds(self) -> int:
@@ -181,7 +236,7 @@ class Spectrum:
             RuntimeError: if the observations were kept in one fold.
         """
         left_out = self._left_out()
-        return None if left_out is None else _OtherEigenvalues(self, left_out.held_out)
+        return None if left_out is None else _OtherEigenvalues(self, self._brought(left_out.held_out))
 
     def without_each_fold(self) -> list[Spectrum]:
         """The spectra of all folds but one, each along the eigenvectors of all; empty with an empty fold.
@@ -190,7 +245,8 @@ class Spectrum:
             RuntimeError: if the observations were kept in one fold.
         """
         left_out = self._left_out()
-        return [] if left_out is None else [_OtherEigenvalues(self, values) for values in left_out.others]
+        values = () if left_out is None else self._brought(left_out.others)
+        return [_OtherEigenvalues(self, each) for each in values]
 
     def _left_out(self) -> LeftOut | None:
         if self.num_folds < 2:
@@ -209,7 +265,7 @@ class _OtherEigenvalues(Spectrum):
     """A spectrum with other eigenvalues along the same eigenvectors."""
 
     def __init__(self, plain: Spectrum, values: Tensor) -> None:
-        super().__init__(plain._sums, center=plain.center, others=plain._others)
+        super().__init__(plain._sums, center=plain.center, others=plain._others, device=plain._device)
         self._plain = plain
         self._values = values
 
@@ -226,7 +282,7 @@ class _OtherEigenvalues(Spectrum):
         vectors = self._plain.eigenvectors
         return (vectors * self._values) @ vectors.mT
 
-    @cached_property
+    @property
     def variances(self) -> Tensor:
         return self._plain.eigenvectors.square() @ self._values
 

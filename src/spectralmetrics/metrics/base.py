@@ -32,6 +32,7 @@ from torch import Tensor
 from spectralmetrics.functional.dimension import intrinsic_dimension
 from spectralmetrics.functional.held_out import sampling_margin
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.together import Wanted, read_together
 from spectralmetrics.metrics.state import SumsMetric
 from spectralmetrics.sums import (
     Moments,
@@ -40,6 +41,7 @@ from spectralmetrics.sums import (
     Sum,
     empty_folds,
     empty_moments,
+    products_dtype,
 )
 
 NanStrategy = Literal["warn", "error", "ignore"]
@@ -80,8 +82,9 @@ class SpectralMetric(SumsMetric):
         num_features: the width D; None reads it from the first rows.
         center: False reads the second moment about zero instead of the covariance. Where the mean is more
             than 1e6 times the spread, only its first eigenvalue stands out of the round-off.
-        gram_dtype: dtype of the products: ``torch.float64``, or ``torch.float32`` for speed. The sums are
-            float64 either way.
+        gram_dtype: dtype of the products: ``torch.float64``, or ``torch.float32`` for speed. None chooses by
+            the device of the rows: float64 on the CPU, float32 on accelerators, most of which have little or
+            no arithmetic in float64. The sums are float64 in any case.
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can judge by some what
@@ -103,6 +106,8 @@ class SpectralMetric(SumsMetric):
     """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
     needs_eigenvectors: ClassVar[bool] = False
     """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
+    needs_eigenvalues: ClassVar[bool] = True
+    """Whether :meth:`statistic` reads eigenvalues; a probe decomposes nothing for those that do not."""
     counts_directions: ClassVar[bool] = False
     """Whether the value is a number or share of directions, which other draws of the data hardly move."""
     has_interval: ClassVar[bool] = True
@@ -131,15 +136,15 @@ class SpectralMetric(SumsMetric):
         num_features: int | None = None,
         *,
         center: bool = True,
-        gram_dtype: torch.dtype = torch.float64,
+        gram_dtype: torch.dtype | None = None,
         nan_strategy: NanStrategy = "warn",
         folds: int = 1,
         **kwargs: Any,
     ) -> None:
         if num_features is not None and not _is_positive_integer(num_features):
             raise ValueError(f"expected num_features to be a positive integer or None, got {num_features!r}")
-        if gram_dtype not in (torch.float64, torch.float32):
-            raise ValueError(f"expected gram_dtype torch.float64 or torch.float32, got {gram_dtype!r}")
+        if gram_dtype not in (None, torch.float64, torch.float32):
+            raise ValueError(f"expected gram_dtype torch.float64, torch.float32 or None, got {gram_dtype!r}")
         if nan_strategy not in get_args(NanStrategy):
             raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
         if not _is_positive_integer(folds):
@@ -187,21 +192,30 @@ class SpectralMetric(SumsMetric):
         self._check_observed()
         return self._shared_spectrum()
 
-    def read(self) -> Tensor:
-        """The value of ``compute`` for this process' observations, without its checks."""
+    def wanted(self, device: torch.device | None = None) -> list[Wanted]:
+        """What :meth:`read` will read, so that many metrics can be read together; not of an own ``compute``."""
+        if type(self).compute is not SpectralMetric.compute:
+            return []
+        if self.needs_eigenvectors:
+            return [Wanted(self._shared_spectrum(device), "eigenvectors")]
+        return [Wanted(self._shared_spectrum(device), "eigenvalues" if self.needs_eigenvalues else "variances")]
+
+    def read(self, device: torch.device | None = None) -> Tensor:
+        """The value of ``compute`` for this process' observations, without its checks, on a device."""
         if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
             return type(self).compute(self)
-        return self._value(self._shared_spectrum()).clone()  # the spectrum itself is shared
+        return self._value(self._shared_spectrum(device)).clone()  # the spectrum itself is shared
 
-    def read_interval(self) -> Interval:
-        """The value of :meth:`interval` for this process' observations, without its checks."""
-        return self.interval_of(self._shared_spectrum())
+    def read_interval(self, device: torch.device | None = None) -> Interval:
+        """The value of :meth:`interval` for this process' observations, without its checks, on a device."""
+        return self.interval_of(self._shared_spectrum(device))
 
     def dimension_read(self) -> int:
         """The intrinsic dimension, if eigenvalues have been read anyway; 0 if they have not."""
-        live = self._revive()
-        values = None if live is None else live.stream.cache.get(("eigenvalues", self.center))
-        return 0 if values is None else int(intrinsic_dimension(values, getattr(self, "threshold", 0.99)))
+        spectrum = self._shared_spectrum(torch.device("cpu"))
+        if not spectrum.knows("eigenvalues"):
+            return 0
+        return int(intrinsic_dimension(spectrum.eigenvalues, getattr(self, "threshold", 0.99)))
 
     def interval_of(self, spectrum: Spectrum) -> Interval:
         """The value of :meth:`interval` for a given spectrum.
@@ -223,16 +237,29 @@ class SpectralMetric(SumsMetric):
                 low = low.clamp(min=self.plot_lower_bound)
         return Interval(low, high)
 
-    def check_range(self) -> None:
-        """Raise a RuntimeError if the observations have overflowed."""
+    def counts(self) -> Tensor:
+        """What there is to check before reading: observations, those left out, and whether none overflowed.
+
+        Shape (3,), int64, where the sums are.
+        """
+        spectral = self.sums[0]
+        assert isinstance(spectral, SpectralSum)
+        in_range = spectral.in_range().to(torch.int64)
+        return torch.stack([spectral.num_observations, spectral.num_left_out, in_range])
+
+    def check_range(self, in_range: bool | None = None) -> None:
+        """Raise a RuntimeError if the observations have overflowed; that is read unless it is given."""
         first = self.sums[0]
         assert isinstance(first, SpectralSum)
-        if first.num_features and not first.in_range():
-            limit = "1e154" if self.gram_dtype == torch.float64 else "3e38, or 1e154 for float64 rows"
+        if in_range is None:
+            in_range = not first.num_features or bool(first.in_range())
+        if not in_range:
+            gram_dtype = self.gram_dtype or products_dtype(first.num_observations.device)
+            limit = "1e154" if gram_dtype == torch.float64 else "3e38, or 1e154 for float64 rows"
             raise RuntimeError(
                 f"{type(self).__name__}: the observations overflow: their distances from the mean, or the"
                 " squares of the observations exceed the range of the sums (distances of about"
-                f" {limit} with {self.gram_dtype} products); scale them down before `update`"
+                f" {limit} with {gram_dtype} products); scale them down before `update`"
             )
 
     def _value(self, spectrum: Spectrum) -> Tensor:
@@ -241,15 +268,15 @@ class SpectralMetric(SumsMetric):
             return value
         # A number, from a statistic of the user's.
         dtype = torch.float64 if isinstance(value, float) else None
-        return torch.tensor(value, dtype=dtype, device=self.configuration.device)
+        return torch.tensor(value, dtype=dtype, device=spectrum.num_observations.device)
 
-    def _shared_spectrum(self) -> Spectrum:
+    def _shared_spectrum(self, device: torch.device | None = None) -> Spectrum:
         first, *others = self.sums
         assert isinstance(first, SpectralSum)
         assert first.num_features
         live = self._revive()
         assert live is not None
-        return Spectrum(first, center=self.center, cache=live.stream.cache, others=others)
+        return Spectrum(first, center=self.center, cache=live.stream.cache, others=others, device=device)
 
     # -- what torchmetrics offers ------------------------------------------------------------------------
 
@@ -348,9 +375,7 @@ class SpectralMetric(SumsMetric):
             raise RuntimeError(f"{type(self).__name__} has no interval")
 
     def _check_observed(self) -> None:
-        spectral = self.sums[0]
-        assert isinstance(spectral, SpectralSum)
-        count, non_finite = int(spectral.num_observations), int(spectral.num_left_out)
+        [(count, non_finite, in_range)] = read_together([self.counts()])
         if non_finite and self.nan_strategy == "error":
             raise RuntimeError(
                 f"{type(self).__name__}: {non_finite} of {count + non_finite} observations hold NaN or"
@@ -361,7 +386,7 @@ class SpectralMetric(SumsMetric):
             raise RuntimeError(
                 f"{type(self).__name__} has counted no observation{detail}; call `update` before `compute`"
             )
-        self.check_range()
+        self.check_range(bool(in_range))
         if non_finite and self.nan_strategy == "warn":
             warnings.warn(
                 f"{type(self).__name__} left out {non_finite} of {count + non_finite} observations that hold"

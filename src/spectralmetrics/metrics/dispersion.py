@@ -29,6 +29,7 @@ class CovarianceTraceMetric(SpectralMetric):
     """
 
     short_name = "covariance_trace"
+    needs_eigenvalues = False
     plot_lower_bound = 0.0
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
@@ -61,6 +62,7 @@ class CovarianceDeterminantMetric(SpectralMetric):
     """
 
     short_name = "covariance_determinant"
+    needs_eigenvalues = False
 
     def __init__(self, num_features: int | None = None, log: bool = False, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)

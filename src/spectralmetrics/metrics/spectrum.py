@@ -36,6 +36,7 @@ class CovarianceMetric(SpectralMetric):
     """
 
     short_name = "covariance"
+    needs_eigenvalues = False
     has_interval = False
 
     def __init__(self, num_features: int | None = None, unbiased: bool = False, **kwargs: Any) -> None:

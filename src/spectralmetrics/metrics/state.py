@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectralmetrics.metrics.overrides import OverriddenMetric
 from spectralmetrics.metrics.stream import Stream
-from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, run_together
+from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_float64, run_together
 
 
 class _Live(NamedTuple):
@@ -58,16 +58,18 @@ class SumsMetric(OverriddenMetric):
 
     Args:
         num_features: the width D; None reads it from the first rows.
-        gram_dtype: dtype of the products.
+        gram_dtype: dtype of the products; None: float64 of rows on the CPU, float32 on accelerators.
         kwargs: see ``torchmetrics.Metric``.
     """
 
     takes_observations: ClassVar[bool] = True
     """Whether ``update`` also takes ``Observations``; False for a subclass that overrides it."""
 
+    phase: float = 0.0
+    """See :class:`~spectralmetrics.sums.Intake`; set by a probe, so that its layers take turns."""
     configuration: Tensor
 
-    def __init__(self, num_features: int | None, gram_dtype: torch.dtype, **kwargs: Any) -> None:
+    def __init__(self, num_features: int | None, gram_dtype: torch.dtype | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._given_features = num_features
         self.gram_dtype = gram_dtype
@@ -163,7 +165,7 @@ class SumsMetric(OverriddenMetric):
         """Add observations that fit."""
         if observations.values.numel() == 0:
             return
-        live = self._revive()
+        live, home = self._revive(), None
         if (
             live is None
             or live.anchor.device != observations.values.device
@@ -171,16 +173,18 @@ class SumsMetric(OverriddenMetric):
             or self._is_synced
         ):
             live, observations = self._meet(observations)
+            if live.anchor.device != observations.values.device:
+                home = live.anchor.device
         own = self.__dict__
-        live.stream.add(live.sums, observations, own["_batches"], self.gram_dtype)
+        live.stream.add(live.sums, observations, own["_batches"], own["gram_dtype"], self.phase, home)
         own["_batches"] += 1
 
     def _meet(self, observations: Observations) -> tuple[_Live, Observations]:
-        """The state, allocated and writable, and the observations, on one device."""
+        """The state, allocated and writable, and the observations, on one device if theirs has float64."""
         device = observations.values.device
         live = self._revive()
         if live is None:
-            home = self._pinned_device or (torch.device("cpu") if device.type == "mps" else device)
+            home = self._pinned_device or (device if has_float64(device) else torch.device("cpu"))
             before = self._current()
             fresh = [each.empty(observations.num_features, home) for each in before]
             self.replace_sums(
@@ -188,7 +192,7 @@ class SumsMetric(OverriddenMetric):
             )
         else:
             current = live.anchor.device
-            if current.type == "cpu" and device.type not in ("cpu", "mps"):
+            if current.type == "cpu" and device.type != "cpu" and has_float64(device):
                 if self._pinned_device is None:
                     self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
             elif live.anchor.is_inference() or self._is_synced:
@@ -199,9 +203,11 @@ class SumsMetric(OverriddenMetric):
         live = self._revive()
         assert live is not None
         if is_new:
-            live.stream.begin(live.sums, self.gram_dtype)
+            live.stream.begin(live.sums, self.gram_dtype, self.phase)
         home = live.anchor.device
-        return live, observations if observations.values.device == home else observations.to(home)
+        if device == home or (home.type == "cpu" and self._pinned_device is None and not has_float64(device)):
+            return live, observations
+        return live, observations.to(home)
 
     # -- merging -----------------------------------------------------------------------------------------
 
@@ -273,6 +279,8 @@ class SumsMetric(OverriddenMetric):
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Look at a saved state before it is loaded."""
         self._batches = int(saved.pop(prefix + "draws", self._batches))
+        if prefix + "configuration" in saved:  # how this metric accumulates is not for a saved state to say
+            saved[prefix + "configuration"] = self._defaults["configuration"]
         names = [name for each in self._prototypes for name in each.tensors()]
         if not all(prefix + name in saved for name in names):
             return

@@ -41,18 +41,41 @@ class Stream:
             stream = _STREAMS[anchor] = Stream()
         return stream
 
-    def begin(self, sums: Sequence[Sum], gram_dtype: torch.dtype) -> None:
+    def begin(self, sums: Sequence[Sum], gram_dtype: torch.dtype | None, phase: float) -> None:
         """Prepare for the first observations of sums that have just been made."""
         self._intakes = {type(each): each.intake(gram_dtype) for each in sums}
+        for intake in self._intakes.values():
+            intake.phase = phase
 
-    def add(self, sums: Sequence[Sum], observations: Observations, batch: int, gram_dtype: torch.dtype) -> None:
-        """Add observations to each sum; to sums that were made elsewhere after a look at them."""
+    def add(
+        self,
+        sums: Sequence[Sum],
+        observations: Observations,
+        batch: int,
+        gram_dtype: torch.dtype | None,
+        phase: float,
+        home: torch.device | None,
+    ) -> None:
+        """Add observations to each sum; to sums that were made elsewhere after a look at them.
+
+        Args:
+            sums: of this stream.
+            observations: that fit them.
+            batch: number of the batch.
+            gram_dtype: dtype of products; None: by the device of the observations.
+            phase: of the intakes.
+            home: the device of the sums, if the observations are on another, without float64.
+        """
         if not self._intakes:
-            self.begin(sums, gram_dtype)
+            self.begin(sums, gram_dtype, phase)
             for each in sums:
                 self._intakes[type(each)].meet(each)
         for each in sums:
-            self._intakes[type(each)].add(each, observations, batch)
+            intake = self._intakes[type(each)]
+            if home is None or intake.reaches_other_devices:
+                intake.add(each, observations, batch)
+            else:
+                intake.add(each, observations.to(home), batch)
         self.forget()
 
     def flush(self, sums: Sequence[Sum]) -> None:

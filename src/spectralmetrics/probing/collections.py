@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torchmetrics import Metric, MetricCollection
 
+from spectralmetrics.functional.together import read_together
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.sums import Observations, SpectralSum, Sum
 
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 Metrics: TypeAlias = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollection
+
+
+class Counts(NamedTuple):
+    """What there is to check before the sums of a metric are read.
+
+    Attributes:
+        observations: that were counted.
+        left_out: for a NaN or an infinity.
+        in_range: 0 if some have overflowed.
+    """
+
+    observations: int
+    left_out: int
+    in_range: int
+
+
+Counted: TypeAlias = Mapping[int, Counts]
+"""Of each leader, by its ``id``."""
+
+
+def count_together(places: Iterable[LayerMetrics]) -> Counted:
+    """The counts of all layers, with one reading for each device."""
+    leaders = [leader for place in places for leader in place.spectral_leaders]
+    read = read_together([leader.counts() for leader in leaders])
+    return {id(leader): Counts(*numbers) for leader, numbers in zip(leaders, read, strict=True)}
 
 
 class LayerMetrics:
@@ -22,6 +50,7 @@ class LayerMetrics:
         stage: ``"train"`` or ``"eval"``.
         layer: its name.
         collection: the metrics.
+        number: of the layer.
         leaders: those that accumulate, one for each group that shares its sums.
         forwards: of the layer since the last reset, observed or not.
         samples: observed since the last reset.
@@ -31,7 +60,7 @@ class LayerMetrics:
         transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
     """
 
-    def __init__(self, stage: str, layer: str, collection: MetricCollection) -> None:
+    def __init__(self, stage: str, layer: str, collection: MetricCollection, number: int = 0) -> None:
         self.stage = stage
         self.layer = layer
         self.collection = collection
@@ -46,6 +75,15 @@ class LayerMetrics:
             getattr(collection, names[0]) for names in collection.compute_groups.values()
         ]
         self._spectral = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
+        self.leader_of: dict[str, Metric] = {
+            name: leader
+            for names, leader in zip(collection.compute_groups.values(), self.leaders, strict=True)
+            for name in names
+        }
+        for leader in self._spectral:
+            # Layers that are alike would all be dear at the same step. The fractions of multiples of the golden
+            # ratio lie as far apart as so many numbers can.
+            leader.phase = number * _GOLDEN_RATIO % 1
         self._linked: list[object] = []  # the sums that the members share, as objects
         # The collection's own update would read the states to share them, and rows could not wait.
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
@@ -71,11 +109,11 @@ class LayerMetrics:
         rows = observations.rows()
         self.collection.update(rows if observations.valid is None else rows[observations.valid])
 
-    def too_few(self) -> int:
+    def too_few(self, counted: Counted) -> int:
         """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
-        for metric in self.members:
+        for name, metric in self.readable().items():
             if isinstance(metric, SpectralMetric) and (dimension := metric.dimension_read()):
-                count = int(metric.count)
+                count = counted[id(self.leader_of[name])].observations
                 return count if count < 2 * dimension else 0
         return 0
 
@@ -83,7 +121,7 @@ class LayerMetrics:
         """The sums of the metrics, each kind once, of exact products before others; empty without data."""
         kept: dict[bool, dict[type[Sum], Sum]] = {True: {}, False: {}}
         # Exact products first, and more folds before fewer: they hold all that the others do.
-        for metric in sorted(self._spectral, key=lambda each: (each.gram_dtype != torch.float64, -each.folds)):
+        for metric in sorted(self._spectral, key=lambda each: (each.gram_dtype == torch.float32, -each.folds)):
             if not metric.takes_observations:
                 continue
             for each in metric.sums:
@@ -116,10 +154,10 @@ class LayerMetrics:
         self.collection._state_is_copy = False
         self.collection._compute_groups_create_state_ref()
 
-    def has_seen(self) -> bool:
+    def has_seen(self, counted: Counted) -> bool:
         """Whether there is anything to compute; with several processes, once the states are merged."""
         if self._spectral:
-            return all(int(metric.count) > 0 for metric in self._spectral)
+            return all(counted[id(metric)].observations > 0 for metric in self._spectral)
         # Metrics of other libraries merge by themselves, on all processes or on none.
         return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.members)
 

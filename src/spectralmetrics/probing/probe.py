@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.probing import saving
+from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
 from spectralmetrics.probing.facts import LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
@@ -29,7 +31,7 @@ from spectralmetrics.probing.observations import (
     ObservationRule,
     Sequences,
 )
-from spectralmetrics.probing.reading import read_stage, warn_of_nothing
+from spectralmetrics.probing.reading import HOST, read_stage, warn_of_nothing
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
@@ -37,6 +39,7 @@ from spectralmetrics.probing.summary import Summary, summarise, threshold_of
 from spectralmetrics.sums import Sum
 
 STAGES = ("train", "eval")
+_NOT_MEASURING = contextlib.nullcontext()
 
 
 class LayerProbe(nn.Module):
@@ -68,6 +71,9 @@ class LayerProbe(nn.Module):
             their rank.
         every_n_steps: observe one of every n forwards of the model, with all calls of its layers: the first,
             then one drawn from each n. A layer that is run by itself counts its own forwards.
+        budget: with 0.03, the probe takes at most 3 % of the time between forwards: it measures itself, and
+            observes fewer rows and forwards, evenly over layers and time. :meth:`summary` says what it took.
+            Which rows are seen then depends on the machine, and so do the values.
         max_samples: stop observing a layer and stage after that many samples until :meth:`reset`.
         rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
         max_features: a wider layer is left out with a warning.
@@ -113,6 +119,7 @@ class LayerProbe(nn.Module):
         seed: int = 0,
         folds: int | None = None,
         batch_first: bool | None = None,
+        budget: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -123,6 +130,8 @@ class LayerProbe(nn.Module):
         for name, limit in (("max_samples", max_samples), ("rows_per_feature", rows_per_feature)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"expected {name} to be positive or None, got {limit!r}")
+        if budget is not None and not 0 < budget < 1:
+            raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
         self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation)
         self.every_n_steps = every_n_steps
         self.max_samples = max_samples
@@ -147,7 +156,9 @@ class LayerProbe(nn.Module):
         self._layers = list(chosen)
         self._forward_order: list[str] = []
         self._places = {
-            (stage, name): LayerMetrics(stage, name, collect(templates)) for stage in STAGES for name in chosen
+            (stage, name): LayerMetrics(stage, name, collect(templates), number)
+            for stage in STAGES
+            for number, name in enumerate(chosen)
         }
         self.metrics = nn.ModuleDict(
             {_module_key(*place): of_layer.collection for place, of_layer in self._places.items()}
@@ -157,7 +168,9 @@ class LayerProbe(nn.Module):
         self._resets: list[str | None] = []  # to be done once states are no longer merged
         self._deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         self._masks = Masks()
-        self._steps = Steps(every_n_steps, seed)
+        self.budget = budget
+        self._budget = None if budget is None else Budget(budget, seed)
+        self._steps = Steps(every_n_steps, seed, self._budget)
         self._lock = threading.RLock()
         self._thread = threading.local()
         self._hooks = Hooks(self)
@@ -170,7 +183,7 @@ class LayerProbe(nn.Module):
     def _watch(self, model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         for name, module in chosen.items():
             self._hooks.behind(module, Weakly(self._observe, name), self._selected.get(name))
-        if self.every_n_steps > 1 or self._deals:
+        if self._steps.leaves_out or self._deals:
             self._steps.watch(model, self._hooks)
 
     # -- what the user sees ------------------------------------------------------------------------------
@@ -198,31 +211,36 @@ class LayerProbe(nn.Module):
             raise KeyError(f"{name!r} is not probed; probed layers are {', '.join(map(repr, self._layers))}")
         return self._places[stage, name].collection
 
-    def compute(self, stage: str | None = None) -> dict[str, Tensor]:
+    def compute(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Tensor]:
         """The values of all layers, merged across processes in two collectives.
 
         Args:
             stage: ``"train"``, ``"eval"``, or None for both.
+            progress: called as the work proceeds, with how much is done and of how much. What it raises ends
+                the work; nothing that was observed is lost, and a second call goes on where the first ended.
 
         Returns:
-            ``"{metric}/{stage}/{layer}"`` -> value, in forward order. Layers that have seen nothing are left
-            out, with one warning that names them if others in that stage have seen something. Nothing at all
-            is warned of, too.
+            ``"{metric}/{stage}/{layer}"`` -> value, in the memory of the CPU and in forward order. Layers that
+            have seen nothing are left out, with one warning that names them if others in that stage have seen
+            something. Nothing at all is warned of, too.
 
         Raises:
             RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
         """
         return self._read(
-            stage, lambda metric: metric.read() if isinstance(metric, SpectralMetric) else metric.compute()
+            stage,
+            lambda metric: metric.read(HOST) if isinstance(metric, SpectralMetric) else metric.compute(),
+            progress=progress,
         )
 
-    def intervals(self, stage: str | None = None) -> dict[str, Interval]:
+    def intervals(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Interval]:
         """Of each value an interval that is expected to hold that of unlimited data.
 
         See :meth:`.SpectralMetric.interval`.
 
         Args:
             stage: ``"train"``, ``"eval"``, or None for both.
+            progress: see :meth:`compute`.
 
         Returns:
             The keys of :meth:`compute` -> low and high, of all metrics that have an interval; merged across
@@ -234,7 +252,7 @@ class LayerProbe(nn.Module):
         able = self._with_interval()
         if not able:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        return self._read(stage, lambda metric: metric.read_interval(), able)
+        return self._read(stage, lambda metric: metric.read_interval(HOST), able, progress)
 
     @property
     def keeps_folds(self) -> bool:
@@ -249,7 +267,11 @@ class LayerProbe(nn.Module):
         }
 
     def _read(
-        self, stage: str | None, read: Callable[[Any], Any], names: set[str] | None = None
+        self,
+        stage: str | None,
+        read: Callable[[Any], Any],
+        names: set[str] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
         chosen = self._names if names is None else [name for name in self._names if name in names]
@@ -257,7 +279,7 @@ class LayerProbe(nn.Module):
         with self._lock, self._merged([(s, name) for s in stages for name in self._layers]):
             seen = False
             for each in stages:
-                found = read_stage([self._places[each, name] for name in self.layers], chosen, read)
+                found = read_stage([self._places[each, name] for name in self.layers], chosen, read, progress)
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
@@ -319,7 +341,19 @@ class LayerProbe(nn.Module):
             seen = {name: sums for name, sums in found.items() if sums}
             if not seen:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
-            return summarise(seen, self.facts, metric, threshold=threshold, where=stage)
+            return summarise(
+                seen, self.facts, metric, threshold=threshold, where=stage + self._budget_words(stage)
+            )
+
+    def _budget_words(self, stage: str) -> str:
+        """What the probe took of its budget, for the title of a summary."""
+        if self._budget is None:
+            return ""
+        spent = self._budget.spent(stage)
+        return (
+            f", observed {spent.observed} of {spent.forwards} forwards in {100 * spent.share:.2g} % of the time"
+            f" (budget {100 * self._budget.share:.4g} %)"
+        )
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
         """What is kept of a layer's observations: the spectral sum, then others; empty for nothing.
@@ -434,7 +468,7 @@ class LayerProbe(nn.Module):
         with self._lock:
             self._thread.observing = True
             try:
-                with undisturbed(output):
+                with self._measuring(of_layer.stage, output), undisturbed(output):
                     self._observe_output(of_layer, module, output, select)
             except Exception as error:
                 kind = "" if isinstance(error, _LeftOut) else f"{type(error).__name__}: "
@@ -442,6 +476,14 @@ class LayerProbe(nn.Module):
                 tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
             finally:
                 self._thread.observing = False
+
+    def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
+        if self._budget is None:
+            return _NOT_MEASURING
+        if self._steps.passes():
+            self._budget.passes(stage)
+            return _NOT_MEASURING
+        return self._budget.measuring(stage, output)
 
     def _observe_output(
         self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None
@@ -459,7 +501,7 @@ class LayerProbe(nn.Module):
             self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
         if of_layer.given_up or of_layer.too_wide:
             return
-        if self.every_n_steps > 1 and not self._steps.observes(of_layer.stage, name, forward):
+        if self._steps.leaves_out and not self._steps.observes(of_layer.stage, name, forward):
             return
         if self.max_samples is not None and of_layer.samples >= self.max_samples:
             return
@@ -477,12 +519,19 @@ class LayerProbe(nn.Module):
                 f"{width} features exceed max_features={self.max_features}; their covariance would take"
                 f" {8 * width**2 / 2**30:.1f} GiB"
             )
-        if self.rows_per_feature is not None:
+        rows_per_feature = self._rows_per_feature(of_layer.stage)
+        if rows_per_feature is not None:
             seed = zlib.crc32(f"{self.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
-            observations = draw(observations, sample_size(self.rows_per_feature, width), seed)
+            observations = draw(observations, sample_size(rows_per_feature, width), seed)
         if self._deals:  # what one forward of the model showed of its inputs stays in one fold
             observations = replace(observations, group=self._steps.number())
         of_layer.update(observations)
+
+    def _rows_per_feature(self, stage: str) -> float | None:
+        allowed = None if self._budget is None else self._budget.rows_per_feature(stage)
+        if allowed is None or self.rows_per_feature is None:
+            return self.rows_per_feature if allowed is None else allowed
+        return min(self.rows_per_feature, allowed)
 
     def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:
         is_linear = name not in self._selected and self.rule.feature_maps in ("positions", "mean")

@@ -6,13 +6,22 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import torch
+
+from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.compilation import ignores_hooks
+
+HOST = torch.device("cpu")
+"""Where values go: whoever looks at them would otherwise wait for the device, one by one."""
 
 
 def read_stage(
-    places: Sequence[LayerMetrics], names: Sequence[str], read: Callable[[Any], Any]
+    places: Sequence[LayerMetrics],
+    names: Collection[str],
+    read: Callable[[Any], Any],
+    progress: Progress | None = None,
 ) -> dict[str, Any] | None:
     """What is read of the named metrics, by ``"{metric}/{stage}/{layer}"``; None if no layer has seen anything.
 
@@ -20,13 +29,17 @@ def read_stage(
         places: the layers of one stage in forward order, their states merged.
         names: of the metrics, in the order of the values.
         read: of a metric.
+        progress: told how much is done, and of how much.
 
     Raises:
         RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
     """
     stage = places[0].stage
-    seen = [place for place in places if place.has_seen()]
-    left_out = _left_out(places)
+    counted = count_together(places)
+    seen = [place for place in places if place.has_seen(counted)]
+    left_out = _left_out(places, counted)
+    tell = _Steps(progress, len(seen))
+    decompose_together(_wanted(seen, names, counted), tell.decomposed)
     values: dict[str, Any] = {}
     failed, few = [], []
     for place in seen:
@@ -36,14 +49,15 @@ def read_stage(
                 continue
             try:
                 if isinstance(metric, SpectralMetric):
-                    metric.check_range()
+                    metric.check_range(bool(counted[id(place.leader_of[name])].in_range))
                 found[name] = read(metric)
             except Exception as error:
                 # One value less: a user's statistic on a width it was not made for, say.
                 failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
         values.update({f"{name}/{stage}/{place.layer}": found[name] for name in names if name in found})
-        if count := place.too_few():
+        if count := place.too_few(counted):
             few.append(f"{place.layer!r} ({count})")
+        tell.read()
     if left_out:
         _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
     if failed:
@@ -57,6 +71,37 @@ def read_stage(
         unseen = ", ".join(repr(place.layer) for place in places if place not in seen)
         _warn(f"layers that saw nothing in {stage} are left out: {unseen}")
     return values if seen else None
+
+
+def _wanted(places: Sequence[LayerMetrics], names: Collection[str], counted: Counted) -> list[Wanted]:
+    return [
+        each
+        for place in places
+        for name, metric in place.readable().items()
+        if name in names and isinstance(metric, SpectralMetric)
+        if counted[id(place.leader_of[name])].in_range
+        for each in metric.wanted(HOST)
+    ]
+
+
+class _Steps:
+    """Tells of decompositions first, and then of layers that are read."""
+
+    def __init__(self, progress: Progress | None, layers: int) -> None:
+        self._progress = progress
+        self._layers = layers
+        self._before = 0
+        self._read = 0
+
+    def decomposed(self, done: int, total: int) -> None:
+        self._before = total
+        if self._progress is not None:
+            self._progress(done, total + self._layers)
+
+    def read(self) -> None:
+        self._read += 1
+        if self._progress is not None:
+            self._progress(self._before + self._read, self._before + self._layers)
 
 
 def warn_of_nothing(stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool) -> None:
@@ -95,11 +140,11 @@ def warn_of_nothing(stages: Iterable[str], places: Iterable[LayerMetrics], is_of
     _warn(f"nothing was observed in {where}: {reason}")
 
 
-def _left_out(places: Collection[LayerMetrics]) -> list[str]:
+def _left_out(places: Collection[LayerMetrics], counted: Counted) -> list[str]:
     """How many observations were not finite, by layer, where a metric wants that to be said."""
     found = []
     for place in places:
-        dropped = int(place.spectral_leaders[0].non_finite) if place.spectral_leaders else 0
+        dropped = counted[id(place.spectral_leaders[0])].left_out if place.spectral_leaders else 0
         strategies = {m.nan_strategy for m in place.members if isinstance(m, SpectralMetric)}
         if dropped and "error" in strategies:
             raise RuntimeError(

@@ -10,7 +10,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import Observations
+from spectralmetrics.sums import Observations, has_float64
 
 _GENERATORS = threading.local()
 
@@ -30,10 +30,11 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
         return observations
     device = observations.values.device
     starts, lengths = _arcs(total, number, device)
-    # The last number turns the ring, the others place the draws in their arcs.
-    chances = torch.rand(number + 1, generator=_generator(device, seed), device=device, dtype=torch.float64)
-    index = (chances[:number] * lengths).to(torch.int64).add_(starts)
-    index.add_((chances[number:] * total).to(torch.int64)).remainder_(total)
+    dtype = torch.float64 if has_float64(device) else torch.float32
+    chances = torch.rand(number, generator=_generator(device, seed), device=device, dtype=dtype)
+    index = chances.mul_(lengths).to(torch.int64).add_(starts)
+    # The host turns the ring: each of these is a kernel to launch on an accelerator.
+    index.add_(zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total).remainder_(total)
     return observations.take(index)
 
 
@@ -70,7 +71,8 @@ def _arcs(total: int, number: int, device: torch.device) -> tuple[Tensor, Tensor
     """Where each arc starts and how long it is."""
     with torch.inference_mode(False):
         bounds = torch.arange(number + 1, device=device, dtype=torch.int64) * total // number
-        return bounds[:-1], bounds.diff().to(torch.float64)
+        dtype = torch.float64 if has_float64(device) else torch.float32
+        return bounds[:-1], bounds.diff().to(dtype)
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

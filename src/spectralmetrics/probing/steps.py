@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
 
@@ -18,11 +19,13 @@ class Steps:
     Args:
         every: one in so many is observed.
         seed: of the draws.
+        budget: that must allow it, too.
     """
 
-    def __init__(self, every: int, seed: int) -> None:
+    def __init__(self, every: int, seed: int, budget: Budget | None = None) -> None:
         self.every = every
         self.seed = seed
+        self.budget = budget
         self.counts = {"train": 0, "eval": 0}  # since the last reset
         self.epochs = {"train": 0, "eval": 0}  # resets so far
         self._thread = threading.local()
@@ -36,6 +39,8 @@ class Steps:
         self.counts[stage] += 1
         # In the place of what an interrupted forward, after which no hook is called, has left.
         is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
+        if self.budget is not None:
+            is_seen = self.budget.begins(stage) and is_seen
         self._thread.current = (step, is_seen)
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
@@ -53,10 +58,24 @@ class Steps:
         current = self._current()
         if current is not None:
             return current[1]
+        if self.budget is not None and not self.budget.begins(stage):
+            return False
         return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
+
+    def passes(self) -> bool:
+        """Whether the forward of the model that runs in this thread is not observed."""
+        current = self._current()
+        return current is not None and not current[1]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some forwards may not be observed."""
+        return self.every > 1 or self.budget is not None
 
     def reset(self, stage: str) -> None:
         """Count a stage from the beginning, with other draws."""
+        if self.budget is not None:
+            self.budget.reset(stage)
         self.counts[stage] = 0
         self.epochs[stage] += 1
 

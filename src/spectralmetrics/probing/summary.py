@@ -6,11 +6,12 @@ import html
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.together import Wanted, decompose_together
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SpectralMetric
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.sums import SpectralSum, Sum
@@ -161,11 +162,12 @@ def summarise(
         ValueError: for a statistic that is no single number.
     """
     dimension = IntrinsicDimensionMetric(threshold=threshold)
-    rows = []
-    for name, sums in layers.items():
-        spectral = sums[0]
-        assert isinstance(spectral, SpectralSum)
-        rows.append(_row(name, spectral, sums[1:], facts.get(name, LayerFacts("", None)), metric, dimension))
+    spectra = {name: _spectrum(sums) for name, sums in layers.items()}
+    decompose_together(Wanted(spectrum, "eigenvalues") for spectrum in spectra.values())
+    rows = [
+        _row(name, spectrum, facts.get(name, LayerFacts("", None)), metric, dimension)
+        for name, spectrum in spectra.items()
+    ]
     tail = low_saturation_tail({row.layer: row.saturation for row in rows})
     rows = [
         row._replace(stands_out=("in the tail", *row.stands_out)) if row.layer in tail else row for row in rows
@@ -183,22 +185,25 @@ def threshold_of(metrics: Iterable[object]) -> float:
     return next((float(metric.threshold) for metric in metrics if hasattr(metric, "threshold")), 0.99)
 
 
+def _spectrum(sums: Sequence[Sum]) -> Spectrum:
+    spectral = sums[0]
+    assert isinstance(spectral, SpectralSum)
+    return Spectrum(spectral, others=sums[1:], device=torch.device("cpu"))
+
+
 def _row(
     name: str,
-    sums: SpectralSum,
-    others: Sequence[Sum],
+    about_mean: Spectrum,
     facts: LayerFacts,
     metric: SpectralMetric,
     dimension: IntrinsicDimensionMetric,
 ) -> SummaryRow:
-    cache: dict[Any, Any] = {}
-    spectrum = Spectrum(sums, center=metric.center, cache=cache, others=others)
+    spectrum = about_mean.about(center=metric.center)
     value = torch.as_tensor(metric.statistic(spectrum))
     if value.ndim:
         raise ValueError(
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"
         )
-    about_mean = Spectrum(sums, cache=cache)
     found = int(dimension.statistic(about_mean))
     low = high = math.nan
     enough, spread = found, math.nan
@@ -208,7 +213,7 @@ def _row(
         end = dimension.interval_of(about_mean)
         spread = float(end.high) - float(end.low)
         enough = found if math.isnan(spread) else int(end.high)
-    width, count = sums.num_features, int(sums.num_observations)
+    width, count = about_mean.num_features, int(about_mean.num_observations)
     ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
     if found > ceiling:  # refuted: weights that changed meanwhile, or a forward of the layer's own
         ceiling = width
@@ -219,7 +224,7 @@ def _row(
         words.append("at its ceiling")
     if count > 1 and (dead := int((about_mean.variances == 0).sum())):
         words.append(f"{dead} dead feature{'s' if dead > 1 else ''}")
-    if left_out := int(sums.num_left_out):
+    if left_out := int(about_mean.num_left_out):
         words.append(f"{left_out} row{'s' if left_out > 1 else ''} with NaN or infinities left out")
     return SummaryRow(
         name,

@@ -3,6 +3,7 @@
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.decomposition import eigenvalues, eigenvectors, symmetrise
 from spectralmetrics.sums.folds import Folds, empty_folds, stack
+from spectralmetrics.sums.intake import products_dtype
 from spectralmetrics.sums.merging import run_together, together
 from spectralmetrics.sums.moments import (
     Moments,
@@ -16,7 +17,7 @@ from spectralmetrics.sums.moments import (
     variances,
 )
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import full_precision, no_autocast
+from spectralmetrics.sums.precision import full_precision, has_float64, no_autocast
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, kept_rows, offer
 from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum, Sum, kinds
 
@@ -37,6 +38,7 @@ __all__ = [
     "empty_moments",
     "empty_reservoir",
     "full_precision",
+    "has_float64",
     "kept_rows",
     "kinds",
     "mean",
@@ -44,6 +46,7 @@ __all__ = [
     "moments_of_covariance",
     "no_autocast",
     "offer",
+    "products_dtype",
     "rebase",
     "run_together",
     "stack",

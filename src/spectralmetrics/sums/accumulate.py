@@ -19,7 +19,7 @@ from torch import Tensor
 from spectralmetrics.sums import compiled
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import full_precision
+from spectralmetrics.sums.precision import full_precision, power_of_two_scale
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; an accelerator wants fewer, larger products.
@@ -251,7 +251,7 @@ def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
     _clear(centred, mask)
     # Of a transposed view this would make a copy, row by row.
     least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
-    scale = _power_of_two_scale(torch.maximum(-least, most))
+    scale = power_of_two_scale(torch.maximum(-least, most))
     centred.mul_(scale.to(centred.dtype))
     centred = centred.to(torch.float32)
     weight = scale.square().reciprocal()
@@ -277,14 +277,6 @@ def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
         return total
     rest = torch.mm(left[whole:].t(), right[whole:])
     return total.add_(rest) if whole else total.copy_(rest)
-
-
-def _power_of_two_scale(largest: Tensor) -> Tensor:
-    """A float64 power of two that brings rows of this largest magnitude near one; 1 if they are all zero."""
-    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
-    if largest.dtype == torch.float32:
-        exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
-    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
 
 
 def _block_rows(rows: Tensor, size: int) -> Iterator[tuple[int, int]]:

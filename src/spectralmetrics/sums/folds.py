@@ -113,7 +113,7 @@ class Folds(SpectralSum):
         """See :class:`.Sum`."""
         return empty_folds(self.number, num_features, device)
 
-    def intake(self, gram_dtype: torch.dtype) -> FoldsIntake:
+    def intake(self, gram_dtype: torch.dtype | None) -> FoldsIntake:
         """See :class:`.Sum`."""
         return FoldsIntake([DenseIntake(gram_dtype) for _ in range(self.number)])
 
@@ -212,11 +212,15 @@ class FoldsIntake(Intake):
         parts: the intake of each fold.
     """
 
+    reaches_other_devices = True
+
     def __init__(self, parts: Sequence[DenseIntake]) -> None:
         self._parts = parts
 
     def add(self, sums: Folds, observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
+        for index, part in enumerate(self._parts):
+            part.phase = (self.phase + index / len(self._parts)) % 1
         turn = (batch if observations.group is None else observations.group) % len(self._parts)
         self._parts[turn].add(sums.folds[turn], observations, batch)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums import accelerated
+from spectralmetrics.sums.accelerated import Centring
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
@@ -14,21 +16,26 @@ from spectralmetrics.sums.sum import Intake
 
 WAITING_ROWS = 2048
 """Batches too small for a product worth its pass over the D x D sum wait in a buffer of so many rows."""
+_WAITING_RANGE = 1792  # by how many fewer the first of them may be
 
 
 class DenseIntake(Intake):
     """Adds batches to dense moments.
 
     Args:
-        gram_dtype: dtype of the products.
+        gram_dtype: dtype of the products; None: see :func:`products_dtype`.
     """
 
-    def __init__(self, gram_dtype: torch.dtype) -> None:
+    reaches_other_devices = True
+
+    def __init__(self, gram_dtype: torch.dtype | None) -> None:
         self._gram_dtype = gram_dtype
         self._origin_is_near = False  # known to lie near the data
         self._origin_is_float32 = False  # known to be exact in float32
         self._accumulations = 0
+        self._centring: Centring | None = None  # on an accelerator, while the origin stays
         self._buffer: Tensor | None = None  # (WAITING_ROWS, D)
+        self._is_in_step = True  # with the buffers of other streams: all begin empty
         self.waiting = 0
 
     def add(self, sums: DenseSums, observations: Observations, batch: int) -> None:
@@ -44,6 +51,7 @@ class DenseIntake(Intake):
             return False
         assert self._buffer is not None
         rows, self.waiting = self._buffer[: self.waiting], 0
+        self._is_in_step = True
         self._accumulate(sums, Observations(rows))
         return True
 
@@ -68,10 +76,13 @@ class DenseIntake(Intake):
             # In float32 half precision is exact.
             kept = dtype if dtype == torch.float64 else torch.float32
             buffer = self._buffer = torch.empty((WAITING_ROWS, width), dtype=kept, device=values.device)
-        elif (dtype == torch.float64) != (buffer.dtype == torch.float64):
+        elif (dtype == torch.float64) != (buffer.dtype == torch.float64) or buffer.device != values.device:
             return False
-        if self.waiting + count > WAITING_ROWS:
+        # Buffers that were emptied together would be full together again, all in one step of a training.
+        limit = WAITING_ROWS - int(self.phase * _WAITING_RANGE) if self._is_in_step else WAITING_ROWS
+        if self.waiting + count > limit:
             self.flush(sums)
+            self._is_in_step = False
         stop = self.waiting + count
         target = buffer[self.waiting : stop]
         if values.ndim == 2 and dim == -1:
@@ -83,13 +94,32 @@ class DenseIntake(Intake):
         return True
 
     def _accumulate(self, sums: Any, observations: Observations) -> None:
-        is_float64 = observations.values.dtype == torch.float64
+        device, is_float64 = observations.values.device, observations.values.dtype == torch.float64
+        gram_dtype = self._gram_dtype or products_dtype(device)
         self._accumulations += 1
         # The first rows may be unlike the rest, and features drift in training: the origin follows the data,
         # ever more seldom.
         milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
-        rounded = self._gram_dtype == torch.float32 and not is_float64
+        rounded = gram_dtype == torch.float32 and not is_float64
         recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
-        accumulate(sums, observations, self._gram_dtype, recentre=recentre)
-        if recentre and is_float64:
-            self._origin_is_float32 = False
+        if rounded and not recentre and device.type != "cpu":
+            if self._centring is None or self._centring.shift.device != device:
+                self._centring = accelerated.centring(sums, device)
+            accelerated.add(sums, observations, self._centring)
+            return
+        accumulate(sums, observations.to(sums.second.device), gram_dtype, recentre=recentre)
+        if recentre:
+            self._centring = None
+            self._origin_is_float32 = self._origin_is_float32 and not is_float64
+
+
+def products_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of products of rows on a device unless one is asked for.
+
+    float64 on the CPU. float32 on accelerators: most have little or no arithmetic in float64 (consumer GPUs
+    1/64 of that in float32), and sums are float64 all the same.
+
+    >>> products_dtype(torch.device("cpu"))
+    torch.float64
+    """
+    return torch.float64 if device.type == "cpu" else torch.float32

@@ -91,7 +91,7 @@ class Moments(SpectralSum):
         """See :class:`.Sum`."""
         return empty_moments(num_features, device)
 
-    def intake(self, gram_dtype: torch.dtype) -> DenseIntake:
+    def intake(self, gram_dtype: torch.dtype | None) -> DenseIntake:
         """See :class:`.Sum`."""
         return DenseIntake(gram_dtype)
 
@@ -158,6 +158,10 @@ class Moments(SpectralSum):
     def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
         """See :class:`.SpectralSum`."""
         return decomposition.eigenvectors(self.upper_covariance(center=center))
+
+    def matrix(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.upper_covariance(center=center)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""

@@ -70,10 +70,13 @@ class Observations:
         if moved.is_contiguous():
             rows = moved.reshape(-1, moved.shape[-1]).index_select(0, index)
             return Observations(rows, valid=valid, group=self.group)
+        if self.feature_dim == 1 and self.values.is_contiguous():  # (B, D, *positions) -> (B, P, D)
+            moved = self.values.flatten(2).movedim(1, -1)
         positions = []
-        for size in reversed(moved.shape[:-1]):
+        for size in reversed(moved.shape[1:-1]):
             positions.append(index % size)
             index = index // size
+        positions.append(index)
         return Observations(moved[tuple(reversed(positions))], valid=valid, group=self.group)
 
     def to(self, device: torch.device) -> Observations:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -68,3 +70,25 @@ def _forbid_reduced_precision(device_type: str, stack: contextlib.ExitStack) -> 
         inherited = precision == everywhere.fp32_precision
         settings.fp32_precision = "ieee"
         stack.callback(setattr, settings, "fp32_precision", "none" if inherited else precision)
+
+
+def power_of_two_scale(largest: Tensor) -> Tensor:
+    """A float64 power of two that brings rows of this largest magnitude near one; 1 if they are all zero."""
+    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
+    if largest.dtype == torch.float32:
+        exponent = exponent.clamp(min=-120, max=120)  # the scale itself must be a float32
+    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; MPS does not.
+
+    >>> has_float64(torch.device("cpu"))
+    True
+    """
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True

@@ -62,7 +62,7 @@ class Reservoir(Sum):
         """See :class:`.Sum`."""
         return empty_reservoir(self.capacity, num_features, device, seed=self.seed)
 
-    def intake(self, gram_dtype: torch.dtype) -> SampleIntake:
+    def intake(self, gram_dtype: torch.dtype | None) -> SampleIntake:
         """See :class:`.Sum`."""
         return SampleIntake()
 

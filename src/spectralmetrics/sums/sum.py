@@ -73,8 +73,12 @@ class Sum(ABC):
         return self.with_tensors({state: function(tensor) for state, tensor in self.tensors().items()})
 
     @abstractmethod
-    def intake(self, gram_dtype: torch.dtype) -> Intake:
-        """What adds observations to this sum, and remembers what that needs between batches."""
+    def intake(self, gram_dtype: torch.dtype | None) -> Intake:
+        """What adds observations to this sum, and remembers what that needs between batches.
+
+        Args:
+            gram_dtype: dtype of products; None: float64 on the CPU, float32 on accelerators.
+        """
 
     @abstractmethod
     def merged(self, other: Self) -> Self:
@@ -171,9 +175,21 @@ class SpectralSum(Sum):
     def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
         """Eigenvalues and, in columns, eigenvectors (D, D), float64."""
 
+    def matrix(self, *, center: bool = True) -> Tensor | None:
+        """The matrix whose decomposition these are, so that several sums can be decomposed as one batch.
+
+        Shape (D, D), float64; only the upper triangle counts. None for a sum with a way of its own.
+        """
+        return None
+
 
 class Intake(ABC):
     """Adds observations to one sum, in place, and remembers what that needs between batches."""
+
+    reaches_other_devices: ClassVar[bool] = False
+    """Whether observations may be on a device without float64 while the sum is in the memory of the CPU."""
+    phase: float = 0.0
+    """From 0 to 1; streams of different phase have their dear moments at different steps."""
 
     @abstractmethod
     def add(self, sums: Any, observations: Observations, batch: int) -> None:

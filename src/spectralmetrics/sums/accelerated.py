@@ -1,0 +1,132 @@
+"""Rows into dense moments on an accelerator: float32 products, few launches, and nothing read.
+
+Small kernels cost an accelerator the time that the host takes to launch them. While the origin stays, rows
+are centred, judged, masked and multiplied in at most 15 launches up to D = 1024. What depends on the origin
+alone is computed once, when it moves.
+
+A device without float64 (MPS) multiplies; the sums stay in the memory of the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import full_precision, power_of_two_scale
+
+# A float32 sum of many products of like sign drifts in proportion to their number.
+ROWS_PER_FLOAT32_SUM = 256
+# One product up to this width; wider ones leave out what lies below the diagonal.
+_WIDTH_OF_ONE_PRODUCT = 1024
+# Memory for centred rows, and for the products of so many rows each, which are summed in float64.
+_WORKSPACE_BYTES = 2**26
+_PRODUCT_BYTES = 2**27
+
+
+class Centring(NamedTuple):
+    """What centring needs of sums whose origin stays, on the device of the rows.
+
+    Attributes:
+        shift: −scale · origin, shape (D,), float32.
+        scale: a power of two that brings deviations near one, shape (), float32.
+        zero: shape (), float32.
+        unit: 1 / scale, shape (), float64, on the device of the sums.
+        weight: its square.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    zero: Tensor
+    unit: Tensor
+    weight: Tensor
+
+
+def centring(moments: DenseSums, device: torch.device) -> Centring:
+    """How to centre rows of a device on the origin of sums, which float32 can hold exactly.
+
+    Deviations may grow 1e18 times beyond their present size before their squares overflow, which is said when
+    the sums are read.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        largest = moments.second.diagonal().amax() / moments.count.clamp(min=1)
+        scale = power_of_two_scale(largest.sqrt().to(torch.float32))
+        scale32, unit = scale.to(torch.float32), scale.reciprocal()
+        shift = (moments.origin.to(torch.float32) * scale32).neg_()
+        shift = shift.to(device)
+        return Centring(shift, scale32.to(device), shift.new_zeros(()), unit, unit.square())
+
+
+def add(moments: DenseSums, observations: Observations, centre: Centring) -> None:
+    """Add observations to ``moments``, in place and about their origin.
+
+    Args:
+        moments: the sums so far, on the device of the observations or in the memory of the CPU.
+        observations: on an accelerator, float32 or of half precision.
+        centre: of these sums.
+    """
+    values, valid = observations.values.detach(), observations.valid
+    features = observations.num_features
+    moved = values.movedim(observations.feature_dim, -1)
+    with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type):
+        products = features * min(features, _WIDTH_OF_ONE_PRODUCT) * 4
+        limit = min(_WORKSPACE_BYTES // (4 * features), ROWS_PER_FLOAT32_SUM * (_PRODUCT_BYTES // products))
+        limit = max(limit, ROWS_PER_FLOAT32_SUM)
+        total = observations.num_observations
+        if total <= limit:
+            _add_piece(moments, moved, valid, centre)
+            return
+        rows = moved.reshape(-1, features)
+        for start in range(0, total, limit):
+            chosen = None if valid is None else valid[start : start + limit]
+            _add_piece(moments, rows[start : start + limit], chosen, centre)
+
+
+def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre: Centring) -> None:
+    """Add values of shape (..., D)."""
+    features = values.shape[-1]
+    total = values.numel() // features
+    # A row is judged before it is centred: one that overflows then is no NaN of the user's. The largest
+    # magnitude is NaN or infinite if any is.
+    magnitude = torch.linalg.vector_norm(values, torch.inf, dim=-1, keepdim=True)
+    kept = magnitude <= torch.finfo(values.dtype).max
+    if valid is not None:
+        kept = kept & valid.reshape(kept.shape)
+    whole = total if total <= ROWS_PER_FLOAT32_SUM else -(-total // ROWS_PER_FLOAT32_SUM) * ROWS_PER_FLOAT32_SUM
+    rows = torch.empty((whole, features), dtype=torch.float32, device=values.device)
+    if whole > total:
+        rows[total:].zero_()
+    # scale · (x − o): with a power of two it rounds where the difference alone does.
+    scaled = torch.addcmul(centre.shift, values, centre.scale)
+    torch.where(kept, scaled, centre.zero, out=rows[:total].view(values.shape))
+    number = kept.sum()
+    offered = total if valid is None else valid.sum()
+    sums = rows.sum(0, dtype=_sum_dtype(moments, values.device))
+    home = moments.second.device
+    if home != values.device:
+        number, sums = number.to(home), sums.to(home)
+        offered = offered.to(home) if isinstance(offered, Tensor) else offered
+    moments.count.add_(number)
+    moments.non_finite.add_(offered - number)
+    moments.first.addcmul_(sums, centre.unit)
+    _add_products(moments, rows, centre.weight)
+
+
+def _add_products(moments: DenseSums, rows: Tensor, weight: Tensor) -> None:
+    """Add the products of scaled rows (n, D) to the second moment."""
+    features = rows.shape[1]
+    home = moments.second.device
+    stacked = rows.unflatten(0, (-1, min(ROWS_PER_FLOAT32_SUM, len(rows))))  # (n, D) -> (n / 256, 256, D)
+    for start in range(0, features, _WIDTH_OF_ONE_PRODUCT):
+        stop = min(start + _WIDTH_OF_ONE_PRODUCT, features)
+        products = torch.bmm(stacked[..., start:stop].mT, stacked[..., start:])
+        several = len(products) > 1
+        product = products.sum(0, dtype=_sum_dtype(moments, rows.device)) if several else products[0]
+        moments.second[start:stop, start:].addcmul_(product.to(home), weight)
+
+
+def _sum_dtype(moments: DenseSums, device: torch.device) -> torch.dtype:
+    return torch.float64 if moments.second.device == device else torch.float32

@@ -1,0 +1,246 @@
+"""Metrics of rows on an accelerator have the values of the same rows on the CPU."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from spectralmetrics import (
+    CovarianceMetric,
+    IntrinsicDimensionMetric,
+    LinearCKAMetric,
+    Observations,
+    SaturationMetric,
+    statistics,
+)
+from spectralmetrics.sums import products_dtype
+from tests.accelerator.device import watching
+
+OURS = {
+    name: kind for name, kind in statistics().items() if kind.__module__.startswith("spectralmetrics.metrics.")
+}
+
+
+def batches(width=12, sizes=(40, 300, 7, 600, 33, 257, 513, 5), dtype=torch.float32, shift=30.0):
+    scales = 2.0 ** -torch.arange(width) + 0.05
+    rows = [(torch.randn(size, width) * scales + shift).to(dtype) for size in sizes]
+    rows[1][2, 3] = torch.nan
+    rows[3][0, 0] = torch.inf
+    return rows
+
+
+def both(new, device, rows):
+    here, there = new(gram_dtype=torch.float32, nan_strategy="ignore"), new(nan_strategy="ignore")
+    for each in rows:
+        here.update(each)
+        there.update(each.to(device))
+    return here, there
+
+
+def assert_close(value, expected, tolerance=1e-5):
+    torch.testing.assert_close(
+        torch.as_tensor(value).cpu().double(), expected.double(), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+@pytest.mark.parametrize("name", OURS)
+def test_every_statistic(accelerator, name, folds):
+    new = OURS[name]
+    here, there = both(lambda **kwargs: new(folds=folds, **kwargs), accelerator, batches())
+    value = there.compute()
+    assert value.device == accelerator
+    if name == "embedding":  # which rows are drawn depends on the generator of the device
+        assert value.shape == here.compute().shape
+    else:
+        # A determinant multiplies the errors of all its factors.
+        assert_close(value, here.compute(), 1e-3 if name == "covariance_determinant" else 1e-5)
+    if folds > 1 and new.has_interval:
+        for end, expected in zip(there.interval(), here.interval(), strict=True):
+            assert_close(end, expected, 1e-3)
+    assert int(there.non_finite) == 2
+    assert there.second_moment.dtype == torch.float64
+    there.reset()
+    with pytest.raises(RuntimeError, match="no observation"):
+        there.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["eager", "deterministic", "inference"])
+def test_every_dtype_and_mode(accelerator, dtype, mode):
+    rows = batches(dtype=dtype, shift=2.0)
+    if mode == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    try:
+        with torch.inference_mode(mode == "inference"):
+            here, there = both(CovarianceMetric, accelerator, rows)
+        there.update(rows[0].to(accelerator))
+        here.update(rows[0])
+        assert_close(there.compute(), here.compute())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("width", [1, 3, 1030])
+def test_every_width(accelerator, width):
+    rows = [torch.rand(300, width) + 100 for _ in range(7)]
+    here, there = both(CovarianceMetric, accelerator, rows)
+    exact = torch.cat(rows).double()
+    exact = (exact - exact.mean(0)).mT @ (exact - exact.mean(0)) / len(exact)
+    for metric in (here, there):
+        difference = (metric.compute().cpu() - exact).abs().max() / exact.diagonal().max()
+        assert difference < 1e-5
+
+
+def test_far_from_zero(accelerator):
+    rows = [torch.randn(700, 5, dtype=torch.float64) + 1e8 for _ in range(8)]
+    metric = CovarianceMetric()
+    for each in rows:
+        metric.update(each.to(accelerator))
+    expected = torch.cat(rows).T.cov(correction=0)
+    assert_close(metric.compute(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e12, 1e25])
+def test_any_magnitude(accelerator, magnitude):
+    rows = [torch.randn(300, 4) * magnitude for _ in range(9)]
+    here, there = both(CovarianceMetric, accelerator, rows)
+    torch.testing.assert_close(there.compute().cpu(), here.compute(), rtol=1e-5, atol=1e-5 * magnitude**2)
+
+
+def test_features_that_grow_a_billion_times(accelerator):
+    rows = [torch.randn(300, 4) * 10.0**power for power in (0, 0, 0, 0, 0, 3, 6, 9)]
+    here, there = both(CovarianceMetric, accelerator, rows)
+    torch.testing.assert_close(there.compute().cpu(), here.compute(), rtol=1e-5, atol=1e12)
+
+
+def test_rows_that_overflow_are_said(accelerator):
+    metric = CovarianceMetric()
+    for power in (0, 0, 0, 0, 0, 30):
+        metric.update((torch.randn(300, 4) * 10.0**power).to(accelerator))
+    with pytest.raises(RuntimeError, match="overflow"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_maps_in_their_own_layout(accelerator, valid):
+    maps = [torch.randn(6, 5, 9, 7) + 3 for _ in range(8)]
+    chosen = torch.rand(6 * 9 * 7) < 0.7 if valid else None
+    here, there = CovarianceMetric(gram_dtype=torch.float32), CovarianceMetric()
+    for each in maps:
+        here.update(Observations(each, feature_dim=1, valid=chosen))
+        there.update(
+            Observations(
+                each.to(accelerator), feature_dim=1, valid=None if chosen is None else chosen.to(accelerator)
+            )
+        )
+    assert_close(there.compute(), here.compute())
+    assert int(there.count) == int(here.count)
+
+
+def test_moves_copies_and_rows_from_elsewhere(accelerator):
+    rows = batches()
+    reference = CovarianceMetric(nan_strategy="ignore", gram_dtype=torch.float32)
+    metric = CovarianceMetric(nan_strategy="ignore")
+    for number, each in enumerate(rows):
+        reference.update(each)
+        metric.update(each if number % 3 == 1 else each.to(accelerator))
+        if number == 2:
+            metric = copy.deepcopy(metric)
+        if number == 4:
+            metric.to("cpu")
+            assert metric.second_moment.device.type == "cpu"
+            metric.to(accelerator)
+        if number == 6:
+            metric = pickle.loads(pickle.dumps(metric))
+    assert metric.second_moment.device == accelerator
+    assert_close(metric.compute(), reference.compute())
+
+
+def test_forward_merge_and_saved_states(accelerator):
+    rows = batches()
+    reference = IntrinsicDimensionMetric(nan_strategy="ignore")
+    one, other = (IntrinsicDimensionMetric(nan_strategy="ignore") for _ in range(2))
+    for number, each in enumerate(rows):
+        reference.update(each)
+        (one, other)[number % 2](each.to(accelerator))
+    one.merge_state(other)
+    one.persistent(True)
+    loaded = IntrinsicDimensionMetric(nan_strategy="ignore")
+    loaded.load_state_dict(one.state_dict())
+    assert int(one.compute()) == int(loaded.compute()) == int(reference.compute())
+
+
+def test_similarity_of_two_layers(accelerator):
+    here, there = LinearCKAMetric(), LinearCKAMetric()
+    for _ in range(4):
+        left, right = torch.randn(20, 6), torch.randn(20, 3)
+        here.update(left, right)
+        there.update(left.to(accelerator), right.to(accelerator))
+    assert_close(there.compute(), here.compute())
+
+
+def test_products_are_float64_on_the_cpu_and_float32_elsewhere(accelerator):
+    assert products_dtype(torch.device("cpu")) == torch.float64
+    assert products_dtype(accelerator) == torch.float32
+    rows = torch.randn(300, 2)
+    exact = CovarianceMetric(center=False)
+    asked_for = CovarianceMetric(center=False, gram_dtype=torch.float64)
+    chosen = CovarianceMetric(center=False)
+    for each in [rows] * 9:
+        exact.update(each)
+        asked_for.update(each.to(accelerator))
+        chosen.update(each.to(accelerator))
+    assert_close(asked_for.compute(), exact.compute(), 1e-12)
+    assert not torch.allclose(chosen.compute().cpu(), exact.compute(), rtol=1e-10, atol=0)
+    assert_close(chosen.compute(), exact.compute(), 1e-6)
+
+
+def test_a_metric_that_was_saved_before_products_were_chosen_by_the_device():
+    saved = SaturationMetric(gram_dtype=torch.float64)
+    saved.persistent(True)
+    saved.update(torch.randn(30, 4))
+    metric = SaturationMetric()
+    metric.load_state_dict(saved.state_dict())
+    assert torch.equal(metric.configuration, SaturationMetric().configuration)
+    assert metric.compute() == saved.compute()
+
+
+@pytest.mark.parametrize("rows", [16, 700])
+def test_without_float64_the_sums_stay_with_the_cpu(like_mps, rows):
+    data = [torch.randn(rows, 6) * torch.arange(1, 7) + 10 for _ in range(40)]
+    data[20][3, 1] = torch.nan
+    metric = CovarianceMetric(nan_strategy="ignore")
+    reference = CovarianceMetric(nan_strategy="ignore", gram_dtype=torch.float32)
+    for each in data:
+        reference.update(each)
+        with watching() as seen:
+            metric.update(each.to(like_mps))
+    assert metric.second_moment.device.type == "cpu"
+    assert metric.second_moment.dtype == torch.float64
+    assert int(metric.non_finite) == 1
+    if rows > 256:  # the product is the device's
+        assert seen.operations["bmm"] == 1
+    assert_close(metric.compute(), reference.compute(), 1e-5)
+
+
+def test_without_float64_a_metric_of_the_cpu_takes_the_rows_there(like_mps):
+    metric = CovarianceMetric().to("cpu")
+    for _ in range(6):
+        with watching() as seen:
+            metric.update(torch.randn(300, 4).to(like_mps))
+    assert not seen.operations["bmm"]
+    assert int(metric.count) == 1800
+
+
+def test_without_float64_folds_and_samples(like_mps):
+    from spectralmetrics import EigenspaceEmbeddingMetric
+
+    folds, sample = SaturationMetric(folds=2), EigenspaceEmbeddingMetric(max_samples=9)
+    for _ in range(8):
+        rows = torch.randn(300, 4).to(like_mps)
+        folds.update(rows)
+        sample.update(rows)
+    assert folds.interval().low <= folds.compute() <= folds.interval().high
+    assert sample.compute().shape == (9, 2)

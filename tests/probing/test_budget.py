@@ -1,0 +1,181 @@
+"""A probe with a budget stays below it, whatever observing costs, and sees all layers alike."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics import LayerProbe, SaturationMetric
+from spectralmetrics.probing import budget as module
+from spectralmetrics.probing.budget import Budget
+
+
+class Clock:
+    """A clock that tells the time of a simulated training."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def simulate(clock, share, steps, step_seconds, fixed, each_row, start=0.0, stages=("train",), rows=1000.0):
+    """A training whose observed forwards cost ``fixed`` seconds and ``each_row`` for a row of each feature."""
+    budget = Budget(share, seed=0)
+    observed, own = [], 0.0
+    for index in range(steps):
+        stage = stages[index % len(stages)]
+        clock.now += next(step_seconds) if hasattr(step_seconds, "__next__") else step_seconds
+        seen = budget.begins(stage)
+        observed.append(seen)
+        if not seen:
+            budget.passes(stage)
+        else:
+            with budget.measuring(stage, torch.zeros(1)):
+                drawn = budget.rows_per_feature(stage)
+                cost = fixed + each_row * (rows if drawn is None else min(drawn, rows))
+                cost += 0.0 if any(observed[:-1]) else start
+                clock.now += cost
+                own += cost
+    return budget, observed, own
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("fixed", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("each_row", [0.0, 1e-6, 1e-4])
+def test_the_share_is_kept(clock, share, fixed, each_row):
+    steps = 2000
+    budget, observed, own = simulate(clock, share, steps, 0.01, fixed, each_row)
+    # One price may be paid ahead of what is earned.
+    assert own <= share * 0.01 * steps + fixed + 1000 * each_row
+    assert budget.spent("train").share == pytest.approx(own / (0.01 * (steps - 1)), rel=0.05)
+    assert budget.spent("train").observed == sum(observed)
+    assert sum(observed) >= 3
+
+
+def test_what_is_cheap_is_observed_whole(clock):
+    budget, observed, _ = simulate(clock, 0.03, 400, 0.01, 1e-6, 1e-8)
+    assert budget.rows_per_feature("train") is None
+    assert all(observed[200:])
+
+
+def test_rows_are_left_out_before_forwards(clock):
+    budget, observed, own = simulate(clock, 0.03, 5000, 0.01, 2e-4, 1e-3)
+    # With all rows it could be one forward in 4,000.
+    assert sum(observed) > 5000 / 16
+    assert budget.rows_per_feature("train") < 10
+    assert own > 0.5 * 0.03 * 50  # and what there is, is used
+
+
+def test_a_dear_beginning_is_paid_off(clock):
+    _, observed, own = simulate(clock, 0.03, 5000, 0.01, 1e-4, 0.0, start=0.5)
+    assert own <= 0.03 * 50 + 0.5
+    assert sum(observed[:1000]) <= 3
+    assert sum(observed[3000:]) > 500
+
+
+def test_a_break_between_forwards_is_nothing_to_spend(clock):
+    pauses = itertools.chain([0.01] * 100, [3600.0], itertools.repeat(0.01))
+    _, observed, _ = simulate(clock, 0.03, 1000, pauses, 1e-2, 0.0)
+    # 3,600 s would pay for 10,000 forwards.
+    assert sum(observed[100:300]) <= 20
+
+
+def test_no_beat_of_the_training_is_met(clock):
+    """Of a forward that comes twice in each step, both are observed."""
+    _, observed, _ = simulate(clock, 0.1, 4000, 0.01, 2e-3, 0.0)
+    even, odd = sum(observed[::2]), sum(observed[1::2])
+    assert 0.5 < even / odd < 2
+
+
+def test_stages_are_paid_apart(clock):
+    budget, observed, _ = simulate(clock, 0.05, 4000, 0.01, 1e-3, 0.0, stages=("train", "eval"))
+    assert min(sum(observed[::2]), sum(observed[1::2])) > 200
+    assert budget.spent("train").forwards == 2000
+
+
+def network():
+    return nn.Sequential(nn.Linear(20, 48), nn.ReLU(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def train(model, steps=60):
+    torch.manual_seed(5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(256, 20)).square().mean().backward()
+        optimizer.step()
+    return list(model.parameters())
+
+
+def test_training_is_bit_identical():
+    model = network()
+    twin = copy.deepcopy(model)
+    with LayerProbe(model, SaturationMetric(), budget=0.2) as probe:
+        probed = train(model)
+    assert all(map(torch.equal, probed, train(twin)))
+    assert int(probe["train", "0"].saturation.count) > 0
+
+
+def test_layers_get_rows_by_their_width(monkeypatch):
+    monkeypatch.setattr(Budget, "begins", lambda self, stage: True)
+    monkeypatch.setattr(Budget, "rows_per_feature", lambda self, stage: 1.5)
+    model = network()
+    probe = LayerProbe(model, SaturationMetric(), budget=0.1)
+    train(model, 10)
+    assert {name: int(probe["train", name].saturation.count) for name in probe.layers} == {
+        "0": 10 * 72,
+        "2": 10 * 24,
+        "4": 10 * 6,
+    }
+
+
+def test_the_summary_says_what_it_took():
+    model = network()
+    probe = LayerProbe(model, SaturationMetric(), budget=0.25)
+    train(model)
+    title = probe.summary("train").title
+    assert "of 60 forwards" in title
+    assert "(budget 25 %)" in title
+    probe.reset()
+    train(model, 40)
+    assert "of 40 forwards" in probe.summary("train").title
+
+
+def test_a_paused_probe_takes_nothing():
+    model = network()
+    probe = LayerProbe(model, SaturationMetric(), budget=0.25)
+    with probe.paused():
+        train(model)
+    train(model, 30)
+    assert int(probe["train", "0"].saturation.count) > 0
+
+
+def test_a_layer_that_is_run_by_itself():
+    model = network()
+    probe = LayerProbe(model, SaturationMetric(), budget=0.25)
+    for _ in range(20):
+        model[0](torch.randn(3000, 20))
+    assert int(probe["train", "0"].saturation.count) > 0
+
+
+@pytest.mark.filterwarnings("ignore:in train there are fewer")
+def test_a_copy_measures_for_itself():
+    model = network()
+    probe = LayerProbe(model, SaturationMetric(), budget=0.25)
+    train(model, 20)
+    twin = copy.deepcopy(probe)
+    assert twin.budget == 0.25
+    assert twin.compute().keys() == probe.compute().keys()
+
+
+@pytest.mark.parametrize("budget", [0, 1, -0.1, 3, float("nan")])
+def test_a_budget_is_a_share(budget):
+    with pytest.raises(ValueError, match=f"between 0 and 1, got {budget}"):
+        LayerProbe(network(), budget=budget)
