@@ -1,7 +1,12 @@
-"""Compiles csrc/ while the package is built, where that is possible; PyTorch does the same work without it."""
+"""What hatchling does for this package besides packing it.
+
+Compiles csrc/, where that is possible; PyTorch does the same work without it. Gives the links of the published
+README addresses that work outside the repository.
+"""
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SOURCE = "csrc/accumulate.cpp"
 LIBRARY = "spectralmetrics/sums/_accumulate.so"
 OPTIONS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti"
+# Code comes first: what looks like a link in it is none.
+CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]*`|\]\((?!https?:|mailto:|#)(?P<path>[^)\s]+)\)", re.DOTALL)
 
 
 class CompileHook(BuildHookInterface):
@@ -59,3 +67,33 @@ class CompileHook(BuildHookInterface):
         new = target.with_suffix(f".{os.getpid()}")
         shutil.copyfile(library, new)
         new.replace(target)
+
+
+class ReadmeHook(MetadataHookInterface):
+    """Makes README.md the description of the package, with links and pictures of the version's tag."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Called by hatchling when it puts the metadata together."""
+        readme = Path(self.root, "README.md").read_text(encoding="utf-8")
+        text = absolute(readme, metadata["urls"]["Repository"], f"v{metadata['version']}")
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
+
+
+def absolute(markdown: str, repository: str, revision: str) -> str:
+    """The same text with its relative links leading to a repository on GitHub.
+
+    Args:
+        markdown: text whose links are relative to the root of the repository.
+        repository: the repository's address.
+        revision: the branch, tag or commit to link to.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        path = match["path"]
+        if path is None:
+            return match[0]
+        # GitHub shows a page about a picture under "blob", and the picture itself under "raw".
+        kind = "raw" if path.endswith((".png", ".svg", ".gif", ".jpg")) else "blob"
+        return f"]({repository}/{kind}/{revision}/{path})"
+
+    return CODE_OR_LINK.sub(replaced, markdown)

@@ -10,6 +10,7 @@
 // plain fallback here: src/spectralmetrics/sums/accumulate.py has one in PyTorch, and calls this through
 // src/spectralmetrics/sums/compiled.py where it can.
 
+#include <cpuid.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -181,11 +182,16 @@ extern "C" {
 PUBLIC int interface_version() { return 2; }
 
 PUBLIC int best_instructions() {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-    return wide ? 2 : 1;
+    // Not by __builtin_cpu_supports: linked with the run-time library of Zig it answers no to everything.
+    constexpr unsigned fma = bit_FMA | bit_OSXSAVE;
+    constexpr unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512VL | bit_AVX512BW;
+    unsigned eax, ebx, ecx, edx, unused, saved;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & fma) != fma) return 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2)) return 0;
+    // The system must save the registers too: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512.
+    asm volatile("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
+    if ((saved & 0x06) != 0x06) return 0;
+    return (ebx & wide) == wide && (saved & 0xe0) == 0xe0 ? 2 : 1;
 }
 
 PUBLIC int64_t workspace_bytes(const Job *job) {

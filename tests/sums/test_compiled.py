@@ -283,3 +283,12 @@ def test_the_environment_can_switch_it_off(instructions):
 )
 def test_it_has_been_built_where_it_can_be():
     assert compiled._library() is not None
+
+
+@pytest.mark.skipif(compiled._library() is None, reason="nothing is compiled")
+def test_it_uses_the_instructions_that_the_processor_has():
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = next(line for line in file if line.startswith("flags")).split()
+    avx2 = {"avx2", "fma"} <= set(flags)
+    avx512 = avx2 and {"avx512f", "avx512dq", "avx512vl", "avx512bw"} <= set(flags)
+    assert compiled._library().best_instructions() == avx2 + avx512
