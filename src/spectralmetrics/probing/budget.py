@@ -81,6 +81,7 @@ class Budget:
     def reset(self, stage: str) -> None:
         """Count a stage from the beginning; what has been learnt about its speed stays."""
         self._stages[stage].restart()
+        self._last = None
 
     def passes(self, stage: str) -> None:
         """A layer is not observed in this forward; the call of a hook, about 1 µs, is not counted."""
@@ -135,6 +136,8 @@ class _Account:
         self.restart()
 
     def restart(self) -> None:
+        self.is_met = self._is_observing = False
+        self._paid = 0.0
         self.time = self.cost = 0.0
         self.forwards = self.observed = 0
 
