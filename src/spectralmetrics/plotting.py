@@ -7,8 +7,7 @@ Every function returns ``(figure, axis)``, draws into ``ax`` if one is given, an
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +80,7 @@ def plot_profile(
     """
     layers = _layers_of(profiles)
     _check_text("statistic", statistic)
-    if isinstance(tail, str) or not isinstance(tail, Sequence):
+    if isinstance(tail, str) or not isinstance(tail, Iterable):
         raise TypeError(f"expected tail as a sequence of layers, got {tail!r}")
     for argument, given_by_name in (("bands", bands), ("ceilings", ceilings)):
         if given_by_name is not None and not isinstance(given_by_name, Mapping):
@@ -89,7 +88,7 @@ def plot_profile(
     _check_numbers("a ceiling", ceilings or {})
     for stage, of_stage in (bands or {}).items():
         pairs = list(of_stage.values()) if isinstance(of_stage, Mapping) else [of_stage]
-        if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+        if not all(isinstance(pair, Sized) and len(pair) == 2 for pair in pairs):
             raise TypeError(f"expected bands of {stage!r} as a dict of (low, high), got {of_stage!r}")
     given = ax is not None
     ax = _axis(ax, (max(6.0, _NAME_INCHES * len(layers) + 1.5), 3.4 + _longest(layers)))
@@ -210,7 +209,7 @@ def plot_similarity(
     check_real("matrix", matrix)
     columns = layers if other_layers is None else other_layers
     for name, names in (("layers", layers), ("other_layers", columns)):
-        if isinstance(names, str) or not isinstance(names, Sequence):
+        if isinstance(names, str) or not isinstance(names, Iterable):
             raise TypeError(f"expected {name} as a sequence of names, got {names!r}")
     if tuple(matrix.shape) != (len(layers), len(columns)) or 0 in matrix.shape:
         raise ValueError(
@@ -269,16 +268,15 @@ def plot_spectrum(
     """
     if threshold is not None:
         check_threshold(threshold)
-    if not isinstance(eigenvalues, (Tensor, list, tuple)) or (
-        isinstance(eigenvalues, Sequence) and not eigenvalues
-    ):
+    is_several = isinstance(eigenvalues, Iterable) and not isinstance(eigenvalues, (str, Tensor))
+    spectra: list[Tensor] = list(eigenvalues) if is_several else [eigenvalues]  # type: ignore[list-item]
+    if not spectra or not (is_several or isinstance(eigenvalues, Tensor)):
         raise TypeError(f"expected eigenvalues as a tensor, or a sequence of them, got {eigenvalues!r}")
-    spectra = [eigenvalues] if isinstance(eigenvalues, Tensor) else list(eigenvalues)
     for values in spectra:
         check_real("eigenvalues", values)
         if values.ndim != 1:
             raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
-    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
         raise TypeError(f"expected labels as a sequence of names, got {labels!r}")
     names = [f"step {step}" for step in range(len(spectra))] if labels is None else list(labels)
     if len(names) != len(spectra):
@@ -483,7 +481,7 @@ def _layers_of(profiles: Mapping[Any, Mapping[str, float | Tensor]]) -> list[str
 
 def _check_numbers(what: str, values: Mapping[str, float | Tensor]) -> None:
     for name, value in values.items():
-        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)):
+        if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
             raise TypeError(f"expected {what} that is a number, got {value!r} for {name!r}")
 
 

@@ -144,14 +144,12 @@ def border_layer(
         raise ValueError(f"expected paths to be 'largest' or 'smallest', got {paths!r}")
     if not isinstance(fields, Mapping) or not all(isinstance(each, ReceptiveField) for each in fields.values()):
         raise TypeError(f"expected fields as receptive_fields returns them, got {fields!r}")
-    given = [input_size] if isinstance(input_size, int) else input_size
-    if not isinstance(given, Sequence) or not all(
-        isinstance(size, numbers.Integral) and size > 0 for size in given
-    ):
+    given = list(input_size) if isinstance(input_size, Sequence) else [input_size]
+    if not all(isinstance(size, numbers.Integral) and size > 0 for size in given):
         raise ValueError(f"expected input_size as a positive integer, or one for each axis, got {input_size!r}")
     for name, field in fields.items():
         extent = getattr(field, paths)
-        sizes = [input_size] * len(extent) if isinstance(input_size, int) else list(input_size)
+        sizes = given if isinstance(input_size, Sequence) else given * len(extent)
         if len(sizes) != len(extent):
             raise ValueError(f"expected an input size of {len(extent)} axes, got {input_size!r}")
         if all(seen > size for seen, size in zip(extent, sizes, strict=True)):

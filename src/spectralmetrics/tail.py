@@ -84,10 +84,10 @@ def low_saturation_tail(
         raise TypeError(f"expected a dict of layers and saturations, got {saturation!r}")
     if not isinstance(ratio, numbers.Real) or not 0 < ratio < 1:
         raise ValueError(f"expected a ratio in (0, 1), got {ratio!r}")
-    if not isinstance(output_layers, int) or isinstance(output_layers, bool) or output_layers < 0:
+    if not isinstance(output_layers, numbers.Integral) or isinstance(output_layers, bool) or output_layers < 0:
         raise ValueError(f"expected output_layers as an integer that is not negative, got {output_layers!r}")
     for name, value in saturation.items():
-        is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
+        is_number = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
         if not is_number or not 0 <= float(value) <= 1:
             raise ValueError(f"expected saturations in [0, 1], got {value!r} for {name!r}")
     names = list(saturation)[: max(len(saturation) - output_layers, 0)]

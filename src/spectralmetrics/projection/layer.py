@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -289,7 +290,7 @@ class PCAProjection(nn.Module):
 
 def check_dim(dim: int | None) -> None:
     """Raise a ValueError unless ``dim`` can be the place of a dimension."""
-    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+    if dim is not None and (not isinstance(dim, numbers.Integral) or isinstance(dim, bool)):
         raise ValueError(f"expected dim to be an integer or None, got {dim!r}")
 
 
