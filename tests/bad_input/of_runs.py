@@ -189,7 +189,7 @@ ROWS_OF_RUNS = [
         draw_runs,
         {"directories": Given(lambda w: [w.run, w.table]), "output": OUTPUT},
         directories=[
-            (RUN, TypeError, "expected a sequence of directories, got PosixPath('"),
+            (RUN, TypeError, "expected a sequence of directories, got …Path('"),
             ("runs", TypeError, "expected a sequence of directories, got 'runs'"),
             (3, TypeError, "expected a sequence of directories, got 3"),
             ([], ValueError, "expected the directory of at least one run, got none"),
