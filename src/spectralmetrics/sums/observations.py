@@ -47,7 +47,7 @@ class Observations:
         """
         values, valid = self.values, self.valid
         for name, number in (("feature_dim", self.feature_dim), ("group", self.group or 0)):
-            if not isinstance(number, numbers.Integral):
+            if type(number) is not int and not isinstance(number, numbers.Integral):  # the first is faster
                 raise TypeError(f"expected {name} to be an integer, got {number!r}")
         if not isinstance(values, Tensor):
             raise TypeError(f"expected rows as a floating tensor of shape (N, D), got {type(values).__name__}")
