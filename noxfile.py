@@ -1,4 +1,4 @@
-"""Sessions: tests, lint, typecheck, docs, tests_oldest, demo, benchmarks, reproduction, wheels."""
+"""Sessions: tests, lint, typecheck, docs, tests_oldest, demo, mutants, benchmarks, reproduction, wheels."""
 
 import functools
 import shutil
@@ -62,6 +62,14 @@ def demo(session: nox.Session) -> None:
     """Train a small network on real digits and look at its layers; arguments after `--` are passed on."""
     install(session, "demo")
     session.run("spectralmetrics", "demo", *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Change the code in 300 places, one at a time, and see that the tests notice; an hour on two cores."""
+    install(session, "test")
+    session.install("-c", "constraints.txt", "cosmic-ray==8.7.0")
+    session.run("python", "mutants/run.py", *session.posargs)
 
 
 @nox.session

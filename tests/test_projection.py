@@ -131,6 +131,20 @@ def test_without_centre():
     torch.testing.assert_close(projection(values), values @ vector @ vector.T)
 
 
+def test_a_single_row_is_data():
+    row = torch.tensor([[1.0, -2.0, 3.0]])
+    projection = PCAProjection(3)
+    projection(row)
+    assert torch.equal(projection.eval()(row + 1), row)
+    assert projection.rank == 0
+
+
+def test_what_one_process_has_seen_is_not_said_to_be_that_of_several():
+    projection, values = trained()
+    projection(values)
+    assert projection.state_dict()["_extra_state"]["is_merged"] is False
+
+
 def test_constant_features_are_projected_onto_their_mean():
     projection = PCAProjection(WIDTH)
     projection(torch.full((8, WIDTH), 3.0))

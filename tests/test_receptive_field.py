@@ -156,6 +156,30 @@ def test_a_global_pool_and_a_scale_per_channel():
     assert fields["4"].smallest == (math.inf, math.inf)
 
 
+class Collapsing(nn.Module):
+    """Two convolutions, and between them a mean over one axis."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+        self.first, self.second = nn.Conv2d(1, 2, 2), nn.Conv2d(2, 2, 1)
+
+    def forward(self, maps):
+        return self.second(self.first(maps).mean(self.axis, keepdim=True))
+
+
+@pytest.mark.parametrize("extent", [1, 2, 3, 7])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_mean_over_an_axis_sees_all_of_it(axis, extent):
+    shape = [1, 1, 6, 6]
+    shape[axis] = extent + 1  # which the first convolution leaves at `extent`
+    field = receptive_fields(Collapsing(axis), torch.zeros(shape))["second"]
+    expected = [2, 2]
+    if extent > 1:
+        expected[axis - 2] = math.inf
+    assert field == ReceptiveField(tuple(expected), tuple(expected))
+
+
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(), nn.Conv2d(2, 2, 3))
     model[1].eval()

@@ -7,7 +7,7 @@ Every function returns ``(figure, axis)``, draws into ``ax`` if one is given, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.dimension import intrinsic_dimension
+from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
+from spectralmetrics.sums.checks import check_real
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +70,7 @@ def plot_profile(
         The figure and the axis. Nothing is shown or saved.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there is no value to draw.
         ModuleNotFoundError: without matplotlib.
 
@@ -76,9 +78,18 @@ def plot_profile(
     >>> axis.get_ylabel()
     'saturation'
     """
-    layers = list(dict.fromkeys(name for profile in profiles.values() for name in profile))
-    if not layers:
-        raise ValueError("expected at least one value to draw, got none")
+    layers = _layers_of(profiles)
+    _check_text("statistic", statistic)
+    if isinstance(tail, str) or not isinstance(tail, Iterable):
+        raise TypeError(f"expected tail as a sequence of layers, got {tail!r}")
+    for argument, given_by_name in (("bands", bands), ("ceilings", ceilings)):
+        if given_by_name is not None and not isinstance(given_by_name, Mapping):
+            raise TypeError(f"expected {argument} as a dict, got {given_by_name!r}")
+    _check_numbers("a ceiling", ceilings or {})
+    for stage, of_stage in (bands or {}).items():
+        pairs = list(of_stage.values()) if isinstance(of_stage, Mapping) else [of_stage]
+        if not all(isinstance(pair, Sized) and len(pair) == 2 for pair in pairs):
+            raise TypeError(f"expected bands of {stage!r} as a dict of (low, high), got {of_stage!r}")
     given = ax is not None
     ax = _axis(ax, (max(6.0, _NAME_INCHES * len(layers) + 1.5), 3.4 + _longest(layers)))
     for index, (stage, profile) in enumerate(profiles.items()):
@@ -137,6 +148,7 @@ def plot_heatmap(
         The figure and the axis.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there is no value to draw.
         ModuleNotFoundError: without matplotlib.
 
@@ -144,9 +156,8 @@ def plot_heatmap(
     >>> axis.get_images()[0].get_array().shape
     (2, 2)
     """
-    layers = list(dict.fromkeys(name for profile in profiles.values() for name in profile))
-    if not layers:
-        raise ValueError("expected at least one value to draw, got none")
+    layers = _layers_of(profiles)
+    _check_text("statistic", statistic)
     epochs = list(profiles)
     width = min(max(3.5, 0.22 * len(epochs)), 14.0)
     given = ax is not None
@@ -195,7 +206,11 @@ def plot_similarity(
     >>> [text.get_text() for text in axis.texts]
     ['1.00', '0.00', '0.00', '1.00']
     """
+    check_real("matrix", matrix)
     columns = layers if other_layers is None else other_layers
+    for name, names in (("layers", layers), ("other_layers", columns)):
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"expected {name} as a sequence of names, got {names!r}")
     if tuple(matrix.shape) != (len(layers), len(columns)) or 0 in matrix.shape:
         raise ValueError(
             f"expected a matrix of {len(layers)} x {len(columns)} named layers, got {tuple(matrix.shape)}"
@@ -251,7 +266,18 @@ def plot_spectrum(
     >>> axis.get_lines()[1].get_xdata()
     [2, 2]
     """
-    spectra = [eigenvalues] if isinstance(eigenvalues, Tensor) else list(eigenvalues)
+    if threshold is not None:
+        check_threshold(threshold)
+    is_several = isinstance(eigenvalues, Iterable) and not isinstance(eigenvalues, (str, Tensor))
+    spectra: list[Tensor] = list(eigenvalues) if is_several else [eigenvalues]  # type: ignore[list-item]
+    if not spectra or not (is_several or isinstance(eigenvalues, Tensor)):
+        raise TypeError(f"expected eigenvalues as a tensor, or a sequence of them, got {eigenvalues!r}")
+    for values in spectra:
+        check_real("eigenvalues", values)
+        if values.ndim != 1:
+            raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
+        raise TypeError(f"expected labels as a sequence of names, got {labels!r}")
     names = [f"step {step}" for step in range(len(spectra))] if labels is None else list(labels)
     if len(names) != len(spectra):
         raise ValueError(f"expected {len(spectra)} labels, got {len(names)}")
@@ -302,6 +328,9 @@ def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figu
     >>> axis.get_xlabel()
     'feature'
     """
+    check_real("a covariance", covariance)
+    if covariance.ndim != 2 or 0 in covariance.shape or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"expected a covariance of shape (D, D), got {tuple(covariance.shape)}")
     ax = _axis(ax, (5.0, 4.2))
     values = covariance.detach().cpu().numpy()
     limit = float(abs(values).max()) or 1.0
@@ -338,10 +367,14 @@ def plot_embedding(
     >>> [text.get_text() for text in axis.get_legend().get_texts()]
     ['cat', 'dog']
     """
+    check_real("points", points)
+    if points.ndim != 2 or points.shape[1] == 0:
+        raise ValueError(f"expected points of shape (m, k) with k >= 1, got {tuple(points.shape)}")
     values = points.detach().cpu().numpy()
     classes = None if labels is None else np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if classes is not None and classes.shape != values.shape[:1]:
-        raise ValueError(f"expected {values.shape[0]} labels, one for each point, got shape {classes.shape}")
+        came = f"shape {classes.shape}" if classes.ndim else repr(labels)
+        raise ValueError(f"expected {values.shape[0]} labels, one for each point, got {came}")
     ax = _axis(ax, (5.4, 4.2))
     first, second = values[:, 0], values[:, 1] if values.shape[1] > 1 else values[:, 0] * 0
     if classes is None:
@@ -384,6 +417,7 @@ def plot_layers(
         The figure and the axes, shape (rows, columns); axes that are left over are empty.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: if there is no value to draw.
         ModuleNotFoundError: without matplotlib.
 
@@ -391,6 +425,12 @@ def plot_layers(
     >>> axes.shape
     (1, 2)
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a dict of layers and what to draw of them, got {values!r}")
+    if not callable(draw):
+        raise TypeError(f"expected draw to be a function such as plot_spectrum, got {draw!r}")
+    if title is not None:
+        _check_text("title", title)
     if not values:
         raise ValueError("expected at least one value to draw, got none")
     columns = math.ceil(math.sqrt(len(values)))
@@ -423,10 +463,36 @@ def literal(text: str) -> str:
     >>> print(literal("$loss_{x$"))
     \$loss_{x\$
     """
+    _check_text("text", text)
     return text.replace("$", r"\$")
 
 
+def _layers_of(profiles: Mapping[Any, Mapping[str, float | Tensor]]) -> list[str]:
+    """The names of all layers; a TypeError or ValueError unless these are profiles of numbers."""
+    if not isinstance(profiles, Mapping) or not all(isinstance(each, Mapping) for each in profiles.values()):
+        raise TypeError(f"expected a dict of dicts, each of layers and values, got {profiles!r}")
+    for profile in profiles.values():
+        _check_numbers("a value", profile)
+    layers = list(dict.fromkeys(name for profile in profiles.values() for name in profile))
+    if not layers:
+        raise ValueError("expected at least one value to draw, got none")
+    return layers
+
+
+def _check_numbers(what: str, values: Mapping[str, float | Tensor]) -> None:
+    for name, value in values.items():
+        if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
+            raise TypeError(f"expected {what} that is a number, got {value!r} for {name!r}")
+
+
+def _check_text(argument: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"expected {argument} to be a string, got {value!r}")
+
+
 def _axis(ax: Axes | None, size: tuple[float, float] = (6.0, 4.2)) -> Axes:
+    if ax is not None and not hasattr(ax, "get_window_extent"):
+        raise TypeError(f"expected ax to be a matplotlib axis or None, got {ax!r}")
     return _new_figure(size).add_subplot() if ax is None else ax
 
 

@@ -8,6 +8,7 @@ sees, convolutions and pools widen it, a sum or a concatenation of paths keeps t
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def receptive_fields(
         A layer that is called several times has the field of its last call.
 
     Raises:
+        TypeError: for a model that is no module, or an example that is no tensor.
         ValueError: if the example has no spatial axis.
 
     Operations that mix positions in ways of their own (attention, a reshape of positions into features, a mean
@@ -70,6 +72,11 @@ def receptive_fields(
     >>> {name: field.largest for name, field in receptive_fields(model, torch.zeros(1, 1, 28, 28)).items()}
     {'0': (3, 3), '3': (8, 8), '4': (12, 12)}
     """
+    if not isinstance(model, nn.Module) or not isinstance(example, Tensor):
+        raise TypeError(
+            "expected a torch.nn.Module and an example that it takes, a tensor, got"
+            f" {type(model).__name__} and {type(example).__name__}"
+        )
     if example.ndim < 3:
         raise ValueError(
             f"expected an example of shape (N, C, *spatial), as the model takes it, got {tuple(example.shape)}"
@@ -124,7 +131,9 @@ def border_layer(
         The layer's name; None if every layer sees a part of the input only.
 
     Raises:
-        ValueError: for other ``paths`` or a number of axes that the fields do not have.
+        TypeError: for fields of another kind.
+        ValueError: for other ``paths``, an extent that is no positive integer, or a number of axes that the
+            fields do not have.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 8, 3))
     >>> fields = receptive_fields(model, torch.zeros(1, 1, 16, 16))
@@ -133,9 +142,14 @@ def border_layer(
     """
     if paths not in ("largest", "smallest"):
         raise ValueError(f"expected paths to be 'largest' or 'smallest', got {paths!r}")
+    if not isinstance(fields, Mapping) or not all(isinstance(each, ReceptiveField) for each in fields.values()):
+        raise TypeError(f"expected fields as receptive_fields returns them, got {fields!r}")
+    given = list(input_size) if isinstance(input_size, Sequence) else [input_size]
+    if not all(isinstance(size, numbers.Integral) and size > 0 for size in given):
+        raise ValueError(f"expected input_size as a positive integer, or one for each axis, got {input_size!r}")
     for name, field in fields.items():
         extent = getattr(field, paths)
-        sizes = [input_size] * len(extent) if isinstance(input_size, int) else list(input_size)
+        sizes = given if isinstance(input_size, Sequence) else given * len(extent)
         if len(sizes) != len(extent):
             raise ValueError(f"expected an input size of {len(extent)} axes, got {input_size!r}")
         if all(seen > size for seen, size in zip(extent, sizes, strict=True)):

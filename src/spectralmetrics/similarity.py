@@ -45,7 +45,12 @@ class Similarity:
 
     def __getitem__(self, pair: tuple[str, str]) -> Tensor:
         """The alignment of two layers by their names, shape ()."""
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise KeyError(f"expected the names of two layers, got {pair!r}")
         row, column = pair
+        for name, names in ((row, self.layers), (column, self.other_layers)):
+            if name not in names:
+                raise KeyError(f"{name!r} was not compared; layers are {', '.join(map(repr, names))}")
         return self.matrix[self.layers.index(row), self.other_layers.index(column)]
 
     def plot(self, *, title: str | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -71,6 +72,7 @@ def low_saturation_tail(
         The names of the layers in the tail; empty if the last layer before the output is not below the limit.
 
     Raises:
+        TypeError: for anything but a dict.
         ValueError: if ``ratio`` is outside (0, 1), ``output_layers`` is negative, or a value is no saturation.
 
     >>> low_saturation_tail({"conv1": 0.8, "conv2": 0.3, "conv3": 0.7, "conv4": 0.2, "conv5": 0.1, "head": 0.9})
@@ -78,13 +80,16 @@ def low_saturation_tail(
     >>> low_saturation_tail({"conv1": 0.8, "conv2": 0.7, "head": 0.9})
     []
     """
-    if not 0 < ratio < 1:
+    if not isinstance(saturation, Mapping):
+        raise TypeError(f"expected a dict of layers and saturations, got {saturation!r}")
+    if not isinstance(ratio, numbers.Real) or not 0 < ratio < 1:
         raise ValueError(f"expected a ratio in (0, 1), got {ratio!r}")
-    if output_layers < 0:
-        raise ValueError(f"expected output_layers not to be negative, got {output_layers!r}")
+    if not isinstance(output_layers, numbers.Integral) or isinstance(output_layers, bool) or output_layers < 0:
+        raise ValueError(f"expected output_layers as an integer that is not negative, got {output_layers!r}")
     for name, value in saturation.items():
-        if (isinstance(value, Tensor) and value.numel() != 1) or not 0 <= float(value) <= 1:
-            raise ValueError(f"expected saturations in [0, 1], got {value} for {name!r}")
+        is_number = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
+        if not is_number or not 0 <= float(value) <= 1:
+            raise ValueError(f"expected saturations in [0, 1], got {value!r} for {name!r}")
     names = list(saturation)[: max(len(saturation) - output_layers, 0)]
     limit = ratio * max((float(saturation[name]) for name in names), default=0.0)
     start = len(names)

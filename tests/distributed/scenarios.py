@@ -310,6 +310,32 @@ def a_gather_function_of_the_users(rank, world):
     assert calls
 
 
+def the_sample_is_the_rows_with_the_smallest_keys_of_all(rank, world):
+    for size, without in ((8, None), (8, world - 1), (1000, 0)):
+        parts = shares(world, without, far=None)
+        metric = sm.EigenspaceEmbeddingMetric(num_components=6, max_samples=size, seed=5)
+        for batch in parts[rank].split(7):
+            if len(batch):
+                metric.update(batch)
+        # What each process has drawn, from its number and that of the batch.
+        keys = []
+        for process, part in enumerate(parts):
+            for number, batch in enumerate(part.split(7)):
+                if len(batch):
+                    entropy = np.random.SeedSequence([5, process, number]).generate_state(1, np.uint64)
+                    generator = torch.Generator().manual_seed(int(entropy[0]) >> 1)
+                    keys.append(torch.rand(len(batch), generator=generator, dtype=torch.float64))
+        everything = torch.cat(parts)
+        smallest = torch.cat(keys).argsort()[:size]
+        mean, covariance = everything.mean(0), torch.cov(everything.T, correction=0)
+        expected = (everything[smallest] - mean) @ sm.functional.eigenvectors(covariance)[1]
+        assert_same(metric.compute(), expected, 1e-9)
+        with metric.sync_context():
+            occupied = metric.sample_keys.isfinite()
+            assert torch.equal(metric.sample_rows[occupied], everything[smallest])
+            assert torch.equal(metric.sample_keys[occupied], torch.cat(keys).sort().values[:size])
+
+
 def a_single_metric_moves_packed_sums(rank, world):
     features = 40
     metric = feed(sm.SaturationMetric(), random_rows(rank, 30, features))
@@ -709,6 +735,7 @@ EVERYWHERE = [
     a_value_that_is_changed_in_place_is_the_callers_own,
     a_process_group_of_some_ranks,
     a_gather_function_of_the_users,
+    the_sample_is_the_rows_with_the_smallest_keys_of_all,
     a_single_metric_moves_packed_sums,
     a_collection_merges_its_sums_once,
     a_probe_merges_all_layers_in_two_collectives,

@@ -35,14 +35,36 @@ def test_against_plain_definitions(name, values, zeros):
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", OF_EIGENVALUES)
-def test_batches_of_spectra(name):
-    values = torch.rand(3, 4, 9, dtype=torch.float64)
-    batched = OF_EIGENVALUES[name](values)
-    assert batched.shape == (3, 4)
-    for i in range(3):
-        for j in range(4):
-            torch.testing.assert_close(batched[i, j], OF_EIGENVALUES[name](values[i, j]))
+BATCHED = {
+    **OF_EIGENVALUES,
+    "intrinsic_dimension, delve": lambda values: F.intrinsic_dimension(values, 0.8, "delve"),
+    "saturation, delve": lambda values: F.saturation(values, 0.8, "delve"),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 9), (9, 9), (1, 9)])
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches_of_spectra(name, shape):
+    values = torch.rand(shape, dtype=torch.float64)
+    batched = BATCHED[name](values)
+    assert batched.shape == shape[:-1]
+    singly = torch.stack([BATCHED[name](each) for each in values.flatten(0, -2)])
+    torch.testing.assert_close(batched.flatten(), singly)
+    assert len(set(singly.tolist())) > 1 or len(singly) == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 6), (6, 6, 6), (2, 6, 6)])
+def test_batches_of_covariances(shape):
+    factors = torch.randn(shape, dtype=torch.float64)
+    covariances = factors @ factors.mT
+    values, vectors = F.eigenvectors(covariances)
+    singly = [F.eigenvectors(each) for each in covariances.flatten(0, -3)]
+    torch.testing.assert_close(values.flatten(0, -2), torch.stack([each for each, _ in singly]))
+    torch.testing.assert_close(vectors.flatten(0, -3), torch.stack([each for _, each in singly]))
+    # The sign of each vector of each covariance is its own.
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    assert (largest > 0).all()
+    torch.testing.assert_close(vectors * values[..., None, :] @ vectors.mT, covariances)
 
 
 @pytest.mark.parametrize("name", OF_EIGENVALUES)
@@ -217,6 +239,13 @@ def test_power_law_is_recovered_in_the_stated_range():
     torch.testing.assert_close(F.power_law_exponent(values, first=11, last=50).item(), 1.7)
     assert F.power_law_exponent(values).item() != pytest.approx(1.7, abs=0.01)
     assert F.power_law_exponent(torch.tensor([1.0, 0.0])).isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1.0, 1e290])
+def test_a_power_law_of_any_scale_loses_no_digits(scale):
+    index = torch.arange(1, 1001, dtype=torch.float64)
+    exponent = F.power_law_exponent(scale * index**-1.5)
+    torch.testing.assert_close(exponent.item(), 1.5, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.0001, float("nan"), "0.9", True])

@@ -805,6 +805,21 @@ class TestWhatIsOverridden:
         assert "_reduce_states" in inspect.getsource(metric.merge_state)
         assert "_reduce_states" in inspect.getsource(metric._forward_reduce_state_update)
 
+    def test_a_refused_update_still_counts_and_takes_the_value_away(self):
+        stock, ours = torchmetrics.SumMetric(), feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 4))
+        stock.update(1.0)
+        pair = sm.LinearCKAMetric()
+        pair.update(torch.randn(8, 2), torch.randn(8, 3))
+        refused = {stock: ("x",), ours: (torch.zeros(3),), pair: (torch.zeros(3, 2), torch.zeros(3, 2))}
+        for metric, arguments in refused.items():
+            metric.compute()
+            with pytest.raises((TypeError, ValueError)):
+                metric.update(*arguments)
+        assert (stock._update_count, stock._computed) == (2, None)  # why `_wrap_update` is overridden
+        for metric in (ours, pair):
+            assert metric._update_count == 1
+            assert metric._computed == metric.compute()
+
     def test_a_failed_sync_still_leaves_its_copy_behind(self):
         def fails(*args, **kwargs):
             raise OSError("the other side has hung up")

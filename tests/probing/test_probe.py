@@ -500,6 +500,25 @@ class TestValues:
         assert_same(values["mean/train/0"], output.mean(), 1e-5)
         assert_same(values["doubled/train/0"], 4 * values["trace/train/0"])
 
+    def test_a_single_sample_is_enough_for_metrics_of_another_library(self):
+        model = nn.Linear(3, 2)
+        with LayerProbe(model, {"average": torchmetrics.MeanMetric()}) as probe:
+            output = model(torch.randn(1, 3))
+        assert probe.compute() == {"average/train/Linear": output.detach().mean()}
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_the_eigenvalues_are_those_that_come_with_the_eigenvectors(self, first):
+        metrics = [sm.EigenspaceEmbeddingMetric(), sm.SpectrumMetric(), sm.CovarianceMetric()]
+        model = nn.Sequential(nn.Linear(40, 40))
+        with LayerProbe(model, metrics if first else metrics[::-1]) as probe:
+            model(torch.randn(300, 40))
+        values = probe.compute()
+        spectrum, covariance = (values[f"{name}/train/0"] for name in ("spectrum", "covariance"))
+        together, _ = sm.functional.eigenvectors(covariance)
+        alone = sm.functional.eigenvalues(covariance)
+        assert not torch.equal(together, alone)  # or this would show nothing
+        assert torch.equal(spectrum, together)
+
     def test_one_accumulation_and_decomposition_for_all_statistics(self, monkeypatch):
         from spectralmetrics.sums import intake
 

@@ -346,6 +346,20 @@ class TestModes:
         saved = sorted(path.name for path in (tmp_path / "arrays").iterdir())
         assert [int(name[6:12]) for name in saved] == [2, 3, 6, 7]
 
+    @pytest.mark.parametrize(
+        ("before", "after"), [(["csv"], ["csv", "arrays"]), (["csv", "plot"], ["csv"]), (["arrays"], ["csv"])]
+    )
+    def test_resume_without_a_manifest_goes_by_what_is_there(self, before, after, tmp_path):
+        record(tmp_path, 3, before)
+        (tmp_path / "recording.json").unlink()
+        kept = {
+            name: text for name, text in contents(tmp_path).items() if text and name.suffix in (".csv", ".npz")
+        }
+        assert kept
+        with Recorder(tmp_path, None, after, mode="resume") as recorder:
+            assert recorder.next_epoch == 3
+        assert kept.items() <= contents(tmp_path).items()
+
     @pytest.mark.parametrize("writers", [["tensorboard"], ["plot"], []])
     def test_resume_without_a_writer_that_keeps_records(self, writers, tmp_path):
         record(tmp_path, 2, writers)
@@ -366,6 +380,11 @@ class TestModes:
         files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
         assert files == {"records.csv", "recording.json", "plots/mine.png", "checkpoint.pt"}
         assert {row["epoch"] for row in read_csv(tmp_path)} == {"0"}
+
+    @pytest.mark.parametrize("mode", ["create", "resume", "overwrite"])
+    def test_nothing_is_said_where_no_record_was(self, mode, tmp_path, caplog):
+        record(tmp_path, 1, ALL, mode=mode)
+        assert caplog.messages == []
 
     def test_wrong_arguments(self, tmp_path):
         with pytest.raises(ValueError, match="got 'append'"):

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.checks import check_real, is_integer
+
 Rule = Literal["explained", "delve"]
 
 
@@ -188,7 +190,7 @@ def check_rule(rule: str) -> None:
 
 def check_fit_range(first: int, last: int | None) -> None:
     """Raise a ValueError unless ``first`` and ``last`` enclose two eigenvalues, counted from 1."""
-    if first < 1 or (last is not None and last <= first):
+    if not is_integer(first, 1) or (last is not None and not is_integer(last, int(first) + 1)):
         raise ValueError(f"expected indices 1 <= first < last for the fit, got first={first!r}, last={last!r}")
 
 
@@ -212,7 +214,17 @@ def _scan(values: Tensor) -> Tensor:
     return values
 
 
+def check_eigenvalues(eigenvalues: Tensor) -> None:
+    """Raise a TypeError or ValueError unless these are real numbers of shape (..., D)."""
+    check_real("eigenvalues", eigenvalues)
+    if eigenvalues.ndim == 0 or eigenvalues.shape[-1] == 0:
+        raise ValueError(
+            f"expected eigenvalues of shape (..., D) with D >= 1, got shape {tuple(eigenvalues.shape)}"
+        )
+
+
 def _finite(eigenvalues: Tensor) -> Tensor:
+    check_eigenvalues(eigenvalues)
     # A NaN compares as neither above nor below a threshold, and would count as zero.
     if not eigenvalues.isfinite().all():
         raise ValueError("expected finite eigenvalues, got NaN or infinite ones")

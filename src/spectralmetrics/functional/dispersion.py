@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.decomposition import check_covariance, round_off
+from spectralmetrics.functional.dimension import check_eigenvalues
+from spectralmetrics.sums.decomposition import check_covariance, check_square, round_off
 
 
 def trace(covariance: Tensor) -> Tensor:
@@ -17,9 +18,13 @@ def trace(covariance: Tensor) -> Tensor:
     Returns:
         Shape (...), float64.
 
+    Raises:
+        ValueError: if the last two dimensions are not square.
+
     >>> trace(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
     tensor(5., dtype=torch.float64)
     """
+    check_square(covariance)
     return covariance.to(torch.float64).diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
@@ -77,4 +82,5 @@ def diagonal_trace(eigenvalues: Tensor) -> Tensor:
     >>> diagonal_trace(torch.tensor([2.0, 1.0, -1e-17]))
     tensor(3., dtype=torch.float64)
     """
+    check_eigenvalues(eigenvalues)
     return eigenvalues.to(torch.float64).clamp(min=0).sum(-1)

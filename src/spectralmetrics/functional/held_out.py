@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import Moments, covariance, eigenvectors, merge, rebase
+from spectralmetrics.sums.checks import check_real, check_type
 from spectralmetrics.sums.decomposition import symmetrise, without_round_off
 
 
@@ -106,11 +107,20 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
     Returns:
         Of that shape, float64.
 
+    Raises:
+        TypeError: for values that are no tensors of real numbers.
+        ValueError: for fewer than two, or values of different shapes.
+
     >>> sampling_margin([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]).round(decimals=2)
     tensor(4.9700, dtype=torch.float64)
     """
     from scipy.special import stdtrit
 
+    for value in values:
+        check_real("values", value)
+    if len({value.shape for value in values}) != 1 or len(values) < 2:
+        shapes = [tuple(value.shape) for value in values]
+        raise ValueError(f"expected at least 2 values of one shape, got {len(values)} of shapes {shapes}")
     stacked = torch.stack([value.to(torch.float64) for value in values])
     folds = len(stacked)
     error = (stacked.var(0, correction=1) * (folds - 1) ** 2 / folds).sqrt()
@@ -119,6 +129,8 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
 
 
 def _check(folds: Sequence[Moments]) -> None:
+    for fold in folds:
+        check_type("a fold", fold, Moments)
     if len(folds) < 2:
         raise ValueError(f"expected at least 2 folds, got {len(folds)}: nothing is held out of one")
     widths = [fold.num_features for fold in folds]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.checks import check_real
 from spectralmetrics.sums.decomposition import eigenvectors, round_off
 
 MINIMUM_SAMPLES = 4
@@ -162,6 +163,7 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
     tensor(5.1667, dtype=torch.float64)
     """
     check_pair(left, right)
+    _check_valid(valid, len(left))
     samples, (width_1, width_2) = len(left), (left.shape[1], right.shape[1])
     if width_1 * width_2 > samples * (width_1 + width_2):
         product = u_centred(gram(left), valid) * u_centred(gram(right), valid)
@@ -216,6 +218,8 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     >>> cka(torch.tensor([3.0, 0.0]), torch.tensor([9.0, 0.0]), torch.tensor([4.0, 1.0]))
     tensor([0.5000, 0.0000], dtype=torch.float64)
     """
+    for name, sums in (("cross", cross), ("left", left), ("right", right)):
+        check_real(name, sums)
     # The product of both could leave the range of float64.
     norms = [side.to(torch.float64).clamp(min=0).sqrt() for side in (left, right)]
     denominator = norms[0] * norms[1]
@@ -239,6 +243,9 @@ def gram(rows: Tensor) -> Tensor:
     tensor([[0., 0.],
             [0., 4.]], dtype=torch.float64)
     """
+    _check_floating("rows", rows)
+    if rows.ndim != 2:
+        raise ValueError(f"expected rows of shape (N, D), got {tuple(rows.shape)}")
     rows = rows.detach()
     samples = rows.shape[0]
     products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
@@ -274,6 +281,10 @@ def u_centred(grams: Tensor, valid: Tensor | None = None) -> Tensor:
     >>> u_centred(torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))).abs().sum()
     tensor(0., dtype=torch.float64)
     """
+    _check_floating("grams", grams)
+    if grams.ndim < 2 or grams.shape[-1] != grams.shape[-2]:
+        raise ValueError(f"expected grams of shape (..., N, N), got {tuple(grams.shape)}")
+    _check_valid(valid, grams.shape[-1])
     grams = grams.to(torch.float64)
     samples = grams.shape[-1]
     if valid is None:
@@ -335,6 +346,16 @@ def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"expected {name} to be a floating tensor, got {kind}")
+
+
+def _check_valid(valid: Tensor | None, samples: int) -> None:
+    if valid is None:
+        return
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"expected valid as a boolean tensor, True for samples to use, got {kind}")
+    if valid.shape != (samples,):
+        raise ValueError(f"expected valid of shape ({samples},), got {tuple(valid.shape)}")
 
 
 def _root(covariance: Tensor) -> Tensor:

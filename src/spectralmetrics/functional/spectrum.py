@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectralmetrics.functional.held_out import LeftOut, leave_one_out
 from spectralmetrics.sums import Moments, SpectralSum, Sum, eigenvalues, eigenvectors, moments_of_covariance
+from spectralmetrics.sums.checks import check_positive_integer, check_real, check_type
 
 __all__ = ["Spectrum", "eigenvalues", "eigenvectors"]
 
@@ -47,6 +48,7 @@ class Spectrum:
         others: Sequence[Sum] = (),
         device: torch.device | None = None,
     ) -> None:
+        check_type("sums", sums, SpectralSum)
         self._sums = sums
         self.center = center
         self._cache = {} if cache is None else cache
@@ -100,8 +102,11 @@ class Spectrum:
         """The sum of another kind over the same observations.
 
         Raises:
+            TypeError: for what is no kind of sum.
             ValueError: if there is none.
         """
+        if not (isinstance(kind, type) and issubclass(kind, Sum)):
+            raise TypeError(f"expected a kind of sum, a subclass of Sum, got {kind!r}")
         for each in self._others:
             if isinstance(each, kind):
                 return each if self._device is None else each.map(self._brought)
@@ -212,11 +217,19 @@ class Spectrum:
         Returns:
             Shape (N, k), float64.
 
+        Raises:
+            TypeError: for rows that are no tensor of real numbers.
+            ValueError: for rows of another shape, or a number of eigenvectors below 1.
+
         >>> import torch
         >>> spectrum = Spectrum.of_covariance(torch.diag(torch.tensor([1.0, 4.0])), torch.ones(2), 10)
         >>> spectrum.coordinates(torch.tensor([[3.0, 2.0]]), 1)
         tensor([[1.]], dtype=torch.float64)
         """
+        check_real("rows", rows)
+        if rows.ndim != 2 or rows.shape[1] != self.num_features:
+            raise ValueError(f"expected rows of shape (N, {self.num_features}), got {tuple(rows.shape)}")
+        check_positive_integer("num_components", num_components, or_none=True)
         total = self._total if self._device is None else self._total.map(self._brought)
         return total.centred(self._brought(rows)) @ self.eigenvectors[:, :num_components]
 

@@ -59,6 +59,8 @@ class LayerProbeCallback(TrainerCallback):
         probe: the :class:`~spectralmetrics.LayerProbe`, on the model until :meth:`remove`.
 
     Raises:
+        TypeError: for a trainer of another type, or a mask that is no name; for what
+            :class:`~spectralmetrics.LayerProbe` raises.
         ModuleNotFoundError: on import, without ``transformers``.
 
     Example::
@@ -79,6 +81,12 @@ class LayerProbeCallback(TrainerCallback):
         decoder_attention_mask: str | None = "decoder_attention_mask",
         **arguments: Any,
     ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"expected trainer to be a Trainer, got {type(trainer).__name__}")
+        masks = {"attention_mask": attention_mask, "decoder_attention_mask": decoder_attention_mask}
+        for argument, name in masks.items():
+            if name is not None and not (isinstance(name, str) and name):
+                raise TypeError(f"expected {argument} to be the name of an argument or None, got {name!r}")
         self._trainer = trainer
         self._metrics = metrics
         self._attention_mask = attention_mask

@@ -31,6 +31,21 @@ class MergingMetric(Metric):
         # had. Whether there are observations is checked after the merge, with an error.
         return self._computing or self._update_count > 0
 
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        stock = super()._wrap_update(update)
+
+        @functools.wraps(update)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            before = self._update_count, self._computed
+            try:
+                stock(*args, **kwargs)
+            except (TypeError, ValueError):
+                # torchmetrics counts a refused update, and forgets the value that was computed before it.
+                self._update_count, self._computed = before
+                raise
+
+        return wrapped
+
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def remembering_shape(*args: Any, **kwargs: Any) -> Any:
             value = compute(*args, **kwargs)

@@ -11,6 +11,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.base import SpectralMetric
 from spectralmetrics.plotting import plot_covariance, plot_embedding, plot_spectrum
 from spectralmetrics.sums import Reservoir, Sum, empty_reservoir, kept_rows
+from spectralmetrics.sums.checks import check_positive_integer, check_seed
 
 
 class CovarianceMetric(SpectralMetric):
@@ -104,7 +105,7 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         kwargs: see :class:`SpectralMetric`.
 
     Raises:
-        ValueError: if ``num_components`` or ``max_samples`` is not positive.
+        ValueError: if ``num_components`` or ``max_samples`` is no positive integer, or ``seed`` is negative.
 
     Example:
         >>> import torch
@@ -130,10 +131,9 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        if num_components < 1:
-            raise ValueError(f"expected num_components to be at least 1, got {num_components!r}")
-        if max_samples < 1:
-            raise ValueError(f"expected max_samples to be at least 1, got {max_samples!r}")
+        check_positive_integer("num_components", num_components)
+        check_positive_integer("max_samples", max_samples)
+        check_seed(seed)
         self.num_components = num_components
         self.max_samples = max_samples
         self.seed = seed

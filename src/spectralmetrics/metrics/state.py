@@ -222,7 +222,8 @@ class SumsMetric(OverriddenMetric):
         missing = [name for name in self._defaults if name not in incoming]
         if missing:
             raise ValueError(
-                f"expected the states {list(self._defaults)} in the incoming state, missing {missing}"
+                f"expected the states {list(self._defaults)} in the incoming state, got {list(incoming)},"
+                f" missing {missing}"
             )
         mine = self.sums
         theirs = [prototype.with_tensors(incoming) for prototype in self._prototypes]

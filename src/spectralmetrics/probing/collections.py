@@ -197,7 +197,7 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
             raise TypeError(
                 f"expected metric {name!r} to be a torchmetrics.Metric, got {type(metric).__name__}"
             )
-        if {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
+        if not isinstance(name, str) or {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
             raise ValueError(
                 f"expected a metric name without dots and slashes that torch.nn.Module has not, got {name!r}"
             )

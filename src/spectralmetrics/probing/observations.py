@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
 from spectralmetrics.probing.sampling import draw  # noqa: F401  # where 0.1.0 had it
 from spectralmetrics.sums import Observations
+from spectralmetrics.sums.checks import check_positive_integer
 
 FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
 Sequences = Literal["timesteps", "last", "mean", "flatten"]
@@ -91,8 +92,7 @@ class ObservationRule:
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise ValueError(f"expected {name} among {get_args(choices)}, got {value!r}")
-        if self.max_map_size is not None and self.max_map_size < 1:
-            raise ValueError(f"expected max_map_size to be positive or None, got {self.max_map_size!r}")
+        check_positive_integer("max_map_size", self.max_map_size, or_none=True)
 
     def batch(
         self, module: nn.Module | None, output: Any, mask: Tensor | None = None, time_first: bool = False

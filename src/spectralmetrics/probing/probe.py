@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 import threading
 import zlib
@@ -37,6 +38,7 @@ from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.summary import Summary, summarise, threshold_of
 from spectralmetrics.sums import Sum
+from spectralmetrics.sums.checks import check_positive_integer, check_seed
 
 STAGES = ("train", "eval")
 _NOT_MEASURING = contextlib.nullcontext()
@@ -124,13 +126,21 @@ class LayerProbe(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
-        for name, value in (("every_n_steps", every_n_steps), ("max_features", max_features)):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"expected {name} to be a positive integer, got {value!r}")
-        for name, limit in (("max_samples", max_samples), ("rows_per_feature", rows_per_feature)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"expected {name} to be positive or None, got {limit!r}")
-        if budget is not None and not 0 < budget < 1:
+        check_positive_integer("every_n_steps", every_n_steps)
+        check_positive_integer("max_features", max_features)
+        check_positive_integer("max_samples", max_samples, or_none=True)
+        check_seed(seed)
+        if rows_per_feature is not None and not (
+            isinstance(rows_per_feature, numbers.Real) and 0 < rows_per_feature < math.inf
+        ):
+            raise ValueError(
+                f"expected rows_per_feature to be a positive number or None, got {rows_per_feature!r}"
+            )
+        if batch_first not in (True, False, None):
+            raise ValueError(f"expected batch_first to be True, False or None, got {batch_first!r}")
+        if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
+            raise TypeError(f"expected select to be a dict of patterns and functions, got {select!r}")
+        if budget is not None and not (isinstance(budget, numbers.Real) and 0 < budget < 1):
             raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
         self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation)
         self.every_n_steps = every_n_steps
@@ -274,6 +284,8 @@ class LayerProbe(nn.Module):
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
         chosen = self._names if names is None else [name for name in self._names if name in names]
         values: dict[str, Any] = {}
         with self._lock, self._merged([(s, name) for s in stages for name in self._layers]):

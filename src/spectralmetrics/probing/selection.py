@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from spectralmetrics.sums.checks import check_type
+
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Selectors: TypeAlias = Selector | Sequence[Selector]
 
@@ -41,7 +43,7 @@ def select_layers(
         exclude: taken away from these.
 
     Raises:
-        TypeError: for a selector of another kind.
+        TypeError: for a model or a selector of another kind.
         ValueError: if a selector matches nothing, with the closest names, or if nothing is left.
 
     A module that is registered under several names counts once, under the first of those that match. The inner
@@ -54,6 +56,7 @@ def select_layers(
     >>> list(select_layers(model, layers=["1", nn.Linear], exclude="0"))
     ['1', '2']
     """
+    check_type("model", model, nn.Module)
     modules = named_modules(unwrap(model))
     chosen: set[str] = set().union(
         *(_matches(modules, s) for s in _as_sequence(layers, DEFAULT_LAYERS, modules))

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
-from spectralmetrics.projection.layer import PCAProjection
+from spectralmetrics.projection.layer import PCAProjection, check_dim, check_generator
+from spectralmetrics.sums.checks import check_type
 
 _NAME = "pca_projection"
 _FEATURE_MAPS = (
@@ -154,6 +155,7 @@ def insert_projections(
     >>> projections.remove()
     """
     check_threshold(threshold)
+    check_dim(dim)
     chosen = select_layers(model, layers, exclude)
     for name, layer in chosen.items():
         if isinstance(layer, (nn.ModuleList, nn.ModuleDict, PCAProjection)):
@@ -233,6 +235,7 @@ def randomize_projections(model: nn.Module, generator: torch.Generator | None = 
     >>> randomize_projections(model, torch.Generator().manual_seed(0))[0].dimension
     3
     """
+    check_generator(generator)
     projections = _projections(model)
     for projection in projections.values():
         projection.spectrum()  # all or none are changed
@@ -243,6 +246,7 @@ def randomize_projections(model: nn.Module, generator: torch.Generator | None = 
 
 def _projections(model: nn.Module) -> dict[str, PCAProjection]:
     """All of a model, by the names that their rows have."""
+    check_type("model", model, nn.Module)
     inner = unwrap(model)
     found: dict[str, PCAProjection] = {}
     for name, module in named_modules(inner).items():

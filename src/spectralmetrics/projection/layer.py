@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ class PCAProjection(nn.Module):
         dim: int | None = 1,
     ) -> None:
         super().__init__()
+        check_dim(dim)
         self._threshold = check_threshold(threshold)
         self.covariance = CovarianceMetric(num_features, center=center, nan_strategy="ignore")
         self.covariance.persistent(True)
@@ -154,6 +156,7 @@ class PCAProjection(nn.Module):
         Raises:
             RuntimeError: before any data was seen.
         """
+        check_generator(generator)
         width, rank = self.spectrum().num_features, self.rank
         device = "cpu" if generator is None else generator.device
         with torch.inference_mode(False), torch.no_grad():
@@ -283,6 +286,18 @@ class PCAProjection(nn.Module):
                 f" {tuple(input.shape)})"
             )
         return dim % input.ndim
+
+
+def check_dim(dim: int | None) -> None:
+    """Raise a ValueError unless ``dim`` can be the place of a dimension."""
+    if dim is not None and (not isinstance(dim, numbers.Integral) or isinstance(dim, bool)):
+        raise ValueError(f"expected dim to be an integer or None, got {dim!r}")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise a TypeError for anything but a generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected generator to be a torch.Generator or None, got {generator!r}")
 
 
 def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,8 @@ def compare(
     check_threshold(threshold)
     if right is None and epochs is None:
         raise ValueError("expected a second run, or epochs=(first, second) of one run; got one run only")
-    given = (None, None) if epochs is None else tuple(epochs)
-    if len(given) != 2:
+    given = (None, None) if epochs is None else tuple(epochs) if isinstance(epochs, Iterable) else (epochs,)
+    if len(given) != 2 or isinstance(epochs, str):
         raise ValueError(f"expected two epochs, that of the left and that of the right side, got {epochs!r}")
     sides = [
         _open(Path(directory), epoch, stage)
@@ -154,7 +154,7 @@ def _open(directory: Path, epoch: int | None, stage: str) -> _Side:
     epoch = max(files) if epoch is None else epoch
     if epoch not in files:
         known = ", ".join(map(str, files)) if len(files) <= 10 else f"{min(files)} to {max(files)}"
-        raise ValueError(f"expected an epoch of {directory} that has arrays ({known}), got {epoch}")
+        raise ValueError(f"expected an epoch of {directory} that has arrays ({known}), got {epoch!r}")
     rows = read_records(directory) if (directory / FILE_NAME).exists() else recompute(directory)
     of_epoch = [row for row in rows if row["epoch"] == epoch]
     values: dict[str, dict[str, float]] = {}

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.plotting import literal, plot_layers, plot_spectrum
 from spectralmetrics.recording.manifest import read_manifest
-from spectralmetrics.recording.pictures import draw_heatmap, draw_profile, percent, save_figure
+from spectralmetrics.recording.pictures import check_names, draw_heatmap, draw_profile, percent, save_figure
 from spectralmetrics.recording.record import Row, Settings
 from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
 from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
+from spectralmetrics.sums.checks import check_positive_integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +48,14 @@ def draw_run(
 
     Raises:
         FileNotFoundError: if the directory has no records.
-        ValueError: for an epoch or statistic that was not recorded.
+        TypeError: for statistics that are no sequence of names.
+        ValueError: for an epoch or statistic that was not recorded, or a threshold or ``dpi`` out of range.
         ModuleNotFoundError: without matplotlib.
     """
+    check_names("statistics", statistics)
+    check_positive_integer("dpi", dpi)
+    if threshold is not None:
+        check_threshold(threshold)
     directory = Path(directory)
     if not (directory / FILE_NAME).exists():
         raise FileNotFoundError(f"expected a run with a {FILE_NAME}, got {directory}")
@@ -58,7 +65,7 @@ def draw_run(
     epochs = list(dict.fromkeys(row.epoch for row in rows))
     epoch = epochs[-1] if epoch is None else epoch
     if epoch not in epochs:
-        raise ValueError(f"expected an epoch among those recorded, {epochs[0]} to {epochs[-1]}, got {epoch}")
+        raise ValueError(f"expected an epoch among those recorded, {epochs[0]} to {epochs[-1]}, got {epoch!r}")
     manifest = read_manifest(directory)
     settings = manifest.statistics
     arrays = saved_epochs(directory).get(epoch)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.recording.compare import read_records
 from spectralmetrics.recording.manifest import read_manifest
-from spectralmetrics.recording.pictures import save_figure, title_of
+from spectralmetrics.recording.pictures import check_names, save_figure, title_of
+from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.tail import MEAN_LAYER
 
 
@@ -37,10 +38,18 @@ def draw_runs(
 
     Raises:
         FileNotFoundError: if a directory has no records.
-        ValueError: for an epoch that a run has not recorded, a statistic that none has, or one run twice.
+        TypeError: for directories or statistics that are no sequence.
+        ValueError: for an epoch that a run has not recorded, a statistic that none has, one run twice, no run,
+            or a ``dpi`` that is no positive integer.
         ModuleNotFoundError: without matplotlib.
     """
+    check_names("statistics", statistics)
+    check_positive_integer("dpi", dpi)
+    if isinstance(directories, (str, Path)) or not isinstance(directories, Iterable):
+        raise TypeError(f"expected a sequence of directories, got {directories!r}")
     paths = [Path(directory) for directory in directories]
+    if not paths:
+        raise ValueError("expected the directory of at least one run, got none")
     labels = _labels(paths)
     profiles: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     epoch_of: dict[str, int] = {}
@@ -52,7 +61,7 @@ def draw_runs(
         shown = epoch_of[label] = epochs[-1] if epoch is None else epoch
         if shown not in epochs:
             raise ValueError(
-                f"expected an epoch among those of {path}, {epochs[0]} to {epochs[-1]}, got {shown}"
+                f"expected an epoch among those of {path}, {epochs[0]} to {epochs[-1]}, got {shown!r}"
             )
         for row in rows:
             if row["epoch"] == shown and row["layer"] not in ("", MEAN_LAYER):

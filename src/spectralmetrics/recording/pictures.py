@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,17 @@ def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
     name = name[:1].upper() + name[1:]
     threshold = settings.get(statistic, {}).get("threshold")
     return name if threshold is None else f"{name} at {percent(threshold)} of variance"
+
+
+def check_names(argument: str, names: object) -> None:
+    """Raise a TypeError unless these are a sequence of names, or None; a single one is often meant as such.
+
+    >>> check_names("statistics", "saturation")
+    Traceback (most recent call last):
+    TypeError: expected statistics as a sequence of names, got 'saturation'
+    """
+    if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
+        raise TypeError(f"expected {argument} as a sequence of names, got {names!r}")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

@@ -19,6 +19,7 @@ from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.recording.manifest import read_manifest
 from spectralmetrics.recording.record import UNKNOWN, Row, Settings, tidy_rows
 from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
+from spectralmetrics.sums.checks import check_type
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
 
@@ -47,6 +48,7 @@ def recompute(
 
     Raises:
         FileNotFoundError: if the run holds no arrays.
+        TypeError: for statistics of another kind.
         ValueError: for an unknown statistic or a threshold outside (0, 1]; for an embedding of which no sample
             was kept.
 
@@ -66,8 +68,8 @@ def recompute(
         raise FileNotFoundError(f"expected a run recorded with the writer 'arrays', got {directory}")
     recorded = read_manifest(directory).statistics
     metrics = _metrics(statistics, recorded)
-    if isinstance(threshold, Iterable):
-        metrics = {own: each for one in threshold for own, each in _at(metrics, float(one), True).items()}
+    if isinstance(threshold, Iterable) and not isinstance(threshold, str):
+        metrics = {own: each for one in threshold for own, each in _at(metrics, one, True).items()}
     elif threshold is not None:
         metrics = _at(metrics, threshold, False)
     # As in the recording, where an embedding's eigenvectors bring the eigenvalues that all read.
@@ -136,7 +138,12 @@ def _metrics(
     chosen: str | SpectralMetric | Statistics | None, recorded: Mapping[str, Settings]
 ) -> dict[str, SpectralMetric]:
     if isinstance(chosen, Mapping):
+        for name, each in chosen.items():
+            check_type(f"metric {name!r}", each, SpectralMetric)
         return dict(chosen)
+    if isinstance(chosen, type) or not isinstance(chosen, (str, SpectralMetric, Iterable, type(None))):
+        kind = f"the class {chosen.__name__}; call it" if isinstance(chosen, type) else repr(chosen)
+        raise TypeError(f"expected names of statistics or metrics, got {kind}")
     if chosen is None:
         metrics = {}
         for name, settings in recorded.items():

@@ -107,11 +107,14 @@ class Recorder:
             layer: of a metric kept by hand.
 
         Raises:
-            TypeError: if the value is no number.
+            TypeError: if the value is no number, or ``stage`` or ``layer`` no string.
             ValueError: if the name is empty or that of a probed statistic, or the layer is ``"mean"``.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"expected the name of a scalar, got {name!r}")
+        for part, text in (("stage", stage), ("layer", layer)):
+            if not isinstance(text, str):
+                raise TypeError(f"expected {part} to be a string, got {text!r}")
         if name in self._statistics:
             raise ValueError(f"expected a name that no probed metric has, got {name!r}")
         if layer == MEAN_LAYER:

@@ -120,10 +120,9 @@ class Run:
             last_epoch = self._last_whole_epoch()
         if mode == "overwrite":
             with contextlib.suppress(ValueError):
-                ends = [writer.last_epoch(directory) for writer in known.values()]
-                if any(end is not None for end in ends):
-                    last = max(end for end in ends if end is not None)
-                    _logger.warning("removing the records of %s, up to epoch %d", directory, last)
+                ends = [end for each in known.values() if (end := each.last_epoch(directory)) is not None]
+                if ends:
+                    _logger.warning("removing the records of %s, up to epoch %d", directory, max(ends))
             for writer in known.values():
                 writer.discard(directory, None)
         joined = self._manifest.writers

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled
+from spectralmetrics.sums.checks import check_type
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import full_precision, power_of_two_scale
@@ -63,7 +64,7 @@ def accumulate(
 
     Raises:
         TypeError: for observations that are not floating.
-        ValueError: for observations of another width, or a ``valid`` of another length.
+        ValueError: for observations of another width, a ``valid`` of another length, or another ``gram_dtype``.
 
     >>> from spectralmetrics.sums import covariance, empty_moments
     >>> moments = empty_moments(1)
@@ -71,6 +72,9 @@ def accumulate(
     >>> covariance(moments)
     tensor([[1.]], dtype=torch.float64)
     """
+    check_type("observations", observations, Observations)
+    if gram_dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"expected gram_dtype torch.float64 or torch.float32, got {gram_dtype!r}")
     observations.check()
     values, valid = observations.values.detach(), observations.valid
     features = moments.second.shape[-1]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.checks import check_real
+
 
 def eigenvalues(covariance: Tensor) -> Tensor:
     r"""Eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D \ge 0` of a covariance matrix.
@@ -64,10 +66,16 @@ def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return without_round_off(values.flip(-1)), vectors * sign + 0.0
 
 
-def check_covariance(covariance: Tensor) -> Tensor:
-    """The covariance in float64; a ValueError unless it is square and finite."""
-    if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2]:
+def check_square(covariance: Tensor) -> None:
+    """Raise a TypeError or ValueError unless these are real numbers of shape (..., D, D)."""
+    check_real("a covariance", covariance)
+    if covariance.ndim < 2 or covariance.shape[-1] != covariance.shape[-2] or covariance.shape[-1] == 0:
         raise ValueError(f"expected a covariance of shape (..., D, D), got {tuple(covariance.shape)}")
+
+
+def check_covariance(covariance: Tensor) -> Tensor:
+    """The covariance in float64; a TypeError or ValueError unless it is real, square and finite."""
+    check_square(covariance)
     covariance = covariance.to(torch.float64)
     if not torch.isfinite(covariance).all():
         raise ValueError("expected a finite covariance, got one that holds NaN or infinite values")

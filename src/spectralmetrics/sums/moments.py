@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
+from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import agree_on_width
 from spectralmetrics.sums.sum import SpectralSum
@@ -218,13 +219,20 @@ def moments_of_covariance(
         non_finite: the number that was left out.
 
     Raises:
-        ValueError: for a covariance that is not square, or not finite.
+        TypeError: for a covariance or a mean that is no tensor of real numbers.
+        ValueError: for a covariance that is not square, or not finite; a mean of another width; no count.
 
     >>> moments_of_covariance(torch.eye(2), torch.zeros(2), 3).second
     tensor([[3., 0.],
             [0., 3.]], dtype=torch.float64)
     """
-    return Moments.of_covariance(decomposition.check_covariance(covariance), mean, count, non_finite)
+    covariance = decomposition.check_covariance(covariance)
+    check_real("a mean", mean)
+    if mean.shape != covariance.shape[-1:]:
+        raise ValueError(f"expected a mean of shape ({covariance.shape[-1]},), got {tuple(mean.shape)}")
+    if not is_integer(int(count) if isinstance(count, Tensor) else count, 1):
+        raise ValueError(f"expected count to be a positive integer, got {count!r}")
+    return Moments.of_covariance(covariance, mean, count, non_finite)
 
 
 def empty_moments(num_features: int, device: torch.device | str | None = None) -> Moments:
@@ -237,6 +245,8 @@ def empty_moments(num_features: int, device: torch.device | str | None = None) -
     >>> empty_moments(3).second.shape
     torch.Size([3, 3])
     """
+    if not is_integer(num_features, 0):
+        raise ValueError(f"expected num_features as an integer that is not negative, got {num_features!r}")
     device = torch.device(device or "cpu")
     # Tensors made in inference mode could never be updated outside it.
     with torch.inference_mode(False):
@@ -262,6 +272,10 @@ def rebase(moments: Moments, origin: Tensor) -> Moments:
     >>> rebase(moments, torch.zeros(1, dtype=torch.float64)).second
     tensor([[5.]], dtype=torch.float64)
     """
+    check_type("moments", moments, Moments)
+    check_real("an origin", origin)
+    if origin.shape != moments.origin.shape:
+        raise ValueError(f"expected an origin of shape ({moments.num_features},), got {tuple(origin.shape)}")
     shift = moments.origin - origin
     count = moments.count.to(torch.float64)
     # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
@@ -289,6 +303,10 @@ def merge(left: Moments, right: Moments) -> Moments:
     >>> merge(left, right).count
     tensor(4)
     """
+    for name, side in (("left", left), ("right", right)):
+        check_type(name, side, Moments)
+    if left.num_features != right.num_features:
+        raise ValueError(f"expected moments of one width, got {left.num_features} and {right.num_features}")
     # The origin of the larger side lies nearer to the common mean.
     origin = torch.where(left.count >= right.count, left.origin, right.origin)
     left, right = rebase(left, origin), rebase(right, origin)
@@ -310,6 +328,7 @@ def mean(moments: Moments) -> Tensor:
     >>> mean(moments)
     tensor([2.5000], dtype=torch.float64)
     """
+    check_type("moments", moments, Moments)
     return moments.origin + moments.first / moments.count
 
 
@@ -322,6 +341,7 @@ def variances(moments: Moments, *, center: bool = True) -> Tensor:
     >>> variances(moments)
     tensor([1., 0.], dtype=torch.float64)
     """
+    check_type("moments", moments, Moments)
     offset = moments.first / moments.count
     about_mean = (moments.second.diagonal() / moments.count - offset.square()).clamp_(min=0)
     return about_mean if center else about_mean + (moments.origin + offset).square()
@@ -348,6 +368,7 @@ def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False)
     >>> covariance(moments, center=False)
     tensor([[5.]], dtype=torch.float64)
     """
+    check_type("moments", moments, Moments)
     return decomposition.symmetrise(upper_covariance(moments, center=center, unbiased=unbiased))
 
 

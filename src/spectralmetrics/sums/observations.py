@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +42,29 @@ class Observations:
         """Raise unless these are floating observations of at least one feature, and ``valid`` fits them.
 
         Raises:
-            TypeError: for values that are no floating tensor.
-            ValueError: for values without features, or a ``valid`` of another length.
+            TypeError: for values that are no floating tensor, or a ``valid`` that is no boolean one.
+            ValueError: for values without features or ``feature_dim``, or a ``valid`` of another length.
         """
         values, valid = self.values, self.valid
+        for name, number in (("feature_dim", self.feature_dim), ("group", self.group or 0)):
+            if type(number) is not int and not isinstance(number, numbers.Integral):  # the first is faster
+                raise TypeError(f"expected {name} to be an integer, got {number!r}")
         if not isinstance(values, Tensor):
             raise TypeError(f"expected rows as a floating tensor of shape (N, D), got {type(values).__name__}")
         if not values.is_floating_point():
             raise TypeError(
                 f"expected observations of a floating dtype, got {values.dtype}; cast them to float first"
             )
+        if values.ndim and not -values.ndim <= self.feature_dim < values.ndim:
+            raise ValueError(
+                f"expected feature_dim among the {values.ndim} dimensions of {tuple(values.shape)}, got"
+                f" {self.feature_dim!r}"
+            )
         if values.ndim == 0 or self.num_features == 0:
             raise ValueError(f"expected at least one feature, got rows of shape {tuple(values.shape)}")
+        if valid is not None and (not isinstance(valid, Tensor) or valid.dtype != torch.bool):
+            kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+            raise TypeError(f"expected valid as a boolean tensor, True for rows that count, got {kind}")
         if valid is not None and valid.shape != (self.num_observations,):
             raise ValueError(
                 f"expected valid of shape ({self.num_observations},), got {tuple(valid.shape)}; give each"

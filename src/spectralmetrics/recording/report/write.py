@@ -38,6 +38,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: if a directory holds no run.
+        TypeError: for directories of another kind.
         ValueError: if there is no directory, or a file in one cannot be read.
 
     >>> import tempfile, torch
@@ -50,6 +51,8 @@ def write_report(
     >>> write_report(directory, directory / "report.html").name
     'report.html'
     """
+    if not isinstance(directories, (str, Path, Iterable)):
+        raise TypeError(f"expected the directory of a run, or several, got {directories!r}")
     paths = (
         [Path(directories)] if isinstance(directories, (str, Path)) else [Path(each) for each in directories]
     )

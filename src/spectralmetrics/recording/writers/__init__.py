@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers.arrays import ArraysWriter
@@ -39,6 +39,9 @@ def make_writers(writers: str | Writer | Sequence[str | Writer]) -> list[Writer]
     ['arrays', 'csv']
     """
     made: list[Writer] = []
+    if isinstance(writers, type) or not isinstance(writers, (str, Writer, Iterable)):
+        kind = f"the class {writers.__name__}; call it" if isinstance(writers, type) else type(writers).__name__
+        raise TypeError(f"expected the names of writers or Writers, got {kind}")
     for writer in [writers] if isinstance(writers, (str, Writer)) else writers:
         if isinstance(writer, str):
             if writer not in WRITERS:

@@ -11,6 +11,7 @@ from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.probing.summary import Summary, summarise
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
+from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.tail import MEAN_LAYER
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ConsoleWriter(Writer):
         max_layers: a network with more layers is shown by its means alone; None: always show all.
 
     Raises:
+        ValueError: for ``max_layers`` that is no positive integer.
         ModuleNotFoundError: without rich.
     """
 
@@ -43,6 +45,7 @@ class ConsoleWriter(Writer):
             raise ModuleNotFoundError(
                 'the console writer needs rich: pip install "spectralmetrics[console]"'
             ) from error
+        check_positive_integer("max_layers", max_layers, or_none=True)
         self.max_layers = max_layers
 
     def write(self, record: Record) -> None:

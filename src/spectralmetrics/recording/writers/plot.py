@@ -12,6 +12,7 @@ from spectralmetrics.recording.files import sweep
 from spectralmetrics.recording.pictures import draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
+from spectralmetrics.sums.checks import check_positive_integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ class PlotWriter(Writer):
         dpi: dots per inch.
 
     Raises:
+        ValueError: for ``dpi`` that is no positive integer.
         ModuleNotFoundError: without matplotlib.
     """
 
@@ -42,6 +44,7 @@ class PlotWriter(Writer):
             raise ModuleNotFoundError(
                 'the plot writer needs matplotlib: pip install "spectralmetrics[plot]"'
             ) from error
+        check_positive_integer("dpi", dpi)
         self.dpi = dpi
 
     def open(self, directory: Path, last_epoch: int | None) -> None:

@@ -1,0 +1,69 @@
+"""What an argument must be, checked in the same words wherever it is given."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise a TypeError unless a value is of a type.
+
+    >>> check_type("model", 3, Tensor)
+    Traceback (most recent call last):
+    TypeError: expected model to be a Tensor, got int
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {name} to be a {kind.__name__}, got {type(value).__name__}")
+
+
+def check_real(name: str, value: object) -> None:
+    """Raise a TypeError unless a value is a tensor of real numbers.
+
+    >>> check_real("eigenvalues", [1.0])
+    Traceback (most recent call last):
+    TypeError: expected eigenvalues as a tensor of real numbers, got list
+    """
+    if not isinstance(value, Tensor) or value.is_complex():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"expected {name} as a tensor of real numbers, got {kind}")
+
+
+def is_integer(value: Any, least: int) -> bool:
+    """Whether a value is an integer, numpy's included, not below ``least``; a truth value is none.
+
+    >>> is_integer(3, 1), is_integer(0, 1), is_integer(2.0, 1), is_integer(True, 1)
+    (True, False, False, False)
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_positive_integer(name: str, value: object, *, or_none: bool = False) -> None:
+    """Raise a ValueError unless a value is an integer above zero.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        or_none: whether None will do as well.
+
+    >>> check_positive_integer("dpi", 0)
+    Traceback (most recent call last):
+    ValueError: expected dpi to be a positive integer, got 0
+    """
+    if not is_integer(value, 1) and not (or_none and value is None):
+        raise ValueError(
+            f"expected {name} to be a positive integer{' or None' if or_none else ''}, got {value!r}"
+        )
+
+
+def check_seed(value: object) -> None:
+    """Raise a ValueError unless a value is an integer that is not negative.
+
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+    ValueError: expected a seed as an integer that is not negative, got -1
+    """
+    if not is_integer(value, 0):
+        raise ValueError(f"expected a seed as an integer that is not negative, got {value!r}")

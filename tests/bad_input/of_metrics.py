@@ -1,0 +1,143 @@
+"""What the metrics refuse."""
+
+import torch
+
+import spectralmetrics as sm
+from tests.bad_input.of_functions import FIT, OBSERVATIONS, ROWS, RULES, SHARES
+from tests.bad_input.table import Given, refuses
+
+
+def _integers(name, *, or_none=False, bad=(0, -1, 1.5, "2", True)):
+    kind = "a positive integer or None" if or_none else "a positive integer"
+    return [(each, ValueError, f"expected {name} to be {kind}, got {each!r}") for each in bad]
+
+
+SEEDS = [
+    (seed, ValueError, f"expected a seed as an integer that is not negative, got {seed!r}")
+    for seed in (-1, 1.5, "0", None)
+]
+NAN_STRATEGIES = [
+    (each, ValueError, f"expected nan_strategy among ('warn', 'error', 'ignore'), got {each!r}")
+    for each in ("drop", None, ["warn"])
+]
+UNKNOWN = [(1, ValueError, "Unexpected keyword arguments: `colour`")]
+PAIRS = [
+    ("x", TypeError, "to be a floating tensor, got str"),
+    (ROWS.to(torch.int64), TypeError, "to be a floating tensor, got torch.int64"),
+    (torch.ones(8), ValueError, "rows of shape (N, D), got (8,)"),
+    (torch.ones(7, 3), ValueError, "expected rows of the same samples, got … 8"),
+]
+WIDTHS = _integers("num_features", or_none=True)
+
+ROWS_OF_METRICS = [
+    *refuses(
+        "SpectralMetric",
+        sm.SpectralMetric,
+        num_features=WIDTHS,
+        gram_dtype=[
+            (dtype, ValueError, f"expected gram_dtype torch.float64, torch.float32 or None, got {dtype!r}")
+            for dtype in (torch.float16, "float32")
+        ],
+        nan_strategy=NAN_STRATEGIES,
+        folds=_integers("folds", bad=(0, 2.0, "2", True, None)),
+    ),
+    *[
+        row
+        for kind in sm.statistics().values()
+        if kind.__module__.startswith("spectralmetrics.")
+        for row in refuses(
+            kind.__name__,
+            kind,
+            num_features=[(0, ValueError, "a positive integer or None, got 0")],
+            folds=[("2", ValueError, "expected folds to be a positive integer, got '2'")],
+        )
+    ],
+    *[
+        row
+        for kind in (sm.IntrinsicDimensionMetric, sm.SaturationMetric)
+        for row in refuses(kind.__name__, kind, threshold=SHARES, rule=RULES)
+    ],
+    *refuses("PowerLawExponentMetric", sm.PowerLawExponentMetric, **FIT),
+    *refuses(
+        "EigenspaceEmbeddingMetric",
+        sm.EigenspaceEmbeddingMetric,
+        num_components=_integers("num_components", bad=(0, 1.5, "2", None, True)),
+        max_samples=_integers("max_samples", bad=(0, 1.5, "2", None)),
+        seed=SEEDS,
+    ),
+    *refuses("LinearCKAMetric", sm.LinearCKAMetric, nan_strategy=NAN_STRATEGIES),
+    *refuses("LinearCKAMetric", sm.LinearCKAMetric, colour=UNKNOWN),
+    *refuses("SpectralMetric", sm.SpectralMetric, colour=UNKNOWN),
+    *[
+        row
+        for metric in ("metric", "folded", "embedding")
+        for row in refuses(
+            "SpectralMetric.update",
+            Given(lambda w, metric=metric: getattr(w, metric).update),
+            rows=[
+                ("x", TypeError, "expected rows as a floating tensor of shape (N, D), got str"),
+                ([[1.0, 2.0, 3.0]], TypeError, "expected rows as a floating tensor of shape (N, D), got list"),
+                (
+                    ROWS.to(torch.int64),
+                    TypeError,
+                    "of a floating dtype, got torch.int64; cast them to float first",
+                ),
+                (ROWS.to(torch.complex64), TypeError, "of a floating dtype, got torch.complex64"),
+                (torch.ones(3), ValueError, "expected rows of shape (N, D), got shape (3,); give each"),
+                (torch.ones(2, 2, 3), ValueError, "expected rows of shape (N, D), got shape (2, 2, 3)"),
+                (torch.ones(2, 4), ValueError, "expected rows with 3 features, got 4 (shape (2, 4))"),
+                (torch.ones(2, 0), ValueError, "expected at least one feature, got rows of shape (2, 0)"),
+                *OBSERVATIONS,
+            ],
+        )
+    ],
+    *refuses(
+        "SpectralMetric.update",
+        Given(lambda w: lambda others: w.metric.update(ROWS, others)),
+        others=[(2, TypeError, "expected rows alone, got 2 positional arguments")],
+    ),
+    *refuses(
+        "SpectralMetric.with_folds",
+        Given(lambda w: w.metric.with_folds),
+        folds=_integers("folds", bad=(0, "2", None, 2.0)),
+    ),
+    *refuses(
+        "SpectralMetric.merge_state",
+        Given(lambda w: w.metric.merge_state),
+        incoming_state=[
+            (
+                "x",
+                ValueError,
+                "Expected incoming state to be a dict or an instance of Metric but got <class 'str'>",
+            ),
+            ({"a": 1}, ValueError, "expected the states … in the incoming state, got ['a'], missing"),
+            (
+                Given(lambda w: w.folded),
+                ValueError,
+                "Expected incoming state to be an instance of CovarianceMetric",
+            ),
+        ],
+    ),
+    *refuses(
+        "SpectralMetric.to",
+        Given(lambda w: lambda args: w.metric.to(args)),
+        args=[("warp", RuntimeError, "device string: warp")],
+    ),
+    *refuses(
+        "SpectralMetric.cuda",
+        Given(lambda w: w.metric.cuda),
+        device=[("warp", RuntimeError, "device string: warp")],
+    ),
+    *refuses(
+        "LinearCKAMetric.update",
+        Given(lambda w: w.pair.update),
+        {"left": ROWS, "right": ROWS},
+        left=PAIRS,
+        right=[*PAIRS[:3], (torch.ones(7, 3), ValueError, "of the same samples, got 8 and 7")],
+    ),
+    *refuses(
+        "LinearCKAMetric.update",
+        Given(lambda w: lambda left: w.pair.update(left, left)),
+        left=[(ROWS[:3], ValueError, "expected a batch of at least 4 samples, got 3: the unbiased")],
+    ),
+]

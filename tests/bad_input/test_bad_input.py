@@ -1,0 +1,181 @@
+"""What every public function refuses: one row for each bad value, and a look that nothing has changed by it."""
+
+import dataclasses
+import fnmatch
+import importlib
+import inspect
+import re
+
+import pytest
+
+from tests.bad_input.of_functions import ROWS_OF_FUNCTIONS
+from tests.bad_input.of_metrics import ROWS_OF_METRICS
+from tests.bad_input.of_models import ROWS_OF_MODELS
+from tests.bad_input.of_pictures import ROWS_OF_PICTURES
+from tests.bad_input.of_runs import ROWS_OF_RUNS
+from tests.bad_input.table import Given, quotes
+from tests.bad_input.world import World
+
+TABLE = [*ROWS_OF_FUNCTIONS, *ROWS_OF_METRICS, *ROWS_OF_MODELS, *ROWS_OF_RUNS, *ROWS_OF_PICTURES]
+MODULES = ("", ".functional", ".metrics", ".probing", ".projection", ".recording", ".plotting")
+
+# Arguments of which the table says nothing, and why.
+EXEMPT = {
+    **dict.fromkeys(
+        (
+            "*(center)",
+            "*(unbiased)",
+            "*(log)",
+            "*(keep_dim)",
+            "*(recentre)",
+            "*(reset)",
+            "*(mode)",
+            "*.has(kind)",
+        ),
+        "any value is true or false",
+    ),
+    **dict.fromkeys(
+        (
+            "SpectralMetric.wanted(*",
+            "SpectralMetric.read(*",
+            "SpectralMetric.read_interval(*",
+            "SpectralMetric.check_range(*",
+            "Spectrum(device)",
+            "Spectrum.at(*",
+            "Spectrum.about(*",
+            "Spectrum.knows(*",
+            "Spectrum.learn(*",
+        ),
+        "between a probe and its metrics, which it made",
+    ),
+    **dict.fromkeys(
+        ("*(kwargs)", "*(options)"), "passed on; a row with `colour` shows where an unknown one ends"
+    ),
+    **dict.fromkeys(
+        (
+            "Moments*",
+            "Record[.(]*",
+            "Row(*",
+            "Summary*",
+            "Interval(*",
+            "ReceptiveField(*",
+            "ProjectionRow(*",
+            "Similarity(*",
+            "InsertedProjections*",
+        ),
+        "made by the package, and read by its user",
+    ),
+    **dict.fromkeys(
+        ("*.statistic(spectrum)", "SpectralMetric.interval_of(*", "Spectrum(cache)", "Spectrum(others)"),
+        "for those who write a statistic, and called with what the package has made",
+    ),
+    **dict.fromkeys(
+        (
+            "*Writer.open(*",
+            "*Writer.write(*",
+            "*Writer.restore(*",
+            "*Writer.last_epoch(*",
+            "*Writer.discard(*",
+            "*Writer.holds_records(*",
+        ),
+        "called by a recorder, with what it has made",
+    ),
+    **dict.fromkeys(
+        ("*Metric.plot(val)", "*Metric.plot(ax)"), "torchmetrics and the functions of plotting refuse"
+    ),
+    **dict.fromkeys(
+        (
+            "PCAProjection.train(*",
+            "PCAProjection.set_extra_state(*",
+            "*(process_group)",
+            "Observations.to(device)",
+        ),
+        "what PyTorch hands over, or refuses",
+    ),
+    "Observations(*": "checked where they are given, so that a hook makes them at no cost",
+    "Observations.take(index)": "an index, which PyTorch refuses",
+    "*plot*(title)": "matplotlib writes anything",
+    "accumulate(moments)": "any object with the five tensors will do",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = World(tmp_path_factory.mktemp("world"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_is_refused_and_changes_nothing(row, world):
+    arguments = row.arguments(world)
+    before = world.fingerprint()
+    with pytest.raises(Exception, match=row.pattern()) as caught:
+        row.function(world)(**arguments)
+    assert type(caught.value) is row.error
+    message = str(caught.value)
+    # Of an argument that there is none of, its name is what is wrong.
+    assert quotes(arguments[row.argument], message) or re.search(f"['`]{row.argument}['`]", message)
+    after = world.fingerprint()
+    assert not [key for key in {*before, *after} if before.get(key) != after.get(key)]
+
+
+def test_the_table_is_long_and_no_row_comes_twice():
+    rows = [(row.name, id(row.call), row.argument, id(row.value), row.words) for row in TABLE]
+    assert len(set(rows)) == len(rows) >= 200
+
+
+def public():
+    """Name -> function, class or method of all that is public."""
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(f"spectralmetrics{name}")
+        own = [key for key, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
+        for key in getattr(module, "__all__", [key for key in own if not key.startswith("_")]):
+            each = getattr(module, key)
+            if not callable(each):
+                continue
+            found[key] = each
+            if inspect.isclass(each):
+                for method, function in vars(each).items():
+                    if not method.startswith("_") and isinstance(function, (classmethod, staticmethod)):
+                        found[f"{key}.{method}"] = function.__func__
+                    elif not method.startswith("_") and inspect.isfunction(function):
+                        found[f"{key}.{method}"] = function
+    return found
+
+
+def arguments():
+    """Name with argument -> the function that it is an argument of, which classes may have in common."""
+    found = {}
+    for name, each in public().items():
+        for argument in list(inspect.signature(each).parameters):
+            if argument not in ("self", "cls"):
+                function = each.__init__ if inspect.isclass(each) else each
+                found[f"{name}({argument})"] = inspect.unwrap(function), argument
+    return found
+
+
+def test_every_argument_of_every_public_function_is_in_the_table():
+    everything = arguments()
+    covered = {everything[key] for row in TABLE if (key := f"{row.name}({row.argument})") in everything}
+    missing = [key for key, each in everything.items() if each not in covered]
+    unexplained = [key for key in missing if not any(fnmatch.fnmatchcase(key, pattern) for pattern in EXEMPT)]
+    assert not unexplained, "add rows to tests/bad_input, or a reason to EXEMPT"
+    idle = [pattern for pattern in EXEMPT if not any(fnmatch.fnmatchcase(key, pattern) for key in missing)]
+    assert not idle
+
+
+def test_every_name_in_the_table_is_public():
+    known = {*public(), *(f"{name}.{special}" for name in public() for special in ("__getitem__", "threshold"))}
+    inherited = {"SpectralMetric.merge_state"}
+    assert {row.name for row in TABLE} <= known | inherited
+
+
+def test_a_message_without_the_value_is_noticed():
+    assert quotes(0, "expected a positive integer, got 0")
+    assert not quotes(0, "expected a positive integer")
+    assert quotes({"a": -1.5}, "got -1.5 for 'a'")
+    assert not quotes("x", "expected a dict")
+    assert isinstance(Given(len).of("abc"), int)
+    assert re.search(dataclasses.replace(TABLE[0], words="a … b").pattern(), "a, then b")

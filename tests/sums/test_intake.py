@@ -1,0 +1,57 @@
+"""When the origin follows the data, and when it is rounded so that float32 rows lose nothing to it."""
+
+import pytest
+import torch
+
+from spectralmetrics.sums import Observations, empty_moments
+
+pytestmark = pytest.mark.usefixtures("instructions")
+F32, F64 = torch.float32, torch.float64
+
+
+def origins(dtypes, gram_dtype):
+    """The origin after each batch; every batch is large enough not to wait, and has a mean of its own."""
+    sums = empty_moments(2)
+    intake = sums.intake(gram_dtype)
+    found = []
+    for batch, dtype in enumerate(dtypes):
+        rows = torch.randn(300, 2, dtype=F64) + (batch + 1) / 3
+        intake.add(sums, Observations(rows.to(dtype)), batch)
+        found.append(sums.origin.clone())
+    return found
+
+
+def moves(found):
+    """The batches, counted from 1, with which the origin moved."""
+    before = [torch.zeros(2, dtype=F64), *found[:-1]]
+    return [k for k, (old, new) in enumerate(zip(before, found, strict=True), 1) if not torch.equal(old, new)]
+
+
+def are_float32(found):
+    return [torch.equal(origin.to(F32).to(F64), origin) for origin in found]
+
+
+@pytest.mark.parametrize("gram_dtype", [F32, F64])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_the_origin_follows_ever_more_seldom(dtype, gram_dtype):
+    assert moves(origins([dtype] * 35, gram_dtype)) == [1, 2, 3, 4, 8, 16, 32]
+
+
+def test_float32_rows_set_an_origin_that_is_a_float32():
+    assert all(are_float32(origins([F32] * 9, F32)))
+
+
+def test_float64_rows_set_an_origin_with_all_its_digits():
+    assert not any(are_float32(origins([F64] * 9, F32)))
+
+
+def test_float32_rows_after_float64_rows_set_it_anew():
+    dtypes = [F32] * 5 + [F64] * 3 + [F32] * 2 + [F64] * 2
+    found = origins(dtypes, F32)
+    # The eighth batch is of float64 and moves the origin; the float32 rows after it cannot use that.
+    assert moves(found) == [1, 2, 3, 4, 8, 9, 10]
+    assert are_float32(found) == [True] * 7 + [False] + [True] * 4
+
+
+def test_float64_products_take_any_origin():
+    assert moves(origins([F64] * 5 + [F32] * 5, F64)) == [1, 2, 3, 4, 8]
