@@ -10,6 +10,8 @@ from spectralmetrics import (
     CovarianceMetric,
     IntrinsicDimensionMetric,
     LinearCKAMetric,
+    LinearProbeMetric,
+    NeuralCollapseMetric,
     Observations,
     SaturationMetric,
     statistics,
@@ -18,7 +20,9 @@ from spectralmetrics.sums import products_dtype
 from tests.accelerator.device import watching
 
 OURS = {
-    name: kind for name, kind in statistics().items() if kind.__module__.startswith("spectralmetrics.metrics.")
+    name: kind
+    for name, kind in statistics().items()
+    if kind.__module__.startswith("spectralmetrics.metrics.") and not kind.needs_labels
 }
 
 
@@ -179,6 +183,28 @@ def test_similarity_of_two_layers(accelerator):
         here.update(left, right)
         there.update(left.to(accelerator), right.to(accelerator))
     assert_close(there.compute(), here.compute())
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+@pytest.mark.parametrize("new", [LinearProbeMetric, NeuralCollapseMetric])
+def test_labelled_rows(accelerator, new, folds):
+    here = new(3, folds=folds, nan_strategy="ignore", gram_dtype=torch.float32)
+    there = new(3, folds=folds, nan_strategy="ignore")
+    for rows in batches(width=6):
+        labels = torch.randint(-1, 3, (len(rows),))
+        rows = rows + labels[:, None] * torch.arange(6)
+        here.update(rows, labels)
+        there.update(rows.to(accelerator), labels.to(accelerator))
+    assert_close(there.compute(), here.compute(), 1e-4)
+    with watching() as seen:
+        for _ in range(20):
+            there.update(
+                torch.ones(40, 6, device=accelerator), torch.ones(40, dtype=torch.int64).to(accelerator)
+            )
+    assert seen.reads == 0
+    there.update(torch.ones(2, 6, device=accelerator), torch.tensor([1, 3]).to(accelerator))
+    with pytest.raises(ValueError, match="below num_classes=3, got 1 of that and above"):
+        there.compute()
 
 
 def test_products_are_float64_on_the_cpu_and_float32_elsewhere(accelerator):

@@ -5,10 +5,14 @@ import torch
 import spectralmetrics as sm
 from spectralmetrics import functional as F  # noqa: N812
 from spectralmetrics.functional import Observations
-from spectralmetrics.sums import Reservoir
+from spectralmetrics.sums import Reservoir, empty_labelled
 from tests.bad_input.table import Given, refuses
 
 NAN = float("nan")
+RIDGES = [
+    (each, ValueError, f"expected ridge to be a number of at least 0, got {each!r}")
+    for each in (-1.0, "1", True, float("nan"), float("inf"))
+]
 VALUES, SQUARE, ROWS = torch.tensor([3.0, 2.0, 1.0]), torch.eye(3), torch.eye(8, 3)
 COMPLEX = torch.ones(2, 2, dtype=torch.complex64)
 SHARES = [
@@ -131,6 +135,41 @@ ROWS_OF_FUNCTIONS = [
     ),
     *refuses("diagonal_trace", F.diagonal_trace, eigenvalues=EIGENVALUES),
     *refuses("trace", F.trace, covariance=COVARIANCES),
+    *[
+        row
+        for name in ("ridge_explained_variance", "neural_collapse")
+        for row in refuses(
+            name,
+            getattr(F, name),
+            {"covariance": SQUARE, "class_means": SQUARE[:2], "class_counts": torch.tensor([2, 3])},
+            covariance=FINITE_COVARIANCES,
+            class_means=[
+                (3, TypeError, "expected class_means as a tensor of real numbers, got int"),
+                (torch.zeros(2, 4), ValueError, "expected class_means of shape (K, 3), got (2, 4)"),
+                (torch.zeros(3), ValueError, "expected class_means of shape (K, 3), got (3,)"),
+            ],
+            class_counts=[
+                ([2, 3], TypeError, "expected class_counts as a tensor of real numbers, got list"),
+                (torch.ones(3), ValueError, "expected class_counts of shape (2,), got (3,)"),
+            ],
+        )
+    ],
+    *refuses(
+        "ridge_explained_variance",
+        F.ridge_explained_variance,
+        {"covariance": SQUARE, "class_means": SQUARE[:2], "class_counts": torch.tensor([2, 3])},
+        ridge=RIDGES,
+    ),
+    *refuses(
+        "held_out_explained_variance",
+        F.held_out_explained_variance,
+        {"labelled": empty_labelled(2, 3, folds=2)},
+        labelled=[
+            ("x", TypeError, "expected labelled to be a Labelled, got str"),
+            (Given(lambda w: empty_labelled(2, 3)), ValueError, "expected at least 2 folds, got 1"),
+        ],
+        ridge=RIDGES,
+    ),
     *refuses("determinant", F.determinant, covariance=FINITE_COVARIANCES),
     *refuses("eigenvalues", F.eigenvalues, covariance=FINITE_COVARIANCES),
     *refuses("eigenvectors", F.eigenvectors, covariance=FINITE_COVARIANCES),

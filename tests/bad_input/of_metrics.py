@@ -3,7 +3,7 @@
 import torch
 
 import spectralmetrics as sm
-from tests.bad_input.of_functions import FIT, OBSERVATIONS, ROWS, RULES, SHARES
+from tests.bad_input.of_functions import FIT, OBSERVATIONS, RIDGES, ROWS, RULES, SHARES
 from tests.bad_input.table import Given, refuses
 
 
@@ -48,10 +48,47 @@ ROWS_OF_METRICS = [
         for row in refuses(
             kind.__name__,
             kind,
+            {"num_classes": 3} if kind.needs_labels else {},
             num_features=[(0, ValueError, "a positive integer or None, got 0")],
             folds=[("2", ValueError, "expected folds to be a positive integer, got '2'")],
         )
     ],
+    *[
+        row
+        for kind in (sm.LinearProbeMetric, sm.NeuralCollapseMetric)
+        for row in (
+            *refuses(
+                kind.__name__,
+                kind,
+                num_classes=[
+                    *_integers("num_classes", bad=(0, 2.0, "2", True, None)),
+                    (1, ValueError, "expected num_classes to be at least 2, got 1"),
+                ],
+            ),
+            *refuses(
+                f"{kind.__name__}.update",
+                Given(lambda w, kind=kind: kind(3).update),
+                {"rows": torch.eye(4)},
+                labels=[
+                    (None, ValueError, "expected labels for … got None: update(rows, labels)"),
+                    (
+                        Given(lambda w: torch.arange(4)),
+                        ValueError,
+                        "expected labels below num_classes=3, got 3",
+                    ),
+                    (torch.tensor([0, 1]), ValueError, "expected labels of shape (4,), got (2,)"),
+                    (torch.zeros(4), TypeError, "expected labels as an integer tensor, … got torch.float32"),
+                    ([0, 1, 2, 0], TypeError, "expected labels as an integer tensor, … got list"),
+                ],
+            ),
+        )
+    ],
+    *refuses(
+        "LinearProbeMetric",
+        sm.LinearProbeMetric,
+        {"num_classes": 3},
+        ridge=RIDGES,
+    ),
     *[
         row
         for kind in (sm.IntrinsicDimensionMetric, sm.SaturationMetric)

@@ -106,6 +106,10 @@ ROWS_OF_MODELS = [
             (each, ValueError, f"expected batch_first to be True, False or None, got {each!r}")
             for each in ("yes", 3)
         ],
+        observe=[
+            (each, ValueError, f"expected observe among ('outputs', 'inputs'), got {each!r}")
+            for each in ("input", None)
+        ],
         budget=[
             (each, ValueError, f"expected budget to be a share of the time between 0 and 1, got {each!r}")
             for each in (0, 1, -0.1, NAN, "3 %")
@@ -124,17 +128,26 @@ ROWS_OF_MODELS = [
     ],
     *[
         row
-        for method in ("compute", "intervals", "summary", "reset")
+        for method in ("compute", "intervals", "summary", "reset", "covariances")
         for row in refuses(
             f"LayerProbe.{method}", Given(lambda w, method=method: getattr(w.probe, method)), stage=STAGES
         )
     ],
     *refuses(
+        "LayerProbe.labels",
+        Given(lambda w: lambda labels: w.probe.labels(labels).__enter__()),
+        labels=[
+            (torch.zeros(4), TypeError, "expected labels as an integer tensor, … got torch.float32"),
+            ([0, 1], TypeError, "expected labels as an integer tensor, … got list"),
+            (torch.tensor(3), ValueError, "expected labels of shape (N,) or (N, T), got ()"),
+        ],
+    ),
+    *refuses(
         "LayerProbe.summary",
         Given(lambda w: w.probe.summary),
         statistic=[
-            ("width", ValueError, "expected a statistic among ['covariance', … got 'width'"),
-            (3, ValueError, "expected a statistic among ['covariance', … got 3"),
+            ("width", ValueError, "expected a statistic among [ … got 'width'"),
+            (3, ValueError, "expected a statistic among [ … got 3"),
             ("spectrum", ValueError, "expected a statistic that is one number, got 'spectrum' of shape (3,)"),
         ],
     ),

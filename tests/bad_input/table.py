@@ -80,6 +80,8 @@ def quotes(value, message):
         numbers = set(re.findall(r"\d+", message))
         shown |= {str(value.dtype), str(tuple(value.shape)), *(numbers & set(map(str, value.shape)))}
         shown |= set() if value.ndim else {str(value.item())}
+        if value.numel() and not value.is_floating_point() and not value.is_complex():
+            shown.add(f"got {int(value.max())}")
         shown |= set() if value.is_complex() or value.isfinite().all() else {"NaN or infinite"}
     elif isinstance(value, nn.Module):
         shown |= {type(module).__name__ for module in value.modules()} | {getattr(value, "short_name", kind)}

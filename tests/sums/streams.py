@@ -17,6 +17,18 @@ class Batch:
     number: int
     observations: Observations
 
+    def __post_init__(self):
+        if self.observations.labels is None:  # 0, 1, 2, or none; only sums of classes look at them
+            labels = (7 * torch.arange(self.observations.num_observations) + self.number) % 4 - 1
+            object.__setattr__(self, "observations", dataclasses.replace(self.observations, labels=labels))
+
+    def of(self, label):
+        """The same batch, of which only the rows of one class are valid; of all classes, if it is None."""
+        labels, valid = self.observations.labels, self.observations.valid
+        chosen = labels >= 0 if label is None else labels == label
+        valid = chosen if valid is None else chosen & valid
+        return dataclasses.replace(self, observations=dataclasses.replace(self.observations, valid=valid))
+
     def kept(self):
         """Which rows are to count, (N,): those that are valid and finite."""
         rows = self.observations.rows()
@@ -102,6 +114,23 @@ def check_folds(sums, batches, error=1e-12):
     check_moments(sums, batches, error)
     for turn, fold in enumerate(sums.folds):
         check_moments(fold, [batch for batch in batches if batch.number % sums.number == turn], error)
+
+
+def check_labelled(sums, batches, error=1e-12):
+    """The moments are those of the rows with a label, and each class has the mean of its rows."""
+    labelled = [batch.of(None) for batch in batches]
+    check_moments(sums, labelled, error)
+    for turn, fold in enumerate(sums.dense.folds):
+        check_moments(fold, [batch for batch in labelled if batch.number % sums.number == turn], error)
+    everything = rows_of(labelled).numpy().astype(np.longdouble)
+    for label in range(sums.num_classes):
+        rows = rows_of([batch.of(label) for batch in batches]).numpy().astype(np.longdouble)
+        assert int(sums.class_counts[:, label].sum()) == len(rows)
+        if len(rows):
+            spread = np.abs(everything - everything.mean(0)).max() + np.longdouble(1e-300)
+            deviation = rows.mean(0) - everything.mean(0)
+            assert np.abs(sums.class_means()[label].numpy() - deviation).max() <= 10 * error * spread
+    assert int(sums.strays.sum()) == 0
 
 
 def check_reservoir(sums, batches, error=None):

@@ -17,13 +17,14 @@ from spectralmetrics.sums import (
     Observations,
     Sum,
     empty_folds,
+    empty_labelled,
     empty_moments,
     empty_reservoir,
     kinds,
     moments,
     together,
 )
-from tests.sums.streams import check_folds, check_moments, check_reservoir, stream, streams
+from tests.sums.streams import check_folds, check_labelled, check_moments, check_reservoir, stream, streams
 from tests.sums.toy import check_extremes, empty_extremes
 
 
@@ -47,6 +48,10 @@ class Kind:
 KINDS = {
     "moments": Kind(lambda: empty_moments(0), check_moments),
     "folds": Kind(lambda: empty_folds(3, 0), check_folds, lambda: empty_folds(2, 0)),
+    "labelled": Kind(lambda: empty_labelled(3, 0), check_labelled, lambda: empty_labelled(4, 0)),
+    "labelled, in folds": Kind(
+        lambda: empty_labelled(3, 0, folds=2), check_labelled, lambda: empty_labelled(3, 0)
+    ),
     "reservoir": Kind(
         lambda: empty_reservoir(20, 0, seed=3), check_reservoir, lambda: empty_reservoir(21, 0, seed=3), True
     ),
@@ -402,8 +407,8 @@ class TestCopies:
         assert len(set(kind.make().states.values())) == len(kind.make().states)
 
     def test_no_two_kinds_name_a_state_or_an_array_alike(self, kind):
-        others = [each.make() for each in KINDS.values() if each is not kind]
         mine = kind.make()
+        others = [each.make() for each in KINDS.values() if type(each.make()) is not type(mine)]
         assert not set(mine.states.values()) & {name for each in others for name in each.states.values()}
         assert mine.arrays[0] not in {name for each in others for name in each.arrays}
 

@@ -16,6 +16,11 @@ from spectralmetrics.functional.dimension import (
 )
 from spectralmetrics.functional.dispersion import determinant, diagonal_trace, trace
 from spectralmetrics.functional.held_out import held_out_eigenvalues, sampling_margin
+from spectralmetrics.functional.labels import (
+    held_out_explained_variance,
+    neural_collapse,
+    ridge_explained_variance,
+)
 from spectralmetrics.functional.relations import (
     cka,
     debiased_hsic,
@@ -57,13 +62,16 @@ __all__ = [
     "frechet_distance",
     "gram",
     "held_out_eigenvalues",
+    "held_out_explained_variance",
     "intrinsic_dimension",
     "linear_cka",
     "mean",
     "merge",
+    "neural_collapse",
     "participation_ratio",
     "power_law_exponent",
     "rebase",
+    "ridge_explained_variance",
     "sampling_margin",
     "saturation",
     "stable_rank",

@@ -107,14 +107,14 @@ class Spectrum:
         """
         if not (isinstance(kind, type) and issubclass(kind, Sum)):
             raise TypeError(f"expected a kind of sum, a subclass of Sum, got {kind!r}")
-        for each in self._others:
+        for each in (self._sums, *self._others):
             if isinstance(each, kind):
                 return each if self._device is None else each.map(self._brought)
         raise ValueError(f"expected {kind.described} beside the moments; none was kept")
 
     def has(self, kind: type[Sum]) -> bool:
         """Whether there is a sum of another kind for :meth:`part`."""
-        return any(isinstance(each, kind) for each in self._others)
+        return any(isinstance(each, kind) for each in (self._sums, *self._others))
 
     @property
     def num_features(self) -> int:

@@ -14,6 +14,7 @@ from spectralmetrics.metrics.dispersion import (
     CovarianceTraceMetric,
     DiagonalTraceMetric,
 )
+from spectralmetrics.metrics.labels import LinearProbeMetric, NeuralCollapseMetric
 from spectralmetrics.metrics.similarity import LinearCKAMetric
 from spectralmetrics.metrics.spectrum import CovarianceMetric, EigenspaceEmbeddingMetric, SpectrumMetric
 
@@ -27,6 +28,8 @@ __all__ = [
     "Interval",
     "IntrinsicDimensionMetric",
     "LinearCKAMetric",
+    "LinearProbeMetric",
+    "NeuralCollapseMetric",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
     "SaturationMetric",

@@ -108,6 +108,8 @@ class SpectralMetric(SumsMetric):
     """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
     needs_eigenvalues: ClassVar[bool] = True
     """Whether :meth:`statistic` reads eigenvalues; a probe decomposes nothing for those that do not."""
+    needs_labels: ClassVar[bool] = False
+    """Whether ``update`` takes labels beside the rows."""
     counts_directions: ClassVar[bool] = False
     """Whether the value is a number or share of directions, which other draws of the data hardly move."""
     has_interval: ClassVar[bool] = True
@@ -153,7 +155,11 @@ class SpectralMetric(SumsMetric):
         self.center = center
         self.nan_strategy = nan_strategy
         self.folds = folds
-        self.accumulate_also((_spectral_sum(folds), *self.other_sums()))
+        self.accumulate_also((self.spectral_sum(), *self.other_sums()))
+
+    def spectral_sum(self) -> SpectralSum:
+        """The sum whose spectrum :meth:`statistic` reads, empty and of width zero."""
+        return empty_folds(self.folds, 0) if self.folds > 1 else empty_moments(0)
 
     def other_sums(self) -> Sequence[Sum]:
         """Sums that :meth:`statistic` reads besides the moments, empty and of width zero; a subclass' own."""
@@ -165,7 +171,7 @@ class SpectralMetric(SumsMetric):
             raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
         twin = copy.deepcopy(self)
         twin.folds = folds
-        twin.accumulate_instead((_spectral_sum(folds), *twin.other_sums()))
+        twin.accumulate_instead((twin.spectral_sum(), *twin.other_sums()))
         return twin
 
     # -- what a statistic reads --------------------------------------------------------------------------
@@ -394,10 +400,6 @@ class SpectralMetric(SumsMetric):
                 UserWarning,
                 stacklevel=2,
             )
-
-
-def _spectral_sum(folds: int) -> SpectralSum:
-    return empty_folds(folds, 0) if folds > 1 else empty_moments(0)
 
 
 def _is_positive_integer(value: Any) -> bool:

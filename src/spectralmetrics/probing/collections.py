@@ -86,6 +86,7 @@ class LayerMetrics:
             leader.phase = number * _GOLDEN_RATIO % 1
         self._linked: list[object] = []  # the sums that the members share, as objects
         # The collection's own update would read the states to share them, and rows could not wait.
+        self.takes_labels = any(metric.needs_labels for metric in self._spectral)
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,40 +98,56 @@ class LayerMetrics:
         """The leaders that are metrics of this package."""
         return self._spectral
 
-    def update(self, observations: Observations) -> None:
-        """Add observations to all metrics; gradients and inference mode are off."""
-        if self._is_direct:
-            for leader in self._spectral:
+    def update(self, observations: Observations, labelled: Observations | None = None) -> None:
+        """Add observations to all metrics; gradients and inference mode are off.
+
+        Args:
+            observations: for metrics that take no labels.
+            labelled: for metrics that do; None if there are no labels.
+        """
+        if not self._is_direct:
+            rows = observations.rows()
+            rows = rows if observations.valid is None else rows[observations.valid]
+        for leader in self.leaders:
+            if not isinstance(leader, SpectralMetric) or not leader.takes_observations:
+                leader.update(rows)
+            elif not leader.needs_labels:
                 leader.observe(observations)
-            for member in self.members:
-                member.__dict__["_computed"] = None
-            self._link()
-            return
-        rows = observations.rows()
-        self.collection.update(rows if observations.valid is None else rows[observations.valid])
+            elif labelled is not None:
+                leader.observe(labelled)
+        for member in self.members:
+            member.__dict__["_computed"] = None
+        self._link()
 
     def too_few(self, counted: Counted) -> int:
         """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
         for name, metric in self.readable().items():
-            if isinstance(metric, SpectralMetric) and (dimension := metric.dimension_read()):
+            if not isinstance(metric, SpectralMetric) or metric.needs_labels:
+                continue
+            if dimension := metric.dimension_read():
                 count = counted[id(self.leader_of[name])].observations
                 return count if count < 2 * dimension else 0
         return 0
 
     def sums(self) -> list[Sum]:
         """The sums of the metrics, each kind once, of exact products before others; empty without data."""
-        kept: dict[bool, dict[type[Sum], Sum]] = {True: {}, False: {}}
+        spectral: dict[type[Sum], SpectralSum] = {}
+        others: dict[type[Sum], Sum] = {}
         # Exact products first, and more folds before fewer: they hold all that the others do.
         for metric in sorted(self._spectral, key=lambda each: (each.gram_dtype == torch.float32, -each.folds)):
             if not metric.takes_observations:
                 continue
             for each in metric.sums:
-                if each.num_features and (not isinstance(each, SpectralSum) or each.in_range()):
-                    kept[isinstance(each, SpectralSum)].setdefault(type(each), each)
-        spectral = list(kept[True].values())[:1]
-        if not spectral or not int(spectral[0].num_observations):  # type: ignore[attr-defined]
-            return []
-        return [*spectral, *kept[False].values()]
+                if not each.num_features:
+                    continue
+                if not isinstance(each, SpectralSum):
+                    others.setdefault(type(each), each)
+                elif each.in_range() and int(each.num_observations):
+                    spectral.setdefault(type(each), each)
+        own = [each for each in spectral.values() if each.describes_layer][:1]
+        beside = [each for each in spectral.values() if not each.describes_layer]
+        found = [*own, *beside]
+        return [*found, *others.values()] if found else []
 
     def _link(self) -> None:
         """Share states where a leader has replaced its own, or a reader has made copies of the members'."""
@@ -156,8 +173,11 @@ class LayerMetrics:
 
     def has_seen(self, counted: Counted) -> bool:
         """Whether there is anything to compute; with several processes, once the states are merged."""
+        plain = [metric for metric in self._spectral if not metric.needs_labels]
+        if plain:
+            return all(counted[id(metric)].observations > 0 for metric in plain)
         if self._spectral:
-            return all(counted[id(metric)].observations > 0 for metric in self._spectral)
+            return any(counted[id(metric)].observations > 0 for metric in self._spectral)
         # Metrics of other libraries merge by themselves, on all processes or on none.
         return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.members)
 
@@ -230,7 +250,9 @@ def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:
         if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
             groups.append((name, {}, [name]))
             continue
-        key = (metric.gram_dtype, metric.folds, metric.process_group, metric.sync_on_compute)
+        spectral = metric.spectral_sum()
+        kind = (type(spectral), spectral.settings())
+        key = (metric.gram_dtype, kind, metric.process_group, metric.sync_on_compute)
         others = {type(each): each.settings() for each in _others(metric)}
         for its_key, kept, names in groups:
             # Two sums of one kind with different settings, such as samples with different seeds, stay apart.

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+
+from spectralmetrics.probing.selection import conv1d
 
 _KNOWN: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -42,6 +45,9 @@ def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
 
 def _ceiling(module: nn.Module) -> int | None:
     """The rank that the weights can have; a bias moves the mean and adds no direction."""
+    if isinstance(module, conv1d()):  # its weight is (inputs, outputs)
+        weight = module.weight
+        return min(weight.shape) if isinstance(weight, torch.Tensor) else None
     if not any(type(module).forward is kind.forward for kind in _KNOWN if isinstance(module, kind)):
         return None  # a forward of its own may do more than its weights
     if isinstance(module, nn.Linear):

@@ -60,6 +60,11 @@ class Hooks:
         hook = Entering(Observer(module, observe, looks=False))
         self._note(module, module.register_forward_pre_hook(hook))
 
+    def in_front(self, module: nn.Module, observe: Observe) -> None:
+        """Have it shown what goes into a module, positional arguments first, before that may change it."""
+        hook = Arriving(Observer(module, observe))
+        self._note(module, module.register_forward_pre_hook(hook, with_kwargs=True))
+
     def behind(
         self,
         module: nn.Module,
@@ -162,6 +167,21 @@ class Entering(OwnHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         """See ``torch.nn.Module.register_forward_pre_hook``."""
         self._observer(module, args, None)
+
+
+class Arriving(OwnHook):
+    """A forward pre-hook of one module, which shows an observer the arguments.
+
+    Args:
+        observer: one that has been put on the module's forward nowhere.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """See ``torch.nn.Module.register_forward_pre_hook``."""
+        self._observer(module, args, (args, kwargs))
 
 
 # The compiler is to leave outputs in the layout that it would choose without us, and out of captured CUDA

@@ -55,13 +55,13 @@ _CHANNELS_SECOND = (
     nn.Dropout3d,
     nn.Upsample,
 )
-# Features come last, whatever the number of dimensions; the attribute that says how many.
-_FEATURES_LAST: dict[type[nn.Module], str] = {
-    nn.Linear: "out_features",
-    nn.Bilinear: "out_features",
-    nn.Embedding: "embedding_dim",
-    nn.LayerNorm: "normalized_shape",
-    nn.RMSNorm: "normalized_shape",
+# Features come last, whatever the number of dimensions; the attributes that say how many go in and out.
+_FEATURES_LAST: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Bilinear: ("in1_features", "out_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.LayerNorm: ("normalized_shape", "normalized_shape"),
+    nn.RMSNorm: ("normalized_shape", "normalized_shape"),
 }
 _RECURRENT_OR_ATTENTION = (nn.RNNBase, nn.MultiheadAttention)
 # Whose outputs of two dimensions are no rows (N, D), but maybe an unbatched map or sequence.
@@ -71,7 +71,7 @@ _ROWS_OF_TWO_DIMENSIONS: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKey
 
 @dataclass(frozen=True)
 class ObservationRule:
-    """How the outputs of layers become observations; see :class:`~spectralmetrics.LayerProbe`.
+    """How what layers put out, or take in, becomes observations; see :class:`~spectralmetrics.LayerProbe`.
 
     >>> rule = ObservationRule()
     >>> rule.batch(nn.Conv2d(1, 3, 3), torch.zeros(8, 3, 4, 4)).observations(rule).rows().shape
@@ -82,6 +82,7 @@ class ObservationRule:
     sequences: Sequences = "timesteps"
     max_map_size: int | None = 32
     interpolation: Interpolation = "bilinear"
+    of_inputs: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -124,7 +125,7 @@ class ObservationRule:
             )
         if values.ndim == 2 and _puts_out_rows(type(module)):
             return Batch("rows", values)
-        kind, values = _samples_first(module, values, time_first)
+        kind, values = _samples_first(module, values, time_first, self.of_inputs)
         if kind != "sequence" or mask is None:
             return Batch(kind, values)
         samples, steps = values.shape[:2]
@@ -184,7 +185,8 @@ def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequen
         return output if output.is_floating_point() else None
     if isinstance(output, PackedSequence):  # itself a tuple
         return output if output.data.is_floating_point() else None
-    if any(output is outer for outer in inside):
+    # A compiler does not know how to compare tuples by identity, and what it traces ends.
+    if not torch.compiler.is_compiling() and any(output is outer for outer in inside):
         return None  # a nest that holds itself
     parts: Any = ()
     if isinstance(output, Mapping):
@@ -209,7 +211,7 @@ def _puts_out_rows(kind: type) -> bool:
 
 
 def _samples_first(
-    module: nn.Module | None, values: Tensor, time_first: bool
+    module: nn.Module | None, values: Tensor, time_first: bool, of_inputs: bool
 ) -> tuple[Literal["rows", "maps", "sequence"], Tensor]:
     module = _deciding(module)
     rank = next((rank for layer, rank in _MAP_LAYERS.items() if isinstance(module, layer)), None)
@@ -226,7 +228,7 @@ def _samples_first(
     if values.ndim == 3 and rank is None and not isinstance(module, _CHANNELS_SECOND):
         own = is_time_first(module)
         return "sequence", values.transpose(0, 1) if (time_first if own is None else own) else values
-    if values.shape[-1] == _own_width(module):
+    if values.shape[-1] == _own_width(module, of_inputs):
         return "maps", values.movedim(-1, 1)
     return "maps", values
 
@@ -243,11 +245,11 @@ def _deciding(module: nn.Module | None) -> nn.Module | None:
     return None
 
 
-def _own_width(module: nn.Module | None) -> int | None:
-    """The size of the last dimension of the output of a layer whose features come last."""
-    for layer, attribute in _FEATURES_LAST.items():
+def _own_width(module: nn.Module | None, of_inputs: bool) -> int | None:
+    """The size of the last dimension of the output, or input, of a layer whose features come last."""
+    for layer, attributes in _FEATURES_LAST.items():
         if isinstance(module, layer):
-            width = getattr(module, attribute)
+            width = getattr(module, attributes[0 if of_inputs else 1])
             return int(width if isinstance(width, int) else width[-1])
     return None
 

@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
 from spectralmetrics.probing.facts import LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.labelling import Labels
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.merging import merged_states
@@ -37,7 +38,7 @@ from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.summary import Summary, summarise, threshold_of
-from spectralmetrics.sums import Sum
+from spectralmetrics.sums import SpectralSum, Sum
 from spectralmetrics.sums.checks import check_positive_integer, check_seed
 
 STAGES = ("train", "eval")
@@ -86,6 +87,8 @@ class LayerProbe(nn.Module):
         folds: with g > 1, every metric keeps its observations in g folds, see
             :class:`~spectralmetrics.SpectralMetric`, and :meth:`intervals` says how sure the values are. None
             leaves the metrics as they are.
+        observe: ``"outputs"`` of the layers, or ``"inputs"``: the first floating argument of each, before the
+            layer may change it. See :meth:`covariances`.
         batch_first: the layout of sequences from layers whose type does not tell: True for (N, T, D), False for
             (T, N, D). None goes by the transformer, recurrent layer or attention that the layer is part of, and
             takes (N, T, D) elsewhere.
@@ -122,6 +125,7 @@ class LayerProbe(nn.Module):
         folds: int | None = None,
         batch_first: bool | None = None,
         budget: float | None = None,
+        observe: Literal["outputs", "inputs"] = "outputs",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -142,7 +146,16 @@ class LayerProbe(nn.Module):
             raise TypeError(f"expected select to be a dict of patterns and functions, got {select!r}")
         if budget is not None and not (isinstance(budget, numbers.Real) and 0 < budget < 1):
             raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
-        self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation)
+        if observe not in ("outputs", "inputs"):
+            raise ValueError(f"expected observe among ('outputs', 'inputs'), got {observe!r}")
+        if observe == "inputs" and select:
+            raise ValueError(
+                f"expected no select with observe='inputs', got {select!r}: it chooses from outputs"
+            )
+        self.observe = observe
+        self.rule = ObservationRule(
+            feature_maps, sequences, max_map_size, interpolation, of_inputs=observe == "inputs"
+        )
         self.every_n_steps = every_n_steps
         self.max_samples = max_samples
         self.rows_per_feature = rows_per_feature
@@ -178,6 +191,7 @@ class LayerProbe(nn.Module):
         self._resets: list[str | None] = []  # to be done once states are no longer merged
         self._deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         self._masks = Masks()
+        self._labels = Labels()
         self.budget = budget
         self._budget = None if budget is None else Budget(budget, seed)
         self._steps = Steps(every_n_steps, seed, self._budget)
@@ -192,7 +206,10 @@ class LayerProbe(nn.Module):
 
     def _watch(self, model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         for name, module in chosen.items():
-            self._hooks.behind(module, Weakly(self._observe, name), self._selected.get(name))
+            if self.observe == "inputs":
+                self._hooks.in_front(module, Weakly(self._observe, name))
+            else:
+                self._hooks.behind(module, Weakly(self._observe, name), self._selected.get(name))
         if self._steps.leaves_out or self._deals:
             self._steps.watch(model, self._hooks)
 
@@ -375,6 +392,37 @@ class LayerProbe(nn.Module):
         self[stage, layer]  # is there, or an error
         return self._places[stage, layer].sums()
 
+    def covariances(self, stage: str, *, unbiased: bool = False, center: bool = True) -> dict[str, Tensor]:
+        r"""The covariance of each layer's observations, whatever the metrics.
+
+        With ``observe="inputs"`` and ``center=False`` these are the second moments :math:`X^\top X / n` of what
+        goes into a layer, which compression, quantisation and adaptation ask for (GPTQ, SVD-LLM, SliceGPT).
+
+        Merged across processes in two collectives; all processes call it.
+
+        Args:
+            stage: ``"train"`` or ``"eval"``.
+            unbiased: divide by n - 1.
+            center: False leaves the mean in.
+
+        Returns:
+            Layer -> shape (D, D), float64, where its sums are, in forward order; without layers that saw
+            nothing.
+
+        Raises:
+            ValueError: for another stage.
+        """
+        _check_stage(stage)
+        found = {}
+        with self._lock, self._merged([(stage, name) for name in self._layers]):
+            for name in self.layers:
+                for each in self._places[stage, name].sums()[:1]:
+                    if isinstance(each, SpectralSum) and each.describes_layer:
+                        count = each.num_observations.to(torch.float64)
+                        scale = count / (count - 1) if unbiased else 1
+                        found[name] = each.covariance(center=center) * scale
+        return found
+
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""
         with self._lock:
@@ -417,6 +465,35 @@ class LayerProbe(nn.Module):
         Warns once if sequences were observed inside and it fitted none of them.
         """
         with self._masks.within(mask):
+            yield
+
+    @contextlib.contextmanager
+    def labels(self, labels: Tensor) -> Iterator[None]:
+        """Tell the classes of what the model is run on inside ``with probe.labels(y):``.
+
+        They are for metrics that need labels, such as :class:`~spectralmetrics.LinearProbeMetric`; others do
+        not notice.
+
+        Args:
+            labels: (N,) integers, one for each sample: outputs that are feature maps or sequences are pooled to
+                their means. Or (N, T), one for each step of sequences (N, T, D), which are the observations
+                then. A negative label, such as -100, says that there is none.
+
+        Raises:
+            TypeError: if the labels are no integer tensor.
+            ValueError: if they are neither 1-D nor 2-D.
+
+        Warns once if they fitted no output inside.
+
+        >>> from spectralmetrics import LinearProbeMetric
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> probe = LayerProbe(model, LinearProbeMetric(num_classes=2))
+        >>> with probe.labels(torch.arange(32) % 2):
+        ...     _ = model(torch.randn(32, 4))
+        >>> sorted(probe.compute())
+        ['linear_probe/train/0', 'linear_probe/train/2']
+        """
+        with self._labels.within(labels):
             yield
 
     def remove(self) -> None:
@@ -523,6 +600,7 @@ class LayerProbe(nn.Module):
         if batch.values.numel() == 0:
             return
         of_layer.samples += batch.num_samples
+        labelled = self._labels.observe(name, batch) if of_layer.takes_labels else None
         observations = batch.observations(self.rule)
         width = observations.num_features
         if width > self.max_features:
@@ -534,10 +612,14 @@ class LayerProbe(nn.Module):
         rows_per_feature = self._rows_per_feature(of_layer.stage)
         if rows_per_feature is not None:
             seed = zlib.crc32(f"{self.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
-            observations = draw(observations, sample_size(rows_per_feature, width), seed)
+            size = sample_size(rows_per_feature, width)
+            observations = draw(observations, size, seed)
+            labelled = None if labelled is None else draw(labelled, size, seed)
         if self._deals:  # what one forward of the model showed of its inputs stays in one fold
-            observations = replace(observations, group=self._steps.number())
-        of_layer.update(observations)
+            group = self._steps.number()
+            observations = replace(observations, group=group)
+            labelled = None if labelled is None else replace(labelled, group=group)
+        of_layer.update(observations, labelled)
 
     def _rows_per_feature(self, stage: str) -> float | None:
         allowed = None if self._budget is None else self._budget.rows_per_feature(stage)
@@ -546,6 +628,8 @@ class LayerProbe(nn.Module):
         return min(self.rows_per_feature, allowed)
 
     def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:
+        if self.observe == "inputs":  # of which the layer's own weights say nothing
+            return facts_of(module, is_linear=False)
         is_linear = name not in self._selected and self.rule.feature_maps in ("positions", "mean")
         return facts_of(module, is_linear=is_linear and self.rule.sequences != "flatten")
 
@@ -592,7 +676,7 @@ class LayerProbe(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a probe holds its observations; the hooks belong to the original.
         state = self.__dict__.copy()
-        state.update(_lock=None, _thread=None, _selected={}, _masks=Masks())
+        state.update(_lock=None, _thread=None, _selected={}, _masks=Masks(), _labels=Labels())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -614,6 +698,8 @@ def _check_stage(stage: str) -> str:
 def _known_statistic(name: str, recorded: Mapping[str, Metric]) -> SpectralMetric:
     if name not in statistics():
         raise ValueError(f"expected a statistic among {sorted({*recorded, *statistics()})}, got {name!r}")
+    if statistics()[name].needs_labels:
+        raise ValueError(f"expected a statistic of this probe, got {name!r}, which needs labels: probe it")
     metric = statistics()[name]()
     if hasattr(metric, "threshold"):
         metric.threshold = threshold_of(recorded.values())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from torchmetrics import Metric
 
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
@@ -42,10 +43,14 @@ def read_stage(
     decompose_together(_wanted(seen, names, counted), tell.decomposed)
     values: dict[str, Any] = {}
     failed, few = [], []
+    unlabelled: dict[str, list[str]] = {}
     for place in seen:
         found: dict[str, Any] = {}
         for name, metric in place.readable().items():
             if name not in names:
+                continue
+            if _has_no_labels(place, name, metric, counted):
+                unlabelled.setdefault(name, []).append(place.layer)
                 continue
             try:
                 if isinstance(metric, SpectralMetric):
@@ -62,6 +67,12 @@ def read_stage(
         _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
     if failed:
         _warn(f"values that could not be computed in {stage} are left out: {', '.join(failed)}")
+    for name, layers in unlabelled.items():
+        which = "any layer" if len(layers) == len(seen) else ", ".join(map(repr, layers))
+        _warn(
+            f"{name!r} in {stage} is left out, since no labels came for {which}: run the model inside"
+            " `with probe.labels(y):`"
+        )
     if few:
         _warn(
             f"in {stage} there are fewer observations than twice the dimension found, which is too small then:"
@@ -79,9 +90,14 @@ def _wanted(places: Sequence[LayerMetrics], names: Collection[str], counted: Cou
         for place in places
         for name, metric in place.readable().items()
         if name in names and isinstance(metric, SpectralMetric)
-        if counted[id(place.leader_of[name])].in_range
+        if counted[id(place.leader_of[name])].in_range and not _has_no_labels(place, name, metric, counted)
         for each in metric.wanted(HOST)
     ]
+
+
+def _has_no_labels(place: LayerMetrics, name: str, metric: Metric, counted: Counted) -> bool:
+    needs_labels = isinstance(metric, SpectralMetric) and metric.needs_labels
+    return needs_labels and not counted[id(place.leader_of[name])].observations
 
 
 class _Steps:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -27,7 +28,23 @@ DEFAULT_LAYERS: tuple[type[nn.Module], ...] = (
     nn.RNN,
     nn.MultiheadAttention,
 )
-"""Probed unless told otherwise; their lazy forms are subclasses."""
+"""Probed unless told otherwise; their lazy forms are subclasses. See also :func:`default_layers`."""
+
+
+def default_layers() -> tuple[type[nn.Module], ...]:
+    """:data:`DEFAULT_LAYERS`, and the ``Conv1D`` of GPT-2 if ``transformers`` has been imported.
+
+    >>> nn.Linear in default_layers()
+    True
+    """
+    return (*DEFAULT_LAYERS, *conv1d())
+
+
+def conv1d() -> tuple[type[nn.Module], ...]:
+    """The ``Conv1D`` of ``transformers``, a linear layer whose weight is transposed; empty if not imported."""
+    module: Any = sys.modules.get("transformers.pytorch_utils")
+    found = getattr(module, "Conv1D", None)
+    return () if found is None else (found,)
 
 
 def select_layers(
@@ -39,7 +56,7 @@ def select_layers(
         model: wrappers (compiled, data parallel) are looked through; names are those of the model inside.
         layers: one selector or a sequence of them, any of which may match. A pattern is matched against the
             whole qualified name, and its ``*`` also matches dots; a module of any type can be named. None
-            selects :data:`DEFAULT_LAYERS`.
+            selects :func:`default_layers`.
         exclude: taken away from these.
 
     Raises:
@@ -59,7 +76,7 @@ def select_layers(
     check_type("model", model, nn.Module)
     modules = named_modules(unwrap(model))
     chosen: set[str] = set().union(
-        *(_matches(modules, s) for s in _as_sequence(layers, DEFAULT_LAYERS, modules))
+        *(_matches(modules, s) for s in _as_sequence(layers, default_layers(), modules))
     )
     dropped: set[str] = set().union(*(_matches(modules, s) for s in _as_sequence(exclude, (), modules)))
     unwanted = {modules[name] for name in dropped}

@@ -75,7 +75,7 @@ class Record:
             place: each.total
             for place, sums in self.sums.items()
             for each in sums
-            if isinstance(each, SpectralSum)
+            if isinstance(each, SpectralSum) and each.describes_layer
         }
         return {place: total for place, total in totals.items() if isinstance(total, Moments)}
 

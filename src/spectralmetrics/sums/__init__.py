@@ -1,9 +1,10 @@
 """What is accumulated: sums that can be re-based, merged and exchanged between processes, one kind a file."""
 
 from spectralmetrics.sums.accumulate import accumulate
-from spectralmetrics.sums.decomposition import eigenvalues, eigenvectors, symmetrise
+from spectralmetrics.sums.decomposition import check_covariance, eigenvalues, eigenvectors, symmetrise
 from spectralmetrics.sums.folds import Folds, empty_folds, stack
 from spectralmetrics.sums.intake import products_dtype
+from spectralmetrics.sums.labelled import Labelled, empty_labelled
 from spectralmetrics.sums.merging import run_together, together
 from spectralmetrics.sums.moments import (
     Moments,
@@ -25,16 +26,19 @@ __all__ = [
     "Exchange",
     "Folds",
     "Intake",
+    "Labelled",
     "Moments",
     "Observations",
     "Reservoir",
     "SpectralSum",
     "Sum",
     "accumulate",
+    "check_covariance",
     "covariance",
     "eigenvalues",
     "eigenvectors",
     "empty_folds",
+    "empty_labelled",
     "empty_moments",
     "empty_reservoir",
     "full_precision",

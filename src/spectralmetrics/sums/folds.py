@@ -171,25 +171,34 @@ class Folds(SpectralSum):
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
         yield from self.total.saved()  # for whoever knows of no folds
+        for name, tensor in self.parts():
+            yield f"fold_{name}", tensor
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """What each fold holds: upper triangles of covariances, means, counts, and the numbers left out."""
         # An empty fold has no mean and no covariance; zeros keep the file free of NaN.
         rows, columns = torch.triu_indices(self.num_features, self.num_features, device=self.seconds.device)
         uppers = torch.stack([fold.upper_covariance()[rows, columns] for fold in self.folds])
-        yield "fold_covariances", torch.where(self.counts[:, None] > 0, uppers, 0)
+        yield "covariances", torch.where(self.counts[:, None] > 0, uppers, 0)
         means = torch.stack([fold.mean() for fold in self.folds])
-        yield "fold_means", torch.where(self.counts[:, None] > 0, means, 0)
-        yield "fold_counts", self.counts
-        yield "fold_non_finites", self.non_finites
+        yield "means", torch.where(self.counts[:, None] > 0, means, 0)
+        yield "counts", self.counts
+        yield "non_finites", self.non_finites
+
+    @staticmethod
+    def of_parts(uppers: Tensor, means: Tensor, counts: Tensor, non_finites: Tensor) -> Folds:
+        """Folds of what :meth:`parts` gave."""
+        width = means.shape[1]
+        covariances = uppers.new_zeros(len(uppers), width, width)
+        rows, columns = torch.triu_indices(width, width)
+        covariances[:, rows, columns] = uppers
+        each = zip(map(symmetrise, covariances), means, counts, non_finites, strict=True)
+        return stack([Moments.of_covariance(*parts) for parts in each])
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Folds:
         """See :class:`.Sum`."""
-        uppers, *parts = (read(name) for name in cls.arrays)
-        covariances = uppers.new_zeros(len(uppers), parts[0].shape[1], parts[0].shape[1])
-        rows, columns = torch.triu_indices(parts[0].shape[1], parts[0].shape[1])
-        covariances[:, rows, columns] = uppers
-        folds = stack(
-            [Moments.of_covariance(symmetrise(s), *each) for s, *each in zip(covariances, *parts, strict=True)]
-        )
+        folds = cls.of_parts(*(read(name) for name in cls.arrays))
         return _RestoredFolds(**vars(folds), given=Moments.restored(read))
 
 

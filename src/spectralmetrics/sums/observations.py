@@ -18,6 +18,7 @@ class Observations:
         feature_dim: the dimension of size D that holds the features of one observation.
         valid: shape (N,), boolean, False for rows to pass over, such as padding; None if all count.
         group: number of what they belong to; folds keep batches of one group together. None: of themselves.
+        labels: class of each row, shape (N,), int64, negative for those without one; None if there are none.
 
     >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
     torch.Size([128, 3])
@@ -27,6 +28,7 @@ class Observations:
     feature_dim: int = -1
     valid: Tensor | None = None
     group: int | None = None
+    labels: Tensor | None = None
 
     @property
     def num_features(self) -> int:
@@ -42,8 +44,10 @@ class Observations:
         """Raise unless these are floating observations of at least one feature, and ``valid`` fits them.
 
         Raises:
-            TypeError: for values that are no floating tensor, or a ``valid`` that is no boolean one.
-            ValueError: for values without features or ``feature_dim``, or a ``valid`` of another length.
+            TypeError: for values that are no floating tensor, a ``valid`` that is no boolean one, or labels
+                that are no integers.
+            ValueError: for values without features or ``feature_dim``, or ``valid`` or labels of another
+                length.
         """
         values, valid = self.values, self.valid
         for name, number in (("feature_dim", self.feature_dim), ("group", self.group or 0)):
@@ -70,6 +74,18 @@ class Observations:
                 f"expected valid of shape ({self.num_observations},), got {tuple(valid.shape)}; give each"
                 " observation one flag"
             )
+        if self.labels is not None:
+            self._check_labels(self.labels)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"expected labels as an integer tensor, the class of each row, got {kind}")
+        if labels.shape != (self.num_observations,):
+            raise ValueError(
+                f"expected labels of shape ({self.num_observations},), got {tuple(labels.shape)}; give each"
+                " observation one class"
+            )
 
     def rows(self) -> Tensor:
         """All observations as a matrix of shape (N, D); a view where the layout allows it."""
@@ -78,10 +94,11 @@ class Observations:
     def take(self, index: Tensor) -> Observations:
         """The observations at the positions ``index`` of :meth:`rows`, without building all rows."""
         valid = None if self.valid is None else self.valid[index]
+        labels = None if self.labels is None else self.labels[index]
         moved = self.values if self.feature_dim == -1 else self.values.movedim(self.feature_dim, -1)
         if moved.is_contiguous():
             rows = moved.reshape(-1, moved.shape[-1]).index_select(0, index)
-            return Observations(rows, valid=valid, group=self.group)
+            return Observations(rows, -1, valid, self.group, labels)
         if self.feature_dim == 1 and self.values.is_contiguous():  # (B, D, *positions) -> (B, P, D)
             moved = self.values.flatten(2).movedim(1, -1)
         positions = []
@@ -89,9 +106,10 @@ class Observations:
             positions.append(index % size)
             index = index // size
         positions.append(index)
-        return Observations(moved[tuple(reversed(positions))], valid=valid, group=self.group)
+        return Observations(moved[tuple(reversed(positions))], -1, valid, self.group, labels)
 
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)
-        return Observations(self.values.to(device), self.feature_dim, valid, self.group)
+        labels = None if self.labels is None else self.labels.to(device)
+        return Observations(self.values.to(device), self.feature_dim, valid, self.group, labels)

@@ -127,6 +127,9 @@ class SpectralSum(Sum):
     Where there are no observations, what is read is NaN. ``center=False`` reads the second moment about zero.
     """
 
+    describes_layer: ClassVar[bool] = True
+    """Whether the spectrum of a layer is read from it; False for one of other observations, such as means."""
+
     @property
     @abstractmethod
     def num_observations(self) -> Tensor:

@@ -19,7 +19,6 @@ from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import SpectralSum, Sum, kinds
 
 FOLDER_NAME = "arrays"
-_COVARIANCE = "/covariance.npy"
 
 
 class ArraysWriter(Writer):
@@ -32,6 +31,10 @@ class ArraysWriter(Writer):
     - ``"{stage}/{layer}/count"``, (), int64: the number of observations n;
     - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities;
     - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample;
+    - with labels of K classes (and g folds, or 1), ``".../class_counts"``, (g, K), int64,
+      ``".../class_deviations"``,
+      (g, K, D), the mean of each class about that of its fold, and ``".../labelled_covariances"``,
+      ``"…_means"``, ``"…_counts"`` and ``"…_non_finites"`` of what has a label, as of folds:
     - with g folds, ``".../fold_covariances"``, (g, D·(D+1)/2), the upper triangles row by row,
       ``".../fold_means"``, (g, D), ``".../fold_counts"`` and ``".../fold_non_finites"``, (g,), int64.
 
@@ -131,7 +134,9 @@ def saved_layers(path: Path) -> list[str]:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
-    return [name.removesuffix(_COVARIANCE) for name in names if name.endswith(_COVARIANCE)]
+    own = {kind.arrays[0] for kind in kinds() if issubclass(kind, SpectralSum)}
+    places = (name.removesuffix(".npy").rpartition("/") for name in names)
+    return list(dict.fromkeys(place for place, _, array in places if array in own))
 
 
 def read_layers(path: Path) -> Iterator[SavedLayer]:
@@ -153,10 +158,13 @@ def read_layers(path: Path) -> Iterator[SavedLayer]:
                     return torch.as_tensor(arrays[f"{place}/{own}"])
 
                 found = [kind for kind in kinds() if set(kind.arrays) <= set(kept)]
-                spectral = [kind for kind in found if issubclass(kind, SpectralSum)][-1:]  # the most detailed
+                spectral = [kind for kind in found if issubclass(kind, SpectralSum)]
+                own = [kind for kind in spectral if kind.describes_layer][-1:]  # the most detailed
+                beside = [kind for kind in spectral if not kind.describes_layer]
                 others = [kind for kind in found if not issubclass(kind, SpectralSum)]
                 if spectral:
-                    yield SavedLayer(stage, layer, tuple(kind.restored(read) for kind in (*spectral, *others)))
+                    kinds_there = (*own, *beside, *others)
+                    yield SavedLayer(stage, layer, tuple(kind.restored(read) for kind in kinds_there))
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
 
