@@ -1,7 +1,9 @@
 """Sphinx settings; `python -m nox -s docs` builds the site into docs/_build/html."""
 
 import inspect
+import os
 import re
+import sys
 import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -9,8 +11,12 @@ from pathlib import Path
 import torch
 
 import spectralmetrics
+import spectralmetrics.integrations.lightning
+import spectralmetrics.integrations.transformers
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import metric_pages  # noqa: E402
 
 project = "spectralmetrics"
 author = "The spectralmetrics developers"
@@ -19,7 +25,7 @@ release = version_of("spectralmetrics")
 version = release
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",
@@ -29,13 +35,23 @@ extensions = [
 ]
 exclude_patterns = [
     "_build",
+    "gallery/*.ipynb",  # for download; the pages are made from the examples themselves
     "guide/observations_tables",
     "published_picture_tables",
-    "reference/statistics_table.md",
+    "reference/metrics_table.md",
     "sg_execution_times.rst",
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+
+# Pages with `{code-cell}` run when the site is built, each in a process and an empty folder of its own, and
+# show what they print and draw. What they write to standard error is a warning, and so an error of the build.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 180
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"
 
 html_theme = "furo"
 html_title = "spectralmetrics"
@@ -46,6 +62,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -65,29 +82,68 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "abort_on_example_error": True,
 }
-# Several threads make the examples' small convolutions slower where cores are busy.
+# One thread: small convolutions are no faster with several, and sums come out the same on every machine.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+# How the pages' processes draw.
+KERNEL = HERE / "_build" / "ipython" / "profile_default" / "ipython_kernel_config.py"
+KERNEL.parent.mkdir(parents=True, exist_ok=True)
+KERNEL.write_text(
+    """
+c.InteractiveShellApp.exec_lines = [
+    "%matplotlib inline",
+    # tqdm, without widgets
+    "import warnings; warnings.filterwarnings('ignore', message='IProgress not found')",
+]
+c.InlineBackend.figure_formats = {"svg"}
+c.HistoryManager.enabled = False
+""",
+    encoding="utf-8",
+)
+os.environ["IPYTHONDIR"] = str(KERNEL.parents[1])
 warnings.filterwarnings("ignore", message=".*FigureCanvasAgg is non-interactive.*")
 
-STATISTICS = "reference/statistics_table.md"
+
+def write_reference(app):
+    """The pages of the metrics, from the classes themselves, so that a new one has a page."""
+    metric_pages.write_pages(HERE / "reference")
 
 
-def write_statistics(app):
-    """The table of all statistics, from the classes themselves, so that a new one is in it."""
-    lines = ["| class | short name | what it is |", "|---|---|---|"]
-    for short_name, metric in spectralmetrics.statistics().items():
-        if metric.__module__.startswith("spectralmetrics."):
-            summary = re.sub(
-                r":math:`(.*?)`", r"$\1$", inspect.getdoc(metric).split("\n\n")[0].replace("\n", " ")
-            )
-            link = f"{{class}}`~spectralmetrics.metrics.{metric.__name__}`"
-            lines.append(f"| {link} | `{short_name}` | {summary} |")
-    target = HERE / STATISTICS
-    text = "\n".join(lines) + "\n"
-    if not target.exists() or target.read_text(encoding="utf-8") != text:
-        target.write_text(text, encoding="utf-8")
+def skip_member(app, what, name, obj, skip, options):
+    """Leave out what says nothing: fields of named tuples, which the class describes, and references to it."""
+    said = inspect.getdoc(obj) or ""
+    return True if said.startswith(("Alias for field number", "See the class")) else None
+
+
+CALLBACKS = (
+    spectralmetrics.integrations.lightning.LayerProbeCallback,
+    spectralmetrics.integrations.transformers.LayerProbeCallback,
+)
+PROBE_ARGUMENTS = re.compile(r"^Args:\n(.*?)^(?=\S)", re.DOTALL | re.MULTILINE)
+
+
+def list_options(app, what, name, obj, options, lines):
+    """Write out what a callback passes on to its probe."""
+    if obj not in CALLBACKS:
+        return
+    place = next(index for index, line in enumerate(lines) if line.lstrip().startswith("**arguments"))
+    arguments = PROBE_ARGUMENTS.search(inspect.getdoc(spectralmetrics.LayerProbe))[1].rstrip().splitlines()
+    indent = len(lines[place]) - len(lines[place].lstrip())
+    kept, keep = [], True
+    for line in arguments:
+        if re.match(r" {4}\S", line):
+            keep = line.split(":")[0].strip() not in ("model", "metrics")
+        if keep:
+            kept.append(" " * (indent - 4) + line)
+    end = place + 1
+    while end < len(lines) and lines[end].startswith(" " * (indent + 1)):
+        end += 1
+    lines[place:end] = kept
 
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("builder-inited", write_statistics)
+    app.connect("builder-inited", write_reference)
+    app.connect("autodoc-skip-member", skip_member)
+    # Before napoleon turns the docstring's sections into fields.
+    app.connect("autodoc-process-docstring", list_options, priority=400)
