@@ -79,6 +79,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
+    "thumbnail_size": (880, 616),
     "show_signature": False,
     "abort_on_example_error": True,
 }
@@ -115,6 +116,14 @@ def skip_member(app, what, name, obj, skip, options):
     return True if said.startswith(("Alias for field number", "See the class")) else None
 
 
+def public_bases(app, name, obj, options, bases):
+    """Name a base class that readers can import, in place of one that is shared by a few metrics."""
+    for index, base in enumerate(bases):
+        while inspect.isclass(base) and base.__name__.startswith("_"):
+            base = base.__base__
+        bases[index] = base
+
+
 CALLBACKS = (
     spectralmetrics.integrations.lightning.LayerProbeCallback,
     spectralmetrics.integrations.transformers.LayerProbeCallback,
@@ -145,5 +154,6 @@ def setup(app):
     """Called by Sphinx."""
     app.connect("builder-inited", write_reference)
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-bases", public_bases)
     # Before napoleon turns the docstring's sections into fields.
     app.connect("autodoc-process-docstring", list_options, priority=400)

@@ -34,7 +34,7 @@ for decay in torch.linspace(0, 3, 13):
     metric.reset()
 figure, axis = metric.plot(values)
 axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
-_ = axis.set_xlabel("a, where the i-th variance is 1 / i^a")
+_ = axis.set_xlabel("$a$, where the $i$-th variance is $1 / i^a$")
 """
 
 OVER_NOISE = """\

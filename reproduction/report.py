@@ -168,7 +168,9 @@ def normal_table(networks: dict[str, list[Run]]) -> str:
             for key, digits in (("saturation", 2), ("intrinsic dimension", 0), ("effective rank", 2)):
                 numbers = [of[key] for of in found]
                 ends = f"{min(numbers):.{digits}f} … {max(numbers):.{digits}f}"
-                cells.append(f"{statistics.median(numbers):.{digits}f} ({ends})")
+                cells.append(
+                    f"{statistics.median(numbers):.{digits}f} ({ends})".replace(" ", "\N{NO-BREAK SPACE}")
+                )
             rows.append([network, stage, *cells])
     return table(["network", "layers", "saturation", "intrinsic dimension", "effective rank / width"], rows)
 
