@@ -50,7 +50,8 @@ def plateau_of(run: Run) -> str:
 
 def spread(numbers: list[float], digits: int = 3) -> str:
     """Mean, least and most."""
-    return f"{statistics.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
+    found = f"{statistics.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
+    return found.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def counted(names: list[str]) -> str:
