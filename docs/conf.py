@@ -4,15 +4,18 @@ import inspect
 import os
 import re
 import sys
+import tempfile
 import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import spectralmetrics
 import spectralmetrics.integrations.lightning
 import spectralmetrics.integrations.transformers
+from spectralmetrics.demo import load_digits
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -56,6 +59,9 @@ nb_output_stderr = "remove-warn"
 html_theme = "furo"
 html_title = "spectralmetrics"
 html_static_path = ["_static"]
+EXTRA = HERE / "_build" / "extra"  # copied as it is
+EXTRA.mkdir(parents=True, exist_ok=True)
+html_extra_path = [str(EXTRA)]
 html_css_files = ["custom.css"]
 
 autodoc_member_order = "bysource"
@@ -110,6 +116,36 @@ def write_reference(app):
     metric_pages.write_pages(HERE / "reference")
 
 
+def write_example_report(app):
+    """A report to try out, of two networks that are trained here for a few seconds."""
+    target = EXTRA / "example_report.html"
+    images, labels, validation_images, validation_labels = load_digits(seed=0)
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, width in (("narrow", 32), ("wide", 256)):
+            torch.manual_seed(0)
+            hidden = [nn.Linear(1024, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            hidden += [nn.Linear(width, width), nn.ReLU()]
+            model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+            optimizer = torch.optim.Adam(model.parameters())
+            probe = spectralmetrics.LayerProbe(model, folds=8)
+            runs[name] = Path(folder) / name
+            with probe, spectralmetrics.Recorder(runs[name], probe, ["csv", "arrays"]) as recorder:
+                for _ in range(6):
+                    model.train()
+                    for batch in torch.randperm(4000).split(50):
+                        optimizer.zero_grad()
+                        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+                        optimizer.step()
+                    model.eval()
+                    with torch.no_grad():
+                        found = torch.cat([model(part).argmax(1) for part in validation_images.split(50)])
+                    accuracy = (found == validation_labels).double().mean()
+                    recorder.add_scalar("accuracy", accuracy, stage="eval")
+                    recorder.record()
+        spectralmetrics.write_report(list(runs.values()), target)
+
+
 def skip_member(app, what, name, obj, skip, options):
     """Leave out what says nothing: fields of named tuples, which the class describes, and references to it."""
     said = inspect.getdoc(obj) or ""
@@ -153,6 +189,7 @@ def list_options(app, what, name, obj, options, lines):
 def setup(app):
     """Called by Sphinx."""
     app.connect("builder-inited", write_reference)
+    app.connect("builder-inited", write_example_report)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-bases", public_bases)
     # Before napoleon turns the docstring's sections into fields.
