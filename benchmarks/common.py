@@ -19,10 +19,14 @@ def describe_machine():
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
+        facts = {}
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+        model = facts.get("model name", model)
+        # Virtual machines shorten the name ("AMD EPYC"); these numbers still tell the generation.
+        numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+        model += f" ({', '.join(numbers)})" if numbers else ""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": model,

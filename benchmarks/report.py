@@ -8,21 +8,121 @@ import statistics
 from pathlib import Path
 
 from common import RESULTS, table
+from matplotlib.figure import Figure
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
+IMAGES = PAGE.parent / "images"
+
 HEAD = """# Benchmarks
 
-Written by `python -m nox -s benchmarks` from `benchmarks/results/*.json`. All arms of a table ran in turn in one run.
-The machine is shared and noisy: ratios of arms that ran side by side say more than times, and runs on another day
-differed by a third. The bars that the project has set itself stand with each table. "By PyTorch" is what
-is left on a machine for which the accumulation is not [compiled](guide/cost.md).
+{headline}
+
+```{{image}} images/benchmarks.png
+:alt: {alternative}
+:align: center
+```
+
+*Above: what a probe on every layer adds to a training step, the median of the rounds, 0 where noise made it less (of the ViT, Delve looks at one
+token and a probe at all). Below: how fast a batch of rows is added to a
+covariance, relative to Delve 0.1.50. Measured on {machine}.*
+
+## How to read the tables
+
+`python -m nox -s benchmarks` measures, and writes this page from `benchmarks/results/*.json`. All arms of a table ran in turn in
+one run. The machine is shared and noisy: ratios of arms that ran side by side say more than times, and runs on another
+day differed by a third. "By PyTorch" is what you get on a machine for which the sums are not [compiled](guide/cost.md).
 """
+
+BLUE, SKY, ORANGE, GREY = "#0072B2", "#56B4E9", "#D55E00", "0.6"  # of Okabe and Ito
+ARMS = {
+    "delve": ("Delve 0.1.50", GREY),
+    "exact, float64 products": ("exact, float64", BLUE),
+    "exact, float32 products": ("exact, float32", SKY),
+    "sampled": ("sampled", ORANGE),
+}
+MODELS = {"mlp": "MLP", "vgg": "VGG-11", "resnet": "ResNet-18", "vit": "ViT"}
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def added(results, arm):
+    """Model -> per cent of a step, median."""
+    return {row["model"]: statistics.median(row["added percent"][arm]) for row in results}
+
+
+def rates(results, arm):
+    """Width -> rate relative to Delve's, median."""
+    return {
+        row["width"]: statistics.median(ratios(row["seconds"]["delve"], row["seconds"][arm])) for row in results
+    }
+
+
+def ends(values, digits=0):
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def headline(steps, updates, hooks):
+    """The answer in three sentences, from what was measured."""
+    exact, fast, sampled, delve = (
+        added(steps, arm) for arm in ("exact, float64 products", "exact, float32 products", "sampled", "delve")
+    )
+    large = ("vgg", "resnet")
+    double, single = (rates(updates, arm).values() for arm in ("ours, float64", "ours, float32"))
+    return (
+        f"**A probe on every layer adds {ends([fast[m] for m in large], 1)} % to a training step of VGG-11 and ResNet-18 with"
+        f" float32 products, and {ends([exact[m] for m in large], 1)} % with exact float64 products**; Delve adds"
+        f" {ends([delve[m] for m in large])} %. It costs most where layers are wide and the rest is cheap: "
+        f"{fast['mlp']:.0f} % and {exact['mlp']:.0f} % on an MLP of four wide layers, {fast['vit']:.0f} % and"
+        f" {exact['vit']:.0f} % on a small vision transformer. Sampling (`rows_per_feature=4, every_n_steps=8`) costs"
+        f" {max(sampled.values()):.1f} % or less. An update is {ends(double)} times as fast as Delve's in float64 and"
+        f" {ends(single)} times in float32. A hook takes"
+        f" {statistics.median(hooks['microseconds']['exact']):.0f} µs of host time."
+    )
+
+
+def draw(steps, updates, path):
+    """What a step costs more, and how fast an update is."""
+    figure = Figure(figsize=(6.4, 7.4), layout="constrained")  # one above the other, for phones
+    upper, lower = figure.subplots(2, 1)
+    height = 0.8 / len(ARMS)
+    for index, (arm, (label, colour)) in enumerate(ARMS.items()):
+        values = [max(value, 0) for value in added(steps, arm).values()]
+        places = [place + (index - 1.5) * height for place in range(len(values))]
+        bars = upper.barh(places, values, height, color=colour, label=label)
+        upper.bar_label(bars, [f"{value:.0f} %" for value in values], padding=3, fontsize=8)
+    upper.set_yticks(range(len(steps)), [MODELS.get(row["model"], row["model"]) for row in steps])
+    upper.invert_yaxis()
+    upper.set_xlabel("added to a training step, per cent")
+    upper.legend(frameon=False, fontsize=9, loc="lower right")
+    for arm, label, colour, marker in (
+        ("ours, float32", "float32", SKY, "s"),
+        ("ours, float64", "float64", BLUE, "o"),
+        ("ours, float32, by PyTorch", "float32, by PyTorch", SKY, None),
+        ("ours, float64, by PyTorch", "float64, by PyTorch", BLUE, None),
+        ("delve", "Delve 0.1.50", GREY, None),
+    ):
+        found = rates(updates, arm)
+        line = {"ls": "-" if marker else "--", "marker": marker, "color": colour, "label": label}
+        lower.plot(list(found), list(found.values()), lw=1.5, ms=4, **line)
+    lower.set_xscale("log", base=2)
+    lower.set_xticks(list(found), [str(width) for width in found])
+    lower.set_ylim(0, 14)
+    lower.set_xlabel("width of the layer")
+    lower.set_ylabel("rows per second, relative to Delve")
+    lower.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 def spread(values, digits=2):
     low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
+    found = f"{statistics.median(values):.{digits}f} ({low:.{digits}f} … {high:.{digits}f})"
+    return found.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def ratios(numerators, denominators):
@@ -33,14 +133,19 @@ def machine(content):
     facts = content["machine"]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "torchmetrics", "numpy"))
     products = f"compiled for {facts['compiled']}" if facts.get("compiled") else "not compiled"
-    return f"*{facts['date']}, {facts['processor']}, {facts['cores']} cores, {versions}; {products}.*\n"
+    return f"*{facts['date']}, {processor(facts)}, {versions}; {products}.*\n"
+
+
+def processor(facts):
+    known = facts["processor"] + ("" if "family" in facts["processor"] else " (generation not recorded)")
+    return f"{known}, {facts['cores']} cores"
 
 
 def update(results):
     yield (
-        "## Update\n\nA batch of rows added to a covariance. In units of OpenBLAS' speed at one triangle of the product"
-        " alone (`dsyrk` for float64, `ssyrk` for float32), and of Delve's; median, least and most of the rounds."
-        " Bars: 0.65 of `dsyrk` and 0.75 of `ssyrk` for D ≥ 256; three times Delve's rate in float32 for D ≤ 128.\n"
+        "## Update\n\nA batch of rows is added to a covariance. The rates are relative to BLAS, which computes one triangle of"
+        " the product alone (OpenBLAS' `dsyrk` for float64, `ssyrk` for float32), and to Delve: above 1 is faster. Median, least"
+        " and most of the rounds.\n"
     )
     rows = []
     for result in results:
@@ -56,8 +161,7 @@ def update(results):
 def training_step(results):
     yield (
         "## Training step\n\nAdded time per step with a probe on every layer, in per cent of the step without one;"
-        " median, least and most of the rounds. Bars, in units of Delve's: float64 0.75, float32 0.4, on the MLP, VGG"
-        " and ResNet; sampled at most 3 % (VGG, ResNet) and 5 % (MLP, ViT). Delve looks at one token of the ViT.\n"
+        " median, least and most of the rounds. Delve looks at one token of the ViT; a probe at all of them.\n"
     )
     rows = []
     for result in results:
@@ -74,15 +178,15 @@ def hook(results):
     yield (
         f"## Hook\n\nHost time of a hook (processor time), in microseconds per layer and forward: {results['layers']} linear layers of"
         f" width {results['width']}, {results['rows']} rows, one thread; median, least and most of the rounds. Sampled draws"
-        " half of the rows. Bars: 40 exact, 60 sampled.\n"
+        " half of the rows.\n"
     )
     yield table(["hook", "µs"], [[name, spread(values, 1)] for name, values in results["microseconds"].items()])
 
 
 def compute(results):
     yield (
-        "## Compute\n\nSeven scalar statistics of one layer, from sums to values, in units of one `eigvalsh`. Bar: 1.2"
-        " for D ≥ 512.\n"
+        "## Compute\n\nSeven scalar statistics of one layer, from sums to values: how many times as long as one"
+        " `eigvalsh`.\n"
     )
     rows = [
         [result["width"], name, spread(ratios(values, result["seconds"]["one eigvalsh"]))]
@@ -95,8 +199,8 @@ def compute(results):
 
 def merge(results):
     yield (
-        "## Merge\n\nResNet-18's 21 layers with three metrics each, across processes (gloo). Bar: 10 times faster than"
-        " torchmetrics' own path on 4 processes, in two collectives.\n"
+        '## Merge\n\nResNet-18\'s 21 layers with three metrics each are merged across processes (gloo). "Stock" is'
+        " torchmetrics' own path.\n"
     )
     rows = [
         [
@@ -189,7 +293,14 @@ def similarity(results):
 
 
 def main():
-    parts = [HEAD]
+    steps, updates, hooks = (read(name) for name in ("training_step", "update", "hook"))
+    draw(steps["results"], updates["results"], IMAGES / "benchmarks.png")
+    alternative = (
+        "Bars of the time that Delve and three kinds of probe add to a training step of four networks; and the speed of an"
+        " update over the width of the layer"
+    )
+    said = headline(steps["results"], updates["results"], hooks["results"])
+    parts = [HEAD.format(headline=said, alternative=alternative, machine=processor(updates["machine"]))]
     for write in (update, training_step, hook, compute, merge, memory, folds, similarity, projection):
         path = RESULTS / f"{write.__name__}.json"
         if path.exists():

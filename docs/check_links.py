@@ -1,4 +1,7 @@
-"""Every link within the built site leads somewhere: `python docs/check_links.py docs/_build/html`."""
+"""What the built site must not have: `python docs/check_links.py docs/_build/html`.
+
+Every link within it leads somewhere, and no page has words that only the author of a class understands.
+"""
 
 import sys
 from html.parser import HTMLParser
@@ -40,7 +43,22 @@ def broken_links(site: Path) -> list[str]:
     return broken
 
 
+EMPTY = ("See the class", "Alias for field number", "&lt;function", "&lt;lambda")
+
+
+def empty_words(site: Path) -> list[str]:
+    """What autodoc writes where there is nothing to read, with the pages that have it."""
+    return [
+        f"{path.relative_to(site)}: {words}"
+        for path in site.rglob("*.html")
+        if "_modules" not in path.parts  # source code
+        for words in EMPTY
+        if words in path.read_text(encoding="utf-8")
+    ]
+
+
 if __name__ == "__main__":
-    found = broken_links(Path(sys.argv[1]))
-    print("\n".join(found) or "no broken links")
+    site = Path(sys.argv[1])
+    found = broken_links(site) + empty_words(site)
+    print("\n".join(found) or "no broken links, no empty words")
     sys.exit(bool(found))

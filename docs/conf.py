@@ -1,16 +1,25 @@
 """Sphinx settings; `python -m nox -s docs` builds the site into docs/_build/html."""
 
 import inspect
+import os
 import re
+import sys
+import tempfile
 import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import spectralmetrics
+import spectralmetrics.integrations.lightning
+import spectralmetrics.integrations.transformers
+from spectralmetrics.demo import load_digits
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import metric_pages  # noqa: E402
 
 project = "spectralmetrics"
 author = "The spectralmetrics developers"
@@ -19,7 +28,7 @@ release = version_of("spectralmetrics")
 version = release
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",
@@ -29,23 +38,37 @@ extensions = [
 ]
 exclude_patterns = [
     "_build",
+    "gallery/*.ipynb",  # for download; the pages are made from the examples themselves
     "guide/observations_tables",
     "published_picture_tables",
-    "reference/statistics_table.md",
+    "reference/metrics_table.md",
     "sg_execution_times.rst",
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
+# Pages with `{code-cell}` run when the site is built, each in a process and an empty folder of its own, and
+# show what they print and draw. What they write to standard error is a warning, and so an error of the build.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 180
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"
+
 html_theme = "furo"
 html_title = "spectralmetrics"
 html_static_path = ["_static"]
+EXTRA = HERE / "_build" / "extra"  # copied as it is
+EXTRA.mkdir(parents=True, exist_ok=True)
+html_extra_path = [str(EXTRA)]
 html_css_files = ["custom.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -62,32 +85,112 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
+    "thumbnail_size": (880, 616),
     "show_signature": False,
     "abort_on_example_error": True,
 }
-# Several threads make the examples' small convolutions slower where cores are busy.
+# One thread: small convolutions are no faster with several, and sums come out the same on every machine.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+# How the pages' processes draw.
+KERNEL = HERE / "_build" / "ipython" / "profile_default" / "ipython_kernel_config.py"
+KERNEL.parent.mkdir(parents=True, exist_ok=True)
+KERNEL.write_text(
+    """
+c.InteractiveShellApp.exec_lines = [
+    "%matplotlib inline",
+    # tqdm, without widgets
+    "import warnings; warnings.filterwarnings('ignore', message='IProgress not found')",
+]
+c.InlineBackend.figure_formats = {"svg"}
+c.HistoryManager.enabled = False
+""",
+    encoding="utf-8",
+)
+os.environ["IPYTHONDIR"] = str(KERNEL.parents[1])
 warnings.filterwarnings("ignore", message=".*FigureCanvasAgg is non-interactive.*")
 
-STATISTICS = "reference/statistics_table.md"
+
+def write_reference(app):
+    """The pages of the metrics, from the classes themselves, so that a new one has a page."""
+    metric_pages.write_pages(HERE / "reference")
 
 
-def write_statistics(app):
-    """The table of all statistics, from the classes themselves, so that a new one is in it."""
-    lines = ["| class | short name | what it is |", "|---|---|---|"]
-    for short_name, metric in spectralmetrics.statistics().items():
-        if metric.__module__.startswith("spectralmetrics."):
-            summary = re.sub(
-                r":math:`(.*?)`", r"$\1$", inspect.getdoc(metric).split("\n\n")[0].replace("\n", " ")
-            )
-            link = f"{{class}}`~spectralmetrics.metrics.{metric.__name__}`"
-            lines.append(f"| {link} | `{short_name}` | {summary} |")
-    target = HERE / STATISTICS
-    text = "\n".join(lines) + "\n"
-    if not target.exists() or target.read_text(encoding="utf-8") != text:
-        target.write_text(text, encoding="utf-8")
+def write_example_report(app):
+    """A report to try out, of two networks that are trained here for a few seconds."""
+    target = EXTRA / "example_report.html"
+    images, labels, validation_images, validation_labels = load_digits(seed=0)
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, width in (("narrow", 32), ("wide", 256)):
+            torch.manual_seed(0)
+            hidden = [nn.Linear(1024, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            hidden += [nn.Linear(width, width), nn.ReLU()]
+            model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+            optimizer = torch.optim.Adam(model.parameters())
+            probe = spectralmetrics.LayerProbe(model, folds=8)
+            runs[name] = Path(folder) / name
+            with probe, spectralmetrics.Recorder(runs[name], probe, ["csv", "arrays"]) as recorder:
+                for _ in range(6):
+                    model.train()
+                    for batch in torch.randperm(4000).split(50):
+                        optimizer.zero_grad()
+                        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+                        optimizer.step()
+                    model.eval()
+                    with torch.no_grad():
+                        found = torch.cat([model(part).argmax(1) for part in validation_images.split(50)])
+                    accuracy = (found == validation_labels).double().mean()
+                    recorder.add_scalar("accuracy", accuracy, stage="eval")
+                    recorder.record()
+        spectralmetrics.write_report(list(runs.values()), target)
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """Leave out what says nothing: fields of named tuples, which the class describes, and references to it."""
+    said = inspect.getdoc(obj) or ""
+    return True if said.startswith(("Alias for field number", "See the class")) else None
+
+
+def public_bases(app, name, obj, options, bases):
+    """Name a base class that readers can import, in place of one that is shared by a few metrics."""
+    for index, base in enumerate(bases):
+        while inspect.isclass(base) and base.__name__.startswith("_"):
+            base = base.__base__
+        bases[index] = base
+
+
+CALLBACKS = (
+    spectralmetrics.integrations.lightning.LayerProbeCallback,
+    spectralmetrics.integrations.transformers.LayerProbeCallback,
+)
+PROBE_ARGUMENTS = re.compile(r"^Args:\n(.*?)^(?=\S)", re.DOTALL | re.MULTILINE)
+
+
+def list_options(app, what, name, obj, options, lines):
+    """Write out what a callback passes on to its probe."""
+    if obj not in CALLBACKS:
+        return
+    place = next(index for index, line in enumerate(lines) if line.lstrip().startswith("**arguments"))
+    arguments = PROBE_ARGUMENTS.search(inspect.getdoc(spectralmetrics.LayerProbe))[1].rstrip().splitlines()
+    indent = len(lines[place]) - len(lines[place].lstrip())
+    kept, keep = [], True
+    for line in arguments:
+        if re.match(r" {4}\S", line):
+            keep = line.split(":")[0].strip() not in ("model", "metrics")
+        if keep:
+            kept.append(" " * (indent - 4) + line)
+    end = place + 1
+    while end < len(lines) and lines[end].startswith(" " * (indent + 1)):
+        end += 1
+    lines[place:end] = kept
 
 
 def setup(app):
     """Called by Sphinx."""
-    app.connect("builder-inited", write_statistics)
+    app.connect("builder-inited", write_reference)
+    app.connect("builder-inited", write_example_report)
+    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-bases", public_bases)
+    # Before napoleon turns the docstring's sections into fields.
+    app.connect("autodoc-process-docstring", list_options, priority=400)

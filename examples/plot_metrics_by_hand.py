@@ -125,7 +125,9 @@ for name, collection in collections.items():
     for key, value in values.items():
         print(f"    {key}: {value:.3f}")
 print(f"accuracy {(logits.argmax(1) == validation_labels).float().mean():.1%}")
-print(f"metrics that share their sums: {collections['hidden'].compute_groups}")
+print("metrics that share their sums:")
+for names in collections["hidden"].compute_groups.values():
+    print("   ", ", ".join(names))
 
 # %%
 # The spectra

@@ -29,10 +29,9 @@ def train_and_look() -> None:
         parallel(inputs)
         values = probe.compute()  # on every process: the merge needs all of them
         count = int(probe["eval", "0"]["saturation"].count)
-    if dist.get_rank() == 0:
-        for name, value in values.items():
-            print(f"{name}: {value.item():.3f}")
-    print(f"process {dist.get_rank()} has seen {count} digits", flush=True)
+    lines = [f"{name}: {value.item():.3f}" for name, value in values.items()] if dist.get_rank() == 0 else []
+    lines.append(f"process {dist.get_rank()} has seen {count} digits\n")
+    print("\n".join(lines), end="", flush=True)  # at once, or the lines of several processes mix
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ def plateau_of(run: Run) -> str:
 
 def spread(numbers: list[float], digits: int = 3) -> str:
     """Mean, least and most."""
-    return f"{statistics.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
+    found = f"{statistics.mean(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
+    return found.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def counted(names: list[str]) -> str:
@@ -150,6 +151,31 @@ def layer_table(networks: dict[str, list[Run]]) -> str:
     return table(header, rows)
 
 
+def normal_table(networks: dict[str, list[Run]]) -> str:
+    """What is normal: median, least and most over the layers of a stage and the seeds."""
+    rows = []
+    for network, runs in networks.items():
+        stages: dict[str, list[dict[str, float]]] = {}
+        for run in runs:
+            width: float = 0
+            for layer, of in run["layers"].items():
+                width = of["intrinsic dimension"] / of["saturation"] if of["saturation"] else width
+                stage = "1×1 convolutions of shortcuts" if "downsample" in layer else layer.partition(".")[0]
+                shares = {key: of[key] for key in ("saturation", "intrinsic dimension")}
+                shares["effective rank"] = of["effective rank"] / width
+                stages.setdefault(stage, []).append(shares)
+        for stage, found in stages.items():
+            cells = []
+            for key, digits in (("saturation", 2), ("intrinsic dimension", 0), ("effective rank", 2)):
+                numbers = [of[key] for of in found]
+                ends = f"{min(numbers):.{digits}f} … {max(numbers):.{digits}f}"
+                cells.append(
+                    f"{statistics.median(numbers):.{digits}f} ({ends})".replace(" ", "\N{NO-BREAK SPACE}")
+                )
+            rows.append([network, stage, *cells])
+    return table(["network", "layers", "saturation", "intrinsic dimension", "effective rank / width"], rows)
+
+
 def draw(networks: dict[str, list[Run]], path: Path) -> None:
     figure = Figure(figsize=(12.5, 10.5), layout="constrained")
     panels = figure.subfigures(2, 2).flat
@@ -214,7 +240,7 @@ def main() -> None:
     draw(networks, options.docs / "images" / "published_picture.png")
     folder = options.docs / "published_picture_tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (network_table, correlation_table, cost_table, delve_table, layer_table):
+    for make in (network_table, normal_table, correlation_table, cost_table, delve_table, layer_table):
         text = make(networks)
         (folder / f"{make.__name__.removesuffix('_table')}.md").write_text(text, encoding="utf-8")
         if make is not layer_table:

@@ -15,7 +15,9 @@ PAGES = [ROOT / "CONTRIBUTING.md", *sorted(p for p in DOCS.rglob("*.md") if "_bu
 
 
 def python_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """Blocks that are only shown, and cells that run when the site is built, without their options."""
+    fences = r"^```(?:python|\{code-cell\}[^\n]*)\n(?::[^\n]*\n)*(.*?)^```"
+    return re.findall(fences, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 # What other libraries warn of is not ours.

@@ -281,7 +281,7 @@ def _add_recompute(commands: Any) -> None:
         "recompute",
         _run_recompute,
         "statistics of a run at other thresholds, without the model",
-        "Rebuild statistics from the arrays of a run, at any threshold, also such as were not recorded, and"
+        "Rebuild statistics from the arrays of a run, at any threshold, including ones not recorded, and"
         " print them as CSV with the columns of records.csv. Of several thresholds each has rows of its own,"
         " saturation@0.95 and so on.",
         [

@@ -20,9 +20,9 @@ class LayerProbeCallback(Callback):
     """Probes a LightningModule and logs one value per metric, stage and layer at the end of every epoch.
 
     Values go through ``log_dict``, so that every Lightning logger gets them and ``EarlyStopping`` or
-    ``ModelCheckpoint`` can monitor them, as ``"saturation/eval/model.0"``. What the training forwards of an
-    epoch showed is logged when the epoch ends, what a validation or test showed when that ends. The sanity
-    check is not observed. On several devices values are those of all of them together.
+    ``ModelCheckpoint`` can monitor them, as ``"saturation/eval/model.0"``. Training values are logged at the
+    end of an epoch, those of a validation or test at its end. The sanity check is not observed. On several
+    devices values are those of all of them together.
 
     A checkpoint holds what has been observed since the last values, on all devices, so that an epoch can go on
     from its middle.

@@ -68,6 +68,8 @@ class IntrinsicDimensionMetric(_ThresholdMetric):
 class SaturationMetric(_ThresholdMetric):
     r"""The intrinsic dimension as a share of the layer's width, between 0 and 1.
 
+    .. math:: \frac{1}{D} \min \{ k : \lambda_1 + \dots + \lambda_k \ge \delta \textstyle\sum_i \lambda_i \}
+
     (`arXiv:2006.08679 <https://arxiv.org/abs/2006.08679>`_). ``compute`` returns a tensor of shape (),
     float64.
 

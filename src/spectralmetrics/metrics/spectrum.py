@@ -89,7 +89,9 @@ class SpectrumMetric(SpectralMetric):
 
 
 class EigenspaceEmbeddingMetric(SpectralMetric):
-    """A uniform sample of the observations, centred, in the basis of the leading eigenvectors.
+    r"""A uniform sample of the observations, centred, in the basis of the leading eigenvectors.
+
+    .. math:: z_i = (v_1, \dots, v_k)^\top (x_i - \mu)
 
     ``compute`` returns a tensor of shape (m, k), float64: m is the smaller of ``max_samples`` and the number of
     finite observations, k the smaller of ``num_components`` and D. Besides the sums, the state holds the

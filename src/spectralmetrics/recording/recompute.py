@@ -31,7 +31,7 @@ def recompute(
     *,
     progress: Callable[[Path], None] = lambda path: None,
 ) -> list[dict[str, Any]]:
-    """Rebuild statistics from the arrays of a run (writer ``"arrays"``), also such as were not recorded.
+    """Rebuild statistics from the arrays of a run (writer ``"arrays"``), including ones not recorded.
 
     Args:
         directory: of the run.

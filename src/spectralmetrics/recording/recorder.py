@@ -96,7 +96,7 @@ class Recorder:
         return 0 if self._last_epoch is None else self._last_epoch + 1
 
     def add_scalar(self, name: str, value: float | Tensor, *, stage: str = "", layer: str = "") -> None:
-        """Let a number of one's own join the next record, such as accuracy or loss.
+        """Add a number of your own to the next record, such as accuracy or loss.
 
         The first process' number counts. A name given twice before a record keeps the later value.
 

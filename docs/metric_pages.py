@@ -1,0 +1,224 @@
+"""A page of the reference for each metric, and the table of them all, made from the classes at build time.
+
+A new statistic has its page without a line here: what it is from its docstring, and a picture of how its value
+changes with the spectrum. A metric whose ``update`` or constructor asks for more gets a picture if what it asks
+for is known below, by name; ``DRAWINGS`` has those that want a picture of their own. One that fits neither
+has a page without a picture.
+"""
+
+import inspect
+import logging
+import re
+from io import StringIO
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torchmetrics
+
+import spectralmetrics
+from spectralmetrics import metrics
+
+logger = logging.getLogger(__name__)
+
+OVER_SPECTRA = """\
+import torch
+from spectralmetrics import {name}
+
+torch.manual_seed(0)
+metric = {name}({arguments})
+values = []
+for decay in torch.linspace(0, 3, 13):
+    variances = torch.arange(1.0, 33.0) ** -decay  # of 32 features
+    metric.update(torch.randn(2000, 32) * variances.sqrt())
+    values.append(metric.compute())
+    metric.reset()
+figure, axis = metric.plot(values)
+axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
+_ = axis.set_xlabel("$a$, where the $i$-th variance is $1 / i^a$")
+"""
+
+OVER_NOISE = """\
+import torch
+from spectralmetrics import {name}
+
+torch.manual_seed(0)
+metric = {name}({arguments})
+centres, labels = torch.randn(3, 32), torch.randint(3, (2000,))  # three classes, 32 features
+values = []
+for noise in torch.linspace(0.2, 5, 13):
+    metric.update(centres[labels] + noise * torch.randn(2000, 32), labels)
+    values.append(metric.compute())
+    metric.reset()
+figure, axis = metric.plot(values)
+axis.set_xticks([0, 6, 12], ["0.2", "2.6", "5"])
+_ = axis.set_xlabel("noise around the centres of three classes")
+"""
+
+ONCE = """\
+import torch
+from spectralmetrics import {name}
+
+torch.manual_seed(0)
+metric = {name}({arguments})
+metric.update(torch.randn(2000, 12) @ torch.randn(12, 12))
+figure, axis = metric.plot()
+"""
+
+DRAWINGS = {
+    "EigenspaceEmbeddingMetric": """\
+import torch
+from spectralmetrics import EigenspaceEmbeddingMetric
+
+torch.manual_seed(0)
+metric = EigenspaceEmbeddingMetric(num_components=2, max_samples=500)
+centres, labels = 4 * torch.randn(3, 32), torch.randint(3, (2000,))  # three clusters, 32 features
+metric.update(centres[labels] + torch.randn(2000, 32))
+figure, axis = metric.plot()
+""",
+    "LinearCKAMetric": """\
+import torch
+from spectralmetrics import LinearCKAMetric
+
+torch.manual_seed(0)
+metric = LinearCKAMetric()
+values = []
+for noise in torch.linspace(0, 3, 13):
+    for _ in range(10):
+        left = torch.randn(64, 16)
+        metric.update(left, left + noise * torch.randn(64, 16))
+    values.append(metric.compute())
+    metric.reset()
+figure, axis = metric.plot(values)
+axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
+_ = axis.set_xlabel("noise added to one side")
+""",
+}
+
+ARGUMENTS = {"num_classes": "num_classes=3"}
+"""What a constructor may ask for, and what it gets."""
+PREFERRED = {"CovarianceDeterminantMetric": "log=True"}
+INTERNAL = {"statistic", "other_sums"}
+"""What a subclass defines for the base class and not for its users."""
+
+
+def documented():
+    """The metrics with a page: short name, or else the class' name -> class."""
+    found = {
+        name: metric
+        for name, metric in spectralmetrics.statistics().items()
+        if metric.__module__.startswith("spectralmetrics.")
+    }
+    others = (getattr(metrics, name) for name in metrics.__all__)
+    for other in others:
+        is_metric = inspect.isclass(other) and issubclass(other, torchmetrics.Metric)
+        if is_metric and other not in (*found.values(), metrics.SpectralMetric):
+            found[snake(other.__name__.removesuffix("Metric"))] = other
+    return found
+
+
+def snake(name):
+    """A class' name as that of a file."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def path_of(metric):
+    """Where a reader imports it from."""
+    public = getattr(metrics, metric.__name__, None) is metric
+    return f"{'spectralmetrics.metrics' if public else metric.__module__}.{metric.__name__}"
+
+
+def required(function):
+    """The names of what a function must be given, besides ``self``."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+def drawing(metric):
+    """Code that draws the metric, or None where it asks for what is not known here."""
+    name = metric.__name__
+    if name in DRAWINGS:
+        return DRAWINGS[name]
+    asked, updated = required(metric.__init__), required(metric.update)
+    if not set(asked) <= set(ARGUMENTS) or not set(updated[1:]) <= {"labels"}:
+        return None
+    template = OVER_NOISE if "labels" in updated else ONCE if "plot" in vars(metric) else OVER_SPECTRA
+    arguments = PREFERRED.get(name, ", ".join(ARGUMENTS[each] for each in asked))
+    return template.format(name=name, arguments=arguments)
+
+
+def draw(metric, code):
+    """The picture as SVG, or None where drawing fails."""
+    try:
+        namespace = {}
+        with matplotlib.rc_context({"figure.figsize": (6, 3.6), "svg.hashsalt": metric.__name__}):
+            exec(compile(code, f"<picture of {metric.__name__}>", "exec"), namespace)
+            picture = StringIO()
+            namespace["figure"].savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})
+        return picture.getvalue()
+    except Exception as error:
+        logger.info("no picture of %s: %s", metric.__name__, error)
+        return None
+    finally:
+        plt.close("all")
+
+
+def summary(metric):
+    """The first paragraph of a docstring, in Markdown."""
+    paragraph = (inspect.getdoc(metric) or "").split("\n\n")[0].replace("\n", " ")
+    return re.sub(r":math:`(.*?)`", r"$\1$", paragraph)
+
+
+def page(short_name, metric, code, picture):
+    """The text of a page."""
+    path, registered = path_of(metric), "short_name" in vars(metric)
+    own = [
+        name
+        for name, value in vars(metric).items()
+        if inspect.isfunction(value) and not name.startswith("_") and name not in INTERNAL
+    ]
+    lines = [f"# {metric.__name__}", ""]
+    if registered:
+        lines += [f"`{short_name}` in a probe's values, in `records.csv` and on the command line.", ""]
+    lines += ["```{eval-rst}", f".. autoclass:: {path}"]
+    lines += [f"   :members: {', '.join(own)}"] if own else []
+    lines += ["   :show-inheritance:", "```", ""]
+    if picture:
+        title = f"{metric.__name__} drawn by the code below"
+        image = [f"```{{image}} images/{short_name}.svg", f":alt: {title}", "```"]
+        lines += ["## A picture", "", *image, "", "```python", code.rstrip(), "```", ""]
+    if registered and hasattr(spectralmetrics.functional, short_name):
+        lines += [f"Without a state: {{func}}`spectralmetrics.functional.{short_name}`.", ""]
+    if registered:
+        base = "{class}`~spectralmetrics.metrics.SpectralMetric`"
+        lines += [f"`update`, `reset`, `interval` and the other arguments are those of {base}.", ""]
+    lines += ["What is normal, and what to try: [](../../guide/choosing.md).", ""]
+    return "\n".join(lines)
+
+
+def write(path, text):
+    """Write a file unless it says so already, so that Sphinx does not read it again."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def write_pages(reference):
+    """All pages, in ``reference/metrics``, and the table of them."""
+    found = documented()
+    folder = reference / "metrics"
+    for old in folder.glob("*.md"):
+        if old.stem not in found:
+            old.unlink()
+    table = ["| class | short name | what it is |", "|---|---|---|"]
+    for short_name, metric in found.items():
+        code = drawing(metric)
+        picture = code and draw(metric, code)
+        if picture:
+            write(folder / "images" / f"{short_name}.svg", picture)
+        write(folder / f"{short_name}.md", page(short_name, metric, code, picture))
+        key = f"`{short_name}`" if "short_name" in vars(metric) else ""
+        table.append(f"| [{metric.__name__}](metrics/{short_name}.md) | {key} | {summary(metric)} |")
+    names = [f"metrics/{short_name}" for short_name in found]
+    toctree = ["```{toctree}", ":hidden:", "", *names, "```"]
+    write(reference / "metrics_table.md", "\n".join([*table, "", *toctree, ""]))
