@@ -1,8 +1,10 @@
-"""What a probe with a budget takes of a training, what it sees, and how near its dimensions are to the exact ones.
+"""What a probe with a budget takes of a training, what it sees, and how near its dimensions are to the exact
+ones.
 
     python benchmarks/budget.py [--models mlp vgg resnet vit] [--budgets 0.01 0.03 0.1] [--blocks 12]
 
-For each model and budget, blocks of training steps with the probe and with the probe paused take turns. The share
+For each model and budget, blocks of training steps with the probe and with the probe paused take turns. The
+share
 is measured from outside: the time of the steps with it over that of those without, less one, as the median over
 pairs of neighbouring blocks. The first blocks, in which the sums are made and their price is paid off, are left
 out of it and told apart. Exact dimensions are those of a probe without a budget on the same network and inputs

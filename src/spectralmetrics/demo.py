@@ -6,9 +6,10 @@ layers see the whole digit at once, have nothing left to add, and form a low-sat
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,6 @@ from spectralmetrics.recording.record import Row
 from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.tail import layer_profile, low_saturation_tail
-
-if TYPE_CHECKING:
-    pass
-
 
 FOLDS = 4
 """Into which the observations are dealt, so that values come with intervals."""
@@ -71,6 +68,11 @@ class ResidualNetwork(nn.Module):
         maps = self.pool(functional.relu(self.norm(self.stem(images))))
         logits: Tensor = self.head(self.blocks(maps).mean((2, 3)))
         return logits
+
+
+def _completed(update: Callable[..., None]) -> Callable[[int, int], None]:
+    """What moves a bar of rich's."""
+    return lambda done, total: update(completed=done, total=total)
 
 
 def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +149,10 @@ def run(
                 predicted = torch.cat([model(part).argmax(1) for part in validation_images.split(50)])
             accuracy = (predicted == validation_labels).double().mean()
             recorder.add_scalar("accuracy", accuracy, stage="eval")
-            values = recorder.record(epoch)
+            reading = progress.add_task("reading layers", total=None)
+            update = functools.partial(progress.update, reading)
+            values = recorder.record(epoch, progress=_completed(update))
+            progress.remove_task(reading)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
     pictures = draw_run(output)
     report = write_report(output, output / "report.html")

@@ -49,6 +49,9 @@ ROWS_OF_METRICS = [
             kind.__name__,
             kind,
             {"num_classes": 3} if kind.needs_labels else {},
+            sketch_size=[(0, ValueError, "sketch_size … got 0")]
+            if not kind.needs_labels
+            else [(8, ValueError, "expected sketch_size=None … got 8")],
             num_features=[(0, ValueError, "a positive integer or None, got 0")],
             folds=[("2", ValueError, "expected folds to be a positive integer, got '2'")],
         )

@@ -89,6 +89,7 @@ ROWS_OF_MODELS = [
         max_map_size=_integers("max_map_size", or_none=True),
         every_n_steps=_integers("every_n_steps", bad=(0, 1.5, "2", None, True)),
         max_samples=_integers("max_samples", or_none=True),
+        sketch_size=_integers("sketch_size", or_none=True),
         max_features=_integers("max_features", bad=(0, 1.5, "2", None, True)),
         rows_per_feature=[
             (each, ValueError, f"expected rows_per_feature to be a positive number or None, got {each!r}")
@@ -221,6 +222,7 @@ ROWS_OF_MODELS = [
         num_features=_integers("num_features", or_none=True),
         threshold=SHARES,
         dim=DIMENSIONS,
+        sketch_size=_integers("sketch_size", or_none=True),
     ),
     *refuses("PCAProjection.threshold", Given(lambda w: w.set_threshold), threshold=SHARES),
     *refuses(

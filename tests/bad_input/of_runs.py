@@ -109,6 +109,7 @@ ROWS_OF_RUNS = [
             (epoch, ValueError, f"expected an epoch as an integer that is not negative, got {epoch!r}")
             for epoch in (-1, 1.5, "7", True)
         ],
+        progress=[("bar", TypeError, "expected progress to be a function of two numbers or None, got 'bar'")],
     ),
     *refuses("read_records", sm.read_records, directory=TABLES),
     *[

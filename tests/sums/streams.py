@@ -116,6 +116,33 @@ def check_folds(sums, batches, error=1e-12):
         check_moments(fold, [batch for batch in batches if batch.number % sums.number == turn], error)
 
 
+def check_sketch(sums, batches, error=1e-12):
+    """Trace, mean and image are exact, and the eigenvalues that are read never exceed those of the rows."""
+    rows = rows_of(batches)
+    assert int(sums.num_observations) == len(rows)
+    assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
+    if not len(rows):
+        return
+    exact = two_pass_covariance(rows, center=True)
+    omega = sums.test_matrix().numpy().astype(np.longdouble)
+    extended = rows.numpy().astype(np.longdouble)
+    mean = extended.mean(0)
+    spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
+    bound = error * spread * len(omega)
+    assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * (
+        np.abs(mean).max() + np.sqrt(spread)
+    )
+    assert np.abs(sums.variances().numpy() - exact.diagonal()).max() <= bound
+    assert np.abs(sums.covariance_image().numpy() - exact @ omega).max() <= bound
+    true = np.linalg.eigvalsh(exact.astype(np.float64))[::-1]
+    known = sums.eigenvalues().numpy()
+    shown = min(len(known), len(true))
+    slack = 100 * max(error, 1e-12) * float(spread) * len(omega)
+    assert (known[:shown] <= true[:shown] + slack).all()
+    rest = float(sums.variances().sum()) - known.sum()
+    assert (true[:shown] <= known[:shown] + rest + slack).all()
+
+
 def check_labelled(sums, batches, error=1e-12):
     """The moments are those of the rows with a label, and each class has the mean of its rows."""
     labelled = [batch.of(None) for batch in batches]

@@ -15,16 +15,26 @@ from hypothesis import strategies as st
 
 from spectralmetrics.sums import (
     Observations,
+    Reservoir,
     Sum,
     empty_folds,
     empty_labelled,
     empty_moments,
     empty_reservoir,
+    empty_sketch,
     kinds,
     moments,
     together,
 )
-from tests.sums.streams import check_folds, check_labelled, check_moments, check_reservoir, stream, streams
+from tests.sums.streams import (
+    check_folds,
+    check_labelled,
+    check_moments,
+    check_reservoir,
+    check_sketch,
+    stream,
+    streams,
+)
 from tests.sums.toy import check_extremes, empty_extremes
 
 
@@ -48,6 +58,7 @@ class Kind:
 KINDS = {
     "moments": Kind(lambda: empty_moments(0), check_moments),
     "folds": Kind(lambda: empty_folds(3, 0), check_folds, lambda: empty_folds(2, 0)),
+    "sketch": Kind(lambda: empty_sketch(3, 0), check_sketch, lambda: empty_sketch(4, 0)),
     "labelled": Kind(lambda: empty_labelled(3, 0), check_labelled, lambda: empty_labelled(4, 0)),
     "labelled, in folds": Kind(
         lambda: empty_labelled(3, 0, folds=2), check_labelled, lambda: empty_labelled(3, 0)
@@ -435,7 +446,7 @@ class TestCopies:
         assert all(tensor.isfinite().all() for name, tensor in arrays.items() if name != "sample_keys")
         restored = type(sums).restored(arrays.__getitem__)
         assert isinstance(restored, type(sums))
-        kind.check(dataclasses.replace(restored, seed=3) if hasattr(sums, "seed") else restored, batches)
+        kind.check(dataclasses.replace(restored, seed=3) if isinstance(sums, Reservoir) else restored, batches)
         assert {name: tensor.tolist() for name, tensor in restored.saved()} == {
             name: tensor.tolist() for name, tensor in kept.items()
         }  # to the last digit

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.functional.held_out import LeftOut, leave_one_out
-from spectralmetrics.sums import Moments, SpectralSum, Sum, eigenvalues, eigenvectors, moments_of_covariance
+from spectralmetrics.sums import (
+    Moments,
+    Sketch,
+    SpectralSum,
+    Sum,
+    eigenvalues,
+    eigenvectors,
+    moments_of_covariance,
+)
 from spectralmetrics.sums.checks import check_positive_integer, check_real, check_type
 
 __all__ = ["Spectrum", "eigenvalues", "eigenvectors"]
@@ -98,6 +106,15 @@ class Spectrum:
             raise TypeError(f"expected dense sums, got {type(total).__name__}, which keep no moments")
         return total if self._device is None else total.map(self._brought)
 
+    @property
+    def sketch(self) -> Sketch | None:
+        """The sketch that stands for the covariance; None where the covariance itself is kept.
+
+        Then :attr:`eigenvalues` are lower bounds of the leading k only, and :attr:`eigenvectors` has k columns.
+        """
+        total = self._total
+        return total if isinstance(total, Sketch) else None
+
     def part(self, kind: type[S]) -> S:
         """The sum of another kind over the same observations.
 
@@ -147,6 +164,13 @@ class Spectrum:
         return self.variances.sum()
 
     @property
+    def square_sum(self) -> Tensor:
+        """Of a sketch, an estimate of the sum of squared eigenvalues, shape (), float64."""
+        sketch = self.sketch
+        assert sketch is not None
+        return self._kept("square_sum", lambda: sketch.square_sum(center=self.center))
+
+    @property
     def covariance(self) -> Tensor:
         """The covariance, shape (D, D), float64; made anew each time, since it is as large as the state."""
         return self._brought(self._total.covariance(center=self.center))
@@ -173,6 +197,12 @@ class Spectrum:
     def home(self) -> torch.device:
         """The device of the sums."""
         return self._sums.num_observations.device
+
+    @property
+    def num_values(self) -> int:
+        """The number of eigenvalues that are read."""
+        sketch = self.sketch
+        return self.num_features if sketch is None else sketch.size
 
     @property
     def identity(self) -> tuple[int, bool]:

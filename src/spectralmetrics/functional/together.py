@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import eigenvalues, eigenvectors
+from spectralmetrics.sums.merging import communication_device
 
 Progress = Callable[[int, int], None]
 """Called with the number of spectra that have been decomposed, and of all that will be."""
 
+NO_GROUP: Any = object()
+"""In the place of a process group: this process does all by itself."""
+
 _HOST = torch.device("cpu")
+# Several processes share the work if there are so many numbers in the cubes of the widths: about a second.
+_WORTH_SHARING = 5e9
 # Memory for the matrices of a batch. LAPACK gains nothing from more than what saves calls; an accelerator does.
 _BATCH_BYTES = 2**20
 _ACCELERATOR_BATCH_BYTES = 2**28
@@ -31,7 +38,9 @@ class Wanted(NamedTuple):
     part: Literal["variances", "eigenvalues", "eigenvectors"]
 
 
-def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = None) -> None:
+def decompose_together(
+    wanted: Iterable[Wanted], progress: Progress | None = None, group: Any = NO_GROUP
+) -> None:
     """Read several spectra; what is small is brought to the memory of the CPU.
 
     How often a device is read depends on the number of different widths there, and not on that of the spectra.
@@ -40,6 +49,8 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
         wanted: what to read; spectra may share their caches.
         progress: told after each batch. An exception raised there ends the work; what has been decomposed is
             kept.
+        group: a process group all of which want the same spectra of the same sums; None for the default group.
+            Each then decomposes some of the large ones, and the eigenvalues are exchanged in two collectives.
     """
     wanted = list(wanted)
     vectors = {each.spectrum.identity: each.spectrum for each in wanted if each.part == "eigenvectors"}
@@ -50,6 +61,11 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
         for identity, each in values.items()
         if identity not in vectors and not each.knows("eigenvalues")
     ]
+    if group is not NO_GROUP:
+        plain = [each for identity, each in values.items() if identity not in vectors]
+        if sum(each.num_features**3 for each in plain) >= _WORTH_SHARING:
+            _share(plain, progress, group)
+            todo = [(each, v) for each, v in todo if v or not each.knows("eigenvalues")]
     done = 0
     for batch, with_vectors in _batches(todo):
         with contextlib.suppress(ValueError, RuntimeError):  # to be said by whoever reads the one that fails
@@ -59,6 +75,41 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
             progress(done, len(todo))
     _bring("eigenvalues", [*vectors.values(), *values.values()])
     _bring("variances", [each.spectrum for each in wanted if each.part == "variances"])
+
+
+def _share(spectra: Sequence[Spectrum], progress: Progress | None, group: Any) -> None:
+    """Decompose those that some process does not know, each on one process of the group.
+
+    Which those are is agreed on, or processes that have read different things before would wait for each other.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    device = communication_device(group)
+    unknown = torch.tensor(
+        [not each.knows("eigenvalues") for each in spectra], dtype=torch.float64, device="cpu"
+    )
+    unknown = unknown.to(device)
+    dist.all_reduce(unknown, group=group)
+    open_ones = [each for each, number in zip(spectra, unknown.tolist(), strict=True) if number]
+    # The dearest first, each to whoever has least to do.
+    loads = [0] * world
+    owners = {}
+    for place in sorted(range(len(open_ones)), key=lambda index: -open_ones[index].num_features):
+        owners[place] = loads.index(min(loads))
+        loads[owners[place]] += open_ones[place].num_features ** 3
+    mine = [place for place, owner in owners.items() if owner == rank]
+    parts = [torch.zeros(each.num_values, dtype=torch.float64, device=device) for each in open_ones]
+    for done, place in enumerate(mine, 1):
+        try:
+            parts[place] = open_ones[place].at(None).eigenvalues.to(device)
+        except (ValueError, RuntimeError):
+            parts[place].fill_(torch.nan)  # to be said by whoever reads it, on all processes alike
+        if progress is not None:
+            progress(done, len(mine))
+    packed = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+    dist.all_reduce(packed, group=group)
+    for each, found in zip(open_ones, packed.split([len(part) for part in parts]), strict=True):
+        if not found.isnan().any():
+            each.learn("eigenvalues", found.to(each.home).clone())
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:

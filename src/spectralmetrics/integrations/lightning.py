@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 from spectralmetrics.integrations.values import scalars
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.progress import LateBar
 
 
 class LayerProbeCallback(Callback):
@@ -127,5 +128,7 @@ class LayerProbeCallback(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         probe = self._attach(pl_module)
         # All processes have the same values; Lightning cannot know and asks for a synchronisation.
-        pl_module.log_dict(scalars(probe.compute(stage)), sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(
+            scalars(probe.compute(stage, LateBar("reading layers"))), sync_dist=trainer.world_size > 1
+        )
         probe.reset(stage)

@@ -26,6 +26,7 @@ from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.tail import MEAN_LAYER
 
@@ -156,7 +157,7 @@ class LayerProbeCallback(TrainerCallback):
 
     def _log(self, stage: str, prefix: str = "") -> dict[str, float]:
         """Log the values of a stage and forget what they were made of."""
-        values = with_means(self.probe.compute(stage))
+        values = with_means(self.probe.compute(stage, LateBar("reading layers")))
         self.probe.reset(stage)
         # A trainer's own keys name the stage once, in front, and its loggers read it there.
         named = {f"{prefix}{metric}/{layer}": value for (metric, layer), value in values.items()}

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from spectralmetrics.functional.dimension import intrinsic_dimension
 from spectralmetrics.functional.held_out import sampling_margin
+from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Wanted, read_together
 from spectralmetrics.metrics.state import SumsMetric
@@ -41,8 +42,10 @@ from spectralmetrics.sums import (
     Sum,
     empty_folds,
     empty_moments,
+    empty_sketch,
     products_dtype,
 )
+from spectralmetrics.sums.checks import check_positive_integer
 
 NanStrategy = Literal["warn", "error", "ignore"]
 
@@ -89,6 +92,8 @@ class SpectralMetric(SumsMetric):
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can judge by some what
             was fitted to the others. All values are those of all data; the state is g times as large.
+        sketch_size: with k, a sketch of k columns is kept in place of the covariance, 8·D·k bytes of any
+            width D, and :meth:`interval` gives bounds that hold for certain. None keeps the covariance.
         kwargs: see `torchmetrics.Metric`.
 
     Raises:
@@ -110,6 +115,8 @@ class SpectralMetric(SumsMetric):
     """Whether :meth:`statistic` reads eigenvalues; a probe decomposes nothing for those that do not."""
     needs_labels: ClassVar[bool] = False
     """Whether ``update`` takes labels beside the rows."""
+    suits_sketches: ClassVar[bool] = False
+    """Whether :meth:`statistic` can be read from a sketch as it is; otherwise :meth:`from_sketch` does that."""
     counts_directions: ClassVar[bool] = False
     """Whether the value is a number or share of directions, which other draws of the data hardly move."""
     has_interval: ClassVar[bool] = True
@@ -141,6 +148,7 @@ class SpectralMetric(SumsMetric):
         gram_dtype: torch.dtype | None = None,
         nan_strategy: NanStrategy = "warn",
         folds: int = 1,
+        sketch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         if num_features is not None and not _is_positive_integer(num_features):
@@ -151,14 +159,23 @@ class SpectralMetric(SumsMetric):
             raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
         if not _is_positive_integer(folds):
             raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
+        check_positive_integer("sketch_size", sketch_size, or_none=True)
+        if sketch_size is not None and folds > 1:
+            raise ValueError(
+                f"expected folds=1 with sketch_size={sketch_size}, got folds={folds}: a sketch keeps no folds,"
+                " and its intervals need none"
+            )
         super().__init__(num_features, gram_dtype, **kwargs)
         self.center = center
         self.nan_strategy = nan_strategy
         self.folds = folds
+        self.sketch_size = sketch_size
         self.accumulate_also((self.spectral_sum(), *self.other_sums()))
 
     def spectral_sum(self) -> SpectralSum:
         """The sum whose spectrum :meth:`statistic` reads, empty and of width zero."""
+        if self.sketch_size is not None:
+            return empty_sketch(self.sketch_size, 0)
         return empty_folds(self.folds, 0) if self.folds > 1 else empty_moments(0)
 
     def other_sums(self) -> Sequence[Sum]:
@@ -169,16 +186,36 @@ class SpectralMetric(SumsMetric):
         """A metric with the same settings and without observations, which it will keep in so many folds."""
         if not _is_positive_integer(folds):
             raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
+        if self.sketch_size is not None and folds > 1:
+            raise ValueError(f"expected folds=1 of a metric with sketch_size={self.sketch_size}, got {folds}")
         twin = copy.deepcopy(self)
         twin.folds = folds
         twin.accumulate_instead((twin.spectral_sum(), *twin.other_sums()))
         return twin
+
+    def sketch_instead(self, sketch_size: int) -> None:
+        """Keep a sketch from now on, in place of the covariance; what has been observed is forgotten."""
+        self.folds, self.sketch_size = 1, sketch_size
+        self.accumulate_instead((self.spectral_sum(), *self.prototypes[1:]))
 
     # -- what a statistic reads --------------------------------------------------------------------------
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """The value of this metric for the given spectrum; what a subclass defines."""
         raise NotImplementedError(f"{type(self).__name__} must define `statistic(self, spectrum)`")
+
+    def from_sketch(self, spectrum: Spectrum) -> Estimate:
+        """The value of a spectrum of which a sketch is known, and certain bounds of it.
+
+        Raises:
+            RuntimeError: for a statistic that needs all of the spectrum.
+        """
+        if not self.suits_sketches:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be read from a sketch: it needs the whole spectrum or the matrix"
+            )
+        value = self._tensor(self.statistic(spectrum), spectrum)
+        return Estimate(value, value, value)
 
     @property
     def moments(self) -> Moments | None:
@@ -210,16 +247,16 @@ class SpectralMetric(SumsMetric):
         """The value of ``compute`` for this process' observations, without its checks, on a device."""
         if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
             return type(self).compute(self)
-        return self._value(self._shared_spectrum(device)).clone()  # the spectrum itself is shared
+        return self.value_of(self._shared_spectrum(device)).clone()  # the spectrum itself is shared
 
     def read_interval(self, device: torch.device | None = None) -> Interval:
         """The value of :meth:`interval` for this process' observations, without its checks, on a device."""
         return self.interval_of(self._shared_spectrum(device))
 
     def dimension_read(self) -> int:
-        """The intrinsic dimension, if eigenvalues have been read anyway; 0 if they have not."""
+        """The intrinsic dimension, if all eigenvalues have been read anyway; 0 if they have not."""
         spectrum = self._shared_spectrum(torch.device("cpu"))
-        if not spectrum.knows("eigenvalues"):
+        if spectrum.sketch is not None or not spectrum.knows("eigenvalues"):
             return 0
         return int(intrinsic_dimension(spectrum.eigenvalues, getattr(self, "threshold", 0.99)))
 
@@ -229,15 +266,17 @@ class SpectralMetric(SumsMetric):
         Raises:
             RuntimeError: for observations that were kept in one fold.
         """
+        if spectrum.sketch is not None:
+            return Interval(*self.from_sketch(spectrum)[1:])
         held_out = spectrum.held_out()
-        plain = self._value(spectrum)
+        plain = self.value_of(spectrum)
         if held_out is None:
             low = plain.to(torch.float64)
             return Interval(low, torch.full_like(low, torch.nan))
-        other = self._value(held_out)
+        other = self.value_of(held_out)
         low, high = torch.minimum(plain, other), torch.maximum(plain, other)
         if not self.counts_directions:
-            margin = sampling_margin([self._value(each) for each in spectrum.without_each_fold()])
+            margin = sampling_margin([self.value_of(each) for each in spectrum.without_each_fold()])
             low, high = low - margin, high + margin
             if self.plot_lower_bound is not None:
                 low = low.clamp(min=self.plot_lower_bound)
@@ -268,8 +307,14 @@ class SpectralMetric(SumsMetric):
                 f" {limit} with {gram_dtype} products); scale them down before `update`"
             )
 
-    def _value(self, spectrum: Spectrum) -> Tensor:
-        value: Any = self.statistic(spectrum)
+    def value_of(self, spectrum: Spectrum) -> Tensor:
+        """The value for a given spectrum, of which a sketch may be all that is known."""
+        if spectrum.sketch is not None:
+            return self.from_sketch(spectrum).value
+        return self._tensor(self.statistic(spectrum), spectrum)
+
+    @staticmethod
+    def _tensor(value: Any, spectrum: Spectrum) -> Tensor:
         if isinstance(value, Tensor):
             return value
         # A number, from a statistic of the user's.
@@ -308,7 +353,20 @@ class SpectralMetric(SumsMetric):
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
-        return self._value(self.spectrum)
+        spectrum = self.spectrum
+        value = self.value_of(spectrum)
+        if self.misses(value) and spectrum.sketch is not None:
+            warnings.warn(
+                f"{type(self).__name__}: a sketch of {self.sketch_size} columns does not hold the share of the"
+                f" variance; interval() gives a lower bound, and a larger sketch_size the value",
+                UserWarning,
+                stacklevel=2,
+            )
+        return value
+
+    def misses(self, value: Tensor) -> bool:
+        """Whether a value says that a sketch was too small to tell."""
+        return self.sketch_size is not None and self.counts_directions and bool(value.isnan().any())
 
     def interval(self) -> Interval:
         """Two values between which that for unlimited data is expected; merged like ``compute``.
@@ -317,7 +375,8 @@ class SpectralMetric(SumsMetric):
         :func:`~spectralmetrics.functional.held_out_eigenvalues`. Directions that are fitted to few observations
         look too unequal on these and too equal on others: for dimension, saturation, effective rank and
         participation ratio the truth lies between; for the stable rank as well, unless several leading
-        eigenvalues are equal. Unless the statistic counts directions, both
+        eigenvalues are equal. Of a sketch the two enclose the value for these observations, for certain.
+        Unless the statistic counts directions, both
         ends are moved outwards by what other draws of the data may change, see
         :func:`~spectralmetrics.functional.sampling_margin`.
 
@@ -369,10 +428,15 @@ class SpectralMetric(SumsMetric):
         """Move the metric to a CUDA device; from then on rows are brought there."""
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
+    @property
+    def keeps_interval(self) -> bool:
+        """Whether there is an :meth:`interval`."""
+        return self.has_interval and (self.folds > 1 or self.sketch_size is not None)
+
     # -- checks ------------------------------------------------------------------------------------------
 
     def _check_interval(self) -> None:
-        if self.folds < 2:
+        if self.folds < 2 and self.sketch_size is None:
             raise RuntimeError(
                 f"{type(self).__name__} has kept its observations in one fold, of which there is no"
                 " interval; make it with folds=8, say"

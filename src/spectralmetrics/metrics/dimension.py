@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralmetrics.functional import dimension
+from spectralmetrics.functional import dimension, sketched
 from spectralmetrics.functional.dimension import Rule, check_fit_range, check_rule, check_threshold
+from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.base import SpectralMetric
 
@@ -64,6 +65,11 @@ class IntrinsicDimensionMetric(_ThresholdMetric):
         """See the class."""
         return dimension.intrinsic_dimension(spectrum.eigenvalues, self.threshold, self.rule)
 
+    def from_sketch(self, spectrum: Spectrum) -> Estimate:
+        """See :meth:`SpectralMetric.from_sketch`."""
+        known = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
+        return sketched.intrinsic_dimension(*known, self.threshold, self.rule)
+
 
 class SaturationMetric(_ThresholdMetric):
     r"""The intrinsic dimension as a share of the layer's width, between 0 and 1.
@@ -98,6 +104,11 @@ class SaturationMetric(_ThresholdMetric):
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
         return dimension.saturation(spectrum.eigenvalues, self.threshold, self.rule)
+
+    def from_sketch(self, spectrum: Spectrum) -> Estimate:
+        """See :meth:`SpectralMetric.from_sketch`."""
+        known = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
+        return sketched.saturation(*known, self.threshold, self.rule)
 
 
 class EffectiveRankMetric(SpectralMetric):
@@ -153,6 +164,10 @@ class ParticipationRatioMetric(SpectralMetric):
         """See the class."""
         return dimension.participation_ratio(spectrum.eigenvalues)
 
+    def from_sketch(self, spectrum: Spectrum) -> Estimate:
+        """See :meth:`SpectralMetric.from_sketch`."""
+        return sketched.participation_ratio(spectrum.eigenvalues, spectrum.total_variance, spectrum.square_sum)
+
 
 class StableRankMetric(SpectralMetric):
     r"""The stable rank :math:`\sum_i \lambda_i / \lambda_1` (Rudelson & Vershynin 2007).
@@ -177,6 +192,10 @@ class StableRankMetric(SpectralMetric):
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
         return dimension.stable_rank(spectrum.eigenvalues)
+
+    def from_sketch(self, spectrum: Spectrum) -> Estimate:
+        """See :meth:`SpectralMetric.from_sketch`."""
+        return sketched.stable_rank(spectrum.eigenvalues, spectrum.total_variance)
 
 
 class PowerLawExponentMetric(SpectralMetric):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from spectralmetrics.functional import dispersion
+from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.base import SpectralMetric
 
@@ -29,6 +30,7 @@ class CovarianceTraceMetric(SpectralMetric):
     """
 
     short_name = "covariance_trace"
+    suits_sketches = True
     needs_eigenvalues = False
     plot_lower_bound = 0.0
 
@@ -96,3 +98,7 @@ class DiagonalTraceMetric(SpectralMetric):
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
         return dispersion.diagonal_trace(spectrum.eigenvalues)
+
+    def from_sketch(self, spectrum: Spectrum) -> Estimate:
+        """See :meth:`SpectralMetric.from_sketch`."""
+        return Estimate(*[spectrum.total_variance] * 3)

@@ -41,6 +41,11 @@ class LabelledMetric(SpectralMetric):
             raise ValueError(f"expected num_classes to be at least 2, got {num_classes!r}")
         if not kwargs.get("center", True):
             raise ValueError("expected center=True: what is read of labels is about the mean")
+        if kwargs.get("sketch_size") is not None:
+            raise ValueError(
+                f"expected sketch_size=None for {type(self).__name__}, which cannot be read from a sketch, got"
+                f" {kwargs['sketch_size']!r}"
+            )
         self.num_classes = num_classes
         super().__init__(num_features, **kwargs)
 

@@ -62,7 +62,7 @@ class CovarianceMetric(SpectralMetric):
 class SpectrumMetric(SpectralMetric):
     r"""The eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D` of the covariance.
 
-    ``compute`` returns a tensor of shape (D,), float64.
+    ``compute`` returns a tensor of shape (D,), float64; of a sketch the leading k, each of them a lower bound.
 
     Args:
         num_features: the width D; None reads it from the first rows.
@@ -77,6 +77,7 @@ class SpectrumMetric(SpectralMetric):
     """
 
     short_name = "spectrum"
+    suits_sketches = True
     plot_lower_bound = 0.0
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
@@ -119,6 +120,7 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
     """
 
     short_name = "embedding"
+    suits_sketches = True
     needs_eigenvectors = True
     has_interval = False
 

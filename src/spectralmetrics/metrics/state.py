@@ -103,12 +103,19 @@ class SumsMetric(OverriddenMetric):
             if not isinstance(getattr(cls, name, None), property):
                 setattr(SumsMetric, name, _state(name))
 
+    @property
+    def prototypes(self) -> tuple[Sum, ...]:
+        """The sums that are kept, empty and of width zero."""
+        return self._prototypes
+
     def accumulate_instead(self, sums: Sequence[Sum]) -> None:
         """Keep these sums, empty and of width zero, in place of all others."""
+        was_persistent = any(self._persistent.values())
         self.reset()
         self.drop_states([name for name in self._defaults if name != "configuration"])
         self._prototypes = ()
         self.accumulate_also(sums)
+        self.persistent(was_persistent)
 
     def accumulation(self) -> list[object]:
         """What changes what is accumulated: the products' dtype, an ``update`` of a subclass' own, the sums."""

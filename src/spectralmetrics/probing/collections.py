@@ -57,6 +57,7 @@ class LayerMetrics:
         epoch: number of resets so far.
         given_up: why it is not observed until the next reset; empty if it is.
         too_wide: whether it is left out for its width, for good.
+        is_sketched: whether it turned out so wide that sketches are kept.
         transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
     """
 
@@ -70,6 +71,7 @@ class LayerMetrics:
         self.given_up = ""
         self.too_wide = False
         self.transformed = False
+        self.is_sketched = False
         self.members = members(collection)
         self.leaders: list[Metric] = [
             getattr(collection, names[0]) for names in collection.compute_groups.values()
@@ -98,6 +100,20 @@ class LayerMetrics:
         """The leaders that are metrics of this package."""
         return self._spectral
 
+    @property
+    def keeps_matrices(self) -> bool:
+        """Whether memory grows with the square of the width."""
+        return any(metric.sketch_size is None for metric in self._spectral)
+
+    def sketch(self, sketch_size: int) -> None:
+        """Keep sketches from now on, in place of covariances; metrics that need labels see nothing then."""
+        for metric in self.members:
+            if isinstance(metric, SpectralMetric) and not metric.needs_labels:
+                metric.sketch_instead(sketch_size)
+        self.is_sketched = True
+        self._linked = []
+        self.share_states()
+
     def update(self, observations: Observations, labelled: Observations | None = None) -> None:
         """Add observations to all metrics; gradients and inference mode are off.
 
@@ -113,7 +129,7 @@ class LayerMetrics:
                 leader.update(rows)
             elif not leader.needs_labels:
                 leader.observe(observations)
-            elif labelled is not None:
+            elif labelled is not None and not self.is_sketched:
                 leader.observe(labelled)
         for member in self.members:
             member.__dict__["_computed"] = None

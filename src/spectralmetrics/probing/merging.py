@@ -8,9 +8,22 @@ from typing import Any
 
 import torch.distributed as dist
 
+from spectralmetrics.functional.together import NO_GROUP
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.sums import run_together
+
+
+def sharing_group(places: Sequence[LayerMetrics]) -> Any:
+    """The process group that has the same merged states; NO_GROUP if there is none, or not one for all."""
+    leaders = [leader for place in places for leader in place.spectral_leaders]
+    groups = {leader.process_group for leader in leaders}
+    if len(groups) != 1 or not all(
+        each.sync_on_compute and each.distributed_available_fn() for each in leaders
+    ):
+        return NO_GROUP
+    (group,) = groups
+    return group if dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1 else NO_GROUP
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from spectralmetrics.functional.together import Progress
+from spectralmetrics.functional.together import NO_GROUP, Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.budget import Budget
@@ -25,7 +25,7 @@ from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, te
 from spectralmetrics.probing.labelling import Labels
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.masking import Masks
-from spectralmetrics.probing.merging import merged_states
+from spectralmetrics.probing.merging import merged_states, sharing_group
 from spectralmetrics.probing.observations import (
     Batch,
     FeatureMaps,
@@ -79,7 +79,10 @@ class LayerProbe(nn.Module):
             Which rows are seen then depends on the machine, and so do the values.
         max_samples: stop observing a layer and stage after that many samples until :meth:`reset`.
         rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
-        max_features: a wider layer is left out with a warning.
+        max_features: a wider layer is left out with a warning, or sketched.
+        sketch_size: k; of layers wider than ``max_features`` a sketch of k columns is kept, see
+            :class:`~spectralmetrics.SpectralMetric`. Statistics that need the whole spectrum, and what is
+            read of labels, are left out of these.
         select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
             (N, T, D) or ``(N, C, *spatial)``: of an LSTM's last hidden state, (N, D),
             ``lambda out: out[1][0][-1]``.
@@ -126,12 +129,14 @@ class LayerProbe(nn.Module):
         batch_first: bool | None = None,
         budget: float | None = None,
         observe: Literal["outputs", "inputs"] = "outputs",
+        sketch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
         check_positive_integer("every_n_steps", every_n_steps)
         check_positive_integer("max_features", max_features)
+        check_positive_integer("sketch_size", sketch_size, or_none=True)
         check_positive_integer("max_samples", max_samples, or_none=True)
         check_seed(seed)
         if rows_per_feature is not None and not (
@@ -160,6 +165,7 @@ class LayerProbe(nn.Module):
         self.max_samples = max_samples
         self.rows_per_feature = rows_per_feature
         self.max_features = max_features
+        self.sketch_size = sketch_size
         self.seed = seed
 
         chosen = select_layers(model, layers, exclude)
@@ -276,22 +282,19 @@ class LayerProbe(nn.Module):
         Raises:
             RuntimeError: without folds; for what :meth:`compute` raises.
         """
-        able = self._with_interval()
-        if not able:
+        if not self.has_intervals:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        return self._read(stage, lambda metric: metric.read_interval(HOST), able, progress)
+        able = {name for name, metric in self.statistics.items() if isinstance(metric, SpectralMetric)}
+        return self._read(stage, _read_interval, able, progress)
 
     @property
-    def keeps_folds(self) -> bool:
-        """Whether there are :meth:`intervals`."""
-        return bool(self._with_interval())
-
-    def _with_interval(self) -> set[str]:
-        return {
-            name
-            for name, metric in self.statistics.items()
-            if isinstance(metric, SpectralMetric) and metric.has_interval and metric.folds > 1
-        }
+    def has_intervals(self) -> bool:
+        """Whether there are :meth:`intervals`, of some layer at least."""
+        return any(
+            isinstance(metric, SpectralMetric) and metric.keeps_interval
+            for of_layer in self._places.values()
+            for metric in of_layer.members
+        )
 
     def _read(
         self,
@@ -308,7 +311,9 @@ class LayerProbe(nn.Module):
         with self._lock, self._merged([(s, name) for s in stages for name in self._layers]):
             seen = False
             for each in stages:
-                found = read_stage([self._places[each, name] for name in self.layers], chosen, read, progress)
+                places = [self._places[each, name] for name in self.layers]
+                group = sharing_group(places) if self._is_sharing or not self._is_merged else NO_GROUP
+                found = read_stage(places, chosen, read, progress, group)
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
@@ -316,11 +321,14 @@ class LayerProbe(nn.Module):
         return values
 
     @contextlib.contextmanager
-    def merged(self) -> Iterator[None]:
+    def merged(self, *, sharing: bool = False) -> Iterator[None]:
         """Inside, the metrics hold what all processes have observed together.
 
         :meth:`compute` and ``probe[stage, layer]`` then read it without further communication. All processes
         enter together. Layers must not run inside.
+
+        Args:
+            sharing: whether all processes call :meth:`compute` inside, which then shares its work among them.
         """
         with self._lock:
             if self._is_merged:
@@ -328,11 +336,11 @@ class LayerProbe(nn.Module):
                 return
             try:
                 with self._merged(list(self._places)):
-                    self._is_merged = True
+                    self._is_merged, self._is_sharing = True, sharing
                     try:
                         yield
                     finally:
-                        self._is_merged = False
+                        self._is_merged = self._is_sharing = False
             finally:
                 while self._resets:  # what was reset inside was that of all processes
                     self.reset(self._resets.pop())
@@ -517,6 +525,7 @@ class LayerProbe(nn.Module):
 
     _is_persistent = False
     _is_merged = False
+    _is_sharing = False
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
         """Move the metrics; from then on observations are brought to that device."""
@@ -603,12 +612,15 @@ class LayerProbe(nn.Module):
         labelled = self._labels.observe(name, batch) if of_layer.takes_labels else None
         observations = batch.observations(self.rule)
         width = observations.num_features
-        if width > self.max_features:
-            of_layer.too_wide = True
-            raise _LeftOut(
-                f"{width} features exceed max_features={self.max_features}; their covariance would take"
-                f" {8 * width**2 / 2**30:.1f} GiB"
-            )
+        if width > self.max_features and of_layer.keeps_matrices and not of_layer.is_sketched:
+            if self.sketch_size is None:
+                of_layer.too_wide = True
+                raise _LeftOut(
+                    f"{width} features exceed max_features={self.max_features}; their covariance would take"
+                    f" {8 * width**2 / 2**30:.1f} GiB, a sketch (sketch_size=512)"
+                    f" {8 * width * 512 / 2**30:.2g} GiB"
+                )
+            of_layer.sketch(self.sketch_size)
         rows_per_feature = self._rows_per_feature(of_layer.stage)
         if rows_per_feature is not None:
             seed = zlib.crc32(f"{self.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
@@ -666,6 +678,11 @@ class LayerProbe(nn.Module):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
+        for place, of_layer in self._places.items():
+            if self.sketch_size is not None and not of_layer.is_sketched:
+                names = (key for key in state_dict if key.startswith(f"{prefix}metrics.{_module_key(*place)}."))
+                if any(key.endswith(".sketch_image") for key in names):  # it had turned out wide
+                    of_layer.sketch(self.sketch_size)
         order = saving.load_progress(state_dict, prefix, list(self._places.values()), self._steps)
         if order is not None:
             self._forward_order = [self._layers[index] for index in order]
@@ -687,6 +704,11 @@ class LayerProbe(nn.Module):
 
 class _LeftOut(Exception):  # noqa: N818  # no error
     """A layer is not to be observed."""
+
+
+def _read_interval(metric: Any) -> Interval | None:
+    """The interval of a metric; None of one that has none."""
+    return metric.read_interval(HOST) if metric.keeps_interval else None
 
 
 def _check_stage(stage: str) -> str:

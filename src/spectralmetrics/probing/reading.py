@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
-from spectralmetrics.functional.together import Progress, Wanted, decompose_together
+from spectralmetrics.functional.together import NO_GROUP, Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.compilation import ignores_hooks
@@ -23,6 +24,7 @@ def read_stage(
     names: Collection[str],
     read: Callable[[Any], Any],
     progress: Progress | None = None,
+    group: Any = NO_GROUP,
 ) -> dict[str, Any] | None:
     """What is read of the named metrics, by ``"{metric}/{stage}/{layer}"``; None if no layer has seen anything.
 
@@ -31,6 +33,7 @@ def read_stage(
         names: of the metrics, in the order of the values.
         read: of a metric.
         progress: told how much is done, and of how much.
+        group: of processes that have the same states and share the work; NO_GROUP for a process of its own.
 
     Raises:
         RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
@@ -40,22 +43,31 @@ def read_stage(
     seen = [place for place in places if place.has_seen(counted)]
     left_out = _left_out(places, counted)
     tell = _Steps(progress, len(seen))
-    decompose_together(_wanted(seen, names, counted), tell.decomposed)
+    decompose_together(_wanted(seen, names, counted), tell.decomposed, group)
     values: dict[str, Any] = {}
     failed, few = [], []
     unlabelled: dict[str, list[str]] = {}
+    missed: dict[str, int | None] = {}
     for place in seen:
         found: dict[str, Any] = {}
         for name, metric in place.readable().items():
             if name not in names:
                 continue
             if _has_no_labels(place, name, metric, counted):
-                unlabelled.setdefault(name, []).append(place.layer)
+                if place.is_sketched:
+                    failed.append(f"{name!r} of {place.layer!r} (not read from sketches)")
+                else:
+                    unlabelled.setdefault(name, []).append(place.layer)
                 continue
             try:
                 if isinstance(metric, SpectralMetric):
                     metric.check_range(bool(counted[id(place.leader_of[name])].in_range))
-                found[name] = read(metric)
+                value = read(metric)
+                if value is None:  # of a metric that has none
+                    continue
+                found[name] = value
+                if isinstance(metric, SpectralMetric) and isinstance(value, Tensor) and metric.misses(value):
+                    missed[place.layer] = metric.sketch_size
             except Exception as error:
                 # One value less: a user's statistic on a width it was not made for, say.
                 failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
@@ -72,6 +84,13 @@ def read_stage(
         _warn(
             f"{name!r} in {stage} is left out, since no labels came for {which}: run the model inside"
             " `with probe.labels(y):`"
+        )
+    if missed:
+        sizes = ", ".join(sorted({str(size) for size in missed.values()}))
+        named = ", ".join(map(repr, missed))
+        _warn(
+            f"in {stage} a sketch of {sizes} columns does not hold the share of the variance of {named}, and"
+            " the value is NaN: intervals() has lower bounds, and a larger sketch_size the value"
         )
     if few:
         _warn(

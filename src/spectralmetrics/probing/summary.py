@@ -168,7 +168,8 @@ def summarise(
         _row(name, spectrum, facts.get(name, LayerFacts("", None)), metric, dimension)
         for name, spectrum in spectra.items()
     ]
-    tail = low_saturation_tail({row.layer: row.saturation for row in rows})
+    known = {row.layer: row.saturation for row in rows if not math.isnan(row.saturation)}
+    tail = low_saturation_tail(known) if len(known) == len(rows) else []
     rows = [
         row._replace(stands_out=("in the tail", *row.stands_out)) if row.layer in tail else row for row in rows
     ]
@@ -199,26 +200,33 @@ def _row(
     dimension: IntrinsicDimensionMetric,
 ) -> SummaryRow:
     spectrum = about_mean.about(center=metric.center)
-    value = torch.as_tensor(metric.statistic(spectrum))
+    value = metric.value_of(spectrum)
     if value.ndim:
         raise ValueError(
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"
         )
-    found = int(dimension.statistic(about_mean))
     low = high = math.nan
-    enough, spread = found, math.nan
-    if about_mean.num_folds > 1:
+    spread = math.nan
+    is_sketched = about_mean.sketch is not None
+    if is_sketched or about_mean.num_folds > 1:
         if metric.has_interval:
             low, high = (float(end) for end in metric.interval_of(spectrum))
         end = dimension.interval_of(about_mean)
         spread = float(end.high) - float(end.low)
-        enough = found if math.isnan(spread) else int(end.high)
+    share = float(dimension.value_of(about_mean))
+    is_known = not math.isnan(share)
+    found = int(share) if is_known else int(end.low)  # at least
+    enough = found if math.isnan(spread) else int(end.high)
     width, count = about_mean.num_features, int(about_mean.num_observations)
     ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
     if found > ceiling:  # refuted: weights that changed meanwhile, or a forward of the layer's own
         ceiling = width
     words = []
-    if count < _ENOUGH * max(found, 1) or spread > _WIDE * width:
+    if not is_known:
+        words.append(f"more than {found - 1} directions: larger sketch")
+    elif is_sketched:
+        words.append("sketched")
+    if count < _ENOUGH * max(found, 1) or (spread > _WIDE * width and not is_sketched):
         words.append("few observations")
     if found and found >= _AT_CEILING * ceiling:
         words.append("at its ceiling")
@@ -235,11 +243,13 @@ def _row(
         value.item(),
         low,
         high,
-        found / width,
+        found / width if is_known else math.nan,
         enough,
         tuple(words),
     )
 
 
 def _number(value: float) -> str:
+    if math.isnan(value):
+        return "?"
     return str(int(value)) if float(value).is_integer() else f"{value:.3g}"

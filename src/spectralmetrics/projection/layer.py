@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
-from spectralmetrics.metrics import CovarianceMetric
+from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
 from spectralmetrics.projection.transforms import outside_transforms, untransformed
-from spectralmetrics.sums import full_precision, run_together
+from spectralmetrics.sums import SpectralSum, full_precision, run_together
 
 
 class PCAProjection(nn.Module):
@@ -36,6 +36,8 @@ class PCAProjection(nn.Module):
             of D, whose covariance over the training data is diagonal.
         dim: the dimension of the features: 1 for vectors (N, D) and feature maps ``(N, C, *spatial)``, −1 for
             token sequences (N, T, D). None: 1 for inputs of four and more dimensions, or else −1.
+        sketch_size: with k, the directions are those of a sketch of k columns, see
+            :class:`~spectralmetrics.SpectralMetric`, in place of the D x D covariance.
 
     Raises:
         ValueError: for an argument out of range; from ``forward``, for an input without ``dim`` or of another
@@ -62,11 +64,14 @@ class PCAProjection(nn.Module):
         center: bool = True,
         keep_dim: bool = True,
         dim: int | None = 1,
+        sketch_size: int | None = None,
     ) -> None:
         super().__init__()
         check_dim(dim)
         self._threshold = check_threshold(threshold)
-        self.covariance = CovarianceMetric(num_features, center=center, nan_strategy="ignore")
+        self.covariance = CovarianceMetric(
+            num_features, center=center, nan_strategy="ignore", sketch_size=sketch_size
+        )
         self.covariance.persistent(True)
         self.center = center
         self.keep_dim = keep_dim
@@ -76,6 +81,7 @@ class PCAProjection(nn.Module):
         self._is_merged = False  # whether the sums are those of all processes
         self._random: Tensor | None = None
         self._spectrum: Spectrum | None = None
+        self._sums: SpectralSum | None = None  # that it is of
         self._projectors: dict[Any, tuple[Tensor, Tensor, bool]] = {}
 
     @property
@@ -103,7 +109,17 @@ class PCAProjection(nn.Module):
         """
         if self._random is not None:
             return self._random.shape[1]
-        return int(intrinsic_dimension(self.spectrum().eigenvalues, self.threshold))
+        spectrum = self.spectrum()
+        if spectrum.sketch is None:
+            return int(intrinsic_dimension(spectrum.eigenvalues, self.threshold))
+        found = IntrinsicDimensionMetric(threshold=self.threshold).value_of(spectrum)
+        if found.isnan():
+            share = float(spectrum.eigenvalues.sum() / spectrum.total_variance)
+            raise RuntimeError(
+                f"a sketch of {spectrum.sketch.size} columns holds {100 * share:.3g} % of the variance, and not"
+                f" {100 * self.threshold:.4g} %: lower the threshold, or collect with a larger sketch_size"
+            )
+        return int(found)
 
     def spectrum(self) -> Spectrum:
         """The spectrum of the training data of all processes, which call this together.
@@ -112,17 +128,19 @@ class PCAProjection(nn.Module):
             RuntimeError: before any data was seen.
         """
         if self._spectrum is None:
-            moments = self.covariance.moments
+            kept = self.covariance.sums[0]
+            sums = kept if isinstance(kept, SpectralSum) and kept.num_features else None
             if _several_processes() and not self._is_merged:
                 with torch.inference_mode(False), torch.no_grad():
-                    moments = run_together(self.covariance.exchanges())[0]
-            if moments is None or int(moments.count) == 0:
+                    sums = run_together(self.covariance.exchanges())[0]
+            if sums is None or int(sums.num_observations) == 0:
                 raise RuntimeError(
                     "this projection has seen no training data to project by: run forwards inside `with"
                     " projections.collect():` or in training mode first, or load a state"
                 )
             self.covariance.check_range()
-            self._spectrum = Spectrum(moments, center=self.center)
+            self._spectrum = Spectrum(sums, center=self.center)
+            self._sums = sums
         return self._spectrum
 
     @contextlib.contextmanager
@@ -254,14 +272,16 @@ class PCAProjection(nn.Module):
                 spectrum = self.spectrum()
                 if _several_processes() and not self._is_merged:
                     # From here on a saved state is complete; training again starts a new one.
-                    self.covariance.absorb([spectrum.moments])
+                    self.covariance.absorb([self._sums])
                     self._is_merged = True
                 rank = self.rank
                 is_complement = False
                 if self._random is not None:
                     directions = self._random
                 else:
-                    is_complement = self.keep_dim and 2 * rank > spectrum.num_features
+                    is_complement = (
+                        self.keep_dim and 2 * rank > spectrum.num_features and spectrum.sketch is None
+                    )
                     vectors = spectrum.eigenvectors
                     directions = vectors[:, rank:] if is_complement else vectors[:, :rank]
                 mean = spectrum.mean if self.center else torch.zeros_like(spectrum.mean)

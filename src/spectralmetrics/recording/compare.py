@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
-from spectralmetrics.functional.dispersion import trace
+from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.relations import frechet_distance, subspace_overlap
+from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_epochs
 from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
@@ -190,12 +191,18 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
     widths = len(first.mean), len(second.mean)
     if widths[0] != widths[1]:
         return _without(f"widths {widths[0]} and {widths[1]}")
-    variance = float(trace(first.covariance) + trace(second.covariance))
     spectra = [first.spectrum(), second.spectrum()]
-    bases = [s.eigenvectors[:, : int(intrinsic_dimension(s.eigenvalues, threshold))] for s in spectra]
+    variance = float(spectra[0].total_variance + spectra[1].total_variance)
+    metric = IntrinsicDimensionMetric(threshold=threshold)
+    found = [float(metric.value_of(spectrum)) for spectrum in spectra]
+    if any(map(math.isnan, found)):
+        return _without("a sketch does not hold the share")
+    bases = [s.eigenvectors[:, : int(size)] for s, size in zip(spectra, found, strict=True)]
     dimensions = [basis.shape[1] for basis in bases]
     row = _without("")
-    if variance > 0:
+    if any(spectrum.sketch is not None for spectrum in spectra):
+        row["note"] = "sketched: no Fréchet distance"
+    elif variance > 0:
         distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
         row["frechet_distance"] = float(distance) / variance
     if 0 not in dimensions:

@@ -101,6 +101,8 @@ def draw_run(
         share = _recorded_threshold(settings) if threshold is None else threshold
         spectra: dict[str, dict[str, Any]] = {}
         for layer in read_layers(arrays):
+            if layer.spectrum().sketch is not None:
+                continue  # where the threshold is crossed would be drawn wrong
             progress(f"spectrum of {layer.layer} in {layer.stage}")
             spectra.setdefault(layer.stage, {})[layer.layer] = layer.spectrum().eigenvalues
         for stage, of_stage in spectra.items():

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spectralmetrics.functional.dimension import check_threshold
@@ -111,7 +110,8 @@ def rebuild_layers(
         for name, metric in metrics.items():
             key = (name, layer.stage, layer.layer)
             values[key] = values.pop(key)
-            if metric.has_interval and spectra[metric.center].num_folds > 1:
+            kept = spectra[metric.center]
+            if metric.has_interval and (kept.num_folds > 1 or kept.sketch is not None):
                 intervals[key] = metric.interval_of(spectra[metric.center])
     return values, intervals
 
@@ -131,7 +131,7 @@ def _value(metric: SpectralMetric, spectrum: Spectrum, layer: str) -> Tensor:
             raise ValueError(
                 f"expected {each.described} of layer {layer!r} for {metric.short_name!r}; none was recorded"
             )
-    return torch.as_tensor(metric.statistic(spectrum))
+    return metric.value_of(spectrum)
 
 
 def _metrics(

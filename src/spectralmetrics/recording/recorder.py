@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording.record import Record, Row, Settings, describe, tidy_rows
@@ -124,7 +125,9 @@ class Recorder:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"expected {name!r} to be a number, got {value!r}") from error
 
-    def record(self, epoch: int | None = None, reset: bool = True) -> dict[str, Tensor]:
+    def record(
+        self, epoch: int | None = None, reset: bool = True, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
         """Compute, write and reset.
 
         If it raises an OSError, nothing of this epoch was kept and nothing was forgotten: mend the cause and
@@ -134,6 +137,8 @@ class Recorder:
         Args:
             epoch: its number, above that of the last record; None: :attr:`next_epoch`.
             reset: False goes on accumulating over the next epoch.
+            progress: see :meth:`LayerProbe.compute`. What it raises ends the record, of which nothing is kept
+                then, and nothing is forgotten.
 
         Returns:
             What :meth:`LayerProbe.compute` returns, the mean of each statistic over the layers as
@@ -150,8 +155,8 @@ class Recorder:
         epoch = self._check_epoch(epoch)
         is_kept, failed = False, None
         try:
-            with contextlib.nullcontext() if self.probe is None else self.probe.merged():
-                record = self._make_record(epoch)
+            with contextlib.nullcontext() if self.probe is None else self.probe.merged(sharing=True):
+                record = self._make_record(epoch, progress)
                 run: Any = self._run
                 is_kept = _on_first_process(lambda: run.keep(record))
                 if is_kept:
@@ -204,13 +209,13 @@ class Recorder:
             raise ValueError(f"expected an epoch above the last recorded one, {self._last_epoch}, got {epoch}")
         return epoch
 
-    def _make_record(self, epoch: int) -> Record:
+    def _make_record(self, epoch: int, progress: Progress | None) -> Record:
         values: dict[str, Tensor] = {}
         sums: dict[tuple[str, str], list[Sum]] = {}
         rows: list[Row] = []
         if self.probe is not None:
             where: dict[tuple[str, str, str], Tensor] = {}
-            for key, found in self.probe.compute().items():
+            for key, found in self.probe.compute(progress=progress).items():
                 statistic, stage, layer = key.split("/", 2)
                 # Metrics of other libraries may return several numbers by name.
                 parts: Any = found if isinstance(found, Mapping) else {"": found}
@@ -237,7 +242,7 @@ class Recorder:
 
     def _intervals(self) -> dict[tuple[str, str, str], Interval]:
         """Of all values that have one, by statistic, stage and layer."""
-        if self.probe is None or not self.probe.keeps_folds:
+        if self.probe is None or not self.probe.has_intervals:
             return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the values have said it all

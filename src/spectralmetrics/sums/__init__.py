@@ -20,6 +20,7 @@ from spectralmetrics.sums.moments import (
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import full_precision, has_float64, no_autocast
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, kept_rows, offer
+from spectralmetrics.sums.sketch import Sketch, empty_sketch
 from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum, Sum, kinds
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Moments",
     "Observations",
     "Reservoir",
+    "Sketch",
     "SpectralSum",
     "Sum",
     "accumulate",
@@ -41,6 +43,7 @@ __all__ = [
     "empty_labelled",
     "empty_moments",
     "empty_reservoir",
+    "empty_sketch",
     "full_precision",
     "has_float64",
     "kept_rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from spectralmetrics.sums.sum import Intake
 
 WAITING_ROWS = 2048
 """Batches too small for a product worth its pass over the D x D sum wait in a buffer of so many rows."""
-_WAITING_RANGE = 1792  # by how many fewer the first of them may be
+_WAITING_RANGE = 7 / 8  # by what share fewer the first of them may be
 
 
 class DenseIntake(Intake):
@@ -27,6 +27,8 @@ class DenseIntake(Intake):
     """
 
     reaches_other_devices = True
+    waiting_bytes: ClassVar[int | None] = None
+    """The most memory for rows that wait; None: as much as they take."""
 
     def __init__(self, gram_dtype: torch.dtype | None) -> None:
         self._gram_dtype = gram_dtype
@@ -34,7 +36,7 @@ class DenseIntake(Intake):
         self._origin_is_float32 = False  # known to be exact in float32
         self._accumulations = 0
         self._centring: Centring | None = None  # on an accelerator, while the origin stays
-        self._buffer: Tensor | None = None  # (WAITING_ROWS, D)
+        self._buffer: Tensor | None = None  # (WAITING_ROWS, D), or as many as there is memory for
         self._is_in_step = True  # with the buffers of other streams: all begin empty
         self.waiting = 0
 
@@ -68,18 +70,21 @@ class DenseIntake(Intake):
         dtype, dim = values.dtype, observations.feature_dim
         width = values.shape[dim]
         count = values.numel() // width
-        few = count <= 256 or count <= min(width, WAITING_ROWS // 2)
+        room = (
+            WAITING_ROWS if self.waiting_bytes is None else min(self.waiting_bytes // (8 * width), WAITING_ROWS)
+        )
+        few = (count <= 256 or count <= min(width, WAITING_ROWS // 2)) and count <= room
         if not few or observations.valid is not None or not self._accumulations:
             return False
         buffer = self._buffer
         if buffer is None:
             # In float32 half precision is exact.
             kept = dtype if dtype == torch.float64 else torch.float32
-            buffer = self._buffer = torch.empty((WAITING_ROWS, width), dtype=kept, device=values.device)
+            buffer = self._buffer = torch.empty((room, width), dtype=kept, device=values.device)
         elif (dtype == torch.float64) != (buffer.dtype == torch.float64) or buffer.device != values.device:
             return False
         # Buffers that were emptied together would be full together again, all in one step of a training.
-        limit = WAITING_ROWS - int(self.phase * _WAITING_RANGE) if self._is_in_step else WAITING_ROWS
+        limit = room - int(self.phase * room * _WAITING_RANGE) if self._is_in_step else room
         if self.waiting + count > limit:
             self.flush(sums)
             self._is_in_step = False

@@ -37,7 +37,7 @@ def run_together(exchanges: Sequence[Exchange], group: Any = None) -> list[Any]:
         exchanges: the same number in the same order on every process of the group.
         group: the process group; the default group if None.
     """
-    everything = together(exchanges, _communication_device(group))
+    everything = together(exchanges, communication_device(group))
     received: Tensor | None = None
     while True:
         try:
@@ -97,7 +97,8 @@ def agree_on_width(widths: Tensor) -> int:
     return known[0] if known else 0
 
 
-def _communication_device(group: Any) -> torch.device:
+def communication_device(group: Any) -> torch.device:
+    """Where tensors must be that the processes of a group exchange."""
     backend = str(dist.get_backend(group))
     if "nccl" in backend:
         return torch.device("cuda", torch.cuda.current_device())

@@ -182,7 +182,7 @@ def _from_arrays(
             found["width"][where] = width
             found["observations"][where] = layer.count
             found["non_finite"][where] = layer.non_finite
-            found["dead"][where] = int((layer.covariance.diagonal() == 0).sum())
+            found["dead"][where] = int((layer.spectral.variances() == 0).sum())
             try:
                 spectra = {center: _decomposed(layer, center, vectors) for _, center in families}
             except ValueError as error:
@@ -212,6 +212,8 @@ def _decomposed(layer: SavedLayer, center: bool, vectors: bool) -> tuple[Tensor,
     """The eigenvalues of a spectrum, and those of what was held out where it can be known."""
     with _threads(1 if len(layer.mean) < NARROW else torch.get_num_threads()):
         spectrum = layer.spectrum(center)
+        if spectrum.sketch is not None:
+            raise ValueError("a sketch of its covariance was kept, of which the page shows the recorded values")
         if vectors:
             spectrum.eigenvectors  # noqa: B018
         held_out = spectrum.held_out() if spectrum.num_folds > 1 else None

@@ -1,0 +1,428 @@
+r"""A covariance of any width, seen through a few random combinations of its columns.
+
+In place of the D x D sum a sketch keeps the image of a random test matrix :math:`\Omega` of k columns,
+
+.. math:: Y = \sum_i (x_i - o) \left((x_i - o)^\top \Omega\right) = S \Omega,
+
+its diagonal, the vector sum and the count. All of these are sums: about another origin :math:`o'` they are,
+with
+:math:`d = o - o'`,
+
+.. math:: Y' = Y + s\, d^\top\Omega + d\, (s + n d)^\top\Omega ,
+
+and those of disjoint data add up. From them the Nyström approximation
+:math:`\hat\Sigma = \Sigma\Omega (\Omega^\top\Sigma\Omega)^+ (\Sigma\Omega)^\top` is read (Tropp, Yurtsever,
+Udell & Cevher 2017, arXiv:1706.05736), which never exceeds the covariance: with the trace, which is exact,
+its eigenvalues enclose those of the covariance.
+
+The test matrix holds signs. They are drawn from the raw bits of a generator of numpy's, whose stream is the
+same on every machine and in every release, so that it need not be saved, and all processes have the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums.intake import DenseIntake, products_dtype
+from spectralmetrics.sums.merging import agree_on_width
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import full_precision, power_of_two_scale
+from spectralmetrics.sums.sum import SpectralSum
+
+# Rows of a product: enough to pay for the pass over the image, few enough for a float32 sum.
+_ROWS_PER_PRODUCT = 256
+# Features of a product's block, whose result stays in the cache until it is added.
+_FEATURES_PER_PRODUCT = 4096
+# Directions of the sketch in which the covariance is smaller than this many times the error of the products
+# tell more of the error than of the covariance.
+_TRUSTED = 100.0
+
+
+@dataclass(frozen=True)
+class Sketch(SpectralSum):
+    """The sketch of a covariance; its tensors are updated in place by its intake.
+
+    Attributes:
+        count: the number of finite observations n, shape (), int64.
+        non_finite: the number left out, shape (), int64.
+        origin: shape (D,), float64.
+        first: the vector sum about the origin, shape (D,), float64.
+        diagonal: the sum of squares about the origin, shape (D,), float64.
+        image: Y, shape (D, k), float64.
+        seed: of the test matrix.
+
+    >>> sketch = empty_sketch(4, 100)
+    >>> intake = sketch.intake(torch.float64)
+    >>> intake.add(sketch, Observations(torch.randn(50, 2) @ torch.randn(2, 100)), 0)
+    >>> _ = intake.flush(sketch)
+    >>> values = sketch.eigenvalues()  # of rank 2, which four columns hold
+    >>> bool((values[2:] == 0).all()), bool(torch.isclose(values.sum(), sketch.variances().sum()))
+    (True, True)
+    """
+
+    states: ClassVar[dict[str, str]] = {
+        "image": "sketch_image",
+        "diagonal": "sketch_diagonal",
+        "count": "sketch_count",
+        "non_finite": "sketch_non_finite",
+        "origin": "sketch_origin",
+        "first": "sketch_first_moment",
+    }
+    described: ClassVar[str] = "a sketch"
+    additive: ClassVar[frozenset[str]] = frozenset({"count", "non_finite", "first", "diagonal", "image"})
+    arrays: ClassVar[tuple[str, ...]] = (
+        "sketch_image",
+        "sketch_variances",
+        "sketch_mean",
+        "sketch_count",
+        "sketch_non_finite",
+        "sketch_seed",
+    )
+
+    count: Tensor
+    non_finite: Tensor
+    origin: Tensor
+    first: Tensor
+    diagonal: Tensor
+    image: Tensor
+    seed: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of columns k."""
+        return self.image.shape[1]
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.image.shape[0]
+
+    @property
+    def num_observations(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.count
+
+    @property
+    def num_left_out(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.non_finite
+
+    def settings(self) -> tuple[object, ...]:
+        """See :class:`.Sum`."""
+        return (f"sketch_size={self.size}", f"seed={self.seed}")
+
+    def empty(self, num_features: int, device: torch.device | str | None = None) -> Sketch:
+        """See :class:`.Sum`."""
+        return empty_sketch(self.size, num_features, device, seed=self.seed)
+
+    def intake(self, gram_dtype: torch.dtype | None) -> SketchIntake:
+        """See :class:`.Sum`."""
+        return SketchIntake(gram_dtype)
+
+    def test_matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The test matrix, shape (D, k), on the device of the sums."""
+        return _test_matrix(self.num_features, self.size, self.seed, self.image.device, dtype)
+
+    def about(self, origin: Tensor) -> Sketch:
+        """The same sums about another origin, exactly up to rounding.
+
+        Args:
+            origin: shape (D,), float64.
+        """
+        image, diagonal, first = _moved(self, origin)
+        return replace(self, origin=origin, image=image, diagonal=diagonal, first=first)
+
+    def merged(self, other: Sketch) -> Sketch:
+        """See :class:`.Sum`."""
+        if other.settings() != self.settings():
+            raise ValueError(f"expected a state of {self.settings()} to merge, got one of {other.settings()}")
+        home = self.image.device
+        other = other.map(lambda tensor: tensor.to(home))
+        if other.num_features == 0:
+            return replace(self, non_finite=self.non_finite + other.non_finite)
+        if self.num_features == 0:
+            copied = other.map(torch.clone)
+            return replace(copied, non_finite=copied.non_finite + self.non_finite)
+        # The origin of the larger side lies nearer to the common mean.
+        origin = torch.where(self.count >= other.count, self.origin, other.origin)
+        left, right = self.about(origin), other.about(origin)
+        return replace(
+            left,
+            count=left.count + right.count,
+            non_finite=left.non_finite + right.non_finite,
+            first=left.first + right.first,
+            diagonal=left.diagonal + right.diagonal,
+            image=left.image + right.image,
+        )
+
+    def exchange(
+        self, known: Sketch | None, rank: int, world_size: int
+    ) -> Generator[Tensor, Tensor, Sketch | None]:
+        """See :class:`.Sum`."""
+        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
+        header[rank, 0] = self.num_features
+        header[rank, 1] = known is None
+        header = (yield header).cpu()
+        if not header[:, 1].any():
+            return known
+        width = agree_on_width(header[:, 0])
+        if width == 0:
+            return None
+        mine = self if self.num_features else self.empty(width, self.image.device)
+        # Each process sends its sums about its own mean, which need no common origin, and that mean as an
+        # origin and an offset, whose sum would lose the digits of data far from zero.
+        count = mine.count.to(torch.float64)
+        offset = mine.first / count.clamp(min=1)
+        omega = mine.test_matrix()
+        table = torch.zeros(world_size, 2 * width + 1, dtype=torch.float64, device=offset.device)
+        table[rank] = torch.cat([count[None], mine.origin, offset])
+        image = torch.addr(mine.image, mine.first, omega.mT @ offset, alpha=-1)
+        diagonal = mine.diagonal - mine.first * offset
+        packed = [mine.non_finite.to(torch.float64)[None], table.flatten(), diagonal, image.flatten()]
+        received = yield torch.cat(packed)
+        non_finite, table, diagonal, image = received.split([len(part) for part in packed])
+        counts, origins, offsets = table.reshape(world_size, -1).split([1, width, width], dim=1)
+        total = counts.sum()
+        origin = origins[counts.argmax()]
+        origin = origin + (counts / total.clamp(min=1) * ((origins - origin) + offsets)).sum(0)
+        deviations = (origins - origin) + offsets  # (processes, D)
+        return replace(
+            mine,
+            count=total.to(torch.int64),
+            non_finite=non_finite[0].to(torch.int64),
+            origin=origin,
+            first=(counts * deviations).sum(0),
+            diagonal=diagonal + (counts * deviations.square()).sum(0),
+            image=image.reshape(width, -1).addmm((counts * deviations).mT, deviations @ omega),
+        )
+
+    def in_range(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.diagonal.isfinite().all()
+
+    def mean(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.origin + self.first / self.count
+
+    def centred(self, rows: Tensor) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return (rows.to(torch.float64) - self.origin) - self.first / self.count
+
+    def variances(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`; exact."""
+        offset = self.first / self.count
+        about_mean = (self.diagonal / self.count - offset.square()).clamp_(min=0)
+        return about_mean if center else about_mean + (self.origin + offset).square()
+
+    def covariance(self, *, center: bool = True) -> Tensor:
+        """A sketch holds no matrix; always a RuntimeError."""
+        raise RuntimeError(
+            f"the covariance of {self.num_features} features is not kept: a sketch of {self.size} columns is;"
+            " keep it without `sketch_size`, in a probe with a larger `max_features`"
+        )
+
+    def covariance_image(self, *, center: bool = True) -> Tensor:
+        r"""The image :math:`\Sigma\Omega` of the test matrix, shape (D, k), float64."""
+        offset = self.first / self.count
+        omega = self.test_matrix()
+        image = (self.image / self.count).addr_(offset, omega.mT @ offset, alpha=-1)
+        if not center:
+            mean = self.origin + offset
+            image.addr_(mean, omega.mT @ mean)
+        return image
+
+    def square_sum(self, *, center: bool = True) -> Tensor:
+        r"""An unbiased estimate of :math:`\sum_i \lambda_i^2 = \|\Sigma\|_F^2`, shape (), float64."""
+        return self.covariance_image(center=center).square().sum() / self.size
+
+    def eigenvalues(self, *, center: bool = True) -> Tensor:
+        """The eigenvalues of the approximation, descending, shape (k,), float64: lower bounds."""
+        return self._factor(center)[1]
+
+    def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
+        """The eigenvalues (k,) and eigenvectors (D, k) of the approximation, float64.
+
+        The vector of an eigenvalue of zero is zero, and so is the sign of each fixed as elsewhere.
+        """
+        factor, values, rotation = self._factor(center)
+        vectors = factor @ (rotation / torch.where(values > 0, values, 1.0).sqrt() * (values > 0))
+        magnitude = vectors.abs()
+        leading = (
+            (magnitude >= magnitude.amax(0, keepdim=True) * (1 - 1e-6)).to(torch.uint8).argmax(0, keepdim=True)
+        )
+        return values, vectors * torch.where(vectors.gather(0, leading) < 0, -1.0, 1.0)
+
+    def _factor(self, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """E (D, k) with Σ̂ = E Eᵀ, the eigenvalues of EᵀE, descending, and its eigenvectors in columns."""
+        image = self.covariance_image(center=center)
+        core = self.test_matrix().mT @ image  # Ωᵀ Σ Ω
+        # It would be symmetric, were it not for the errors of the products, which are seen by that.
+        error = torch.linalg.vector_norm(core - core.mT) / 2**0.5
+        values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+        least = 16 * self.size * torch.finfo(torch.float64).eps * values.amax()
+        # What is left out makes the approximation smaller and never larger, so that the bounds stay bounds.
+        kept = values > torch.maximum(least, _TRUSTED * error)
+        inverse = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0)
+        factor = image @ (vectors * inverse)
+        found, rotation = torch.linalg.eigh(factor.mT @ factor)
+        round_off = 16 * max(self.size, 16) * torch.finfo(torch.float64).eps * found.amax()
+        found = torch.where(found > round_off, found, 0)
+        # By the trace, which is exact: what rounding has added in all is taken from each in proportion.
+        trace = self.variances(center=center).sum()
+        found = found * (trace / found.sum().clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
+        return factor, found.flip(0), rotation.flip(1)
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`.Sum`."""
+        yield "sketch_image", self.covariance_image()
+        yield "sketch_variances", self.variances()
+        yield "sketch_mean", self.mean()
+        yield "sketch_count", self.count
+        yield "sketch_non_finite", self.non_finite
+        yield "sketch_seed", torch.tensor(self.seed)
+
+    @classmethod
+    def restored(cls, read: Callable[[str], Tensor]) -> Sketch:
+        """See :class:`.Sum`."""
+        image, variances, mean, count, non_finite, seed = given = [read(name) for name in cls.arrays]
+        return _RestoredSketch(
+            count=count,
+            non_finite=non_finite,
+            origin=mean,
+            first=torch.zeros_like(mean),
+            diagonal=variances * count,
+            image=image * count,
+            seed=int(seed),
+            given=dict(zip(cls.arrays, given, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class _RestoredSketch(Sketch):
+    """A sketch that was read from a file, with all the digits that the recorded values have."""
+
+    given: Mapping[str, Tensor] | None = None
+
+    def covariance_image(self, *, center: bool = True) -> Tensor:
+        """As it was read."""
+        assert self.given is not None
+        image = self.given["sketch_image"]
+        return image if center else image.addr(self.origin, self.test_matrix().mT @ self.origin)
+
+    def variances(self, *, center: bool = True) -> Tensor:
+        """As they were read."""
+        assert self.given is not None
+        found = self.given["sketch_variances"]
+        return found if center else found + self.origin.square()
+
+
+class SketchIntake(DenseIntake):
+    """Adds batches to a sketch; small ones wait, and the origin follows the data, as for dense moments."""
+
+    reaches_other_devices = False
+    waiting_bytes = 2**25
+
+    def _accumulate(self, sums: Any, observations: Observations) -> None:
+        gram_dtype = self._gram_dtype or products_dtype(observations.values.device)
+        with torch.inference_mode(False), torch.no_grad():
+            self._accumulations += 1
+            milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
+            rows, valid = observations.rows().detach(), observations.valid
+            omega = sums.test_matrix(gram_dtype)
+            for start in range(0, len(rows), _ROWS_PER_PRODUCT):
+                block = rows[start : start + _ROWS_PER_PRODUCT]
+                chosen = block.abs().amax(1).isfinite()
+                offered = len(block) if valid is None else valid[start : start + len(block)].sum()
+                if valid is not None:
+                    chosen = chosen & valid[start : start + len(block)]
+                if milestone and start == 0:
+                    _recentre(sums, block, chosen)
+                with full_precision(rows.device.type, gram_dtype == torch.float32):
+                    _add(sums, block, chosen, omega, gram_dtype)
+                kept = chosen.sum()
+                sums.count.add_(kept)
+                sums.non_finite.add_(offered - kept)
+
+
+def _add(sums: Sketch, rows: Tensor, chosen: Tensor, omega: Tensor, gram_dtype: torch.dtype) -> None:
+    centred = torch.where(chosen[:, None], rows.to(torch.float64) - sums.origin, 0)
+    sums.first.add_(centred.sum(0))
+    sums.diagonal.add_(centred.square().sum(0))
+    weight: Tensor | float = 1.0
+    if gram_dtype == torch.float32:
+        scale = power_of_two_scale(centred.abs().amax())
+        centred = centred.mul_(scale).to(torch.float32)
+        weight = scale.square().reciprocal()
+    combined = centred @ omega  # (n, k)
+    for start in range(0, sums.num_features, _FEATURES_PER_PRODUCT):
+        part = slice(start, start + _FEATURES_PER_PRODUCT)
+        sums.image[part].add_((centred[:, part].mT @ combined).to(torch.float64) * weight)
+
+
+def _recentre(sums: Sketch, rows: Tensor, chosen: Tensor) -> None:
+    """Move the origin to the mean of rows and the sums with it, unless these are too few to follow."""
+    pivot = rows.index_select(0, chosen.to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
+    kept = chosen.sum()
+    # About a row, so that constant features are centred to exactly zero.
+    about = torch.where(chosen[:, None], rows.to(torch.float64) - pivot, 0).sum(0) / kept.clamp(min=1)
+    origin = pivot + torch.where(about.isfinite(), about, 0)
+    origin = torch.where((kept > 0) & (kept.square() >= sums.count), origin, sums.origin)
+    # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
+    image, diagonal, first = _moved(sums, torch.where(sums.count > 0, origin, sums.origin))
+    sums.image.copy_(image)
+    sums.diagonal.copy_(diagonal)
+    sums.first.copy_(first)
+    sums.origin.copy_(origin)
+
+
+def _moved(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, diagonal and vector sum about another origin."""
+    shift = sums.origin - origin
+    first = sums.first + sums.count.to(torch.float64) * shift
+    omega = sums.test_matrix()
+    left = torch.stack([sums.first, shift], 1)  # (D, 2)
+    right = torch.stack([shift @ omega, first @ omega])  # (2, k)
+    return torch.addmm(sums.image, left, right), sums.diagonal + shift * (sums.first + first), first
+
+
+@functools.lru_cache(maxsize=4)
+def _test_matrix(features: int, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Signs (D, k), the same for all sums of one width, size and seed."""
+    bits = np.random.Philox(key=[seed, 0]).random_raw(-(-features * size // 64))
+    signs = np.unpackbits(bits.astype("<u8").view(np.uint8), count=features * size).reshape(features, size)
+    with torch.inference_mode(False):
+        return torch.from_numpy(signs).to(device).to(dtype).mul_(2).sub_(1)
+
+
+def empty_sketch(
+    size: int, num_features: int, device: torch.device | str | None = None, *, seed: int = 0
+) -> Sketch:
+    """A sketch of no observations.
+
+    Args:
+        size: number of columns k.
+        num_features: the width D.
+        device: where the sums live; the CPU by default.
+        seed: of the test matrix.
+
+    >>> empty_sketch(8, 100).image.shape
+    torch.Size([100, 8])
+    """
+    device = torch.device(device or "cpu")
+    with torch.inference_mode(False):
+        return Sketch(
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            non_finite=torch.zeros((), dtype=torch.int64, device=device),
+            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
+            first=torch.zeros(num_features, dtype=torch.float64, device=device),
+            diagonal=torch.zeros(num_features, dtype=torch.float64, device=device),
+            image=torch.zeros(num_features, size, dtype=torch.float64, device=device),
+            seed=seed,
+        )
