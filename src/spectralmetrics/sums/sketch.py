@@ -126,9 +126,18 @@ class Sketch(SpectralSum):
         """See :class:`.Sum`."""
         return SketchIntake(gram_dtype)
 
-    def test_matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The test matrix, shape (D, k), on the device of the sums."""
-        return _test_matrix(self.num_features, self.size, self.seed, self.image.device, dtype)
+    def test_matrix(self) -> Tensor:
+        """The test matrix, shape (D, k), float64, on the device of the sums."""
+        return self._signs.to(torch.float64)
+
+    @property
+    def _signs(self) -> Tensor:
+        return _test_matrix(self.num_features, self.size, self.seed, self.image.device)
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """The combinations that the test matrix makes of the features of rows (n, D), (n, k), of their dtype."""
+        signs = self._signs
+        return sum_of(rows[:, part] @ signs[part].to(rows.dtype) for part in _parts(self.num_features))
 
     def about(self, origin: Tensor) -> Sketch:
         """The same sums about another origin, exactly up to rounding.
@@ -180,10 +189,9 @@ class Sketch(SpectralSum):
         # origin and an offset, whose sum would lose the digits of data far from zero.
         count = mine.count.to(torch.float64)
         offset = mine.first / count.clamp(min=1)
-        omega = mine.test_matrix()
         table = torch.zeros(world_size, 2 * width + 1, dtype=torch.float64, device=offset.device)
         table[rank] = torch.cat([count[None], mine.origin, offset])
-        image = torch.addr(mine.image, mine.first, omega.mT @ offset, alpha=-1)
+        image = torch.addr(mine.image, mine.first, mine.combine(offset[None])[0], alpha=-1)
         diagonal = mine.diagonal - mine.first * offset
         packed = [mine.non_finite.to(torch.float64)[None], table.flatten(), diagonal, image.flatten()]
         received = yield torch.cat(packed)
@@ -200,7 +208,7 @@ class Sketch(SpectralSum):
             origin=origin,
             first=(counts * deviations).sum(0),
             diagonal=diagonal + (counts * deviations.square()).sum(0),
-            image=image.reshape(width, -1).addmm((counts * deviations).mT, deviations @ omega),
+            image=image.reshape(width, -1).addmm((counts * deviations).mT, mine.combine(deviations)),
         )
 
     def in_range(self) -> Tensor:
@@ -231,11 +239,10 @@ class Sketch(SpectralSum):
     def covariance_image(self, *, center: bool = True) -> Tensor:
         r"""The image :math:`\Sigma\Omega` of the test matrix, shape (D, k), float64."""
         offset = self.first / self.count
-        omega = self.test_matrix()
-        image = (self.image / self.count).addr_(offset, omega.mT @ offset, alpha=-1)
+        image = (self.image / self.count).addr_(offset, self.combine(offset[None])[0], alpha=-1)
         if not center:
             mean = self.origin + offset
-            image.addr_(mean, omega.mT @ mean)
+            image.addr_(mean, self.combine(mean[None])[0])
         return image
 
     def square_sum(self, *, center: bool = True) -> Tensor:
@@ -262,7 +269,8 @@ class Sketch(SpectralSum):
     def _factor(self, center: bool) -> tuple[Tensor, Tensor, Tensor]:
         """E (D, k) with Σ̂ = E Eᵀ, the eigenvalues of EᵀE, descending, and its eigenvectors in columns."""
         image = self.covariance_image(center=center)
-        core = self.test_matrix().mT @ image  # Ωᵀ Σ Ω
+        signs, parts = self._signs, _parts(self.num_features)
+        core = sum_of(signs[part].to(torch.float64).mT @ image[part] for part in parts)  # Ωᵀ Σ Ω
         # It would be symmetric, were it not for the errors of the products, which are seen by that.
         error = torch.linalg.vector_norm(core - core.mT) / 2**0.5
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
@@ -270,7 +278,10 @@ class Sketch(SpectralSum):
         # What is left out makes the approximation smaller and never larger, so that the bounds stay bounds.
         kept = values > torch.maximum(least, _TRUSTED * error)
         inverse = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0)
-        factor = image @ (vectors * inverse)
+        image = image.clone() if isinstance(self, _RestoredSketch) else image
+        for part in parts:  # in place: the image may be as large as the memory
+            image[part] = image[part] @ (vectors * inverse)
+        factor = image
         found, rotation = torch.linalg.eigh(factor.mT @ factor)
         round_off = 16 * max(self.size, 16) * torch.finfo(torch.float64).eps * found.amax()
         found = torch.where(found > round_off, found, 0)
@@ -314,7 +325,7 @@ class _RestoredSketch(Sketch):
         """As it was read."""
         assert self.given is not None
         image = self.given["sketch_image"]
-        return image if center else image.addr(self.origin, self.test_matrix().mT @ self.origin)
+        return image if center else image.addr(self.origin, self.combine(self.origin[None])[0])
 
     def variances(self, *, center: bool = True) -> Tensor:
         """As they were read."""
@@ -335,43 +346,55 @@ class SketchIntake(DenseIntake):
             self._accumulations += 1
             milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
             rows, valid = observations.rows().detach(), observations.valid
-            omega = sums.test_matrix(gram_dtype)
             for start in range(0, len(rows), _ROWS_PER_PRODUCT):
                 block = rows[start : start + _ROWS_PER_PRODUCT]
-                chosen = block.abs().amax(1).isfinite()
-                offered = len(block) if valid is None else valid[start : start + len(block)].sum()
+                # The largest magnitude of a row is NaN or infinite if any is.
+                magnitude = torch.linalg.vector_norm(block, torch.inf, dim=1, keepdim=True)
+                chosen = magnitude <= torch.finfo(block.dtype).max
+                offered: Tensor | int = len(block)
                 if valid is not None:
-                    chosen = chosen & valid[start : start + len(block)]
+                    counting = valid[start : start + len(block), None]
+                    chosen, offered = chosen & counting, counting.sum()
                 if milestone and start == 0:
                     _recentre(sums, block, chosen)
                 with full_precision(rows.device.type, gram_dtype == torch.float32):
-                    _add(sums, block, chosen, omega, gram_dtype)
+                    _add(sums, block, chosen, gram_dtype)
                 kept = chosen.sum()
                 sums.count.add_(kept)
                 sums.non_finite.add_(offered - kept)
 
 
-def _add(sums: Sketch, rows: Tensor, chosen: Tensor, omega: Tensor, gram_dtype: torch.dtype) -> None:
-    centred = torch.where(chosen[:, None], rows.to(torch.float64) - sums.origin, 0)
-    sums.first.add_(centred.sum(0))
-    sums.diagonal.add_(centred.square().sum(0))
-    weight: Tensor | float = 1.0
-    if gram_dtype == torch.float32:
-        scale = power_of_two_scale(centred.abs().amax())
-        centred = centred.mul_(scale).to(torch.float32)
-        weight = scale.square().reciprocal()
-    combined = centred @ omega  # (n, k)
-    for start in range(0, sums.num_features, _FEATURES_PER_PRODUCT):
-        part = slice(start, start + _FEATURES_PER_PRODUCT)
-        sums.image[part].add_((centred[:, part].mT @ combined).to(torch.float64) * weight)
+def _add(sums: Sketch, rows: Tensor, chosen: Tensor, gram_dtype: torch.dtype) -> None:
+    """Add rows, some features at a time, which stay in the cache; no copy of all of them is made."""
+    signs, parts = sums._signs, _parts(sums.num_features)
+
+    def centred(part: slice) -> Tensor:
+        return torch.where(chosen, rows[:, part].to(torch.float64) - sums.origin[part], 0)
+
+    fast = gram_dtype == torch.float32
+    scale = torch.ones((), dtype=torch.float64, device=rows.device)
+    if fast:  # to the middle of the range of float32
+        scale = power_of_two_scale(torch.stack([centred(part).abs().amax() for part in parts]).amax())
+    combined = torch.zeros(len(rows), sums.size, dtype=gram_dtype, device=rows.device)
+    for part in parts:
+        block = centred(part)
+        sums.first[part] += block.sum(0)
+        sums.diagonal[part] += block.square().sum(0)
+        combined.addmm_((block * scale).to(gram_dtype), signs[part].to(gram_dtype))
+    for part in parts:
+        if fast:
+            product = (centred(part) * scale).to(gram_dtype).mT @ combined
+            sums.image[part].addcmul_(product, scale.square().reciprocal())
+        else:
+            sums.image[part].addmm_(centred(part).mT, combined)
 
 
 def _recentre(sums: Sketch, rows: Tensor, chosen: Tensor) -> None:
     """Move the origin to the mean of rows and the sums with it, unless these are too few to follow."""
-    pivot = rows.index_select(0, chosen.to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
+    pivot = rows.index_select(0, chosen[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
     kept = chosen.sum()
     # About a row, so that constant features are centred to exactly zero.
-    about = torch.where(chosen[:, None], rows.to(torch.float64) - pivot, 0).sum(0) / kept.clamp(min=1)
+    about = torch.where(chosen, rows.to(torch.float64) - pivot, 0).sum(0) / kept.clamp(min=1)
     origin = pivot + torch.where(about.isfinite(), about, 0)
     origin = torch.where((kept > 0) & (kept.square() >= sums.count), origin, sums.origin)
     # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
@@ -386,19 +409,32 @@ def _moved(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Image, diagonal and vector sum about another origin."""
     shift = sums.origin - origin
     first = sums.first + sums.count.to(torch.float64) * shift
-    omega = sums.test_matrix()
     left = torch.stack([sums.first, shift], 1)  # (D, 2)
-    right = torch.stack([shift @ omega, first @ omega])  # (2, k)
+    right = sums.combine(torch.stack([shift, first]))  # (2, k)
     return torch.addmm(sums.image, left, right), sums.diagonal + shift * (sums.first + first), first
 
 
-@functools.lru_cache(maxsize=4)
-def _test_matrix(features: int, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Signs (D, k), the same for all sums of one width, size and seed."""
+def _parts(features: int) -> list[slice]:
+    """The features, some at a time."""
+    starts = range(0, features, _FEATURES_PER_PRODUCT)
+    return [slice(start, min(start + _FEATURES_PER_PRODUCT, features)) for start in starts]
+
+
+def sum_of(parts: Iterator[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, made one after the other."""
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
+
+
+@functools.lru_cache(maxsize=16)
+def _test_matrix(features: int, size: int, seed: int, device: torch.device) -> Tensor:
+    """Signs (D, k), int8, the same for all sums of one width, size and seed."""
     bits = np.random.Philox(key=[seed, 0]).random_raw(-(-features * size // 64))
     signs = np.unpackbits(bits.astype("<u8").view(np.uint8), count=features * size).reshape(features, size)
     with torch.inference_mode(False):
-        return torch.from_numpy(signs).to(device).to(dtype).mul_(2).sub_(1)
+        return torch.from_numpy(signs).to(device).to(torch.int8).mul_(2).sub_(1)
 
 
 def empty_sketch(

