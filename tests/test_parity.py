@@ -353,7 +353,7 @@ PARITY = [
         "numpy, two passes over the data",
         lambda: (streamed(sm.NeuralCollapseMetric(10), PIXELS, DIGITS), neural_collapse_in_two_passes()),
         1e-10,
-        "No package of it is on PyPI.",
+        "No package of it was found on PyPI.",
     ),
     Row(
         "LinearCKAMetric",
