@@ -144,11 +144,11 @@ axis.legend(frameon=False)
 plt.show()
 
 # %%
-# By what goes in, a cut of the same rank loses three to thirteen times less of the layers' outputs. That decides
-# at rank 8, where the network keeps 88 % in place of 73 %. Below, no cut leaves enough. From rank 16 on the weight's
-# own directions are good enough for these digits: its cuts are better by up to eight digits in a thousand, though
-# they lose more of the outputs, so judge a compression by the task as well. The bias helps where ranks are so small
-# that a direction spent on the mean is missed.
+# By what goes in, a cut of the same rank loses about three to thirteen times less of the layers' outputs.
+# That decides at rank 8, where the network keeps 88 % in place of 73 %. Below, no cut leaves enough. From
+# rank 16 on the weight's own directions are good enough for these digits: its cuts are better by up to
+# eight digits in a thousand, though they lose more of the outputs, so judge a compression by the task as
+# well. The bias helps where ranks are so small that a direction spent on the mean is missed.
 #
 # At rank 16 the weights of the three layers are 33,000 numbers in place of 332,000. SliceGPT and GPTQ, for
 # language models, begin with the same second moments. `The guide <../guide/labels.html>`_ collects them.
