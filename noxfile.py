@@ -105,9 +105,10 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def reproduction(session: nox.Session) -> None:
-    """Train what reproduction/results.json does not hold (delete it to train all), then figure and tables."""
+    """Train what reproduction/*.json do not hold (delete them to train all), then figures and tables."""
     install(session, "test")
     session.run("python", "-m", "reproduction.measure", *session.posargs)
+    session.run("python", "-m", "reproduction.labels")
     session.run("python", "-m", "reproduction.report")
 
 

@@ -13,13 +13,15 @@ and of ``compute``.
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
-from common import table, write_result
+from common import RESULTS, table, write_result
 from torch import nn
 
 import spectralmetrics as sm
@@ -205,9 +207,45 @@ def main():
     results = {}
     for part in options.parts or ("bounds", "wide", "language"):
         results[part] = bounds() if part == "bounds" else apart(part)
-    if "bounds" in results:
-        print(table(HEADS, map(row_of, results["bounds"])))
+    path = RESULTS / "sketch.json"
+    if path.exists():  # parts that were not asked for stay
+        results = {**json.loads(path.read_text())["results"], **results}
     write_result("sketch", results)
+    TABLES.mkdir(exist_ok=True)
+    if "bounds" in results:
+        text = table(HEADS, map(row_of, results["bounds"]))
+        print(text)
+        (TABLES / "bounds.md").write_text(text, encoding="utf-8")
+    if "wide" in results and "language" in results:
+        text = table(["", ""], cost(results["wide"], results["language"]))
+        print(text)
+        (TABLES / "cost.md").write_text(text, encoding="utf-8")
+
+
+def cost(wide, language):
+    plain, probed = (statistics.median(language[name]) for name in ("forward s", "probed forward s"))
+    return [
+        ["65,536 features, k = 512, 20,000 rows: memory of the whole process", f"{wide['peak GB']:.2f} GB"],
+        [
+            "its time per row, beside the exact update at 8,192 features",
+            f"{wide['ms per row']:.1f} ms, {wide['exact at 8192, ms per row']:.2f} ms",
+        ],
+        ["reading its bounds", f"{wide['seconds to read']:.1f} s"],
+        [
+            f"random-weight Llama, width 4,096, {language['layers']} layers, logits included: a forward of"
+            f" {language['tokens']} tokens without and with a probe",
+            f"{plain:.1f} s, {probed:.1f} s",
+        ],
+        ["`compute` of all its layers", f"{language['compute s']:.1f} s"],
+        [
+            "memory of the process, without and with the probe",
+            f"{language[PEAK]:.1f} GB, {language['peak GB']:.1f} GB",
+        ],
+    ]
+
+
+PEAK = "model's peak GB"
+TABLES = Path(__file__).parents[1] / "docs" / "guide" / "large_models_tables"
 
 
 HEADS = ["model", "layer", "D", "exact", *(f"k = {size}" for size in SIZES)]

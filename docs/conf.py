@@ -39,6 +39,7 @@ extensions = [
 exclude_patterns = [
     "_build",
     "gallery/*.ipynb",  # for download; the pages are made from the examples themselves
+    "guide/large_models_tables",
     "guide/observations_tables",
     "published_picture_tables",
     "reference/metrics_table.md",

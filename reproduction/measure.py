@@ -66,9 +66,9 @@ def predict(model: nn.Module, images: Tensor, batch: int = BATCH) -> Tensor:
         return torch.cat([model(part) for part in images.split(batch)])
 
 
-def timed_predictions(model: nn.Module, images: Tensor) -> float:
+def timed_predictions(model: nn.Module, images: Tensor, batch: int = BATCH) -> float:
     started = time.perf_counter()
-    predict(model, images)
+    predict(model, images, batch)
     return time.perf_counter() - started
 
 
@@ -102,15 +102,21 @@ def spectra(model: nn.Module, images: Tensor) -> tuple[dict[str, dict[str, float
     return layers, seconds
 
 
-def pooled_features(model: nn.Module, images: Tensor, layers: list[str]) -> dict[str, Tensor]:
+def pooled(output: Tensor, size: int = POOLED) -> Tensor:
+    """Maps averaged to at most so many positions in each direction, as rows."""
+    if output.ndim != 4:
+        return output
+    return functional.adaptive_avg_pool2d(output, [min(size, extent) for extent in output.shape[2:]]).flatten(1)
+
+
+def pooled_features(
+    model: nn.Module, images: Tensor, layers: list[str], size: int = POOLED
+) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def hook(layer: str) -> Any:
         def pool(module: nn.Module, args: object, output: Tensor) -> None:
-            if output.ndim == 4:
-                size = [min(POOLED, extent) for extent in output.shape[2:]]
-                output = functional.adaptive_avg_pool2d(output, size).flatten(1)
-            parts[layer].append(output)
+            parts[layer].append(pooled(output, size))
 
         return pool
 
@@ -122,13 +128,13 @@ def pooled_features(model: nn.Module, images: Tensor, layers: list[str]) -> dict
 
 
 def logistic_regressions(
-    model: nn.Module, digits: tuple[Tensor, Tensor, Tensor, Tensor], layers: list[str]
+    model: nn.Module, digits: tuple[Tensor, Tensor, Tensor, Tensor], layers: list[str], size: int = POOLED
 ) -> tuple[dict[str, float], float]:
     """Held-out accuracy of a logistic regression on each layer's features, and the seconds of all of them."""
     images, labels, validation_images, validation_labels = digits
     started = time.perf_counter()
-    features = pooled_features(model, images, layers)
-    validation = pooled_features(model, validation_images, layers)
+    features = pooled_features(model, images, layers, size)
+    validation = pooled_features(model, validation_images, layers, size)
     accuracy = {}
     for layer in layers:
         regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))

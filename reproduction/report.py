@@ -1,4 +1,4 @@
-"""The figure and the tables of docs/published_picture.md, from results.json; seconds, no training.
+"""The figures and tables of docs/published_picture.md, from results.json and labels.json; seconds, no training.
 
 python -m reproduction.report
 """
@@ -22,7 +22,7 @@ from spectralmetrics import low_saturation_tail
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # of Okabe and Ito
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # of Okabe and Ito
 COMPARED = ("saturation", "intrinsic dimension", "effective rank", "logistic regression")
 PLATEAU = 0.005
 
@@ -89,17 +89,8 @@ def network_table(networks: dict[str, list[Run]]) -> str:
 def correlation_table(networks: dict[str, list[Run]]) -> str:
     rows = []
     for first, second in itertools.combinations(COMPARED, 2):
-        cells = [f"{first}, {second}"]
-        for runs in networks.values():
-            found = []
-            for run in runs:
-                hidden = [layer for layer in run["layers"] if layer != "fc"]
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConstantInputWarning)
-                    pair = [[run["layers"][layer][key] for layer in hidden] for key in (first, second)]
-                    found.append(float(spearmanr(*pair).statistic))
-            cells.append(spread(found, 2))
-        rows.append(cells)
+        found = [[rank_correlation(run, first, second) for run in runs] for runs in networks.values()]
+        rows.append([f"{first}, {second}", *(spread(of, 2) for of in found)])
     return table(["rank correlation over layers", *networks], rows)
 
 
@@ -176,6 +167,88 @@ def normal_table(networks: dict[str, list[Run]]) -> str:
     return table(["network", "layers", "saturation", "intrinsic dimension", "effective rank / width"], rows)
 
 
+PAIRS = (
+    ("linear probe, means", "logistic regression, means"),
+    ("linear probe, maps of 4 x 4", "logistic regression, maps of 4 x 4"),
+    ("linear probe, means", "logistic regression, maps of 4 x 4"),
+    ("logistic regression, means", "logistic regression, maps of 4 x 4"),
+    ("saturation", "linear probe, means"),
+)
+
+
+def rank_correlation(run: Run, first: str, second: str) -> float:
+    """Over the layers, without the output."""
+    hidden = [layer for layer in run["layers"] if layer != "fc"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(
+            spearmanr(*([run["layers"][layer][key] for layer in hidden] for key in (first, second))).statistic
+        )
+
+
+def labels_table(networks: dict[str, list[Run]]) -> str:
+    rows = []
+    for first, second in PAIRS:
+        of = [
+            ", ".join(f"{rank_correlation(run, first, second):.2f}" for run in runs)
+            for runs in networks.values()
+        ]
+        rows.append([f"{first}", second, *of])
+    return table(["", "rank correlation with", *(f"{name}, three seeds" for name in networks)], rows)
+
+
+def labels_cost_table(networks: dict[str, list[Run]]) -> str:
+    rows = []
+    for kind in (
+        "linear probe, means",
+        "linear probe, maps of 4 x 4",
+        "logistic regression, means",
+        "logistic regression, maps of 4 x 4",
+    ):
+        cells = [statistics.median(run["seconds"][kind] for run in runs) for runs in networks.values()]
+        rows.append([kind, *(f"{seconds:.2f} s" for seconds in cells)])
+    return table(["all layers, median of three seeds", *networks], rows)
+
+
+def draw_labels(networks: dict[str, list[Run]], path: Path) -> None:
+    """Saturation and R² of each layer above, accuracies of logistic regressions below."""
+    figure = Figure(figsize=(12.5, 5.8), layout="constrained")
+    grid = figure.subplots(2, len(networks), sharex="col", sharey="row", height_ratios=(1.4, 1))
+    for (upper, lower), (network, runs) in zip(grid.T, networks.items(), strict=True):
+        layers = list(runs[0]["layers"])
+        places = range(len(layers))
+        for axis, key, label, colour, marker in (
+            (upper, "saturation", "saturation", BLUE, "o"),
+            (upper, "linear probe, means", "labels explained by the layer's means (R²)", ORANGE, "s"),
+            (lower, "logistic regression, means", "accuracy of a logistic regression on means", GREEN, "^"),
+            (lower, "logistic regression, maps of 4 x 4", "on maps of 4 × 4", PINK, "D"),
+        ):
+            of = [[run["layers"][layer][key] for run in runs] for layer in layers]
+            axis.plot(places, list(map(statistics.mean, of)), marker, ls="-", ms=4, color=colour, label=label)
+            axis.fill_between(places, list(map(min, of)), list(map(max, of)), color=colour, alpha=0.25, lw=0)
+            axis.grid(axis="y", color="0.92")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_ylim(0, 1.02)
+        tails = [tail_of(run) for run in runs]
+        common = [layers.index(layer) for layer in layers if sum(layer in t for t in tails) * 2 > len(runs)]
+        for axis in (upper, lower):
+            if common:
+                axis.axvspan(
+                    common[0] - 0.5, common[-1] + 0.5, color="0.88", zorder=0, label="low-saturation tail"
+                )
+        accuracy = statistics.mean(run["accuracy"] for run in runs)
+        upper.set_title(f"{network}: accuracy {accuracy:.3f}", fontsize=10)
+        lower.set_xticks(places, layers, rotation=90, fontsize=8)
+    grid[0, 0].set_ylabel("saturation, R²", fontsize=8)
+    grid[1, 0].set_ylabel("accuracy", fontsize=8)
+    shown: dict[str, Any] = {}
+    for axis in grid[:, 0]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
+
+
 def draw(networks: dict[str, list[Run]], path: Path) -> None:
     figure = Figure(figsize=(12.5, 10.5), layout="constrained")
     panels = figure.subfigures(2, 2).flat
@@ -228,20 +301,31 @@ def draw_network(upper: Axes, lower: Axes, runs: list[Run]) -> None:
     lower.set_xticks(places, layers, rotation=90, fontsize=8)
 
 
+def by_network(results: Path) -> dict[str, list[Run]]:
+    """The runs of a file of results."""
+    networks: dict[str, list[Run]] = {}
+    for run in json.loads(results.read_text())["runs"]:
+        networks.setdefault(run["network"], []).append(run)
+    return networks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
+    parser.add_argument("--labels", type=Path, default=HERE / "labels.json")
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args()
-    runs = json.loads(options.results.read_text())["runs"]
-    networks: dict[str, list[Run]] = {}
-    for run in runs:
-        networks.setdefault(run["network"], []).append(run)
+    networks, labelled = by_network(options.results), by_network(options.labels)
+    draw_labels(labelled, options.docs / "images" / "published_labels.png")
     draw(networks, options.docs / "images" / "published_picture.png")
     folder = options.docs / "published_picture_tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (network_table, normal_table, correlation_table, cost_table, delve_table, layer_table):
-        text = make(networks)
+    made = [
+        (make, networks)
+        for make in (network_table, normal_table, correlation_table, cost_table, delve_table, layer_table)
+    ]
+    for make, of in [*made, (labels_table, labelled), (labels_cost_table, labelled)]:
+        text = make(of)
         (folder / f"{make.__name__.removesuffix('_table')}.md").write_text(text, encoding="utf-8")
         if make is not layer_table:
             print(text)

@@ -42,7 +42,7 @@ class TestDemo:
         assert len(layers) == 22
         assert layers[0] == "stem"
         assert layers[-2:] == ["head", "mean"]
-        assert len(rows) == 2 * (22 * 2 * 2 + 1)
+        assert len(rows) == 2 * (22 * 3 * 2 + 1)
         for row in rows:
             if row["statistic"] == "saturation":
                 assert 0 <= float(row["value"]) <= 1
@@ -60,12 +60,27 @@ class TestDemo:
             "epoch-000001.npz",
         ]
         names = {path.name for path in (folder / "plots").iterdir()}
+        statistics = ("saturation", "intrinsic_dimension", "linear_probe")
         assert names == {
-            *(f"{s}-epoch-00000{k}.png" for s in ("saturation", "intrinsic_dimension") for k in (0, 1)),
-            *(f"{s}-{t}-epochs.png" for s in ("saturation", "intrinsic_dimension") for t in ("train", "eval")),
+            "saturation-and-labels.png",
+            *(f"{s}-epoch-00000{k}.png" for s in statistics for k in (0, 1)),
+            *(f"{s}-{t}-epochs.png" for s in statistics for t in ("train", "eval")),
             *(f"spectrum-{stage}-epoch-000001.png" for stage in ("train", "eval")),
         }
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "plots").iterdir())
+
+    def test_saturation_and_labels_are_of_the_last_validation(self, finished):
+        rows = demo.read_rows(finished[1] / "records.csv")
+        axis = demo.draw_both(rows, "title").axes[0]
+        lines = {line.get_label(): line.get_ydata().tolist() for line in axis.get_lines()}
+        for label, statistic in (("saturation", "saturation"), ("labels explained (R²)", "linear_probe")):
+            values = [
+                row.value
+                for row in rows
+                if (row.epoch, row.stage, row.statistic) == (1, "eval", statistic) and row.layer != "mean"
+            ]
+            assert lines[label] == values
+            assert len(values) == 21
 
     def test_report(self, finished):
         page = (finished[1] / "report.html").read_text(encoding="utf-8")
@@ -85,7 +100,15 @@ class TestDemo:
         assert main(["recompute", str(run), "--threshold", "0.9"]) == 0  # as it was recorded
         printed = capsys.readouterr().out
         recorded = (run / "records.csv").read_text().splitlines()
-        assert printed.splitlines() == [line for line in recorded if "accuracy" not in line]
+        again = [line for line in printed.splitlines() if "linear_probe" not in line]
+        assert again == [line for line in recorded if "accuracy" not in line and "linear_probe" not in line]
+        # A regression on what was saved differs from that on the sums in the last digits.
+        of_labels = [
+            [float(line.split(",")[4]) for line in lines if "linear_probe" in line]
+            for lines in (printed.splitlines(), recorded)
+        ]
+        assert len(of_labels[0]) == 2 * 2 * 22
+        assert of_labels[0] == pytest.approx(of_labels[1], rel=1e-9)
         output = tmp_path / "more.csv"
         assert main(["recompute", str(run), "--threshold", "0.5", "0.9", "--output", str(output)]) == 0
         assert "1,eval,mean,saturation@0.5," in output.read_text()

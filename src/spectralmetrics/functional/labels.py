@@ -2,7 +2,8 @@ r"""What the features of a layer tell of labels: a linear regression, and how fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,9 +87,8 @@ def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tens
     if len(present) < 2:
         return errors
     folds = labelled.dense.folds
-    for held in present:
+    for held, fitted in zip(present, _without_each([folds[index] for index in present]), strict=True):
         others = [index for index in present if index != held]
-        fitted = _merged([folds[index] for index in others])
         about = fitted.mean()
         counts = numbers[others].sum(0)
         shares = counts / counts.sum()
@@ -169,11 +169,16 @@ def _label_variance(shares: Tensor) -> Tensor:
     return torch.where(variance > 0, variance, torch.nan)
 
 
-def _merged(folds: Sequence[Moments]) -> Moments:
-    total = folds[0]
-    for fold in folds[1:]:
-        total = merge(total, fold)
-    return total
+def _without_each(folds: Sequence[Moments]) -> Iterator[Moments]:
+    """For each of at least two folds all the others together, in three merges for each."""
+    behind = list(itertools.accumulate(reversed(folds[1:]), merge))  # the last, the last two, ...
+    before: Moments | None = None
+    for fold in folds[:-1]:
+        after = behind.pop()
+        yield after if before is None else merge(before, after)
+        before = fold if before is None else merge(before, fold)
+    if before is not None:
+        yield before
 
 
 def _check_classes(covariance: Tensor, class_means: Tensor, class_counts: Tensor) -> None:

@@ -135,7 +135,7 @@ class Sketch(SpectralSum):
         return _test_matrix(self.num_features, self.size, self.seed, self.image.device)
 
     def combine(self, rows: Tensor) -> Tensor:
-        """The combinations that the test matrix makes of the features of rows (n, D), (n, k), of their dtype."""
+        """What the test matrix combines the features of rows (n, D) to: (n, k), of the rows' dtype."""
         signs = self._signs
         return sum_of(rows[:, part] @ signs[part].to(rows.dtype) for part in _parts(self.num_features))
 
