@@ -44,7 +44,7 @@ from spectralmetrics.recording import (
 from spectralmetrics.similarity import LayerSimilarity, Similarity
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CovarianceDeterminantMetric",
