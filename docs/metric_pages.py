@@ -97,7 +97,7 @@ _ = axis.set_xlabel("noise added to one side")
 ARGUMENTS = {"num_classes": "num_classes=3"}
 """What a constructor may ask for, and what it gets."""
 PREFERRED = {"CovarianceDeterminantMetric": "log=True"}
-INTERNAL = {"statistic", "other_sums"}
+INTERNAL = {"statistic", "other_sums", "spectral_sum", "from_sketch", "interval_of", "check_range"}
 """What a subclass defines for the base class and not for its users."""
 
 
@@ -142,7 +142,8 @@ def drawing(metric):
     asked, updated = required(metric.__init__), required(metric.update)
     if not set(asked) <= set(ARGUMENTS) or not set(updated[1:]) <= {"labels"}:
         return None
-    template = OVER_NOISE if "labels" in updated else ONCE if "plot" in vars(metric) else OVER_SPECTRA
+    takes_labels = "labels" in inspect.signature(metric.update).parameters
+    template = OVER_NOISE if takes_labels else ONCE if "plot" in vars(metric) else OVER_SPECTRA
     arguments = PREFERRED.get(name, ", ".join(ARGUMENTS[each] for each in asked))
     return template.format(name=name, arguments=arguments)
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from spectralmetrics import LayerProbe, Recorder, SaturationMetric, recompute
+from spectralmetrics import Recorder
 from tests.recording.runs import read_csv
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "recording.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "resuming.md"
 
 
 class Killed(BaseException):
@@ -25,13 +24,14 @@ class Killed(BaseException):
 def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
     (block,) = [
         text
-        for text in re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+        for text in re.findall(
+            r"```\{code-cell\} python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL
+        )
         if "checkpoint.pt" in text
     ]
-    definitions = block[: block.index("\n\n\ntrain(")]
-    names = {"torch": torch, "nn": nn, "LayerProbe": LayerProbe, "Recorder": Recorder, "recompute": recompute}
-    namespace = {"SaturationMetric": SaturationMetric, **names}
-    exec(compile(definitions, str(GUIDE), "exec"), namespace)
+    namespace = {}
+    exec(compile(block, str(GUIDE), "exec"), namespace)
+    namespace.update(images=namespace["images"][:1600], labels=namespace["labels"][:1600])  # 25 steps an epoch
 
     def killing(function, before):
         calls = []
@@ -66,6 +66,6 @@ def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
     )
     assert set(recorded.values()) == {1}
     assert {key[0] for key in recorded} == {"0", "1", "2"}
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 2
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 3
     counts = [torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"][0]["step"]]
-    assert counts == [3 * 8]  # no epoch was lost or counted twice in what is trained
+    assert counts == [3 * 25]  # no epoch was lost or counted twice in what is trained
