@@ -89,6 +89,8 @@ def benchmarks(session: nox.Session) -> None:
     scripts = (
         "update",
         "training_step",
+        "budget",
+        "sketch",
         "hook",
         "compute",
         "merge",

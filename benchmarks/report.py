@@ -7,6 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
+from budget import HEADS, row_of
 from common import RESULTS, table
 from matplotlib.figure import Figure
 
@@ -167,11 +168,20 @@ def training_step(results):
     for result in results:
         delve = statistics.median(result["added percent"]["delve"])
         for name, values in result["added percent"].items():
-            if name != "plain":
+            if not name.endswith("plain"):
                 # A share of next to nothing says nothing.
                 share = f"{statistics.median(values) / delve:.2f}" if delve > 2 else ""
                 rows.append([result["model"], name, spread(values, 1), share])
     yield table(["model", "arm", "added %", "of Delve's"], rows)
+
+
+def budget(results):
+    yield (
+        "## Budget\n\nWhat a probe with a budget adds to a training step, measured from outside: steps with it beside steps"
+        " with it paused, in turns; what it says of itself; forwards that it observed; rows for each feature; and the"
+        " largest difference of a layer's dimension from that of a probe without a budget on other batches.\n"
+    )
+    yield table(HEADS, map(row_of, results))
 
 
 def hook(results):
@@ -301,7 +311,7 @@ def main():
     )
     said = headline(steps["results"], updates["results"], hooks["results"])
     parts = [HEAD.format(headline=said, alternative=alternative, machine=processor(updates["machine"]))]
-    for write in (update, training_step, hook, compute, merge, memory, folds, similarity, projection):
+    for write in (update, training_step, budget, hook, compute, merge, memory, folds, similarity, projection):
         path = RESULTS / f"{write.__name__}.json"
         if path.exists():
             content = json.loads(path.read_text())

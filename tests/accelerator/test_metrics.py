@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import spectralmetrics as sm
 from spectralmetrics import (
     CovarianceMetric,
     IntrinsicDimensionMetric,
@@ -205,6 +206,18 @@ def test_labelled_rows(accelerator, new, folds):
     there.update(torch.ones(2, 6, device=accelerator), torch.tensor([1, 3]).to(accelerator))
     with pytest.raises(ValueError, match="below num_classes=3, got 1 of that and above"):
         there.compute()
+
+
+def test_sketches(accelerator):
+    new = sm.SaturationMetric
+    here, there = both(lambda **options: new(sketch_size=8, threshold=0.9, **options), accelerator, batches())
+    assert_close(there.compute(), here.compute())
+    for end, expected in zip(there.interval(), here.interval(), strict=True):
+        assert_close(end, expected)
+    with watching() as seen:
+        for _ in range(20):
+            there.update(torch.randn(300, 12, device=accelerator))
+    assert seen.reads == 0
 
 
 def test_products_are_float64_on_the_cpu_and_float32_elsewhere(accelerator):

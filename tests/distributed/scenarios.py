@@ -13,6 +13,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
+from spectralmetrics.functional import together
 from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.sums import moments as merging
 from tests.metrics.properties import assert_same, feed
@@ -778,6 +779,63 @@ def labels_beside_a_model_on_some_processes(rank, world):
         assert_same(values[key], expected, 1e-9)
 
 
+def sketches_equal_one_process(rank, world):
+    """Of any share, and far from each other; bounds and trace are those of all rows."""
+    parts = shares(world, 0, far="each other")
+    whole, mine = (sm.StableRankMetric(sketch_size=4) for _ in range(2))
+    for part in parts:
+        if len(part):
+            whole.update(part)
+    if len(parts[rank]):
+        mine.update(parts[rank])
+    expected = alone(sm.StableRankMetric, torch.cat(parts))
+    with counted_collectives() as seen:
+        low, high = mine.interval()
+    assert len(seen) in (0, 2)
+    assert low * (1 - 1e-9) <= expected <= high * (1 + 1e-9)
+    whole.sync_on_compute = False
+    whole._to_sync = False
+    for end, other in zip((low, high), whole.interval(), strict=True):
+        assert_same(end, other, 1e-7)
+
+
+def large_decompositions_are_shared(rank, world):
+    """Each is made on one process, and all have the eigenvalues, also where one has read some before."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sin())
+    metrics = [sm.SpectrumMetric(), sm.SaturationMetric()]
+    generator = torch.Generator().manual_seed(rank)
+    decomposed = []
+    original, threshold = torch.linalg.eigvalsh, together._WORTH_SHARING
+
+    def counting(*arguments, **options):
+        decomposed.append(arguments)
+        return original(*arguments, **options)
+
+    torch.linalg.eigvalsh, together._WORTH_SHARING = counting, 0.0
+    try:
+        probe = sm.LayerProbe(model, metrics)
+        with torch.no_grad():
+            model(torch.randn(40, 6, generator=generator))
+        with probe.merged():
+            if rank == 0:  # reads one layer by itself, as a user may
+                probe["eval", "0"].spectrum.read()
+        decomposed.clear()
+        values = probe.compute("eval")
+        assert len(decomposed) <= -(-5 // world)
+        with probe.merged():
+            for name in probe.layers:
+                spectral = probe.sums("eval", name)[0]
+                assert_same(values[f"spectrum/eval/{name}"], spectral.eigenvalues(), 1e-12)
+        decomposed.clear()
+        assert probe.compute("eval").keys() == values.keys()
+        assert not decomposed
+    finally:
+        torch.linalg.eigvalsh, together._WORTH_SHARING = original, threshold
+
+
 EVERYWHERE = [
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
@@ -804,6 +862,8 @@ EVERYWHERE = [
     projections_are_alike_everywhere,
     similarities_equal_those_of_one_process,
     labels_equal_one_process,
+    sketches_equal_one_process,
+    large_decompositions_are_shared,
     labels_beside_a_model_on_some_processes,
     a_kind_of_sum_from_elsewhere_is_merged_like_ours,
 ]
