@@ -265,7 +265,7 @@ def memory(results):
 def projection(results):
     yield (
         "## What projections cost in accuracy\n\nA convolutional network on MNIST digits, every convolution restricted"
-        " to the share of variance in the first column; mean, least and most over the seeds.\n"
+        " to the share of variance in the first column; median, least and most over the seeds.\n"
     )
     rows = []
     for threshold in dict.fromkeys(row["threshold"] for row in results):

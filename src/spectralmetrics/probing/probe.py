@@ -74,9 +74,9 @@ class LayerProbe(nn.Module):
             their rank.
         every_n_steps: observe one of every n forwards of the model, with all calls of its layers: the first,
             then one drawn from each n. A layer that is run by itself counts its own forwards.
-        budget: with 0.03, the probe takes at most 3 % of the time between forwards: it measures itself, and
-            observes fewer rows and forwards, evenly over layers and time. :meth:`summary` says what it took.
-            Which rows are seen then depends on the machine, and so do the values.
+        budget: with 0.03, the probe takes in the long run at most 3 % of the time between forwards: it measures
+            itself, and observes fewer rows and forwards, evenly over layers and time. :meth:`summary` says
+            what it took. Which rows are seen then depends on the machine, and so do the values.
         max_samples: stop observing a layer and stage after that many samples until :meth:`reset`.
         rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
         max_features: a wider layer is left out with a warning, or sketched.
