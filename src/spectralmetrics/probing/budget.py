@@ -13,8 +13,9 @@ import torch
 
 from spectralmetrics.probing.observations import first_tensor
 
-# What is measured from inside misses what the work does to caches; so much of the budget is used.
-_USED = 0.8
+# What is measured from inside misses what the work does to caches; so much of the budget is used. Seen from
+# outside, the training of an MLP took 1.4 % longer where the probe had counted 0.8 %.
+_USED = 0.5
 # Observed forwards should not be fewer than one in so many, as long as rows can be left out instead.
 _SELDOM, _OFTEN = 1 / 8, 1 / 2
 _LEAST_ROWS_PER_FEATURE, _ALL_ROWS_PER_FEATURE = 0.5, 2.0**20
