@@ -11,8 +11,6 @@ Seconds are those that a single core worked, whatever else the machine did. Ever
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,7 @@ from typing import Any
 
 import threadpoolctl
 import torch
-from benchmarks.common import describe_machine
-from reproduction.measure import logistic_regressions, pooled, predict, train
+from reproduction.measure import arguments, logistic_regressions, measure_missing, pooled, predict, train
 from reproduction.networks import NETWORKS, WIDTH
 from torch import Tensor, nn
 
@@ -93,26 +90,10 @@ def measure(network: str, seed: int, epochs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(MEASURED))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = arguments(__doc__, MEASURED, RESULTS)
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
-    kept = json.loads(options.results.read_text())["runs"] if options.results.exists() else []
-    for seed in range(options.seeds):
-        for network in options.networks:
-            wanted = {"network": network, "seed": seed, "width": WIDTH, "epochs": options.epochs}
-            if any(wanted.items() <= run.items() for run in kept):
-                continue
-            run = measure(network, seed, options.epochs)
-            kept.append(run)
-            print(f"{network}, seed {seed}: accuracy {run['accuracy']:.3f}, {run['seconds']}", flush=True)
-            options.results.write_text(
-                json.dumps({"machine": describe_machine(), "runs": kept}, indent=1) + "\n"
-            )
+    measure_missing(options, measure, lambda run: str(run["seconds"]))
 
 
 if __name__ == "__main__":

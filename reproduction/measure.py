@@ -19,6 +19,7 @@ import math
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -224,13 +225,30 @@ def _finite(extent: float) -> float | None:
     return None if math.isinf(extent) else extent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, networks: Collection[str], results: Path) -> argparse.Namespace:
+    """What the command line says of which networks to train, and where results are kept."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(networks))
+    parser.add_argument("--results", type=Path, default=results)
+    return parser.parse_args()
+
+
+def measure_missing(
+    options: argparse.Namespace,
+    measure: Callable[[str, int, int], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure what the results do not hold, and keep it as soon as it is there.
+
+    Args:
+        options: see :func:`arguments`.
+        measure: takes a network, a seed and a number of epochs.
+        describe: a run in a line for the screen.
+    """
     kept = json.loads(options.results.read_text())["runs"] if options.results.exists() else []
     for seed in range(options.seeds):
         for network in options.networks:
@@ -239,13 +257,18 @@ def main() -> None:
                 continue
             run = measure(network, seed, options.epochs)
             kept.append(run)
-            minutes = run["seconds"]["training"] / 60
-            print(
-                f"{network}, seed {seed}: accuracy {run['accuracy']:.3f}, trained {minutes:.1f} min", flush=True
-            )
+            print(f"{network}, seed {seed}: accuracy {run['accuracy']:.3f}, {describe(run)}", flush=True)
             options.results.write_text(
                 json.dumps({"machine": describe_machine(), "runs": kept}, indent=1) + "\n"
             )
+
+
+def main() -> None:
+    measure_missing(
+        arguments(__doc__, NETWORKS, RESULTS),
+        measure,
+        lambda run: f"trained {run['seconds']['training'] / 60:.1f} min",
+    )
 
 
 if __name__ == "__main__":

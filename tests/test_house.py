@@ -127,7 +127,6 @@ LONG_FILES = {
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
     "cli.py": "one command after the other, each with its help",
-    "sums/labelled.py": "one kind of sum, with what reads, saves and exchanges it",
     "sums/sketch.py": "one kind of sum, and what is read of it",
     "sums/moments.py": "one kind of sum, with a doctest for each operation",
 }

@@ -6,11 +6,8 @@ from tests.accelerator.device import emulated_device, without_float64
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    pass
 
 
 @pytest.fixture(params=["emulated", "cuda"])

@@ -48,7 +48,7 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = 0.99, rule: Rule
     threshold = check_threshold(threshold)
     check_rule(rule)
     values = _descending(eigenvalues)
-    cumulative = _cumulative(values)
+    cumulative = cumulative_sum(values)
     if rule == "delve":
         # All-zero spectra give NaN shares, which lie below nothing.
         return (cumulative / values.sum(-1, keepdim=True) < threshold).sum(-1)
@@ -198,7 +198,8 @@ def _descending(eigenvalues: Tensor) -> Tensor:
     return _finite(eigenvalues).clamp(min=0).sort(dim=-1, descending=True).values
 
 
-def _cumulative(values: Tensor) -> Tensor:
+def cumulative_sum(values: Tensor) -> Tensor:
+    """Along the last dimension."""
     # CUDA has no deterministic `cumsum` of floating-point values: it raises where determinism is asked for.
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return _scan(values)

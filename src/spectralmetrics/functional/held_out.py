@@ -7,7 +7,7 @@ equal. So the two spectra enclose that of unlimited data in what most statistics
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate as running
 from typing import NamedTuple
 
@@ -76,21 +76,27 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
     See :func:`held_out_eigenvalues` for the arguments and what is raised.
     """
     _check(folds)
-    first, *later = folds
-    before = [None, *running([first, *later[:-1]], merge)]  # all folds before each
-    after = [*reversed(list(running(reversed(later), merge))), None]  # and all after it
     total = torch.stack([fold.count for fold in folds]).sum()
     fitted = []
-    found = torch.zeros(first.num_features, dtype=torch.float64, device=first.second.device)
-    for fold, left, right in zip(folds, before, after, strict=True):
-        others = right if left is None else left if right is None else merge(left, right)
-        assert others is not None
+    found = torch.zeros_like(folds[0].origin)
+    for fold, others in zip(folds, without_each(folds), strict=True):
         values, vectors = eigenvectors(covariance(others, center=center))
         fitted.append(values)
         about = others.mean() if center else torch.zeros_like(others.origin)
         second = symmetrise(rebase(fold, about).second)
         found += _alike_where(values == 0, ((second @ vectors) * vectors).sum(0))
     return LeftOut(without_round_off(_non_increasing(found / total)), torch.stack(fitted))
+
+
+def without_each(folds: Sequence[Moments]) -> Iterator[Moments]:
+    """For each of at least two folds all the others together, in three merges for each."""
+    first, *later = folds
+    before = [None, *running([first, *later[:-1]], merge)]  # all folds before each
+    after = [*reversed(list(running(reversed(later), merge))), None]  # and all after it
+    for left, right in zip(before, after, strict=True):
+        others = right if left is None else left if right is None else merge(left, right)
+        assert others is not None
+        yield others
 
 
 def sampling_margin(values: Sequence[Tensor]) -> Tensor:

@@ -2,13 +2,11 @@ r"""What the features of a layer tell of labels: a linear regression, and how fa
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import Labelled, Moments, check_covariance, eigenvectors, merge, rebase
+from spectralmetrics.functional.held_out import without_each
+from spectralmetrics.sums import Labelled, check_covariance, eigenvectors, rebase
 from spectralmetrics.sums.checks import check_real, check_type
 from spectralmetrics.sums.decomposition import symmetrise
 
@@ -83,11 +81,11 @@ def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tens
         raise ValueError("expected at least 2 folds, got 1: nothing is held out of one")
     present = [index for index, count in enumerate(labelled.counts.tolist()) if count]
     numbers = labelled.class_counts.to(torch.float64)  # (g, K)
-    errors = labelled.seconds.new_zeros(()) * (1 if len(present) > 1 else torch.nan)
     if len(present) < 2:
-        return errors
+        return labelled.seconds.new_full((), torch.nan)
+    errors = labelled.seconds.new_zeros(())
     folds = labelled.dense.folds
-    for held, fitted in zip(present, _without_each([folds[index] for index in present]), strict=True):
+    for held, fitted in zip(present, without_each([folds[index] for index in present]), strict=True):
         others = [index for index in present if index != held]
         about = fitted.mean()
         counts = numbers[others].sum(0)
@@ -167,18 +165,6 @@ def _label_variance(shares: Tensor) -> Tensor:
     """The variance of one-hot labels, all classes together; NaN of a single class."""
     variance = (shares * (1 - shares)).sum()
     return torch.where(variance > 0, variance, torch.nan)
-
-
-def _without_each(folds: Sequence[Moments]) -> Iterator[Moments]:
-    """For each of at least two folds all the others together, in three merges for each."""
-    behind = list(itertools.accumulate(reversed(folds[1:]), merge))  # the last, the last two, ...
-    before: Moments | None = None
-    for fold in folds[:-1]:
-        after = behind.pop()
-        yield after if before is None else merge(before, after)
-        before = fold if before is None else merge(before, fold)
-    if before is not None:
-        yield before
 
 
 def _check_classes(covariance: Tensor, class_means: Tensor, class_counts: Tensor) -> None:

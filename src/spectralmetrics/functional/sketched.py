@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.dimension import Rule, check_rule, check_threshold
+from spectralmetrics.functional.dimension import Rule, check_rule, check_threshold, cumulative_sum
 
 
 class Estimate(NamedTuple):
@@ -55,7 +55,7 @@ def intrinsic_dimension(
     """
     threshold = check_threshold(threshold)
     check_rule(rule)
-    cumulative = leading.to(torch.float64).cumsum(0)
+    cumulative = cumulative_sum(leading.to(torch.float64))
     total = total.to(torch.float64)
     if not total > 0:
         nothing = torch.zeros((), dtype=torch.int64, device=leading.device)

@@ -90,6 +90,11 @@ class Spectrum:
         return cls(moments_of_covariance(covariance, mean, count), center=center)
 
     @property
+    def sums(self) -> SpectralSum:
+        """The sums that are read."""
+        return self._sums
+
+    @property
     def _total(self) -> SpectralSum:
         if not self._sums.folds:
             return self._sums  # not to be cached: a cache that holds the sums would keep them alive

@@ -21,7 +21,7 @@ NO_GROUP: Any = object()
 """In the place of a process group: this process does all by itself."""
 
 _HOST = torch.device("cpu")
-# Several processes share the work if there are so many numbers in the cubes of the widths: about a second.
+# Several processes share decompositions that cost as much together, about a second; see `_cost`.
 _WORTH_SHARING = 5e9
 # Memory for the matrices of a batch. LAPACK gains nothing from more than what saves calls; an accelerator does.
 _BATCH_BYTES = 2**20
@@ -55,17 +55,11 @@ def decompose_together(
     wanted = list(wanted)
     vectors = {each.spectrum.identity: each.spectrum for each in wanted if each.part == "eigenvectors"}
     values = {each.spectrum.identity: each.spectrum for each in wanted if each.part == "eigenvalues"}
+    plain = [each for identity, each in values.items() if identity not in vectors]
+    if group is not NO_GROUP and sum(map(_cost, plain)) >= _WORTH_SHARING:
+        _share(plain, progress, group)
     todo = [(each, True) for each in vectors.values() if not each.knows("eigenvectors")]
-    todo += [
-        (each, False)
-        for identity, each in values.items()
-        if identity not in vectors and not each.knows("eigenvalues")
-    ]
-    if group is not NO_GROUP:
-        plain = [each for identity, each in values.items() if identity not in vectors]
-        if sum(each.num_features**3 for each in plain) >= _WORTH_SHARING:
-            _share(plain, progress, group)
-            todo = [(each, v) for each, v in todo if v or not each.knows("eigenvalues")]
+    todo += [(each, False) for each in plain if not each.knows("eigenvalues")]
     done = 0
     for batch, with_vectors in _batches(todo):
         with contextlib.suppress(ValueError, RuntimeError):  # to be said by whoever reads the one that fails
@@ -93,9 +87,9 @@ def _share(spectra: Sequence[Spectrum], progress: Progress | None, group: Any) -
     # The dearest first, each to whoever has least to do.
     loads = [0] * world
     owners = {}
-    for place in sorted(range(len(open_ones)), key=lambda index: -open_ones[index].num_features):
+    for place in sorted(range(len(open_ones)), key=lambda index: -_cost(open_ones[index])):
         owners[place] = loads.index(min(loads))
-        loads[owners[place]] += open_ones[place].num_features ** 3
+        loads[owners[place]] += _cost(open_ones[place])
     mine = [place for place, owner in owners.items() if owner == rank]
     parts = [torch.zeros(each.num_values, dtype=torch.float64, device=device) for each in open_ones]
     for done, place in enumerate(mine, 1):
@@ -110,6 +104,11 @@ def _share(spectra: Sequence[Spectrum], progress: Progress | None, group: Any) -
     for each, found in zip(open_ones, packed.split([len(part) for part in parts]), strict=True):
         if not found.isnan().any():
             each.learn("eigenvalues", found.to(each.home).clone())
+
+
+def _cost(spectrum: Spectrum) -> int:
+    """What a decomposition takes: D³ of a matrix, D·k² of a sketch."""
+    return spectrum.num_features * spectrum.num_values**2
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -21,7 +21,6 @@ tensor(4., dtype=torch.float64)
 from __future__ import annotations
 
 import copy
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -151,14 +150,12 @@ class SpectralMetric(SumsMetric):
         sketch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if num_features is not None and not _is_positive_integer(num_features):
-            raise ValueError(f"expected num_features to be a positive integer or None, got {num_features!r}")
+        check_positive_integer("num_features", num_features, or_none=True)
         if gram_dtype not in (None, torch.float64, torch.float32):
             raise ValueError(f"expected gram_dtype torch.float64, torch.float32 or None, got {gram_dtype!r}")
         if nan_strategy not in get_args(NanStrategy):
             raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
-        if not _is_positive_integer(folds):
-            raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
+        check_positive_integer("folds", folds)
         check_positive_integer("sketch_size", sketch_size, or_none=True)
         if sketch_size is not None and folds > 1:
             raise ValueError(
@@ -184,8 +181,7 @@ class SpectralMetric(SumsMetric):
 
     def with_folds(self, folds: int) -> SpectralMetric:
         """A metric with the same settings and without observations, which it will keep in so many folds."""
-        if not _is_positive_integer(folds):
-            raise ValueError(f"expected folds to be a positive integer, got {folds!r}")
+        check_positive_integer("folds", folds)
         if self.sketch_size is not None and folds > 1:
             raise ValueError(f"expected folds=1 of a metric with sketch_size={self.sketch_size}, got {folds}")
         twin = copy.deepcopy(self)
@@ -353,9 +349,8 @@ class SpectralMetric(SumsMetric):
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
-        spectrum = self.spectrum
-        value = self.value_of(spectrum)
-        if self.misses(value) and spectrum.sketch is not None:
+        value = self.value_of(self.spectrum)
+        if self.misses(value):
             warnings.warn(
                 f"{type(self).__name__}: a sketch of {self.sketch_size} columns does not hold the share of the"
                 f" variance; interval() gives a lower bound, and a larger sketch_size the value",
@@ -464,10 +459,6 @@ class SpectralMetric(SumsMetric):
                 UserWarning,
                 stacklevel=2,
             )
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 SpectralMetric.declare(Moments.states.values())  # also of metrics that keep folds

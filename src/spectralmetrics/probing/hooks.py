@@ -55,14 +55,9 @@ class Hooks:
         finalizer.atexit = False  # at the end of the program there is nothing left to clean
         heed_hooks()
 
-    def before(self, module: nn.Module, observe: Observe) -> None:
-        """Have it told that a forward of a module begins."""
-        hook = Entering(Observer(module, observe, looks=False))
-        self._note(module, module.register_forward_pre_hook(hook))
-
-    def in_front(self, module: nn.Module, observe: Observe) -> None:
-        """Have it shown what goes into a module, positional arguments first, before that may change it."""
-        hook = Arriving(Observer(module, observe))
+    def before(self, module: nn.Module, observe: Observe, *, looks: bool = False) -> None:
+        """Have it told that a forward of a module begins, or, if it looks, be shown the arguments."""
+        hook = Entering(Observer(module, observe, looks=looks))
         self._note(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def behind(
@@ -155,22 +150,7 @@ class Observer(OwnHook):
 
 
 class Entering(OwnHook):
-    """A forward pre-hook of one module, which tells an observer that a forward begins.
-
-    Args:
-        observer: one that does not look, and has been put on the module's forward nowhere.
-    """
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """See ``torch.nn.Module.register_forward_pre_hook``."""
-        self._observer(module, args, None)
-
-
-class Arriving(OwnHook):
-    """A forward pre-hook of one module, which shows an observer the arguments.
+    """A forward pre-hook of one module, which shows an observer the arguments, positional ones first.
 
     Args:
         observer: one that has been put on the module's forward nowhere.

@@ -213,7 +213,7 @@ class LayerProbe(nn.Module):
     def _watch(self, model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         for name, module in chosen.items():
             if self.observe == "inputs":
-                self._hooks.in_front(module, Weakly(self._observe, name))
+                self._hooks.before(module, Weakly(self._observe, name), looks=True)
             else:
                 self._hooks.behind(module, Weakly(self._observe, name), self._selected.get(name))
         if self._steps.leaves_out or self._deals:
@@ -284,36 +284,30 @@ class LayerProbe(nn.Module):
         """
         if not self.has_intervals:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        able = {name for name, metric in self.statistics.items() if isinstance(metric, SpectralMetric)}
-        return self._read(stage, _read_interval, able, progress)
+        return self._read(stage, lambda metric: metric.read_interval(HOST), _keeps_interval, progress)
 
     @property
     def has_intervals(self) -> bool:
         """Whether there are :meth:`intervals`, of some layer at least."""
-        return any(
-            isinstance(metric, SpectralMetric) and metric.keeps_interval
-            for of_layer in self._places.values()
-            for metric in of_layer.members
-        )
+        return any(_keeps_interval(metric) for of_layer in self._places.values() for metric in of_layer.members)
 
     def _read(
         self,
         stage: str | None,
         read: Callable[[Any], Any],
-        names: set[str] | None = None,
+        applies: Callable[[Any], bool] = lambda metric: True,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
         if progress is not None and not callable(progress):
             raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
-        chosen = self._names if names is None else [name for name in self._names if name in names]
         values: dict[str, Any] = {}
         with self._lock, self._merged([(s, name) for s in stages for name in self._layers]):
             seen = False
             for each in stages:
                 places = [self._places[each, name] for name in self.layers]
                 group = sharing_group(places) if self._is_sharing or not self._is_merged else NO_GROUP
-                found = read_stage(places, chosen, read, progress, group)
+                found = read_stage(places, self._names, read, applies, progress, group)
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
@@ -649,7 +643,7 @@ class LayerProbe(nn.Module):
         """The output with samples first, as its layer's type, its surroundings and the mask tell."""
         is_selected = name in self._selected
         time_first = name in self._layout.time_first
-        batch = self.rule.batch(None if is_selected else module, output, self._masks.mask, time_first)
+        batch = self.rule.batch(None if is_selected else module, output, self._masks.value, time_first)
         self._masks.met(name, batch)
         if batch.kind == "sequence" and name in self._unsure:
             self._unsure.discard(name)
@@ -706,9 +700,8 @@ class _LeftOut(Exception):  # noqa: N818  # no error
     """A layer is not to be observed."""
 
 
-def _read_interval(metric: Any) -> Interval | None:
-    """The interval of a metric; None of one that has none."""
-    return metric.read_interval(HOST) if metric.keeps_interval else None
+def _keeps_interval(metric: Any) -> bool:
+    return isinstance(metric, SpectralMetric) and metric.keeps_interval
 
 
 def _check_stage(stage: str) -> str:

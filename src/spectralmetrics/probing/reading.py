@@ -23,6 +23,7 @@ def read_stage(
     places: Sequence[LayerMetrics],
     names: Collection[str],
     read: Callable[[Any], Any],
+    applies: Callable[[Any], bool],
     progress: Progress | None = None,
     group: Any = NO_GROUP,
 ) -> dict[str, Any] | None:
@@ -32,6 +33,7 @@ def read_stage(
         places: the layers of one stage in forward order, their states merged.
         names: of the metrics, in the order of the values.
         read: of a metric.
+        applies: whether it can be read of a metric of this layer; where not, nothing is said.
         progress: told how much is done, and of how much.
         group: of processes that have the same states and share the work; NO_GROUP for a process of its own.
 
@@ -43,7 +45,7 @@ def read_stage(
     seen = [place for place in places if place.has_seen(counted)]
     left_out = _left_out(places, counted)
     tell = _Steps(progress, len(seen))
-    decompose_together(_wanted(seen, names, counted), tell.decomposed, group)
+    decompose_together(_wanted(seen, names, applies, counted), tell.decomposed, group)
     values: dict[str, Any] = {}
     failed, few = [], []
     unlabelled: dict[str, list[str]] = {}
@@ -51,7 +53,7 @@ def read_stage(
     for place in seen:
         found: dict[str, Any] = {}
         for name, metric in place.readable().items():
-            if name not in names:
+            if name not in names or not applies(metric):
                 continue
             if _has_no_labels(place, name, metric, counted):
                 if place.is_sketched:
@@ -62,10 +64,7 @@ def read_stage(
             try:
                 if isinstance(metric, SpectralMetric):
                     metric.check_range(bool(counted[id(place.leader_of[name])].in_range))
-                value = read(metric)
-                if value is None:  # of a metric that has none
-                    continue
-                found[name] = value
+                value = found[name] = read(metric)
                 if isinstance(metric, SpectralMetric) and isinstance(value, Tensor) and metric.misses(value):
                     missed[place.layer] = metric.sketch_size
             except Exception as error:
@@ -103,12 +102,14 @@ def read_stage(
     return values if seen else None
 
 
-def _wanted(places: Sequence[LayerMetrics], names: Collection[str], counted: Counted) -> list[Wanted]:
+def _wanted(
+    places: Sequence[LayerMetrics], names: Collection[str], applies: Callable[[Any], bool], counted: Counted
+) -> list[Wanted]:
     return [
         each
         for place in places
         for name, metric in place.readable().items()
-        if name in names and isinstance(metric, SpectralMetric)
+        if name in names and isinstance(metric, SpectralMetric) and applies(metric)
         if counted[id(place.leader_of[name])].in_range and not _has_no_labels(place, name, metric, counted)
         for each in metric.wanted(HOST)
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectralmetrics.functional import Observations, Spectrum
-from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
+from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
 from spectralmetrics.projection.transforms import outside_transforms, untransformed
 from spectralmetrics.sums import SpectralSum, full_precision, run_together
@@ -81,7 +81,6 @@ class PCAProjection(nn.Module):
         self._is_merged = False  # whether the sums are those of all processes
         self._random: Tensor | None = None
         self._spectrum: Spectrum | None = None
-        self._sums: SpectralSum | None = None  # that it is of
         self._projectors: dict[Any, tuple[Tensor, Tensor, bool]] = {}
 
     @property
@@ -110,10 +109,8 @@ class PCAProjection(nn.Module):
         if self._random is not None:
             return self._random.shape[1]
         spectrum = self.spectrum()
-        if spectrum.sketch is None:
-            return int(intrinsic_dimension(spectrum.eigenvalues, self.threshold))
         found = IntrinsicDimensionMetric(threshold=self.threshold).value_of(spectrum)
-        if found.isnan():
+        if spectrum.sketch is not None and found.isnan():
             share = float(spectrum.eigenvalues.sum() / spectrum.total_variance)
             raise RuntimeError(
                 f"a sketch of {spectrum.sketch.size} columns holds {100 * share:.3g} % of the variance, and not"
@@ -140,7 +137,6 @@ class PCAProjection(nn.Module):
                 )
             self.covariance.check_range()
             self._spectrum = Spectrum(sums, center=self.center)
-            self._sums = sums
         return self._spectrum
 
     @contextlib.contextmanager
@@ -272,7 +268,7 @@ class PCAProjection(nn.Module):
                 spectrum = self.spectrum()
                 if _several_processes() and not self._is_merged:
                     # From here on a saved state is complete; training again starts a new one.
-                    self.covariance.absorb([self._sums])
+                    self.covariance.absorb([spectrum.sums])
                     self._is_merged = True
                 rank = self.rank
                 is_complement = False

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import full_precision, power_of_two_scale
+from spectralmetrics.sums.precision import (
+    ROWS_PER_FLOAT32_SUM,
+    are_finite,
+    full_precision,
+    power_of_two_scale,
+)
 
-# A float32 sum of many products of like sign drifts in proportion to their number.
-ROWS_PER_FLOAT32_SUM = 256
 # One product up to this width; wider ones leave out what lies below the diagonal.
 _WIDTH_OF_ONE_PRODUCT = 1024
 # Memory for centred rows, and for the products of so many rows each, which are summed in float64.
@@ -89,10 +92,8 @@ def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre:
     """Add values of shape (..., D)."""
     features = values.shape[-1]
     total = values.numel() // features
-    # A row is judged before it is centred: one that overflows then is no NaN of the user's. The largest
-    # magnitude is NaN or infinite if any is.
-    magnitude = torch.linalg.vector_norm(values, torch.inf, dim=-1, keepdim=True)
-    kept = magnitude <= torch.finfo(values.dtype).max
+    # A row is judged before it is centred: one that overflows then is no NaN of the user's.
+    kept = are_finite(values)
     if valid is not None:
         kept = kept & valid.reshape(kept.shape)
     whole = total if total <= ROWS_PER_FLOAT32_SUM else -(-total // ROWS_PER_FLOAT32_SUM) * ROWS_PER_FLOAT32_SUM

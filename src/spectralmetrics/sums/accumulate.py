@@ -20,7 +20,7 @@ from spectralmetrics.sums import compiled
 from spectralmetrics.sums.checks import check_type
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import full_precision, power_of_two_scale
+from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; an accelerator wants fewer, larger products.
@@ -28,9 +28,6 @@ _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
 _MINIMUM_ROWS_PER_PRODUCT = 2048
-# A float32 sum of many products of like sign drifts in proportion to their number: 2.4e-3 of it was seen for
-# 131,072.
-_ROWS_PER_FLOAT32_SUM = 256
 # Memory of a thread for one role, kept between updates.
 _KEPT_WORKSPACE_BYTES = 2**26
 _KEPT = threading.local()
@@ -268,14 +265,14 @@ def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
 
 def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
     """The product leftᵀ right in float64, of float32 sums over few rows each."""
-    whole = left.shape[0] // _ROWS_PER_FLOAT32_SUM * _ROWS_PER_FLOAT32_SUM
+    whole = left.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
     shape = (left.shape[1], right.shape[1])
     total = _workspace(left, "summed products", shape, torch.float64)
     if whole:
         # (n, b) -> (n / 256, b, 256), (n, w) -> (n / 256, 256, w)
-        transposed = left[:whole].unflatten(0, (-1, _ROWS_PER_FLOAT32_SUM)).mT
+        transposed = left[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM)).mT
         pieces = _workspace(left, "product", (transposed.shape[0], *shape), torch.float32)
-        torch.bmm(transposed, right[:whole].unflatten(0, (-1, _ROWS_PER_FLOAT32_SUM)), out=pieces)
+        torch.bmm(transposed, right[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM)), out=pieces)
         torch.sum(pieces, 0, dtype=torch.float64, out=total)
     if whole == left.shape[0]:
         return total

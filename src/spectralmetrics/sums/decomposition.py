@@ -57,13 +57,16 @@ def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
             [1., 0.]], dtype=torch.float64)
     """
     values, vectors = torch.linalg.eigh(check_covariance(covariance), UPLO="U")
-    vectors = vectors.flip(-1)
+    return without_round_off(values.flip(-1)), with_fixed_signs(vectors.flip(-1)) + 0.0
+
+
+def with_fixed_signs(vectors: Tensor) -> Tensor:
+    """Vectors, one in each column, turned so that the entry of largest magnitude is positive."""
     # Entries that agree up to round-off must not take turns at being the largest: prefer the first.
     magnitude = vectors.abs()
     nearly_largest = magnitude >= magnitude.amax(-2, keepdim=True) * (1 - 1e-6)
     leading = nearly_largest.to(torch.uint8).argmax(-2, keepdim=True)
-    sign = torch.where(vectors.gather(-2, leading) < 0, -1.0, 1.0)
-    return without_round_off(values.flip(-1)), vectors * sign + 0.0
+    return vectors * torch.where(vectors.gather(-2, leading) < 0, -1.0, 1.0)
 
 
 def check_square(covariance: Tensor) -> None:

@@ -7,6 +7,7 @@ Whatever reads the sum reads all of them merged, unless it asks for the folds.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -23,8 +24,92 @@ from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import Intake, SpectralSum
 
 
+class InFolds(SpectralSum):
+    """Sums of g folds, each stacked in its first dimension, that are read of all folds together.
+
+    Attributes:
+        counts: shape (g,), int64; see :class:`~spectralmetrics.sums.Moments` for what each holds.
+        non_finites: shape (g,), int64.
+        seconds: shape (g, D, D), float64.
+    """
+
+    views: ClassVar[str]
+    """Name of a cached property that holds views of the tensors."""
+
+    counts: Tensor
+    non_finites: Tensor
+    seconds: Tensor
+
+    @property
+    @abstractmethod
+    def total(self) -> Moments:
+        """The moments of all folds together."""
+
+    @property
+    def number(self) -> int:
+        """The number of folds g."""
+        return self.counts.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.seconds.shape[-1]
+
+    @property
+    def num_observations(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.counts.sum()
+
+    @property
+    def num_left_out(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.non_finites.sum()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of the views would be no views of the copy.
+        return {name: value for name, value in vars(self).items() if name != self.views}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See :class:`.Sum`."""
+        twin = super().with_tensors(tensors)
+        vars(twin).pop(self.views, None)  # views of the others
+        return twin
+
+    def in_range(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.seconds.diagonal(dim1=-2, dim2=-1).isfinite().all()
+
+    def mean(self) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.mean()
+
+    def centred(self, rows: Tensor) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.centred(rows)
+
+    def variances(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.variances(center=center)
+
+    def covariance(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.covariance(center=center)
+
+    def eigenvalues(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.eigenvalues(center=center)
+
+    def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
+        """See :class:`.SpectralSum`."""
+        return self.total.eigenvectors(center=center)
+
+    def matrix(self, *, center: bool = True) -> Tensor:
+        """See :class:`.SpectralSum`."""
+        return self.total.matrix(center=center)
+
+
 @dataclass(frozen=True)
-class Folds(SpectralSum):
+class Folds(InFolds):
     """The moments of g folds, stacked.
 
     Attributes:
@@ -53,32 +138,13 @@ class Folds(SpectralSum):
     additive: ClassVar[frozenset[str]] = frozenset({"counts", "non_finites", "firsts", "seconds"})
     arrays: ClassVar[tuple[str, ...]] = ("fold_covariances", "fold_means", "fold_counts", "fold_non_finites")
     counts_batches: ClassVar[bool] = True
+    views: ClassVar[str] = "folds"
 
     counts: Tensor
     non_finites: Tensor
     origins: Tensor
     firsts: Tensor
     seconds: Tensor
-
-    @property
-    def number(self) -> int:
-        """The number of folds g."""
-        return self.counts.shape[0]
-
-    @property
-    def num_features(self) -> int:
-        """The width D of an observation."""
-        return self.seconds.shape[-1]
-
-    @property
-    def num_observations(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.counts.sum()
-
-    @property
-    def num_left_out(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.non_finites.sum()
 
     def settings(self) -> tuple[object, ...]:
         """See :class:`.Sum`."""
@@ -90,16 +156,6 @@ class Folds(SpectralSum):
         parts = (self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
         with torch.inference_mode(False):
             return tuple(Moments(*each) for each in zip(*parts, strict=True))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of the views would be no views of the copy.
-        return {name: value for name, value in vars(self).items() if name != "folds"}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """See :class:`.Sum`."""
-        twin = super().with_tensors(tensors)
-        vars(twin).pop("folds", None)  # views of the others
-        return twin
 
     @property
     def total(self) -> Moments:
@@ -139,34 +195,6 @@ class Folds(SpectralSum):
         width = max(each.num_features for each in merged if each is not None)
         empty = empty_moments(width, self.seconds.device)
         return stack([empty if each is None else each for each in merged])
-
-    def in_range(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.seconds.diagonal(dim1=-2, dim2=-1).isfinite().all()
-
-    def mean(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.mean()
-
-    def centred(self, rows: Tensor) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.centred(rows)
-
-    def variances(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.variances(center=center)
-
-    def covariance(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.covariance(center=center)
-
-    def eigenvalues(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.eigenvalues(center=center)
-
-    def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
-        """See :class:`.SpectralSum`."""
-        return self.total.eigenvectors(center=center)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""

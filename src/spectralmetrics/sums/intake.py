@@ -101,10 +101,7 @@ class DenseIntake(Intake):
     def _accumulate(self, sums: Any, observations: Observations) -> None:
         device, is_float64 = observations.values.device, observations.values.dtype == torch.float64
         gram_dtype = self._gram_dtype or products_dtype(device)
-        self._accumulations += 1
-        # The first rows may be unlike the rest, and features drift in training: the origin follows the data,
-        # ever more seldom.
-        milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
+        milestone = self._reaches_milestone()
         rounded = gram_dtype == torch.float32 and not is_float64
         recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
         if rounded and not recentre and device.type != "cpu":
@@ -116,6 +113,12 @@ class DenseIntake(Intake):
         if recentre:
             self._centring = None
             self._origin_is_float32 = self._origin_is_float32 and not is_float64
+
+    def _reaches_milestone(self) -> bool:
+        """Count an accumulation; return whether the origin is to follow the data with it."""
+        # The first rows may be unlike the rest, and features drift in training: ever more seldom.
+        self._accumulations += 1
+        return self._accumulations <= 4 or self._accumulations.bit_count() == 1
 
 
 def products_dtype(device: torch.device) -> torch.dtype:

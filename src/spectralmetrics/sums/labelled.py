@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.folds import Folds, FoldsIntake, empty_folds
-from spectralmetrics.sums.merging import agree_on_width, together
+from spectralmetrics.sums.folds import Folds, FoldsIntake, InFolds, empty_folds
+from spectralmetrics.sums.merging import agree, together
 from spectralmetrics.sums.moments import Moments
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum
+from spectralmetrics.sums.precision import are_finite
+from spectralmetrics.sums.sum import Exchange, Intake
 
 
 @dataclass(frozen=True)
-class Labelled(SpectralSum):
+class Labelled(InFolds):
     """The moments of g folds of labelled observations, and their sums by class.
 
     Attributes:
@@ -68,6 +69,7 @@ class Labelled(SpectralSum):
     )
     counts_batches: ClassVar[bool] = True
     describes_layer: ClassVar[bool] = False
+    views: ClassVar[str] = "dense"
 
     counts: Tensor
     non_finites: Tensor
@@ -84,21 +86,6 @@ class Labelled(SpectralSum):
         """The number of classes K."""
         return self.class_counts.shape[-1]
 
-    @property
-    def num_features(self) -> int:
-        """The width D of an observation."""
-        return self.seconds.shape[-1]
-
-    @property
-    def num_observations(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.counts.sum()
-
-    @property
-    def num_left_out(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.non_finites.sum()
-
     @cached_property
     def dense(self) -> Folds:
         """The moments, in folds; views of the tensors here."""
@@ -113,11 +100,6 @@ class Labelled(SpectralSum):
     def folds(self) -> tuple[Moments, ...]:
         """The moments of each fold; empty if there is one."""
         return self.dense.folds if self.dense.number > 1 else ()
-
-    @property
-    def number(self) -> int:
-        """The number of folds g."""
-        return self.counts.shape[0]
 
     def class_means(self) -> Tensor:
         """The mean of each class in all folds, about the mean of all observations, shape (K, D), float64.
@@ -144,15 +126,6 @@ class Labelled(SpectralSum):
         """See :class:`.Sum`."""
         return (f"num_classes={self.num_classes}", f"folds={self.number}")
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """See :class:`.Sum`."""
-        twin = super().with_tensors(tensors)
-        vars(twin).pop("dense", None)  # views of the others
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "dense"}
-
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Labelled:
         """See :class:`.Sum`."""
         return empty_labelled(self.num_classes, num_features, device, folds=self.number)
@@ -175,8 +148,7 @@ class Labelled(SpectralSum):
         dense = mine.dense.merged(other.dense)
         larger = mine.class_counts.sum(1, keepdim=True) >= other.class_counts.sum(1, keepdim=True)  # (g, 1)
         origins = torch.where(larger, mine.class_origins, other.class_origins)
-        return replace(
-            mine,
+        return Labelled(
             **vars(dense),
             class_counts=mine.class_counts + other.class_counts,
             class_origins=origins,
@@ -200,14 +172,9 @@ class Labelled(SpectralSum):
         return None if dense is None or classes is None else replace(self, **vars(dense), **classes)
 
     def _exchange_classes(self, known: Labelled | None, rank: int, world_size: int) -> Exchange:
-        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
-        header[rank] = torch.tensor([self.num_features, known is None], dtype=torch.float64, device="cpu")
-        header = (yield header).cpu()
-        if not header[:, 1].any():
-            return known
-        width = agree_on_width(header[:, 0])
-        if width == 0:
-            return None
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.seconds.device)
         # Each process' sums are about an origin of its own. Those and the numbers of each class go in tables,
         # from which all know how to move the sum of the sums to one origin.
@@ -231,35 +198,7 @@ class Labelled(SpectralSum):
 
     def in_range(self) -> Tensor:
         """Whether no square has overflowed and no label was out of range."""
-        return self.dense.in_range() & (self.strays.sum() == 0)
-
-    def mean(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.mean()
-
-    def centred(self, rows: Tensor) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.centred(rows)
-
-    def variances(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.variances(center=center)
-
-    def covariance(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.covariance(center=center)
-
-    def eigenvalues(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.eigenvalues(center=center)
-
-    def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
-        """See :class:`.SpectralSum`."""
-        return self.total.eigenvectors(center=center)
-
-    def matrix(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.total.matrix(center=center)
+        return super().in_range() & (self.strays.sum() == 0)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
@@ -338,7 +277,7 @@ class LabelledIntake(Intake):
 
     @staticmethod
     def _add_classes(sums: Labelled, fold: int, rows: Tensor, labels: Tensor, valid: Tensor) -> None:
-        kept = valid & rows.isfinite().all(1)
+        kept = valid & are_finite(rows)[:, 0]
         origin = sums.class_origins[fold]
         # The first rows give the origin; the sums are exact about any, as long as it lies near the data.
         is_first = sums.class_counts[fold].sum() == 0

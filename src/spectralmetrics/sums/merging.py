@@ -81,6 +81,22 @@ def together(
     return results
 
 
+def agree(
+    num_features: int, is_known: bool, rank: int, world_size: int
+) -> Generator[Tensor, Tensor, int | None]:
+    """The first step of an exchange: the width that all processes with data have; 0 if none has data.
+
+    None if all know the result of an earlier exchange, which needs no other then.
+
+    Raises:
+        ValueError: if the widths differ.
+    """
+    header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
+    header[rank] = torch.tensor([num_features, not is_known], dtype=torch.float64, device="cpu")
+    header = (yield header).cpu()
+    return agree_on_width(header[:, 0]) if header[:, 1].any() else None
+
+
 def agree_on_width(widths: Tensor) -> int:
     """The width that all processes with data have; 0 if none has data.
 

@@ -35,17 +35,17 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
+from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
-from spectralmetrics.sums.merging import agree_on_width
-from spectralmetrics.sums.sum import SpectralSum
+from spectralmetrics.sums.merging import agree
 
 # Above this number of processes the tables of origins are replaced by one more all-reduce.
 MOST_PROCESSES_WITH_TABLES = 64
 
 
 @dataclass(frozen=True)
-class Moments(SpectralSum):
+class Moments(AboutOrigin):
     r"""Sums over observations about an origin; the tensors are updated in place by :func:`accumulate`.
 
     Attributes:
@@ -78,16 +78,6 @@ class Moments(SpectralSum):
         """The width D of an observation."""
         return self.second.shape[0]
 
-    @property
-    def num_observations(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.count
-
-    @property
-    def num_left_out(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.non_finite
-
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Moments:
         """See :class:`.Sum`."""
         return empty_moments(num_features, device)
@@ -96,52 +86,27 @@ class Moments(SpectralSum):
         """See :class:`.Sum`."""
         return DenseIntake(gram_dtype)
 
-    def merged(self, other: Moments) -> Moments:
-        """See :class:`.Sum`."""
-        home = self.second.device
-        other = other.map(lambda tensor: tensor.to(home))
-        if other.num_features == 0:
-            return replace(self, non_finite=self.non_finite + other.non_finite)
-        if self.num_features == 0:
-            copied = other.map(torch.clone)
-            return replace(copied, non_finite=copied.non_finite + self.non_finite)
-        return merge(self, other)
+    def squares(self) -> Tensor:
+        """See :class:`.AboutOrigin`."""
+        return self.second.diagonal()
+
+    def about(self, origin: Tensor) -> Moments:
+        """See :class:`.AboutOrigin`."""
+        return rebase(self, origin)
 
     def exchange(
         self, known: Moments | None, rank: int, world_size: int
     ) -> Generator[Tensor, Tensor, Moments | None]:
         """See :class:`.Sum`."""
-        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
-        header[rank, 0] = self.num_features
-        header[rank, 1] = known is None
-        header = (yield header).cpu()
-        if not header[:, 1].any():
-            return known
-        num_features = agree_on_width(header[:, 0])
-        if num_features == 0:
-            return None
+        num_features = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not num_features:
+            return known if num_features is None else None
         mine = self if self.num_features else empty_moments(num_features)
         if world_size <= MOST_PROCESSES_WITH_TABLES:
             merged = yield from _exchange_with_tables(mine, rank, world_size)
         else:
             merged = yield from _exchange_with_common_origin(mine)
         return merged
-
-    def in_range(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.second.diagonal().isfinite().all()
-
-    def mean(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return mean(self)
-
-    def centred(self, rows: Tensor) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return (rows.to(torch.float64) - self.origin) - self.first / self.count
-
-    def variances(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return variances(self, center=center)
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -197,6 +162,10 @@ class _MomentsOfCovariance(Moments):
     """Moments made of a covariance that was there: multiplied by n and divided again it would lose digits."""
 
     given: Tensor
+
+    def plain(self) -> Moments:
+        """See :class:`.Sum`."""
+        return Moments(self.count, self.non_finite, self.origin, self.first, self.second)
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """The covariance as it was given."""
@@ -307,16 +276,7 @@ def merge(left: Moments, right: Moments) -> Moments:
         check_type(name, side, Moments)
     if left.num_features != right.num_features:
         raise ValueError(f"expected moments of one width, got {left.num_features} and {right.num_features}")
-    # The origin of the larger side lies nearer to the common mean.
-    origin = torch.where(left.count >= right.count, left.origin, right.origin)
-    left, right = rebase(left, origin), rebase(right, origin)
-    return Moments(
-        count=left.count + right.count,
-        non_finite=left.non_finite + right.non_finite,
-        origin=origin,
-        first=left.first + right.first,
-        second=left.second + right.second,
-    )
+    return left.together_with(right)
 
 
 def mean(moments: Moments) -> Tensor:
@@ -329,7 +289,7 @@ def mean(moments: Moments) -> Tensor:
     tensor([2.5000], dtype=torch.float64)
     """
     check_type("moments", moments, Moments)
-    return moments.origin + moments.first / moments.count
+    return moments.mean()
 
 
 def variances(moments: Moments, *, center: bool = True) -> Tensor:
@@ -342,9 +302,7 @@ def variances(moments: Moments, *, center: bool = True) -> Tensor:
     tensor([1., 0.], dtype=torch.float64)
     """
     check_type("moments", moments, Moments)
-    offset = moments.first / moments.count
-    about_mean = (moments.second.diagonal() / moments.count - offset.square()).clamp_(min=0)
-    return about_mean if center else about_mean + (moments.origin + offset).square()
+    return moments.variances(center=center)
 
 
 def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False) -> Tensor:

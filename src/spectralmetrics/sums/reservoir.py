@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.merging import agree_on_width
 from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import are_finite
 from spectralmetrics.sums.sum import Intake, Sum
 
 
@@ -133,7 +134,7 @@ class SampleIntake(Intake):
         entropy = np.random.SeedSequence([sums.seed, rank, batch]).generate_state(1, np.uint64)
         generator = torch.Generator(device).manual_seed(int(entropy[0]) >> 1)
         keys = torch.rand(matrix.shape[0], generator=generator, device=device, dtype=torch.float64)
-        eligible = matrix.abs().amax(1).isfinite()
+        eligible = are_finite(matrix)[:, 0]
         if observations.valid is not None:
             eligible = eligible & observations.valid
         keys = torch.where(eligible, keys, torch.inf)

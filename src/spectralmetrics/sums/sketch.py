@@ -23,21 +23,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
 from spectralmetrics.sums.intake import DenseIntake, products_dtype
-from spectralmetrics.sums.merging import agree_on_width
+from spectralmetrics.sums.merging import agree
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import full_precision, power_of_two_scale
-from spectralmetrics.sums.sum import SpectralSum
+from spectralmetrics.sums.precision import (
+    ROWS_PER_FLOAT32_SUM,
+    are_finite,
+    full_precision,
+    power_of_two_scale,
+)
 
-# Rows of a product: enough to pay for the pass over the image, few enough for a float32 sum.
-_ROWS_PER_PRODUCT = 256
 # Features of a product's block, whose result stays in the cache until it is added.
 _FEATURES_PER_PRODUCT = 4096
 # Directions of the sketch in which the covariance is smaller than this many times the error of the products
@@ -46,7 +50,7 @@ _TRUSTED = 100.0
 
 
 @dataclass(frozen=True)
-class Sketch(SpectralSum):
+class Sketch(AboutOrigin):
     """The sketch of a covariance; its tensors are updated in place by its intake.
 
     Attributes:
@@ -104,16 +108,6 @@ class Sketch(SpectralSum):
         """The width D of an observation."""
         return self.image.shape[0]
 
-    @property
-    def num_observations(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.count
-
-    @property
-    def num_left_out(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.non_finite
-
     def settings(self) -> tuple[object, ...]:
         """See :class:`.Sum`."""
         return (f"sketch_size={self.size}", f"seed={self.seed}")
@@ -140,50 +134,21 @@ class Sketch(SpectralSum):
         return sum_of(rows[:, part] @ signs[part].to(rows.dtype) for part in _parts(self.num_features))
 
     def about(self, origin: Tensor) -> Sketch:
-        """The same sums about another origin, exactly up to rounding.
-
-        Args:
-            origin: shape (D,), float64.
-        """
+        """See :class:`.AboutOrigin`."""
         image, diagonal, first = _moved(self, origin)
         return replace(self, origin=origin, image=image, diagonal=diagonal, first=first)
 
-    def merged(self, other: Sketch) -> Sketch:
-        """See :class:`.Sum`."""
-        if other.settings() != self.settings():
-            raise ValueError(f"expected a state of {self.settings()} to merge, got one of {other.settings()}")
-        home = self.image.device
-        other = other.map(lambda tensor: tensor.to(home))
-        if other.num_features == 0:
-            return replace(self, non_finite=self.non_finite + other.non_finite)
-        if self.num_features == 0:
-            copied = other.map(torch.clone)
-            return replace(copied, non_finite=copied.non_finite + self.non_finite)
-        # The origin of the larger side lies nearer to the common mean.
-        origin = torch.where(self.count >= other.count, self.origin, other.origin)
-        left, right = self.about(origin), other.about(origin)
-        return replace(
-            left,
-            count=left.count + right.count,
-            non_finite=left.non_finite + right.non_finite,
-            first=left.first + right.first,
-            diagonal=left.diagonal + right.diagonal,
-            image=left.image + right.image,
-        )
+    def squares(self) -> Tensor:
+        """See :class:`.AboutOrigin`."""
+        return self.diagonal
 
     def exchange(
         self, known: Sketch | None, rank: int, world_size: int
     ) -> Generator[Tensor, Tensor, Sketch | None]:
         """See :class:`.Sum`."""
-        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
-        header[rank, 0] = self.num_features
-        header[rank, 1] = known is None
-        header = (yield header).cpu()
-        if not header[:, 1].any():
-            return known
-        width = agree_on_width(header[:, 0])
-        if width == 0:
-            return None
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.image.device)
         # Each process sends its sums about its own mean, which need no common origin, and that mean as an
         # origin and an offset, whose sum would lose the digits of data far from zero.
@@ -210,24 +175,6 @@ class Sketch(SpectralSum):
             diagonal=diagonal + (counts * deviations.square()).sum(0),
             image=image.reshape(width, -1).addmm((counts * deviations).mT, mine.combine(deviations)),
         )
-
-    def in_range(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.diagonal.isfinite().all()
-
-    def mean(self) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return self.origin + self.first / self.count
-
-    def centred(self, rows: Tensor) -> Tensor:
-        """See :class:`.SpectralSum`."""
-        return (rows.to(torch.float64) - self.origin) - self.first / self.count
-
-    def variances(self, *, center: bool = True) -> Tensor:
-        """See :class:`.SpectralSum`; exact."""
-        offset = self.first / self.count
-        about_mean = (self.diagonal / self.count - offset.square()).clamp_(min=0)
-        return about_mean if center else about_mean + (self.origin + offset).square()
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """A sketch holds no matrix; always a RuntimeError."""
@@ -260,11 +207,7 @@ class Sketch(SpectralSum):
         """
         factor, values, rotation = self._factor(center)
         vectors = factor @ (rotation / torch.where(values > 0, values, 1.0).sqrt() * (values > 0))
-        magnitude = vectors.abs()
-        leading = (
-            (magnitude >= magnitude.amax(0, keepdim=True) * (1 - 1e-6)).to(torch.uint8).argmax(0, keepdim=True)
-        )
-        return values, vectors * torch.where(vectors.gather(0, leading) < 0, -1.0, 1.0)
+        return values, with_fixed_signs(vectors)
 
     def _factor(self, center: bool) -> tuple[Tensor, Tensor, Tensor]:
         """E (D, k) with Σ̂ = E Eᵀ, the eigenvalues of EᵀE, descending, and its eigenvectors in columns."""
@@ -283,12 +226,11 @@ class Sketch(SpectralSum):
             image[part] = image[part] @ (vectors * inverse)
         factor = image
         found, rotation = torch.linalg.eigh(factor.mT @ factor)
-        round_off = 16 * max(self.size, 16) * torch.finfo(torch.float64).eps * found.amax()
-        found = torch.where(found > round_off, found, 0)
+        found = without_round_off(found.flip(0))
         # By the trace, which is exact: what rounding has added in all is taken from each in proportion.
         trace = self.variances(center=center).sum()
         found = found * (trace / found.sum().clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
-        return factor, found.flip(0), rotation.flip(1)
+        return factor, found, rotation.flip(1)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
@@ -321,6 +263,11 @@ class _RestoredSketch(Sketch):
 
     given: Mapping[str, Tensor] | None = None
 
+    def plain(self) -> Sketch:
+        """See :class:`.Sum`."""
+        names = (field.name for field in fields(Sketch))
+        return Sketch(**{name: getattr(self, name) for name in names})
+
     def covariance_image(self, *, center: bool = True) -> Tensor:
         """As it was read."""
         assert self.given is not None
@@ -343,14 +290,11 @@ class SketchIntake(DenseIntake):
     def _accumulate(self, sums: Any, observations: Observations) -> None:
         gram_dtype = self._gram_dtype or products_dtype(observations.values.device)
         with torch.inference_mode(False), torch.no_grad():
-            self._accumulations += 1
-            milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
+            milestone = self._reaches_milestone()
             rows, valid = observations.rows().detach(), observations.valid
-            for start in range(0, len(rows), _ROWS_PER_PRODUCT):
-                block = rows[start : start + _ROWS_PER_PRODUCT]
-                # The largest magnitude of a row is NaN or infinite if any is.
-                magnitude = torch.linalg.vector_norm(block, torch.inf, dim=1, keepdim=True)
-                chosen = magnitude <= torch.finfo(block.dtype).max
+            for start in range(0, len(rows), ROWS_PER_FLOAT32_SUM):
+                block = rows[start : start + ROWS_PER_FLOAT32_SUM]
+                chosen = are_finite(block)
                 offered: Tensor | int = len(block)
                 if valid is not None:
                     counting = valid[start : start + len(block), None]

@@ -107,6 +107,10 @@ class Sum(ABC):
             ValueError: on every process, if the widths differ between processes.
         """
 
+    def plain(self) -> Sum:
+        """The sum without what a file said of it besides, which no longer holds once others are added."""
+        return self
+
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """What a run keeps, by the names in :attr:`arrays`, one tensor in memory at a time."""
         yield from ()
