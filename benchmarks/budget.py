@@ -67,7 +67,7 @@ def measure(name, budget, blocks):
         if block >= UNTIMED_BLOCKS:
             shares.append(100 * (probed / without - 1))
     summary = probe.summary("train")
-    own = probe._budget.spent("train")
+    own = probe._steps.budget.spent("train")
     probe.remove()
     exact = sm.LayerProbe(model, sm.IntrinsicDimensionMetric())
     run(STEPS[name])

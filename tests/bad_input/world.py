@@ -85,7 +85,12 @@ class World:
         for (stage, layer), place in self.probe._places.items():
             state = [_plain(metric.metric_state) for metric in place.members]
             found["probe", stage, layer] = state, place.forwards, place.samples, place.epoch, place.given_up
-        found["probe"] = self.probe.layers, self.probe._paused, self.probe._masks.value, len(self.probe._hooks)
+        found["probe"] = (
+            self.probe.layers,
+            self.probe._router.paused,
+            self.probe._router.masks.value,
+            len(self.probe._hooks),
+        )
         found["similarity"] = [_plain(each) for each in (self.similarity._sums, self.similarity._counts)]
         found["recorder"] = dict(self.recorder._scalars), self.recorder.next_epoch
         found["projection"] = self.projection.threshold, _plain(self.projection._random)

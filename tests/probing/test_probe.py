@@ -59,6 +59,13 @@ class TestNothingIsDisturbed:
         if setting != "narrow":
             assert probe.compute("train")
 
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_training_on_several_threads_is_bit_identical(self, kind, two_threads):
+        plain, _, _ = train(kind)
+        probed, _, probe = train(kind, lambda model: LayerProbe(model))
+        assert same(plain, probed)
+        assert probe.compute("train")
+
     def test_the_comparison_itself_sees_a_difference(self):
         plain, _, _ = train("resnet")
 
@@ -848,12 +855,12 @@ class TestControls:
     @pytest.mark.parametrize(
         "part",
         [
-            "probe.how_it_runs",
-            "probe.undisturbed.__enter__",
-            "probe.ObservationRule.batch",
-            "probe.Masks.met",
-            "probe.draw",
-            "probe.Steps.observes",
+            "routing.how_it_runs",
+            "routing.undisturbed.__enter__",
+            "routing.ObservationRule.batch",
+            "routing.Masks.met",
+            "routing.draw",
+            "routing.Steps.observes",
             "observations.Batch.observations",
             "collections.LayerMetrics.update",
         ],

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import numbers
-import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,29 +16,24 @@ from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, 
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
-from spectralmetrics.probing.facts import LayerFacts, facts_of
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
-from spectralmetrics.probing.labelling import Labels
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly
 from spectralmetrics.probing.layout import find_layout
-from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.merging import merged_states, sharing_group
 from spectralmetrics.probing.observations import (
-    Batch,
     FeatureMaps,
     Interpolation,
     ObservationRule,
     Sequences,
 )
 from spectralmetrics.probing.reading import HOST, read_stage, warn_of_nothing
-from spectralmetrics.probing.sampling import draw, sample_size
+from spectralmetrics.probing.routing import Limits, Router
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.summary import Summary, summarise, threshold_of
 from spectralmetrics.sums import SpectralSum, Sum
-from spectralmetrics.sums.checks import check_positive_integer, check_seed
+from spectralmetrics.sums.checks import check_positive_integer
 
 STAGES = ("train", "eval")
-_NOT_MEASURING = contextlib.nullcontext()
 
 
 class LayerProbe(nn.Module):
@@ -135,16 +126,7 @@ class LayerProbe(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
         check_positive_integer("every_n_steps", every_n_steps)
-        check_positive_integer("max_features", max_features)
-        check_positive_integer("sketch_size", sketch_size, or_none=True)
-        check_positive_integer("max_samples", max_samples, or_none=True)
-        check_seed(seed)
-        if rows_per_feature is not None and not (
-            isinstance(rows_per_feature, numbers.Real) and 0 < rows_per_feature < math.inf
-        ):
-            raise ValueError(
-                f"expected rows_per_feature to be a positive number or None, got {rows_per_feature!r}"
-            )
+        limits = Limits(max_samples, rows_per_feature, max_features, sketch_size, seed)
         if batch_first not in (True, False, None):
             raise ValueError(f"expected batch_first to be True, False or None, got {batch_first!r}")
         if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
@@ -167,6 +149,7 @@ class LayerProbe(nn.Module):
         self.max_features = max_features
         self.sketch_size = sketch_size
         self.seed = seed
+        self.budget = budget
 
         chosen = select_layers(model, layers, exclude)
         functions = {
@@ -175,15 +158,12 @@ class LayerProbe(nn.Module):
             for module in select_layers(model, pattern).values()
         }
         # By module: a shared one may be chosen under one name and given a function under another.
-        self._selected = {name: functions[module] for name, module in chosen.items() if module in functions}
-        self._layout = find_layout(model, chosen, batch_first, self._selected)
-        self._unsure = set() if sequences == "timesteps" else set(self._layout.unsure)
+        selected = {name: functions[module] for name, module in chosen.items() if module in functions}
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
         if folds is not None:
             templates = {name: _with_folds(metric, folds) for name, metric in templates.items()}
         self._names = list(templates)
         self._layers = list(chosen)
-        self._forward_order: list[str] = []
         self._places = {
             (stage, name): LayerMetrics(stage, name, collect(templates), number)
             for stage in STAGES
@@ -192,31 +172,31 @@ class LayerProbe(nn.Module):
         self.metrics = nn.ModuleDict(
             {_module_key(*place): of_layer.collection for place, of_layer in self._places.items()}
         )
-        self.facts = {name: self._facts_of(name, module) for name, module in chosen.items()}
-        self._paused = 0
         self._resets: list[str | None] = []  # to be done once states are no longer merged
-        self._deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
-        self._masks = Masks()
-        self._labels = Labels()
-        self.budget = budget
-        self._budget = None if budget is None else Budget(budget, seed)
-        self._steps = Steps(every_n_steps, seed, self._budget)
-        self._lock = threading.RLock()
-        self._thread = threading.local()
+        self._steps = Steps(every_n_steps, seed, None if budget is None else Budget(budget, seed))
+        deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
+        layout = find_layout(model, chosen, batch_first, selected)
+        self._router = Router(
+            self._places, chosen, self.rule, limits, self._steps, layout, set(selected), deals
+        )
+        self.facts = self._router.facts
         self._hooks = Hooks(self)
         try:
-            self._watch(unwrap(model), chosen)
+            self._watch(unwrap(model), chosen, selected, deals)
         except BaseException:
             self.remove()
             raise
 
-    def _watch(self, model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    def _watch(
+        self, model: nn.Module, chosen: Mapping[str, nn.Module], selected: Mapping[str, Select], deals: bool
+    ) -> None:
         for name, module in chosen.items():
+            observe = Weakly(self._router.observe, name)
             if self.observe == "inputs":
-                self._hooks.before(module, Weakly(self._observe, name), looks=True)
+                self._hooks.before(module, observe, looks=True)
             else:
-                self._hooks.behind(module, Weakly(self._observe, name), self._selected.get(name))
-        if self._steps.leaves_out or self._deals:
+                self._hooks.behind(module, observe, selected.get(name))
+        if self._steps.leaves_out or deals:
             self._steps.watch(model, self._hooks)
 
     # -- what the user sees ------------------------------------------------------------------------------
@@ -224,7 +204,8 @@ class LayerProbe(nn.Module):
     @property
     def layers(self) -> list[str]:
         """The probed layers: those that have run, in the order of their first run, then the rest."""
-        return self._forward_order + [name for name in self._layers if name not in self._forward_order]
+        order = self._router.order
+        return order + [name for name in self._layers if name not in order]
 
     @property
     def statistics(self) -> dict[str, Metric]:
@@ -302,16 +283,16 @@ class LayerProbe(nn.Module):
         if progress is not None and not callable(progress):
             raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
         values: dict[str, Any] = {}
-        with self._lock, self._merged([(s, name) for s in stages for name in self._layers]):
+        with self._router.lock, self._merged([(s, name) for s in stages for name in self._layers]):
             seen = False
             for each in stages:
                 places = [self._places[each, name] for name in self.layers]
-                group = sharing_group(places) if self._is_sharing or not self._is_merged else NO_GROUP
+                group = sharing_group(places) if self._is_sharing or not self._router.is_merged else NO_GROUP
                 found = read_stage(places, self._names, read, applies, progress, group)
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
-                warn_of_nothing(stages, self._places.values(), bool(self._paused or not self._hooks))
+                warn_of_nothing(stages, self._places.values(), bool(self._router.paused or not self._hooks))
         return values
 
     @contextlib.contextmanager
@@ -324,24 +305,24 @@ class LayerProbe(nn.Module):
         Args:
             sharing: whether all processes call :meth:`compute` inside, which then shares its work among them.
         """
-        with self._lock:
-            if self._is_merged:
+        with self._router.lock:
+            if self._router.is_merged:
                 yield
                 return
             try:
                 with self._merged(list(self._places)):
-                    self._is_merged, self._is_sharing = True, sharing
+                    self._router.is_merged, self._is_sharing = True, sharing
                     try:
                         yield
                     finally:
-                        self._is_merged = self._is_sharing = False
+                        self._router.is_merged = self._is_sharing = False
             finally:
                 while self._resets:  # what was reset inside was that of all processes
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
     def _merged(self, where: list[tuple[str, str]]) -> Iterator[None]:
-        if self._is_merged:
+        if self._router.is_merged:
             yield
             return
         with merged_states([self._places[place] for place in where]):
@@ -367,7 +348,7 @@ class LayerProbe(nn.Module):
             kind = type(metric).__name__
             raise ValueError(f"expected a statistic of this package, got {statistic!r}, a {kind}")
         threshold = threshold_of([metric, *self.statistics.values()])
-        with self._lock, self._merged([(stage, name) for name in self._layers]):
+        with self._router.lock, self._merged([(stage, name) for name in self._layers]):
             found = {name: self._places[stage, name].sums() for name in self.layers}
             seen = {name: sums for name, sums in found.items() if sums}
             if not seen:
@@ -378,12 +359,13 @@ class LayerProbe(nn.Module):
 
     def _budget_words(self, stage: str) -> str:
         """What the probe took of its budget, for the title of a summary."""
-        if self._budget is None:
+        budget = self._steps.budget
+        if budget is None:
             return ""
-        spent = self._budget.spent(stage)
+        spent = budget.spent(stage)
         return (
             f", observed {spent.observed} of {spent.forwards} forwards in {100 * spent.share:.2g} % of the time"
-            f" (budget {100 * self._budget.share:.4g} %)"
+            f" (budget {100 * budget.share:.4g} %)"
         )
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
@@ -416,7 +398,7 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
         found = {}
-        with self._lock, self._merged([(stage, name) for name in self._layers]):
+        with self._router.lock, self._merged([(stage, name) for name in self._layers]):
             for name in self.layers:
                 for each in self._places[stage, name].sums()[:1]:
                     if isinstance(each, SpectralSum) and each.describes_layer:
@@ -427,8 +409,8 @@ class LayerProbe(nn.Module):
 
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""
-        with self._lock:
-            if self._is_merged:
+        with self._router.lock:
+            if self._router.is_merged:
                 self._resets.append(None if stage is None else _check_stage(stage))
                 return
             for each in STAGES if stage is None else (_check_stage(stage),):
@@ -438,11 +420,11 @@ class LayerProbe(nn.Module):
 
     def pause(self) -> None:
         """Observe nothing until :meth:`resume`."""
-        self._paused += 1
+        self._router.paused += 1
 
     def resume(self) -> None:
         """Observe again after :meth:`pause`."""
-        self._paused = max(self._paused - 1, 0)
+        self._router.paused = max(self._router.paused - 1, 0)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -466,7 +448,7 @@ class LayerProbe(nn.Module):
 
         Warns once if sequences were observed inside and it fitted none of them.
         """
-        with self._masks.within(mask):
+        with self._router.masks.within(mask):
             yield
 
     @contextlib.contextmanager
@@ -495,7 +477,7 @@ class LayerProbe(nn.Module):
         >>> sorted(probe.compute())
         ['linear_probe/train/0', 'linear_probe/train/2']
         """
-        with self._labels.within(labels):
+        with self._router.labels.within(labels):
             yield
 
     def remove(self) -> None:
@@ -518,7 +500,6 @@ class LayerProbe(nn.Module):
         self._is_persistent = mode
 
     _is_persistent = False
-    _is_merged = False
     _is_sharing = False
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
@@ -543,124 +524,12 @@ class LayerProbe(nn.Module):
     def _all_collections(self) -> list[MetricCollection]:
         return [of_layer.collection for of_layer in self._places.values()]
 
-    # -- observing ---------------------------------------------------------------------------------------
-
-    def _observe(
-        self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None
-    ) -> None:
-        """What the hooks call; nothing that happens here may end a forward."""
-        # In backward this is a checkpoint's recomputation, and the forward has been counted. Inside `select` or
-        # another library's metric the model is not the user's run.
-        if self._paused or torch._C._current_graph_task_id() != -1 or getattr(self._thread, "observing", False):
-            return
-        of_layer = self._places["train" if training else "eval", name]
-        if self._is_merged:
-            tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
-            return
-        with self._lock:
-            self._thread.observing = True
-            try:
-                with self._measuring(of_layer.stage, output), undisturbed(output):
-                    self._observe_output(of_layer, module, output, select)
-            except Exception as error:
-                kind = "" if isinstance(error, _LeftOut) else f"{type(error).__name__}: "
-                of_layer.given_up = f"{kind}{error}"
-                tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
-            finally:
-                self._thread.observing = False
-
-    def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
-        if self._budget is None:
-            return _NOT_MEASURING
-        if self._steps.passes():
-            self._budget.passes(stage)
-            return _NOT_MEASURING
-        return self._budget.measuring(stage, output)
-
-    def _observe_output(
-        self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None
-    ) -> None:
-        name = of_layer.layer
-        how = how_it_runs(output)
-        if how != "run":
-            of_layer.transformed = of_layer.transformed or how == "transformed"
-            return
-        forward = of_layer.forwards
-        of_layer.forwards += 1
-        if not forward:
-            if name not in self._forward_order:
-                self._forward_order.append(name)
-            self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
-        if of_layer.given_up or of_layer.too_wide:
-            return
-        if self._steps.leaves_out and not self._steps.observes(of_layer.stage, name, forward):
-            return
-        if self.max_samples is not None and of_layer.samples >= self.max_samples:
-            return
-        batch = self._batch_of(name, module, output if select is None else select(output))
-        if self.max_samples is not None:
-            batch = batch.first(self.max_samples - of_layer.samples)
-        if batch.values.numel() == 0:
-            return
-        of_layer.samples += batch.num_samples
-        labelled = self._labels.observe(name, batch) if of_layer.takes_labels else None
-        observations = batch.observations(self.rule)
-        width = observations.num_features
-        if width > self.max_features and of_layer.keeps_matrices and not of_layer.is_sketched:
-            if self.sketch_size is None:
-                of_layer.too_wide = True
-                raise _LeftOut(
-                    f"{width} features exceed max_features={self.max_features}; their covariance would take"
-                    f" {8 * width**2 / 2**30:.1f} GiB, a sketch (sketch_size=512)"
-                    f" {8 * width * 512 / 2**30:.2g} GiB"
-                )
-            of_layer.sketch(self.sketch_size)
-        rows_per_feature = self._rows_per_feature(of_layer.stage)
-        if rows_per_feature is not None:
-            seed = zlib.crc32(f"{self.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
-            size = sample_size(rows_per_feature, width)
-            observations = draw(observations, size, seed)
-            labelled = None if labelled is None else draw(labelled, size, seed)
-        if self._deals:  # what one forward of the model showed of its inputs stays in one fold
-            group = self._steps.number()
-            observations = replace(observations, group=group)
-            labelled = None if labelled is None else replace(labelled, group=group)
-        of_layer.update(observations, labelled)
-
-    def _rows_per_feature(self, stage: str) -> float | None:
-        allowed = None if self._budget is None else self._budget.rows_per_feature(stage)
-        if allowed is None or self.rows_per_feature is None:
-            return self.rows_per_feature if allowed is None else allowed
-        return min(self.rows_per_feature, allowed)
-
-    def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:
-        if self.observe == "inputs":  # of which the layer's own weights say nothing
-            return facts_of(module, is_linear=False)
-        is_linear = name not in self._selected and self.rule.feature_maps in ("positions", "mean")
-        return facts_of(module, is_linear=is_linear and self.rule.sequences != "flatten")
-
-    def _batch_of(self, name: str, module: nn.Module, output: Any) -> Batch:
-        """The output with samples first, as its layer's type, its surroundings and the mask tell."""
-        is_selected = name in self._selected
-        time_first = name in self._layout.time_first
-        batch = self.rule.batch(None if is_selected else module, output, self._masks.value, time_first)
-        self._masks.met(name, batch)
-        if batch.kind == "sequence" and name in self._unsure:
-            self._unsure.discard(name)
-            if batch.valid is None:
-                shape = tuple(batch.values.shape)
-                tell(
-                    f"the output of {name!r} is taken as (N, T, D) = {shape}, but parts of this model have"
-                    " time first: give the probe batch_first=True or False, or a `select` for this layer"
-                )
-        return batch
-
     # -- saving ------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._is_persistent:
-            order = [self._layers.index(name) for name in self._forward_order]
+            order = [self._layers.index(name) for name in self._router.order]
             saving.save_progress(destination, prefix, list(self._places.values()), self._steps, order)
 
     def _load_from_state_dict(
@@ -679,25 +548,10 @@ class LayerProbe(nn.Module):
                     of_layer.sketch(self.sketch_size)
         order = saving.load_progress(state_dict, prefix, list(self._places.values()), self._steps)
         if order is not None:
-            self._forward_order = [self._layers[index] for index in order]
+            self._router.order[:] = [self._layers[index] for index in order]
         elif self._is_persistent:
             missing_keys.append(prefix + "progress")  # saved from a probe that was not persistent
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a probe holds its observations; the hooks belong to the original.
-        state = self.__dict__.copy()
-        state.update(_lock=None, _thread=None, _selected={}, _masks=Masks(), _labels=Labels())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock = threading.RLock()
-        self._thread = threading.local()
-
-
-class _LeftOut(Exception):  # noqa: N818  # no error
-    """A layer is not to be observed."""
 
 
 def _keeps_interval(metric: Any) -> bool:

@@ -1,0 +1,225 @@
+"""From a layer's output to the metrics of that layer, as observations: what the hooks of a probe call."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import threading
+import zlib
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.facts import LayerFacts, facts_of
+from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.labelling import Labels
+from spectralmetrics.probing.layout import Layout
+from spectralmetrics.probing.masking import Masks
+from spectralmetrics.probing.observations import Batch, ObservationRule
+from spectralmetrics.probing.sampling import draw, sample_size
+from spectralmetrics.probing.steps import Steps
+from spectralmetrics.sums.checks import check_positive_integer, check_seed
+
+_NOT_MEASURING = contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of what a layer puts out is observed; see :class:`~spectralmetrics.LayerProbe`."""
+
+    max_samples: int | None = None
+    rows_per_feature: float | None = None
+    max_features: int = 8192
+    sketch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive_integer("max_features", self.max_features)
+        check_positive_integer("sketch_size", self.sketch_size, or_none=True)
+        check_positive_integer("max_samples", self.max_samples, or_none=True)
+        check_seed(self.seed)
+        rows = self.rows_per_feature
+        if rows is not None and not (isinstance(rows, numbers.Real) and 0 < rows < math.inf):
+            raise ValueError(f"expected rows_per_feature to be a positive number or None, got {rows!r}")
+
+
+class Router:
+    """Turns what layers put out into observations, and hands them to the metrics of the layer and stage.
+
+    Args:
+        places: (stage, layer) -> its metrics.
+        modules: the layers by name.
+        rule: what is an observation.
+        limits: how many of them.
+        steps: which forwards of the model.
+        layout: of sequences.
+        selected: layers of whose output a function of the user's returns a part.
+        keeps_forwards_together: whether what one forward of the model showed of its inputs stays in one fold.
+
+    Attributes:
+        order: the layers that have run, in the order of their first run.
+        facts: layer -> what its weights say.
+        masks: laid beside the model.
+        labels: likewise.
+        paused: how many times; 0 observes.
+        is_merged: whether the states are those of all processes, so that nothing can be added.
+        lock: held while anything is added or read.
+    """
+
+    def __init__(
+        self,
+        places: Mapping[tuple[str, str], LayerMetrics],
+        modules: Mapping[str, nn.Module],
+        rule: ObservationRule,
+        limits: Limits,
+        steps: Steps,
+        layout: Layout,
+        selected: Container[str],
+        keeps_forwards_together: bool,
+    ) -> None:
+        self.order: list[str] = []
+        self.masks = Masks()
+        self.labels = Labels()
+        self.paused = 0
+        self.is_merged = False
+        self.lock = threading.RLock()
+        self._thread = threading.local()
+        self._places = places
+        self._rule = rule
+        self._limits = limits
+        self._steps = steps
+        self._time_first = layout.time_first
+        self._unsure = set() if rule.sequences == "timesteps" else set(layout.unsure)
+        self._selected = selected
+        self._keeps_forwards_together = keeps_forwards_together
+        self.facts = {name: self._facts_of(name, module) for name, module in modules.items()}
+
+    def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """What the hooks call; nothing that happens here may end a forward."""
+        # In backward this is a checkpoint's recomputation, and the forward has been counted. Inside `select` or
+        # another library's metric the model is not the user's run.
+        if self.paused or torch._C._current_graph_task_id() != -1 or getattr(self._thread, "observing", False):
+            return
+        of_layer = self._places["train" if training else "eval", name]
+        if self.is_merged:
+            tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
+            return
+        with self.lock:
+            self._thread.observing = True
+            try:
+                with self._measuring(of_layer.stage, output), undisturbed(output):
+                    self._observe_output(of_layer, module, output, select)
+            except Exception as error:
+                kind = "" if isinstance(error, _LeftOut) else f"{type(error).__name__}: "
+                of_layer.given_up = f"{kind}{error}"
+                tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
+            finally:
+                self._thread.observing = False
+
+    def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
+        budget = self._steps.budget
+        if budget is None:
+            return _NOT_MEASURING
+        if self._steps.passes():
+            budget.passes(stage)
+            return _NOT_MEASURING
+        return budget.measuring(stage, output)
+
+    def _observe_output(
+        self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None
+    ) -> None:
+        name, limits = of_layer.layer, self._limits
+        how = how_it_runs(output)
+        if how != "run":
+            of_layer.transformed = of_layer.transformed or how == "transformed"
+            return
+        forward = of_layer.forwards
+        of_layer.forwards += 1
+        if not forward:
+            if name not in self.order:
+                self.order.append(name)
+            self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
+        if of_layer.given_up or of_layer.too_wide:
+            return
+        if self._steps.leaves_out and not self._steps.observes(of_layer.stage, name, forward):
+            return
+        if limits.max_samples is not None and of_layer.samples >= limits.max_samples:
+            return
+        batch = self._batch_of(name, module, output if select is None else select(output))
+        if limits.max_samples is not None:
+            batch = batch.first(limits.max_samples - of_layer.samples)
+        if batch.values.numel() == 0:
+            return
+        of_layer.samples += batch.num_samples
+        labelled = self.labels.observe(name, batch) if of_layer.takes_labels else None
+        observations = batch.observations(self._rule)
+        width = observations.num_features
+        if width > limits.max_features and of_layer.keeps_matrices and not of_layer.is_sketched:
+            if limits.sketch_size is None:
+                of_layer.too_wide = True
+                raise _LeftOut(
+                    f"{width} features exceed max_features={limits.max_features}; their covariance would take"
+                    f" {8 * width**2 / 2**30:.1f} GiB, a sketch (sketch_size=512)"
+                    f" {8 * width * 512 / 2**30:.2g} GiB"
+                )
+            of_layer.sketch(limits.sketch_size)
+        rows_per_feature = self._rows_per_feature(of_layer.stage)
+        if rows_per_feature is not None:
+            seed = zlib.crc32(f"{limits.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
+            size = sample_size(rows_per_feature, width)
+            observations = draw(observations, size, seed)
+            labelled = None if labelled is None else draw(labelled, size, seed)
+        if self._keeps_forwards_together:
+            group = self._steps.number()
+            observations = replace(observations, group=group)
+            labelled = None if labelled is None else replace(labelled, group=group)
+        of_layer.update(observations, labelled)
+
+    def _rows_per_feature(self, stage: str) -> float | None:
+        wanted, budget = self._limits.rows_per_feature, self._steps.budget
+        allowed = None if budget is None else budget.rows_per_feature(stage)
+        if allowed is None or wanted is None:
+            return wanted if allowed is None else allowed
+        return min(wanted, allowed)
+
+    def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:
+        if self._rule.of_inputs:  # of which the layer's own weights say nothing
+            return facts_of(module, is_linear=False)
+        is_linear = name not in self._selected and self._rule.feature_maps in ("positions", "mean")
+        return facts_of(module, is_linear=is_linear and self._rule.sequences != "flatten")
+
+    def _batch_of(self, name: str, module: nn.Module, output: Any) -> Batch:
+        """The output with samples first, as its layer's type, its surroundings and the mask tell."""
+        is_selected = name in self._selected
+        time_first = name in self._time_first
+        batch = self._rule.batch(None if is_selected else module, output, self.masks.value, time_first)
+        self.masks.met(name, batch)
+        if batch.kind == "sequence" and name in self._unsure:
+            self._unsure.discard(name)
+            if batch.valid is None:
+                shape = tuple(batch.values.shape)
+                tell(
+                    f"the output of {name!r} is taken as (N, T, D) = {shape}, but parts of this model have"
+                    " time first: give the probe batch_first=True or False, or a `select` for this layer"
+                )
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy nothing runs; a lock cannot be copied, and what lies beside a model belongs to the original.
+        state = self.__dict__.copy()
+        state.update(lock=None, _thread=None, masks=Masks(), labels=Labels())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+        self._thread = threading.local()
+
+
+class _LeftOut(Exception):  # noqa: N818  # no error
+    """A layer is not to be observed."""
