@@ -1,4 +1,7 @@
-"""Sessions: tests, lint, typecheck, docs, tests_oldest, demo, mutants, benchmarks, reproduction, wheels."""
+"""Sessions: tests, lint, typecheck, docs, tests_oldest, demo, benchmarks, reproduction, wheels.
+
+Those that look harder and take longer: mutants, properties, soak.
+"""
 
 import functools
 import shutil
@@ -10,6 +13,9 @@ nox.options.sessions = ["lint", "typecheck", "tests", "tests_oldest"]
 nox.options.reuse_existing_virtualenvs = True
 
 OLDEST_TORCHMETRICS = "1.6.0"
+
+# Workers whose threads wait for each other's cores take twice as long.
+TWO_WORKERS, ONE_THREAD = ("-n", "2"), {"OMP_NUM_THREADS": "1"}
 
 ZIG = "ziglang==0.17.1"
 MANYLINUX = "manylinux_2_17_x86_64"
@@ -28,7 +34,7 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests and doctests, on the newest torchmetrics."""
     install(session, "test")
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", *TWO_WORKERS, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -39,7 +45,7 @@ def tests_oldest(session: nox.Session) -> None:
     paths = ("tests/metrics/test_torchmetrics.py", "tests/metrics/test_own_statistic.py", "tests/distributed")
     # Two processes show what torchmetrics does between processes; more of them are for `tests`.
     few = ("-k", "not (processes-3 or processes-4)")
-    session.run("pytest", "-n", "2", *few, *paths, "src/spectralmetrics/metrics")
+    session.run("pytest", *TWO_WORKERS, *few, *paths, "src/spectralmetrics/metrics", env=ONE_THREAD)
 
 
 @nox.session
@@ -69,7 +75,23 @@ def mutants(session: nox.Session) -> None:
     """Change the code in 300 places, one at a time, and see that the tests notice; an hour on two cores."""
     install(session, "test")
     session.install("-c", "constraints.txt", "cosmic-ray==8.7.0")
-    session.run("python", "mutants/run.py", *session.posargs)
+    session.run("python", "checks/mutants.py", *session.posargs)
+
+
+@nox.session
+def properties(session: nox.Session) -> None:
+    """Try the properties of sums and statistics on a million random examples; an hour on two cores."""
+    install(session, "test")
+    which = ("-m", "hypothesis", "tests/sums", "tests/functional", "tests/metrics")
+    how = ("--hypothesis-profile=properties", "--hypothesis-show-statistics")
+    session.run("pytest", "-q", *TWO_WORKERS, *which, *how, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Train for 10,000 steps with everything on, in one go and killed 100 times; some minutes."""
+    install(session, "test")
+    session.run("python", "checks/soak.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -1,7 +1,7 @@
 """Change one place of the code at a time, at random, and see whether a test notices.
 
-    python mutants/run.py                    # 300 changes, about an hour on two cores
-    python mutants/run.py --number 10 --seed 3 --rooms projection
+    python checks/mutants.py                    # 300 changes, about an hour on two cores
+    python checks/mutants.py --number 10 --seed 3 --rooms projection
 
 A place of the code is drawn, then one of the changes that can be made there: another operator, another number,
 True for False, a loop that never runs. The tests of that room run in a copy of the project with this one

@@ -8,13 +8,10 @@ from tests.accelerator.device import emulated_device
 # PyTorch makes room for the devices that it knows when the first backward runs.
 emulated_device()
 
-hypothesis.settings.register_profile(
-    "default",
-    deadline=None,
-    derandomize=True,
-    max_examples=20,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+NO_LIMITS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("default", derandomize=True, max_examples=20, **NO_LIMITS)
+# Of `nox -s properties`: a million examples, of the 210 tests of sums and statistics together.
+hypothesis.settings.register_profile("properties", max_examples=5000, **NO_LIMITS)
 hypothesis.settings.load_profile("default")
 
 
@@ -27,7 +24,17 @@ def _seeded():
 @pytest.fixture
 def one_thread():
     """One thread of torch's: many small products take longer on several."""
+    yield from _with_threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads of torch's, which `nox -s tests` gives one."""
+    yield from _with_threads(2)
+
+
+def _with_threads(number):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)
     yield
     torch.set_num_threads(before)

@@ -139,3 +139,10 @@ def test_long_files_have_a_reason():
         for path in source.rglob("*.py")
     }
     assert {name for name, length in lengths.items() if length > 350} == set(LONG_FILES)
+
+
+@pytest.mark.xdist_group("here")
+def test_groups_of_tests_stay_on_one_worker(request):
+    """Where the plugin no longer marks them, what a group shares is made on every worker, unnoticed."""
+    if hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith("@here")

@@ -49,7 +49,7 @@ def fed(new, rows, batch=40, **settings):
     return metric
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings.default.max_examples))
 @given(
     spectrum=st.sampled_from(sorted(SPECTRA)),
     count=st.integers(1, 120),
@@ -65,19 +65,20 @@ def fed(new, rows, batch=40, **settings):
 def test_the_bounds_hold(spectrum, count, width, size, seed, shift, constant, center, dtype, threshold):
     rows = rows_with(spectrum, count, width, seed, shift if center else min(shift, 1.0), constant)
     error = 1e-9 if dtype == torch.float64 else 1e-4
+    options = {"center": center, "gram_dtype": dtype}
+    of_all = fed(sm.StableRankMetric, rows, **options).spectrum
+    of_sketch = fed(sm.StableRankMetric, rows, sketch_size=size, **options).spectrum
     for new in READABLE:
-        options = {"threshold": threshold} if hasattr(new(), "threshold") else {}
-        options |= {"center": center, "gram_dtype": dtype}
-        exact = fed(new, rows, **options)
-        sketched = fed(new, rows, sketch_size=size, **options)
-        truth, (low, high) = float(exact.compute()), sketched.interval()
+        metric = new()
+        if hasattr(metric, "threshold"):
+            metric.threshold = threshold
+        truth, (low, high) = float(metric.value_of(of_all)), metric.interval_of(of_sketch)
         slack = error * max(abs(truth), 1e-300)
-        if hasattr(exact, "threshold") and not low <= truth <= high:
+        if hasattr(metric, "threshold") and not low <= truth <= high:
             # A share that is met to within rounding by two numbers of directions.
-            near = [
-                float(fed(new, rows, **{**options, "threshold": moved}).compute())
-                for moved in (threshold * (1 - error), min(threshold * (1 + error), 1.0))
-            ]
+            near = []
+            for metric.threshold in (threshold * (1 - error), min(threshold * (1 + error), 1.0)):
+                near.append(float(metric.value_of(of_all)))
             assert low <= max(near)
             assert min(near) <= high
             continue
