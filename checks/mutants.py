@@ -4,9 +4,9 @@
     python checks/mutants.py --number 10 --seed 3 --rooms projection
 
 A place of the code is drawn, then one of the changes that can be made there: another operator, another number,
-True for False, a loop that never runs. The tests of that room run in a copy of the project with this one
-change, up to the first failure. Changes that no test can notice are listed in ``equivalent.toml`` with the
-reason. The exit status is 1 if fewer than 95 % of the others are noticed.
+True for False, a loop that never runs. Those tests of its room that run the changed line are run in a copy of
+the project with this one change, up to the first failure. Changes that no test can notice are listed in
+``equivalent.toml`` with the reason. The exit status is 1 if fewer than 95 % of the others are noticed.
 
 Cosmic Ray finds the places and makes the changes. Why it and not mutmut, which was tried as well: mutmut 3 puts
 a trampoline into each function that it changes, which ``inspect.signature``, ``torch.compile``, pickles and
@@ -19,13 +19,11 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import hashlib
 import itertools
 import os
 import queue
 import random
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,55 +35,33 @@ from pathlib import Path
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
+from noticing import Copy, Map
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/spectralmetrics")
 ENOUGH = 0.95
-# Of each room the tests that are to notice, those first that notice most in a second. What is compiled is the
-# same for both sets of instructions, so one of them is enough here.
+# Of each room the tests that are to notice.
+_OF_STATES = ("tests/metrics", "tests/accelerator", "tests/bad_input/test_bad_input.py")
 TESTS = {
-    "sums": (
-        "tests/sums/test_intake.py",
-        "tests/functional/test_statistics.py",
-        "tests/sums",
-        "tests/bad_input/test_bad_input.py",
-        "-k",
-        "not avx512",
-    ),
-    "functional": ("tests/functional", "tests/bad_input/test_bad_input.py", "tests/metrics/test_properties.py"),
-    "metrics": (
-        "tests/metrics/test_own_statistic.py",
-        "tests/metrics/test_similarity.py",
-        "tests/metrics/test_torchmetrics.py",
-        "tests/metrics",
+    "sums": ("tests/sums", "tests/functional", *_OF_STATES),
+    "functional": ("tests/functional", "tests/metrics", "tests/bad_input/test_bad_input.py"),
+    "metrics": _OF_STATES,
+    "probing": ("tests/probing", "tests/accelerator", "tests/bad_input/test_bad_input.py"),
+    "projection": (
+        "tests/test_projection.py",
+        "tests/probing/test_sketches.py",
         "tests/bad_input/test_bad_input.py",
     ),
-    "probing": (
-        "tests/probing/test_selection.py",
-        "tests/probing/test_observations.py",
-        "tests/probing/test_summary.py",
-        "tests/probing",
-        "tests/bad_input/test_bad_input.py",
-    ),
-    "projection": ("tests/test_projection.py", "tests/bad_input/test_bad_input.py"),
 }
+ELSEWHERE = ("tests/distributed/test_processes.py",)
+# What is compiled is the same for both sets of instructions, and two processes do what more of them do.
+OPTIONS = ("-k", "not (avx512 or processes-1 or processes-3 or processes-4 or torchrun)")
 # Identity in place of equality, and the reverse: of the types, strings and small numbers that are compared
 # here it says the same.
 LEFT_OUT = tuple(
     f"_{one}_{other}"
     for pair in itertools.product(("Eq", "NotEq"), ("Is", "IsNot"))
     for one, other in (pair, pair[::-1])
-)
-COPIED = (
-    "src",
-    "tests",
-    "docs",
-    "examples",
-    "csrc",
-    "benchmarks",
-    "pyproject.toml",
-    "CONTRIBUTING.md",
-    "README.md",
 )
 
 
@@ -114,18 +90,23 @@ class Mutant:
 
 
 def draw(number: int, seed: int, rooms: Sequence[str]) -> list[Mutant]:
-    """Changes at places that are drawn without replacement, each place with the same chance."""
-    places: dict[tuple[str, str, tuple[int, int]], list[tuple[str, int]]] = {}
+    """Changes at places that are drawn without replacement, each place with the same chance.
+
+    The chance goes by what stands at a place, so that the draw stays as it was when other lines change.
+    """
+    places: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
     for room in rooms:
         for path in sorted((ROOT / SOURCE / room).rglob("*.py")):
-            tree = get_ast(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            lines = [line.strip() for line in text.splitlines()]
             file = path.relative_to(ROOT / SOURCE).as_posix()
-            for operator, occurrence, start in _changes(tree):
-                places.setdefault((room, file, start), []).append((operator, occurrence))
-    generator = random.Random(seed)
+            for operator, occurrence, (row, column) in _changes(get_ast(text)):
+                line = lines[row - 1]
+                place = f"{seed} {file} {line} {lines[: row - 1].count(line)} {column}"
+                places.setdefault((room, file, place), []).append((operator, occurrence))
     found: list[Mutant] = []
-    for room, file, start in generator.sample(sorted(places), len(places)):
-        operator, occurrence = generator.choice(places[room, file, start])
+    for room, file, place in sorted(places, key=lambda each: hashlib.sha256(each[2].encode()).digest()):
+        operator, occurrence = random.Random(place).choice(places[room, file, place])
         mutant = _make(room, file, operator, occurrence)
         if mutant is not None:
             found.append(mutant)
@@ -176,57 +157,6 @@ def _program(text: str) -> str:
     return ast.dump(tree)
 
 
-class Copy:
-    """A copy of the project, in which one file is changed at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in COPIED:
-            source, target = ROOT / name, folder / name
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "_build"))
-            elif source.exists():
-                shutil.copy(source, target)
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(folder / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def survives(self, mutant: Mutant, seconds: float) -> bool:
-        """Whether the tests of the room pass although the file is changed."""
-        path = self.folder / SOURCE / mutant.file
-        original = path.read_bytes()
-        path.write_text(mutant.text, encoding="utf-8")
-        try:
-            return self.passes(mutant.room, seconds)
-        finally:
-            path.write_bytes(original)
-
-    def passes(self, room: str, seconds: float) -> bool:
-        """Whether the tests of a room pass within a time; a change that has them run for ever is noticed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
-        process = subprocess.Popen(
-            [*command, *TESTS[room]],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # processes that the tests have started, too
-            process.communicate()
-            return False
-        if process.returncode in (4, 5):  # no tests, or no such file: nothing has been asked
-            raise RuntimeError(f"pytest could not run the tests of {room}:\n{output[-2000:]}")
-        return process.returncode == 0
-
-
 def read_equivalent() -> dict[tuple[str, str, str], str]:
     """(file, line before, line after) -> why no test can notice it."""
     entries = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text(encoding="utf-8"))["mutant"]
@@ -242,6 +172,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="tests at the same time (default: 2)")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     equivalent = read_equivalent()
     drawn = draw(options.number, options.seed, options.rooms)
     wanted = [each for each in drawn if (each.file, each.before, each.after) not in equivalent]
@@ -253,30 +184,44 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copies: queue.Queue[Copy] = queue.Queue()
         for number in range(options.workers):
-            copies.put(Copy(Path(folder) / str(number)))
+            copies.put(Copy(ROOT, Path(folder) / str(number)))
 
-        def run(room: str, mutant: Mutant | None, seconds: float) -> tuple[bool, float]:
-            copy, start = copies.get(), time.perf_counter()
+        def look(room: str) -> Map:
+            copy = copies.get()
             try:
-                passed = copy.passes(room, seconds) if mutant is None else copy.survives(mutant, seconds)
+                return copy.map(TESTS[room], ELSEWHERE, OPTIONS)
             finally:
                 copies.put(copy)
-            return passed, time.perf_counter() - start
+
+        def run(mutant: Mutant) -> tuple[bool, int, float]:
+            map_ = maps[mutant.room]
+            original = (ROOT / SOURCE / mutant.file).read_text(encoding="utf-8")
+            tests = map_.tests_of(f"spectralmetrics/{mutant.file}", original, mutant.line)
+            seconds = 3 * sum(map_.seconds[each] for each in tests) + 60
+            copy, start = copies.get(), time.perf_counter()
+            try:
+                noticed = copy.notices(SOURCE / mutant.file, mutant.text, tests, OPTIONS, seconds)
+            finally:
+                copies.put(copy)
+            return noticed, len(tests), time.perf_counter() - start
 
         with ThreadPoolExecutor(options.workers) as pool:
             rooms = sorted({each.room for each in wanted})
-            limits = {}
-            for room, (passed, took) in zip(rooms, pool.map(lambda r: run(r, None, 1800), rooms), strict=True):
-                if not passed:
-                    print(f"the tests of {room} fail without any change")
+            maps = dict(zip(rooms, pool.map(look, rooms), strict=True))
+            for room, map_ in maps.items():
+                print(
+                    f"the {len(map_.seconds)} tests of {room} take {sum(map_.seconds.values()):.0f} s",
+                    flush=True,
+                )
+                if map_.failed:
+                    print("and fail without any change:", *map_.failed, sep="\n")
                     return 2
-                limits[room] = 2 * took + 30
-                print(f"the tests of {room} take {took:.0f} s", flush=True)
-            results = pool.map(lambda each: run(each.room, each, limits[each.room]), wanted)
-            for number, (mutant, (survived, took)) in enumerate(zip(wanted, results, strict=True), 1):
-                outcome = "SURVIVED" if survived else "noticed"
-                print(f"{number}/{len(wanted)} {outcome} in {took:.0f} s: {mutant}", flush=True)
-                if survived:
+            for number, (mutant, (noticed, tests, took)) in enumerate(
+                zip(wanted, pool.map(run, wanted), strict=True), 1
+            ):
+                outcome = "noticed" if noticed else "SURVIVED"
+                print(f"{number}/{len(wanted)} {outcome}, {tests} tests, {took:.0f} s: {mutant}", flush=True)
+                if not noticed:
                     survivors.append(mutant)
     share = 1 - len(survivors) / max(len(wanted), 1)
     if survivors:

@@ -596,6 +596,26 @@ def test_a_sequence_of_modules_that_returns_a_tuple(model, shape, part):
     torch.testing.assert_close(projected, expected.eval()(trained_on))
 
 
+class Mapping(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        found = {"ids": x[:, 0].long(), "kept": x}
+        return found if self.kind == "last" else ({"ids": found["ids"]}, x)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("last", "kept"), ("beside", 1)])
+def test_mappings_are_searched_for_the_first_floating_tensor(kind, part):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6), Mapping(kind)))
+    (projection,) = insert_projections(model, layers="0", threshold=0.5)
+    x = torch.randn(30, 4)
+    plain = model(x)[part]
+    assert int(projection.covariance.count) == 30
+    assert not torch.allclose(model.eval()(x)[part], plain)
+
+
 def test_a_sequence_of_modules_without_a_floating_output_is_left_alone():
     model = nn.Sequential(nn.Sequential(nn.Flatten()))
     insert_projections(model, layers="0")

@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 
 from spectralmetrics import functional
+from spectralmetrics.functional.relations import usable_samples
 
 
 def basis(features, columns, seed):
@@ -76,6 +77,7 @@ class TestSubspaceOverlap:
         right = basis(6, 4, 9)
         alone = torch.stack([functional.subspace_overlap(each, right) for each in left])
         assert torch.equal(functional.subspace_overlap(left, right), alone)
+        assert functional.subspace_overlap(left[:0], right).shape == (0,)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_takes_bases_in_lower_precision(self, dtype):
@@ -179,6 +181,10 @@ class TestFrechetDistance:
         assert together[1] == 0
         alone = torch.stack([functional.frechet_distance(mean, each, mean, many[1]) for each in many])
         torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-15)
+        means = torch.randn(3, 5, dtype=torch.float64)
+        together = functional.frechet_distance(means, many, mean, many[1])
+        alone = [functional.frechet_distance(*each, mean, many[1]) for each in zip(means, many, strict=True)]
+        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=1e-15)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
@@ -252,6 +258,14 @@ class TestDebiasedHSIC:
         )
         valid[3:] = False
         assert functional.debiased_hsic(holed, right, valid) == 0
+
+    def test_batches_of_grams(self):
+        grams = functional.gram(torch.randn(30, 4)).reshape(1, 1, 30, 30) * torch.rand(2, 3, 1, 1)
+        grams[1, 2, 5, 5] = torch.inf
+        singly = [functional.u_centred(each) for each in grams.flatten(0, 1)]
+        centred = functional.u_centred(grams).flatten(0, 1)
+        torch.testing.assert_close(centred[:5], torch.stack(singly[:5]))
+        assert (~usable_samples(grams)).nonzero().tolist() == [[1, 2, 5]]
 
     def test_u_centred_sums_are_zero(self):
         left, _ = related(15, 4, 1, 0)

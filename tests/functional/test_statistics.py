@@ -227,6 +227,16 @@ def test_determinant_against_extended_precision(seed, features, spread):
     )
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 3), (2, 4, 3, 3)])
+@pytest.mark.parametrize("log", [False, True])
+def test_determinants_of_batches(shape, log):
+    factors = torch.randn(shape, dtype=torch.float64)
+    covariances = factors @ factors.mT
+    covariances[1] = 0  # singular, among others that are not
+    singly = [F.determinant(each, log) for each in covariances.flatten(0, -3)]
+    torch.testing.assert_close(F.determinant(covariances, log).flatten(), torch.stack(singly))
+
+
 def test_determinant_underflows_only_without_the_logarithm():
     covariance = torch.eye(2000, dtype=torch.float64) * 1e-3
     assert F.determinant(covariance) == 0

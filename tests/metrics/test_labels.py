@@ -71,9 +71,10 @@ def test_held_out_r_squared_is_that_of_refitting_fold_by_fold(seed, count, featu
     assert float(metric.compute()) == pytest.approx(expected, abs=1e-8, rel=1e-8)
 
 
-def test_least_squares_without_a_ridge_and_with_dependent_features():
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_least_squares_without_a_ridge_and_with_dependent_features(scale):
     rows, labels = data()
-    rows = torch.cat([rows, rows[:, :2].sum(1, keepdim=True), torch.ones(len(rows), 1)], 1)
+    rows = scale * torch.cat([rows, rows[:, :2].sum(1, keepdim=True), torch.ones(len(rows), 1)], 1)
     metric = sm.LinearProbeMetric(4, ridge=0)
     metric.update(rows, labels)
     model = LinearRegression().fit(rows.numpy(), np.eye(4)[labels])
@@ -110,6 +111,15 @@ def test_neural_collapse_is_that_of_two_passes(shift, apart, features):
     for each in zip(rows.split(70), labels.split(70), strict=True):
         metric.update(*each)
     assert float(metric.compute()) == pytest.approx(collapse_in_two_passes(rows, labels, 4), rel=1e-7)
+
+
+def test_classes_in_line_have_one_direction():
+    along = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    across = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64) * 1e-12  # round-off
+    counts, covariance = torch.tensor([5, 5, 5]), torch.diag(torch.tensor([2.0, 3.0]).double())
+    value = neural_collapse(covariance, torch.stack([along, across], 1), counts)
+    alone = neural_collapse(covariance[:1, :1], along[:, None], counts)
+    assert float(value) == pytest.approx(float(alone), rel=1e-9)
 
 
 def test_classes_that_nobody_has():
@@ -253,3 +263,15 @@ def test_the_functions_of_a_covariance():
     assert float(neural_collapse(covariance, means, counts)) == pytest.approx(
         float(collapse.compute()), rel=1e-9
     )
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_their_sums_tell_how_many_folds_they_have(folds):
+    metric = sm.LinearProbeMetric(4, folds=folds)
+    rows, labels = data()
+    for each in zip(rows.split(50), labels.split(50), strict=True):
+        metric.update(*each)
+    (sums,) = metric.sums
+    assert len(sums.folds) == (folds if folds > 1 else 0)
+    assert metric.spectrum.num_folds == folds
+    assert sum(int(fold.count) for fold in sums.folds) in (0, len(rows))

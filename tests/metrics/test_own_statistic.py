@@ -65,3 +65,19 @@ def test_in_a_probe():
 def test_a_short_name_cannot_be_taken():
     with pytest.raises(ValueError, match="'saturation', which names SaturationMetric"):
         type("Thief", (SpectralMetric,), {"short_name": "saturation"})
+
+
+class CountMetric(SpectralMetric):
+    short_name = "count_as_a_number"
+
+    def statistic(self, spectrum):
+        return self.kind(int(spectrum.num_observations))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(float, torch.float64), (int, torch.int64)])
+def test_it_may_return_a_number(kind, dtype):
+    metric = CountMetric()
+    metric.kind = kind
+    metric.update(torch.randn(2**24 + 1, 1))  # which float32 does not know
+    assert metric.compute() == 2**24 + 1
+    assert metric.compute().dtype == dtype

@@ -118,6 +118,8 @@ def test_what_it_does_not_reach_is_nan_with_a_lower_bound_and_a_word():
     assert value.isnan()
     low, high = metric.interval()
     assert 2 <= int(low) < 60 == int(high)
+    by_delve = fed(sm.IntrinsicDimensionMetric, rows_with("flat", 500, 60, 0), sketch_size=6, rule="delve")
+    assert [int(end) for end in by_delve.interval()] == [int(low) - 1, 59]
 
 
 @pytest.mark.parametrize(

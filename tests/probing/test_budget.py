@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from spectralmetrics import LayerProbe, SaturationMetric
 from spectralmetrics.probing import budget as module
 from spectralmetrics.probing.budget import Budget
+from tests.accelerator.device import emulated_device
 
 
 class Clock:
@@ -136,6 +138,15 @@ def test_layers_get_rows_by_their_width(monkeypatch):
     }
 
 
+def test_what_was_not_paid_for_is_told(monkeypatch):
+    monkeypatch.setattr(Budget, "begins", lambda self, stage: False)
+    model = network()
+    probe = LayerProbe(model, SaturationMetric(), budget=0.01)
+    train(model, 3)
+    with pytest.warns(UserWarning, match="the budget of 1 % has paid for no forward yet"):
+        assert probe.compute() == {}
+
+
 def test_the_summary_says_what_it_took():
     model = network()
     probe = LayerProbe(model, SaturationMetric(), budget=0.25)
@@ -179,3 +190,38 @@ def test_a_copy_measures_for_itself():
 def test_a_budget_is_a_share(budget):
     with pytest.raises(ValueError, match=f"between 0 and 1, got {budget}"):
         LayerProbe(network(), budget=budget)
+
+
+class Event:
+    """Events of a device on which everything takes 50 ms more than on the host."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.is_over
+
+    def elapsed_time(self, later):
+        return 50.0
+
+
+def test_the_time_of_a_device_is_paid_for_once_it_is_known(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: types.SimpleNamespace(Event=Event))
+    monkeypatch.setattr(Event, "is_over", False, raising=False)
+    budget = Budget(0.1, 0)
+    output = torch.randn(3, 2).to(emulated_device())
+    for _ in range(2):
+        budget.begins("train")
+        with budget.measuring("train", (output,)):  # the first tensor in it tells the device
+            pass
+    assert budget._stages["train"].cost < 0.04
+    Event.is_over = True
+    budget.begins("train")
+    assert 0.09 < budget._stages["train"].cost < 0.11
+    with budget.measuring("train", torch.randn(3, 2)):
+        pass
+    budget.begins("train")
+    assert budget._stages["train"].cost < 0.11

@@ -260,6 +260,15 @@ def test_covariances_of_outputs_and_of_layers_that_saw_nothing():
     assert probe.covariances("eval") == {}
 
 
+def test_what_has_labels_alone_is_no_covariance_of_the_layer():
+    model = nn.Sequential(nn.Linear(3, 4))
+    probe = LayerProbe(model, LinearProbeMetric(2))
+    with probe.labels(torch.arange(30) % 2):
+        model(torch.randn(30, 3))
+    assert probe.compute()["linear_probe/train/0"] > 0
+    assert probe.covariances("train") == {}
+
+
 def test_the_input_is_seen_before_the_layer_changes_it():
     class Doubling(nn.Module):
         def forward(self, rows):

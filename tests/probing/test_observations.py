@@ -59,6 +59,9 @@ class TestMaps:
         nearest = nn.functional.interpolate(maps, size, mode="nearest").movedim(1, -1).reshape(-1, 3)
         sets_of_rows_equal(observe(module, maps, max_map_size=8, interpolation="nearest"), nearest)
         assert len(observe(module, maps, max_map_size=8, interpolation="area")) == len(expected)
+        cubic = "bicubic" if rank == 2 else mode
+        expected = nn.functional.interpolate(maps, size, mode=cubic).movedim(1, -1).reshape(-1, 3)
+        sets_of_rows_equal(observe(module, maps, max_map_size=8, interpolation="bicubic"), expected)
 
     @pytest.mark.parametrize("rank", [1, 2, 3])
     @pytest.mark.parametrize("how", ["mean", "max", "median"])

@@ -59,6 +59,13 @@ def test_without_a_size_the_warning_says_what_to_do():
     probe.remove()
 
 
+def test_the_warning_says_what_either_would_take():
+    model = nn.Sequential(nn.Linear(2, 2**16))
+    probe = LayerProbe(model)  # noqa: F841  # without a name it would be gone
+    with pytest.warns(UserWarning, match=r"would take 32\.0 GiB, a sketch \(sketch_size=512\) 0\.25 GiB"):
+        model(torch.randn(1, 2))
+
+
 def test_metrics_that_are_sketches_themselves_are_never_too_wide():
     model = network().eval()
     probe = LayerProbe(model, SaturationMetric(sketch_size=12), max_features=5)

@@ -1,3 +1,5 @@
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,27 @@ def test_few_observations_and_rows_left_out():
     assert rows["wide"].sufficient_width == rows["wide"].value
 
 
+@pytest.mark.parametrize(("dead", "words"), [(1, "1 dead feature"), (2, "2 dead features")])
+def test_dead_features_are_counted(dead, words):
+    model = nn.Sequential(nn.Linear(4, 6)).eval()
+    model[0].weight.data[:dead] = 0
+    probe = LayerProbe(model)
+    assert words not in str(model(torch.randn(1, 4)))
+    assert probe.summary().rows[0].stands_out == ("few observations",)  # of one nothing is known to be dead
+    model(torch.randn(99, 4))
+    assert words in probe.summary().rows[0].stands_out
+
+
+def test_without_a_threshold_of_its_own_it_is_99_per_cent():
+    model = nn.Sequential(nn.Identity()).eval()
+    probe = LayerProbe(model, sm.EffectiveRankMetric(), layers="0")
+    rows = torch.diag(torch.tensor([100.0, 10.0, 5.0, 1.0]))  # 0.9876, 0.9975, … of the variance
+    model(torch.cat([rows, -rows]))
+    summary = probe.summary(statistic="effective_rank")
+    assert summary.title == "eval, dimension at 99 % of the variance"
+    assert summary.rows[0].saturation == 0.5
+
+
 def test_an_interval_that_is_wide_stands_out():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Identity()).eval()
@@ -157,6 +180,25 @@ def test_it_fits_100_columns_and_keeps_names_whole():
     assert probe.layers[0] in "".join(
         line[: line.find("  ") if line.find("  ") > 0 else None] for line in lines
     )
+
+
+def test_a_name_is_broken_only_where_there_is_no_room():
+    name = "a_layer_of_28_letters_in_all"
+    model = nn.Sequential(collections.OrderedDict({name: nn.Linear(3, 200)})).eval()
+    probe = LayerProbe(model)
+    model(torch.randn(30, 3))
+    line = str(probe.summary()).splitlines()[2]
+    assert line.startswith(f"{name}  Linear    200        3  30  ")
+
+
+def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least():
+    model = nn.Sequential(nn.Identity()).eval()
+    probe = LayerProbe(model, layers="0", max_features=4, sketch_size=3)
+    model(torch.cat([torch.eye(8), -torch.eye(8)]).repeat(10, 1))
+    row = probe.summary().rows[0]
+    assert np.isnan(row.saturation)
+    low = int(probe.intervals()["saturation/eval/0"].low * 8)
+    assert row.stands_out[0] == f"more than {low - 1} directions: larger sketch"
 
 
 def test_names_are_text_in_html():

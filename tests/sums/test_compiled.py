@@ -292,3 +292,13 @@ def test_it_uses_the_instructions_that_the_processor_has():
     avx2 = {"avx2", "fma"} <= set(flags)
     avx512 = avx2 and {"avx512f", "avx512dq", "avx512vl", "avx512bw"} <= set(flags)
     assert compiled._library().best_instructions() == avx2 + avx512
+
+
+@pytest.mark.skipif(not compiled.instruction_set(), reason="nothing is compiled here")
+def test_it_uses_the_best_that_the_processor_has():
+    """As PyTorch does, which looks for itself."""
+    theirs = torch.backends.cpu.get_cpu_capability()
+    with compiled.using("avx512"):
+        assert compiled.instruction_set() == {"AVX512": "avx512", "AVX2": "avx2"}[theirs]
+    with compiled.using("avx2"):
+        assert compiled.instruction_set() == "avx2"

@@ -55,3 +55,30 @@ def test_float32_rows_after_float64_rows_set_it_anew():
 
 def test_float64_products_take_any_origin():
     assert moves(origins([F64] * 5 + [F32] * 5, F64)) == [1, 2, 3, 4, 8]
+
+
+def test_a_row_far_away_does_not_draw_the_origin_to_it():
+    sums = empty_moments(2)
+    intake = sums.intake(F64)
+    for batch, rows in enumerate([torch.randn(1000, 2), *torch.full((3, 257, 2), 1e8)[:, :1].unbind()]):
+        intake.add(sums, Observations(rows.to(F64), valid=torch.ones(len(rows), dtype=torch.bool)), batch)
+        assert sums.origin.abs().max() < 1
+    many = torch.full((300, 2), 1e8, dtype=F64)  # more than the root of all before
+    intake.add(sums, Observations(many), 4)
+    assert sums.origin.abs().max() < 1  # the fifth batch is none with which the origin moves
+    for batch in range(5, 8):
+        intake.add(sums, Observations(many), batch)
+    assert sums.origin.min() > 1e7
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "waits"), [(4, 256, True), (4, 257, False), (400, 400, True), (400, 401, False)]
+)
+def test_a_batch_waits_if_it_is_small_or_no_larger_than_the_width(width, count, waits):
+    sums = empty_moments(width)
+    intake = sums.intake(F64)
+    intake.add(sums, Observations(torch.randn(2, width)), 0)
+    intake.add(sums, Observations(torch.randn(count, width)), 1)
+    assert (int(sums.count) == 2) == waits
+    intake.flush(sums)
+    assert int(sums.count) == 2 + count

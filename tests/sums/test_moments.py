@@ -16,6 +16,7 @@ from spectralmetrics.functional import (
     rebase,
     variances,
 )
+from spectralmetrics.sums import empty_folds
 from tests.oracles import random_rows, relative_error, two_pass_covariance
 
 pytestmark = pytest.mark.usefixtures("instructions")  # all of it by PyTorch, and by what is compiled
@@ -389,3 +390,17 @@ def test_autocast_does_not_reach_the_products(gram_dtype):
         assert (rows @ rows.T).dtype == torch.bfloat16  # it would
         actual = covariance(stream(rows, 100, gram_dtype))
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+def test_what_is_decomposed_is_the_covariance(folds):
+    rows = random_rows(0, 200, 6, mean=3.0)
+    sums = empty_moments(6) if folds is None else empty_folds(folds, 6)
+    intake = sums.intake(torch.float64)
+    for batch, part in enumerate(rows.split(40)):
+        intake.add(sums, Observations(part), batch)
+    intake.flush(sums)
+    for options in ({}, {"center": True}, {"center": False}):
+        matrix = sums.matrix(**options).triu()
+        torch.testing.assert_close(matrix, sums.covariance(**options).triu())
+    assert not torch.allclose(sums.matrix(), sums.matrix(center=False))

@@ -61,7 +61,7 @@ class LayerMetrics:
         transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
     """
 
-    def __init__(self, stage: str, layer: str, collection: MetricCollection, number: int = 0) -> None:
+    def __init__(self, stage: str, layer: str, collection: MetricCollection, number: int) -> None:
         self.stage = stage
         self.layer = layer
         self.collection = collection

@@ -292,7 +292,8 @@ class LayerProbe(nn.Module):
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
-                warn_of_nothing(stages, self._places.values(), bool(self._router.paused or not self._hooks))
+                is_off = bool(self._router.paused or not self._hooks)
+                warn_of_nothing(stages, self._places.values(), is_off, self.budget)
         return values
 
     @contextlib.contextmanager

@@ -140,13 +140,16 @@ class _Steps:
             self._progress(self._before + self._read, self._before + self._layers)
 
 
-def warn_of_nothing(stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool) -> None:
+def warn_of_nothing(
+    stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool, budget: float | None
+) -> None:
     """Say that nothing at all was observed, and why, where it can be told.
 
     Args:
         stages: that were asked for.
         places: all layers in all stages.
         is_off: whether the probe is paused or removed.
+        budget: of the probe.
     """
     places = list(places)
     asked = [place for place in places if place.stage in set(stages)]
@@ -156,6 +159,8 @@ def warn_of_nothing(stages: Iterable[str], places: Iterable[LayerMetrics], is_of
         given_up = {place.given_up for place in asked if place.given_up}
         if given_up:
             reason += f" ({next(iter(given_up))})"
+        elif budget is not None:
+            reason = f"the layers ran, but the budget of {100 * budget:.4g} % has paid for no forward yet"
     elif any(place.transformed for place in asked):
         reason = "the model ran inside transforms of torch.func, which are not observed"
     elif any(place.forwards for place in places):

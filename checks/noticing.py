@@ -1,0 +1,258 @@
+"""Which tests run a line of the code, and whether one of them notices a change.
+
+pytest runs in a process that is forked for it from one that has imported the libraries, which takes most of the
+time of a short run.
+"""
+
+from __future__ import annotations
+
+import ast
+import compileall
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import py_compile
+import shutil
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import coverage
+import pytest
+
+COPIED = (
+    "src",
+    "tests",
+    "docs",
+    "examples",
+    "csrc",
+    "benchmarks",
+    "pyproject.toml",
+    "CONTRIBUTING.md",
+    "README.md",
+)
+_LIBRARIES = (
+    "torch",
+    "torch._dynamo",
+    "torchmetrics",
+    "scipy.linalg",
+    "scipy.stats",
+    "hypothesis",
+    "sklearn.linear_model",
+)
+_OPTIONS = ("-q", "-x", "--assert=plain", "-p", "no:cacheprovider")
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(list(_LIBRARIES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """Of the tests of a room: how long each takes, and which lines it runs.
+
+    Attributes:
+        elsewhere: test files that run the code in processes of their own, where it cannot be seen.
+        seconds: node id -> of the test.
+        lines: file -> line -> who runs it: node ids; test files, for what their fixtures run; "" for what runs
+            when a module is imported.
+        failed: node ids of the tests that did not pass.
+    """
+
+    elsewhere: tuple[str, ...]
+    seconds: dict[str, float]
+    lines: dict[str, dict[int, set[str]]]
+    failed: list[str]
+
+    def tests_of(self, file: str, text: str, line: int) -> list[str]:
+        """The tests that may run a line, those of the quickest file first, and last those that run elsewhere.
+
+        All tests where it cannot be told.
+        """
+        runs = self.lines.get(file, {})
+        who = set().union(*(runs.get(each, ()) for each in _what_runs(text, line)))
+        if _is_cached(text, line):
+            who.add("")
+        found = {test for test in self.seconds if test in who or _file_of(test) in who}
+        everywhere = not found or "" in who
+        chosen = set(self.seconds) if everywhere else found
+        cost: dict[str, float] = defaultdict(float)
+        for test in chosen:
+            cost[_file_of(test)] += self.seconds[test] + (1e6 if everywhere and test not in found else 0)
+        unseen = {test for test in self.seconds if _file_of(test) in self.elsewhere}
+        chosen |= unseen
+        cost.update((_file_of(test), 1e12) for test in unseen)
+        return sorted(chosen, key=lambda test: (cost[_file_of(test)], _file_of(test)))
+
+
+def _file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def _what_runs(text: str, line: int) -> range:
+    """The lines that run where this one has a say: its statement, or the body of the function that it heads."""
+    inner: ast.stmt | None = None
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or line):
+            inner = node if inner is None or node.lineno >= inner.lineno else inner
+    if inner is None:
+        return range(line, line + 1)
+    body = getattr(inner, "body", None)
+    if not body:
+        return range(inner.lineno, (inner.end_lineno or line) + 1)
+    if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return range(body[0].lineno, (inner.end_lineno or line) + 1)
+    return range(inner.lineno, body[0].lineno)
+
+
+def _is_cached(text: str, line: int) -> bool:
+    """Whether a line is of a function that keeps what it returns, of which later tests run no line."""
+    return any(
+        isinstance(node, ast.FunctionDef)
+        and node.lineno <= line <= (node.end_lineno or line)
+        and any(
+            "cache" in ast.unparse(each) and "property" not in ast.unparse(each) for each in node.decorator_list
+        )
+        for node in ast.walk(ast.parse(text))
+    )
+
+
+class Copy:
+    """A copy of the project, in which one file is changed at a time."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        for name in COPIED:
+            source, target = root / name, folder / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "_build"))
+            elif source.exists():
+                shutil.copy(source, target)
+        # By the hash of the source, so that a changed file is never taken for the one that it was.
+        by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
+        for name in ("src", "tests"):
+            compileall.compile_dir(folder / name, quiet=1, invalidation_mode=by_hash)
+
+    def map(self, paths: Sequence[str], elsewhere: Sequence[str], options: Sequence[str]) -> Map:
+        """Run the tests of a room and see what they run."""
+        watching = _Watching(self.folder / "src", tuple(elsewhere))
+        found = self._run([*options, *paths, *elsewhere], watching, 3600)
+        if found is None:
+            raise RuntimeError(f"pytest could not run {' '.join(paths)}")
+        return found
+
+    def notices(
+        self, file: Path, text: str, tests: Sequence[str], options: Sequence[str], seconds: float
+    ) -> bool:
+        """Whether one of the tests fails when a file has this text, or does not come to an end in this time."""
+        path = self.folder / file
+        original = path.read_bytes()
+        path.write_text(text, encoding="utf-8")
+        try:
+            files = dict.fromkeys(map(_file_of, tests))
+            status = self._run([*options, *files], _Chosen(list(tests)), seconds)
+            if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+                raise RuntimeError(f"pytest has found none of the tests of {file}, such as {tests[0]}")
+            return status != 0
+        finally:
+            path.write_bytes(original)
+
+    def _run(self, arguments: Sequence[str], plugin: Any, seconds: float) -> Any:
+        """What a plugin has found in the end; None if there was no end, or a test failed."""
+        mine, theirs = _PROCESSES.Pipe(duplex=False)
+        process = _PROCESSES.Process(target=_in_child, args=(self.folder, [*arguments], plugin, theirs))
+        process.start()
+        theirs.close()
+        try:
+            return mine.recv() if mine.poll(seconds) else None
+        except EOFError:  # it crashed
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # processes that the tests have started, too
+            process.kill()
+            process.join()
+            mine.close()
+
+
+def _in_child(folder: Path, arguments: list[str], plugin: Any, answer: Any) -> None:
+    os.setsid()
+    os.chdir(folder)
+    sys.dont_write_bytecode = True
+    sys.path[:0] = [str(folder / "src"), str(folder)]
+    os.environ.update(PYTHONPATH=str(folder / "src"), PYTHONDONTWRITEBYTECODE="1")
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    with plugin.around():
+        status = pytest.main([*_OPTIONS, *arguments], plugins=[plugin])
+    answer.send(plugin.found(int(status)))
+
+
+class _Watching:
+    """A plugin that notes which test runs which line."""
+
+    def __init__(self, source: Path, elsewhere: tuple[str, ...]) -> None:
+        self.source = source
+        self.elsewhere = elsewhere
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.failed: list[str] = []
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        self.coverage = coverage.Coverage(data_file=None, config_file=False, source=[str(self.source)])
+        self.coverage.start()
+        try:
+            yield
+        finally:
+            self.coverage.stop()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(_file_of(item.nodeid))
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            self.coverage.switch_context(_file_of(item.nodeid))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def found(self, status: int) -> Map | None:
+        if status not in (0, 1):
+            return None
+        data = self.coverage.get_data()
+        lines = {
+            Path(file).relative_to(self.source).as_posix(): {
+                line: set(who) for line, who in data.contexts_by_lineno(file).items()
+            }
+            for file in data.measured_files()
+        }
+        return Map(self.elsewhere, dict(self.seconds), lines, self.failed)
+
+
+class _Chosen:
+    """A plugin that has some tests run, in this order."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self.tests = list(tests)
+
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        wanted = set(self.tests)
+        order = {file: number for number, file in enumerate(dict.fromkeys(map(_file_of, self.tests)))}
+        items[:] = sorted((i for i in items if i.nodeid in wanted), key=lambda i: order[_file_of(i.nodeid)])
+
+    def found(self, status: int) -> int:
+        return status
