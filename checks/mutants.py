@@ -41,17 +41,13 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/spectralmetrics")
 ENOUGH = 0.95
 # Of each room the tests that are to notice.
-_OF_STATES = ("tests/metrics", "tests/accelerator", "tests/bad_input/test_bad_input.py")
+_OF_ALL = ("tests/accelerator", "tests/bad_input/test_bad_input.py", "tests/test_surface.py")
 TESTS = {
-    "sums": ("tests/sums", "tests/functional", *_OF_STATES),
-    "functional": ("tests/functional", "tests/metrics", "tests/bad_input/test_bad_input.py"),
-    "metrics": _OF_STATES,
-    "probing": ("tests/probing", "tests/accelerator", "tests/bad_input/test_bad_input.py"),
-    "projection": (
-        "tests/test_projection.py",
-        "tests/probing/test_sketches.py",
-        "tests/bad_input/test_bad_input.py",
-    ),
+    "sums": ("tests/sums", "tests/functional", "tests/metrics", *_OF_ALL),
+    "functional": ("tests/functional", "tests/metrics", *_OF_ALL),
+    "metrics": ("tests/metrics", *_OF_ALL),
+    "probing": ("tests/probing", *_OF_ALL),
+    "projection": ("tests/test_projection.py", "tests/probing/test_sketches.py", *_OF_ALL),
 }
 ELSEWHERE = ("tests/distributed/test_processes.py",)
 # What is compiled is the same for both sets of instructions, and two processes do what more of them do.

@@ -1017,3 +1017,18 @@ class TestWhatIsOverridden:
         metric.compute()
         metric.merge_state(other)
         assert metric.compute() == 1.0  # why `merge_state` clears it
+
+
+RANGES = {
+    "saturation": (0, 1),
+    "linear_probe": (None, 1),
+    "linear_cka": (-1, 1),
+    **dict.fromkeys(("power_law_exponent", "covariance_determinant", "covariance", "embedding"), (None, None)),
+}
+
+
+def test_pictures_show_the_range_in_which_a_value_can_lie():
+    ours = {name: kind for name, kind in sm.statistics().items() if hasattr(sm, kind.__name__)}
+    for name, kind in {**ours, "linear_cka": sm.LinearCKAMetric}.items():
+        bounds = kind.plot_lower_bound, kind.plot_upper_bound
+        assert bounds == RANGES.get(name, (0, None)), name

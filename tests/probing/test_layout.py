@@ -39,6 +39,15 @@ def test_a_part_of_a_transformer_goes_by_what_encloses_it(layer, batch_first):
     assert_same(value, feed(sm.CovarianceMetric(), rows).compute())
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("layer", ["1.0.layers.1.linear1", "1.0.layers.0.norm2", "1.0.layers.1"])
+def test_also_where_that_is_not_the_model_itself(layer, batch_first):
+    model = nn.Sequential(nn.Identity(), nn.Sequential(encoder(batch_first)))
+    value, output = last_steps(model, layer, DATA)
+    rows = output[:, -1] if batch_first else output[-1]
+    assert_same(value, feed(sm.CovarianceMetric(), rows).compute())
+
+
 @pytest.mark.parametrize("model", [nn.LSTM(6, 4), nn.MultiheadAttention(6, 2), encoder(False, 1)], ids=type)
 def test_a_layer_itself_says_so(model):
     class Around(nn.Module):

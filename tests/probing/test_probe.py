@@ -716,6 +716,10 @@ class TestControls:
             model(torch.randn(5, 3))
         model(torch.randn(7, 3))
         assert self.count(probe) == 14
+        probe.resume()  # once too often, which is no credit
+        with probe.paused():
+            model(torch.randn(5, 3))
+        assert self.count(probe) == 14
 
     def test_context_manager_and_remove(self):
         model = self.model()

@@ -53,6 +53,19 @@ def test_float32_rows_after_float64_rows_set_it_anew():
     assert are_float32(found) == [True] * 7 + [False] + [True] * 4
 
 
+@pytest.mark.parametrize("step", [-1, 1])
+def test_an_origin_that_is_no_float32_is_told_on_either_side_of_one(step):
+    origin = torch.tensor([1.0, 1.0 + step * 2.0**-26], dtype=F64)  # one feature of two
+    sums = empty_moments(2)
+    intake = sums.intake(F32)
+    rows = origin + 2.0**-20 * torch.tensor([[1.0], [-1.0]], dtype=F64).repeat(150, 2)
+    for batch in range(4):
+        intake.add(sums, Observations(rows), batch)
+    assert torch.equal(sums.origin, origin)
+    intake.add(sums, Observations(rows.to(F32)), 4)
+    assert are_float32([sums.origin]) == [True]
+
+
 def test_float64_products_take_any_origin():
     assert moves(origins([F64] * 5 + [F32] * 5, F64)) == [1, 2, 3, 4, 8]
 
