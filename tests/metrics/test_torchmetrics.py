@@ -1032,3 +1032,9 @@ def test_pictures_show_the_range_in_which_a_value_can_lie():
     for name, kind in {**ours, "linear_cka": sm.LinearCKAMetric}.items():
         bounds = kind.plot_lower_bound, kind.plot_upper_bound
         assert bounds == RANGES.get(name, (0, None)), name
+
+
+def test_the_picture_of_a_sequence_of_covariances_is_the_last():
+    values = [torch.eye(3) * number for number in (1, 2, 5)]
+    _, axis = sm.CovarianceMetric().plot(values)
+    assert axis.images[0].get_array().max() == 5

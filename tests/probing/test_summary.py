@@ -10,6 +10,7 @@ from spectralmetrics import LayerProbe, Recorder
 from spectralmetrics.cli import main
 from spectralmetrics.probing.facts import facts_of
 from spectralmetrics.recording import summarise_run
+from tests.sums.toy import CrestFactorMetric
 
 LAYERS = {
     "linear": (nn.Linear(5, 9), 5),
@@ -158,6 +159,21 @@ def test_any_statistic_that_is_one_number():
         probe.summary("test")
     with pytest.raises(RuntimeError, match="nothing was observed in train"):
         probe.summary("train")
+
+
+class MeanCrestFactorMetric(CrestFactorMetric):
+    short_name = "mean_crest_factor"
+
+    def statistic(self, spectrum):
+        return super().statistic(spectrum).mean()
+
+
+def test_a_statistic_of_more_than_the_moments():
+    model = nn.Sequential(nn.Linear(4, 5)).eval()
+    probe = LayerProbe(model, MeanCrestFactorMetric())
+    model(torch.randn(300, 4))
+    (row,) = probe.summary(statistic="mean_crest_factor").rows
+    assert row.value == probe.compute()["mean_crest_factor/eval/0"]
 
 
 def test_it_fits_100_columns_and_keeps_names_whole():
