@@ -49,7 +49,7 @@ TESTS = {
     "probing": ("tests/probing", *_OF_ALL),
     "projection": ("tests/test_projection.py", "tests/probing/test_sketches.py", *_OF_ALL),
 }
-ELSEWHERE = ("tests/distributed/test_processes.py",)
+ELSEWHERE = ("tests/probing/test_compilation.py", "tests/distributed/test_processes.py")
 # What is compiled is the same for both sets of instructions, and two processes do what more of them do.
 OPTIONS = ("-k", "not (avx512 or processes-1 or processes-3 or processes-4 or torchrun)")
 # Identity in place of equality, and the reverse: of the types, strings and small numbers that are compared

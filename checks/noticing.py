@@ -54,7 +54,7 @@ class Map:
     """Of the tests of a room: how long each takes, and which lines it runs.
 
     Attributes:
-        elsewhere: test files that run the code in processes of their own, where it cannot be seen.
+        elsewhere: test files that run the code where it is not seen: in other processes, or traced.
         seconds: node id -> of the test.
         lines: file -> line -> who runs it: node ids; test files, for what their fixtures run; "" for what runs
             when a module is imported.

@@ -212,6 +212,7 @@ def test_the_spectrum_of_a_covariance_reads_it_as_it_is():
     covariance = covariance @ covariance.T / 3
     mean = torch.randn(5, dtype=torch.float64)
     assert torch.equal(Spectrum.of_covariance(covariance, mean, 7).covariance, covariance)
+    assert torch.equal(Spectrum.of_covariance(covariance, mean, 1).covariance, covariance)
     uncentred = Spectrum.of_covariance(covariance, mean, 7, center=False)
     torch.testing.assert_close(uncentred.covariance, covariance + torch.outer(mean, mean))
     torch.testing.assert_close(uncentred.variances, (covariance + torch.outer(mean, mean)).diagonal())

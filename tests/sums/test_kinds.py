@@ -225,6 +225,11 @@ class TestTaking:
             sums = take(sums, inside)
         kind.check(take(sums, batches[2:]), batches)
 
+    @pytest.mark.parametrize("maps", [False, True])
+    def test_batches_of_many_rows_of_which_some_do_not_count(self, kind, maps):
+        batches = stream(9, [700, 40, 257, 1030], 4, means=(2.0,), bad=0.1, masked=True, maps=maps)
+        kind.check(take(kind.make(), batches), batches)
+
 
 class TestMerging:
     @given(

@@ -10,7 +10,9 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from spectralmetrics import CovarianceMetric, LayerProbe, Observations, Recorder, SaturationMetric, recompute
-from spectralmetrics.sums import intake
+from spectralmetrics.sums import Intake, SpectralSum, Sum, intake
+from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.folds import InFolds
 from tests.metrics import properties
 from tests.metrics.properties import assert_same, feed
 from tests.oracles import random_rows
@@ -150,3 +152,27 @@ def test_a_run_without_it_says_what_is_missing(model, batches, tmp_path):
         recorder.record()
     with pytest.raises(ValueError, match=r"expected largest magnitudes of layer '0' for 'crest_factor'; none"):
         recompute(tmp_path, statistics="crest_factor")
+
+
+REQUIRED = {
+    Sum: {"empty", "exchange", "intake", "merged", "num_features"},
+    SpectralSum: {
+        *("empty", "exchange", "intake", "merged", "num_features", "num_observations", "num_left_out"),
+        *("in_range", "mean", "centred", "variances", "covariance", "eigenvalues", "eigenvectors"),
+    },
+    InFolds: {"empty", "exchange", "intake", "merged", "total"},
+    AboutOrigin: {
+        *("empty", "exchange", "intake", "num_features", "about", "squares"),
+        *("covariance", "eigenvalues", "eigenvectors"),
+    },
+    Intake: {"add"},
+}
+
+
+@pytest.mark.parametrize("base", REQUIRED, ids=lambda base: base.__name__)
+def test_what_a_kind_must_have_is_asked_for_where_it_is_made(base):
+    assert base.__abstractmethods__ == REQUIRED[base]
+    for name in base.__abstractmethods__:
+        lacking = type("Lacking", (base,), dict.fromkeys(base.__abstractmethods__ - {name}))
+        with pytest.raises(TypeError, match=f"abstract method '?{name}'?"):
+            lacking()
