@@ -2,6 +2,7 @@
 
     python checks/mutants.py                    # 300 changes, about an hour on two cores
     python checks/mutants.py --number 10 --seed 3 --rooms projection
+    python checks/mutants.py --again output.txt    # only those that survived there, after tests were added
 
 A place of the code is drawn, then one of the changes that can be made there: another operator, another number,
 True for False, a loop that never runs. Those tests of its room that run the changed line are run in a copy of
@@ -166,6 +167,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
     parser.add_argument("--rooms", nargs="+", choices=list(TESTS), default=list(TESTS), help="(default: all)")
     parser.add_argument("--workers", type=int, default=2, help="tests at the same time (default: 2)")
+    parser.add_argument("--again", type=Path, help="what this has printed: run those that survived then")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -173,6 +175,11 @@ def main() -> int:
     drawn = draw(options.number, options.seed, options.rooms)
     wanted = [each for each in drawn if (each.file, each.before, each.after) not in equivalent]
     print(f"{len(drawn)} changes drawn, {len(drawn) - len(wanted)} of them listed as equivalent", flush=True)
+    before = len(wanted)
+    if options.again is not None:
+        survived = options.again.read_text(encoding="utf-8").split("SURVIVED")[1:]
+        changes = [[line.strip()[2:] for line in each.splitlines()[1:3]] for each in survived]
+        wanted = [each for each in wanted if [each.before, each.after] in changes]
     if options.list:
         print(*drawn, sep="\n")
         return 0
@@ -219,10 +226,10 @@ def main() -> int:
                 print(f"{number}/{len(wanted)} {outcome}, {tests} tests, {took:.0f} s: {mutant}", flush=True)
                 if not noticed:
                     survivors.append(mutant)
-    share = 1 - len(survivors) / max(len(wanted), 1)
+    share = 1 - len(survivors) / max(before, 1)
     if survivors:
         print("\nNo test has noticed:", *survivors, sep="\n")
-    print(f"\n{share:.1%} of {len(wanted)} changes were noticed, and {ENOUGH:.0%} are expected")
+    print(f"\n{share:.1%} of {before} changes were noticed, and {ENOUGH:.0%} are expected")
     return int(share < ENOUGH)
 
 

@@ -283,3 +283,24 @@ def test_without_float64_folds_and_samples(like_mps):
         sample.update(rows)
     assert folds.interval().low <= folds.compute() <= folds.interval().high
     assert sample.compute().shape == (9, 2)
+
+
+def test_sums_that_began_on_the_cpu_follow_the_rows_unless_they_were_put_there(accelerator):
+    rows = batches()
+    for pinned in (False, True):
+        metric = CovarianceMetric(gram_dtype=torch.float32, nan_strategy="ignore")
+        if pinned:
+            metric.to("cpu")
+        metric.update(rows[0])
+        metric.update(rows[1].to(accelerator))
+        (sums,) = metric.sums
+        assert sums.second.device == (torch.device("cpu") if pinned else accelerator)
+        assert int(sums.count) == 40 + 299
+
+
+def test_a_metric_that_has_seen_nothing_takes_in_sums_where_they_are(accelerator):
+    there, empty = CovarianceMetric(nan_strategy="ignore"), CovarianceMetric()
+    there.update(batches()[0].to(accelerator))
+    empty.merge_state(there)
+    assert empty.sums[0].second.device == accelerator
+    assert_close(empty.compute(), there.compute().cpu())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectralmetrics.functional import Observations, Spectrum, accumulate, empty_moments
+from spectralmetrics.functional import Observations, Spectrum, accumulate, empty_moments, together
 from spectralmetrics.functional.together import Wanted, decompose_together
 
 
@@ -45,6 +45,14 @@ def test_one_decomposition_for_each_width(part, function, decomposed):
         torch.testing.assert_close(getattr(each, part), expected)
         assert each.eigenvalues.shape == (each.num_features,)
     assert not decomposed  # also eigenvalues come with the vectors
+
+
+def test_a_batch_takes_no_more_memory_than_it_may(decomposed, monkeypatch):
+    monkeypatch.setattr(together, "_BATCH_BYTES", 2 * 8 * 4 * 4)
+    spectra = [spectrum(4, seed) for seed in range(5)]
+    decompose_together([Wanted(each, "eigenvalues") for each in spectra])
+    assert decomposed == [("eigvalsh", (2, 4, 4)), ("eigvalsh", (2, 4, 4)), ("eigvalsh", (4, 4))]
+    assert all(each.knows("eigenvalues") for each in spectra)
 
 
 def test_who_wants_vectors_has_the_eigenvalues_too(decomposed):
