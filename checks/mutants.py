@@ -41,7 +41,7 @@ from noticing import Copy, Map
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/spectralmetrics")
 ENOUGH = 0.95
-# Of each room the tests that are to notice.
+# Of each room the tests that are to notice, beside its doctests.
 _OF_ALL = ("tests/accelerator", "tests/bad_input/test_bad_input.py", "tests/test_surface.py")
 TESTS = {
     "sums": ("tests/sums", "tests/functional", "tests/metrics", *_OF_ALL),
@@ -192,7 +192,7 @@ def main() -> int:
         def look(room: str) -> Map:
             copy = copies.get()
             try:
-                return copy.map(TESTS[room], ELSEWHERE, OPTIONS)
+                return copy.map([*TESTS[room], f"{SOURCE}/{room}"], ELSEWHERE, OPTIONS)
             finally:
                 copies.put(copy)
 

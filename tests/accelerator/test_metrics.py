@@ -17,7 +17,7 @@ from spectralmetrics import (
     SaturationMetric,
     statistics,
 )
-from spectralmetrics.sums import products_dtype
+from spectralmetrics.sums import accelerated, products_dtype
 from tests.accelerator.device import watching
 
 OURS = {
@@ -126,6 +126,21 @@ def test_rows_that_overflow_are_said(accelerator):
         metric.update((torch.randn(300, 4) * 10.0**power).to(accelerator))
     with pytest.raises(RuntimeError, match="overflow"):
         metric.compute()
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_batches_that_are_taken_in_pieces(accelerator, valid, monkeypatch):
+    monkeypatch.setattr(accelerated, "_WORKSPACE_BYTES", 0)  # 256 rows at a time
+    rows = [torch.randn(900, 5) + 3 for _ in range(7)]
+    chosen = torch.rand(900) < 0.7 if valid else None
+    here, there = CovarianceMetric(gram_dtype=torch.float32), CovarianceMetric()
+    for each in rows:
+        here.update(Observations(each, valid=chosen))
+        there.update(
+            Observations(each.to(accelerator), valid=None if chosen is None else chosen.to(accelerator))
+        )
+    assert_close(there.compute(), here.compute())
+    assert int(there.count) == int(here.count) == 7 * (900 if chosen is None else int(chosen.sum()))
 
 
 @pytest.mark.parametrize("valid", [False, True])

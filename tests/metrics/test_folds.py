@@ -417,3 +417,23 @@ class TestArguments:
         with pytest.raises(RuntimeError, match=r"'folds', 2.*'folds', 4"):
             two.load_state_dict(four.state_dict())
         assert sum(counts(two)) == 20
+
+
+def test_the_states_of_all_folds_together_have_the_names_that_they_have_without():
+    rows = torch.randn(90, 4, dtype=torch.float64) + 2
+    rows[3, 0] = torch.nan
+    folded, plain = (sm.SaturationMetric(folds=folds, nan_strategy="ignore") for folds in (3, 1))
+    for part in rows.split(10):
+        folded.update(part)
+        plain.update(part)
+    assert (int(folded.count), int(folded.non_finite)) == (89, 1)
+    about = plain.origin + plain.first_moment / plain.count
+    torch.testing.assert_close(folded.origin + folded.first_moment / folded.count, about)
+    assert folded.second_moment.shape == (4, 4)
+    total = folded.moments
+    for name, tensor in (
+        ("origin", total.origin),
+        ("first_moment", total.first),
+        ("second_moment", total.second),
+    ):
+        assert torch.equal(getattr(folded, name), tensor)

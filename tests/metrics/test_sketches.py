@@ -191,3 +191,10 @@ def test_compute_groups_tell_sizes_apart():
     )
     collection.update(torch.randn(50, 12))
     assert sorted(map(sorted, collection.compute_groups.values())) == [["a", "d"], ["b"], ["c"]]
+
+
+def test_it_has_no_moments():
+    metric = fed(sm.SaturationMetric, torch.randn(100, 20), sketch_size=4)
+    assert metric.moments is None
+    assert sm.SaturationMetric().moments is None
+    assert fed(sm.SaturationMetric, torch.randn(100, 20)).moments.num_features == 20

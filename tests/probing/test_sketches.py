@@ -197,3 +197,14 @@ def test_progress_and_an_interrupt_without_loss():
     assert again[0][1] == 2 + 4  # of the four decompositions two are left
     assert again[-1][0] == again[-1][1]
     assert len(values) == 4
+
+
+def test_the_state_of_a_probe_with_sketches_is_none_of_one_without():
+    model = network().eval()
+    with_sketches = LayerProbe(model, SaturationMetric(), max_features=50, sketch_size=12)
+    run(model)
+    with_sketches.persistent()
+    without = LayerProbe(model, SaturationMetric())
+    without.persistent()
+    with pytest.raises(RuntimeError, match=r"sketch_image"):
+        without.load_state_dict(with_sketches.state_dict())

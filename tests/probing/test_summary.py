@@ -217,6 +217,14 @@ def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least(
     assert row.stands_out[0] == f"more than {low - 1} directions: larger sketch"
 
 
+def test_columns_are_in_line():
+    _, probe = probed(folds=4)
+    _, head, *lines = str(probe.summary()).splitlines()
+    place = head.index("type")
+    assert [line[place : place + 6] for line in lines] == ["Conv2d", "Linear", "Linear", "Linear"]
+    assert {line[place - 1] for line in lines} == {" "}
+
+
 def test_names_are_text_in_html():
     model = nn.ModuleDict({"<b>&": nn.Linear(3, 3)}).eval()
     probe = LayerProbe(model)

@@ -355,6 +355,7 @@ PRECISION_SETTINGS = {
     "backends.fp32_precision": (torch.backends, "fp32_precision", "tf32"),
     "cuda.matmul.fp32_precision": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
     "mkldnn.matmul.fp32_precision": (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "mkldnn.matmul.fp32_precision, tf32": (torch.backends.mkldnn.matmul, "fp32_precision", "tf32"),
     "cuda.matmul.allow_tf32": (torch.backends.cuda.matmul, "allow_tf32", True),
 }
 
