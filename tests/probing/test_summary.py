@@ -218,11 +218,13 @@ def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least(
 
 
 def test_columns_are_in_line():
-    _, probe = probed(folds=4)
+    layers = {"a": nn.Conv1d(3, 4, 1), "a_name_that_is_longer": nn.Conv1d(4, 2, 1)}
+    model = nn.Sequential(collections.OrderedDict(layers)).eval()
+    probe = LayerProbe(model)
+    model(torch.randn(30, 3, 5))
     _, head, *lines = str(probe.summary()).splitlines()
     place = head.index("type")
-    assert [line[place : place + 6] for line in lines] == ["Conv2d", "Linear", "Linear", "Linear"]
-    assert {line[place - 1] for line in lines} == {" "}
+    assert [line[place - 2 : place + 6] for line in lines] == ["  Conv1d", "  Conv1d"]
 
 
 def test_names_are_text_in_html():

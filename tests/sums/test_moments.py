@@ -16,7 +16,7 @@ from spectralmetrics.functional import (
     rebase,
     variances,
 )
-from spectralmetrics.sums import empty_folds
+from spectralmetrics.sums import empty_folds, moments_of_covariance
 from tests.oracles import random_rows, relative_error, two_pass_covariance
 
 pytestmark = pytest.mark.usefixtures("instructions")  # all of it by PyTorch, and by what is compiled
@@ -405,3 +405,11 @@ def test_what_is_decomposed_is_the_covariance(folds):
         matrix = sums.matrix(**options).triu()
         torch.testing.assert_close(matrix, sums.covariance(**options).triu())
     assert not torch.allclose(sums.matrix(), sums.matrix(center=False))
+
+
+def test_of_a_single_observation_there_is_a_covariance_too():
+    moments = moments_of_covariance(torch.zeros(2, 2), torch.tensor([3.0, 4.0]), 1)
+    assert moments.mean().tolist() == [3.0, 4.0]
+    assert moments.covariance().abs().max() == 0
+    with pytest.raises(ValueError, match="got 0"):
+        moments_of_covariance(torch.zeros(2, 2), torch.tensor([3.0, 4.0]), 0)
