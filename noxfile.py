@@ -72,7 +72,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Change the code in 300 places, one at a time, and see that the tests notice; an hour on two cores."""
+    """Change the code in 300 places, one at a time: do the tests notice? Half an hour on two cores."""
     install(session, "test")
     session.install("-c", "constraints.txt", "cosmic-ray==8.7.0", "coverage>=7.6")
     session.run("python", "checks/mutants.py", *session.posargs)

@@ -1,6 +1,6 @@
 """Change one place of the code at a time, at random, and see whether a test notices.
 
-    python checks/mutants.py                    # 300 changes, about an hour on two cores
+    python checks/mutants.py                    # 300 changes, half an hour on two cores
     python checks/mutants.py --number 10 --seed 3 --rooms projection
     python checks/mutants.py --again output.txt    # only those that survived there, after tests were added
 
