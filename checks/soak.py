@@ -40,7 +40,7 @@ from spectralmetrics.functional import Observations
 
 BATCH = 32
 LAYERS = {"0": 8, "3": 48, "5": 10}  # widths
-STEPS_PER_RECORD = 150  # so that some steps come after the last record
+STEPS_PER_RECORD = 150  # and none after the last step, or nothing would be left of what is reset
 STEPS_PER_CHECKPOINT = 20
 SKETCHED = {"max_features": 32, "sketch_size": 24}  # the middle layer is wider
 THRESHOLD = 0.9
@@ -136,7 +136,7 @@ class Training:
             loss.backward()
             self.optimizer.step()
             done = step + 1
-            if self.probes and done % STEPS_PER_RECORD == 0:
+            if self.probes and done % STEPS_PER_RECORD == 0 and done < steps:
                 self.record(done // STEPS_PER_RECORD - 1, loss.item())
             if self.probes and done % STEPS_PER_CHECKPOINT == 0:
                 self.save(done)
