@@ -237,6 +237,15 @@ def test_determinants_of_batches(shape, log):
     torch.testing.assert_close(F.determinant(covariances, log).flatten(), torch.stack(singly))
 
 
+@pytest.mark.parametrize("features", [3, 6, 12])
+def test_a_dependent_feature_makes_it_singular_however_badly_the_others_depend(features):
+    for seed in range(400):
+        rows = random_rows(seed, 2 + seed % 40, features, rank=1 + seed % (features - 1))
+        covariance = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
+        assert F.determinant(covariance) == 0
+        assert F.determinant(covariance, log=True) == -torch.inf
+
+
 def test_determinant_underflows_only_without_the_logarithm():
     covariance = torch.eye(2000, dtype=torch.float64) * 1e-3
     assert F.determinant(covariance) == 0

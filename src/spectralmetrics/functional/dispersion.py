@@ -62,9 +62,12 @@ def determinant(covariance: Tensor, log: bool = False) -> Tensor:
     correlation = covariance / units[..., :, None] / units[..., None, :]
     factor, failed = torch.linalg.cholesky_ex(correlation)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    regular = (
-        (failed == 0) & (pivots.square() > round_off(covariance.shape[-1])).all(-1) & (deviations > 0).all(-1)
-    )
+    # Row k of L⁻¹ is (−x, 1) / Lₖₖ, with x the regression of feature k on those before it. What round-off
+    # leaves of a pivot Lₖₖ² of zero grows with (1 + Σ|x|)².
+    unit = torch.eye(covariance.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
+    certain = inverse.abs().sum(-1).square() * round_off(covariance.shape[-1]) < 1
+    regular = (failed == 0) & certain.all(-1) & (deviations > 0).all(-1)
     logarithm = 2 * (units.log().sum(-1) + pivots.log().sum(-1))
     logarithm = torch.where(regular, logarithm, -torch.inf)
     return logarithm if log else logarithm.exp()
