@@ -25,6 +25,7 @@ import itertools
 import os
 import queue
 import random
+import re
 import sys
 import tempfile
 import time
@@ -154,6 +155,11 @@ def _program(text: str) -> str:
     return ast.dump(tree)
 
 
+def _without_line(mutant: Mutant) -> str:
+    """A pattern of a mutant as it is printed, wherever its line is by now."""
+    return re.escape(str(mutant)).replace(f":{mutant.line}\\\n", r":\d+\n", 1) + r"\n"
+
+
 def read_equivalent() -> dict[tuple[str, str, str], str]:
     """(file, line before, line after) -> why no test can notice it."""
     entries = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text(encoding="utf-8"))["mutant"]
@@ -177,9 +183,8 @@ def main() -> int:
     print(f"{len(drawn)} changes drawn, {len(drawn) - len(wanted)} of them listed as equivalent", flush=True)
     before = len(wanted)
     if options.again is not None:
-        survived = options.again.read_text(encoding="utf-8").split("SURVIVED")[1:]
-        changes = [[line.strip()[2:] for line in each.splitlines()[1:3]] for each in survived]
-        wanted = [each for each in wanted if [each.before, each.after] in changes]
+        survived = options.again.read_text(encoding="utf-8")
+        wanted = [each for each in wanted if re.search(f"SURVIVED.*: {_without_line(each)}", survived)]
     if options.list:
         print(*drawn, sep="\n")
         return 0

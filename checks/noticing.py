@@ -137,11 +137,10 @@ class Copy:
 
     def map(self, paths: Sequence[str], elsewhere: Sequence[str], options: Sequence[str]) -> Map:
         """Run the tests of a room and see what they run."""
-        watching = _Watching(self.folder / "src", tuple(elsewhere))
-        found = self._run([*options, *paths, *elsewhere], watching, 3600)
+        found = self._run([*options, *paths, *elsewhere], _Watching(self.folder / "src"), 3600)
         if found is None:
             raise RuntimeError(f"pytest could not run {' '.join(paths)}")
-        return found
+        return Map(tuple(elsewhere), *found)
 
     def notices(
         self, file: Path, text: str, tests: Sequence[str], options: Sequence[str], seconds: float
@@ -160,7 +159,7 @@ class Copy:
             path.write_bytes(original)
 
     def _run(self, arguments: Sequence[str], plugin: Any, seconds: float) -> Any:
-        """What a plugin has found in the end; None if there was no end, or a test failed."""
+        """What a plugin has found in the end; None if there was no end in this time, or a crash."""
         mine, theirs = _PROCESSES.Pipe(duplex=False)
         process = _PROCESSES.Process(target=_in_child, args=(self.folder, [*arguments], plugin, theirs))
         process.start()
@@ -194,9 +193,8 @@ def _in_child(folder: Path, arguments: list[str], plugin: Any, answer: Any) -> N
 class _Watching:
     """A plugin that notes which test runs which line."""
 
-    def __init__(self, source: Path, elsewhere: tuple[str, ...]) -> None:
+    def __init__(self, source: Path) -> None:
         self.source = source
-        self.elsewhere = elsewhere
         self.seconds: dict[str, float] = defaultdict(float)
         self.failed: list[str] = []
 
@@ -227,7 +225,8 @@ class _Watching:
         if report.failed:
             self.failed.append(report.nodeid)
 
-    def found(self, status: int) -> Map | None:
+    def found(self, status: int) -> tuple[dict[str, float], dict[str, dict[int, set[str]]], list[str]] | None:
+        """All of a :class:`Map` but where else tests run; None if they could not."""
         if status not in (0, 1):
             return None
         data = self.coverage.get_data()
@@ -237,7 +236,7 @@ class _Watching:
             }
             for file in data.measured_files()
         }
-        return Map(self.elsewhere, dict(self.seconds), lines, self.failed)
+        return dict(self.seconds), lines, self.failed
 
 
 class _Chosen:

@@ -365,28 +365,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.perf_counter()
-        found = {"in one go": in_one_go(folder / "whole", options.steps, wrong)}
+        found = {"whole": in_one_go(folder / "whole", options.steps, wrong)}
         seconds = time.perf_counter() - start
         (folder / "killed").mkdir()
         found["killed"] = killed(folder / "killed", options.steps, options.kills, options.seed, seconds, wrong)
         plain, outputs, labels = without_probe(options.steps)
         compared = Comparison(wrong)
         expected = by_hand(outputs, labels)
+        exact = {
+            layer: in_extended_precision(outputs[layer].movedim(2, -1).reshape(-1, width))
+            for layer, width in LAYERS.items()
+        }
         for name, each in found.items():
             for weight, values in plain["weights"].items():
                 if not torch.equal(values, each["weights"][weight]):
                     wrong.append(f"{name}: the weights {weight!r} are not those of training without a probe")
             for kind, values in expected.items():
                 compared.same(f"{name}, {kind}", each[kind], values)
-            rows = (folder / {"in one go": "whole", "killed": "killed"}[name]) / "rows"
             for layer, width in LAYERS.items():
-                exact = in_extended_precision(outputs[layer].movedim(2, -1).reshape(-1, width))
-                compared.same(f"{name}, covariance", each["labels, covariances"][layer], exact)
-                kept = torch.from_numpy(np.fromfile(rows / str(width), np.float32)).reshape(-1, width)
+                compared.same(f"{name}, covariance", each["labels, covariances"][layer], exact[layer])
+                file = folder / name / "rows" / str(width)
+                kept = torch.from_numpy(np.fromfile(file, np.float32)).reshape(-1, width)
                 seen = in_extended_precision(kept)
                 compared.same(f"{name}, of a budget", each["budget, covariances"][layer], seen)
                 print(f"{name}, layer {layer}: {len(kept)} rows within the budget since the last record")
-        records = {name: recorded(folder / name / "labels") for name in ("whole", "killed")}
+        records = {name: recorded(folder / name / "labels") for name in found}
         compared.same("records", records["killed"], records["whole"])
     print(f"{compared.numbers} numbers compared, at most {compared.furthest:.1e} apart")
     print(*wrong, sep="\n")

@@ -1,46 +1,25 @@
 """What users can call, with which arguments and defaults: a change of it is one of a promise."""
 
-import enum
-import importlib
+import contextlib
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.public import everything_public
+
 KEPT = Path(__file__).parent / "data" / "surface.txt"
-MODULES = (
-    "spectralmetrics",
-    *(
-        f"spectralmetrics.{part}"
-        for part in ("functional", "metrics", "probing", "projection", "recording", "sums")
-    ),
-)
+MODULES = ("", ".functional", ".metrics", ".probing", ".projection", ".recording", ".sums", ".plotting")
 
 
 def surface():
     """One line for each public function, class and method, by the module that has it first."""
-    lines, seen = [], set()
-    for module in map(importlib.import_module, MODULES):
-        for name in sorted(module.__all__):
-            found = getattr(module, name)
-            if id(found) not in seen and callable(found) and not isinstance(found, enum.EnumMeta):
-                seen.add(id(found))
-                lines += _lines(f"{module.__name__}.{name}", found)
-    return lines
-
-
-def _lines(name, found):
-    try:
-        yield f"{name}{_arguments(found)}"
-    except ValueError:  # a type alias
-        return
-    if inspect.isclass(found):
-        for method in sorted(vars(found)):
-            function = inspect.unwrap(getattr(found, method))
-            is_own = getattr(function, "__module__", "").startswith("spectralmetrics.")
-            if not method.startswith("_") and is_own and callable(function):
-                yield f"{name}.{method}{_arguments(function)}"
+    lines = {}
+    for module, name, each in everything_public(MODULES):
+        with contextlib.suppress(ValueError):  # a type alias takes no arguments
+            lines.setdefault(id(each), f"{module}.{name}{_arguments(inspect.unwrap(each))}")
+    return sorted(lines.values())
 
 
 def _arguments(function):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import importlib
 import inspect
 import re
 
@@ -15,6 +14,7 @@ from tests.bad_input.of_pictures import ROWS_OF_PICTURES
 from tests.bad_input.of_runs import ROWS_OF_RUNS
 from tests.bad_input.table import Given, quotes
 from tests.bad_input.world import World
+from tests.public import everything_public
 
 TABLE = [*ROWS_OF_FUNCTIONS, *ROWS_OF_METRICS, *ROWS_OF_MODELS, *ROWS_OF_RUNS, *ROWS_OF_PICTURES]
 MODULES = ("", ".functional", ".metrics", ".probing", ".projection", ".recording", ".plotting")
@@ -133,22 +133,7 @@ def test_the_table_is_long_and_no_row_comes_twice():
 
 def public():
     """Name -> function, class or method of all that is public."""
-    found = {}
-    for name in MODULES:
-        module = importlib.import_module(f"spectralmetrics{name}")
-        own = [key for key, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
-        for key in getattr(module, "__all__", [key for key in own if not key.startswith("_")]):
-            each = getattr(module, key)
-            if not callable(each):
-                continue
-            found[key] = each
-            if inspect.isclass(each):
-                for method, function in vars(each).items():
-                    if not method.startswith("_") and isinstance(function, (classmethod, staticmethod)):
-                        found[f"{key}.{method}"] = function.__func__
-                    elif not method.startswith("_") and inspect.isfunction(function):
-                        found[f"{key}.{method}"] = function
-    return found
+    return {name: each for _, name, each in everything_public(MODULES)}
 
 
 def arguments():

@@ -1,0 +1,26 @@
+"""What is public."""
+
+import importlib
+import inspect
+
+
+def everything_public(modules):
+    """(module, name, function, class or method) of all that is public, by the names that users write.
+
+    Args:
+        modules: below the package; "" is the package itself.
+    """
+    for part in modules:
+        module = importlib.import_module(f"spectralmetrics{part}")
+        own = [key for key, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
+        for key in getattr(module, "__all__", [key for key in own if not key.startswith("_")]):
+            each = getattr(module, key)
+            if not callable(each):
+                continue
+            yield module.__name__, key, each
+            if inspect.isclass(each):
+                for method, function in vars(each).items():
+                    if not method.startswith("_") and isinstance(function, (classmethod, staticmethod)):
+                        yield module.__name__, f"{key}.{method}", function.__func__
+                    elif not method.startswith("_") and inspect.isfunction(function):
+                        yield module.__name__, f"{key}.{method}", function
