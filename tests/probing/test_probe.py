@@ -703,6 +703,25 @@ class TestControls:
             model(torch.arange(3))
         assert_nothing(probe, "floating tensor in the output")
 
+    def test_limits_that_are_set_later_hold_from_then_on(self):
+        model = self.model()
+        probe = LayerProbe(model, max_samples=4)
+        model(torch.randn(5, 3))
+        assert (probe.max_samples, self.count(probe)) == (4, 4)
+        probe.max_samples = 6
+        model(torch.randn(5, 3))
+        assert self.count(copy.deepcopy(probe)) == 6
+        assert (probe.rows_per_feature, probe.max_features, probe.sketch_size, probe.seed) == (
+            None,
+            8192,
+            None,
+            0,
+        )
+        probe.reset()
+        probe.max_samples, probe.rows_per_feature = None, 1
+        model(torch.randn(500, 3))
+        assert self.count(probe) == probe["train", "0"].saturation.num_features
+
     def test_pause_and_resume(self):
         model = self.model()
         probe = LayerProbe(model)

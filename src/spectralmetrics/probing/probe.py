@@ -36,6 +36,19 @@ from spectralmetrics.sums.checks import check_positive_integer
 STAGES = ("train", "eval")
 
 
+class _Limit:
+    """An attribute of a probe that is kept among its limits, where whoever observes looks at it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, probe: LayerProbe | None, owner: type | None = None) -> Any:
+        return self if probe is None else getattr(probe._limits, self._name)
+
+    def __set__(self, probe: LayerProbe, value: Any) -> None:
+        setattr(probe._limits, self._name, value)
+
+
 class LayerProbe(nn.Module):
     """Observes the outputs of a model's layers and keeps metrics of them, for training and evaluation apart.
 
@@ -99,6 +112,8 @@ class LayerProbe(nn.Module):
     ['saturation/train/0', 'saturation/train/2']
     """
 
+    max_samples, rows_per_feature, max_features, sketch_size, seed = (_Limit() for _ in range(5))
+
     def __init__(
         self,
         model: nn.Module,
@@ -126,7 +141,7 @@ class LayerProbe(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
         check_positive_integer("every_n_steps", every_n_steps)
-        limits = Limits(max_samples, rows_per_feature, max_features, sketch_size, seed)
+        self._limits = Limits(max_samples, rows_per_feature, max_features, sketch_size, seed)
         if batch_first not in (True, False, None):
             raise ValueError(f"expected batch_first to be True, False or None, got {batch_first!r}")
         if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
@@ -144,11 +159,6 @@ class LayerProbe(nn.Module):
             feature_maps, sequences, max_map_size, interpolation, of_inputs=observe == "inputs"
         )
         self.every_n_steps = every_n_steps
-        self.max_samples = max_samples
-        self.rows_per_feature = rows_per_feature
-        self.max_features = max_features
-        self.sketch_size = sketch_size
-        self.seed = seed
         self.budget = budget
 
         chosen = select_layers(model, layers, exclude)
@@ -177,7 +187,7 @@ class LayerProbe(nn.Module):
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         layout = find_layout(model, chosen, batch_first, selected)
         self._router = Router(
-            self._places, chosen, self.rule, limits, self._steps, layout, set(selected), deals
+            self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected), deals
         )
         self.facts = self._router.facts
         self._hooks = Hooks(self)

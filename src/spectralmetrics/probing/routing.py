@@ -28,7 +28,7 @@ from spectralmetrics.sums.checks import check_positive_integer, check_seed
 _NOT_MEASURING = contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Limits:
     """How much of what a layer puts out is observed; see :class:`~spectralmetrics.LayerProbe`."""
 
@@ -55,7 +55,7 @@ class Router:
         places: (stage, layer) -> its metrics.
         modules: the layers by name.
         rule: what is an observation.
-        limits: how many of them.
+        limits: how many of them; looked at in each forward.
         steps: which forwards of the model.
         layout: of sequences.
         selected: layers of whose output a function of the user's returns a part.
