@@ -1,18 +1,32 @@
-"""Sessions: tests, lint, typecheck, docs, tests_oldest, demo, benchmarks, reproduction, wheels.
+"""Sessions: tests, lint, typecheck, docs, demo, benchmarks, reproduction, wheels.
 
-Those that look harder and take longer: mutants, properties, soak.
+On other versions: tests_oldest, tests_newest, smoke; ``--force-python 3.13`` runs a session on another Python.
+Those that look harder and take longer: tests_long, mutants, properties, soak.
 """
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "typecheck", "tests", "tests_oldest"]
+nox.options.sessions = ["lint", "typecheck", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-OLDEST_TORCHMETRICS = "1.6.0"
+DEPENDENCIES = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+OLDEST = [re.sub(r">=([0-9.]+).*", r"==\1", each) for each in DEPENDENCIES]
+TORCH = ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14", "2.15")  # each release from the lower bound on
+# The tests of all that depends on how torch and torchmetrics behave, and the quick start.
+ON_ANY_VERSION = (
+    "src/spectralmetrics/metrics",
+    "tests/distributed",
+    "tests/metrics",
+    "tests/probing",
+    "tests/recording/test_recorder.py",
+    "tests/test_projection.py",
+    "tests/test_readme.py",
+)
 
 # Workers whose threads wait for each other's cores take twice as long.
 TWO_WORKERS, ONE_THREAD = ("-n", "2"), {"OMP_NUM_THREADS": "1"}
@@ -32,20 +46,42 @@ def install(session: nox.Session, *extras: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests and doctests, on the newest torchmetrics."""
+    """All tests and doctests but the long ones, on the torch of constraints.txt and the newest of all else."""
     install(session, "test")
     session.run("pytest", *TWO_WORKERS, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
-def tests_oldest(session: nox.Session) -> None:
-    """The tests of what touches torchmetrics, on the oldest release supported."""
+def tests_long(session: nox.Session) -> None:
+    """The tests that `tests` leaves out: more cases and larger ones of what it shows."""
     install(session, "test")
-    session.install("-c", "constraints.txt", f"torchmetrics=={OLDEST_TORCHMETRICS}")
-    paths = ("tests/metrics/test_torchmetrics.py", "tests/metrics/test_own_statistic.py", "tests/distributed")
-    # Two processes show what torchmetrics does between processes; more of them are for `tests`.
-    few = ("-k", "not (processes-3 or processes-4)")
-    session.run("pytest", *TWO_WORKERS, *few, *paths, "src/spectralmetrics/metrics", env=ONE_THREAD)
+    session.run("pytest", *TWO_WORKERS, "-m", "long", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+@nox.parametrize("torch", [nox.param("oldest", id="torch-oldest"), nox.param("pinned", id="torch-pinned")])
+def tests_oldest(session: nox.Session, torch: str) -> None:
+    """On the lower bounds of all dependencies at once; of torch that, or the release of constraints.txt."""
+    bounds = [each for each in OLDEST if torch == "oldest" or not each.startswith("torch==")]
+    pinned = ("-c", "constraints.txt", "torch") if torch == "pinned" else ()
+    session.env["PIP_NO_COMPILE"] = "1"
+    session.install(*pinned, *bounds, "-e", ".[test]")
+    session.run("pytest", *TWO_WORKERS, *(session.posargs or ON_ANY_VERSION), env=ONE_THREAD)
+
+
+@nox.session
+def tests_newest(session: nox.Session) -> None:
+    """On the newest release of everything, torch too."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
+    session.run("pytest", *TWO_WORKERS, *(session.posargs or ON_ANY_VERSION), env=ONE_THREAD)
+
+
+@nox.session
+@nox.parametrize("torch", [nox.param(each, id=f"torch-{each}") for each in TORCH])
+def smoke(session: nox.Session, torch: str) -> None:
+    """The quick start and a compiled model on a release of torch, with the wheel that has nothing compiled."""
+    session.install(f"torch=={torch}.*", ".[demo]", env={"CXX": "no-compiler"})
+    session.run("python", ".ci/smoke.py")
 
 
 @nox.session
@@ -169,6 +205,8 @@ def wheels(session: nox.Session) -> None:
     install_there = ("-m", "pip", "install", "-q", "-c", "constraints.txt")
     clean(*install_there, "torch", str(pure))
     clean("-I", ".ci/check_wheel.py", "pure")
+    clean(*install_there, f"{pure}[demo]")
+    clean("-I", ".ci/smoke.py")
     clean(*install_there, "--no-deps", "--force-reinstall", str(compiled))
     clean("-I", ".ci/check_wheel.py", "compiled")
     clean(*install_there, "hypothesis", "pytest", "pytest-xdist")

@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.accelerator.device import emulated_device
+from tests.accelerator.device import CAN_BE_EMULATED, emulated_device
 
 # PyTorch makes room for the devices that it knows when the first backward runs.
-emulated_device()
+if CAN_BE_EMULATED:
+    emulated_device()
 
 NO_LIMITS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=20, **NO_LIMITS)

@@ -30,6 +30,7 @@ def record_for_ever(directory, writers, started):
         recorder.record()
 
 
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.parametrize("writers", [("csv", "arrays"), ("csv", "arrays", "tensorboard")], ids="+".join)
 def test_killed_at_random_moments(writers, tmp_path):
     context = multiprocessing.get_context("forkserver")

@@ -2,7 +2,6 @@ import contextlib
 import errno
 import multiprocessing
 import os
-import resource
 import shutil
 import sys
 
@@ -576,6 +575,7 @@ class TestDisk:
 
     def test_a_full_disk(self, tmp_path):
         """The system itself refuses to write more than some bytes."""
+        pytest.importorskip("resource", reason="Windows has no limit on the size of a file")
         context = multiprocessing.get_context("spawn")
         worker = context.Process(target=_record_until_the_disk_is_full, args=(tmp_path,))
         worker.start()
@@ -593,7 +593,8 @@ class TestDisk:
         with pytest.raises(OSError, match="file"):
             Recorder(tmp_path / "file" / "run")
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows protects files, not directories")
+    @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
     def test_a_directory_that_is_read_only(self, tmp_path):
         record(tmp_path, 1)
         before = contents(tmp_path)
@@ -607,6 +608,8 @@ class TestDisk:
 
 
 def _record_until_the_disk_is_full(directory):
+    import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
         record(directory, 1000)
