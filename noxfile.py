@@ -1,7 +1,7 @@
 """Sessions: tests, lint, typecheck, docs, demo, benchmarks, reproduction, wheels.
 
 On other versions: tests_oldest, tests_newest, smoke; ``--force-python 3.13`` runs a session on another Python.
-Those that look harder and take longer: tests_long, mutants, properties, soak.
+Those that look harder and take longer: mutants, properties, soak.
 """
 
 import functools
@@ -46,16 +46,9 @@ def install(session: nox.Session, *extras: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests and doctests but the long ones, on the torch of constraints.txt and the newest of all else."""
+    """Tests and doctests, on the torch of constraints.txt; ``-- -m ""`` runs the long ones, too."""
     install(session, "test")
     session.run("pytest", *TWO_WORKERS, *session.posargs, env=ONE_THREAD)
-
-
-@nox.session
-def tests_long(session: nox.Session) -> None:
-    """The tests that `tests` leaves out: more cases and larger ones of what it shows."""
-    install(session, "test")
-    session.run("pytest", *TWO_WORKERS, "-m", "long", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -10,7 +10,9 @@ if CAN_BE_EMULATED:
     emulated_device()
 
 NO_LIMITS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-hypothesis.settings.register_profile("default", derandomize=True, max_examples=20, **NO_LIMITS)
+hypothesis.settings.register_profile("default", derandomize=True, max_examples=8, **NO_LIMITS)
+# Of `.ci/run`.
+hypothesis.settings.register_profile("ci", derandomize=True, max_examples=20, **NO_LIMITS)
 # Of `nox -s properties`: a million examples, of the 210 tests of sums and statistics together.
 hypothesis.settings.register_profile("properties", max_examples=5000, **NO_LIMITS)
 hypothesis.settings.load_profile("default")

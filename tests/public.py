@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import typing
 
 
 def everything_public(modules):
@@ -15,7 +16,7 @@ def everything_public(modules):
         own = [key for key, each in vars(module).items() if getattr(each, "__module__", "") == module.__name__]
         for key in getattr(module, "__all__", [key for key in own if not key.startswith("_")]):
             each = getattr(module, key)
-            if not callable(each):
+            if not callable(each) or typing.get_origin(each):  # an alias of a type can be called, too
                 continue
             yield module.__name__, key, each
             if inspect.isclass(each):

@@ -1,6 +1,5 @@
 """What users can call, with which arguments and defaults: a change of it is one of a promise."""
 
-import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -17,8 +16,7 @@ def surface():
     """One line for each public function, class and method, by the module that has it first."""
     lines = {}
     for module, name, each in everything_public(MODULES):
-        with contextlib.suppress(ValueError):  # a type alias takes no arguments
-            lines.setdefault(id(each), f"{module}.{name}{_arguments(inspect.unwrap(each))}")
+        lines.setdefault(id(each), f"{module}.{name}{_arguments(inspect.unwrap(each))}")
     return sorted(lines.values())
 
 

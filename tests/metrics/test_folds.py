@@ -85,7 +85,9 @@ def pair(name, **options):
 
 
 @pytest.mark.parametrize("name", STREAMED)
-@pytest.mark.parametrize(("count", "batch"), [(200, 7), (200, 30), (1500, 300)])
+@pytest.mark.parametrize(
+    ("count", "batch"), [(200, 7), pytest.param(200, 30, marks=pytest.mark.long), (1500, 300)]
+)
 class TestFoldsEqualNoFolds:
     """In every value, to rounding."""
 

@@ -49,7 +49,7 @@ def fed(new, rows, batch=40, **settings):
     return metric
 
 
-@settings(max_examples=max(300, settings.default.max_examples))
+@settings(max_examples=max(settings.default.max_examples, min(15 * settings.default.max_examples, 300)))
 @given(
     spectrum=st.sampled_from(sorted(SPECTRA)),
     count=st.integers(1, 120),

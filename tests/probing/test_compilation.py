@@ -53,9 +53,18 @@ def steps(model, run, sizes=(4, 4, 6, 5)):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # inside the compiler
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("training", [True, False])
-def test_fullgraph_is_the_users_own_graph(backend, training):
+@pytest.mark.parametrize(
+    ("training", "backend"),
+    [
+        (True, "eager"),
+        (True, "aot_eager"),
+        (True, "inductor"),
+        (False, "aot_eager"),
+        pytest.param(False, "eager", marks=pytest.mark.long),
+        pytest.param(False, "inductor", marks=pytest.mark.long),
+    ],
+)
+def test_fullgraph_is_the_users_own_graph(training, backend):
     model = made().train(training)
     twin = copy.deepcopy(model)
     probe = LayerProbe(model)

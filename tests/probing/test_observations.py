@@ -314,7 +314,15 @@ class TestDraw:
         assert not torch.equal(drawn, draw(observations, 37, seed=6).values[:, 0])
         assert draw(observations, 1000, seed=0) is observations
 
-    @pytest.mark.parametrize(("total", "number"), [(53, 10), (10, 3), (7, 5), (100, 99), (1234, 700), (3, 1)])
+    @pytest.mark.parametrize(
+        ("total", "number"),
+        [
+            (53, 10),
+            (7, 5),
+            (3, 1),
+            *(pytest.param(*case, marks=pytest.mark.long) for case in [(10, 3), (100, 99), (1234, 700)]),
+        ],
+    )
     def test_none_twice_and_all_with_the_same_chance(self, total, number):
         observations = Observations(torch.arange(float(total))[:, None])
         counts, repeats = torch.zeros(total), 4000
