@@ -48,6 +48,25 @@ def test_the_commands_are_those_of_ci():
     assert "python -m pip install nox && python -m nox -s tests" in script
 
 
+def test_versions_are_those_that_pip_asks_for():
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = dict(re.match(r"(\w+)>=([\d.]+)", each).groups() for each in project["dependencies"])
+    assert list(bounds) == ["torch", "torchmetrics", "numpy", "scipy"]
+    for page in (README, README.parent / "docs" / "index.md"):
+        assert f"torch ≥ {bounds['torch']} and torchmetrics ≥ {bounds['torchmetrics']}" in page.read_text(
+            "utf-8"
+        )
+    installing = (README.parent / "docs" / "guide" / "installing.md").read_text(encoding="utf-8")
+    said = ", ".join(f"{name} {bound}" for name, bound in bounds.items())
+    assert f"{said} and Python {project['requires-python'].removeprefix('>=')}, or newer" in " ".join(
+        installing.split()
+    )
+    sessions = (README.parent / "noxfile.py").read_text(encoding="utf-8")
+    assert f'TORCH = ("{bounds["torch"]}", ' in sessions
+    workflow = (README.parent / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert f'torch: ["{bounds["torch"]}", ' in workflow
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
 def test_links_within_the_repository(link):
     assert (README.parent / link).exists()

@@ -45,7 +45,11 @@ def process(rank, world, folder):
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-@pytest.fixture(scope="module", params=list(SCENARIOS), ids="processes-{}".format)
+# Two processes show most of what there is to see; each process takes seconds to start.
+GROUPS = [pytest.param(2), *(pytest.param(each, marks=pytest.mark.long) for each in SCENARIOS if each != 2)]
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids="processes-{}".format)
 def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"group{request.param}")
     context = mp.start_processes(
