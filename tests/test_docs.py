@@ -20,9 +20,18 @@ def python_blocks(page):
     return re.findall(fences, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+# Their cells train networks. The build of the site runs them as well.
+LONG = {"index", "accelerators", "choosing", "collapse", "integrations", "resuming", "summary"}
+RUN = [
+    pytest.param(page, marks=[pytest.mark.long] * (page.stem in LONG), id=str(page.relative_to(ROOT)))
+    for page in PAGES
+    if python_blocks(page)
+]
+
+
 # What other libraries warn of is not ours.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", RUN)
 def test_the_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_STATISTICS", base._STATISTICS.copy())  # a page may define its own

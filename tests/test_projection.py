@@ -51,8 +51,11 @@ def trained(shape=(400, WIDTH), dim=1, mean=0.0, dtype=torch.float64, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mean", [0.0, 5.0, 1e6])
-@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("mean", [0.0, pytest.param(5.0, marks=pytest.mark.long), 1e6])
+@pytest.mark.parametrize(
+    "threshold",
+    [pytest.param(0.3, marks=pytest.mark.long), 0.6, pytest.param(0.9, marks=pytest.mark.long), 0.99, 1.0],
+)
 class TestSubspace:
     def test_what_is_left_behind(self, layout, mean, threshold):
         shape, dim = LAYOUTS[layout]

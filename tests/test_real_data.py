@@ -36,6 +36,7 @@ def epoch():
     return exact.compute(), {name: probe.compute() for name, probe in probes.items()}
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("real data")
 @pytest.mark.parametrize(("path", "tolerance"), [("sampled", 1), ("float32", 0)])
 def test_intrinsic_dimensions(epoch, path, tolerance):
