@@ -21,15 +21,16 @@ TOWER = ("sums", "functional", "metrics", "probing", "recording", ("cli", "demo"
 BESIDE = {
     "plotting": {"functional", "sums"},
     "tail": set(),
+    "layers": set(),
     "receptive_field": {"probing"},
     "similarity": {"functional", "plotting", "probing", "sums"},
-    "projection": {"sums", "functional", "metrics", "probing"},
+    "projection": {"sums", "functional", "metrics", "probing", "layers"},
     "__main__": {"cli"},
 }
 # Who may use what stands beside; the command line and the demo may use anything.
 USED_BY = {
     "metrics": {"plotting"},
-    "probing": {"tail"},
+    "probing": {"tail", "layers"},
     "recording": {"plotting", "tail"},
     "integrations": {"plotting", "tail"},
 }

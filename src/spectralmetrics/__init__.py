@@ -2,6 +2,7 @@
 
 from spectralmetrics import functional
 from spectralmetrics.functional import Observations, Spectrum
+from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import (
     CovarianceDeterminantMetric,
     CovarianceMetric,
@@ -87,6 +88,7 @@ __all__ = [
     "read_records",
     "receptive_fields",
     "recompute",
+    "register_layer",
     "set_projection_threshold",
     "statistics",
     "summarise_run",

@@ -61,6 +61,26 @@ ROWS_OF_MODELS = [
         exclude=_selectors(),
     ),
     *refuses(
+        "register_layer",
+        sm.register_layer,
+        {"layer": nn.Linear, "dim": -1},  # what it is anyway
+        layer=[
+            (each, TypeError, "expected layer to be a subclass of torch.nn.Module, got")
+            for each in ("Linear", None, dict, nn.ReLU())
+        ],
+        dim=[
+            (each, ValueError, f"expected dim as the dimension of the features, 1 or -1 say, … got {each!r}")
+            for each in (0, None, 1.5, True, "last")
+        ],
+        in_features=[(3, TypeError, "expected in_features as the name of an attribute or a function, got 3")],
+        out_features=[(3, TypeError, "expected out_features as the name of an attribute or a function, got 3")],
+        batch_first=[
+            (each, ValueError, f"expected batch_first to be True, False or None, got {each!r}")
+            for each in ("yes", 3)
+        ],
+        ceiling=[(3, TypeError, "expected ceiling to be a function of a layer or None, got 3")],
+    ),
+    *refuses(
         "LayerProbe",
         sm.LayerProbe,
         {"model": MODEL},

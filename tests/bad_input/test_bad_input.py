@@ -31,6 +31,7 @@ EXEMPT = {
             "*(reset)",
             "*(mode)",
             "*.has(kind)",
+            "register_layer(default)",
         ),
         "any value is true or false",
     ),

@@ -1,11 +1,13 @@
 """Labels beside a probed model, and the inputs of its layers in place of their outputs."""
 
+import contextlib
 import copy
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanMetric
 
 from spectralmetrics import (
     EigenspaceEmbeddingMetric,
@@ -157,6 +159,108 @@ def test_labels_that_fit_nothing_are_told_once():
             model(torch.randn(20, 1, 8, 8))
 
 
+class Parts(nn.Module):
+    """A head that runs on a part of the batch at a time."""
+
+    def __init__(self, parts, width=10):
+        super().__init__()
+        self.body, self.head, self.parts = nn.Identity(), nn.Identity(), parts
+
+    def forward(self, x):
+        x = self.body(x)
+        return [self.head(part) for part in self.parts(x)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: x.chunk(4),
+        lambda x: [x[: len(x) // 2]],  # half of the batch
+        lambda x: [x[x[:, 0] > 0], x[x[:, 0] <= 0]],  # experts
+        lambda x: [torch.cat([x, x.flip(0)])],  # both views of a contrastive loss
+        lambda x: [x.flip(0)[:1]],
+    ],
+    ids=["chunks", "half", "experts", "twice", "one"],
+)
+def test_labels_of_another_number_of_samples_are_left_out(parts):
+    labels = torch.randint(10, (100,))
+    features = nn.functional.one_hot(labels, 10).float() + 0.01 * torch.randn(100, 10)  # they tell the labels
+    model = Parts(parts).eval()
+    probe = LayerProbe(model, [SaturationMetric(), LinearProbeMetric(10)], layers=["body", "head"])
+    for step in range(2):
+        with contextlib.ExitStack() as stack:
+            if not step:  # said once
+                stack.enter_context(
+                    pytest.warns(UserWarning, match=r"fit no output of some layers: .* 'head' ")
+                )
+            stack.enter_context(probe.labels(labels))
+            model(features)
+    with pytest.warns(UserWarning, match="'linear_probe' in eval is left out, since no labels came for 'head'"):
+        values = probe.compute()
+    assert float(values["linear_probe/eval/body"]) > 0.95
+    assert "saturation/eval/head" in values
+
+
+def test_each_layer_that_labels_miss_is_named_once():
+    model = Parts(lambda x: x.chunk(4)).eval()
+    probe = LayerProbe(model, LinearProbeMetric(10), layers=["body", "head"])
+    for labels, said in (
+        (torch.arange(20) % 10, r"shape \(20,\) fit no output of some layers: not that of 'head' \(5, 3\);"),
+        (torch.arange(5), r"shape \(5,\) fit no output of some layers: not that of 'body' \(20, 3\);"),
+    ):
+        with pytest.warns(UserWarning, match=said), probe.labels(labels):
+            model(torch.randn(20, 3))
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_a_limit_of_samples_cuts_labels_and_batch_together(per_step):
+    model = nn.Linear(4, 3)
+    probe = LayerProbe(model, LinearProbeMetric(2), max_samples=25)
+    shape = (10, 7) if per_step else (10,)
+    outputs, every = [], []
+    for _ in range(4):
+        tokens, labels = torch.randn(10, 7, 4), torch.randint(2, shape)
+        mask = torch.rand(10, 7) < 0.8
+        with probe.labels(labels), probe.mask(mask), torch.no_grad():
+            output = model(tokens)
+        if per_step:
+            outputs += [[row[valid] for row, valid in zip(output, mask, strict=True)]]
+            every += [[row[valid] for row, valid in zip(labels, mask, strict=True)]]
+        else:
+            outputs += [(output * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)]
+            every += [labels]
+    metric = LinearProbeMetric(2)
+    if per_step:
+        flat = [[each for batch in parts for each in batch][:25] for parts in (outputs, every)]
+        metric.update(*(torch.cat(each) for each in flat))
+    else:
+        metric.update(torch.cat(outputs)[:25], torch.cat(every)[:25])
+    (value,) = probe.compute().values()
+    assert float(value) == pytest.approx(float(metric.compute()), rel=1e-5)
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_a_label_for_each_token_where_tokens_are_flattened(time_first):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 1, batch_first=not time_first)
+            self.router = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.router((x.transpose(0, 1) if time_first else x).flatten(0, 1))
+
+    model = Flat()
+    probe = LayerProbe(model, LinearProbeMetric(2), layers="router", batch_first=not time_first)
+    tokens, labels = torch.randn(6, 7, 4), torch.randint(2, (6, 7))
+    with probe.labels(labels):
+        model(tokens)
+    metric = LinearProbeMetric(2)
+    metric.update(nn.functional.linear(tokens, model.router.weight).detach().flatten(0, 1), labels.flatten())
+    (value,) = probe.compute().values()
+    assert float(value) == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
 def test_classes_beyond_their_number_are_told_and_the_rest_goes_on():
     model = Network().eval()
     probe = LayerProbe(model, [SaturationMetric(), LinearProbeMetric(2)])
@@ -257,16 +361,76 @@ def test_covariances_of_outputs_and_of_layers_that_saw_nothing():
     np.testing.assert_allclose(
         probe.covariances("train")["0"], np.cov(outputs.detach().double().numpy().T, bias=True), rtol=1e-9
     )
-    assert probe.covariances("eval") == {}
+    with pytest.warns(UserWarning, match="nothing was observed in eval: the layers ran in train only"):
+        assert probe.covariances("eval") == {}
 
 
-def test_what_has_labels_alone_is_no_covariance_of_the_layer():
-    model = nn.Sequential(nn.Linear(3, 4))
-    probe = LayerProbe(model, LinearProbeMetric(2))
-    with probe.labels(torch.arange(30) % 2):
-        model(torch.randn(30, 3))
-    assert probe.compute()["linear_probe/train/0"] > 0
-    assert probe.covariances("train") == {}
+@pytest.mark.parametrize("center", [True, False])
+def test_where_all_metrics_need_labels_covariances_are_those_of_the_labelled_observations(center):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 3, 1))
+    probe = LayerProbe(model, LinearProbeMetric(2), layers=["0", "2"])
+    rows, labels = torch.randn(30, 3), torch.arange(30) % 2
+    labels[20:] = -100
+    with probe.labels(labels), torch.no_grad():
+        model(rows)
+        outputs = {"0": nn.Sequential(*model[:1])(rows), "2": model(rows).mean(2)}
+    probe.remove()
+    found = probe.covariances("train", center=center)
+    assert list(found) == ["0", "2"]
+    for name, output in outputs.items():
+        kept = output[:20].double().numpy()
+        kept = kept - kept.mean(0) if center else kept
+        np.testing.assert_allclose(found[name], kept.T @ kept / 20, rtol=1e-6, atol=1e-9)
+
+
+def test_covariances_of_a_layer_that_is_sketched():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 50))
+    probe = LayerProbe(model, max_features=20, sketch_size=4)
+    rows = torch.randn(99, 6)
+    outputs = model[0](rows).detach()
+    model[1](outputs)
+    with pytest.warns(UserWarning, match=r"covariances .* in train are left out: '1' \(.* sketch of 4 columns"):
+        found = probe.covariances("train")
+    assert list(found) == ["0"]
+    np.testing.assert_allclose(found["0"], np.cov(outputs.double().numpy().T, bias=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said", "layers"),
+    [
+        ("warn", r"NaN or infinite values were left out in eval: 9 of '0'", ["0", "1"]),
+        ("error", r"covariances .* in eval are left out: '0' \(9 observations .* NaN", ["1"]),
+    ],
+)
+def test_covariances_of_rows_that_are_not_finite(strategy, said, layers):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).eval()
+    probe = LayerProbe(model, SaturationMetric(nan_strategy=strategy))
+    rows = torch.randn(20, 6)
+    with torch.no_grad():
+        model[0](torch.full((9, 6), torch.nan))
+        outputs = model[0](rows)
+        last = model[1](outputs)
+    with pytest.warns(UserWarning, match=said):
+        found = probe.covariances("eval")
+    assert list(found) == layers
+    for name in layers:
+        expected = np.cov({"0": outputs, "1": last}[name].double().numpy().T, bias=True)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+
+
+def test_covariances_of_a_layer_whose_sums_overflow_and_of_metrics_without_any():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).double()
+    probe = LayerProbe(model)
+    outputs = model[1](torch.randn(20, 4).double()).detach()
+    model[0](1e160 * torch.randn(20, 6).double())
+    with pytest.warns(UserWarning, match=r"in train are left out: '0' \(its sums overflowed\)"):
+        found = probe.covariances("train")
+    np.testing.assert_allclose(found["1"], np.cov(outputs.numpy().T, bias=True), rtol=1e-9)
+    probe.remove()
+    probe = LayerProbe(model, MeanMetric())
+    model(torch.randn(20, 6).double())
+    with pytest.warns(UserWarning, match=r"left out: '0' \(no metric keeps it\), '1'"):
+        assert probe.covariances("train") == {}
 
 
 def test_the_input_is_seen_before_the_layer_changes_it():

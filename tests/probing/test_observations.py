@@ -47,10 +47,10 @@ class TestMaps:
             observe(module, maps, feature_maps="flatten"), torch.stack([x.T.flatten() for x in at])
         )
 
-    @pytest.mark.parametrize("rank", [1, 2, 3])
+    @pytest.mark.parametrize("rank", [2, 3])
     def test_large_maps_are_interpolated_down(self, rank):
         maps = torch.randn(2, 3, *(40, 6, 9)[:rank])
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[rank]
+        mode = {2: "bilinear", 3: "trilinear"}[rank]
         size = [min(extent, 8) for extent in maps.shape[2:]]
         expected = nn.functional.interpolate(maps, size, mode=mode).movedim(1, -1).reshape(-1, 3)
         module = CONVOLUTIONS[rank](3, 3, 1)

@@ -105,6 +105,11 @@ class LayerMetrics:
         """Whether memory grows with the square of the width."""
         return any(metric.sketch_size is None for metric in self._spectral)
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether all metrics need labels."""
+        return all(isinstance(metric, SpectralMetric) and metric.needs_labels for metric in self.members)
+
     def sketch(self, sketch_size: int) -> None:
         """Keep sketches from now on, in place of covariances; metrics that need labels see nothing then."""
         for metric in self.members:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from spectralmetrics.probing.selection import conv1d
-
-_KNOWN: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    *(getattr(nn, f"{name}{rank}d") for name in ("Conv", "ConvTranspose") for rank in (1, 2, 3)),
-)
+from spectralmetrics.layers import ceiling_of
 
 
 class LayerFacts(NamedTuple):
@@ -40,21 +32,4 @@ def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
     >>> facts_of(nn.Conv2d(64, 128, 1))
     LayerFacts(kind='Conv2d', ceiling=64)
     """
-    return LayerFacts(type(module).__name__, _ceiling(module) if is_linear else None)
-
-
-def _ceiling(module: nn.Module) -> int | None:
-    """The rank that the weights can have; a bias moves the mean and adds no direction."""
-    if isinstance(module, conv1d()):  # its weight is (inputs, outputs)
-        weight = module.weight
-        return min(weight.shape) if isinstance(weight, torch.Tensor) else None
-    if not any(type(module).forward is kind.forward for kind in _KNOWN if isinstance(module, kind)):
-        return None  # a forward of its own may do more than its weights
-    if isinstance(module, nn.Linear):
-        return min(module.out_features, module.in_features) or None
-    if isinstance(module, _ConvNd):
-        # Each group of outputs is a linear function of its own inputs at the kernel's positions, or of some.
-        inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
-        taps = math.prod(module.kernel_size)
-        return module.groups * min(outputs, inputs * taps) or None
-    return None
+    return LayerFacts(type(module).__name__, ceiling_of(module) if is_linear else None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from spectralmetrics.probing.beside import Beside
-from spectralmetrics.probing.observations import Batch, ObservationRule
-from spectralmetrics.sums import Observations
-
-_MEANS = ObservationRule(feature_maps="mean", sequences="mean")
+from spectralmetrics.probing.observations import Batch
 
 
 class Labels(Beside):
@@ -26,30 +25,35 @@ class Labels(Beside):
             raise ValueError(f"expected labels of shape (N,) or (N, T), got {tuple(value.shape)}")
         return value.to(torch.int64)
 
-    def complaint(self, value: Tensor, layers: str, layer: str, shape: tuple[int, ...]) -> str:
+    def complaint(self, value: Tensor, misses: str, *, fits_others: bool) -> str:
         """See :class:`.Beside`."""
+        which = "of some layers" if fits_others else "that was observed"
         return (
-            f"labels of shape {tuple(value.shape)} fit no output that was observed: not that of"
-            f" {layers}; the output of {layer!r} has the shape {shape}"
+            f"labels of shape {tuple(value.shape)} fit no output {which}: not that of {misses}; what needs"
+            " labels leaves these out"
         )
 
-    def observe(self, layer: str, batch: Batch) -> Observations | None:
-        """The labelled observations of an output; None without labels that fit it.
+    def join(self, layer: str, batch: Batch, time_first: bool = False) -> Batch:
+        """A whole output with the labels of its samples, or of its steps; without any if they do not fit.
 
-        With a label for each sample, maps and sequences are pooled to their means; with one for each step,
-        steps are the observations.
+        Another number of samples than of labels fits none: a part of a batch, or what an expert of a mixture
+        gets, may be any part.
+
+        Args:
+            layer: that put it out.
+            batch: all of it.
+            time_first: whether tokens that have been flattened are (T·N, D).
         """
         labels = self.value
         if labels is None:
-            return None
-        # A layer whose observation ends with a number of samples has seen the first ones.
-        fitting = labels[: batch.num_samples]
-        per_step = labels.ndim == 2
-        expected = tuple(batch.values.shape[:2]) if per_step else (batch.num_samples,)
-        fits = tuple(fitting.shape) == expected and (batch.kind == "sequence" or not per_step)
-        self.note(layer, tuple(batch.values.shape), fits=fits)
-        if not fits:
-            return None
-        seen = batch.observations(ObservationRule() if per_step else _MEANS)
-        chosen = fitting.reshape(-1).to(seen.values.device)
-        return Observations(seen.values, seen.feature_dim, seen.valid, labels=chosen)
+            return batch
+        shape: tuple[int, ...] = tuple(batch.values.shape[: labels.ndim])
+        if labels.ndim == 2 and batch.kind == "sequence" and shape == labels.mT.shape:
+            labels = labels if shape == labels.shape else labels.mT
+        elif labels.ndim == 2 and batch.kind == "rows" and len(batch.values) == labels.numel():
+            labels = (labels.mT if time_first else labels).reshape(-1)
+        elif shape != labels.shape or (labels.ndim == 2 and batch.kind != "sequence"):
+            self.note(layer, tuple(batch.values.shape), fits=False)
+            return batch
+        self.note(layer, tuple(batch.values.shape), fits=True)
+        return replace(batch, labels=labels)

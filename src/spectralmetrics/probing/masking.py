@@ -21,14 +21,18 @@ class Masks(Beside):
             raise ValueError(f"expected a mask of shape (N, T), got {tuple(value.shape)}")
         return value
 
-    def complaint(self, value: Tensor, layers: str, layer: str, shape: tuple[int, ...]) -> str:
+    def complaint(self, value: Tensor, misses: str, *, fits_others: bool) -> str:
         """See :class:`.Beside`."""
+        which = "that some layers have put out" if fits_others else "that was observed"
         return (
-            f"the mask of shape {tuple(value.shape)} fits no sequence that was observed; all steps were"
-            f" counted of {layers}: (N, T, D) of {layer!r} is {shape}"
+            f"the mask of shape {tuple(value.shape)} fits no sequence {which}: all steps, padding too, were"
+            f" counted of {misses}; exclude them, or have `select` return (N, T, D)"
         )
 
     def met(self, layer: str, batch: Batch) -> None:
         """Note whether the mask fitted what a layer has put out."""
-        if self.value is not None and batch.kind == "sequence":
+        if self.value is None or batch.is_feature_map:
+            return
+        # Rows, one for each sample, have no padding.
+        if batch.kind != "rows" or batch.num_samples not in (1, len(self.value)):
             self.note(layer, tuple(batch.values.shape), fits=batch.valid is not None)

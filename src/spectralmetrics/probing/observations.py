@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
+from spectralmetrics.layers import is_time_first
+from spectralmetrics.probing.layout import FeatureDim, Found, dim_of
 from spectralmetrics.probing.sampling import draw  # noqa: F401  # where 0.1.0 had it
 from spectralmetrics.sums import Observations
 from spectralmetrics.sums.checks import check_positive_integer
@@ -20,53 +22,7 @@ FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
 Sequences = Literal["timesteps", "last", "mean", "flatten"]
 Interpolation = Literal["nearest", "linear", "bilinear", "bicubic", "trilinear", "area", "nearest-exact"]
 
-_LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
-# Spatial dimensions of the maps that these modules put out, channels first.
-_MAP_LAYERS: dict[type[nn.Module], int] = {
-    getattr(nn, f"{name}{rank}d"): rank
-    for rank in (1, 2, 3)
-    for name in (
-        "Conv",
-        "ConvTranspose",
-        "MaxPool",
-        "AvgPool",
-        "AdaptiveAvgPool",
-        "AdaptiveMaxPool",
-        "LPPool",
-        "InstanceNorm",
-        "ZeroPad",
-        "ReflectionPad",
-        "ReplicationPad",
-        "ConstantPad",
-        "CircularPad",
-    )
-}
-# Channels are the second dimension, whatever the number of dimensions.
-_CHANNELS_SECOND = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.PReLU,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.Upsample,
-)
-# Features come last, whatever the number of dimensions; the attributes that say how many go in and out.
-_FEATURES_LAST: dict[type[nn.Module], tuple[str, str]] = {
-    nn.Linear: ("in_features", "out_features"),
-    nn.Bilinear: ("in1_features", "out_features"),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.LayerNorm: ("normalized_shape", "normalized_shape"),
-    nn.RMSNorm: ("normalized_shape", "normalized_shape"),
-}
-_RECURRENT_OR_ATTENTION = (nn.RNNBase, nn.MultiheadAttention)
-# Whose outputs of two dimensions are no rows (N, D), but maybe an unbatched map or sequence.
-_OF_UNBATCHED_RANK_TWO = (nn.Sequential, *_RECURRENT_OR_ATTENTION, *_MAP_LAYERS)
-_ROWS_OF_TWO_DIMENSIONS: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_LINEAR_MODES = {2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True)
@@ -96,16 +52,22 @@ class ObservationRule:
         check_positive_integer("max_map_size", self.max_map_size, or_none=True)
 
     def batch(
-        self, module: nn.Module | None, output: Any, mask: Tensor | None = None, time_first: bool = False
+        self,
+        module: nn.Module | None,
+        output: Any,
+        mask: Tensor | None = None,
+        time_first: bool = False,
+        dims: FeatureDim | None = None,
     ) -> Batch:
         """The first floating tensor of an output, samples first.
 
         Args:
-            module: the layer that put it out, whose type tells the order of dimensions; None for a tensor that
-                is no layer's output: (N, D), (N, T, D) or (N, C, *spatial).
+            module: the layer that put it out; None for a tensor that is no layer's output: (N, D), (N, T, D) or
+                (N, C, *spatial).
             output: a tensor, a packed sequence, or a nest of tuples, lists, mappings and dataclasses.
-            mask: (N, T) boolean, True for valid steps; used where it fits a sequence of that shape.
+            mask: (N, T) boolean, True for valid steps; used where it fits, see :meth:`Batch.masked`.
             time_first: whether a sequence is (T, N, D), where the layer's type does not tell.
+            dims: finds the dimension of the features; None goes by the layer alone.
 
         Raises:
             ValueError: if there is no floating tensor in the output.
@@ -123,17 +85,17 @@ class ObservationRule:
             return Batch(
                 "sequence", padded, _up_to(torch.tensor([len(part) for part in parts], device="cpu"), padded)
             )
-        if values.ndim == 2 and _puts_out_rows(type(module)):
-            return Batch("rows", values)
-        kind, values = _samples_first(module, values, time_first, self.of_inputs)
-        if kind != "sequence" or mask is None:
-            return Batch(kind, values)
-        samples, steps = values.shape[:2]
-        if mask.shape == (steps, samples) and steps != samples:
-            values = values.transpose(0, 1)  # time first, although the layer's type does not tell
-        elif mask.shape != (samples, steps):
-            return Batch(kind, values)
-        return Batch(kind, values, mask.to(values.device))
+        if values.ndim == 0:
+            raise ValueError("expected an output with features, got a scalar")
+        if module is None:
+            found, takes_sequences = Found(1 if values.ndim > 3 else values.ndim - 1), False
+        else:
+            dims = dim_of(module, of_inputs=self.of_inputs) if dims is None else dims
+            found, takes_sequences = dims.find(values), dims.takes_sequences
+            own = is_time_first(module)
+            time_first = time_first if own is None else own
+        batch = _samples_first(values, found, takes_sequences, time_first)
+        return batch if mask is None else batch.masked(mask, time_first)
 
 
 @dataclass(frozen=True)
@@ -143,32 +105,95 @@ class Batch:
     Attributes:
         kind: ``"rows"`` (N, D), ``"maps"`` (N, C, *spatial) or ``"sequence"`` (N, T, D).
         values: the tensor.
-        valid: for sequences, (N, T) boolean, True for valid steps; None if all are.
+        valid: boolean, True for valid steps, (N, T) for sequences and (N, *spatial) for maps; None if all are.
+        labels: (N,) or, for sequences, (N, T); None if there are none.
+        is_feature_map: whether these are maps of two or three spatial dimensions that came with their
+            channels first: only these can be interpolated.
+        guessed_dim: the dimension of the output that was taken for the features, where nothing told for sure.
+        was_flat: whether this is a sequence that came as (N·T, D).
     """
 
     kind: Literal["rows", "maps", "sequence"]
     values: Tensor
     valid: Tensor | None = None
+    labels: Tensor | None = None
+    is_feature_map: bool = False
+    guessed_dim: int | None = None
+    was_flat: bool = False
 
     @property
     def num_samples(self) -> int:
         """The number of samples N."""
         return self.values.shape[0]
 
+    def masked(self, mask: Tensor, time_first: bool = False) -> Batch:
+        """With the steps of a mask, where it fits; the batch itself elsewhere.
+
+        It fits sequences (N, T, D), (T, N, D) unless T = N, tokens that have been flattened to (N·T, D), or to
+        (T·N, D) where time is first, and outputs with N samples and one dimension T besides the features, such
+        as the heads (N, H, T, d) of an attention; no feature maps.
+        """
+        samples, steps = mask.shape
+        values = self.values
+        if self.kind == "rows" and len(values) == samples * steps and steps > 1:
+            shape = (steps, samples) if time_first else (samples, steps)
+            values = values.unflatten(0, shape)
+            values = values.transpose(0, 1) if time_first else values
+            return replace(self, kind="sequence", values=values, valid=mask.to(values.device), was_flat=True)
+        if self.kind == "sequence":
+            if values.shape[:2] == (steps, samples) and steps != samples:
+                values = values.transpose(0, 1)  # time first, although the layer's type does not tell
+            elif values.shape[:2] != mask.shape:
+                return self
+            return replace(self, values=values, valid=mask.to(values.device))
+        if self.kind == "maps" and not self.is_feature_map and len(values) == samples:
+            fitting = [dim for dim, size in enumerate(values.shape[2:], 1) if size == steps]
+            if len(fitting) == 1:
+                sizes = [steps if dim in fitting else 1 for dim in range(1, values.ndim - 1)]
+                valid = mask.to(values.device).reshape(samples, *sizes).expand(samples, *values.shape[2:])
+                return replace(self, valid=valid)
+        return self
+
     def first(self, num_samples: int) -> Batch:
-        """The first samples only."""
+        """The first samples only, with what belongs to them."""
         if num_samples >= self.num_samples:
             return self
         valid = None if self.valid is None else self.valid[:num_samples]
-        return Batch(self.kind, self.values[:num_samples], valid)
+        labels = None if self.labels is None else self.labels[:num_samples]
+        return replace(self, values=self.values[:num_samples], valid=valid, labels=labels)
+
+    def limit(self, rule: ObservationRule) -> int | None:
+        """How many observations to draw of this batch, of outputs too large to interpolate; None for all.
+
+        As many as of feature maps of ``max_map_size`` in each extent.
+        """
+        if self.kind != "maps" or rule.feature_maps != "positions" or rule.max_map_size is None:
+            return None
+        if self.is_feature_map:
+            return None
+        spatial = self.values.shape[2:]
+        most = rule.max_map_size ** max(len(spatial), 2)
+        return self.num_samples * most if math.prod(spatial) > most else None
 
     def observations(self, rule: ObservationRule) -> Observations:
         """The observations that this batch stands for."""
         if self.kind == "maps":
-            return _observe_maps(self.values, rule)
+            return _observe_maps(self, rule)
         if self.kind == "sequence":
             return _observe_sequence(self.values, self.valid, rule.sequences)
         return Observations(self.values)
+
+    def labelled(self) -> Observations | None:
+        """The labelled observations: steps if each has a label, or else the mean of each sample."""
+        if self.labels is None:
+            return None
+        seen = self.observations(_STEPS if self.labels.ndim == 2 else _MEANS)
+        labels = self.labels.reshape(-1).to(seen.values.device)
+        return Observations(seen.values, seen.feature_dim, seen.valid, labels=labels)
+
+
+_STEPS = ObservationRule()
+_MEANS = ObservationRule(feature_maps="mean", sequences="mean")
 
 
 def first_tensor(output: Any) -> Tensor | PackedSequence | None:
@@ -203,70 +228,21 @@ def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequen
     return None
 
 
-def _puts_out_rows(kind: type) -> bool:
-    """Whether two dimensions of an output are (N, D) for sure."""
-    if kind not in _ROWS_OF_TWO_DIMENSIONS:
-        _ROWS_OF_TWO_DIMENSIONS[kind] = not issubclass(kind, _OF_UNBATCHED_RANK_TWO)
-    return _ROWS_OF_TWO_DIMENSIONS[kind]
-
-
-def _samples_first(
-    module: nn.Module | None, values: Tensor, time_first: bool, of_inputs: bool
-) -> tuple[Literal["rows", "maps", "sequence"], Tensor]:
-    module = _deciding(module)
-    rank = next((rank for layer, rank in _MAP_LAYERS.items() if isinstance(module, layer)), None)
-    if rank is not None and values.ndim == rank + 1:
-        values = values[None]  # an unbatched map (C, *spatial)
-    if values.ndim == 0:
-        raise ValueError("expected an output with features, got a scalar")
+def _samples_first(values: Tensor, found: Found, takes_sequences: bool, time_first: bool) -> Batch:
+    dim = found.dim
+    guessed_dim = dim if found.is_guess else None
     if values.ndim == 1:
-        return "rows", values[None]
-    if values.ndim == 2 and isinstance(module, _RECURRENT_OR_ATTENTION):
-        return "sequence", values[None]  # an unbatched sequence (T, D)
+        return Batch("rows", values[None])
+    if values.ndim == 2 and takes_sequences:
+        return Batch("sequence", values[None])  # an unbatched sequence (T, D)
+    if dim == 0:
+        values, dim = values[None], 1  # an unbatched map (C, *spatial)
     if values.ndim == 2:
-        return "rows", values
-    if values.ndim == 3 and rank is None and not isinstance(module, _CHANNELS_SECOND):
-        own = is_time_first(module)
-        return "sequence", values.transpose(0, 1) if (time_first if own is None else own) else values
-    if values.shape[-1] == _own_width(module, of_inputs):
-        return "maps", values.movedim(-1, 1)
-    return "maps", values
-
-
-def _deciding(module: nn.Module | None) -> nn.Module | None:
-    """The module inside a sequential one whose type tells the layout of its output: the last that does."""
-    if not isinstance(module, nn.Sequential):
-        return module
-    telling = (*_MAP_LAYERS, *_CHANNELS_SECOND, *_FEATURES_LAST, *_RECURRENT_OR_ATTENTION)
-    for inner in reversed(module):
-        found = _deciding(inner)
-        if isinstance(found, telling):
-            return found
-    return None
-
-
-def _own_width(module: nn.Module | None, of_inputs: bool) -> int | None:
-    """The size of the last dimension of the output, or input, of a layer whose features come last."""
-    for layer, attributes in _FEATURES_LAST.items():
-        if isinstance(module, layer):
-            width = getattr(module, attributes[0 if of_inputs else 1])
-            return int(width if isinstance(width, int) else width[-1])
-    return None
-
-
-def is_time_first(module: nn.Module | None) -> bool | None:
-    """Whether a layer puts out (T, N, D): it says so, or the attention inside it does; None if nothing tells.
-
-    >>> is_time_first(nn.LSTM(3, 4)), is_time_first(nn.Linear(3, 4))
-    (True, None)
-    """
-    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-        module = module.layers[0]
-    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        module = module.self_attn
-    if isinstance(module, (*_RECURRENT_OR_ATTENTION, nn.Transformer)):
-        return not module.batch_first
-    return None
+        return Batch("rows", values)
+    if values.ndim == 3 and dim == 2:
+        return Batch("sequence", values.transpose(0, 1) if time_first else values, guessed_dim=guessed_dim)
+    is_feature_map = dim == 1 and values.ndim in (4, 5) and not found.is_guess
+    return Batch("maps", values.movedim(dim, 1), is_feature_map=is_feature_map, guessed_dim=guessed_dim)
 
 
 def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:
@@ -275,18 +251,40 @@ def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:
     return (steps < lengths[:, None]).to(padded.device)
 
 
-def _observe_maps(maps: Tensor, rule: ObservationRule) -> Observations:
+def _observe_maps(batch: Batch, rule: ObservationRule) -> Observations:
     # Each map is pooled as it is; only what keeps its positions is shrunk.
-    if rule.feature_maps in ("mean", "max", "median"):
+    maps, how = batch.values, rule.feature_maps
+    valid = None if batch.valid is None else batch.valid.flatten(1)  # (N, positions)
+    if how in ("mean", "max", "median"):
         flat = maps.flatten(2)  # (N, C, *spatial) -> (N, C, positions)
-        if rule.feature_maps == "mean":
+        if valid is not None:
+            return Observations(_pool_valid(_in_full(flat), valid[:, None], how), valid=valid.any(1))
+        if how == "mean":
             return Observations(_in_full(flat).mean(2))
-        return Observations(flat.amax(2) if rule.feature_maps == "max" else _lower_median(flat))
-    if rule.max_map_size is not None and max(maps.shape[2:]) > rule.max_map_size:
-        maps = _shrink(maps, rule.max_map_size, rule.interpolation)
-    return (
-        Observations(maps, feature_dim=1) if rule.feature_maps == "positions" else Observations(maps.flatten(1))
-    )
+        return Observations(flat.amax(2) if how == "max" else _lower_median(flat))
+    size = rule.max_map_size
+    if batch.is_feature_map and size is not None and max(maps.shape[2:]) > size:
+        maps = _shrink(maps, size, rule.interpolation)
+    if how == "positions":
+        return Observations(maps, feature_dim=1, valid=None if valid is None else valid.reshape(-1))
+    if valid is None:
+        return Observations(maps.flatten(1))
+    cleared = torch.where(valid[:, None], maps.flatten(2), 0)
+    return Observations(cleared.flatten(1), valid=valid.any(1))
+
+
+def _pool_valid(flat: Tensor, valid: Tensor, how: str) -> Tensor:
+    """As without a mask, of the valid positions, (N, C, positions) and (N, 1, positions)."""
+    number = valid.sum(2)
+    if how == "mean":
+        return torch.where(valid, flat, 0).sum(2) / number.clamp(min=1)
+    if how == "max":
+        return torch.where(valid, flat, -torch.inf).amax(2)
+    ordered = torch.where(valid, flat, torch.inf).sort(-1).values
+    middle = ordered.gather(2, ((number - 1).clamp(min=0) // 2)[..., None].expand(-1, flat.shape[1], -1))[
+        ..., 0
+    ]
+    return torch.where((flat.isnan() & valid).any(2), torch.nan, middle)
 
 
 def _lower_median(flat: Tensor) -> Tensor:
@@ -298,9 +296,7 @@ def _lower_median(flat: Tensor) -> Tensor:
 
 def _shrink(maps: Tensor, size: int, mode: str) -> Tensor:
     rank = maps.ndim - 2
-    if rank > 3:
-        raise ValueError(f"expected maps of at most 3 spatial dimensions to interpolate, got {rank}")
-    if mode in _LINEAR_MODES.values() or (mode == "bicubic" and rank != 2):
+    if mode in _LINEAR_MODES.values() or mode == "linear" or (mode == "bicubic" and rank != 2):
         mode = _LINEAR_MODES[rank]
     target = [min(extent, size) for extent in maps.shape[2:]]
     return nn.functional.interpolate(_in_full(maps), size=target, mode=mode)

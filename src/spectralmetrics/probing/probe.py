@@ -25,12 +25,12 @@ from spectralmetrics.probing.observations import (
     ObservationRule,
     Sequences,
 )
-from spectralmetrics.probing.reading import HOST, read_stage, warn_of_nothing
+from spectralmetrics.probing.reading import HOST, read_covariances, read_stage, warn_of_nothing
 from spectralmetrics.probing.routing import Limits, Router
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.summary import Summary, summarise, threshold_of
-from spectralmetrics.sums import SpectralSum, Sum
+from spectralmetrics.sums import Sum
 from spectralmetrics.sums.checks import check_positive_integer
 
 STAGES = ("train", "eval")
@@ -185,7 +185,8 @@ class LayerProbe(nn.Module):
         self._resets: list[str | None] = []  # to be done once states are no longer merged
         self._steps = Steps(every_n_steps, seed, None if budget is None else Budget(budget, seed))
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
-        layout = find_layout(model, chosen, batch_first, selected)
+        is_of_inputs = observe == "inputs"
+        layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         self._router = Router(
             self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected), deals
         )
@@ -302,8 +303,7 @@ class LayerProbe(nn.Module):
                 seen = seen or found is not None
                 values.update(found or {})
             if not seen:
-                is_off = bool(self._router.paused or not self._hooks)
-                warn_of_nothing(stages, self._places.values(), is_off, self.budget)
+                warn_of_nothing(stages, self._places.values(), self._is_off, self.budget)
         return values
 
     @contextlib.contextmanager
@@ -402,21 +402,24 @@ class LayerProbe(nn.Module):
 
         Returns:
             Layer -> shape (D, D), float64, where its sums are, in forward order; without layers that saw
-            nothing.
+            nothing. Where all metrics need labels, of the labelled observations. A warning names layers
+            without one, such as sketched ones and, with ``nan_strategy="error"``, those with observations that
+            were not finite, and says so if nothing was observed.
 
         Raises:
             ValueError: for another stage.
         """
         _check_stage(stage)
-        found = {}
         with self._router.lock, self._merged([(stage, name) for name in self._layers]):
-            for name in self.layers:
-                for each in self._places[stage, name].sums()[:1]:
-                    if isinstance(each, SpectralSum) and each.describes_layer:
-                        count = each.num_observations.to(torch.float64)
-                        scale = count / (count - 1) if unbiased else 1
-                        found[name] = each.covariance(center=center) * scale
-        return found
+            places = [self._places[stage, name] for name in self.layers]
+            found = read_covariances(places, unbiased=unbiased, center=center)
+            if found is None:
+                warn_of_nothing((stage,), self._places.values(), self._is_off, self.budget, stacklevel=4)
+        return found or {}
+
+    @property
+    def _is_off(self) -> bool:
+        return bool(self._router.paused or not self._hooks)
 
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""

@@ -14,7 +14,9 @@ from spectralmetrics.functional.together import NO_GROUP, Progress, Wanted, deco
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.compilation import ignores_hooks
+from spectralmetrics.sums import SpectralSum
 
+_OF_LEFT_OUT = "observations with NaN or infinite values were left out in {}: {}"
 HOST = torch.device("cpu")
 """Where values go: whoever looks at them would otherwise wait for the device, one by one."""
 
@@ -75,7 +77,7 @@ def read_stage(
             few.append(f"{place.layer!r} ({count})")
         tell.read()
     if left_out:
-        _warn(f"observations with NaN or infinite values were left out in {stage}: {', '.join(left_out)}")
+        _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)))
     if failed:
         _warn(f"values that could not be computed in {stage} are left out: {', '.join(failed)}")
     for name, layers in unlabelled.items():
@@ -100,6 +102,48 @@ def read_stage(
         unseen = ", ".join(repr(place.layer) for place in places if place not in seen)
         _warn(f"layers that saw nothing in {stage} are left out: {unseen}")
     return values if seen else None
+
+
+def read_covariances(
+    places: Sequence[LayerMetrics], *, unbiased: bool, center: bool
+) -> dict[str, Tensor] | None:
+    """Layer -> covariance, of those that have one; None if no layer has seen anything.
+
+    Args:
+        places: the layers of one stage in forward order, their states merged.
+        unbiased: divide by n - 1.
+        center: False leaves the mean in.
+
+    A layer that has none, or is refused one by ``nan_strategy="error"``, is named in a warning.
+    """
+    counted = count_together(places)
+    seen = [place for place in places if place.has_seen(counted)]
+    found: dict[str, Tensor] = {}
+    left_out, failed = [], []
+    for place in places:
+        try:
+            left_out += _left_out([place], counted)
+        except RuntimeError as error:
+            failed.append(f"{place.layer!r} ({error})")
+            continue
+        if place not in seen:
+            continue
+        spectral = next((each for each in place.sums() if isinstance(each, SpectralSum)), None)
+        if spectral is None:
+            overflowed = any(not counted[id(leader)].in_range for leader in place.spectral_leaders)
+            failed.append(f"{place.layer!r} ({'its sums overflowed' if overflowed else 'no metric keeps it'})")
+            continue
+        count = spectral.num_observations.to(torch.float64)
+        try:
+            found[place.layer] = spectral.covariance(center=center) * (count / (count - 1) if unbiased else 1)
+        except Exception as error:
+            failed.append(f"{place.layer!r} ({error})")
+    stage = places[0].stage
+    if left_out:
+        _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)), stacklevel=4)
+    if failed:
+        _warn(f"covariances that are not there in {stage} are left out: {', '.join(failed)}", stacklevel=4)
+    return found if seen or failed else None
 
 
 def _wanted(
@@ -141,7 +185,12 @@ class _Steps:
 
 
 def warn_of_nothing(
-    stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool, budget: float | None
+    stages: Iterable[str],
+    places: Iterable[LayerMetrics],
+    is_off: bool,
+    budget: float | None,
+    *,
+    stacklevel: int = 5,
 ) -> None:
     """Say that nothing at all was observed, and why, where it can be told.
 
@@ -150,6 +199,7 @@ def warn_of_nothing(
         places: all layers in all stages.
         is_off: whether the probe is paused or removed.
         budget: of the probe.
+        stacklevel: see ``warnings.warn``.
     """
     places = list(places)
     asked = [place for place in places if place.stage in set(stages)]
@@ -159,6 +209,8 @@ def warn_of_nothing(
         given_up = {place.given_up for place in asked if place.given_up}
         if given_up:
             reason += f" ({next(iter(given_up))})"
+        elif all(place.needs_labels for place in asked):
+            reason = "the layers ran, but no labels came that fit: run the model inside `with probe.labels(y):`"
         elif budget is not None:
             reason = f"the layers ran, but the budget of {100 * budget:.4g} % has paid for no forward yet"
     elif any(place.transformed for place in asked):
@@ -178,7 +230,7 @@ def warn_of_nothing(
             "no probed layer has run since the probe was made or reset; a model that is exported or"
             " scripted does not call hooks"
         )
-    _warn(f"nothing was observed in {where}: {reason}")
+    _warn(f"nothing was observed in {where}: {reason}", stacklevel)
 
 
 def _left_out(places: Collection[LayerMetrics], counted: Counted) -> list[str]:
@@ -197,5 +249,5 @@ def _left_out(places: Collection[LayerMetrics], counted: Counted) -> list[str]:
     return found
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=5)
+def _warn(message: str, stacklevel: int = 5) -> None:
+    warnings.warn(message, UserWarning, stacklevel=stacklevel)

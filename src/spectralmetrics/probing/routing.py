@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import sys
 import threading
 import zlib
 from collections.abc import Container, Mapping
@@ -93,8 +94,8 @@ class Router:
         self._rule = rule
         self._limits = limits
         self._steps = steps
-        self._time_first = layout.time_first
-        self._unsure = set() if rule.sequences == "timesteps" else set(layout.unsure)
+        self._layout = layout
+        self._told_layout: set[str] = set()
         self._selected = selected
         self._keeps_forwards_together = keeps_forwards_together
         self.facts = {name: self._facts_of(name, module) for name, module in modules.items()}
@@ -151,12 +152,14 @@ class Router:
         if limits.max_samples is not None and of_layer.samples >= limits.max_samples:
             return
         batch = self._batch_of(name, module, output if select is None else select(output))
+        if of_layer.takes_labels:
+            batch = self.labels.join(name, batch, name in self._layout.time_first)
         if limits.max_samples is not None:
             batch = batch.first(limits.max_samples - of_layer.samples)
         if batch.values.numel() == 0:
             return
         of_layer.samples += batch.num_samples
-        labelled = self.labels.observe(name, batch) if of_layer.takes_labels else None
+        labelled = batch.labelled()
         observations = batch.observations(self._rule)
         width = observations.num_features
         if width > limits.max_features and of_layer.keeps_matrices and not of_layer.is_sketched:
@@ -169,9 +172,11 @@ class Router:
                 )
             of_layer.sketch(limits.sketch_size)
         rows_per_feature = self._rows_per_feature(of_layer.stage)
+        size = batch.limit(self._rule)
         if rows_per_feature is not None:
+            size = min(sample_size(rows_per_feature, width), size or sys.maxsize)
+        if size is not None:
             seed = zlib.crc32(f"{limits.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
-            size = sample_size(rows_per_feature, width)
             observations = draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
         if self._keeps_forwards_together:
@@ -196,18 +201,36 @@ class Router:
     def _batch_of(self, name: str, module: nn.Module, output: Any) -> Batch:
         """The output with samples first, as its layer's type, its surroundings and the mask tell."""
         is_selected = name in self._selected
-        time_first = name in self._time_first
-        batch = self._rule.batch(None if is_selected else module, output, self.masks.value, time_first)
+        time_first, dims = name in self._layout.time_first, self._layout.dims.get(name)
+        batch = self._rule.batch(None if is_selected else module, output, self.masks.value, time_first, dims)
         self.masks.met(name, batch)
-        if batch.kind == "sequence" and name in self._unsure:
-            self._unsure.discard(name)
-            if batch.valid is None:
-                shape = tuple(batch.values.shape)
-                tell(
-                    f"the output of {name!r} is taken as (N, T, D) = {shape}, but parts of this model have"
-                    " time first: give the probe batch_first=True or False, or a `select` for this layer"
-                )
+        if name not in self._told_layout and (doubt := self._doubt(name, batch)):
+            self._told_layout.add(name)
+            tell(doubt)
         return batch
+
+    def _doubt(self, name: str, batch: Batch) -> str:
+        """What is to be said of a layout that nothing tells for sure."""
+        values = batch.values
+        if batch.guessed_dim is not None:
+            width = values.shape[2 if batch.kind == "sequence" else 1]
+            return (
+                f"nothing tells where the features of {name!r} are: dimension {batch.guessed_dim} of"
+                f" {values.ndim}, of size {width}, is taken. Call register_layer for its type, or give a"
+                " `select` for this layer, or batch_first=True if it is a sequence (N, T, D)"
+            )
+        if name not in self._layout.unsure:
+            return ""
+        if batch.was_flat:
+            taken = f"(N, T) = {tuple(values.shape[:2])}, flattened,"
+        elif batch.kind == "sequence" and batch.valid is None and self._rule.sequences != "timesteps":
+            taken = f"(N, T, D) = {tuple(values.shape)},"
+        else:
+            return ""
+        return (
+            f"the output of {name!r} is taken as {taken} but parts of this model have time first: give the"
+            " probe batch_first=True or False, or a `select` for this layer"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Of a copy nothing runs; a lock cannot be copied, and what lies beside a model belongs to the original.

@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
+from spectralmetrics.layers import default_layers
 from spectralmetrics.sums.checks import check_type
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Selectors: TypeAlias = Selector | Sequence[Selector]
-
-DEFAULT_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.LSTM,
-    nn.GRU,
-    nn.RNN,
-    nn.MultiheadAttention,
-)
-"""Probed unless told otherwise; their lazy forms are subclasses. See also :func:`default_layers`."""
-
-
-def default_layers() -> tuple[type[nn.Module], ...]:
-    """:data:`DEFAULT_LAYERS`, and the ``Conv1D`` of GPT-2 if ``transformers`` has been imported.
-
-    >>> nn.Linear in default_layers()
-    True
-    """
-    return (*DEFAULT_LAYERS, *conv1d())
-
-
-def conv1d() -> tuple[type[nn.Module], ...]:
-    """The ``Conv1D`` of ``transformers``, a linear layer whose weight is transposed; empty if not imported."""
-    module: Any = sys.modules.get("transformers.pytorch_utils")
-    found = getattr(module, "Conv1D", None)
-    return () if found is None else (found,)
 
 
 def select_layers(
@@ -56,7 +25,7 @@ def select_layers(
         model: wrappers (compiled, data parallel) are looked through; names are those of the model inside.
         layers: one selector or a sequence of them, any of which may match. A pattern is matched against the
             whole qualified name, and its ``*`` also matches dots; a module of any type can be named. None
-            selects :func:`default_layers`.
+            selects :data:`DEFAULT_LAYERS`, the ``Conv1D`` of ``transformers``, and what was registered as such.
         exclude: taken away from these.
 
     Raises:

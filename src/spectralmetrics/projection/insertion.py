@@ -11,21 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.functional.dimension import check_threshold
+from spectralmetrics.probing.hooks import tell
+from spectralmetrics.probing.layout import FeatureDim, dim_of, find_dims
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.projection.layer import PCAProjection, check_dim, check_generator
 from spectralmetrics.sums.checks import check_type
 
 _NAME = "pca_projection"
-_FEATURE_MAPS = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.GroupNorm,
-)
-_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 
 
 class ProjectionRow(NamedTuple):
@@ -47,11 +39,37 @@ class ProjectionRow(NamedTuple):
 
 
 class InsertedProjection(PCAProjection):
-    """A projection of the first floating tensor in a layer's output."""
+    """A projection of the first floating tensor in a layer's output.
+
+    Args:
+        name: of the layer.
+        dims: finds the dimension of the features; None goes by ``dim``.
+        options: see :class:`PCAProjection`.
+    """
+
+    _dims: FeatureDim | None = None
+    _has_told = False
+
+    def __init__(self, name: str, dims: FeatureDim | None, *options: Any, **named: Any) -> None:
+        super().__init__(*options, **named)
+        self._name = name
+        self._dims = dims
 
     def forward(self, output: Any) -> Any:
         """The output with that tensor passed on or projected; see :class:`PCAProjection`."""
         return _apply_to_first(super().forward, output)[0]
+
+    def _dim_in(self, input: Tensor) -> int:
+        if self._dims is None or input.ndim == 0:
+            return super()._dim_in(input)
+        found = self._dims.find(input)
+        if found.is_guess and not self._has_told:
+            self._has_told = True
+            tell(
+                f"nothing tells where the features of {self._name!r} are: dimension {found.dim} of {input.ndim}"
+                f" is taken, of size {input.shape[found.dim]}. Give `dim`, or call register_layer for its type"
+            )
+        return found.dim
 
 
 class InsertedProjections(Sequence[PCAProjection]):
@@ -138,8 +156,7 @@ def insert_projections(
         threshold: share of the variance to keep.
         exclude: taken away from these.
         center: see :class:`PCAProjection`.
-        dim: of the features; None takes 1 for convolutions, pooling and their norms, −1 for linear, recurrent
-            and attention layers, embeddings and layer norms, and goes by the number of dimensions elsewhere.
+        dim: of the features; None takes the one that a :class:`~spectralmetrics.LayerProbe` takes.
 
     Returns:
         The projections; ``remove()`` takes them off.
@@ -165,9 +182,11 @@ def insert_projections(
         if hasattr(layer, _NAME):
             raise ValueError(f"expected layers without a projection, but {name!r} has one; remove it first")
     behind: dict[str, tuple[nn.Module, PCAProjection, Any]] = {}
+    dims = find_dims(model, chosen) if dim is None else {}
     for name, layer in chosen.items():
-        of_layer = _dim_of(layer) if dim is None else dim
-        projection = InsertedProjection(None, threshold, center=center, dim=of_layer)
+        of_layer = dims.get(name)
+        fixed = dim if of_layer is None else dim_of(layer).dim  # of its own type
+        projection = InsertedProjection(name, of_layer, None, threshold, center=center, dim=fixed)
         projection.train(layer.training)
         projection._starts_anew = False
         # A sequence calls all its modules by itself, the projection as the last of them.
@@ -310,9 +329,3 @@ def _apply_to_first(projection: Callable[[Tensor], Tensor], output: Any) -> tupl
                 is_named = hasattr(output, "_fields")
                 return type(output)(*replaced) if is_named else type(output)(replaced), True
     return output, False
-
-
-def _dim_of(layer: nn.Module) -> int | None:
-    if isinstance(layer, _FEATURE_MAPS):
-        return 1
-    return -1 if isinstance(layer, _FEATURES_LAST) else None

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.functional.dimension import check_threshold
+from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
 from spectralmetrics.projection.transforms import outside_transforms, untransformed
 from spectralmetrics.sums import SpectralSum, full_precision, run_together
@@ -293,7 +294,7 @@ class PCAProjection(nn.Module):
         if not isinstance(input, Tensor) or not input.is_floating_point():
             kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"expected a floating tensor to project, got {kind}")
-        dim = self.dim if self.dim is not None else (1 if input.ndim >= 4 else -1)
+        dim = self._dim_in(input)
         if not -input.ndim <= dim < input.ndim:
             raise ValueError(f"expected an input that has dimension {dim}, got shape {tuple(input.shape)}")
         if self.num_features is not None and input.shape[dim] != self.num_features:
@@ -302,6 +303,13 @@ class PCAProjection(nn.Module):
                 f" {tuple(input.shape)})"
             )
         return dim % input.ndim
+
+    def _dim_in(self, input: Tensor) -> int:
+        return self.dim if self.dim is not None else (1 if input.ndim >= 4 else -1)
+
+
+# Where it is the last part of an `nn.Sequential`, dimensions are where the part before it has put them.
+register_layer(PCAProjection, dim="input")
 
 
 def check_dim(dim: int | None) -> None:
