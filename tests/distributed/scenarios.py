@@ -434,13 +434,14 @@ def a_probe_merges_all_layers_in_two_collectives(rank, world):
         assert int(probe["train", "shared"]["saturation"].count) == total
 
 
-def dealt(rows, sizes):
-    """Batches of each process, and what one process must be fed with so that its folds hold the same rows."""
+def dealt(rows, sizes, folds):
+    """Batches of each process, and the rows that each fold then holds of all processes together."""
     batches = [list(part.split(size)) if len(part) else [] for part, size in zip(rows, sizes, strict=True)]
-    together = [
-        torch.cat([own[turn] for own in batches if turn < len(own)]) for turn in range(max(map(len, batches)))
-    ]
-    return batches, together
+    of_folds = [[rows[0][:0]] for _ in range(folds)]
+    for rank, own in enumerate(batches):
+        for turn, batch in enumerate(own):
+            of_folds[(rank * folds // len(rows) + turn) % folds].append(batch)
+    return batches, [torch.cat(parts) for parts in of_folds]
 
 
 def folds_equal_one_process(rank, world):
@@ -448,7 +449,7 @@ def folds_equal_one_process(rank, world):
     for far in (None, "zero", "each other"):
         for without in {None, 0, world - 1}:
             parts = shares(world, without, far=far)
-            batches, together = dealt(parts, sizes)
+            batches, of_folds = dealt(parts, sizes, 3)
             for name in ("saturation", "intrinsic_dimension", "participation_ratio", "spectrum", "covariance"):
                 new = VARIANTS[name]
                 folded, plain = new(folds=3), new()
@@ -456,8 +457,8 @@ def folds_equal_one_process(rank, world):
                 for batch in batches[rank]:
                     folded.update(batch)
                     plain.update(batch)
-                for batch in together:
-                    one.update(batch)
+                for fold, rows in enumerate(of_folds):
+                    one.update(sm.Observations(rows, group=fold))
                 with counted_collectives() as seen:
                     value = folded.compute()
                 assert [kind for kind, _ in seen] == ["all_reduce", "all_reduce"]
@@ -474,7 +475,7 @@ def folds_equal_one_process(rank, world):
 
 def intervals_of_a_probe_take_two_collectives(rank, world):
     rows = [random_rows(k, 60 + 9 * k, 6, mean=2.0 * k) for k in range(world)]
-    batches, together = dealt(rows, [7 + k for k in range(world)])
+    batches, of_folds = dealt(rows, [7 + k for k in range(world)], 4)
     metrics = [new() for name, new in VARIANTS.items() if name in ("saturation", "effective_rank", "spectrum")]
     metrics.append(sm.EigenspaceEmbeddingMetric(max_samples=8))
 
@@ -491,8 +492,8 @@ def intervals_of_a_probe_take_two_collectives(rank, world):
     with torch.no_grad():
         for batch in batches[rank]:
             mine(batch)
-        for batch in together:
-            alone(batch)
+        for turn in range(4):  # the reference begins where this process does
+            alone(of_folds[(rank * 4 // world + turn) % 4])
     with counted_collectives() as seen:
         intervals = probe.intervals("eval")
     assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
@@ -513,20 +514,41 @@ def intervals_of_a_probe_take_two_collectives(rank, world):
             assert all(torch.equal(end, other) for other in others)
     # The states are this process' own again, and the dealing goes on.
     metric = probe["eval", "0"]["saturation"]
-    assert metric.fold_count.tolist() == [sum(map(len, batches[rank][turn::4])) for turn in range(4)]
+    counts = [sum(map(len, batches[rank][turn::4])) for turn in range(4)]
+    start = rank * 4 // world
+    assert metric.fold_count.tolist() == counts[4 - start :] + counts[: 4 - start]
+
+
+def replicas_fill_all_folds_alike(rank, world):
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    together, apart = (sm.LayerProbe(model, sm.EffectiveRankMetric(), folds=8) for _ in range(2))
+    for leader in together._places["train", "0"].spectral_leaders:
+        leader.replica = (0, 1)  # as of ranks that share their forwards
+    metric = sm.EffectiveRankMetric(folds=8)
+    for batch in random_rows(rank, 10 * (8 // world + 1), 6).split(10):
+        model(batch)
+        metric.update(batch)
+    with together.merged(), apart.merged():
+        counts = [each["train", "0"]["effective_rank"].fold_count.tolist() for each in (together, apart)]
+    assert counts[0] == [10 * world] * (8 // world + 1) + [0] * (7 - 8 // world) if world > 1 else True
+    assert max(counts[1]) - min(counts[1]) <= 10
+    assert min(counts[1]) > 0
+    with metric.sync_context():
+        assert metric.fold_count.tolist() == counts[1]
+    assert not any(end.isnan() for end in metric.interval())
+    assert not any(end.isnan() for end in apart.intervals()["effective_rank/train/0"])
 
 
 def a_fold_that_is_empty_everywhere(rank, world):
-    metric = sm.SaturationMetric(folds=3)
+    metric = sm.SaturationMetric(folds=3 * world)
     metric.update(random_rows(rank, 20, 4))
     if rank == world - 1:
         metric.update(random_rows(50, 20, 4))
     low, high = metric.interval()
     assert low == metric.compute()
     assert high.isnan()
-    if rank == 0:
-        metric.update(random_rows(60, 20, 4))
-        metric.update(random_rows(70, 20, 4))
+    for seed in (60, 70):
+        metric.update(random_rows(seed + rank, 20, 4))
     assert not any(end.isnan() for end in metric.interval())
 
 
@@ -732,16 +754,16 @@ def labels_equal_one_process(rank, world):
             labels = [2 * k + torch.arange(len(part)) % 2 for k, part in enumerate(parts)]
             if silent is not None and world > 1:
                 labels[silent] = torch.full_like(labels[silent], -100)
-            batches, together = dealt(parts, [5 + k for k in range(world)])
-            of_batches, of_together = dealt(labels, [5 + k for k in range(world)])
+            batches, of_folds = dealt(parts, [5 + k for k in range(world)], 3)
+            of_batches, labels_of_folds = dealt(labels, [5 + k for k in range(world)], 3)
             for new in (sm.LinearProbeMetric, sm.NeuralCollapseMetric):
                 for folds in (1, 3):
                     metric = new(classes, folds=folds)
                     one = new(classes, folds=folds, sync_on_compute=False)
                     for batch, of_batch in zip(batches[rank], of_batches[rank], strict=True):
                         metric.update(batch, of_batch)
-                    for batch, of_batch in zip(together, of_together, strict=True):
-                        one.update(batch, of_batch)
+                    for fold, each in enumerate(zip(of_folds, labels_of_folds, strict=True)):
+                        one.update(sm.Observations(each[0], group=fold), each[1])
                     with counted_collectives() as seen:
                         value = metric.compute()
                     assert [kind for kind, _ in seen] == ["all_reduce", "all_reduce"]
@@ -760,10 +782,14 @@ def labels_beside_a_model_on_some_processes(rank, world):
     for metric in own:
         metric.sync_on_compute = False
     reference = sm.LayerProbe(whole, own, folds=2)
+    for observing in (probe, reference):  # all begin with the same fold, so that the reference has their folds
+        for place in observing._places.values():
+            for leader in place.spectral_leaders:
+                leader.replica = (0, 1)
     parts = shares(world, None, far=None)
     silent = world - 1 if world > 1 else None
     for each, part in enumerate(parts):
-        # Batches of all processes in their turns: the reference deals them as each process deals its own.
+        # The reference deals the batches of each process in turn, as that process does.
         for turn, batch in enumerate(part.chunk(2)):
             for model, observing, present in ((mine, probe, each == rank), (whole, reference, True)):
                 if present:
@@ -855,6 +881,7 @@ EVERYWHERE = [
     a_probe_merges_all_layers_in_two_collectives,
     folds_equal_one_process,
     intervals_of_a_probe_take_two_collectives,
+    replicas_fill_all_folds_alike,
     a_fold_that_is_empty_everywhere,
     data_parallel_training_is_bit_identical,
     only_the_first_process_records,

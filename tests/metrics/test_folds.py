@@ -12,6 +12,7 @@ from scipy import stats
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
+from spectralmetrics.sums import first_fold
 from spectralmetrics.sums.folds import Folds
 from tests.functional.test_held_out import plain_definition
 from tests.metrics.properties import SAMPLED, assert_same, feed
@@ -439,3 +440,66 @@ def test_the_states_of_all_folds_together_have_the_names_that_they_have_without(
         ("second_moment", total.second),
     ):
         assert torch.equal(getattr(folded, name), tensor)
+
+
+class TestMergedFoldsAreEqual:
+    """However few batches each side has seen."""
+
+    def seen(self, batches, seed=0, folds=8, rows=10):
+        return feed(sm.EffectiveRankMetric(folds=folds), random_rows(seed, rows * batches, 4), rows)
+
+    @pytest.mark.parametrize(("left", "right"), [(4, 4), (3, 5), (12, 4), (1, 7), (13, 11), (0, 8), (8, 0)])
+    def test_two(self, left, right):
+        metric = self.seen(left)
+        metric.merge_state(self.seen(right, seed=1))
+        assert max(counts(metric)) - min(counts(metric)) <= 10
+        low, high = metric.interval()
+        assert low < high
+
+    def test_many_that_each_saw_one_batch(self):
+        metrics = [self.seen(1, seed=seed) for seed in range(8)]
+        for other in metrics[1:]:
+            metrics[0].merge_state(other.metric_state)
+        assert counts(metrics[0]) == 8 * [10]
+        assert_same(metrics[0].compute(), self.whole(), 1e-12)
+
+    def whole(self):
+        rows = torch.cat([random_rows(seed, 10, 4) for seed in range(8)])
+        return feed(sm.EffectiveRankMetric(), rows, 10).compute()
+
+    def test_a_fold_stays_whole(self):
+        left, right = self.seen(3), self.seen(2, seed=1)
+        parts = [fold.covariance() for metric in (left, right) for fold in metric.sums[0].folds if fold.count]
+        left.merge_state(right)
+        found = [fold.covariance() for fold in left.sums[0].folds if fold.count]
+        assert len(found) == 5
+        assert all(any(torch.allclose(part, its) for its in found) for part in parts)
+
+    def test_groups_that_the_user_gave_stay_together(self):
+        rows = random_rows(0, 20, 4)
+        left, right = sm.EffectiveRankMetric(folds=4), sm.EffectiveRankMetric(folds=4)
+        for metric, half in zip((left, right), rows.split(10), strict=True):
+            metric.update(sm.Observations(half, group=1))
+        left.merge_state(right)
+        assert counts(left) == [0, 20, 0, 0]
+
+    def test_labelled(self):
+        metrics = []
+        for seed in range(2):
+            metrics.append(sm.LinearProbeMetric(2, folds=8))
+            for part in random_rows(seed, 40, 4).split(10):
+                metrics[-1].update(part, torch.arange(10) % 2)
+        metrics[0].merge_state(metrics[1])
+        assert metrics[0].sums[0].counts.tolist() == 8 * [10]
+        assert metrics[0].sums[0].class_counts.tolist() == 8 * [[5, 5]]
+
+
+@pytest.mark.parametrize("folds", [2, 5, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 13])
+def test_replicas_fill_all_folds_alike(world, folds):
+    starts = [first_fold(folds, rank, world) for rank in range(world)]
+    for batches in range(1, 3 * folds):
+        filled = np.bincount(
+            [(start + batch) % folds for start in starts for batch in range(batches)], minlength=folds
+        )
+        assert filled.max() - filled.min() <= 1

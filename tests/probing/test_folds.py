@@ -160,3 +160,86 @@ def test_a_reset_forgets_the_intervals():
         model(100 * torch.randn(30, 4))
     assert probe.intervals().keys() == first.keys()
     assert probe["train", "0"]["saturation"].count == 240
+
+
+def fold_counts(probe, layer="0"):
+    metric = probe["train", layer]["saturation"]
+    metric.flush()
+    return metric.fold_count.tolist()
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_folds_are_equal_whichever_forwards_are_observed(every):
+    for seed in range(40):
+        model = nn.Sequential(nn.Linear(4, 3))
+        probe = sm.LayerProbe(model, sm.SaturationMetric(), folds=8, every_n_steps=every, seed=seed)
+        for _ in range(9 * every):
+            model(torch.randn(10, 4))
+        assert fold_counts(probe) == [20] + 7 * [10]
+
+
+def test_a_layer_that_runs_in_every_fourth_forward_fills_all_folds():
+    class Alternating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.often, self.seldom = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, number):
+            x = self.often(x)
+            return self.seldom(self.seldom(x)) if number % 4 == 3 else x
+
+    model = Alternating()
+    probe = sm.LayerProbe(model, sm.SaturationMetric(), folds=8)
+    for number in range(64):
+        model(torch.randn(5, 4), number)
+    assert fold_counts(probe, "often") == 8 * [40]
+    assert fold_counts(probe, "seldom") == 8 * [20]  # two groups of two calls each
+
+
+def test_calls_inside_and_outside_of_forwards_are_dealt_in_one_turn():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    probe = sm.LayerProbe(model, sm.SaturationMetric(), folds=4)
+    for _ in range(4):
+        model(torch.randn(5, 4))
+        model[0](torch.randn(5, 4))
+    assert fold_counts(probe) == 4 * [10]
+    assert fold_counts(probe, "1") == 4 * [5]
+
+
+def test_forwards_with_labels_are_dealt_by_themselves():
+    model = nn.Sequential(nn.Linear(4, 3))
+    probe = sm.LayerProbe(model, [sm.SaturationMetric(), sm.LinearProbeMetric(2)], folds=4)
+    for number in range(16):
+        rows = torch.randn(6, 4)
+        if number % 4 == 1:
+            with probe.labels(torch.arange(6) % 2):
+                model(rows)
+        else:
+            model(rows)
+    assert fold_counts(probe) == 4 * [24]
+    assert probe["train", "0"]["linear_probe"].sums[0].counts.tolist() == 4 * [6]
+
+
+def test_the_turn_goes_on_where_it_was_saved():
+    def new():
+        model = nn.Sequential(nn.Linear(4, 4))
+        probe = sm.LayerProbe(model, sm.SaturationMetric(), folds=8, every_n_steps=3)
+        probe.persistent()
+        return model, probe
+
+    model, probe = new()
+    for _ in range(3 * 5):
+        model(torch.randn(5, 4))
+    state = copy.deepcopy(probe.state_dict())
+    model, probe = new()
+    probe.load_state_dict(state)
+    for _ in range(3 * 3):
+        model(torch.randn(5, 4))
+    assert fold_counts(probe) == 8 * [5]
+    # As a state of 0.2.0, which did not say how many groups had been dealt.
+    older = {key: value for key, value in state.items() if not key.endswith("deals")}
+    model, probe = new()
+    probe.load_state_dict(older)
+    for _ in range(3 * 3):
+        model(torch.randn(5, 4))
+    assert fold_counts(probe) == 8 * [5]

@@ -90,7 +90,8 @@ class SpectralMetric(SumsMetric):
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can judge by some what
-            was fitted to the others. All values are those of all data; the state is g times as large.
+            was fitted to the others. All values are those of all data; the state is g times as large. Processes
+            begin with different folds, and ``merge_state`` pairs folds so that all are filled alike.
         sketch_size: with k, a sketch of k columns is kept in place of the covariance, 8·D·k bytes of any
             width D, and :meth:`interval` gives bounds that hold for certain. None keeps the covariance.
         kwargs: see `torchmetrics.Metric`.
@@ -344,8 +345,7 @@ class SpectralMetric(SumsMetric):
             )
         observations = rows if isinstance(rows, Observations) else Observations(rows)
         self._check(observations, rows)
-        with torch.inference_mode(False), torch.no_grad():
-            self._take(observations)
+        self._take_given(observations)
 
     def compute(self) -> Tensor:
         """The statistic of all observations so far, merged across processes as torchmetrics is told to."""

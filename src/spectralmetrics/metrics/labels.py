@@ -71,8 +71,7 @@ class LabelledMetric(SpectralMetric):
         labels = observations.labels
         if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= self.num_classes:
             raise ValueError(f"expected labels below num_classes={self.num_classes}, got {int(labels.max())}")
-        with torch.inference_mode(False), torch.no_grad():
-            self._take(observations)
+        self._take_given(observations)
 
     def check_range(self, in_range: bool | None = None) -> None:
         """Raise a RuntimeError if the observations have overflowed, a ValueError for labels out of range."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -119,12 +120,19 @@ class LayerMetrics:
         self._linked = []
         self.share_states()
 
-    def update(self, observations: Observations, labelled: Observations | None = None) -> None:
+    def update(
+        self,
+        observations: Observations,
+        labelled: Observations | None = None,
+        groups: dict[int, int] | None = None,
+    ) -> None:
         """Add observations to all metrics; gradients and inference mode are off.
 
         Args:
             observations: for metrics that take no labels.
             labelled: for metrics that do; None if there are no labels.
+            groups: leader, by its ``id`` -> group of these observations, noted here for later calls of the
+                layer in the same forward; what one forward shows of its inputs stays in one fold.
         """
         if not self._is_direct:
             rows = observations.rows()
@@ -133,9 +141,9 @@ class LayerMetrics:
             if not isinstance(leader, SpectralMetric) or not leader.takes_observations:
                 leader.update(rows)
             elif not leader.needs_labels:
-                leader.observe(observations)
+                leader.observe(_grouped(observations, leader, groups))
             elif labelled is not None and not self.is_sketched:
-                leader.observe(labelled)
+                leader.observe(_grouped(labelled, leader, groups))
         for member in self.members:
             member.__dict__["_computed"] = None
         self._link()
@@ -206,6 +214,15 @@ class LayerMetrics:
         """The metrics by name, those first whose eigenvectors bring the eigenvalues that the others read."""
         named = dict(self.collection.items(keep_base=True, copy_state=False))
         return dict(sorted(named.items(), key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
+
+
+def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[int, int] | None) -> Observations:
+    """The observations with the number of their group, which is new to a leader once in a forward."""
+    if leader.folds == 1 or groups is None:
+        return observations
+    if id(leader) not in groups:
+        groups[id(leader)] = leader.deal()
+    return replace(observations, group=groups[id(leader)])
 
 
 def members(collection: MetricCollection) -> list[Metric]:

@@ -187,9 +187,7 @@ class LayerProbe(nn.Module):
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         is_of_inputs = observe == "inputs"
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
-        self._router = Router(
-            self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected), deals
-        )
+        self._router = Router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
         self.facts = self._router.facts
         self._hooks = Hooks(self)
         try:

@@ -9,7 +9,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,7 +60,6 @@ class Router:
         steps: which forwards of the model.
         layout: of sequences.
         selected: layers of whose output a function of the user's returns a part.
-        keeps_forwards_together: whether what one forward of the model showed of its inputs stays in one fold.
 
     Attributes:
         order: the layers that have run, in the order of their first run.
@@ -81,7 +80,6 @@ class Router:
         steps: Steps,
         layout: Layout,
         selected: Container[str],
-        keeps_forwards_together: bool,
     ) -> None:
         self.order: list[str] = []
         self.masks = Masks()
@@ -97,7 +95,6 @@ class Router:
         self._layout = layout
         self._told_layout: set[str] = set()
         self._selected = selected
-        self._keeps_forwards_together = keeps_forwards_together
         self.facts = {name: self._facts_of(name, module) for name, module in modules.items()}
 
     def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
@@ -179,11 +176,7 @@ class Router:
             seed = zlib.crc32(f"{limits.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
             observations = draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
-        if self._keeps_forwards_together:
-            group = self._steps.number()
-            observations = replace(observations, group=group)
-            labelled = None if labelled is None else replace(labelled, group=group)
-        of_layer.update(observations, labelled)
+        of_layer.update(observations, labelled, self._steps.groups())
 
     def _rows_per_feature(self, stage: str) -> float | None:
         wanted, budget = self._limits.rows_per_feature, self._steps.budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,21 @@ from torch import nn
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
+
+
+@dataclass
+class Forward:
+    """A forward of the model that runs.
+
+    Attributes:
+        number: of the forward, in its stage and since the last reset.
+        is_observed: whether its layers are.
+        groups: metric, by its ``id`` -> number of the group that it keeps what it is shown in this forward in.
+    """
+
+    number: int
+    is_observed: bool
+    groups: dict[int, int] = field(default_factory=dict)
 
 
 class Steps:
@@ -41,23 +57,23 @@ class Steps:
         is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
         if self.budget is not None:
             is_seen = self.budget.begins(stage) and is_seen
-        self._thread.current = (step, is_seen)
+        self._thread.current = Forward(step, is_seen)
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
         if torch._C._current_graph_task_id() == -1:
             self._thread.current = None
 
-    def number(self) -> int | None:
-        """The number of the forward of the model that runs in this thread; None outside of one."""
+    def groups(self) -> dict[int, int]:
+        """The groups of the forward of the model that runs in this thread; of its own for a call outside."""
         current = self._current()
-        return None if current is None else current[0]
+        return {} if current is None else current.groups
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """Whether to observe a forward of a layer; its number counts where the model itself is not run."""
         current = self._current()
         if current is not None:
-            return current[1]
+            return current.is_observed
         if self.budget is not None and not self.budget.begins(stage):
             return False
         return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
@@ -65,7 +81,7 @@ class Steps:
     def passes(self) -> bool:
         """Whether the forward of the model that runs in this thread is not observed."""
         current = self._current()
-        return current is not None and not current[1]
+        return current is not None and not current.is_observed
 
     @property
     def leaves_out(self) -> bool:
@@ -84,9 +100,9 @@ class Steps:
         hooks.before(model, self.enter)
         hooks.behind(model, self.leave, looks=False, always_call=True)
 
-    def _current(self) -> tuple[int, bool] | None:
-        """The number of the forward that runs in this thread, and whether it is observed."""
-        current: tuple[int, bool] | None = getattr(self._thread, "current", None)
+    def _current(self) -> Forward | None:
+        """The forward of the model that runs in this thread."""
+        current: Forward | None = getattr(self._thread, "current", None)
         return current
 
     def __getstate__(self) -> dict[str, Any]:

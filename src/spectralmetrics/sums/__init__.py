@@ -2,7 +2,7 @@
 
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.decomposition import check_covariance, eigenvalues, eigenvectors, symmetrise
-from spectralmetrics.sums.folds import Folds, empty_folds, stack
+from spectralmetrics.sums.folds import Folds, empty_folds, first_fold, stack
 from spectralmetrics.sums.intake import products_dtype
 from spectralmetrics.sums.labelled import Labelled, empty_labelled
 from spectralmetrics.sums.merging import run_together, together
@@ -44,6 +44,7 @@ __all__ = [
     "empty_moments",
     "empty_reservoir",
     "empty_sketch",
+    "first_fold",
     "full_precision",
     "has_float64",
     "kept_rows",

@@ -1,7 +1,7 @@
 """Dense moments of disjoint parts of the data, so that what is fitted to some can be judged by the others.
 
-Batches are dealt in turn to g sums. A batch is never divided, and batches of one group (what one forward of a
-model has shown) go to one sum, so that what belongs to one input stays together.
+Groups of batches are dealt in turn to g sums: what one forward of a model has shown is a group, and so is a
+batch that belongs to none. A group is never divided, so that what belongs to one input stays together.
 Whatever reads the sum reads all of them merged, unless it asks for the folds.
 """
 
@@ -64,6 +64,16 @@ class InFolds(SpectralSum):
     def num_left_out(self) -> Tensor:
         """See :class:`.SpectralSum`."""
         return self.non_finites.sum()
+
+    def beside(self, other: Self) -> Self:
+        """See :class:`.Sum`."""
+        if other.settings() != self.settings():
+            return other  # is refused when they are merged
+        # The fullest fold of the one to the emptiest of the other. Nothing is read from the device.
+        fullest = other.counts.argsort(descending=True, stable=True)
+        order = torch.empty_like(fullest)
+        order[self.counts.to(order.device).argsort(stable=True)] = fullest
+        return other.map(lambda tensor: tensor.index_select(0, order))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of the views would be no views of the copy.
@@ -270,6 +280,23 @@ class FoldsIntake(Intake):
         """See :class:`.Intake`."""
         for part, fold in zip(self._parts, sums.folds, strict=True):
             part.meet(fold)
+
+
+def first_fold(number: int, replica: int, replicas: int) -> int:
+    """The fold with which a replica begins, so that folds are equal once the replicas' sums are merged.
+
+    Replicas that begin evenly apart and each deal in turn fill all folds alike, to one group, however many
+    groups each has dealt, as long as that is the same number.
+
+    Args:
+        number: number of folds g.
+        replica: number of this replica, from 0.
+        replicas: number of replicas that observe different data.
+
+    >>> [first_fold(8, replica, 2) for replica in range(2)]
+    [0, 4]
+    """
+    return replica * number // replicas
 
 
 def empty_folds(number: int, num_features: int, device: torch.device | str | None = None) -> Folds:

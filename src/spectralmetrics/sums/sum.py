@@ -90,6 +90,10 @@ class Sum(ABC):
             ValueError: if their settings differ.
         """
 
+    def beside(self, other: Self) -> Self:
+        """The other sum, in the arrangement in which it is best merged with this one."""
+        return other
+
     @abstractmethod
     def exchange(self, known: Self | None, rank: int, world_size: int) -> Exchange:
         """The sum of all processes' observations, as an exchange for :func:`~.sums.merging.run_together`.
