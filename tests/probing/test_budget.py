@@ -1,5 +1,6 @@
 """A probe with a budget stays below it, whatever observing costs, and sees all layers alike."""
 
+import contextlib
 import copy
 import itertools
 import types
@@ -8,28 +9,33 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmetrics import LayerProbe, SaturationMetric
-from spectralmetrics.probing import budget as module
-from spectralmetrics.probing.budget import Budget
+from spectralmetrics import CovarianceTraceMetric, LayerProbe, SaturationMetric
+from spectralmetrics.probing.budget import Budget, Plan
 from tests.accelerator.device import emulated_device
 
 
 class Clock:
     """A clock that tells the time of a simulated training."""
 
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
+def clock():
+    return Clock()
 
 
-def simulate(clock, share, steps, step_seconds, fixed, each_row, start=0.0, stages=("train",), rows=1000.0):
+def simulate(
+    clock, share, steps, step_seconds, fixed, each_row, start=0.0, stages=("train",), rows=1000.0, seed=0
+):
     """A training whose observed forwards cost ``fixed`` seconds and ``each_row`` for a row of each feature."""
-    budget = Budget(share, seed=0)
+    budget = Budget(share, seed, clock)
     observed, own = [], 0.0
     for index in range(steps):
         stage = stages[index % len(stages)]
@@ -89,11 +95,138 @@ def test_a_break_between_forwards_is_nothing_to_spend(clock):
     assert sum(observed[100:300]) <= 20
 
 
-def test_no_beat_of_the_training_is_met(clock):
-    """Of a forward that comes twice in each step, both are observed."""
-    _, observed, _ = simulate(clock, 0.1, 4000, 0.01, 2e-3, 0.0)
-    even, odd = sum(observed[::2]), sum(observed[1::2])
-    assert 0.5 < even / odd < 2
+# Seconds to the next forward, over and over.
+STEPS = {
+    "a fake batch, then a real one": [5e-5, 3e-3],
+    "two fake batches, then a real one": [1e-3, 5e-5, 3e-3],
+    "gradient accumulation over 4": [1e-3, 1e-3, 1e-3, 2e-2],
+    "gradient accumulation over 8": 7 * [1e-3] + [2e-2],
+    "five layers that are run by themselves": 4 * [1e-5] + [5e-3],
+}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+@pytest.mark.parametrize("step", STEPS)
+def test_forwards_are_observed_whatever_pause_came_before(clock, step, share):
+    """Each kind of forward in a step has the same chance, and each is seen with the same number of rows."""
+    kinds = len(STEPS[step])
+    seen = torch.zeros(kinds)
+    for seed in range(8):
+        pauses = itertools.cycle(STEPS[step])
+        _, observed, _ = simulate(clock, share, 6000, pauses, 3e-4, 2e-5, seed=seed)
+        for kind in range(kinds):
+            seen[kind] += sum(observed[kind::kinds])
+    expected = float(seen.sum()) / kinds
+    assert expected > 40
+    # The draws of one block exclude each other, so that the variance is at most that of independent ones.
+    assert float((seen - expected).abs().max()) < 4 * expected**0.5
+
+
+def test_rows_do_not_depend_on_the_pause_before(clock):
+    budget, share = Budget(0.02, 0, clock), {0: [], 1: []}
+    for number in range(20000):
+        clock.now += 3e-3 if number % 2 else 5e-5
+        if budget.begins("train"):
+            with budget.measuring("train", torch.zeros(1)):
+                rows = budget.rows_per_feature("train")
+                clock.now += 1e-4 + 3e-5 * rows
+                share[number % 2].append(rows)
+        budget.passes("train")
+    kinds = [torch.tensor(share[kind][5:]) for kind in (0, 1)]
+    assert min(map(len, kinds)) > 100
+    assert float(kinds[0].mean() / kinds[1].mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_gan_step_seen_with_a_budget_has_the_trace_of_all():
+    """Real batches have a trace of 1, and fake ones, behind which there is a long pause, one of 100."""
+    clock = Clock()
+    layer = nn.Linear(32, 32)
+    probe, everything = (LayerProbe(layer, CovarianceTraceMetric(), budget=budget) for budget in (0.03, None))
+    probe._steps.budget = budget = Budget(0.03, 0, clock)
+    torch.manual_seed(0)
+    seen = {1.0: 0, 10.0: 0}
+    for _ in range(1000):
+        for scale, pause in ((1.0, 3e-3), (10.0, 5e-5)):
+            clock.now += pause
+            before = int(probe["train", "Linear"]["covariance_trace"].count)
+            with monkeypatched_measuring(budget, clock, 2e-4):
+                layer(scale * torch.randn(16, 32))
+            seen[scale] += int(probe["train", "Linear"]["covariance_trace"].count) > before
+    real, fake = seen.values()
+    assert min(real, fake) > 50
+    assert abs(real - fake) < 3 * (real + fake) ** 0.5
+    found, expected = (float(next(iter(each.compute().values()))) for each in (probe, everything))
+    assert found == pytest.approx(expected, rel=0.25)
+
+
+@contextlib.contextmanager
+def monkeypatched_measuring(budget, clock, seconds):
+    """Inside, what is observed takes so long by a simulated clock."""
+    own = budget.rows_per_feature
+
+    def rows_per_feature(stage):
+        clock.now += seconds  # asked for in each observed forward, where its rows are drawn
+        return own(stage)
+
+    budget.rows_per_feature = rows_per_feature
+    try:
+        yield
+    finally:
+        del budget.rows_per_feature
+
+
+def test_epochs_shorter_than_a_block_are_seen_in_turn(clock):
+    budget, seen = Budget(0.01, 0, clock), []
+    for _ in range(300):
+        observed = 0
+        for _ in range(10):
+            clock.now += 0.01
+            if budget.begins("eval"):
+                with budget.measuring("eval", torch.zeros(1)):
+                    clock.now += 1e-3
+                observed += 1
+            budget.passes("eval")
+        seen.append(observed)
+        budget.reset("eval")
+    assert 60 < sum(seen) < 200  # one forward in 20 pays half of the budget
+    assert max(seen[20:]) == 1
+
+
+def test_whoever_follows_a_plan_observes_the_same_forwards(clock):
+    """Of any speed: that is how processes that share layers agree."""
+    leader, follower = Budget(0.03, 7, clock), Budget(0.03, 7, Clock())
+    agreed = []
+    for number in range(3000):
+        clock.now += 0.01
+        if number % 100 == 0:  # where they meet
+            plan = leader.plan("train")
+            for budget in (leader, follower):
+                budget.follow("train", plan)
+        decisions = []
+        for budget in (leader, follower):
+            decisions.append(budget.begins("train"))
+            budget.passes("train")
+        assert decisions[0] == decisions[1] == plan.observes(number, (7, "train"))
+        agreed.append(decisions[0])
+    assert 300 < sum(agreed) < 1500  # one of four, as long as nothing has cost anything
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 8, 61])
+def test_a_plan_draws_one_forward_of_each_block(every):
+    plan = Plan(start=5, every=every)
+    observed = [number for number in range(5, 5 + 600 * every) if plan.observes(number, 0)]
+    assert [(number - 5) // every for number in observed] == list(range(600))
+    counts = torch.tensor([(number - 5) % every for number in observed]).bincount(minlength=every)
+    assert float((counts - 600 / every).abs().max()) < 5 * (600 / every) ** 0.5
+
+
+def test_a_short_run_stays_below_its_budget(clock):
+    """With a dear beginning, too, as long as that is below it."""
+    for seed in range(20):
+        for share in (0.01, 0.03, 0.1):
+            _, observed, own = simulate(clock, share, 600, 0.01, 2e-3, 1e-3, start=2e-2, seed=seed, rows=4)
+            assert own <= share * 6.0
+            assert sum(observed) >= 2
 
 
 def test_stages_are_paid_apart(clock):
@@ -147,9 +280,11 @@ def test_what_was_not_paid_for_is_told(monkeypatch):
         assert probe.compute() == {}
 
 
-def test_the_summary_says_what_it_took():
+def test_the_summary_says_what_it_took(clock):
     model = network()
     probe = LayerProbe(model, SaturationMetric(), budget=0.25)
+    probe._steps.budget = Budget(0.25, 0, clock)
+    model.register_forward_pre_hook(lambda module, args: clock.advance(0.01))
     train(model)
     title = probe.summary("train").title
     assert "of 60 forwards" in title

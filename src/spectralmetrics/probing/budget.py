@@ -1,26 +1,67 @@
-"""How much of a training's time a probe may take, and what it then observes."""
+"""How much of a training's time a probe may take, and which forwards it then observes.
+
+Which forwards are observed does not depend on the time within a step of the training: one is drawn from each
+block of forwards. How long the next block is, and how many rows are drawn from each layer, is decided where a
+block ends, from averages over many forwards. Whatever waited for the moment at which enough time has passed would
+always meet the forward after the longest pause, such as that of one of two networks.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import random
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from spectralmetrics.probing.observations import first_tensor
+from spectralmetrics.probing.sampling import draw_place
 
 # What is measured from inside misses what the work does to caches: seen from outside, trainings took up to 1.7
 # times as long beyond their own time as the probe had counted. So much of the budget is used.
 _USED = 0.5
 # Observed forwards should not be fewer than one in so many, as long as rows can be left out instead.
-_SELDOM, _OFTEN = 1 / 8, 1 / 2
+_SELDOM, _OFTEN = 8, 2
 _LEAST_ROWS_PER_FEATURE, _ALL_ROWS_PER_FEATURE = 0.5, 2.0**20
 # A pause between two forwards, such as an evaluation elsewhere, is no time to be spent.
-_LONGEST_STEP = 4.0  # of the typical one
+_LONGEST_STEP = 32  # times the mean one
+_REMEMBERED = 256  # forwards over which times are averaged
+_EVENED_OUT = 64  # forwards in which what was spent too much, or too little, is evened out
+_FIRST_BLOCK = 4  # forwards, as long as no price is known
+
+
+class Plan(NamedTuple):
+    """All that decides which forwards of a stage are observed, and how much of each.
+
+    Processes that follow the same plan observe the same forwards.
+
+    Attributes:
+        start: number of the forward with which the first block begins.
+        every: number of forwards in a block.
+        draws: whether one forward of each block is observed; if not, none is.
+        rows_per_feature: number of rows to draw for each feature of a layer.
+    """
+
+    start: int = 0
+    every: int = _FIRST_BLOCK
+    draws: bool = True
+    rows_per_feature: float = 1.0
+
+    def observes(self, number: int, seed: object) -> bool:
+        """Whether to observe a forward.
+
+        Args:
+            number: number of the forward in its stage, ``start`` or later.
+            seed: seed of the draws.
+
+        >>> [Plan(every=3).observes(number, seed=0) for number in range(6)]
+        [False, True, False, False, True, False]
+        """
+        block, place = divmod(number - self.start, self.every)
+        return self.draws and place == draw_place(self.every, (seed, self.start, block))
 
 
 class Spent(NamedTuple):
@@ -40,25 +81,27 @@ class Spent(NamedTuple):
 class Budget:
     """Decides which forwards are observed, and how many rows of each, by the time that observing takes.
 
-    Each forward earns a share of the time since the one before. One is observed as soon as what has been earned
-    pays for it, give or take a random half, so that no beat of the training is met. Where that is seldom, fewer
-    rows are drawn; where it is often, more.
+    Each forward earns a share of the mean time from one to the next. From each block of forwards that earns
+    what an observed one costs, one is drawn. Where blocks are long, fewer rows are drawn; where they are short,
+    more.
 
     Args:
-        share: of the time, such as 0.03.
-        seed: of the random halves.
+        share: share of the time, such as 0.03.
+        seed: seed of the draws.
+        clock: gives the time in seconds; ``time.perf_counter`` by default.
     """
 
-    def __init__(self, share: float, seed: int) -> None:
+    def __init__(self, share: float, seed: int, clock: Callable[[], float] | None = None) -> None:
         self.share = share
         self._seed = seed
-        self._stages = {"train": _Account(share, seed), "eval": _Account(share, seed + 1)}
+        self._clock = clock
+        self._stages = {stage: _Account(share, (seed, stage)) for stage in ("train", "eval")}
         self._last: tuple[_Account, float] | None = None
         self._pending: deque[tuple[_Account, Any, Any, float]] = deque()
 
     def begins(self, stage: str) -> bool:
         """A forward of the model begins, or of a layer that is run by itself; return whether to observe it."""
-        now = time.perf_counter()
+        now = self._now()
         self._collect()
         if self._last is not None:
             before, at = self._last
@@ -69,8 +112,21 @@ class Budget:
 
     def rows_per_feature(self, stage: str) -> float | None:
         """How many rows to draw for each feature; None: all."""
-        found = self._stages[stage].rows_per_feature
+        found = self._stages[stage].plan.rows_per_feature
         return None if found >= _ALL_ROWS_PER_FEATURE else found
+
+    def plan(self, stage: str) -> Plan:
+        """What decides which forwards are observed now."""
+        return self._stages[stage].plan
+
+    def follow(self, stage: str, plan: Plan) -> None:
+        """Keep to a plan until the next one is given, instead of making another at the end of each block.
+
+        Processes that share layers must observe the same forwards: where they meet, one of them gives its
+        :meth:`plan` to all.
+        """
+        account = self._stages[stage]
+        account.plan, account.is_following = plan, True
 
     def spent(self, stage: str) -> Spent:
         """What has been taken so far."""
@@ -95,11 +151,11 @@ class Budget:
         events = _events(output)
         if events is not None:
             events[0].record()
-        start = time.perf_counter()
+        start = self._now()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds = self._now() - start
             account.pay(seconds)
             if events is not None:
                 events[1].record()
@@ -111,6 +167,9 @@ class Budget:
             account, first, second, paid = self._pending.popleft()
             account.pay(max(first.elapsed_time(second) / 1000 - paid, 0.0))
 
+    def _now(self) -> float:
+        return time.perf_counter() if self._clock is None else self._clock()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"share": self.share, "_seed": self._seed}
 
@@ -119,28 +178,38 @@ class Budget:
 
 
 class _Account:
-    """What one stage has earned and spent, in seconds."""
+    """What one stage has earned and spent, in seconds, and its plan.
 
-    def __init__(self, share: float, seed: int) -> None:
+    Attributes:
+        plan: what decides which forwards are observed.
+        is_following: whether the plan is given by others.
+        number: of forwards so far, whenever the account was restarted.
+        credit: what has been earned and not spent.
+        time, cost: since the last restart.
+        forwards, observed: likewise.
+        is_met: whether a hook was called in the forward that runs.
+    """
+
+    def __init__(self, share: float, seed: object) -> None:
         self._share = share
-        self._random = random.Random(seed)
+        self._seed = seed
+        self.plan = Plan()
+        self.is_following = False
+        self.number = 0
         self.credit = 0.0
-        self.rows_per_feature = 1.0
-        self._typical = 0.0  # time from one forward to the next
+        self._mean_time = 0.0  # from one forward to the next
+        self._times = 0  # in that mean
         self._price: float | None = None  # of an observed forward
-        self._luck = 1.0
         self._observed_ever = 0
-        self._often = 0.0  # share of forwards that are observed, lately
-        self._is_observing = False
-        self._paid = 0.0  # since the forward began
-        self.is_met = False  # by a hook of the forward
         self.restart()
 
     def restart(self) -> None:
         self.is_met = self._is_observing = False
-        self._paid = 0.0
+        self._paid = 0.0  # since the forward began
         self.time = self.cost = 0.0
         self.forwards = self.observed = 0
+        if not self.is_following:  # an epoch shorter than a block is to be seen, too
+            self.plan = self._next_plan()
 
     def seen(self) -> tuple[int, int]:
         """How many forwards there were, and how many of them were observed, the last one included."""
@@ -148,52 +217,70 @@ class _Account:
 
     def earn(self, seconds: float) -> None:
         """So much time has passed since the last forward, which has ended."""
-        self._settle()
         was_met, self.is_met = self.is_met, False
         own, self._paid = self._paid, 0.0
         if not was_met:  # the probe was paused
             return
-        self.forwards += 1
         seconds = max(seconds - own, 0.0)  # without the probe
-        if self._typical:
-            seconds = min(seconds, _LONGEST_STEP * self._typical)
-            self._typical += 0.1 * (seconds - self._typical)
-        else:
-            self._typical = seconds
+        if self._times >= _FIRST_BLOCK:
+            seconds = min(seconds, _LONGEST_STEP * self._mean_time)
+        self._times = min(self._times + 1, _REMEMBERED)
+        self._mean_time += (seconds - self._mean_time) / self._times
         self.time += seconds
-        most = max(2 * (self._price or 0.0), 16 * self._typical * self._share)
-        self.credit = min(self.credit + _USED * self._share * seconds, most)
+        # The mean, not what has just passed: credit must not be largest after the longest pause.
+        self.credit += self._earned() - own
+        self.number += 1
+        self.forwards += 1
+        if self._is_observing:
+            self._learn(own)
+        if self.number >= self.plan.start + self.plan.every and not self.is_following:
+            self.plan = self._next_plan()
 
     def pay(self, seconds: float) -> None:
         self.is_met = True
         self._paid += seconds
         self.cost += seconds
-        self.credit -= seconds
 
     def decide(self) -> bool:
         """Whether to observe the forward that begins."""
-        can_pay = self._typical > 0 if self._price is None else self.credit >= self._luck * self._price
-        self._is_observing = can_pay and self.credit >= 0
+        self._is_observing = self.plan.observes(self.number, self._seed)
         return self._is_observing
 
-    def _settle(self) -> None:
-        """Learn from the forward that has ended."""
-        was_observed = self._is_observing and self.is_met
-        self._often += 0.05 * (was_observed - self._often)
-        if not was_observed:
-            return
+    def _earned(self) -> float:
+        """By each forward."""
+        return _USED * self._share * self._mean_time
+
+    def _learn(self, paid: float) -> None:
+        """Take the price of the forward that was observed."""
         self._is_observing = False
-        self._luck = self._random.uniform(0.5, 1.5)
-        if self._observed_ever == 1:  # the first one also makes the sums, and tells nothing of the next
-            self._price = self._paid
-        elif self._price is not None:
-            self._price += 0.3 * (self._paid - self._price)
-        self._observed_ever += 1
         self.observed += 1
-        if self._often > _OFTEN:
-            self.rows_per_feature = min(self.rows_per_feature * 1.25, _ALL_ROWS_PER_FEATURE)
-        elif self._often < _SELDOM:
-            self.rows_per_feature = max(self.rows_per_feature * 0.8, _LEAST_ROWS_PER_FEATURE)
+        self._observed_ever += 1
+        if self._observed_ever == 2:  # the first one also makes the sums, and tells nothing of the next
+            self._price = paid
+        elif self._price is not None:
+            self._price += 0.3 * (paid - self._price)
+
+    def _next_plan(self) -> Plan:
+        """From averages and the number of forwards alone."""
+        rows, earned = self.plan.rows_per_feature, self._earned()
+        if not self._observed_ever:
+            return Plan(self.number, rows_per_feature=rows)
+        price = self._price or 0.0
+        self.credit = min(self.credit, max(2 * price, 16 * earned))
+        # What was spent too much, or too little, is evened out little by little: blocks of much different
+        # lengths one after the other would have a beat.
+        spendable = earned + self.credit / _EVENED_OUT
+        known = max(self.number, 2 * _SELDOM)  # no plan for longer than has been seen
+        if spendable <= earned / 8 or price > known * spendable:
+            return Plan(self.number, min(known, _EVENED_OUT), False, self._rows(rows, math.inf, price))
+        length = price / spendable
+        return Plan(self.number, max(math.ceil(length), 1), True, self._rows(rows, length, price))
+
+    @staticmethod
+    def _rows(rows: float, length: float, price: float) -> float:
+        if length < _OFTEN and price:
+            return min(rows * 1.25, _ALL_ROWS_PER_FEATURE)
+        return max(rows * 0.8, _LEAST_ROWS_PER_FEATURE) if length > _SELDOM else rows
 
 
 def _events(output: Any) -> tuple[Any, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import threading
 import zlib
@@ -64,6 +65,16 @@ def is_observed(index: int, every: int, seed: object) -> bool:
         return True
     block, place = divmod(index, every)
     return place == (zlib.crc32(f"{seed} {block}".encode()) % every if block else 0)
+
+
+def draw_place(number: int, seed: object) -> int:
+    """One of so many places, each with the same chance.
+
+    >>> [draw_place(4, block) for block in range(6)]
+    [1, 2, 0, 1, 2, 0]
+    """
+    digest = hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % number
 
 
 @functools.lru_cache(maxsize=512)
