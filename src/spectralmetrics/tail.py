@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
 MEAN_LAYER = "mean"
-"""The layer name under which a recorder keeps the mean of a statistic over all layers."""
+"""The layer name under which recorders and callbacks keep the mean of a statistic over all layers."""
+
+
+def check_layer_names(layers: Collection[str]) -> None:
+    """Refuse a layer whose values would be taken for the means over all layers.
+
+    Raises:
+        ValueError: if a layer is named ``"mean"``.
+    """
+    if MEAN_LAYER in layers:
+        raise ValueError(
+            f"expected no probed layer to be named {MEAN_LAYER!r}, the name of the mean over layers; rename it,"
+            f" or leave it out with exclude={MEAN_LAYER!r}"
+        )
+
+
+def mean_over_layers(values: Iterable[float]) -> float:
+    """The mean of the values that are defined; NaN if none is.
+
+    A statistic may be undefined for some layers, such as the effective rank of a constant output.
+
+    >>> mean_over_layers([1.0, float("nan"), 2.0])
+    1.5
+    """
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict[str, Tensor]:

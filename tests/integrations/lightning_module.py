@@ -1,9 +1,11 @@
 """A small LightningModule on real digits, and a run on two processes as a script."""
 
 import sys
+import warnings
+from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import nn
@@ -68,6 +70,42 @@ def make_trainer(folder, callback, **arguments):
     )
 
 
+class Experts(Classifier):
+    """Of two experts another one runs first on each process; the second sees one direction only."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.model = nn.ModuleList([nn.Linear(64, 12), nn.Linear(64, 12)])
+        self.model[1].weight.data[1:] = self.model[1].weight.data[0]
+
+    def validation_step(self, batch, index):
+        for number in ((0, 1), (1, 0))[self.global_rank]:
+            self.model[number](batch[0])
+
+
+class Told(Callback):
+    """Writes what callbacks of each process can read, and how often somebody asked for a reduction."""
+
+    def __init__(self, folder, warned):
+        self.folder = folder
+        self.warned = warned
+
+    def on_validation_end(self, trainer, pl_module):
+        values = dict(trainer.callback_metrics)
+        values["warnings"] = sum("sync_dist" in str(each.message) for each in self.warned)
+        lines = [f"{key} {float(values[key])}\n" for key in sorted(values)]
+        Path(self.folder, f"{pl_module.global_rank}.txt").write_text("".join(lines))
+
+
 if __name__ == "__main__":
-    trainer = make_trainer(sys.argv[1], LayerProbeCallback(metrics()), strategy="ddp_spawn", devices=2)
-    trainer.fit(Classifier(0.0))
+    folder, *what = sys.argv[1:]
+    two = {"strategy": "ddp_fork", "devices": 2}
+    if what:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            probing = LayerProbeCallback(SaturationMetric(threshold=0.9))
+            make_trainer(folder, None, callbacks=[probing, Told(folder, warned)], **two).validate(Experts())
+    else:
+        make_trainer(folder, LayerProbeCallback(metrics()), **two | {"strategy": "ddp_spawn"}).fit(
+            Classifier(0.0)
+        )

@@ -16,6 +16,7 @@ BAD = [
     ("layers", "decoder", ValueError, "no layer matches 'decoder'"),
     ("every_n_steps", 0, ValueError, "expected every_n_steps to be a positive integer, got 0"),
     ("folds", "2", ValueError, "expected folds to be a positive integer, got '2'"),
+    ("generation", "no", TypeError, "expected generation to be True or False, got 'no'"),
     ("colour", 1, TypeError, "unexpected keyword argument 'colour'"),
 ]
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe
+from tests.integrations.rows import Rows
 from tests.metrics.properties import assert_same, feed
 from tests.oracles import random_rows
 from tests.probing.models import MODELS, ResNet, Transformer, train
@@ -304,6 +305,18 @@ class TestEveryForwardOnce:
         assert self.count(probe) == 5
         nn.DataParallel(model)(torch.randn(7, 3))
         assert self.count(probe) == 12
+
+    def test_a_metric_of_another_library_made_and_reset_in_inference_mode(self):
+        model = nn.Sequential(nn.Linear(4, 3)).eval()
+        with torch.inference_mode():
+            probe = LayerProbe(model, {"rows": Rows()})
+        for _ in range(2):
+            for _ in range(2):
+                with torch.inference_mode():
+                    model(torch.zeros(5, 4))
+            assert probe.compute("eval") == {"rows/eval/0": 10}
+            with torch.inference_mode():
+                probe.reset()
 
     def test_inference_mode_before_training(self):
         model = nn.Sequential(nn.Linear(3, 3))

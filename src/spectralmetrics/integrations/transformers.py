@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -22,6 +26,7 @@ except ModuleNotFoundError as error:
         'this callback needs transformers: pip install "spectralmetrics[transformers]"'
     ) from error
 
+from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
@@ -41,7 +46,10 @@ class LayerProbeCallback(TrainerCallback):
     - All of them are in ``trainer.state.log_history`` and reach TensorBoard, Weights & Biases, MLflow and
       whatever else the trainer reports to. The progress bar and the printed log show the means alone.
 
-    On several devices values are those of all together.
+    On several devices values are those of all together. In the trainer's work a training step is observed as
+    ``"train"``, with frozen layers that are in eval mode, and an evaluation or prediction as ``"eval"``. What
+    ``generate`` runs in either, an evaluation inside a training step, and an attempt with a batch size that did
+    not fit are left out.
 
     Padding is left out, by the masks that the model is called with. In an encoder-decoder model the encoder's
     layers and the keys and values of cross-attention go by ``attention_mask``, all others by
@@ -54,6 +62,8 @@ class LayerProbeCallback(TrainerCallback):
         attention_mask: name of the model's argument that tells valid tokens, (N, T), non-zero for valid; None
             counts padding, too.
         decoder_attention_mask: likewise for the decoder of an encoder-decoder model; None counts its padding.
+        generation: whether to observe what ``generate`` runs: it runs an encoder again, and counts tokens that
+            are not in the data.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
@@ -62,6 +72,7 @@ class LayerProbeCallback(TrainerCallback):
     Raises:
         TypeError: for a trainer of another type, or a mask that is no name; for what
             :class:`~spectralmetrics.LayerProbe` raises.
+        ValueError: for a layer named ``"mean"``.
         ModuleNotFoundError: on import, without ``transformers``.
 
     Example::
@@ -80,6 +91,7 @@ class LayerProbeCallback(TrainerCallback):
         *,
         attention_mask: str | None = "attention_mask",
         decoder_attention_mask: str | None = "decoder_attention_mask",
+        generation: bool = False,
         **arguments: Any,
     ) -> None:
         if not isinstance(trainer, Trainer):
@@ -92,11 +104,20 @@ class LayerProbeCallback(TrainerCallback):
         self._metrics = metrics
         self._attention_mask = attention_mask
         self._decoder_attention_mask = decoder_attention_mask
+        self._generation = generation
         self._arguments = arguments
+        self._evaluations = 0  # that run, one inside another
+        self._forwards: Forwards | None = None
         self._masking: Masking | None = None
         self._model: nn.Module | None = None
+        self._surrounded: list[tuple[str, Any, Any]] = []
         if trainer.model is not None:
             self._attach(trainer.model)
+        # No event tells that an evaluation begins, and none comes at its end if it fails.
+        self._surround("training_step", self._training)
+        for name in ("evaluation_loop", "prediction_loop"):
+            if hasattr(trainer, name):  # the second is gone since 5.0
+                self._surround(name, self._evaluating)
 
     def on_train_begin(
         self,
@@ -106,10 +127,12 @@ class LayerProbeCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Follow the trainer to a new model, as its ``model_init`` makes one."""
+        """Begin anew; follow the trainer to a new model, as its ``model_init`` makes one."""
         self._go_before_early_stopping()
         if model is not None and unwrap(model) is not self._model:
             self._attach(model)
+        else:  # maybe after an attempt with a batch size that was too large
+            self.probe.reset()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,23 +164,81 @@ class LayerProbeCallback(TrainerCallback):
 
     def remove(self) -> None:
         """Take the probe off the model."""
-        if self._masking is not None:
-            self._masking.remove()
-            self._masking = None
-        if self._model is not None:
-            self.probe.remove()
-            self._model = None
+        for name, method, before in reversed(self._surrounded):
+            if vars(self._trainer).get(name) is method:  # otherwise another has surrounded it in turn
+                if before is None:
+                    delattr(self._trainer, name)
+                else:
+                    setattr(self._trainer, name, before)
+        self._surrounded = []
+        self._detach()
 
     def _attach(self, model: nn.Module) -> None:
-        self.remove()
-        self.probe = LayerProbe(model, self._metrics, **self._arguments)
+        self._detach()
+        self._forwards = Forwards(model, self._metrics, self._generation, **self._arguments)
+        self.probe = self._forwards.probe
         self._model = unwrap(model)
         if self._attention_mask is not None:
             self._masking = Masking(self.probe, self._model, self._attention_mask, self._decoder_attention_mask)
 
-    def _log(self, stage: str, prefix: str = "") -> dict[str, float]:
+    def _detach(self) -> None:
+        if self._masking is not None:
+            self._masking.remove()
+            self._masking = None
+        if self._forwards is not None:
+            self._forwards.end()
+            self.probe.remove()
+        self._forwards = self._model = None
+
+    def _surround(self, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Run a method of the trainer inside a context."""
+        method, before = getattr(self._trainer, name), vars(self._trainer).get(name)
+
+        @functools.wraps(method)
+        def surrounded(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return method(*args, **kwargs)
+
+        setattr(self._trainer, name, surrounded)
+        self._surrounded.append((name, surrounded, before))
+
+    @contextlib.contextmanager
+    def _training(self) -> Iterator[None]:
+        if self._forwards is None:
+            yield
+            return
+        self._forwards.begin("train", mode=True)
+        try:
+            yield
+        finally:
+            if self._forwards is not None:
+                self._forwards.end()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        forwards, self._evaluations = self._forwards, self._evaluations + 1
+        try:
+            if forwards is None:
+                yield
+            elif self._evaluations > 1:  # by `compute_metrics`, say; the values are those of the outer one
+                with self.probe.paused():
+                    yield
+            else:
+                self.probe.reset("eval")
+                forwards.begin("eval")
+                try:
+                    yield
+                finally:
+                    forwards.end()
+        finally:
+            self._evaluations -= 1
+
+    def _log(self, stage: Stage, prefix: str = "") -> dict[str, float]:
         """Log the values of a stage and forget what they were made of."""
-        values = with_means(self.probe.compute(stage, LateBar("reading layers")))
+        found = self.probe.compute(stage, LateBar("reading layers"))
+        if self._forwards is not None:
+            self._forwards.explain(stage, found)
+        values = with_means(found)
         self.probe.reset(stage)
         # A trainer's own keys name the stage once, in front, and its loggers read it there.
         named = {f"{prefix}{metric}/{layer}": value for (metric, layer), value in values.items()}
@@ -167,6 +248,8 @@ class LayerProbeCallback(TrainerCallback):
         return named
 
     def _log_evaluation(self, metrics: dict[str, float] | None, default: str) -> None:
+        if self._evaluations:  # of one inside another
+            return
         # Of one of several data sets it is "eval_" and the name of the set.
         clocks = [key for key in metrics or {} if key.endswith("_runtime")]
         prefix = clocks[-1].removesuffix("_runtime") if clocks else default

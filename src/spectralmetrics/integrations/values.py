@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from spectralmetrics.tail import MEAN_LAYER
+from spectralmetrics.tail import MEAN_LAYER, mean_over_layers
 
 
 def scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,6 +22,8 @@ def scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def with_means(values: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
     """(metric, layer) -> number, of values of one stage, and after them each metric's mean over the layers.
 
+    The mean is over the layers for which the metric is defined.
+
     >>> import torch
     >>> with_means({"saturation/eval/a": torch.tensor(0.5), "saturation/eval/b": torch.tensor(1.0)})
     {('saturation', 'a'): 0.5, ('saturation', 'b'): 1.0, ('saturation', 'mean'): 0.75}
@@ -32,5 +34,5 @@ def with_means(values: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
         numbers[metric, layer] = float(value)
     for metric in dict.fromkeys(metric for metric, _ in numbers):
         of_metric = [number for (own, _), number in numbers.items() if own == metric]
-        numbers[metric, MEAN_LAYER] = sum(of_metric) / len(of_metric)
+        numbers[metric, MEAN_LAYER] = mean_over_layers(of_metric)
     return numbers

@@ -189,7 +189,8 @@ class LayerMetrics:
 
     def reset(self) -> None:
         """Forget the observations."""
-        self.collection.reset()
+        with torch.inference_mode(False):  # states made inside could not be updated outside
+            self.collection.reset()
         self.forwards = self.samples = 0
         self.epoch += 1
         self.given_up = ""
@@ -270,8 +271,9 @@ def collect(templates: Mapping[str, Metric]) -> MetricCollection:
     groups = _groups(templates)
     clones: dict[str, Metric | MetricCollection] = {}
     for name, metric in templates.items():
-        clones[name] = clone = metric.clone()
-        clone.reset()
+        with torch.inference_mode(False):  # see `LayerMetrics.reset`
+            clones[name] = clone = metric.clone()
+            clone.reset()
     for names in groups:
         leader = clones[names[0]]
         if isinstance(leader, SpectralMetric):

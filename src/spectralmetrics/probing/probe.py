@@ -28,7 +28,7 @@ from spectralmetrics.probing.observations import (
 from spectralmetrics.probing.reading import HOST, read_covariances, read_stage, warn_of_nothing
 from spectralmetrics.probing.routing import Limits, Router
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
-from spectralmetrics.probing.steps import Steps
+from spectralmetrics.probing.steps import Steps, stage_by_flag
 from spectralmetrics.probing.summary import Summary, summarise, threshold_of
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.checks import check_positive_integer
@@ -446,6 +446,10 @@ class LayerProbe(nn.Module):
             yield
         finally:
             self.resume()
+
+    def _count_by(self, stage_of: Callable[[bool], str | None] = stage_by_flag) -> None:
+        """Let a function of the training flag say in which stage a forward counts; None counts it in none."""
+        self._steps.stage_of = stage_of
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[None]:

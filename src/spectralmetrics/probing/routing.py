@@ -103,7 +103,10 @@ class Router:
         # another library's metric the model is not the user's run.
         if self.paused or torch._C._current_graph_task_id() != -1 or getattr(self._thread, "observing", False):
             return
-        of_layer = self._places["train" if training else "eval", name]
+        stage = self._steps.stage_of(training)
+        if stage is None:
+            return
+        of_layer = self._places[stage, name]
         if self.is_merged:
             tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
             return

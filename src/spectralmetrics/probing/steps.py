@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +37,16 @@ class Steps:
         every: one in so many is observed.
         seed: of the draws.
         budget: that must allow it, too.
+
+    Attributes:
+        stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback sets
+            it, which knows more than the flag.
     """
 
+    stage_of: Callable[[bool], str | None]
+
     def __init__(self, every: int, seed: int, budget: Budget | None = None) -> None:
+        self.stage_of = stage_by_flag
         self.every = every
         self.seed = seed
         self.budget = budget
@@ -50,7 +58,10 @@ class Steps:
         """A forward of the model begins."""
         if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation
             return
-        stage = "train" if training else "eval"
+        stage = self.stage_of(training)
+        if stage is None:
+            self._thread.current = None
+            return
         step = self.counts[stage]
         self.counts[stage] += 1
         # In the place of what an interrupted forward, after which no hook is called, has left.
@@ -106,8 +117,14 @@ class Steps:
         return current
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+        state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
+        return state | {"stage_of": stage_by_flag}  # who knows better knows of the original
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._thread = threading.local()
+
+
+def stage_by_flag(training: bool) -> str:
+    """The stage that a layer's own ``training`` flag says."""
+    return "train" if training else "eval"

@@ -1,0 +1,213 @@
+"""Which forwards the Lightning callback observes, and in which stage; what several processes log."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback
+from torch import nn
+from torch.utils.data import DataLoader
+
+from spectralmetrics import SaturationMetric
+from spectralmetrics.integrations.lightning import LayerProbeCallback
+from tests.integrations.lightning_module import Classifier, digits, make_trainer
+from tests.integrations.rows import Rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TRAIN, VALIDATION, TEST = 320, 160, 80  # samples in each epoch of a `Classifier`
+
+
+class Frozen(Classifier):
+    """The first layer keeps to eval mode while the rest trains, and the last to training mode."""
+
+    def __init__(self):
+        super().__init__(0.1)
+        self.model[0].requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        self.model[0].eval()
+
+    def on_validation_model_eval(self):
+        self.model.eval()
+        self.model[2].train()
+
+    on_test_model_eval = on_validation_model_eval
+
+
+def rows(folder, layer, stage):
+    with open(folder / "metrics.csv", newline="") as file:
+        found = [row.get(f"rows/{stage}/{layer}") for row in csv.DictReader(file)]
+    return [float(value) for value in found if value]
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+def test_frozen_layers_count_where_the_trainer_is(sanity, interval, tmp_path):
+    callback = LayerProbeCallback({"rows": Rows()})
+    trainer = make_trainer(tmp_path, callback, num_sanity_val_steps=sanity, val_check_interval=interval)
+    trainer.fit(Frozen())
+    for layer in ("model.0", "model.2"):
+        assert rows(tmp_path, layer, "train") == [TRAIN] * 2
+        assert rows(tmp_path, layer, "eval") == [VALIDATION] * int(2 / interval)
+
+
+def test_validate_and_test_around_a_fit(tmp_path):
+    callback = LayerProbeCallback({"rows": Rows()})
+    trainer = make_trainer(tmp_path, callback, limit_val_batches=2, accumulate_grad_batches=2)
+    module = Frozen()
+    for _ in range(2):
+        (validated,) = trainer.validate(module)
+        (tested,) = trainer.test(module)
+        for layer in ("model.0", "model.2"):
+            assert validated[f"rows/eval/{layer}"] == 80
+            assert tested[f"rows/eval/{layer}"] == TEST
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(module)
+        assert trainer.callback_metrics["rows/eval/model.0"] == 80
+        assert trainer.callback_metrics["rows/train/model.0"] == TRAIN
+
+
+class Elsewhere(Callback):
+    """Runs the model between the trainer's batches, before the probe's callback has its turn or after it."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        pl_module.eval()
+        with torch.no_grad():
+            pl_module.model(torch.randn(3, 64))
+        pl_module.train()
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.model(torch.randn(5, 64))
+
+
+class Inside(Classifier):
+    """Evaluates itself in the middle of a training step, as adversarial training does."""
+
+    def training_step(self, batch, index):
+        self.eval()
+        with torch.no_grad():
+            self.model(batch[0])
+        self.train()
+        return super().training_step(batch, index)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_other_evaluations_during_a_fit_do_not_count(first, tmp_path):
+    callback = LayerProbeCallback({"rows": Rows()})
+    callbacks = [Elsewhere(), callback] if first else [callback, Elsewhere()]
+    make_trainer(tmp_path, None, callbacks=callbacks).fit(Inside(0.0))
+    assert rows(tmp_path, "model.0", "train") == [TRAIN] * 2
+    assert rows(tmp_path, "model.0", "eval") == [VALIDATION] * 2
+
+
+class Sized(Classifier):
+    def __init__(self):
+        super().__init__(0.1)
+        self.batch_size = 16
+
+    def train_dataloader(self):
+        return DataLoader(digits(0, TRAIN), self.batch_size)
+
+    def val_dataloader(self):
+        return DataLoader(digits(TRAIN, TRAIN + VALIDATION), self.batch_size)
+
+
+class Validated(Callback):
+    """Counts the samples of the last validation."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.samples = 0
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args):
+        self.samples += len(batch[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_trials_of_a_batch_size_do_not_count(first, tmp_path):
+    callback, validation = LayerProbeCallback({"rows": Rows()}), Validated()
+    finder = BatchSizeFinder(init_val=32, max_trials=2, steps_per_trial=2)
+    callbacks = [callback, finder] if first else [finder, callback]
+    trainer = make_trainer(
+        tmp_path, None, callbacks=[*callbacks, validation], max_epochs=1, default_root_dir=tmp_path
+    )
+    module = Sized()
+    trainer.fit(module)
+    assert module.batch_size > 16
+    assert rows(tmp_path, "model.0", "train") == [TRAIN]
+    (validated,) = trainer.validate(module)
+    assert validated["rows/eval/model.0"] == validation.samples
+
+
+def test_a_fit_after_one_that_ran_out_of_memory_begins_anew(tmp_path):
+    class Full(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if len(batch[0]) == 32 and batch_idx == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    module, callback = Classifier(0.1), LayerProbeCallback({"rows": Rows()})
+    trainer = make_trainer(tmp_path, None, callbacks=[callback, Full()], max_epochs=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit(module)
+    assert not any(each._forward_hooks for each in module.modules())
+    trainer.fit(module, DataLoader(digits(0, TRAIN), 16))
+    assert rows(tmp_path, "model.0", "train") == [TRAIN]
+
+
+class Generating(Classifier):
+    """Has a model of transformers write while it is trained and validated."""
+
+    def __init__(self):
+        from tests.integrations.test_transformers import sequence_to_sequence
+
+        super().__init__(0.0)
+        self.model = sequence_to_sequence("t5")
+
+    def step(self):
+        tokens = torch.ones(2, 5, dtype=torch.long)
+        self.model.generate(tokens, max_new_tokens=3, min_new_tokens=3)
+        return self.model(input_ids=tokens, labels=tokens).loss
+
+    def training_step(self, batch, index):
+        return self.step()
+
+    def validation_step(self, batch, index):
+        self.step()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_generation_is_observed_when_asked_for(asked, tmp_path):
+    layers = ["model.encoder.*.q", "model.decoder.*.SelfAttention.q"]
+    callback = LayerProbeCallback({"rows": Rows()}, generation=asked, layers=layers)
+    module = Generating()
+    trainer = make_trainer(tmp_path, callback, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(module)
+    encoder, decoder = callback.probe.layers
+    for stage in ("train", "eval"):
+        assert rows(tmp_path, encoder, stage) == [20 if asked else 10]
+        assert rows(tmp_path, decoder, stage) == [10 + 2 * 3 if asked else 10]
+    assert "generate" not in vars(module.model)
+
+
+def test_a_layer_called_mean_is_refused(tmp_path):
+    module = Classifier(0.1)
+    module.mean = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"expected no probed layer to be named 'mean'.*exclude='mean'"):
+        make_trainer(tmp_path, LayerProbeCallback(SaturationMetric())).fit(module)
+    assert not any(each._forward_hooks for each in module.modules())
+    make_trainer(tmp_path, LayerProbeCallback(SaturationMetric(), exclude="mean")).fit(module)
+
+
+def test_processes_that_run_layers_in_other_orders_log_the_same(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "tests.integrations.lightning_module", str(tmp_path), "experts"],
+        check=True,
+        timeout=240,
+    )
+    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    logged = [dict(line.split() for line in text.splitlines()) for text in texts]
+    assert logged[0] == logged[1]
+    assert float(logged[0]["saturation/eval/model.0"]) > 2 * float(logged[0]["saturation/eval/model.1"]) > 0
+    assert float(logged[0]["warnings"]) == 0
