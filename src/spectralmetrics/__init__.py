@@ -3,6 +3,7 @@
 from spectralmetrics import functional
 from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.layers import register_layer
+from spectralmetrics.integrations.values import loggable
 from spectralmetrics.metrics import (
     CovarianceDeterminantMetric,
     CovarianceMetric,
@@ -83,6 +84,7 @@ __all__ = [
     "functional",
     "insert_projections",
     "layer_profile",
+    "loggable",
     "low_saturation_tail",
     "randomize_projections",
     "read_records",

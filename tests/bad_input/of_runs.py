@@ -256,6 +256,15 @@ ROWS_OF_RUNS = [
         ],
     ),
     *refuses(
+        "loggable",
+        sm.loggable,
+        values=[
+            ([1.0], TypeError, "expected the dict that compute() or record() returns, got [1.0]"),
+            (None, TypeError, "expected the dict that compute() or record() returns, got None"),
+            ({3: 1.0}, TypeError, "expected names as keys, got 3"),
+        ],
+    ),
+    *refuses(
         "low_saturation_tail",
         sm.low_saturation_tail,
         {"saturation": {"conv": 0.5, "head": 0.9}},

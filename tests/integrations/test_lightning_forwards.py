@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader
 
-from spectralmetrics import SaturationMetric
+from spectralmetrics import EffectiveRankMetric, SaturationMetric
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
 from tests.integrations.rows import Rows
@@ -211,3 +211,12 @@ def test_processes_that_run_layers_in_other_orders_log_the_same(tmp_path):
     assert logged[0] == logged[1]
     assert float(logged[0]["saturation/eval/model.0"]) > 2 * float(logged[0]["saturation/eval/model.1"]) > 0
     assert float(logged[0]["warnings"]) == 0
+
+
+@pytest.mark.parametrize(("floor", "epochs"), [(0.5, 3), (100.0, 1)])
+def test_training_stops_at_a_floor_of_the_effective_rank(floor, epochs, tmp_path):
+    callback = LayerProbeCallback(EffectiveRankMetric())
+    stopping = EarlyStopping("effective_rank/eval/model.0", mode="max", patience=9, divergence_threshold=floor)
+    trainer = make_trainer(tmp_path, None, callbacks=[callback, stopping], max_epochs=3)
+    trainer.fit(Classifier(0.0))
+    assert trainer.current_epoch == epochs

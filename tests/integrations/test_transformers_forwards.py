@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from spectralmetrics import SaturationMetric, SpectralMetric
+from spectralmetrics import EffectiveRankMetric, SaturationMetric, SpectralMetric
 from spectralmetrics.integrations.transformers import LayerProbeCallback
 from tests.integrations.rows import Rows
 from tests.integrations.test_transformers import pairs, sequence_to_sequence
@@ -280,3 +280,17 @@ def test_an_evaluation_that_only_generates_says_so(tmp_path):
     trainer.add_callback(LayerProbeCallback(trainer, {"rows": Rows()}))
     with pytest.warns(UserWarning, match=r"generate\(\), which is observed with generation=True only"):
         trainer.evaluate(pairs(2, "labels"))
+
+
+@pytest.mark.parametrize(("floor", "epochs"), [(0.5, 3), (100.0, 1)])
+def test_training_stops_at_a_floor_of_the_effective_rank(floor, epochs, tmp_path):
+    class Floor(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            if metrics["eval_effective_rank/backbone"] < floor:
+                control.should_training_stop = True
+
+    trainer = make_trainer(tmp_path, Net(), num_train_epochs=3)
+    trainer.add_callback(LayerProbeCallback(trainer, EffectiveRankMetric()))
+    trainer.add_callback(Floor())
+    trainer.train()
+    assert trainer.state.epoch == epochs

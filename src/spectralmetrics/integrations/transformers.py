@@ -41,8 +41,8 @@ class LayerProbeCallback(TrainerCallback):
 
     - Training values are logged at the end of an epoch, as ``"saturation/{layer}"`` and ``"saturation/mean"``.
     - Evaluation values are part of the metrics that ``trainer.evaluate()`` returns, under its prefix:
-      ``"eval_saturation/{layer}"``, ``"eval_saturation/mean"``. So
-      ``TrainingArguments(metric_for_best_model="saturation/mean")`` and ``EarlyStoppingCallback`` can use them.
+      ``"eval_saturation/{layer}"``, ``"eval_saturation/mean"``. ``EarlyStoppingCallback`` finds them there, and
+      so do callbacks of your own that are added later.
     - All of them are in ``trainer.state.log_history`` and reach TensorBoard, Weights & Biases, MLflow and
       whatever else the trainer reports to. The progress bar and the printed log show the means alone.
 
