@@ -2,8 +2,8 @@
 
 from spectralmetrics import functional
 from spectralmetrics.functional import Observations, Spectrum
-from spectralmetrics.layers import register_layer
 from spectralmetrics.integrations.values import loggable
+from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import (
     CovarianceDeterminantMetric,
     CovarianceMetric,
