@@ -174,6 +174,32 @@ def train(model, similarity_of=None):
     return seen, similarity
 
 
+def test_layers_whose_type_does_not_tell_go_by_their_surroundings():
+    """A GELU behind a convolution has channels first, a Linear inside a transformer may have time first."""
+    convolutions = nn.Sequential(nn.Conv1d(3, 6, 1), nn.GELU())
+    encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
+    series, steps = torch.randn(8, 3, 9), torch.randn(5, 8, 6)
+    outputs = []
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
+        for layer in (convolutions[1], encoder.linear1)
+    ]
+    both = sm.LayerSimilarity(
+        convolutions,
+        encoder,
+        layers=lambda name, module: name in ("1", "linear1"),
+        feature_maps="mean",
+        sequences="mean",
+    )
+    convolutions(series)
+    encoder(steps)
+    for handle in handles:
+        handle.remove()
+    metric = sm.LinearCKAMetric()
+    metric.update(outputs[0].mean(2), outputs[1].mean(0))
+    assert float(both.compute()["1", "linear1"]) == pytest.approx(float(metric.compute()), rel=1e-4)
+
+
 def test_training_is_bit_identical():
     torch.manual_seed(0)
     model = Mixed()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
 from spectralmetrics.probing.compilation import ignores_hooks
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 
@@ -69,6 +70,7 @@ class _Side:
     """One of the two models."""
 
     layers: list[str]
+    layout: Layout
     forward_order: list[str] = field(default_factory=list)
     times: Counter[str] = field(default_factory=Counter)  # that a layer was in a batch that counted
     current: _Outputs | None = None  # while a forward runs
@@ -145,7 +147,10 @@ class LayerSimilarity:
                     " them; run and pass the model inside it"
                 )
         chosen = [select_layers(each, layers, exclude) for each in models]
-        self._sides = [_Side(list(names)) for names in chosen]
+        self._sides = [
+            _Side(list(names), find_layout(each, names, None, ()))
+            for each, names in zip(models, chosen, strict=True)
+        ]
         self._waiting: tuple[int, _Outputs] | None = None  # of the model that has run first
         self._paused = 0
         self._warned: set[str] = set()
@@ -248,7 +253,11 @@ class LayerSimilarity:
             if how_it_runs(output) != "run":
                 return
             with undisturbed(output):
-                observations = self.rule.batch(module, output).observations(self.rule)
+                layout = side.layout
+                batch = self.rule.batch(
+                    module, output, time_first=name in layout.time_first, dims=layout.dims[name]
+                )
+                observations = batch.observations(self.rule)
                 products = gram(observations.rows())
                 finite = usable_samples(products)
                 if observations.valid is not None:
