@@ -1,8 +1,10 @@
 """One table of layer types: probes and projections take the same dimension for the features of every layer."""
 
 import gc
+import importlib.util
 import inspect
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +242,14 @@ def test_every_module_of_torch_is_tested_or_puts_out_no_features():
     tested = {case[0] for case in [*ALONE, *BEHIND]}
     assert tested | set(EXEMPT) == set(MODULES)
     assert not tested & set(EXEMPT)
+
+
+def test_the_guide_has_the_table():
+    path = Path(__file__).parents[1] / "docs" / "draw_layers.py"
+    spec = importlib.util.spec_from_file_location("draw_layers", path)
+    draw_layers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw_layers)
+    assert draw_layers.drawn() == draw_layers.draw(), "run `python docs/draw_layers.py --write`"
 
 
 class Snake(nn.Module):

@@ -23,7 +23,7 @@ class LayerKind:
 
     Attributes:
         dim: dimension of the features; ``"input"``: that of the layer's input, whatever it is; a function of
-            the layer where its settings decide, which returns None where they do not.
+            the layer where its settings decide, whose docstring the guide shows.
         spatial: number of dimensions behind the channels, where the type fixes it. Outputs with that many and
             the channels are one sample without a batch.
         in_spatial: likewise of inputs; ``spatial`` unless given.
@@ -35,7 +35,7 @@ class LayerKind:
         is_default: whether a probe takes it unless told otherwise.
     """
 
-    dim: int | Literal["input"] | Callable[[Any], int | Literal["input"] | None]
+    dim: int | Literal["input"] | Callable[[Any], int | Literal["input"]]
     spatial: int | None = None
     in_spatial: int | None = None
     takes_sequences: bool = False
@@ -45,7 +45,7 @@ class LayerKind:
     ceiling: Callable[[Any], int | None] | None = None
     is_default: bool = False
 
-    def dim_of(self, module: nn.Module) -> int | Literal["input"] | None:
+    def dim_of(self, module: nn.Module) -> int | Literal["input"]:
         """The dimension of the features of one layer."""
         return self.dim(module) if callable(self.dim) else self.dim
 
@@ -202,6 +202,21 @@ def _of_conv1d(layer: Any) -> int | None:  # its weight is (inputs, outputs)
     return min(layer.weight.shape) if isinstance(layer.weight, torch.Tensor) else None
 
 
+def _dim_of_norm(layer: Any) -> int | Literal["input"]:
+    """Last; of a norm over several dimensions, such as (C, H, W), as in its input."""
+    return -1 if len(layer.normalized_shape) == 1 else "input"
+
+
+def _dim_of_prelu(layer: nn.PReLU) -> int | Literal["input"]:
+    """Dimension 1; with a single parameter as in its input."""
+    return 1 if layer.num_parameters > 1 else "input"
+
+
+def _dim_of_glu(layer: nn.GLU) -> int:
+    """Its `dim`, along which it halves them."""
+    return layer.dim
+
+
 def _normalized(layer: Any) -> int:
     return int(layer.normalized_shape[-1])
 
@@ -280,12 +295,7 @@ def _table() -> dict[type[nn.Module], LayerKind]:
     table.update(dict.fromkeys(("Embedding", "EmbeddingBag"), LayerKind(-1, out_features="embedding_dim")))
     table["RNNCellBase"] = LayerKind(-1, in_features="input_size", out_features="hidden_size")
     for name in ("LayerNorm", "RMSNorm"):
-        # A norm over several dimensions, such as (C, H, W), does not say which of them has the features.
-        table[name] = LayerKind(
-            lambda layer: -1 if len(layer.normalized_shape) == 1 else "input",
-            in_features=_normalized,
-            out_features=_normalized,
-        )
+        table[name] = LayerKind(_dim_of_norm, in_features=_normalized, out_features=_normalized)
     table.update(dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"), norm))
     table["GroupNorm"] = LayerKind(1, in_features="num_channels", out_features="num_channels")
     second = "LocalResponseNorm CrossMapLRN2d ChannelShuffle Upsample Dropout2d FeatureAlphaDropout"
@@ -293,8 +303,8 @@ def _table() -> dict[type[nn.Module], LayerKind]:
     table.update(Dropout1d=LayerKind(1, 1), Dropout3d=LayerKind(1, 3), Softmax2d=LayerKind(1, 2))
     table.update(dict.fromkeys(("PixelShuffle", "PixelUnshuffle"), LayerKind(1, 2)))
     table.update(Fold=LayerKind(1, 2, in_spatial=1), Unfold=LayerKind(1, 1, in_spatial=2))
-    table["PReLU"] = LayerKind(lambda layer: 1 if layer.num_parameters > 1 else "input")
-    table["GLU"] = LayerKind(lambda layer: layer.dim)  # it halves the features
+    table["PReLU"] = LayerKind(_dim_of_prelu)
+    table["GLU"] = LayerKind(_dim_of_glu)
     elementwise = (
         "AlphaDropout Dropout Identity CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU"
         " LogSigmoid LogSoftmax Mish RReLU ReLU ReLU6 SELU SiLU Sigmoid Softmax Softmin Softplus Softshrink"

@@ -163,7 +163,7 @@ def _told(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] |
     if kind is None or not has_its_forward:
         return None
     dim = kind.dim_of(module)
-    if dim is None or isinstance(dim, str):
+    if isinstance(dim, str):
         return dim
     spatial = kind.in_spatial if of_inputs and kind.in_spatial else kind.spatial
     return FeatureDim(dim, spatial, kind.takes_sequences)

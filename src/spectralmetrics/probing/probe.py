@@ -72,10 +72,11 @@ class LayerProbe(nn.Module):
         sequences: what is an observation of sequences (N, T, D): ``"timesteps"``, (N·T, D); ``"last"``, the
             last valid step, or ``"mean"`` of the valid steps, (N, D); ``"flatten"``, (N, T·D), padding set to
             zero.
-        max_map_size: maps that are larger in any spatial extent are interpolated down to it, unless they are
-            pooled; None: never.
-        interpolation: mode of ``torch.nn.functional.interpolate``; 1-D and 3-D maps use the linear mode of
-            their rank.
+        max_map_size: feature maps of two or three spatial dimensions that are larger in any extent are
+            interpolated down to it, unless they are pooled. Of other outputs, such as (N, H, W, C) and the
+            series of ``Conv1d``, at most ``max_map_size ** 2`` positions per sample are drawn. None: never.
+        interpolation: mode of ``torch.nn.functional.interpolate``; 3-D maps use ``"trilinear"`` in place of
+            other linear modes.
         every_n_steps: observe one of every n forwards of the model, with all calls of its layers: the first,
             then one drawn from each n. A layer that is run by itself counts its own forwards.
         budget: with 0.03, the probe takes in the long run at most 3 % of the time between forwards: it measures
@@ -98,7 +99,7 @@ class LayerProbe(nn.Module):
             layer may change it. See :meth:`covariances`.
         batch_first: the layout of sequences from layers whose type does not tell: True for (N, T, D), False for
             (T, N, D). None goes by the transformer, recurrent layer or attention that the layer is part of, and
-            takes (N, T, D) elsewhere.
+            takes (N, T, D) elsewhere. For layers of your own see :func:`~spectralmetrics.register_layer`.
 
     Raises:
         TypeError: for a model or metrics of another type.
@@ -456,13 +457,14 @@ class LayerProbe(nn.Module):
         """Count only the valid steps of sequences inside ``with probe.mask(mask):``.
 
         Args:
-            mask: (N, T) boolean, True for valid tokens; applied to outputs that are sequences of that shape.
+            mask: (N, T) boolean, True for valid tokens; applied to outputs that are sequences of that shape,
+                to tokens flattened to (N·T, D), and to outputs with one dimension T beside N and the features.
 
         Raises:
             TypeError: if the mask is no boolean tensor.
             ValueError: if it is not 2-D.
 
-        Warns once if sequences were observed inside and it fitted none of them.
+        Warns once of each layer whose steps it did not fit: padding was counted there.
         """
         with self._router.masks.within(mask):
             yield
@@ -483,7 +485,8 @@ class LayerProbe(nn.Module):
             TypeError: if the labels are no integer tensor.
             ValueError: if they are neither 1-D nor 2-D.
 
-        Warns once if they fitted no output inside.
+        An output with another number of samples than labels, such as that of a chunk of the batch or of an
+        expert, is left out, with one warning for each layer.
 
         >>> from spectralmetrics import LinearProbeMetric
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
