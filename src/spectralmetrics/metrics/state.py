@@ -14,11 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
 
-from spectralmetrics.metrics.overrides import OverriddenMetric
+from spectralmetrics.metrics.dealing import DealingMetric
 from spectralmetrics.metrics.stream import Stream
-from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, first_fold, has_float64, run_together
+from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_float64, run_together
 
 
 class _Live(NamedTuple):
@@ -55,7 +54,7 @@ def _of_all_folds(sums: SpectralSum, name: str) -> Tensor | None:
     return sums.num_left_out if name == "non_finite" else sums.total.tensors().get(name)
 
 
-class SumsMetric(OverriddenMetric):
+class SumsMetric(DealingMetric):
     """A metric whose states are the tensors of sums.
 
     Args:
@@ -69,14 +68,6 @@ class SumsMetric(OverriddenMetric):
 
     phase: float = 0.0
     """See :class:`~spectralmetrics.sums.Intake`; set by a probe, so that its layers take turns."""
-    folds: int = 1
-    """The number of folds, to which groups of batches are dealt in turn."""
-    replica: tuple[int, int] | None = None
-    """The number of this process among those that observe different data, and how many these are.
-
-    None is the rank in the process group. Processes that share their forwards, as under tensor parallelism,
-    are to have one number.
-    """
     configuration: Tensor
 
     def __init__(self, num_features: int | None, gram_dtype: torch.dtype | None, **kwargs: Any) -> None:
@@ -85,10 +76,6 @@ class SumsMetric(OverriddenMetric):
         self.gram_dtype = gram_dtype
         self._pinned_device: torch.device | None = None
         self._batches = 0  # taken so far, never reset: what is drawn next
-        self._dealt = 0  # groups so far, never reset
-        self._first_fold: int | None = None
-        self._has_own_groups = False  # whether the user said what belongs together
-        self._rearranges = False
         self._live: _Live | None = None
         self._prototypes: tuple[Sum, ...] = ()
         # Compute groups are formed by comparing states with a tolerance, in some releases of torchmetrics only
@@ -159,19 +146,6 @@ class SumsMetric(OverriddenMetric):
         if width is not None and observations.values.shape[observations.feature_dim] != width:
             self._check(observations, observations)
         self._take(observations)
-
-    def deal(self) -> int:
-        """The number of the next group of batches; what is left of it after division by g is its fold."""
-        if self._first_fold is None:
-            self._first_fold = first_fold(self.folds, *(self.replica or self._rank()))
-        self._dealt += 1
-        return self._first_fold + self._dealt - 1
-
-    def _rank(self) -> tuple[int, int]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return 0, 1
-        rank = dist.get_rank(self.process_group)
-        return (0, 1) if rank < 0 else (rank, dist.get_world_size(self.process_group))
 
     def flush(self) -> None:
         """Add the rows that wait. Called by whoever reads a state."""
@@ -259,20 +233,6 @@ class SumsMetric(OverriddenMetric):
             for name, tensor in each.tensors().items():
                 setattr(self, name, tensor)
 
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the observations of another metric of this class, or of its state as a dict.
-
-        Its folds are paired with those here so that all are as equal as can be, unless the user has said by
-        ``Observations.group`` what belongs together.
-        """
-        has_groups = getattr(incoming_state, "_has_own_groups", False)
-        self._rearranges = not (self._has_own_groups or has_groups)
-        self._has_own_groups = self._has_own_groups or has_groups
-        try:
-            super().merge_state(incoming_state)
-        finally:
-            self._rearranges = False
-
     def take_in(self, incoming: dict[str, Any]) -> None:
         """Add the states of another metric of this class."""
         missing = [name for name in self._defaults if name not in incoming]
@@ -334,16 +294,14 @@ class SumsMetric(OverriddenMetric):
         destination = super().state_dict(destination, prefix, keep_vars)
         if any(each.counts_batches for each in self._prototypes) and any(self._persistent.values()):
             destination[prefix + "draws"] = torch.tensor(self._batches)
-            if self.folds > 1:
-                destination[prefix + "deals"] = torch.tensor(self._dealt)
+            self.save_deals(destination, prefix)
         return destination
 
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Look at a saved state before it is loaded."""
         known = saved.pop(prefix + "draws", None)
         self._batches = self._batches if known is None else int(known)
-        # 0.2.0 dealt by the number of the batch.
-        self._dealt = int(saved.pop(prefix + "deals", self._dealt if known is None else known))
+        self.read_deals(saved, prefix, known)
         if prefix + "configuration" in saved:  # how this metric accumulates is not for a saved state to say
             saved[prefix + "configuration"] = self._defaults["configuration"]
         names = [name for each in self._prototypes for name in each.tensors()]

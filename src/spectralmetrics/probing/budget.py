@@ -1,9 +1,9 @@
 """How much of a training's time a probe may take, and which forwards it then observes.
 
-Which forwards are observed does not depend on the time within a step of the training: one is drawn from
-each block of forwards. How long the next block is, and how many rows are drawn from each layer, is decided
-where a block ends, from averages over many forwards. Whatever waited for the moment at which enough time
-has passed would always meet the forward after the longest pause, such as that of one of two networks.
+Which forwards are observed does not depend on the time within a step of the training: one is drawn from each
+block of forwards. How long the next block is, and how many rows are drawn from each layer, is decided where a
+block ends, from averages over many forwards. Whatever waited for the moment at which enough time has passed
+would always meet the forward after the longest pause, such as that of one of two networks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,66 @@
+"""Which fold the next batch goes to, and which folds of two metrics are merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchmetrics import Metric
+
+from spectralmetrics.metrics.overrides import OverriddenMetric
+from spectralmetrics.sums import first_fold
+
+
+class DealingMetric(OverriddenMetric):
+    """A metric that deals groups of batches to folds in turn."""
+
+    folds: int = 1
+    """The number of folds, to which groups of batches are dealt in turn."""
+    replica: tuple[int, int] | None = None
+    """The number of this process among those that observe different data, and how many these are.
+
+    None is the rank in the process group. Processes that share their forwards, as under tensor parallelism,
+    are to have one number.
+    """
+
+    _dealt = 0  # groups so far, never reset
+    _first_fold: int | None = None
+    _has_own_groups = False  # whether the user said what belongs together
+    _rearranges = False
+
+    def deal(self) -> int:
+        """The number of the next group of batches; what is left of it after division by g is its fold."""
+        if self._first_fold is None:
+            self._first_fold = first_fold(self.folds, *(self.replica or self._rank()))
+        self._dealt += 1
+        return self._first_fold + self._dealt - 1
+
+    def _rank(self) -> tuple[int, int]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 0, 1
+        rank = dist.get_rank(self.process_group)
+        return (0, 1) if rank < 0 else (rank, dist.get_world_size(self.process_group))
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the observations of another metric of this class, or of its state as a dict.
+
+        Its folds are paired with those here so that all are as equal as can be, unless the user has said by
+        ``Observations.group`` what belongs together.
+        """
+        has_groups = getattr(incoming_state, "_has_own_groups", False)
+        self._rearranges = not (self._has_own_groups or has_groups)
+        self._has_own_groups = self._has_own_groups or has_groups
+        try:
+            super().merge_state(incoming_state)
+        finally:
+            self._rearranges = False
+
+    def save_deals(self, destination: dict[str, Any], prefix: str) -> None:
+        """Put into a state dict how many groups have been dealt."""
+        if self.folds > 1:
+            destination[prefix + "deals"] = torch.tensor(self._dealt)
+
+    def read_deals(self, saved: dict[str, Any], prefix: str, batches: Any) -> None:
+        """Take out of a state dict how many groups have been dealt; 0.2.0 saved the number of batches alone."""
+        self._dealt = int(saved.pop(prefix + "deals", self._dealt if batches is None else batches))
