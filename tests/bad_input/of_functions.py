@@ -229,6 +229,24 @@ ROWS_OF_FUNCTIONS = [
         ],
     ),
     *refuses(
+        "unbiased_participation_ratio",
+        F.unbiased_participation_ratio,
+        folds=[
+            (Given(lambda w: [w.moments]), ValueError, "expected at least 2 folds, got 1"),
+            (Given(lambda w: [w.moments, "x"]), TypeError, "expected a fold to be a Moments, got str"),
+            (
+                Given(lambda w: [w.moments, F.empty_moments(2)]),
+                ValueError,
+                "expected folds of one width, got [3, 2]",
+            ),
+            (
+                Given(lambda w: [w.moments, F.empty_moments(3)]),
+                ValueError,
+                "expected at least 2 folds of 2 observations or more, got folds of [40, 0]",
+            ),
+        ],
+    ),
+    *refuses(
         "held_out_eigenvalues",
         F.held_out_eigenvalues,
         folds=[

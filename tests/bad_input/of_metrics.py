@@ -31,6 +31,19 @@ WIDTHS = _integers("num_features", or_none=True)
 
 ROWS_OF_METRICS = [
     *refuses(
+        "ParticipationRatioMetric",
+        sm.ParticipationRatioMetric,
+        unbiased=[
+            (each, TypeError, f"expected unbiased to be True or False, got {each!r}") for each in (1, "yes")
+        ],
+    ),
+    *refuses(
+        "ParticipationRatioMetric",
+        sm.ParticipationRatioMetric,
+        {"unbiased": True},
+        sketch_size=[(8, ValueError, "expected no sketch with unbiased=True, got sketch_size=8")],
+    ),
+    *refuses(
         "SpectralMetric",
         sm.SpectralMetric,
         num_features=WIDTHS,

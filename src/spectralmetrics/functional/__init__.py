@@ -15,7 +15,11 @@ from spectralmetrics.functional.dimension import (
     stable_rank,
 )
 from spectralmetrics.functional.dispersion import determinant, diagonal_trace, trace
-from spectralmetrics.functional.held_out import held_out_eigenvalues, sampling_margin
+from spectralmetrics.functional.held_out import (
+    held_out_eigenvalues,
+    sampling_margin,
+    unbiased_participation_ratio,
+)
 from spectralmetrics.functional.labels import (
     held_out_explained_variance,
     neural_collapse,
@@ -78,5 +82,6 @@ __all__ = [
     "subspace_overlap",
     "trace",
     "u_centred",
+    "unbiased_participation_ratio",
     "variances",
 ]

@@ -1,4 +1,4 @@
-r"""Eigenvalues that directions fitted to some of the data hold on the rest of it.
+r"""What some of the data say of the rest: held-out eigenvalues, and statistics without bias.
 
 Directions that are fitted to few observations look too unequal on the same observations: the first ones take
 more than their share of the variance, the last ones less. On data that they were not fitted to they look too
@@ -17,6 +17,8 @@ from torch import Tensor
 from spectralmetrics.sums import Moments, covariance, eigenvectors, merge, rebase
 from spectralmetrics.sums.checks import check_real, check_type
 from spectralmetrics.sums.decomposition import symmetrise, without_round_off
+
+_BLOCK_VALUES = 2**21  # of float64, 16 MB
 
 
 def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tensor:
@@ -99,6 +101,130 @@ def without_each(folds: Sequence[Moments]) -> Iterator[Moments]:
         yield others
 
 
+def unbiased_participation_ratio(folds: Sequence[Moments], center: bool = True) -> Tensor:
+    r"""The participation ratio of unlimited data, from few observations in folds.
+
+    The squares in :math:`(\operatorname{tr} \Sigma)^2 / \operatorname{tr} \Sigma^2` of a covariance of few
+    observations are too large, since its errors are squared, too: 24 observations of 192 independent features
+    show a ratio of 20. Errors of different folds :math:`a \ne b` are independent, so that products of their
+    unbiased covariances have none:
+
+    .. math:: \frac{\sum_{a \ne b} w_{ab} \operatorname{tr} C_a \operatorname{tr} C_b}
+              {\sum_{a \ne b} w_{ab} \operatorname{tr}(C_a C_b)}, \qquad w_{ab} = (n_a - 1)(n_b - 1)
+
+    It stays right where observations of one fold depend on each other, as positions of one map do. A value
+    outside [1, D], which few observations can give, is set to the nearest end.
+
+    Args:
+        folds: two or more with at least 2 observations each (at least 1 about zero), over disjoint data of one
+            width D; others are passed over.
+        center: False takes second moments about zero, divided by n and weighted by :math:`n_a n_b`.
+
+    Returns:
+        Shape (), float64, between 1 and D; 0 for constant features.
+
+    Raises:
+        TypeError: for a fold that is no Moments.
+        ValueError: for folds of different widths, or fewer than two that hold enough observations.
+
+    >>> from spectralmetrics.functional import Observations, accumulate, empty_moments
+    >>> folds = [empty_moments(64) for _ in range(4)]
+    >>> for seed, fold in enumerate(folds):
+    ...     accumulate(fold, Observations(torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))))
+    >>> bool(unbiased_participation_ratio(folds) > 50)
+    True
+    """
+    _check_widths(folds)
+    least = 2 if center else 1
+    counts = [int(fold.count) for fold in folds]
+    if sum(count >= least for count in counts) < 2:
+        raise ValueError(f"expected at least 2 folds of {least} observations or more, got folds of {counts}")
+    return clipped_ratio(fold_products(folds, center), folds[0].num_features)
+
+
+def fold_products(folds: Sequence[Moments], center: bool = True) -> Tensor:
+    r"""The traces :math:`\operatorname{tr} S_a` and products :math:`\operatorname{tr}(S_a S_b)` of folds.
+
+    :math:`S_a` is the scatter of a fold about its own mean, or about zero, in units in which the traces add up
+    to one. Folds without a degree of freedom have none.
+
+    Returns:
+        Shape (g, 1 + g), float64: the trace of each fold, then its products with all.
+    """
+    width, device = folds[0].num_features, folds[0].second.device
+    scales = [torch.zeros((), dtype=torch.float64, device=device) for _ in folds]
+    corrections = []
+    for index, fold in enumerate(folds):
+        count = fold.count.to(torch.float64)
+        offset = fold.first / count.clamp(min=1)
+        mean = fold.origin + offset
+        left, right = torch.stack([-fold.first, count * mean], 1), torch.stack([offset, mean])
+        if center:
+            left, right = left[:, :1], right[:1]
+        corrections.append((left, right))
+        diagonal = (fold.second.diagonal() + (left * right.T).sum(1)).clamp(min=0)
+        scales[index] = torch.where(count >= (2 if center else 1), diagonal.sum(), 0)
+    traces = torch.stack(scales)
+    total = traces.sum()
+    unit = torch.where(total > 0, total, 1.0)
+    factors = (traces > 0) / unit
+    products = torch.zeros(len(folds), len(folds), dtype=torch.float64, device=device)
+    height = max(_BLOCK_VALUES // (len(folds) * width), 1)
+    for start in range(0, width, height):  # the matrices of all folds at once would be as large as the state
+        stop = min(start + height, width)
+        rows = torch.stack(
+            [
+                torch.addmm(fold.second[start:stop, start:], left[start:stop], right[:, start:]).triu_()
+                for fold, (left, right) in zip(folds, corrections, strict=True)
+            ]
+        )
+        rows *= factors[:, None, None]
+        diagonal = rows.diagonal(dim1=1, dim2=2)
+        rows = rows.flatten(1)
+        products += 2 * rows @ rows.T - diagonal @ diagonal.T
+    return torch.cat([(traces / unit)[:, None], products], 1)
+
+
+def participation_of_products(products: Tensor) -> Tensor:
+    """The ratio of :func:`unbiased_participation_ratio`, not clipped; NaN without two folds.
+
+    Args:
+        products: of :func:`fold_products`.
+    """
+    traces, products = products[:, 0], products[:, 1:]
+    apart = ~torch.eye(len(traces), dtype=torch.bool, device=traces.device)
+    squares = (torch.outer(traces, traces) * apart).sum()
+    return squares / (products * apart).sum()
+
+
+def clipped_ratio(products: Tensor, num_features: int) -> Tensor:
+    """As :func:`participation_of_products`, between 1 and D; 0 for features that are constant throughout."""
+    ratio = participation_of_products(products).clamp(1, num_features)
+    return torch.where(products[:, 0].sum() > 0, ratio, 0)
+
+
+def participation_interval(products: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
+    """Low and high of the unbiased participation ratio; NaN with fewer than three folds that hold anything.
+
+    Of the reciprocal, of which the products of folds are sums, the :func:`sampling_margin` is taken: it is
+    spread alike to both sides.
+    """
+    held = products[:, 0] > 0
+    products = products[held][:, torch.cat([held.new_ones(1), held])]
+    number = len(products)
+    if number < 3:
+        nothing = products.new_full((), torch.nan)
+        return nothing, nothing
+    left_out = []
+    for fold in range(number):
+        kept = torch.arange(number, device=products.device) != fold
+        left_out.append(1 / participation_of_products(products[kept][:, torch.cat([kept.new_ones(1), kept])]))
+    middle, margin = 1 / participation_of_products(products), sampling_margin(left_out)
+    low, high = 1 / (middle + margin), 1 / (middle - margin)
+    high = torch.where(high > 0, high, num_features)  # the reciprocal may be zero
+    return low.clamp(1, num_features), high.clamp(1, num_features)
+
+
 def sampling_margin(values: Sequence[Tensor]) -> Tensor:
     r"""How far a statistic may lie from its value for other draws of the data, with a confidence of 95 %.
 
@@ -134,7 +260,7 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
     return torch.where(error.isfinite(), error, 0) * float(stdtrit(folds - 1, 0.975))
 
 
-def _check(folds: Sequence[Moments]) -> None:
+def _check_widths(folds: Sequence[Moments]) -> None:
     for fold in folds:
         check_type("a fold", fold, Moments)
     if len(folds) < 2:
@@ -142,6 +268,10 @@ def _check(folds: Sequence[Moments]) -> None:
     widths = [fold.num_features for fold in folds]
     if len(set(widths)) > 1:
         raise ValueError(f"expected folds of one width, got {widths} features")
+
+
+def _check(folds: Sequence[Moments]) -> None:
+    _check_widths(folds)
     counts = torch.stack([fold.count for fold in folds]).tolist()
     if not all(counts):
         raise ValueError(f"expected observations in every fold, got {counts}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.held_out import LeftOut, leave_one_out
+from spectralmetrics.functional.held_out import LeftOut, fold_products, leave_one_out
 from spectralmetrics.sums import (
     Moments,
     Sketch,
@@ -267,6 +267,12 @@ class Spectrum:
         check_positive_integer("num_components", num_components, or_none=True)
         total = self._total if self._device is None else self._total.map(self._brought)
         return total.centred(self._brought(rows)) @ self.eigenvectors[:, :num_components]
+
+    @property
+    def fold_products(self) -> Tensor:
+        """See :func:`~.functional.held_out.fold_products`; shape (g, 1 + g), float64."""
+        folds = [_dense(fold) for fold in self._sums.folds]
+        return self._kept("fold_products", lambda: fold_products(folds, self.center))
 
     @property
     def num_folds(self) -> int:

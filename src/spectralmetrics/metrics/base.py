@@ -111,7 +111,7 @@ class SpectralMetric(SumsMetric):
     """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
     needs_eigenvectors: ClassVar[bool] = False
     """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
-    needs_eigenvalues: ClassVar[bool] = True
+    needs_eigenvalues: bool = True
     """Whether :meth:`statistic` reads eigenvalues; a probe decomposes nothing for those that do not."""
     needs_labels: ClassVar[bool] = False
     """Whether ``update`` takes labels beside the rows."""
@@ -189,6 +189,9 @@ class SpectralMetric(SumsMetric):
         twin.folds = folds
         twin.accumulate_instead((twin.spectral_sum(), *twin.other_sums()))
         return twin
+
+    def check_folds(self) -> None:
+        """Raise a ValueError if :meth:`statistic` compares folds, and there is one; called by a probe."""
 
     def sketch_instead(self, sketch_size: int) -> None:
         """Keep a sketch from now on, in place of the covariance; what has been observed is forgotten."""
@@ -357,7 +360,22 @@ class SpectralMetric(SumsMetric):
                 UserWarning,
                 stacklevel=2,
             )
+        if self.is_clipped():
+            warnings.warn(
+                f"{type(self).__name__}: so few observations give a value beyond what is possible; the limit is"
+                " returned, and interval() says how sure it is",
+                UserWarning,
+                stacklevel=2,
+            )
         return value
+
+    def is_clipped(self, device: torch.device | None = None) -> bool:
+        """Whether :meth:`read` gives a limit in the place of a value; see :meth:`clips`."""
+        return type(self).clips is not SpectralMetric.clips and self.clips(self._shared_spectrum(device))
+
+    def clips(self, spectrum: Spectrum) -> bool:
+        """Whether few observations gave a value beyond what is possible, in whose place there is the limit."""
+        return False
 
     def misses(self, value: Tensor) -> bool:
         """Whether a value says that a sketch was too small to tell."""

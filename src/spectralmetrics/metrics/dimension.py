@@ -8,9 +8,14 @@ from torch import Tensor
 
 from spectralmetrics.functional import dimension, sketched
 from spectralmetrics.functional.dimension import Rule, check_fit_range, check_rule, check_threshold
+from spectralmetrics.functional.held_out import (
+    clipped_ratio,
+    participation_interval,
+    participation_of_products,
+)
 from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics.base import SpectralMetric
+from spectralmetrics.metrics.base import Interval, SpectralMetric
 
 
 class _ThresholdMetric(SpectralMetric):
@@ -145,9 +150,20 @@ class ParticipationRatioMetric(SpectralMetric):
 
     ``compute`` returns a tensor of shape (), float64, between 1 and D, or 0 for constant features.
 
+    Few observations show too small a ratio. ``unbiased=True`` reads the value for unlimited data from folds,
+    see :func:`~spectralmetrics.functional.unbiased_participation_ratio`: 24 observations of 192 independent
+    features show 20, and without bias 194 ± 24. It warns where few observations give a value above D, and
+    returns D. Until two folds hold two observations it is NaN.
+
     Args:
         num_features: the width D; None reads it from the first rows.
+        unbiased: whether to read the value for unlimited data; needs ``folds``, and keeps nothing else.
         kwargs: see :class:`SpectralMetric`.
+
+    Raises:
+        TypeError: for an ``unbiased`` that is not True or False.
+        ValueError: for ``unbiased=True`` with a sketch, which keeps no folds.
+        RuntimeError: from ``compute``, for ``unbiased=True`` without folds.
 
     Example:
         >>> import torch
@@ -155,17 +171,73 @@ class ParticipationRatioMetric(SpectralMetric):
         >>> metric.update(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
         >>> metric.compute()
         tensor(2., dtype=torch.float64)
+
+        Of 96 observations of 50 large and 142 small features, whose ratio is 62:
+
+        >>> rows = torch.randn(96, 192, generator=torch.Generator().manual_seed(0))
+        >>> rows[:, 50:] *= 0.2
+        >>> plain, unbiased = ParticipationRatioMetric(), ParticipationRatioMetric(unbiased=True, folds=8)
+        >>> for batch in rows.split(6):
+        ...     plain.update(batch)
+        ...     unbiased.update(batch)
+        >>> plain.compute().round(), unbiased.compute().round()
+        (tensor(37., dtype=torch.float64), tensor(61., dtype=torch.float64))
     """
 
     short_name = "participation_ratio"
     plot_lower_bound = 0.0
 
+    def __init__(self, num_features: int | None = None, unbiased: bool = False, **kwargs: Any) -> None:
+        if not isinstance(unbiased, bool):
+            raise TypeError(f"expected unbiased to be True or False, got {unbiased!r}")
+        super().__init__(num_features, **kwargs)
+        if unbiased and self.sketch_size is not None:
+            raise ValueError(
+                f"expected no sketch with unbiased=True, got sketch_size={self.sketch_size}: it keeps no folds"
+            )
+        self.unbiased = unbiased
+        if unbiased:
+            self.needs_eigenvalues = False
+
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
-        return dimension.participation_ratio(spectrum.eigenvalues)
+        if not self.unbiased:
+            return dimension.participation_ratio(spectrum.eigenvalues)
+        return clipped_ratio(self._products(spectrum), spectrum.num_features)
+
+    def interval_of(self, spectrum: Spectrum) -> Interval:
+        """See :meth:`SpectralMetric.interval_of`; unbiased, the margin of the value on both sides."""
+        if not self.unbiased:
+            return super().interval_of(spectrum)
+        return Interval(*participation_interval(self._products(spectrum), spectrum.num_features))
+
+    def clips(self, spectrum: Spectrum) -> bool:
+        """See :meth:`SpectralMetric.clips`."""
+        if not self.unbiased:
+            return False
+        found = participation_of_products(self._products(spectrum))
+        return bool(found > spectrum.num_features * (1 + 1e-9))
+
+    def check_folds(self) -> None:
+        """See :meth:`SpectralMetric.check_folds`."""
+        if self.unbiased and self.folds < 2:
+            raise ValueError(
+                f"expected folds with unbiased=True, got folds={self.folds}; give the probe folds=8"
+            )
+
+    def _products(self, spectrum: Spectrum) -> Tensor:
+        if spectrum.sketch is not None or spectrum.num_folds < 2:
+            kept = "a sketch" if spectrum.sketch is not None else "one fold"
+            raise RuntimeError(
+                f"{type(self).__name__}(unbiased=True) compares folds, but its observations are kept in {kept};"
+                " make it with folds=8, say"
+            )
+        return spectrum.fold_products
 
     def from_sketch(self, spectrum: Spectrum) -> Estimate:
         """See :meth:`SpectralMetric.from_sketch`."""
+        if self.unbiased:
+            self._products(spectrum)
         return sketched.participation_ratio(spectrum.eigenvalues, spectrum.total_variance, spectrum.square_sum)
 
 

@@ -173,6 +173,9 @@ class LayerProbe(nn.Module):
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
         if folds is not None:
             templates = {name: _with_folds(metric, folds) for name, metric in templates.items()}
+        for metric in templates.values():
+            if isinstance(metric, SpectralMetric):
+                metric.check_folds()
         self._names = list(templates)
         self._layers = list(chosen)
         self._places = {

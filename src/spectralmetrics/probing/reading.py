@@ -52,6 +52,7 @@ def read_stage(
     failed, few = [], []
     unlabelled: dict[str, list[str]] = {}
     missed: dict[str, int | None] = {}
+    clipped: dict[str, None] = {}
     for place in seen:
         found: dict[str, Any] = {}
         for name, metric in place.readable().items():
@@ -69,6 +70,8 @@ def read_stage(
                 value = found[name] = read(metric)
                 if isinstance(metric, SpectralMetric) and isinstance(value, Tensor) and metric.misses(value):
                     missed[place.layer] = metric.sketch_size
+                if isinstance(metric, SpectralMetric) and isinstance(value, Tensor) and metric.is_clipped(HOST):
+                    clipped.setdefault(place.layer)
             except Exception as error:
                 # One value less: a user's statistic on a width it was not made for, say.
                 failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
@@ -92,6 +95,12 @@ def read_stage(
         _warn(
             f"in {stage} a sketch of {sizes} columns does not hold the share of the variance of {named}, and"
             " the value is NaN: intervals() has lower bounds, and a larger sketch_size the value"
+        )
+    if clipped:
+        named = ", ".join(map(repr, clipped))
+        _warn(
+            f"in {stage} so few observations give values beyond what is possible of {named}; the limit is"
+            " returned, and intervals() says how sure it is"
         )
     if few:
         _warn(
