@@ -60,7 +60,11 @@ def assert_sums(moments, rows, gram_dtype):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "features", [1, 3, 4, 7, 8, 15, 16, 17, 31, 48, 49, 64, 65, 100, 256, 257, 300, 400, 530]
+    "features",
+    [
+        *(1, 3, 7, 8, 16, 17, 49, 65, 257, 530),
+        *(pytest.param(each, marks=pytest.mark.long) for each in (4, 15, 31, 48, 64, 100, 256, 300, 400)),
+    ],
 )
 def test_every_width(features, dtypes, monkeypatch):
     monkeypatch.setattr(compiled, "_LEAST_WORK_TO_SHARE", 0)
@@ -172,7 +176,7 @@ def test_float32_products_of_any_magnitude(magnitude, features):
 @pytest.mark.parametrize("features", [48, 520])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_the_number_of_threads(threads, features, gram_dtype):
-    rows = torch.randn(5000, features)
+    rows = torch.randn(2000, features)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -180,10 +184,10 @@ def test_the_number_of_threads(threads, features, gram_dtype):
         for _ in range(3):
             moments = empty_moments(features)
             accumulate(moments, Observations(rows), gram_dtype, recentre=False)
-            assert_sums(moments, rows, gram_dtype)
             runs.append(moments)
     finally:
         torch.set_num_threads(before)
+    assert_sums(runs[0], rows, gram_dtype)
     for again in runs[1:]:  # whichever thread came first
         assert torch.equal(again.second, runs[0].second)
         assert torch.equal(again.first, runs[0].first)

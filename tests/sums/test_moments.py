@@ -170,7 +170,10 @@ def test_tiny_and_huge_float64_rows(magnitude, gram_dtype):
     assert relative_error(actual, exact / exact[0, 0]) < bound
 
 
-@pytest.mark.parametrize("features", [1, 2, 127, 128, 129, 200, 513, 700])
+@pytest.mark.parametrize(
+    "features",
+    [1, 2, 127, 128, 129, 513, *(pytest.param(each, marks=pytest.mark.long) for each in (200, 700))],
+)
 @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
 def test_every_block_of_the_product(features, gram_dtype):
     rows = random_rows(1, 300, features, decay=0.3)
@@ -292,9 +295,9 @@ def test_the_scale_of_float32_products_is_not_that_of_the_first_block_alone(firs
     moments = empty_moments(512)
     accumulate(moments, Observations(rows), torch.float32)
     finite = rows[rows.isfinite().all(1)]
-    scale = 1e30
-    actual = covariance(moments) / scale
-    assert relative_error(actual, two_pass_covariance(finite) / scale) < 1e-5
+    scale, some = 1e30, slice(3, None, 8)  # features of each block: extended precision of all takes seconds
+    actual = covariance(moments)[some, some] / scale
+    assert relative_error(actual, two_pass_covariance(finite[:, some]) / scale) < 1e-5
 
 
 def test_float32_products_after_a_merge_with_an_origin_that_is_no_float32():
