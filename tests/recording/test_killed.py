@@ -31,14 +31,24 @@ def record_for_ever(directory, writers, started):
 
 
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-@pytest.mark.parametrize("writers", [("csv", "arrays"), ("csv", "arrays", "tensorboard")], ids="+".join)
-def test_killed_at_random_moments(writers, tmp_path):
+@pytest.mark.parametrize(
+    ("writers", "kills"),
+    [
+        (("csv", "arrays", "tensorboard"), 8),
+        *(
+            pytest.param(writers, KILLS, marks=pytest.mark.long)
+            for writers in (("csv", "arrays"), ("csv", "arrays", "tensorboard"))
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else f"{value} kills",
+)
+def test_killed_at_random_moments(writers, kills, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.recording.test_killed"])
     moments = random.Random(0)
     seen = 0
     interrupted = 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         started = context.Event()
         worker = context.Process(target=record_for_ever, args=(tmp_path, writers, started))
         worker.start()
@@ -59,8 +69,8 @@ def test_killed_at_random_moments(writers, tmp_path):
             with np.load(tmp_path / f"arrays/epoch-{epoch:06d}.npz", allow_pickle=False) as arrays:
                 assert len(arrays.files) == 2 * LAYERS * 4
                 assert all(arrays[name] is not None for name in arrays.files)
-    assert seen > KILLS / 2
-    print(f"{seen} records, {interrupted} of {KILLS} kills fell into a write")
+    assert seen > kills / 2
+    print(f"{seen} records, {interrupted} of {kills} kills fell into a write")
 
     model = make_model(LAYERS)
     with Recorder(tmp_path, make_probe(model), writers, mode="resume") as recorder:

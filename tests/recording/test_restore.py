@@ -57,9 +57,21 @@ def pictures(directory):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
-@pytest.mark.parametrize("drawn", [0, 3])
 @pytest.mark.parametrize(
-    "writers", [["csv", "arrays", "plot"], ["arrays", "plot"], ["csv", "plot"]], ids="+".join
+    ("writers", "drawn"),
+    [
+        (["csv", "arrays", "plot"], 3),
+        (["csv", "plot"], 0),
+        *(
+            pytest.param(writers, drawn, marks=pytest.mark.long)
+            for writers, drawn in [
+                (["csv", "arrays", "plot"], 0),
+                (["csv", "plot"], 3),
+                (["arrays", "plot"], 0),
+                (["arrays", "plot"], 3),
+            ]
+        ),
+    ],
 )
 def test_resume_draws_what_is_missing(writers, drawn, tmp_path):
     worker = multiprocessing.get_context("spawn").Process(
