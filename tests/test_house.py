@@ -1,12 +1,15 @@
 """How the code is laid out: what may import what, and where torchmetrics is overridden."""
 
+import ast
 import graphlib
 import importlib
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import torchmetrics
 
 ROOT = Path(__file__).parents[1]
@@ -16,15 +19,23 @@ _SPEC.loader.exec_module(draw_imports)
 
 IMPORTS = draw_imports.module_imports()
 # From the bottom up: each part may import those before it, and none of those after it.
-TOWER = ("sums", "functional", "metrics", "probing", "recording", ("cli", "demo", "integrations"))
+TOWER = (
+    "torch_private",
+    "sums",
+    "functional",
+    "metrics",
+    "probing",
+    "recording",
+    ("cli", "demo", "integrations"),
+)
 # What stands beside the tower, and the parts of it and of each other that it stands on.
 BESIDE = {
     "plotting": {"functional", "sums"},
     "tail": set(),
     "layers": set(),
     "receptive_field": {"probing"},
-    "similarity": {"functional", "plotting", "probing", "sums"},
-    "projection": {"sums", "functional", "metrics", "probing", "layers"},
+    "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
+    "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
     "__main__": {"cli"},
 }
 # Who may use what stands beside; the command line and the demo may use anything.
@@ -120,6 +131,69 @@ def test_private_methods_of_torchmetrics_are_overridden_in_one_file():
     assert overriding == {"spectralmetrics.metrics.overrides"}
 
 
+# What instances hold and classes define that neither library promises.
+THEIRS = {
+    name
+    for each in (torch.nn.Module(), torchmetrics.MeanMetric(), torchmetrics.MetricCollection([]))
+    for name in dir(each)
+    if name.startswith("_") and not name.startswith("__")
+} | {"_orig_mod"}
+
+
+def private_uses(tree):
+    """Where a file uses a private name of torch's or torchmetrics'; a method may call what it overrides."""
+    own = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    own = {each for each in own if f"self.{each} = " in ast.unparse(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+            if node.attr in THEIRS - own and names[0].split(".")[0] not in ("self", "super()", "cls"):
+                yield names[0]
+        elif isinstance(node, ast.Constant):
+            names = []
+            if node.value in THEIRS:
+                yield node.value
+        else:
+            names = []
+        for name in names:
+            root, *rest = name.split(".")
+            if root in ("torch", "torchmetrics", "nn") and any(re.match("_[^_]", part) for part in rest):
+                yield name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch._C._len_torch_dispatch_stack()",
+        "from torch._functorch import pyfunctorch",
+        "import torch._dynamo",
+        "from torch.utils._python_dispatch import TorchDispatchMode",
+        "nn.modules.conv._ConvNd",
+        "model._forward_hooks",
+        "getattr(model, '_orig_mod', None)",
+        "metric._computed = None",
+        "collection._compute_groups_create_state_ref()",
+    ],
+)
+def test_the_reader_sees_private_uses(line):
+    assert list(private_uses(ast.parse(line)))
+    assert not list(private_uses(ast.parse("super()._apply(fn); self._own; torch.nn.Module()")))
+
+
+def test_private_names_of_torch_and_torchmetrics_are_used_in_one_file_each():
+    source = ROOT / "src" / "spectralmetrics"
+    found = {
+        path.relative_to(source).as_posix(): uses
+        for path in source.rglob("*.py")
+        if (uses := sorted(set(private_uses(ast.parse(path.read_text(encoding="utf-8"))))))
+    }
+    assert set(found) == {"torch_private.py", "metrics/overrides.py"}, found
+
+
 # Beyond 350 lines, and why it is one file all the same.
 LONG_FILES = {
     "functional/relations.py": "half of it is docstrings with formulas and sources",
@@ -129,6 +203,7 @@ LONG_FILES = {
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
     "cli.py": "one command after the other, each with its help",
+    "torch_private.py": "one private name after the other, with what is done without it",
     "sums/sketch.py": "one kind of sum, and what is read of it",
     "sums/moments.py": "one kind of sum, with a doctest for each operation",
 }

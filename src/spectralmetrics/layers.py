@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 Features: TypeAlias = str | Callable[[Any], int]
 
@@ -192,10 +191,11 @@ def _of_linear(layer: nn.Linear) -> int | None:
     return min(layer.out_features, layer.in_features) or None
 
 
-def _of_convolution(layer: _ConvNd) -> int | None:
+def _of_convolution(layer: Any) -> int | None:
     # Each group of outputs is a linear function of its own inputs at the kernel's positions, or of some.
     inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    return layer.groups * min(outputs, inputs * math.prod(layer.kernel_size)) or None
+    ceiling: int = layer.groups * min(outputs, inputs * math.prod(layer.kernel_size))
+    return ceiling or None
 
 
 def _of_conv1d(layer: Any) -> int | None:  # its weight is (inputs, outputs)

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
-from spectralmetrics.probing.compilation import ignores_hooks
+from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
+from spectralmetrics.torch_private import ignores_hooks, in_backward
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,19 +240,25 @@ class LayerSimilarity:
 
     def _begin(self, index: int, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of a model begins, unless it is traced or a checkpoint's recomputation in backward."""
-        is_off = self._paused or torch._C._current_graph_task_id() != -1
-        self._sides[index].current = {} if not is_off and how_it_runs(output) == "run" else None
+        is_off = self._paused or in_backward()
+        try:
+            is_off = is_off or how_it_runs(output) != "run"
+        except Exception:
+            is_off = True  # a tensor that nothing can be asked of must not end a forward
+        self._sides[index].current = None if is_off else {}
 
     def _observe(
         self, index: int, name: str, module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
         """A layer has run, maybe by itself; nothing that happens here may end a forward."""
         side = self._sides[index]
-        if self._paused or side.current is None or torch._C._current_graph_task_id() != -1:
+        if self._paused or side.current is None or in_backward():
             return
         try:
             if how_it_runs(output) != "run":
                 return
+            if isinstance(output, Unobservable):
+                raise TypeError(output.why)
             with undisturbed(output):
                 layout = side.layout
                 batch = self.rule.batch(

@@ -81,3 +81,14 @@ def train(kind, probe_with=None, steps=3):
     trace += [value.clone() for value in model.state_dict().values()]
     trace += [torch.get_rng_state(), torch.rand(3)]
     return trace, model, probe
+
+
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)

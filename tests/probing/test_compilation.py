@@ -1,6 +1,7 @@
 """Compiled models: every forward is seen once, and the graph is the user's with one operation more."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import spectralmetrics as sm
-from spectralmetrics import LayerProbe
-from spectralmetrics.probing import compilation
+from spectralmetrics import LayerProbe, torch_private
+from spectralmetrics.probing import hooks
 from tests.probing.test_probe import assert_nothing, same
+
+# Inside the compiler, where what it is given is no leaf.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 class Net(nn.Module):
@@ -107,6 +111,158 @@ def test_whenever_the_probe_is_made(when, in_place):
     assert (count(probe), count(probe, stage="eval")) == (6, 2)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.relu(self.linear(x))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+PROBES = {
+    "plain": {},
+    "steps": {"every_n_steps": 2},
+    "inputs": {"observe": "inputs"},
+    "select": {"select": {"*": lambda output: output[:, :4]}},
+}
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("kind", PROBES)
+def test_blocks_compiled_alike_share_their_graph(kind):
+    """Regional compilation: a hundred blocks, one code; each layer is counted for itself."""
+    graphs = []
+    for is_probed in (False, True):
+        torch.compiler.reset()
+        model = nn.Sequential(*(Residual() for _ in range(100)))
+        for block in model:
+            block.compile(backend="eager", fullgraph=True)
+        if is_probed:
+            probe = LayerProbe(model, layers="*.linear", **PROBES[kind])
+        before = num_graphs()
+        model(torch.randn(4, 8))
+        graphs.append(num_graphs() - before)
+    assert graphs[0] == graphs[1]
+    model(torch.randn(4, 8))
+    for number, block in enumerate(model[:10]):
+        for _ in range(number):  # by itself, a block's layer counts its own forwards
+            block(torch.randn(4, 8))
+    assert num_graphs() - before == graphs[1]
+    if kind != "steps":
+        seen = [count(probe, f"{number}.linear") for number in range(12)]
+        assert seen == [8 + 4 * number for number in range(10)] + [8, 8]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # inside the compiler
+def test_blocks_compiled_alike_train_as_without_the_probe(backend):
+    def trained(is_probed):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Residual() for _ in range(10)))
+        for block in model:
+            block.compile(backend=backend, fullgraph=True)
+        probe = LayerProbe(model) if is_probed else None
+        for number in range(3):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
+            model(x).square().sum().backward()
+        return [p.grad for p in model.parameters()], probe
+
+    plain, _ = trained(False)
+    probed, probe = trained(True)
+    assert same(probed, plain)
+    assert {count(probe, name) for name in probe.layers} == {12}
+
+
+@pytest.mark.parametrize("kind", PROBES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_probe_for_every_evaluation_shares_its_graph(kind, in_place):
+    model = Pair()
+    if in_place:
+        model.compile(backend="eager", fullgraph=True)
+        run = model
+    else:
+        run = torch.compile(model, backend="eager", fullgraph=True)
+    before = num_graphs()
+    for number in range(100):
+        model.train(number % 2 == 0)
+        with LayerProbe(model, **PROBES[kind]) as probe:
+            run(torch.randn(4, 8))
+            run(torch.randn(4, 8))
+        seen = {count(probe, layer, "eval" if number % 2 else "train") for layer in ("first", "second")}
+        assert seen == ({4} if kind == "steps" else {8})
+        run(torch.randn(4, 8))
+    # With and without hooks, in training and in evaluation, as far as the model itself tells these apart.
+    assert num_graphs() - before <= 4
+
+
+def test_the_layers_own_flag_is_read_at_every_run():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    probe = LayerProbe(model)
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    model[0].eval()
+    run(torch.randn(4, 8))
+    model[0].train()
+    model[1].eval()
+    run(torch.randn(5, 8))
+    assert [count(probe, "0", stage) for stage in ("train", "eval")] == [5, 4]
+    assert [count(probe, "1", stage) for stage in ("train", "eval")] == [4, 5]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("skips", [True, False])
+def test_recurrent_layers_of_a_compiled_model(kind, skips, monkeypatch):
+    """Dynamo breaks its graph there, and compiles what the hook calls unless it is told to skip it."""
+    if not skips:
+
+        class Unskipped(hooks.Observer):
+            def __call__(self, module, args, output):
+                if torch.compiler.is_compiling():
+                    parts, how = hooks.take_apart(output)
+                    hooks.see(parts, hooks.TICKET, self._number, how)
+                else:
+                    self._observe(module, output, module.training, self._select)
+
+        monkeypatch.setattr(hooks, "Observer", Unskipped)
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = kind(4, 6, batch_first=True)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0])
+
+    torch.manual_seed(0)
+    model = Tagger()
+    probe = LayerProbe(model, sm.CovarianceMetric())
+    run = torch.compile(model, backend="eager")
+    batches = [torch.randn(5, 7, 4) for _ in range(3)]
+    for x in batches:
+        run(x)
+    assert int(probe["train", "recurrent"]["covariance"].count) == 105
+    with LayerProbe(model, sm.CovarianceMetric()) as eager:
+        for x in batches:
+            model(x)
+    values = probe.compute("train")
+    for key, value in eager.compute("train").items():
+        torch.testing.assert_close(values[key], value)
+
+
 def test_siblings_are_apart():
     """The next fold of a cross-validation, a teacher: Dynamo keeps graphs by class."""
     first, second, third = made(1), made(2), made(3)
@@ -138,9 +294,9 @@ def test_a_model_compiled_before_hooks_were_heeded():
 def test_who_has_hooks_ignored_again_is_told():
     probe = LayerProbe(made(1))
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
-        assert compilation.ignores_hooks()
+        assert torch_private.ignores_hooks()
         assert_nothing(probe, "skip_nnmodule_hook_guards")
-    assert not compilation.ignores_hooks()
+    assert not torch_private.ignores_hooks()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -207,6 +363,10 @@ def test_exported_programs_hold_no_operation_of_the_probe():
     model = made().eval()
     LayerProbe(model)
     program = torch.export.export(model, (torch.randn(2, 3, 8, 8),))
+    assert "spectralmetrics" not in str(program.graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some releases deprecate it
+        program = torch.export.export(model, (torch.randn(2, 3, 8, 8),), strict=True)
     assert "spectralmetrics" not in str(program.graph)
 
 

@@ -138,3 +138,10 @@ def test_other_mistakes():
         select_layers(ResNet(), "*.conv1", exclude="*conv1")
     with pytest.raises(ValueError, match="no layer of Sequential is left"):
         select_layers(nn.Sequential(nn.ReLU()))
+
+
+def test_the_inner_projection_of_an_attention_is_left_out_wherever_the_attention_is():
+    attention = nn.MultiheadAttention(8, 2)
+    assert list(select_layers(attention)) == ["MultiheadAttention"]
+    assert list(select_layers(nn.ModuleDict({"a": attention}))) == ["a"]
+    assert list(select_layers(attention, layers="out_proj")) == ["out_proj"]

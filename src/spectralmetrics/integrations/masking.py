@@ -12,11 +12,11 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.selection import named_modules
+from spectralmetrics.torch_private import untraced
 
 IGNORED_LABEL = -100  # what PyTorch's cross entropy and the collators of transformers leave out
 
@@ -76,7 +76,7 @@ class Masking:
         while self._handles:
             self._handles.pop().remove()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _Call(_mask(kwargs.get(self._source)))
         if (outputs := kwargs.get("encoder_outputs")) is not None:
@@ -84,38 +84,38 @@ class Masking:
         self._calls.append(call)
         self._push(self._target_mask(kwargs) if self._has_decoder else call.source)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._calls:
             self._calls.pop()
             self._pop()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _enter_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # It has its own when it is called by itself, as generation calls it.
         own = _mask(kwargs.get("attention_mask"))
         self._push(self._calls[-1].source if own is None and self._calls else own)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _leave_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pop()
         if self._calls:
             self._calls[-1].states += _first(output)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs.get("encoder_hidden_states")  # which may have been projected to the decoder's width
         if self._calls and isinstance(states, Tensor):
             self._calls[-1].states.append(states)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = args[0] if args else next(iter(kwargs.values()), None)
         call = self._calls[-1] if self._calls else _Call()
         of_source = isinstance(values, Tensor) and any(_is_same(values, states) for states in call.states)
         self._push(call.source if of_source else self._masks[-1] if self._masks else None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pop()
 

@@ -33,6 +33,7 @@ from spectralmetrics.functional.held_out import sampling_margin
 from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Wanted, read_together
+from spectralmetrics.metrics.overrides import merged_as_in_compute
 from spectralmetrics.metrics.state import SumsMetric
 from spectralmetrics.sums import (
     Moments,
@@ -401,9 +402,7 @@ class SpectralMetric(SumsMetric):
                 interval.
         """
         self._check_interval()
-        with self.sync_context(
-            dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
-        ):
+        with merged_as_in_compute(self):
             self._check_observed()
             return Interval(*(end.clone() for end in self.read_interval()))
 

@@ -1,4 +1,4 @@
-"""What torchmetrics does not promise, overridden here and nowhere else.
+"""What torchmetrics does not promise, overridden and used here and nowhere else.
 
 Each override names the behaviour of torchmetrics that forces it, and has a test in ``TestWhatIsOverridden``
 that fails if that behaviour changes.
@@ -14,8 +14,60 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+from spectralmetrics.torch_private import untraced
+
+
+def forget_value(metric: Metric) -> None:
+    """Forget the value that a metric has computed: its states have been changed without its ``update``."""
+    metric.__dict__["_computed"] = None
+
+
+def count_update(metric: Metric) -> None:
+    """Note that a metric's states have been updated without its ``update``."""
+    own = metric.__dict__  # `torch.nn.Module` looks for an attribute in many places
+    own["_computed"] = None
+    own["_update_count"] += 1
+
+
+def has_own_states(collection: MetricCollection) -> bool:
+    """Whether a reader has made copies of the states that the members of a group share."""
+    return bool(collection._state_is_copy)
+
+
+def share_group_states(collection: MetricCollection) -> None:
+    """Give the members of each compute group the states of its first."""
+    # torchmetrics does so in `update`, which a probe does not call, and not again while its flag says so.
+    collection._state_is_copy = False
+    collection._compute_groups_create_state_ref()
+
+
+def defaults(metric: Metric) -> dict[str, Any]:
+    """The states by name, with the values that they have before the first update."""
+    found: dict[str, Any] = metric._defaults
+    return found
+
+
+def has_persistent_states(metric: Metric) -> bool:
+    """Whether any state is in the ``state_dict``."""
+    return any(metric._persistent.values())
+
+
+def drop_states(metric: Metric, names: Sequence[str]) -> None:
+    """Forget that there are states of these names; torchmetrics can only add some."""
+    for name in names:
+        for kept in (metric._defaults, metric._reductions, metric._persistent, metric.__dict__):
+            kept.pop(name, None)
+
+
+def merged_as_in_compute(metric: Metric) -> contextlib.AbstractContextManager[None]:
+    """Inside, the states are what ``compute`` reads: those of all processes, if it merges them."""
+    found: contextlib.AbstractContextManager[None] = metric.sync_context(
+        dist_sync_fn=metric.dist_sync_fn, should_sync=metric._to_sync, should_unsync=metric._should_unsync
+    )
+    return found
 
 
 class MergingMetric(Metric):
@@ -132,16 +184,9 @@ class OverriddenMetric(MergingMetric):
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
 
-    def drop_states(self, names: Sequence[str]) -> None:
-        """Forget that there are states of these names; torchmetrics can only add some."""
-        for name in names:
-            for kept in (self._defaults, self._reductions, self._persistent, self.__dict__):
-                kept.pop(name, None)
-
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
-        wrapped: Callable[..., None] = torch.compiler.disable(super()._wrap_update(update))
-        return wrapped
+        return untraced(super()._wrap_update(update))
 
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
         # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it

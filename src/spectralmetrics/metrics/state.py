@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.metrics.dealing import DealingMetric
+from spectralmetrics.metrics.overrides import count_update, defaults, drop_states, has_persistent_states
 from spectralmetrics.metrics.stream import Stream
 from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_float64, run_together
 
@@ -95,7 +96,7 @@ class SumsMetric(DealingMetric):
                 self.add_state(name, tensor, dist_reduce_fx="sum" if name in added else None)
         digest = zlib.crc32(" ".join(map(str, self.accumulation())).encode()).to_bytes(4, "big")
         self.configuration = torch.tensor(list(digest), dtype=torch.int64, device="cpu")
-        self._defaults["configuration"] = self.configuration.clone()
+        defaults(self)["configuration"] = self.configuration.clone()
 
     @classmethod
     def declare(cls, names: Iterable[str]) -> None:
@@ -111,9 +112,9 @@ class SumsMetric(DealingMetric):
 
     def accumulate_instead(self, sums: Sequence[Sum]) -> None:
         """Keep these sums, empty and of width zero, in place of all others."""
-        was_persistent = any(self._persistent.values())
+        was_persistent = has_persistent_states(self)
         self.reset()
-        self.drop_states([name for name in self._defaults if name != "configuration"])
+        drop_states(self, [name for name in defaults(self) if name != "configuration"])
         self._prototypes = ()
         self.accumulate_also(sums)
         self.persistent(was_persistent)
@@ -139,9 +140,7 @@ class SumsMetric(DealingMetric):
 
     def observe(self, observations: Observations) -> None:
         """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there."""
-        own = self.__dict__
-        own["_computed"] = None
-        own["_update_count"] += 1
+        count_update(self)
         width = self.num_features
         if width is not None and observations.values.shape[observations.feature_dim] != width:
             self._check(observations, observations)
@@ -235,10 +234,10 @@ class SumsMetric(DealingMetric):
 
     def take_in(self, incoming: dict[str, Any]) -> None:
         """Add the states of another metric of this class."""
-        missing = [name for name in self._defaults if name not in incoming]
+        missing = [name for name in defaults(self) if name not in incoming]
         if missing:
             raise ValueError(
-                f"expected the states {list(self._defaults)} in the incoming state, got {list(incoming)},"
+                f"expected the states {list(defaults(self))} in the incoming state, got {list(incoming)},"
                 f" missing {missing}"
             )
         mine = self.sums
@@ -292,7 +291,7 @@ class SumsMetric(DealingMetric):
     ) -> dict[str, Any]:
         """The persistent states and, where it matters to what comes next, how many batches came."""
         destination = super().state_dict(destination, prefix, keep_vars)
-        if any(each.counts_batches for each in self._prototypes) and any(self._persistent.values()):
+        if any(each.counts_batches for each in self._prototypes) and has_persistent_states(self):
             destination[prefix + "draws"] = torch.tensor(self._batches)
             self.save_deals(destination, prefix)
         return destination
@@ -303,7 +302,7 @@ class SumsMetric(DealingMetric):
         self._batches = self._batches if known is None else int(known)
         self.read_deals(saved, prefix, known)
         if prefix + "configuration" in saved:  # how this metric accumulates is not for a saved state to say
-            saved[prefix + "configuration"] = self._defaults["configuration"]
+            saved[prefix + "configuration"] = defaults(self)["configuration"]
         names = [name for each in self._prototypes for name in each.tensors()]
         if not all(prefix + name in saved for name in names):
             return

@@ -12,6 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.together import read_together
 from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics.overrides import forget_value, has_own_states, share_group_states
 from spectralmetrics.sums import Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -145,7 +146,7 @@ class LayerMetrics:
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
         for member in self.members:
-            member.__dict__["_computed"] = None
+            forget_value(member)
         self._link()
 
     def too_few(self, counted: Counted) -> int:
@@ -182,7 +183,7 @@ class LayerMetrics:
         """Share states where a leader has replaced its own, or a reader has made copies of the members'."""
         live = [leader.__dict__["_live"] for leader in self._spectral]
         is_linked = len(live) == len(self._linked) and all(map(operator.is_, live, self._linked))
-        if len(self.members) > len(live) and (not is_linked or self.collection._state_is_copy):
+        if len(self.members) > len(live) and (not is_linked or has_own_states(self.collection)):
             self.share_states()
             live = [leader.__dict__["_live"] for leader in self._spectral]
         self._linked = live
@@ -198,8 +199,7 @@ class LayerMetrics:
 
     def share_states(self) -> None:
         """Give the members of each group the sums of its leader."""
-        self.collection._state_is_copy = False
-        self.collection._compute_groups_create_state_ref()
+        share_group_states(self.collection)
 
     def has_seen(self, counted: Counted) -> bool:
         """Whether there is anything to compute; with several processes, once the states are merged."""

@@ -1,31 +1,127 @@
-"""What a probe asks of ``torch.compile``: to look at hooks."""
+"""How the output of a compiled layer reaches its observer: plain tensors go through one opaque operation.
+
+Dynamo puts the operation into the user's graph, and guards that graph by nothing of the probe's but its
+presence: which observer is meant is a tensor, an input of the graph like a weight.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from spectralmetrics.probing.observations import first_tensor
+from spectralmetrics.torch_private import (
+    is_known,
+    jagged,
+    jagged_dim,
+    keep_version,
+    missing_for_compiled,
+    without_modes,
+)
+
+# The operation is said to change this one tensor, and so is never left out, done twice, or put before another.
+TICKET = torch.zeros((), dtype=torch.int64, device="cpu").add_(0)
+CAN_BE_COMPILED = not missing_for_compiled()
 
 
-def heed_hooks() -> None:
-    """Have compiled models look whether they have hooks, from now on and in this process.
+class SeesCompiled(Protocol):
+    """What the operation calls."""
 
-    Unless it is told otherwise, Dynamo takes it that a module compiled without hooks never gets any, and that
-    all instances of a class have the same: a model probed later, or beside another instance of its class, would
-    run the graph of the unprobed one. ``torch._dynamo.config.skip_nnmodule_hook_guards`` tells it otherwise,
-    for all models of the process, at the cost of a comparison per module and call. What was compiled before is
-    compiled anew when it runs next, once.
+    def see_compiled(self, parts: list[Tensor], kind: str) -> None:
+        """Take what :func:`take_apart` has returned."""
+
+
+_OBSERVERS: weakref.WeakValueDictionary[int, SeesCompiled] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def number_of(observer: SeesCompiled) -> Tensor:
+    """A number of its own, by which the operation finds an observer as long as it is there."""
+    number = next(_NUMBERS)
+    _OBSERVERS[number] = observer
+    # A Python number would be a constant of the graph, and each layer would need a graph of its own.
+    with without_modes(), torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
+
+
+class Unobservable:
+    """Stands for an output that no operation can be given.
+
+    Args:
+        why: it cannot be observed.
     """
-    import torch._dynamo
 
-    dynamo: Any = torch._dynamo
-    if not getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
-        return
-    dynamo.config.skip_nnmodule_hook_guards = False
-    if dynamo.convert_frame.input_codes.seen:  # compiled while hooks were ignored
-        dynamo.reset_code_caches()
+    def __init__(self, why: str) -> None:
+        self.why = why
 
 
-def ignores_hooks() -> bool:
-    """Whether compiled models would ignore hooks again, because somebody has set it so since."""
-    import torch._dynamo
+def take_apart(output: Any) -> tuple[list[Tensor], str]:
+    """Plain tensors that an output can be made from again, and how; traced by Dynamo."""
+    values = first_tensor(output)
+    if isinstance(values, PackedSequence):
+        parts = [values.data.detach(), values.batch_sizes]
+        if values.sorted_indices is not None and values.unsorted_indices is not None:
+            parts += [values.sorted_indices, values.unsorted_indices]
+        return parts, "packed"
+    if values is None:
+        return [], f"expected a floating tensor in the output, got {type(output).__name__}"
+    if not is_known(type(values)):
+        return [], f"a compiled layer whose output is a {type(values).__name__} cannot be observed"
+    if values.is_nested and values.layout == torch.jagged:
+        nested: Any = values
+        lengths = nested.lengths()
+        parts = [nested.values().detach(), nested.offsets()]
+        return (parts if lengths is None else [*parts, lengths]), f"jagged {jagged_dim(values)}"
+    if values.layout != torch.strided or values.is_nested:
+        return [], f"a compiled layer whose output is {values.layout} cannot be observed"
+    return [values.detach()], "tensor"
 
-    return bool(getattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False))
+
+def put_together(parts: list[Tensor], kind: str) -> Any:
+    """What :func:`take_apart` has taken apart."""
+    if kind == "tensor":
+        return parts[0]
+    if kind == "packed":
+        return PackedSequence(*parts)
+    if kind == "nothing":
+        return None
+    if kind.startswith("jagged "):
+        values, offsets, *lengths = parts
+        dim = int(kind.removeprefix("jagged "))
+        return jagged(values, offsets, lengths[0] if lengths else None, dim)
+    return Unobservable(kind)
+
+
+# The compiler is to leave outputs in the layout that it would choose without us, and out of captured CUDA
+# graphs.
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
+
+
+@torch.library.custom_op("spectralmetrics::see", mutates_args=("ticket",), tags=_TAGS)
+def see(parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str) -> None:
+    """Show an observer what :func:`take_apart` has returned; compilers do not look inside."""
+    # Checkpoints save the ticket like any input, and check in backward that it has not been changed: nor has
+    # it.
+    keep_version(ticket)
+    observer = _OBSERVERS.get(int(number))
+    if observer is not None:
+        observer.see_compiled(parts, kind)
+
+
+@see.register_fake
+def _(parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str) -> None:
+    return None
+
+
+@see.register_vmap
+def _(
+    info: Any, in_dims: Any, parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str
+) -> tuple[None, None]:
+    return None, None  # values that stand for others are no observations

@@ -8,10 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-# Hooks by number, and what PyTorch notes of each by the same number.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_NOTES = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-
+from spectralmetrics.torch_private import HOOK_NOTES, HOOKS
 
 Handles: TypeAlias = list[tuple[weakref.ref[nn.Module], Any]]
 """Of hooks, with the module that each is on."""
@@ -19,6 +16,14 @@ Handles: TypeAlias = list[tuple[weakref.ref[nn.Module], Any]]
 
 class OwnHook:
     """Marks hooks that stay with the module they were made for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # the first thing that TorchScript asks a hook
+            raise AttributeError(
+                "torch.jit.script cannot compile a model with the hooks of a LayerProbe or LayerSimilarity:"
+                " call its remove(), script the model, and probe the model that is not scripted"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class _Way:
@@ -94,18 +99,17 @@ def take_off(handles: Handles) -> None:
 
 def _own_hooks(module: nn.Module) -> set[int]:
     """Our hooks on a module, by number."""
-    return {
-        number for name in _HOOKS for number, hook in vars(module)[name].items() if isinstance(hook, OwnHook)
-    }
+    hooks = (item for name in HOOKS for item in vars(module).get(name, {}).items())
+    return {number for number, hook in hooks if isinstance(hook, OwnHook)}
 
 
 def _without_own(attributes: Any, module: nn.Module) -> Any:
     """The attributes of a module, or of a copy of it, without what is ours; anything else as it is."""
-    if not isinstance(attributes, dict) or _HOOKS[0] not in attributes:
+    if not isinstance(attributes, dict) or HOOKS[0] not in attributes:
         return attributes
     own = _own_hooks(module)
     kept = {name: value for name, value in attributes.items() if not isinstance(value, _Way)}
-    for name in (*_HOOKS, *_NOTES):
+    for name in (*HOOKS, *HOOK_NOTES):
         if own & set(kept.get(name, ())):
             kept[name] = OrderedDict((n, value) for n, value in kept[name].items() if n not in own)
     return kept

@@ -7,7 +7,7 @@ none: the graph is the user's own and this.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import inspect
 import logging
 import warnings
 import weakref
@@ -16,14 +16,32 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import _disable_current_modes
 
-from spectralmetrics.probing.compilation import heed_hooks
+from spectralmetrics.probing.compilation import (
+    CAN_BE_COMPILED,
+    TICKET,
+    Unobservable,
+    number_of,
+    put_together,
+    see,
+    take_apart,
+)
 from spectralmetrics.probing.copies import Handles, OwnHook, leave_out_of_copies, take_off
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.sums import no_autocast
+from spectralmetrics.torch_private import (
+    has_modes,
+    heed_hooks,
+    is_exporting,
+    is_fake,
+    is_tracing,
+    is_transformed,
+    renumber,
+    set_grad_enabled,
+    skip_frames,
+    without_modes,
+)
 
 _logger = logging.getLogger("spectralmetrics")
 
@@ -31,13 +49,7 @@ Select = Callable[[Any], Any]
 Observe = Callable[[nn.Module, Any, bool, Select | None], None]
 """Takes a module, its output, its training flag, and what the output has yet to go through."""
 
-# By number, which is all that an operation can be given.
-_OBSERVERS: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
-# The operation is said to change this one tensor, and so is never left out, done twice, or put before another.
-_TICKET = torch.zeros((), dtype=torch.int64, device="cpu").add_(0)
-_NOTHING = torch.zeros((), device="cpu")
+_SELECTED = "selected "  # begins the kind of an output of which a function of the user's has returned a part
 
 
 class Hooks:
@@ -47,17 +59,19 @@ class Hooks:
 
     Args:
         owner: what they are for; kept alive by none of them if what they call is :class:`Weakly`.
+        model: whose layers they are on; not kept alive.
     """
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, model: nn.Module | None = None) -> None:
         self._handles: Handles = []
+        self._model = None if model is None else weakref.ref(model)
         finalizer = weakref.finalize(owner, take_off, self._handles)
         finalizer.atexit = False  # at the end of the program there is nothing left to clean
         heed_hooks()
 
     def before(self, module: nn.Module, observe: Observe, *, looks: bool = False) -> None:
         """Have it told that a forward of a module begins, or, if it looks, be shown the arguments."""
-        hook = Entering(Observer(module, observe, looks=looks))
+        hook = Entering(module, Observer(module, observe, looks=looks))
         self._note(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def behind(
@@ -76,6 +90,11 @@ class Hooks:
         hook = Observer(module, observe, select, looks=looks)
         self._note(module, module.register_forward_hook(hook, always_call=always_call))
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose layers these are on, if it is there."""
+        return None if self._model is None else self._model()
+
     def take_off(self) -> None:
         """Remove them all, and leave nothing of ours on the modules."""
         take_off(self._handles)
@@ -84,9 +103,10 @@ class Hooks:
         return len(self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_handles": []}
+        return {"_handles": [], "_model": None}
 
     def _note(self, module: nn.Module, handle: Any) -> None:
+        renumber(handle)
         self._handles.append((weakref.ref(module), handle))
         leave_out_of_copies(module)
 
@@ -123,74 +143,66 @@ class Observer(OwnHook):
         self._observe = observe
         self._select = select
         self._looks = looks
-        self._number = next(_NUMBERS)
-        _OBSERVERS[self._number] = self
+        self._number = number_of(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """See ``torch.nn.Module.register_forward_hook``."""
         if not torch.compiler.is_compiling():
             self._observe(module, output, module.training, self._select)
-        elif not _is_exporting():
-            values: Any = _NOTHING
-            if self._looks:
-                values = first_tensor(output if self._select is None else self._select(output))
-            if isinstance(values, Tensor):
-                _see_compiled(values.detach(), _TICKET, self._number, module.training)
+        elif CAN_BE_COMPILED and not is_exporting():
+            # Nothing else of the module or of us is looked at here: the graph would be guarded by it.
+            if not self._looks:
+                see([], TICKET, self._number, "nothing")
+                return
+            if self._select is None or isinstance(output, Tensor):
+                parts, kind = take_apart(output)
+            else:
+                parts, kind = take_apart(self._select(output))
+                kind = _SELECTED + kind
+            see(parts, TICKET, self._number, kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For the few classes that copy themselves, see `copies`: a function of the standard library that takes
         # any three arguments and does nothing.
         return getattr, (contextlib.nullcontext(), "__exit__")
 
-    def see_compiled(self, output: Tensor, training: bool) -> None:
-        """Pass on what a compiled module has put out."""
+    def see_compiled(self, parts: list[Tensor], kind: str) -> None:
+        """Pass on what a compiled module has put out, as :func:`take_apart` has taken it apart."""
         module = self._module()
         if module is not None:
-            self._observe(module, output, training, None)
+            select = None if kind.startswith(_SELECTED) else self._select
+            try:
+                output = put_together(parts, kind.removeprefix(_SELECTED))
+            except Exception as error:  # nothing that happens here may end a forward
+                output = Unobservable(f"{type(error).__name__}: {error}")
+            self._observe(module, output, module.training, select)
 
 
 class Entering(OwnHook):
-    """A forward pre-hook of one module, which shows an observer the arguments, positional ones first.
+    """A forward pre-hook of one module, which shows an observer the arguments in the order of its signature.
 
     Args:
+        module: that it will be put on.
         observer: one that has been put on the module's forward nowhere.
     """
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, module: nn.Module, observer: Observer) -> None:
         self._observer = observer
+        try:
+            self._names = tuple(inspect.signature(module.forward).parameters)
+        except (TypeError, ValueError):  # not written in Python
+            self._names = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """See ``torch.nn.Module.register_forward_pre_hook``."""
+        if len(kwargs) > 1:  # in the order of the call
+            kwargs = {**{name: kwargs[name] for name in self._names if name in kwargs}, **kwargs}
         self._observer(module, args, (args, kwargs))
 
 
-# The compiler is to leave outputs in the layout that it would choose without us, and out of captured CUDA
-# graphs.
-_TAGS = tuple(
-    getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)
-)
-
-
-@torch.library.custom_op("spectralmetrics::see", mutates_args=("ticket",), tags=_TAGS)
-def _see_compiled(output: Tensor, ticket: Tensor, number: int, training: bool) -> None:
-    # Checkpoints save the ticket like any input, and check in backward that it has not been changed: nor has
-    # it.
-    torch._C._autograd._unsafe_set_version_counter((ticket,), (1,))
-    observer = _OBSERVERS.get(number)
-    if observer is not None:
-        observer.see_compiled(output, training)
-
-
-@_see_compiled.register_fake
-def _(output: Tensor, ticket: Tensor, number: int, training: bool) -> None:
-    return None
-
-
-@_see_compiled.register_vmap
-def _(
-    info: Any, in_dims: Any, output: Tensor, ticket: Tensor, number: int, training: bool
-) -> tuple[None, None]:
-    return None, None  # values that stand for others are no observations
+# Where Dynamo does not look into the hooks, as behind its graph breaks, they run as in eager code.
+skip_frames(Observer.__call__.__code__)
+skip_frames(Entering.__call__.__code__)
 
 
 def tell(message: str) -> None:
@@ -203,16 +215,16 @@ def tell(message: str) -> None:
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
     """Whether a model is run, is transformed by ``torch.func``, or is traced or planned."""
-    if torch._C._is_tracing() or isinstance(output, torch.fx.Proxy):
+    if is_tracing() or isinstance(output, torch.fx.Proxy):
         return "traced"
     values = output if type(output) is Tensor else first_tensor(output)
     if isinstance(values, PackedSequence):
         values = values.data
     if values is None:
         return "run"
-    if torch._C._functorch.is_functorch_wrapped_tensor(values):
+    if is_transformed(values):
         return "transformed"
-    return "traced" if values.is_meta or isinstance(values, FakeTensor) else "run"
+    return "traced" if is_fake(values) else "run"
 
 
 class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a class because it is entered often
@@ -227,23 +239,24 @@ class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a 
     """
 
     def __init__(self, output: Any) -> None:
-        self._device = output.device.type if isinstance(output, Tensor) else "cpu"
+        device = output.device.type if isinstance(output, Tensor) else "cpu"
+        self._device = device if device == "cpu" or torch.amp.is_autocast_available(device) else "cpu"
         self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
         self._had_grad = torch.is_grad_enabled()
-        modes = torch._C._len_torch_dispatch_stack()
+        modes = has_modes()
         is_cast = torch.is_autocast_enabled(self._device)
         if modes or is_cast or torch.is_inference_mode_enabled():
             self._stack = contextlib.ExitStack()
             if modes:
                 # Selective checkpointing records every operation of the forward, to replay it in backward.
-                self._stack.enter_context(_disable_current_modes())
+                self._stack.enter_context(without_modes())
             self._stack.enter_context(torch.inference_mode(False))
             self._stack.enter_context(no_autocast(self._device))
-        torch._C._set_grad_enabled(False)
+        set_grad_enabled(False)
 
     def __exit__(self, *exception: object) -> None:
-        torch._C._set_grad_enabled(self._had_grad)
+        set_grad_enabled(self._had_grad)
         if self._stack is not None:
             self._stack.close()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectralmetrics.layers import is_time_first, kind_of
 from spectralmetrics.probing.selection import named_modules, unwrap
+from spectralmetrics.torch_private import children_of
 
 
 class Clue(NamedTuple):
@@ -197,9 +198,9 @@ def _surroundings(path: str, modules: Mapping[str, nn.Module], of_inputs: bool) 
 
 def _beside(outer: nn.Module, own: str) -> tuple[list[nn.Module], list[nn.Module]]:
     """The parts of a module that come before one of them, the closest first, and those that come after."""
-    names = list(outer._modules)
-    parts = [unwrap(part) if part is not None else nn.Identity() for part in outer._modules.values()]
-    index = names.index(own)
+    children = children_of(outer)
+    parts = [unwrap(part) if part is not None else nn.Identity() for part in children.values()]
+    index = list(children).index(own)
     return parts[:index][::-1], parts[index + 1 :]
 
 

@@ -17,6 +17,7 @@ from spectralmetrics.probing.layout import FeatureDim, Found, dim_of
 from spectralmetrics.probing.sampling import draw  # noqa: F401  # where 0.1.0 had it
 from spectralmetrics.sums import Observations
 from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.torch_private import is_known
 
 FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
 Sequences = Literal["timesteps", "last", "mean", "flatten"]
@@ -207,7 +208,9 @@ def first_tensor(output: Any) -> Tensor | PackedSequence | None:
 
 def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequence | None:
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        # What is called on a subclass while a graph is traced may end it.
+        is_unknown = torch.compiler.is_compiling() and not is_known(type(output))
+        return output if is_unknown or output.is_floating_point() else None
     if isinstance(output, PackedSequence):  # itself a tuple
         return output if output.data.is_floating_point() else None
     # A compiler does not know how to compare tuples by identity, and what it traces ends.

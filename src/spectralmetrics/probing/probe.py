@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,15 @@ class _Limit:
         return self if probe is None else getattr(probe._limits, self._name)
 
     def __set__(self, probe: LayerProbe, value: Any) -> None:
+        replace(probe._limits, **{self._name: value})  # refuses what the constructor refuses
         setattr(probe._limits, self._name, value)
+        if self._name == "seed":
+            probe._steps.seed = value
+
+
+# What a probe is made of. Everything else that its constructor takes may be set later.
+_FIXED = {"model", "layers", "exclude", "feature_maps", "sequences", "max_map_size", "interpolation", "select"}
+_FIXED |= {"folds", "batch_first", "observe", "rule"}
 
 
 class LayerProbe(nn.Module):
@@ -141,14 +150,18 @@ class LayerProbe(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(unwrap(model), torch.jit.ScriptModule):
+            raise RuntimeError(
+                f"expected a model that is neither scripted nor traced, got {type(unwrap(model)).__name__}: its"
+                " layers call no hooks; probe the model that torch.jit was given"
+            )
         check_positive_integer("every_n_steps", every_n_steps)
         self._limits = Limits(max_samples, rows_per_feature, max_features, sketch_size, seed)
         if batch_first not in (True, False, None):
             raise ValueError(f"expected batch_first to be True, False or None, got {batch_first!r}")
         if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
             raise TypeError(f"expected select to be a dict of patterns and functions, got {select!r}")
-        if budget is not None and not (isinstance(budget, numbers.Real) and 0 < budget < 1):
-            raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
+        _check_budget(budget)
         if observe not in ("outputs", "inputs"):
             raise ValueError(f"expected observe among ('outputs', 'inputs'), got {observe!r}")
         if observe == "inputs" and select:
@@ -159,9 +172,6 @@ class LayerProbe(nn.Module):
         self.rule = ObservationRule(
             feature_maps, sequences, max_map_size, interpolation, of_inputs=observe == "inputs"
         )
-        self.every_n_steps = every_n_steps
-        self.budget = budget
-
         chosen = select_layers(model, layers, exclude)
         functions = {
             module: function
@@ -193,23 +203,35 @@ class LayerProbe(nn.Module):
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         self._router = Router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
         self.facts = self._router.facts
-        self._hooks = Hooks(self)
+        self._deals = deals
+        self._hooks = Hooks(self, unwrap(model))
         try:
-            self._watch(unwrap(model), chosen, selected, deals)
+            self._watch(chosen, selected)
         except BaseException:
             self.remove()
             raise
 
-    def _watch(
-        self, model: nn.Module, chosen: Mapping[str, nn.Module], selected: Mapping[str, Select], deals: bool
-    ) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "_router" in self.__dict__:
+            raise AttributeError(
+                f"{name!r} is chosen when a LayerProbe is made and cannot change later: call remove() and make"
+                " another one"
+            )
+        super().__setattr__(name, value)
+
+    def _watch(self, chosen: Mapping[str, nn.Module], selected: Mapping[str, Select]) -> None:
         for name, module in chosen.items():
             observe = Weakly(self._router.observe, name)
             if self.observe == "inputs":
                 self._hooks.before(module, observe, looks=True)
             else:
                 self._hooks.behind(module, observe, selected.get(name))
-        if self._steps.leaves_out or deals:
+        self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """Put hooks on the model itself, as soon as it matters where its forwards begin and end."""
+        model = self._hooks.model
+        if self._hooks and model is not None and (self._steps.leaves_out or self._deals):
             self._steps.watch(model, self._hooks)
 
     # -- what the user sees ------------------------------------------------------------------------------
@@ -219,6 +241,28 @@ class LayerProbe(nn.Module):
         """The probed layers: those that have run, in the order of their first run, then the rest."""
         order = self._router.order
         return order + [name for name in self._layers if name not in order]
+
+    @property
+    def every_n_steps(self) -> int:
+        """One of so many forwards of the model is observed; may be set at any time."""
+        return self._steps.every
+
+    @every_n_steps.setter
+    def every_n_steps(self, every_n_steps: int) -> None:
+        check_positive_integer("every_n_steps", every_n_steps)
+        self._steps.every = every_n_steps
+        self._watch_steps()
+
+    @property
+    def budget(self) -> float | None:
+        """The share of the time that the probe may take, None for all it needs; may be set at any time."""
+        return None if self._steps.budget is None else self._steps.budget.share
+
+    @budget.setter
+    def budget(self, budget: float | None) -> None:
+        _check_budget(budget)
+        self._steps.budget = None if budget is None else Budget(budget, self.seed)
+        self._watch_steps()
 
     @property
     def statistics(self) -> dict[str, Metric]:
@@ -574,6 +618,11 @@ class LayerProbe(nn.Module):
         elif self._is_persistent:
             missing_keys.append(prefix + "progress")  # saved from a probe that was not persistent
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+
+
+def _check_budget(budget: float | None) -> None:
+    if budget is not None and not (isinstance(budget, numbers.Real) and 0 < budget < 1):
+        raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
 
 
 def _keeps_interval(metric: Any) -> bool:

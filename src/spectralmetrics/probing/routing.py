@@ -12,10 +12,10 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.facts import LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.labelling import Labels
@@ -25,6 +25,7 @@ from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums.checks import check_positive_integer, check_seed
+from spectralmetrics.torch_private import in_backward
 
 _NOT_MEASURING = contextlib.nullcontext()
 
@@ -101,7 +102,7 @@ class Router:
         """What the hooks call; nothing that happens here may end a forward."""
         # In backward this is a checkpoint's recomputation, and the forward has been counted. Inside `select` or
         # another library's metric the model is not the user's run.
-        if self.paused or torch._C._current_graph_task_id() != -1 or getattr(self._thread, "observing", False):
+        if self.paused or in_backward() or getattr(self._thread, "observing", False):
             return
         stage = self._steps.stage_of(training)
         if stage is None:
@@ -116,9 +117,11 @@ class Router:
                 with self._measuring(of_layer.stage, output), undisturbed(output):
                     self._observe_output(of_layer, module, output, select)
             except Exception as error:
+                is_news = not of_layer.given_up
                 kind = "" if isinstance(error, _LeftOut) else f"{type(error).__name__}: "
                 of_layer.given_up = f"{kind}{error}"
-                tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
+                if is_news:
+                    tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
             finally:
                 self._thread.observing = False
 
@@ -147,6 +150,8 @@ class Router:
             self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
         if of_layer.given_up or of_layer.too_wide:
             return
+        if isinstance(output, Unobservable):
+            raise _LeftOut(output.why)
         if self._steps.leaves_out and not self._steps.observes(of_layer.stage, name, forward):
             return
         if limits.max_samples is not None and of_layer.samples >= limits.max_samples:

@@ -11,6 +11,7 @@ from torch import nn
 
 from spectralmetrics.layers import default_layers
 from spectralmetrics.sums.checks import check_type
+from spectralmetrics.torch_private import COMPILED, compiled_from
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Selectors: TypeAlias = Selector | Sequence[Selector]
@@ -71,7 +72,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := compiled_from(model)) is not None:
             model = inner
         else:
             return model
@@ -84,9 +85,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     modules = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            continue  # a compiled part: the module inside it comes next, under the name without `_orig_mod`
-        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if compiled_from(module) is not None:
+            continue  # a compiled part: the module inside it comes next, under the name without this
+        name = ".".join(part for part in name.split(".") if part != COMPILED)
         modules[name or type(model).__name__] = module
     return modules
 
@@ -113,8 +114,9 @@ def _matches(modules: dict[str, nn.Module], selector: Selector) -> set[str]:
         raise TypeError(f"expected a pattern, a module type or a callable to select layers, got {selector!r}")
     if not found:
         raise ValueError(f"no layer matches {_describe(selector)}{_suggestion(modules, selector)}")
+    root = next(iter(modules.values()))
     uncalled = {
-        f"{name}.{inner}"
+        inner if module is root else f"{name}.{inner}"
         for name, module in modules.items()
         if isinstance(module, nn.MultiheadAttention)
         for inner, _ in module.named_modules()

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
+from spectralmetrics.torch_private import in_backward
 
 
 @dataclass
@@ -52,11 +52,12 @@ class Steps:
         self.budget = budget
         self.counts = {"train": 0, "eval": 0}  # since the last reset
         self.epochs = {"train": 0, "eval": 0}  # resets so far
+        self._is_watching = False
         self._thread = threading.local()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of the model begins."""
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation
+        if in_backward():  # a checkpoint's recomputation
             return
         stage = self.stage_of(training)
         if stage is None:
@@ -72,7 +73,7 @@ class Steps:
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self._thread.current = None
 
     def groups(self) -> dict[int, int]:
@@ -107,7 +108,10 @@ class Steps:
         self.epochs[stage] += 1
 
     def watch(self, model: nn.Module, hooks: Hooks) -> None:
-        """Put hooks on the model. To be called after its layers have theirs."""
+        """Put hooks on the model, once. To be called after its layers have theirs."""
+        if self._is_watching:
+            return
+        self._is_watching = True
         hooks.before(model, self.enter)
         hooks.behind(model, self.leave, looks=False, always_call=True)
 

@@ -120,7 +120,8 @@ class InsertedProjections(Sequence[PCAProjection]):
         for layer, _, handle in self._behind.values():
             if handle is not None:
                 handle.remove()
-            layer._modules.pop(_NAME, None)
+            with contextlib.suppress(AttributeError):
+                delattr(layer, _NAME)
         self._behind = {}
 
     def __repr__(self) -> str:

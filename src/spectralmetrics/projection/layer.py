@@ -16,8 +16,8 @@ from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
-from spectralmetrics.projection.transforms import outside_transforms, untransformed
 from spectralmetrics.sums import SpectralSum, full_precision, run_together
+from spectralmetrics.torch_private import in_backward, outside_transforms, untraced, untransformed
 
 
 class PCAProjection(nn.Module):
@@ -226,9 +226,9 @@ class PCAProjection(nn.Module):
         self._spectrum = None
         self._projectors = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _observe(self, input: Tensor, dim: int) -> None:
-        if torch._C._current_graph_task_id() != -1:  # in backward: a checkpoint's recomputation
+        if in_backward():  # in backward: a checkpoint's recomputation
             return
         found = untransformed(input, dim)
         if found is None:
@@ -260,7 +260,7 @@ class PCAProjection(nn.Module):
                 result = _multiply(centred, directions, dim)
         return result.to(input.dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _projector(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
         """Directions (D, k), mean (D,), and False; if D − k are fewer, the directions left out, and True."""
         if (device, dtype) not in self._projectors:

@@ -1,0 +1,370 @@
+"""Every use of what PyTorch does not promise: the releases each was seen in, and what is done without it.
+
+Looked at in the sources of torch 2.8 and 2.13, and run there. Without a name that is missing, eager
+models are observed all the same; :func:`missing_for_compiled` says what a compiled model then lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from types import CodeType, ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.module_tracker import ModuleTracker
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _find(path: str, default: Any = None, root: Any = torch) -> Any:
+    """What is found under a dotted path from ``torch`` or another root; a default if nothing is."""
+    found = root
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return default
+    return found
+
+
+# -- backward, tracing, modes ---------------------------------------------------------------------------------
+
+# Public, `torch.utils.module_tracker.ModuleTracker.is_bw`: the tracker is never entered, and puts no hooks
+# anywhere. It reads `torch._C._current_graph_task_id() != -1`.
+_TRACKER = ModuleTracker()
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, where a checkpoint's recomputation calls hooks again."""
+    return bool(_TRACKER.is_bw)
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` runs the model; public, and untyped there."""
+    jit: Any = torch.jit
+    return bool(jit.is_tracing())
+
+
+# `torch._C._len_torch_dispatch_stack` and `torch.utils._python_dispatch._disable_current_modes`, 2.8 to 2.13.
+# Without them selective checkpointing records what a probe computes, and an ambient FakeTensorMode gets it.
+_num_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
+
+
+def has_modes() -> bool:
+    """Whether somebody listens to every operation, such as selective checkpointing or ``FakeTensorMode``."""
+    return _num_modes() > 0
+
+
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """Inside, nobody listens to operations."""
+    disable = _find("utils._python_dispatch._disable_current_modes", contextlib.nullcontext)
+    found: contextlib.AbstractContextManager[Any] = disable()
+    return found
+
+
+# `torch._C._set_grad_enabled`, 2.8 to 2.13: a tenth of the time that `torch.set_grad_enabled` takes, which
+# stands in.
+set_grad_enabled: Callable[[bool], Any] = _find("_C._set_grad_enabled", torch.set_grad_enabled)
+
+
+def is_fake(values: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: on the meta device, or planned by ``FakeTensorMode``."""
+    # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.13. Without it a model that is planned with fake
+    # tensors is told to be not observed any more.
+    if values.is_meta:
+        return True
+    return type(values) is not Tensor and isinstance(values, _find("_subclasses.fake_tensor.FakeTensor", ()))
+
+
+# -- torch.func -----------------------------------------------------------------------------------------------
+
+# `torch._C._functorch` and `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`, 2.8 to 2.13.
+# Without them what runs inside transforms of `torch.func` counts as any other forward, and the layer is left
+# out with words as soon as that fails.
+_functorch: Any = _find("_C._functorch")
+is_transformed: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_functorch_wrapped_tensor", lambda values: False
+)
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[object]:
+    """Inside, PyTorch does not know of the transforms that are under way.
+
+    A transform refuses to change a tensor that it was not given, such as a sum that goes on from forward to
+    forward, and would wrap what is computed to be kept.
+    """
+    clear = _find("_functorch.pyfunctorch.temporarily_clear_interpreter_stack", contextlib.nullcontext)
+    found: contextlib.AbstractContextManager[object] = clear()
+    return found
+
+
+def untransformed(values: Tensor, dim: int) -> tuple[Tensor, int] | None:
+    """The values of a tensor under ``torch.func`` without its wrappers, and the place of a dimension in them.
+
+    Dimensions that ``vmap`` has hidden are in front, so that a forward of one sample at a time counts as many
+    rows as one of all samples together.
+
+    Args:
+        values: as a module gets them.
+        dim: not negative.
+
+    Returns:
+        None for a tensor without values, as while a graph is traced.
+
+    >>> seen = []
+    >>> def look(row):
+    ...     values, dim = untransformed(row, 0)
+    ...     seen.append((tuple(values.shape), dim))
+    ...     return row
+    >>> _ = torch.func.vmap(look)(torch.zeros(7, 3))
+    >>> seen
+    [((7, 3), 1)]
+    """
+    while is_transformed(values):
+        if _functorch.is_functionaltensor(values):
+            return None
+        is_batched = _functorch.is_batchedtensor(values)
+        hidden = _functorch.maybe_get_bdim(values) if is_batched else 0
+        values = _functorch.get_unwrapped(values)
+        if is_batched:
+            values, dim = values.movedim(hidden, 0), dim + 1
+    return values, dim
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces; Dynamo looks into this.
+
+    The flag itself, ``torch.compiler._is_exporting_flag``, 2.8 to 2.13: the public
+    ``torch.compiler.is_exporting()`` is the constant True for Dynamo in 2.8 to 2.11. Without the flag the
+    public function answers.
+    """
+    if _HAS_EXPORTING_FLAG:
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
+
+
+_HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+# `torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))`, 2.8 to 2.13.
+_set_version: Callable[..., None] | None = _find("_C._autograd._unsafe_set_version_counter")
+
+
+def keep_version(tensor: Tensor) -> None:
+    """Have autograd take it that a tensor, said to be changed by an operation, has not been changed."""
+    if _set_version is not None:
+        _set_version((tensor,), (1,))
+
+
+def missing_for_compiled() -> str:
+    """The private name without which compiled models cannot be observed; empty if there is none missing."""
+    return "torch._C._autograd._unsafe_set_version_counter" if _set_version is None else ""
+
+
+# `torch._C._dynamo.eval_frame.set_code_exec_strategy` and `_FrameExecStrategy`, 2.8 to 2.13, do what
+# `torch.compiler.disable` does without importing Dynamo, sympy and the rest (1.2 to 2.3 s of CPU).
+_frames: Any = _find("_C._dynamo.eval_frame")
+
+
+def skip_frames(code: CodeType) -> bool:
+    """Have Dynamo compile no frame of this code, nor what it calls, where it is called by code that runs.
+
+    Code that is traced looks into it all the same. Return False where that cannot be had: Dynamo then compiles
+    what it can of it.
+    """
+    try:
+        skip = _frames._FrameAction.SKIP
+        _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+def untraced(function: _Function) -> _Function:
+    """As ``torch.compiler.disable``, which imports Dynamo where this does not.
+
+    Dynamo goes by the attributes ``_torchdynamo_disable`` and ``_torchdynamo_disable_msg``, 2.8 to 2.13.
+    Without a way to skip the frames ``torch.compiler.disable`` is used.
+    """
+    if not skip_frames(function.__code__):
+        disabled: _Function = torch.compiler.disable(function)
+        return disabled
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = None  # type: ignore[attr-defined]
+    return function
+
+
+def heed_hooks() -> None:
+    """Have compiled models look whether they have hooks, from now on and in this process.
+
+    Unless it is told otherwise, Dynamo takes it that a module compiled without hooks never gets any, and that
+    all instances of a class have the same: a model probed later, or beside another instance of its class, would
+    run the graph of the unprobed one. ``torch._dynamo.config.skip_nnmodule_hook_guards``, 2.8 to 2.13, tells it
+    otherwise, for all models of the process, at the cost of a comparison per module and call. What was compiled
+    before is compiled anew when it runs next, once. Dynamo is not imported for it: it is told when somebody
+    imports it. A release without the setting is taken to heed hooks.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and not _find("__spec__._initializing", False, dynamo):
+        _have_hooks_heeded()
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported("torch._dynamo", _have_hooks_heeded))
+
+
+def ignores_hooks() -> bool:
+    """Whether compiled models would ignore hooks again, because somebody has set it so since."""
+    # `torch._dynamo` would import it.
+    return bool(_find("config.skip_nnmodule_hook_guards", False, sys.modules.get("torch._dynamo")))
+
+
+def _have_hooks_heeded() -> None:
+    dynamo: Any = sys.modules["torch._dynamo"]
+    if not ignores_hooks():
+        return
+    dynamo.config.skip_nnmodule_hook_guards = False
+    # `torch._dynamo.convert_frame.input_codes.seen` and `torch._dynamo.reset_code_caches`, 2.8 to 2.13. Without
+    # them all that was compiled is forgotten, which is right and may be slow once.
+    compiled = _find("convert_frame.input_codes.seen", (None,), dynamo)
+    if compiled:  # while hooks were ignored
+        _find("reset_code_caches", torch.compiler.reset, dynamo)()
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Calls a function when a module has been imported, once."""
+
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
+        self._name = name
+        self._function = function
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """See ``importlib.abc.MetaPathFinder``."""
+        if fullname != self._name:
+            return None
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _AndThen(spec.loader, self._function)
+        return spec
+
+
+class _AndThen(importlib.abc.Loader):
+    """A loader that calls a function behind another's work; otherwise it is the other."""
+
+    def __init__(self, loader: importlib.abc.Loader, function: Callable[[], None]) -> None:
+        self._loader = loader
+        self._function = function
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """See ``importlib.abc.Loader``."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See ``importlib.abc.Loader``."""
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._function()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+# -- nn.Module ------------------------------------------------------------------------------------------------
+
+# The attributes of `nn.Module` that hold hooks by number, and what it notes of each by the same number; 2.8 to
+# 2.13. What is missing holds none of ours.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOK_NOTES = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def renumber(handle: RemovableHandle) -> None:
+    """Give a hook a number that the next on its module, or one on another module, has had as well.
+
+    PyTorch counts hooks up, and Dynamo guards a graph by the numbers of hooks that take keywords or are always
+    called, and until 2.8 by all: each probe of a model would compile it anew. The handle goes by its attributes
+    ``id``, ``hooks_dict_ref`` and ``extra_dict_ref``, 2.8 to 2.13; without them the number stays.
+    """
+    try:
+        dicts = [ref() for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
+    except AttributeError:
+        return
+    own = handle.id
+    number = next(n for n in itertools.count(-1, -1) if not any(n in each for each in dicts if each))
+    for each in dicts:
+        if each is not None and own in each:
+            items = [(number if key == own else key, value) for key, value in each.items()]
+            each.clear()
+            each.update(items)
+    handle.id = number
+
+
+# The name of the module inside one that `torch.compile` returns, 2.8 to 2.13. Where it has another, the names
+# of a compiled model's layers begin with that.
+COMPILED = "_orig_mod"
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """The module that ``torch.compile`` has wrapped; None for any other module."""
+    inner = getattr(module, COMPILED, None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """What is registered in a module, with what is None or registered twice.
+
+    ``_modules``, 2.8 to 2.13; ``named_children`` leaves these two out, and stands in.
+    """
+    return dict(getattr(module, "_modules", None) or module.named_children())
+
+
+# -- jagged tensors -------------------------------------------------------------------------------------------
+
+
+# `torch.nested._internal.nested_tensor.NestedTensor`, 2.8 to 2.13. Without it compiled layers that put out
+# jagged tensors are left out.
+_KNOWN = (Tensor, nn.Parameter, _find("nested._internal.nested_tensor.NestedTensor", Tensor))
+
+
+def is_known(kind: type) -> bool:
+    """Whether a class of tensors is one of PyTorch's own, of which compiled code may ask anything."""
+    return kind in _KNOWN
+
+
+def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) -> Tensor:
+    """A nested tensor that looks into these values.
+
+    By ``torch.nested._internal.nested_tensor``, 2.8 to 2.13, since the public ``nested_tensor_from_jagged``,
+    which stands in, logs a warning of PyTorch's own in 2.13.
+    """
+    internal = _find("nested._internal.nested_tensor")
+    try:
+        view: Tensor
+        if lengths is None:
+            view = internal.nested_view_from_values_offsets(values, offsets, ragged_idx=dim)
+        else:
+            view = internal.nested_view_from_values_offsets_lengths(values, offsets, lengths, ragged_idx=dim)
+        return view
+    except (AttributeError, TypeError):
+        return torch.nested.nested_tensor_from_jagged(values, offsets, lengths, jagged_dim=dim)
+
+
+def jagged_dim(values: Tensor) -> int:
+    """The ragged dimension of a jagged nested tensor: ``_ragged_idx``, 2.8 to 2.13; 1 where it is not told."""
+    return int(getattr(values, "_ragged_idx", 1))
