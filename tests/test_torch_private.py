@@ -200,8 +200,8 @@ def test_children_and_compiled_modules():
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_module("nothing", None)
     assert torch_private.children_of(model) == {"0": model[0], "nothing": None}
-    assert torch_private.compiled_from(torch.compile(model)) is model
-    assert torch_private.compiled_from(model) is None
+    assert torch_private.wrapped_in(torch.compile(model)) is model
+    assert torch_private.wrapped_in(model) is None
 
 
 GONE = {

@@ -315,15 +315,30 @@ def renumber(handle: RemovableHandle) -> None:
     handle.id = number
 
 
-# The name of the module inside one that `torch.compile` returns, 2.8 to 2.13. Where it has another, the names
-# of a compiled model's layers begin with that.
-COMPILED = "_orig_mod"
+# Wrappers by the module that defines them, and the attribute that holds what they wrap, 2.8 to 2.13. Those of
+# compilation, sharding and checkpoints are private; where they have other names, names of layers begin with
+# these. What has not been imported wraps nothing.
+_WRAPPERS = (
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
 
 
-def compiled_from(module: nn.Module) -> nn.Module | None:
-    """The module that ``torch.compile`` has wrapped; None for any other module."""
-    inner = getattr(module, COMPILED, None)
-    return inner if isinstance(inner, nn.Module) else None
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of PyTorch's own wraps; None for any other module, whatever its attributes are called."""
+    for defined_in, name, attribute in _WRAPPERS:
+        kind = getattr(sys.modules.get(defined_in), name, None)
+        if kind is not None and isinstance(module, kind):
+            inner = getattr(module, attribute, None)
+            return inner if isinstance(inner, nn.Module) else None
+    return None
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -332,6 +347,37 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     ``_modules``, 2.8 to 2.13; ``named_children`` leaves these two out, and stands in.
     """
     return dict(getattr(module, "_modules", None) or module.named_children())
+
+
+# -- torch.distributed ----------------------------------------------------------------------------------------
+
+_STAGE = "torch.distributed.pipelining.stage"
+# The method's name in 2.8 and in 2.13; without it what a stage makes up to learn shapes counts as data.
+_INFERENCES = ("_shape_inference", "_forward_metadata_inference")
+
+
+def is_inferring_shapes() -> bool:
+    """Whether a pipeline stage runs on uninitialised memory, to learn shapes; only frames tell.
+
+    >>> is_inferring_shapes()
+    False
+    """
+    if _STAGE not in sys.modules:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _INFERENCES and frame.f_globals.get("__name__") == _STAGE:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def default_store() -> Any:
+    """The store by which the processes of the default group found each other; an AttributeError without one.
+
+    ``torch.distributed.distributed_c10d._get_default_store``, 2.8 to 2.13.
+    """
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 # -- jagged tensors -------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
-from spectralmetrics.functional import together
+from spectralmetrics.probing import merging
 from spectralmetrics.recording.writers.csv import read_rows
-from spectralmetrics.sums import moments as merging
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows
@@ -26,7 +25,8 @@ from tests.sums.toy import CrestFactorMetric, crest_factor
 def counted_collectives():
     """The number of elements of every collective inside."""
     seen = []
-    names = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier")
+    names = ("all_reduce", "reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "barrier")
+    names += ("broadcast", "all_to_all_single")
     originals = {name: getattr(dist, name) for name in names}
 
     def wrap(name):
@@ -44,6 +44,19 @@ def counted_collectives():
     finally:
         for name in names:
             setattr(dist, name, originals[name])
+
+
+# What a probe of small layers takes: flags; widths, origins and sums; the size of the values, and the values.
+PROBE = ["all_reduce"] * 3 + ["reduce"] + ["all_reduce"] * 2
+DIFFERING = (
+    PROBE[:1] + ["all_reduce"] * 2 + PROBE[1:]
+)  # where processes have seen other layers: what each has seen
+METRIC = ["all_reduce"] * 3  # widths, origins, sums
+
+
+def of_several(world, names):
+    """A process by itself has nobody to ask."""
+    return names if world > 1 else []
 
 
 def shares(world, without, *, far):
@@ -98,20 +111,15 @@ def every_statistic_equals_that_of_one_process(rank, world):
 def the_covariance_is_exact_far_from_zero(rank, world):
     from tests.oracles import relative_error, two_pass_covariance
 
-    for limit in (merging.MOST_PROCESSES_WITH_TABLES, 0):  # with tables of origins, and with one agreed on
-        kept, merging.MOST_PROCESSES_WITH_TABLES = merging.MOST_PROCESSES_WITH_TABLES, limit
-        try:
-            for mean in (0.0, 1e4, 1e8):
-                rows = random_rows(0, 2000, 9, mean=mean)
-                # Blocks of one distribution, of very different sizes.
-                sizes = [2000 - 10 * (world - 1)] + [10] * (world - 1)
-                metric = feed(sm.CovarianceMetric(), rows.split(sizes)[rank], 100)
-                assert relative_error(metric.compute(), two_pass_covariance(rows)) < 1e-9
-                parts = [random_rows(k, 300, 9, mean=mean * (-1) ** k) for k in range(world)]
-                metric = feed(sm.CovarianceMetric(), parts[rank], 100)
-                assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts))) < 1e-12
-        finally:
-            merging.MOST_PROCESSES_WITH_TABLES = kept
+    for mean in (0.0, 1e4, 1e8):
+        rows = random_rows(0, 2000, 9, mean=mean)
+        # Blocks of one distribution, of very different sizes.
+        sizes = [2000 - 10 * (world - 1)] + [10] * (world - 1)
+        metric = feed(sm.CovarianceMetric(), rows.split(sizes)[rank], 100)
+        assert relative_error(metric.compute(), two_pass_covariance(rows)) < 1e-9
+        parts = [random_rows(k, 300, 9, mean=mean * (-1) ** k) for k in range(world)]
+        metric = feed(sm.CovarianceMetric(), parts[rank], 100)
+        assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts))) < 1e-12
 
 
 def no_process_saw_anything(rank, world):
@@ -342,19 +350,10 @@ def a_single_metric_moves_packed_sums(rank, world):
     metric = feed(sm.SaturationMetric(), random_rows(rank, 30, features))
     with counted_collectives() as seen:
         metric.compute()
-    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
-    header, sums = (size for _, size in seen)
-    assert header == 2 * world
-    assert sums == features * (features + 1) // 2 + 1 + world * (2 * features + 1)
-    kept, merging.MOST_PROCESSES_WITH_TABLES = merging.MOST_PROCESSES_WITH_TABLES, 0
-    try:
-        metric.update(random_rows(rank, 30, features))
-        with counted_collectives() as seen:
-            metric.compute()
-    finally:
-        merging.MOST_PROCESSES_WITH_TABLES = kept
+    assert [name for name, _ in seen] == METRIC
     # Bounded, whatever the number of processes.
-    assert [size for _, size in seen][1:] == [features + 1, features * (features + 1) // 2 + features + 2]
+    triangle = features * (features + 1) // 2
+    assert [size for _, size in seen] == [2 * world, features + 1, triangle + features + 2]
 
 
 def a_collection_merges_its_sums_once(rank, world):
@@ -364,7 +363,7 @@ def a_collection_merges_its_sums_once(rank, world):
     collection.update(parts[rank][5:])
     with counted_collectives() as seen:
         values = collection.compute()
-    assert len([size for _, size in seen if size > 2 * world]) == 1
+    assert len([size for _, size in seen if size > 20]) == 1
     for name, value in values.items():
         assert_same(value, alone(getattr(sm, name), torch.cat(parts)))
     # One process goes on, the others do not: their merged result must not be taken for the new one.
@@ -388,7 +387,7 @@ class Experts(nn.Module):
         return self.experts[expert](self.shared(x).relu())
 
 
-def a_probe_merges_all_layers_in_two_collectives(rank, world):
+def a_probe_merges_all_layers_in_few_collectives(rank, world):
     parts = [random_rows(k, 30 + 7 * k, 6, mean=3.0 * k, dtype=torch.float32) for k in range(world)]
     metrics = [
         sm.SaturationMetric(),
@@ -405,7 +404,7 @@ def a_probe_merges_all_layers_in_two_collectives(rank, world):
     unseen = pytest.warns(UserWarning, match="saw nothing in eval") if world > 1 else contextlib.nullcontext()
     with counted_collectives() as seen, unseen:
         values = probe.compute()
-    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    assert [name for name, _ in seen] == of_several(world, DIFFERING)
     # The same on one process that sees everything.
     single = Experts(world)
     reference = sm.LayerProbe(single, [m.clone() for m in metrics])
@@ -430,7 +429,7 @@ def a_probe_merges_all_layers_in_two_collectives(rank, world):
     model.train()
     model(parts[rank], rank)
     total = 2 * sum(len(part) for part in parts)
-    with probe._merged([("train", "shared")]):
+    with probe.merged():
         assert int(probe["train", "shared"]["saturation"].count) == total
 
 
@@ -461,19 +460,22 @@ def folds_equal_one_process(rank, world):
                     one.update(sm.Observations(rows, group=fold))
                 with counted_collectives() as seen:
                     value = folded.compute()
-                assert [kind for kind, _ in seen] == ["all_reduce", "all_reduce"]
+                assert [kind for kind, _ in seen] == METRIC
                 assert_same(value, plain.compute(), 1e-9)
                 assert_same(value, one.compute(), 1e-9)
                 if name != "covariance":
                     with counted_collectives() as seen:
                         interval = folded.interval()
-                    assert len(seen) <= 2
+                    # Nothing has come since, which a process that never had anything cannot tell.
+                    assert [kind for kind, _ in seen] == (
+                        METRIC if without is not None and world > 1 else METRIC[:1]
+                    )
                     for mine, its in zip(interval, one.interval(), strict=True):
                         assert_same(mine, its, 1e-7 if far else 1e-9)
                 assert sum(folded.fold_count.tolist()) == len(parts[rank])  # this process' own again
 
 
-def intervals_of_a_probe_take_two_collectives(rank, world):
+def intervals_of_a_probe_take_few_collectives(rank, world):
     rows = [random_rows(k, 60 + 9 * k, 6, mean=2.0 * k) for k in range(world)]
     batches, of_folds = dealt(rows, [7 + k for k in range(world)], 4)
     metrics = [new() for name, new in VARIANTS.items() if name in ("saturation", "effective_rank", "spectrum")]
@@ -496,10 +498,11 @@ def intervals_of_a_probe_take_two_collectives(rank, world):
             alone(of_folds[(rank * 4 // world + turn) % 4])
     with counted_collectives() as seen:
         intervals = probe.intervals("eval")
-    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    assert [name for name, _ in seen] == of_several(world, PROBE)
     with counted_collectives() as seen:
         values = probe.compute("eval")
-    assert [name for name, _ in seen] == ["all_reduce"]  # nothing has come since, and one must tell
+    # Nothing has come since, and no sum travels.
+    assert [name for name, _ in seen] == of_several(world, [PROBE[0], *PROBE[4:]])
     expected = reference.compute("eval")
     for key, value in values.items():
         if "embedding" not in key:
@@ -741,7 +744,7 @@ def a_kind_of_sum_from_elsewhere_is_merged_like_ours(rank, world):
         model(parts[rank])
         with counted_collectives() as seen:
             values = probe.compute()
-        assert [name for name, _ in seen] == ["all_reduce"] * 2
+        assert [name for name, _ in seen] == of_several(world, PROBE if without is None else DIFFERING)
         assert_same(values["crest_factor/train/0"], crest_factor(model(everything).detach()))
 
 
@@ -766,7 +769,7 @@ def labels_equal_one_process(rank, world):
                         one.update(sm.Observations(each[0], group=fold), each[1])
                     with counted_collectives() as seen:
                         value = metric.compute()
-                    assert [kind for kind, _ in seen] == ["all_reduce", "all_reduce"]
+                    assert [kind for kind, _ in seen] == METRIC
                     assert_same(value, one.compute(), 1e-7 if far else 1e-9)
                     assert int(metric.count) == int((labels[rank] >= 0).sum())  # this process' own again
 
@@ -799,7 +802,7 @@ def labels_beside_a_model_on_some_processes(rank, world):
                         model(batch)
     with counted_collectives() as seen:
         values = probe.compute("eval")
-    assert [name for name, _ in seen] == ["all_reduce", "all_reduce"]
+    assert [name for name, _ in seen] == of_several(world, DIFFERING)
     assert len(values) == 3
     for key, expected in reference.compute("eval").items():
         assert_same(values[key], expected, 1e-9)
@@ -817,7 +820,7 @@ def sketches_equal_one_process(rank, world):
     expected = alone(sm.StableRankMetric, torch.cat(parts))
     with counted_collectives() as seen:
         low, high = mine.interval()
-    assert len(seen) in (0, 2)
+    assert [name for name, _ in seen] in ([], METRIC)
     assert low * (1 - 1e-9) <= expected <= high * (1 + 1e-9)
     whole.sync_on_compute = False
     whole._to_sync = False
@@ -834,13 +837,13 @@ def large_decompositions_are_shared(rank, world):
     metrics = [sm.SpectrumMetric(), sm.SaturationMetric()]
     generator = torch.Generator().manual_seed(rank)
     decomposed = []
-    original, threshold = torch.linalg.eigvalsh, together._WORTH_SHARING
+    original, threshold = torch.linalg.eigvalsh, merging._WORTH_SHARING
 
     def counting(matrix, *rest, **options):
         decomposed.extend([matrix.shape[-1]] * matrix[..., 0, 0].numel())
         return original(matrix, *rest, **options)
 
-    torch.linalg.eigvalsh, together._WORTH_SHARING = counting, 0.0
+    torch.linalg.eigvalsh, merging._WORTH_SHARING = counting, 0.0
     try:
         probe = sm.LayerProbe(model, metrics)
         with torch.no_grad():
@@ -859,7 +862,7 @@ def large_decompositions_are_shared(rank, world):
         assert probe.compute("eval").keys() == values.keys()
         assert not decomposed
     finally:
-        torch.linalg.eigvalsh, together._WORTH_SHARING = original, threshold
+        torch.linalg.eigvalsh, merging._WORTH_SHARING = original, threshold
 
 
 EVERYWHERE = [
@@ -878,9 +881,9 @@ EVERYWHERE = [
     the_sample_is_the_rows_with_the_smallest_keys_of_all,
     a_single_metric_moves_packed_sums,
     a_collection_merges_its_sums_once,
-    a_probe_merges_all_layers_in_two_collectives,
+    a_probe_merges_all_layers_in_few_collectives,
     folds_equal_one_process,
-    intervals_of_a_probe_take_two_collectives,
+    intervals_of_a_probe_take_few_collectives,
     replicas_fill_all_folds_alike,
     a_fold_that_is_empty_everywhere,
     data_parallel_training_is_bit_identical,

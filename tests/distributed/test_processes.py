@@ -14,14 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.distributed import scenarios
+from tests.distributed import scenarios, spread
 
-SCENARIOS = {
-    1: scenarios.EVERYWHERE,
-    2: scenarios.EVERYWHERE + scenarios.ON_TWO,
-    3: scenarios.EVERYWHERE,
-    4: scenarios.EVERYWHERE,
-}
+EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS
+SCENARIOS = {1: EVERYWHERE, 2: EVERYWHERE + scenarios.ON_TWO, 3: EVERYWHERE, 4: EVERYWHERE}
 
 
 def process(rank, world, folder):
@@ -62,7 +58,7 @@ def finished(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("scenario", scenarios.EVERYWHERE + scenarios.ON_TWO, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("scenario", EVERYWHERE + scenarios.ON_TWO, ids=lambda s: s.__name__)
 def test_scenario(finished, scenario):
     world, folder = finished
     if scenario not in SCENARIOS[world]:

@@ -23,7 +23,6 @@ from spectralmetrics.sums import (
     empty_reservoir,
     empty_sketch,
     kinds,
-    moments,
     together,
 )
 from tests.sums.streams import (
@@ -305,10 +304,6 @@ class TestMerging:
 
 
 class TestProcesses:
-    @pytest.fixture(params=[64, 0], ids=["tables", "common origin"], autouse=True)
-    def _limit(self, request, monkeypatch):
-        monkeypatch.setattr(moments, "MOST_PROCESSES_WITH_TABLES", request.param)
-
     @pytest.mark.parametrize("without", [None, 0, -1], ids=["all", "first empty", "last empty"])
     @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
     def test_all_get_the_sum_of_all(self, kind, world, without):

@@ -162,7 +162,7 @@ REQUIRED = {
     },
     InFolds: {"empty", "exchange", "intake", "merged", "total"},
     AboutOrigin: {
-        *("empty", "exchange", "intake", "num_features", "about", "squares"),
+        *("empty", "intake", "num_features", "about", "squares"),
         *("covariance", "eigenvalues", "eigenvectors"),
     },
     Intake: {"add"},

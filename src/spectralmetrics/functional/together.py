@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import eigenvalues, eigenvectors
-from spectralmetrics.sums.merging import communication_device
 
 Progress = Callable[[int, int], None]
 """Called with the number of spectra that have been decomposed, and of all that will be."""
 
-NO_GROUP: Any = object()
-"""In the place of a process group: this process does all by itself."""
-
 _HOST = torch.device("cpu")
-# Several processes share decompositions that cost as much together, about a second; see `_cost`.
-_WORTH_SHARING = 5e9
 # Memory for the matrices of a batch. LAPACK gains nothing from more than what saves calls; an accelerator does.
 _BATCH_BYTES = 2**20
 _ACCELERATOR_BATCH_BYTES = 2**28
@@ -38,9 +31,7 @@ class Wanted(NamedTuple):
     part: Literal["variances", "eigenvalues", "eigenvectors"]
 
 
-def decompose_together(
-    wanted: Iterable[Wanted], progress: Progress | None = None, group: Any = NO_GROUP
-) -> None:
+def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = None) -> None:
     """Read several spectra; what is small is brought to the memory of the CPU.
 
     How often a device is read depends on the number of different widths there, and not on that of the spectra.
@@ -49,15 +40,11 @@ def decompose_together(
         wanted: what to read; spectra may share their caches.
         progress: told after each batch. An exception raised there ends the work; what has been decomposed is
             kept.
-        group: a process group all of which want the same spectra of the same sums; None for the default group.
-            Each then decomposes some of the large ones, and the eigenvalues are exchanged in two collectives.
     """
     wanted = list(wanted)
     vectors = {each.spectrum.identity: each.spectrum for each in wanted if each.part == "eigenvectors"}
     values = {each.spectrum.identity: each.spectrum for each in wanted if each.part == "eigenvalues"}
     plain = [each for identity, each in values.items() if identity not in vectors]
-    if group is not NO_GROUP and sum(map(_cost, plain)) >= _WORTH_SHARING:
-        _share(plain, progress, group)
     todo = [(each, True) for each in vectors.values() if not each.knows("eigenvectors")]
     todo += [(each, False) for each in plain if not each.knows("eigenvalues")]
     done = 0
@@ -69,46 +56,6 @@ def decompose_together(
             progress(done, len(todo))
     _bring("eigenvalues", [*vectors.values(), *values.values()])
     _bring("variances", [each.spectrum for each in wanted if each.part == "variances"])
-
-
-def _share(spectra: Sequence[Spectrum], progress: Progress | None, group: Any) -> None:
-    """Decompose those that some process does not know, each on one process of the group.
-
-    Which those are is agreed on, or processes that have read different things before would wait for each other.
-    """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    device = communication_device(group)
-    unknown = torch.tensor(
-        [not each.knows("eigenvalues") for each in spectra], dtype=torch.float64, device="cpu"
-    )
-    unknown = unknown.to(device)
-    dist.all_reduce(unknown, group=group)
-    open_ones = [each for each, number in zip(spectra, unknown.tolist(), strict=True) if number]
-    # The dearest first, each to whoever has least to do.
-    loads = [0] * world
-    owners = {}
-    for place in sorted(range(len(open_ones)), key=lambda index: -_cost(open_ones[index])):
-        owners[place] = loads.index(min(loads))
-        loads[owners[place]] += _cost(open_ones[place])
-    mine = [place for place, owner in owners.items() if owner == rank]
-    parts = [torch.zeros(each.num_values, dtype=torch.float64, device=device) for each in open_ones]
-    for done, place in enumerate(mine, 1):
-        try:
-            parts[place] = open_ones[place].at(None).eigenvalues.to(device)
-        except (ValueError, RuntimeError):
-            parts[place].fill_(torch.nan)  # to be said by whoever reads it, on all processes alike
-        if progress is not None:
-            progress(done, len(mine))
-    packed = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device)
-    dist.all_reduce(packed, group=group)
-    for each, found in zip(open_ones, packed.split([len(part) for part in parts]), strict=True):
-        if not found.isnan().any():
-            each.learn("eigenvalues", found.to(each.home).clone())
-
-
-def _cost(spectrum: Spectrum) -> int:
-    """What a decomposition takes: D³ of a matrix, D·k² of a sketch."""
-    return spectrum.num_features * spectrum.num_values**2
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:

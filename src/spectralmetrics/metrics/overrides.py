@@ -7,6 +7,7 @@ that fails if that behaviour changes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,11 @@ def merged_as_in_compute(metric: Metric) -> contextlib.AbstractContextManager[No
         dist_sync_fn=metric.dist_sync_fn, should_sync=metric._to_sync, should_unsync=metric._should_unsync
     )
     return found
+
+
+def copy_metric(metric: Metric) -> Metric:
+    """A deep copy of any metric, which merges in the same process group."""
+    return copy.deepcopy(metric, {id(metric.process_group): metric.process_group})
 
 
 class MergingMetric(Metric):
@@ -156,6 +162,13 @@ class MergingMetric(Metric):
             yield
         finally:
             self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Metric:
+        # torchmetrics would copy the process group, too, which cannot be copied.
+        memo[id(self.process_group)] = self.process_group
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the observations of another metric of this class, or of its state as a dict."""

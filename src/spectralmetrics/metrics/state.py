@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectralmetrics.metrics.dealing import DealingMetric
 from spectralmetrics.metrics.overrides import count_update, defaults, drop_states, has_persistent_states
-from spectralmetrics.metrics.stream import Stream
+from spectralmetrics.metrics.stream import Stream, group_object
 from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_float64, run_together
 
 
@@ -261,7 +261,9 @@ class SumsMetric(DealingMetric):
         mine = self.sums
         live = self._revive()
         known: Sequence[Sum | None] = (
-            [None] * len(mine) if live is None else live.stream.merged.get(group, [None] * len(mine))
+            [None] * len(mine)
+            if live is None
+            else live.stream.merged.get(group_object(group), [None] * len(mine))
         )
         return [each.exchange(its, rank, world_size) for each, its in zip(mine, known, strict=True)]
 
@@ -272,7 +274,7 @@ class SumsMetric(DealingMetric):
         merged = [each for each in results if each is not None]
         live = self._revive()
         if live is not None:
-            live.stream.merged[group] = merged
+            live.stream.merged[group_object(group)] = merged
         self.replace_sums(merged)
 
     def merge_processes(self, group: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -17,6 +19,18 @@ from spectralmetrics.sums import Intake, Observations, Sum
 _STREAMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def group_object(group: Any) -> Any:
+    """The process group itself, where None stands for the default group of the moment."""
+    return dist.group.WORLD if group is None else group
+
+
+def stream_of(sums: Sequence[Sum]) -> Stream | None:
+    """What belongs to these sums besides their numbers; None while they have no width."""
+    if not sums or not sums[0].num_features:
+        return None
+    return Stream.of(next(iter(sums[0].tensors().values())))
+
+
 class Stream:
     """The sums' intakes, and what has been read from them.
 
@@ -25,12 +39,15 @@ class Stream:
     Attributes:
         cache: what has been read since the last observation: decompositions, see
             :class:`~.functional.Spectrum`.
-        merged: process group -> the sums of all processes, as they were exchanged since then.
+        merged: process group -> the sums of all processes, as they were exchanged since then; gone with the
+            group.
+        noted: what somebody who reads the sums has left here since then.
     """
 
     def __init__(self) -> None:
         self.cache: dict[Any, Any] = {}
-        self.merged: dict[Any, list[Sum]] = {}
+        self.merged: MutableMapping[Any, list[Sum]] = weakref.WeakKeyDictionary()
+        self.noted: Any = None
         self._intakes: dict[type[Sum], Intake] = {}
 
     @staticmethod
@@ -90,4 +107,5 @@ class Stream:
         if self.cache:
             self.cache = {}
         if self.merged:
-            self.merged = {}
+            self.merged = weakref.WeakKeyDictionary()
+        self.noted = None

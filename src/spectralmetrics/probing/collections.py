@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
@@ -12,7 +13,13 @@ from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.together import read_together
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.metrics.overrides import forget_value, has_own_states, share_group_states
+from spectralmetrics.metrics.overrides import (
+    copy_metric,
+    forget_value,
+    has_own_states,
+    share_group_states,
+)
+from spectralmetrics.metrics.stream import stream_of
 from spectralmetrics.sums import Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -74,6 +81,7 @@ class LayerMetrics:
         self.too_wide = False
         self.transformed = False
         self.is_sketched = False
+        self._has_lost = False  # observations, since the sums were read
         self.members = members(collection)
         self.leaders: list[Metric] = [
             getattr(collection, names[0]) for names in collection.compute_groups.values()
@@ -101,6 +109,26 @@ class LayerMetrics:
     def spectral_leaders(self) -> list[SpectralMetric]:
         """The leaders that are metrics of this package."""
         return self._spectral
+
+    @property
+    def sketch_size(self) -> int | None:
+        """The columns of the sketches that are kept for the width's sake; None where there are none."""
+        sizes = [metric.sketch_size for metric in self._spectral if not metric.needs_labels]
+        return sizes[0] if self.is_sketched and sizes else None
+
+    def widths(self) -> tuple[int | None, tuple[int, ...]]:
+        """The columns of sketches, or None, and the width of the sums of each leader; 0 without data."""
+        return self.sketch_size, tuple(leader.sums[0].num_features for leader in self._spectral)
+
+    def note_reading(self, reader: Any) -> bool:
+        """Note that somebody reads the sums; return whether they have changed since it did so before."""
+        changed, self._has_lost = self._has_lost, False
+        for leader in self._spectral:
+            stream = stream_of(leader.sums)
+            if stream is not None:
+                changed = changed or stream.noted is None or stream.noted() is not reader
+                stream.noted = weakref.ref(reader)
+        return changed
 
     @property
     def keeps_matrices(self) -> bool:
@@ -149,6 +177,34 @@ class LayerMetrics:
             forget_value(member)
         self._link()
 
+    def has_data(self) -> bool:
+        """Whether anything has been observed or counted."""
+        return bool(self.samples or self.forwards or any(leader.has_observed() for leader in self._spectral))
+
+    def check_merge(self, other: LayerMetrics) -> None:
+        """Raise a ValueError if the sums of another place cannot be added to these."""
+        (sketch, widths), (its_sketch, its) = self.widths(), other.widths()
+        fits = sketch == its_sketch or not any(widths) or not any(its)
+        if not fits or any(
+            mine and theirs and mine != theirs for mine, theirs in zip(widths, its, strict=True)
+        ):
+            described = (
+                f"{max(each)} features" + (f" in a sketch of {size} columns" if size else "")
+                for size, each in ((sketch, widths), (its_sketch, its))
+            )
+            raise ValueError(f"expected layer {self.layer!r} with {next(described)}, got {next(described)}")
+
+    def merge(self, other: LayerMetrics) -> None:
+        """Add the sums of another place, which fit; see :meth:`check_merge`."""
+        if other.is_sketched and not self.is_sketched:
+            self.sketch(other.sketch_size or 1)
+        for leader, its in zip(self.leaders, other.leaders, strict=True):
+            if its.update_count:
+                leader.merge_state(its)
+        self.samples += other.samples
+        self.forwards += other.forwards
+        self.share_states()
+
     def too_few(self, counted: Counted) -> int:
         """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
         for name, metric in self.readable().items():
@@ -196,6 +252,7 @@ class LayerMetrics:
         self.epoch += 1
         self.given_up = ""
         self.transformed = False
+        self._has_lost = True
 
     def share_states(self) -> None:
         """Give the members of each group the sums of its leader."""
@@ -272,7 +329,7 @@ def collect(templates: Mapping[str, Metric]) -> MetricCollection:
     clones: dict[str, Metric | MetricCollection] = {}
     for name, metric in templates.items():
         with torch.inference_mode(False):  # see `LayerMetrics.reset`
-            clones[name] = clone = metric.clone()
+            clones[name] = clone = copy_metric(metric)
             clone.reset()
     for names in groups:
         leader = clones[names[0]]
@@ -281,6 +338,12 @@ def collect(templates: Mapping[str, Metric]) -> MetricCollection:
             wanted = {type(each): each for name in names for each in _others(templates[name])}
             leader.accumulate_also([each for kind, each in wanted.items() if kind not in have])
     return MetricCollection(clones, compute_groups=groups)
+
+
+def described(name: str, metric: Metric) -> tuple[object, ...]:
+    """What must agree between processes for their metrics of one name to be merged."""
+    sums = metric.prototypes if isinstance(metric, SpectralMetric) else ()
+    return (name, type(metric).__qualname__, *(setting for each in sums for setting in each.settings()))
 
 
 def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:

@@ -35,6 +35,7 @@ from spectralmetrics.torch_private import (
     heed_hooks,
     is_exporting,
     is_fake,
+    is_inferring_shapes,
     is_tracing,
     is_transformed,
     renumber,
@@ -224,7 +225,7 @@ def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
         return "run"
     if is_transformed(values):
         return "transformed"
-    return "traced" if is_fake(values) else "run"
+    return "traced" if is_fake(values) or is_inferring_shapes() else "run"
 
 
 class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a class because it is entered often

@@ -4,37 +4,64 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from spectralmetrics.functional.together import NO_GROUP, Progress
+from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.budget import Budget
-from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, named_metrics
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly
+from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
+from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
+from spectralmetrics.probing.identity import Identity
 from spectralmetrics.probing.layout import find_layout
-from spectralmetrics.probing.merging import merged_states, sharing_group
+from spectralmetrics.probing.merging import (
+    NO_GROUP,
+    STAGES,
+    Agreement,
+    Catalogue,
+    Kept,
+    Place,
+    agree_on_layers,
+    merging_group,
+    merging_groups,
+)
 from spectralmetrics.probing.observations import (
     FeatureMaps,
     Interpolation,
     ObservationRule,
     Sequences,
 )
-from spectralmetrics.probing.reading import HOST, read_covariances, read_stage, warn_of_nothing
+from spectralmetrics.probing.reading import (
+    HOST,
+    Covariance,
+    Question,
+    Reading,
+    read_covariance,
+    read_layers,
+    read_others,
+    tell_covariances,
+    tell_readings,
+    warn_of_nothing,
+)
 from spectralmetrics.probing.routing import Limits, Router
-from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
+from spectralmetrics.probing.saving import Sharded
+from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag
-from spectralmetrics.probing.summary import Summary, summarise, threshold_of
+from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows, threshold_of
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.checks import check_positive_integer
 
-STAGES = ("train", "eval")
+T = TypeVar("T")
+
+_UNSEEN = 0.05  # share of the parameters in layers that are not probed, above which that is said
 
 
 class _Limit:
@@ -178,6 +205,8 @@ class LayerProbe(nn.Module):
             for pattern, function in (select or {}).items()
             for module in select_layers(model, pattern).values()
         }
+        if layers is None:
+            _tell_unseen(model, chosen)
         # By module: a shared one may be chosen under one name and given a function under another.
         selected = {name: functions[module] for name, module in chosen.items() if module in functions}
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
@@ -187,6 +216,7 @@ class LayerProbe(nn.Module):
             if isinstance(metric, SpectralMetric):
                 metric.check_folds()
         self._names = list(templates)
+        self._templates = templates
         self._layers = list(chosen)
         self._places = {
             (stage, name): LayerMetrics(stage, name, collect(templates), number)
@@ -202,7 +232,9 @@ class LayerProbe(nn.Module):
         is_of_inputs = observe == "inputs"
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         self._router = Router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
-        self.facts = self._router.facts
+        self._guests: Agreement | None = None  # all processes' layers, while states are merged
+        self._kept = Kept()
+        self._identity = Identity(chosen)
         self._deals = deals
         self._hooks = Hooks(self, unwrap(model))
         try:
@@ -238,7 +270,12 @@ class LayerProbe(nn.Module):
 
     @property
     def layers(self) -> list[str]:
-        """The probed layers: those that have run, in the order of their first run, then the rest."""
+        """The probed layers: those that have run, in the order of their first run, then the rest.
+
+        Inside :meth:`merged` those of all processes, in one order for all.
+        """
+        if self._guests is not None:
+            return self._guests.layers
         order = self._router.order
         return order + [name for name in self._layers if name not in order]
 
@@ -265,6 +302,11 @@ class LayerProbe(nn.Module):
         self._watch_steps()
 
     @property
+    def facts(self) -> dict[str, LayerFacts]:
+        """What is known of each layer without its data; inside :meth:`merged` of those of all processes."""
+        return self._router.facts if self._guests is None else self._guests.facts
+
+    @property
     def statistics(self) -> dict[str, Metric]:
         """The metrics by the names that their values have, in their order, as they are kept for one layer."""
         named = self._places[STAGES[0], self._layers[0]].readable()
@@ -278,12 +320,14 @@ class LayerProbe(nn.Module):
             )
         stage, name = key
         _check_stage(stage)
-        if name not in self._layers:
+        if name not in self.layers:
             raise KeyError(f"{name!r} is not probed; probed layers are {', '.join(map(repr, self._layers))}")
-        return self._places[stage, name].collection
+        return self._place(stage, name).collection
 
     def compute(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Tensor]:
-        """The values of all layers, merged across processes in two collectives.
+        """The values of all layers of all processes, merged across these; all processes call it.
+
+        Layers are matched by their names. Each is read by one process, which all others send its sums.
 
         Args:
             stage: ``"train"``, ``"eval"``, or None for both.
@@ -315,7 +359,7 @@ class LayerProbe(nn.Module):
 
         Returns:
             The keys of :meth:`compute` -> low and high, of all metrics that have an interval; merged across
-            processes in the same two collectives.
+            processes likewise.
 
         Raises:
             RuntimeError: without folds; for what :meth:`compute` raises.
@@ -339,25 +383,76 @@ class LayerProbe(nn.Module):
         stages = STAGES if stage is None else (_check_stage(stage),)
         if progress is not None and not callable(progress):
             raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
-        values: dict[str, Any] = {}
-        with self._router.lock, self._merged([(s, name) for s in stages for name in self._layers]):
+        question = Question(self._names, read, applies)
+        with self._router.lock:
+
+            def read_some(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, Reading]:
+                return read_layers(places, question, tell)
+
+            found = self._read_places(stages, read_some, Reading, progress)
+            values: dict[str, Any] = {}
             seen = False
             for each in stages:
-                places = [self._places[each, name] for name in self.layers]
-                group = sharing_group(places) if self._is_sharing or not self._router.is_merged else NO_GROUP
-                found = read_stage(places, self._names, read, applies, progress, group)
-                seen = seen or found is not None
-                values.update(found or {})
+                readings = {}
+                for layer, (place, reading) in found[each].items():
+                    if not place.spectral_leaders:
+                        reading.seen = place.has_seen({})
+                    if reading.seen:
+                        read_others(place, question, reading)
+                    readings[layer] = reading
+                of_stage = tell_readings(each, readings, self._names)
+                seen = seen or of_stage is not None
+                values.update(of_stage or {})
             if not seen:
                 warn_of_nothing(stages, self._places.values(), self._is_off, self.budget)
         return values
 
+    def _read_places(
+        self,
+        stages: Sequence[str],
+        read: Callable[[list[LayerMetrics], Progress | None], Mapping[Place, T]],
+        missing: Callable[[], T],
+        progress: Progress | None = None,
+    ) -> dict[str, dict[str, tuple[LayerMetrics, T]]]:
+        """What is read of the merged states of each stage's layers, in one order on all processes.
+
+        Args:
+            stages: whose layers.
+            read: of some layers.
+            missing: gives what stands for layers without observations.
+            progress: see :meth:`compute`.
+        """
+        with contextlib.ExitStack() as stack:
+            agreement, is_held = self._guests if self._is_sharing else None, self._is_sharing
+            if not self._router.is_merged:
+                group = merging_group(self._places.values())
+                if group is NO_GROUP:
+                    stack.enter_context(self._merged_states(stages))
+                else:
+                    agreement = self._guests = self._agree(stages, group)
+                    stack.callback(setattr, self, "_guests", None)
+            if agreement is None:
+                places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
+                found = read(list(places.values()), progress)
+            else:
+                places = {place: each for place, each in agreement.places.items() if place[0] in stages}
+                found = agreement.read(read, progress, stages, is_held=is_held)
+            return {
+                stage: {
+                    place[1]: (each, found[place] if place in found else missing())
+                    for place, each in places.items()
+                    if place[0] == stage
+                }
+                for stage in stages
+            }
+
     @contextlib.contextmanager
     def merged(self, *, sharing: bool = False) -> Iterator[None]:
-        """Inside, the metrics hold what all processes have observed together.
+        """Inside, the metrics hold what all processes have observed together, of the layers of all of them.
 
         :meth:`compute` and ``probe[stage, layer]`` then read it without further communication. All processes
-        enter together. Layers must not run inside.
+        enter together. Layers must not run inside. All merged sums are held at once; :meth:`iter_merged` holds
+        those of one layer.
 
         Args:
             sharing: whether all processes call :meth:`compute` inside, which then shares its work among them.
@@ -367,8 +462,9 @@ class LayerProbe(nn.Module):
                 yield
                 return
             try:
-                with self._merged(list(self._places)):
-                    self._router.is_merged, self._is_sharing = True, sharing
+                with self._merged_states(STAGES):
+                    self._router.is_merged = True
+                    self._is_sharing = sharing and self._guests is not None
                     try:
                         yield
                     finally:
@@ -378,17 +474,47 @@ class LayerProbe(nn.Module):
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
-    def _merged(self, where: list[tuple[str, str]]) -> Iterator[None]:
-        if self._router.is_merged:
-            yield
-            return
-        with merged_states([self._places[place] for place in where]):
-            yield
+    def _merged_states(self, stages: Sequence[str]) -> Iterator[None]:
+        """Inside, the states are merged, each in its own process group."""
+        before = self._guests
+        with contextlib.ExitStack() as stack:
+            try:
+                for group in merging_groups(self._places.values()):
+                    agreement = self._agree(stages, group)
+                    for batch in agreement.batches():
+                        stack.enter_context(agreement.holding(agreement.exchange(batch)))
+                    self._guests = self._guests or agreement
+                yield
+            finally:
+                self._guests = before
+
+    def _agree(self, stages: Sequence[str], group: Any, *, takes_all: bool = False) -> Agreement:
+        """What the processes of a group agree on, of some stages."""
+        places = {place: each for place, each in self._places.items() if place[0] in stages}
+
+        def describe() -> Catalogue:
+            return Catalogue(
+                (("stages", *stages), *(described(name, metric) for name, metric in self._templates.items())),
+                {name: self._router.facts[name] for name in self._layers},
+                tuple(self._router.order),
+                {place: each.widths() for place, each in places.items()},
+            )
+
+        return agree_on_layers(
+            group, describe, places, self._guest, self._kept, self._identity, takes_all=takes_all
+        )
+
+    def _guest(self, stage: str, layer: str) -> LayerMetrics:
+        """The metrics of a layer of another process."""
+        return LayerMetrics(stage, layer, collect(self._templates), 0)
+
+    def _place(self, stage: str, layer: str) -> LayerMetrics:
+        return self._places[stage, layer] if self._guests is None else self._guests.places[stage, layer]
 
     def summary(self, stage: str = "eval", statistic: str = "intrinsic_dimension") -> Summary:
         """The answer in a table: how wide each layer's features are, how sure that is, and what stands out.
 
-        Merged across processes in two collectives; all processes call it. With ``folds`` values come with their
+        Merged across processes; all processes call it. With ``folds`` values come with their
         intervals. Printing it gives a table that fits 100 columns.
 
         Args:
@@ -405,14 +531,18 @@ class LayerProbe(nn.Module):
             kind = type(metric).__name__
             raise ValueError(f"expected a statistic of this package, got {statistic!r}, a {kind}")
         threshold = threshold_of([metric, *self.statistics.values()])
-        with self._router.lock, self._merged([(stage, name) for name in self._layers]):
-            found = {name: self._places[stage, name].sums() for name in self.layers}
-            seen = {name: sums for name, sums in found.items() if sums}
-            if not seen:
+
+        def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, SummaryRow | None]:
+            seen = {place.layer: sums for place in places if (sums := place.sums())}
+            rows = summary_rows(seen, self.facts, metric, threshold=threshold, progress=tell)
+            return {(stage, row.layer): row for row in rows}
+
+        with self._router.lock:
+            found = self._read_places([stage], read, lambda: None)[stage]
+            rows = [row for _, row in found.values() if row is not None]
+            if not rows:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
-            return summarise(
-                seen, self.facts, metric, threshold=threshold, where=stage + self._budget_words(stage)
-            )
+            return summary_of(rows, metric, threshold=threshold, where=stage + self._budget_words(stage))
 
     def _budget_words(self, stage: str) -> str:
         """What the probe took of its budget, for the title of a summary."""
@@ -431,7 +561,39 @@ class LayerProbe(nn.Module):
         The tensors are the states themselves. Inside :meth:`merged` they are those of all processes.
         """
         self[stage, layer]  # is there, or an error
-        return self._places[stage, layer].sums()
+        return self._place(stage, layer).sums()
+
+    def iter_merged(self, stage: str) -> Iterator[tuple[str, list[Sum]]]:
+        """The merged sums of each layer of all processes, one layer at a time; all processes iterate.
+
+        Args:
+            stage: ``"train"`` or ``"eval"``.
+
+        Yields:
+            Layer and sums as :meth:`sums` gives them, to every process in the same order, without layers that
+            saw nothing. A process that ends early ends the others: they get a RuntimeError.
+
+        Raises:
+            ValueError: for another stage.
+        """
+        _check_stage(stage)
+        for layer, sums in self._each_merged(stage, LayerMetrics.sums):
+            if sums:
+                yield layer, sums
+
+    def _each_merged(self, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
+        """What is read of each layer while its states are merged, on all processes."""
+        group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
+        if group is not NO_GROUP:
+            with self._router.lock:
+                agreement = self._agree([stage], group)
+            yield from agreement.iterate(read, self._router.lock)
+            return
+        with self._router.lock, contextlib.ExitStack() as stack:
+            if not self._router.is_merged:
+                stack.enter_context(self._merged_states([stage]))
+            found = [(name, read(self._place(stage, name))) for name in self.layers]
+        yield from found
 
     def covariances(self, stage: str, *, unbiased: bool = False, center: bool = True) -> dict[str, Tensor]:
         r"""The covariance of each layer's observations, whatever the metrics.
@@ -439,7 +601,7 @@ class LayerProbe(nn.Module):
         With ``observe="inputs"`` and ``center=False`` these are the second moments :math:`X^\top X / n` of what
         goes into a layer, which compression, quantisation and adaptation ask for (GPTQ, SVD-LLM, SliceGPT).
 
-        Merged across processes in two collectives; all processes call it.
+        Merged across processes; all processes call it.
 
         Args:
             stage: ``"train"`` or ``"eval"``.
@@ -456,9 +618,12 @@ class LayerProbe(nn.Module):
             ValueError: for another stage.
         """
         _check_stage(stage)
-        with self._router.lock, self._merged([(stage, name) for name in self._layers]):
-            places = [self._places[stage, name] for name in self.layers]
-            found = read_covariances(places, unbiased=unbiased, center=center)
+
+        def read(place: LayerMetrics) -> Covariance:
+            return read_covariance(place, unbiased=unbiased, center=center)
+
+        with self._router.lock:
+            found = tell_covariances(stage, dict(self._each_merged(stage, read)))
             if found is None:
                 warn_of_nothing((stage,), self._places.values(), self._is_off, self.budget, stacklevel=4)
         return found or {}
@@ -590,7 +755,56 @@ class LayerProbe(nn.Module):
     def _all_collections(self) -> list[MetricCollection]:
         return [of_layer.collection for of_layer in self._places.values()]
 
+    def merge_state(self, other: LayerProbe) -> None:
+        """Add what another probe has observed, layer by layer, by their names; the other is left as it was.
+
+        Args:
+            other: a probe with the same metrics, whose layers are all layers of this one.
+
+        Raises:
+            TypeError: for anything that is no probe.
+            ValueError: for a layer or metric that this probe does not have, or for other settings or widths;
+                this probe is then as it was.
+        """
+        if not isinstance(other, LayerProbe):
+            raise TypeError(f"expected another LayerProbe to merge, got {type(other).__name__}")
+        if unknown := [name for name in other._layers if name not in self._layers]:
+            raise ValueError(
+                f"expected a probe of layers that this one has, got {', '.join(map(repr, unknown))}; layers are"
+                f" {', '.join(map(repr, self._layers))}"
+            )
+        mine, its = (
+            [described(name, metric) for name, metric in probe._templates.items()] for probe in (self, other)
+        )
+        if mine != its:
+            raise ValueError(f"expected a probe with the metrics {mine} to merge, got {its}")
+        with self._router.lock, other._router.lock:
+            if self._router.is_merged or other._router.is_merged:
+                raise RuntimeError("expected probes with their own states to merge, got one inside merged()")
+            pairs = [(self._places[place], each) for place, each in other._places.items() if each.has_data()]
+            for own, theirs in pairs:
+                own.check_merge(theirs)
+            for own, theirs in pairs:
+                own.merge(theirs)
+            self._router.order += [name for name in other._router.order if name not in self._router.order]
+
     # -- saving ------------------------------------------------------------------------------------------
+
+    def sharded(self) -> Sharded:
+        """What all processes have observed, for ``torch.distributed.checkpoint``.
+
+        ``dcp.save({"probe": probe.sharded()}, checkpoint_id=folder)`` saves it, and
+        ``dcp.load({"probe": probe.sharded()}, checkpoint_id=folder)`` loads it on any number of processes, also
+        into a fresh probe: together the processes then hold the sums that were saved, each layer's on one of
+        them. What they held before is forgotten. All processes call both.
+        """
+
+        def agree() -> Agreement | None:
+            if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+                return None
+            return self._agree(STAGES, None, takes_all=True)
+
+        return Sharded(self._places, agree, self._steps, self._router.order, self.reset)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -623,6 +837,17 @@ class LayerProbe(nn.Module):
 def _check_budget(budget: float | None) -> None:
     if budget is not None and not (isinstance(budget, numbers.Real) and 0 < budget < 1):
         raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
+
+
+def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Say how much of a model is not seen, if that is more than a remainder."""
+    share, names = unseen_parameters(model, chosen.values())
+    if share > _UNSEEN:
+        shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        tell(
+            f"{100 * share:.0f} % of the model's parameters lie in layers that are not probed by default:"
+            f" {shown}; `layers` chooses any module by name or type"
+        )
 
 
 def _keeps_interval(metric: Any) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from spectralmetrics.functional.together import NO_GROUP, Progress, Wanted, decompose_together
+from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.sums import SpectralSum
@@ -21,148 +22,242 @@ HOST = torch.device("cpu")
 """Where values go: whoever looks at them would otherwise wait for the device, one by one."""
 
 
-def read_stage(
-    places: Sequence[LayerMetrics],
-    names: Collection[str],
-    read: Callable[[Any], Any],
-    applies: Callable[[Any], bool],
-    progress: Progress | None = None,
-    group: Any = NO_GROUP,
-) -> dict[str, Any] | None:
-    """What is read of the named metrics, by ``"{metric}/{stage}/{layer}"``; None if no layer has seen anything.
+@dataclass
+class Reading:
+    """What was read of one layer in one stage, and what has to be said of it; goes from process to process.
+
+    Attributes:
+        seen: whether there was anything to read.
+        values: metric -> what was read.
+        failed: values that could not be, in words.
+        unlabelled: metrics for which no labels came.
+        missed: columns of a sketch that was too small; None for one that was not.
+        is_clipped: whether a value is the limit of what is possible.
+        few: number of observations, if they are too few.
+        left_out: number of observations that were not finite and are to be warned of.
+        refused: likewise, if they are an error.
+    """
+
+    seen: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
+    missed: int | None = None
+    is_clipped: bool = False
+    few: int = 0
+    left_out: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is read.
+
+    Attributes:
+        names: of the metrics.
+        read: of a metric.
+        applies: whether it can be read of a metric of some layer; where not, nothing is said.
+    """
+
+    names: Collection[str]
+    read: Callable[[Any], Any]
+    applies: Callable[[Any], bool]
+
+    def of(self, place: LayerMetrics) -> dict[str, Metric]:
+        """The metrics of a layer of which it is read."""
+        named = place.readable().items()
+        return {name: metric for name, metric in named if name in self.names and self.applies(metric)}
+
+
+def read_layers(
+    places: Sequence[LayerMetrics], question: Question, progress: Progress | None = None
+) -> dict[tuple[str, str], Reading]:
+    """What is read of the metrics of this package, and what has to be said, by stage and layer.
 
     Args:
-        places: the layers of one stage in forward order, their states merged.
-        names: of the metrics, in the order of the values.
-        read: of a metric.
-        applies: whether it can be read of a metric of this layer; where not, nothing is said.
+        places: layers whose states are merged.
+        question: what is read.
         progress: told how much is done, and of how much.
-        group: of processes that have the same states and share the work; NO_GROUP for a process of its own.
+    """
+    counted = count_together(places)
+    readings = {(place.stage, place.layer): _left_out(place, counted) for place in places}
+    seen = [place for place in places if place.has_seen(counted)]
+    tell = _Steps(progress, len(seen))
+    if not any(reading.refused for reading in readings.values()):
+        decompose_together(_wanted(seen, question, counted), tell.decomposed)
+    for place in seen:
+        reading = readings[place.stage, place.layer]
+        reading.seen = True
+        if reading.refused:
+            continue
+        for name, metric in question.of(place).items():
+            if not isinstance(metric, SpectralMetric):
+                continue
+            if _has_no_labels(place, name, metric, counted):
+                if place.is_sketched:
+                    reading.failed.append(f"{name!r} of {place.layer!r} (not read from sketches)")
+                else:
+                    reading.unlabelled.append(name)
+                continue
+            try:
+                metric.check_range(bool(counted[id(place.leader_of[name])].in_range))
+                value = reading.values[name] = question.read(metric)
+                if isinstance(value, Tensor) and metric.misses(value):
+                    reading.missed = metric.sketch_size
+                if isinstance(value, Tensor) and metric.is_clipped(HOST):
+                    reading.is_clipped = True
+            except Exception as error:
+                # One value less: a user's statistic on a width it was not made for, say.
+                reading.failed.append(_words(name, place.layer, error))
+        reading.few = place.too_few(counted)
+        tell.read()
+    return readings
+
+
+def read_others(place: LayerMetrics, question: Question, reading: Reading) -> None:
+    """What is read of metrics of other libraries; merged by themselves, as all processes do it in one order."""
+    for name, metric in question.of(place).items():
+        if not isinstance(metric, SpectralMetric):
+            try:
+                with warnings.catch_warnings():
+                    # Others may have updated it; where warnings are errors they would wait for this process.
+                    warnings.filterwarnings("ignore", message=".*was called before.*update")
+                    reading.values[name] = question.read(metric)
+            except Exception as error:
+                reading.failed.append(_words(name, place.layer, error))
+
+
+def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection[str]) -> dict[str, Any] | None:
+    """The values of one stage by ``"{metric}/{stage}/{layer}"``; None if no layer has seen anything.
+
+    Warns of what has to be said.
+
+    Args:
+        stage: of the readings.
+        readings: layer -> what was read, in the order of the values.
+        names: of the metrics, in the order of the values.
 
     Raises:
         RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
     """
-    stage = places[0].stage
-    counted = count_together(places)
-    seen = [place for place in places if place.has_seen(counted)]
-    left_out = _left_out(places, counted)
-    tell = _Steps(progress, len(seen))
-    decompose_together(_wanted(seen, names, applies, counted), tell.decomposed, group)
-    values: dict[str, Any] = {}
-    failed, few = [], []
-    unlabelled: dict[str, list[str]] = {}
-    missed: dict[str, int | None] = {}
-    clipped: dict[str, None] = {}
-    for place in seen:
-        found: dict[str, Any] = {}
-        for name, metric in place.readable().items():
-            if name not in names or not applies(metric):
-                continue
-            if _has_no_labels(place, name, metric, counted):
-                if place.is_sketched:
-                    failed.append(f"{name!r} of {place.layer!r} (not read from sketches)")
-                else:
-                    unlabelled.setdefault(name, []).append(place.layer)
-                continue
-            try:
-                if isinstance(metric, SpectralMetric):
-                    metric.check_range(bool(counted[id(place.leader_of[name])].in_range))
-                value = found[name] = read(metric)
-                if isinstance(metric, SpectralMetric) and isinstance(value, Tensor) and metric.misses(value):
-                    missed[place.layer] = metric.sketch_size
-                if isinstance(metric, SpectralMetric) and isinstance(value, Tensor) and metric.is_clipped(HOST):
-                    clipped.setdefault(place.layer)
-            except Exception as error:
-                # One value less: a user's statistic on a width it was not made for, say.
-                failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
-        values.update({f"{name}/{stage}/{place.layer}": found[name] for name in names if name in found})
-        if count := place.too_few(counted):
-            few.append(f"{place.layer!r} ({count})")
-        tell.read()
-    if left_out:
+    for layer, reading in readings.items():
+        if reading.refused:
+            raise RuntimeError(_refusal(layer, stage, reading.refused))
+    seen = {layer: reading for layer, reading in readings.items() if reading.seen}
+    if left_out := [f"{each.left_out} of {layer!r}" for layer, each in readings.items() if each.left_out]:
         _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)))
-    if failed:
+    if failed := [words for reading in seen.values() for words in reading.failed]:
         _warn(f"values that could not be computed in {stage} are left out: {', '.join(failed)}")
-    for name, layers in unlabelled.items():
-        which = "any layer" if len(layers) == len(seen) else ", ".join(map(repr, layers))
-        _warn(
-            f"{name!r} in {stage} is left out, since no labels came for {which}: run the model inside"
-            " `with probe.labels(y):`"
-        )
-    if missed:
+    for name in names:
+        if layers := [layer for layer, reading in seen.items() if name in reading.unlabelled]:
+            which = "any layer" if len(layers) == len(seen) else ", ".join(map(repr, layers))
+            _warn(
+                f"{name!r} in {stage} is left out, since no labels came for {which}: run the model inside"
+                " `with probe.labels(y):`"
+            )
+    if missed := {layer: reading.missed for layer, reading in seen.items() if reading.missed is not None}:
         sizes = ", ".join(sorted({str(size) for size in missed.values()}))
         named = ", ".join(map(repr, missed))
         _warn(
             f"in {stage} a sketch of {sizes} columns does not hold the share of the variance of {named}, and"
             " the value is NaN: intervals() has lower bounds, and a larger sketch_size the value"
         )
-    if clipped:
-        named = ", ".join(map(repr, clipped))
+    if clipped := [repr(layer) for layer, reading in seen.items() if reading.is_clipped]:
         _warn(
-            f"in {stage} so few observations give values beyond what is possible of {named}; the limit is"
-            " returned, and intervals() says how sure it is"
+            f"in {stage} so few observations give values beyond what is possible of {', '.join(clipped)}; the"
+            " limit is returned, and intervals() says how sure it is"
         )
-    if few:
+    if few := [f"{layer!r} ({reading.few})" for layer, reading in seen.items() if reading.few]:
         _warn(
             f"in {stage} there are fewer observations than twice the dimension found, which is too small then:"
             f" {', '.join(few)}; observe more, or ask for intervals with folds=8"
         )
-    if seen and len(seen) < len(places):
-        unseen = ", ".join(repr(place.layer) for place in places if place not in seen)
+    if seen and len(seen) < len(readings):
+        unseen = ", ".join(repr(layer) for layer in readings if layer not in seen)
         _warn(f"layers that saw nothing in {stage} are left out: {unseen}")
+    values = {
+        f"{name}/{stage}/{layer}": reading.values[name]
+        for layer, reading in seen.items()
+        for name in names
+        if name in reading.values
+    }
     return values if seen else None
 
 
-def read_covariances(
-    places: Sequence[LayerMetrics], *, unbiased: bool, center: bool
-) -> dict[str, Tensor] | None:
-    """Layer -> covariance, of those that have one; None if no layer has seen anything.
+@dataclass
+class Covariance:
+    """The covariance of one layer in one stage, or why there is none.
+
+    Attributes:
+        seen: whether there was anything to read.
+        value: shape (D, D), float64; None if there is none.
+        failed: why, in words.
+        left_out: number of observations that were not finite and are to be warned of.
+    """
+
+    seen: bool = False
+    value: Tensor | None = None
+    failed: str = ""
+    left_out: int = 0
+
+
+def read_covariance(place: LayerMetrics, *, unbiased: bool, center: bool) -> Covariance:
+    """The covariance of a layer whose states are merged.
 
     Args:
-        places: the layers of one stage in forward order, their states merged.
+        place: the layer.
         unbiased: divide by n - 1.
         center: False leaves the mean in.
-
-    A layer that has none, or is refused one by ``nan_strategy="error"``, is named in a warning.
     """
-    counted = count_together(places)
-    seen = [place for place in places if place.has_seen(counted)]
-    found: dict[str, Tensor] = {}
-    left_out, failed = [], []
-    for place in places:
-        try:
-            left_out += _left_out([place], counted)
-        except RuntimeError as error:
-            failed.append(f"{place.layer!r} ({error})")
-            continue
-        if place not in seen:
-            continue
+    counted = count_together([place])
+    reading = _left_out(place, counted)
+    found = Covariance(place.has_seen(counted), left_out=reading.left_out)
+    if reading.refused:
+        found.failed = _refusal(place.layer, place.stage, reading.refused)
+    elif found.seen:
         spectral = next((each for each in place.sums() if isinstance(each, SpectralSum)), None)
         if spectral is None:
             overflowed = any(not counted[id(leader)].in_range for leader in place.spectral_leaders)
-            failed.append(f"{place.layer!r} ({'its sums overflowed' if overflowed else 'no metric keeps it'})")
-            continue
+            found.failed = "its sums overflowed" if overflowed else "no metric keeps it"
+            return found
         count = spectral.num_observations.to(torch.float64)
         try:
-            found[place.layer] = spectral.covariance(center=center) * (count / (count - 1) if unbiased else 1)
+            found.value = spectral.covariance(center=center) * (count / (count - 1) if unbiased else 1)
         except Exception as error:
-            failed.append(f"{place.layer!r} ({error})")
-    stage = places[0].stage
-    if left_out:
+            found.failed = str(error)
+    return found
+
+
+def tell_covariances(stage: str, read: Mapping[str, Covariance]) -> dict[str, Tensor] | None:
+    """Layer -> covariance, of those that have one; None if no layer has seen anything.
+
+    A layer that has none, or is refused one by ``nan_strategy="error"``, is named in a warning.
+    """
+    if left_out := [f"{each.left_out} of {layer!r}" for layer, each in read.items() if each.left_out]:
         _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)), stacklevel=4)
-    if failed:
+    if failed := [f"{layer!r} ({each.failed})" for layer, each in read.items() if each.failed]:
         _warn(f"covariances that are not there in {stage} are left out: {', '.join(failed)}", stacklevel=4)
-    return found if seen or failed else None
+    found = {layer: each.value for layer, each in read.items() if each.value is not None}
+    return found if failed or any(each.seen for each in read.values()) else None
 
 
-def _wanted(
-    places: Sequence[LayerMetrics], names: Collection[str], applies: Callable[[Any], bool], counted: Counted
-) -> list[Wanted]:
+def _refusal(layer: str, stage: str, number: int) -> str:
+    return (
+        f"{number} observations of layer {layer!r} in {stage} hold NaN or infinite values;"
+        " nan_strategy='warn' leaves them out"
+    )
+
+
+def _words(name: str, layer: str, error: Exception) -> str:
+    return f"{name!r} of {layer!r} ({type(error).__name__}: {error})"
+
+
+def _wanted(places: Sequence[LayerMetrics], question: Question, counted: Counted) -> list[Wanted]:
     return [
         each
         for place in places
-        for name, metric in place.readable().items()
-        if name in names and isinstance(metric, SpectralMetric) and applies(metric)
+        for name, metric in question.of(place).items()
+        if isinstance(metric, SpectralMetric)
         if counted[id(place.leader_of[name])].in_range and not _has_no_labels(place, name, metric, counted)
         for each in metric.wanted(HOST)
     ]
@@ -244,20 +339,13 @@ def warn_of_nothing(
     _warn(f"nothing was observed in {where}: {reason}", stacklevel)
 
 
-def _left_out(places: Collection[LayerMetrics], counted: Counted) -> list[str]:
-    """How many observations were not finite, by layer, where a metric wants that to be said."""
-    found = []
-    for place in places:
-        dropped = counted[id(place.spectral_leaders[0])].left_out if place.spectral_leaders else 0
-        strategies = {m.nan_strategy for m in place.members if isinstance(m, SpectralMetric)}
-        if dropped and "error" in strategies:
-            raise RuntimeError(
-                f"{dropped} observations of layer {place.layer!r} in {place.stage} hold NaN or infinite values;"
-                " nan_strategy='warn' leaves them out"
-            )
-        if dropped and "warn" in strategies:
-            found.append(f"{dropped} of {place.layer!r}")
-    return found
+def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
+    """How many observations were not finite, where a metric wants that to be said."""
+    dropped = counted[id(place.spectral_leaders[0])].left_out if place.spectral_leaders else 0
+    strategies = {m.nan_strategy for m in place.members if isinstance(m, SpectralMetric)}
+    if "error" in strategies:
+        return Reading(refused=dropped)
+    return Reading(left_out=dropped if "warn" in strategies else 0)
 
 
 def _warn(message: str, stacklevel: int = 5) -> None:

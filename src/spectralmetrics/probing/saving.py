@@ -1,14 +1,24 @@
-"""What a probe's ``state_dict`` holds beside the metrics, so that an epoch can resume."""
+"""What a probe's ``state_dict`` holds beside the metrics, so that an epoch can resume; its sharded state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import io
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics.overrides import count_update
 from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.merging import Agreement, Place, check_agreed
 from spectralmetrics.probing.steps import Steps
+from spectralmetrics.sums import Sum
+from spectralmetrics.sums.merging import gather_objects
 
 
 def save_progress(
@@ -58,3 +68,259 @@ def load_progress(
         for kept, numbers in zip((steps.counts, steps.epochs), counts.tolist(), strict=True):
             kept.update(zip(kept, numbers, strict=True))
     return [] if order is None else [int(index) for index in order.tolist()]
+
+
+class Sharded:
+    """What a probe has observed on all processes, for ``torch.distributed.checkpoint``, which saves its parts.
+
+    The keys are the same for any probe on any number of processes: a fresh one must ask for them before it
+    knows what was saved. Each layer is in one of so many buckets, by its name, and each process saves and loads
+    some of these.
+
+    Args:
+        places: (stage, layer) -> metrics of this process.
+        agree: gives what the processes agree on; None on a process by itself.
+        steps: of the model.
+        order: the layers that have run here, in the order of their first run; written to.
+        reset: forgets all observations.
+    """
+
+    def __init__(
+        self,
+        places: Mapping[Place, LayerMetrics],
+        agree: Callable[[], Agreement | None],
+        steps: Steps,
+        order: list[str],
+        reset: Callable[[], None],
+    ) -> None:
+        self._places = places
+        self._agree = agree
+        self._steps = steps
+        self._order = order
+        self._reset = reset
+
+    def state_dict(self) -> dict[str, bytes]:
+        """This process' share of the sums of all processes, which call it together."""
+        agreement = self._agree()
+        rank, world = (0, 1) if agreement is None else (agreement.rank, agreement.world)
+        buckets: dict[int, dict[Place, _Packed]] = {bucket: {} for bucket in range(rank, _BUCKETS, world)}
+        if agreement is None:
+            for place, of_layer in self._places.items():
+                buckets[_bucket(place)][place] = _pack(of_layer)
+        else:
+            for reader in range(world):
+                wanted = [place for place in agreement.places if _bucket(place) % world == reader]
+                for batch in agreement.batches(among=wanted):
+                    merged = agreement.exchange(batch, reader)
+                    with agreement.holding(merged):
+                        for place in merged:
+                            buckets[_bucket(place)][place] = _pack(agreement.places[place])
+            for place, of_layer in agreement.places.items():
+                for name, states in _of_others(of_layer).items():  # on all processes, in one order
+                    if _bucket(place) in buckets:
+                        packed = buckets[_bucket(place)].setdefault(place, _Packed(None, {}, {}))
+                        packed.others[name] = states
+        progress = self._progress()
+        told = [progress] if agreement is None else gather_objects(progress, agreement.group)
+        order = self._order if agreement is None else agreement.layers
+        found = {
+            f"sums.{bucket:02d}": _to_bytes({k: vars(v) for k, v in held.items()})
+            for bucket, held in buckets.items()
+        }
+        return found | {"progress": _to_bytes(_together(told, order))}
+
+    def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
+        """Take this process' share; all processes call it together, and hold together what was saved.
+
+        Raises:
+            ValueError: for sums of layers that no process probes, or of metrics with other settings.
+        """
+        agreement = self._agree()
+        held: dict[Place, _Packed] = {}
+        for key, saved in state_dict.items():
+            if key.startswith("sums."):
+                held |= {place: _Packed(**each) for place, each in _from_bytes(saved).items()}
+        delivered = self._delivered(held, agreement)
+        self._reset()
+        error: BaseException | None = None
+        try:
+            for place, packed in delivered.items():
+                _unpack(packed, self._places[place])
+        except BaseException as raised:
+            error = raised
+            self._reset()
+        if agreement is not None:
+            check_agreed(error, agreement.group)
+        elif error is not None:
+            raise error
+        self._go_on(_from_bytes(state_dict["progress"]), 1 if agreement is None else agreement.world)
+
+    def _go_on(self, progress: Mapping[str, Any], world: int) -> None:
+        """Take over how far the layers were."""
+        for place, of_layer in self._places.items():
+            if place in progress["places"]:
+                of_layer.forwards, samples, of_layer.epoch, batches = progress["places"][place]
+                of_layer.samples = -(-samples // world)
+                for name, numbers in batches.items():
+                    leader = of_layer.leader_of.get(name)
+                    if isinstance(leader, SpectralMetric):
+                        leader._batches, leader._dealt = numbers
+        own = {layer for _, layer in self._places}
+        self._order[:] = [name for name in progress["order"] if name in own]
+        for kept, numbers in zip((self._steps.counts, self._steps.epochs), progress["steps"], strict=True):
+            kept.update(numbers)
+
+    def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
+        """Sums of this process' layers: those it has loaded, and some that others have and cannot hold."""
+        if agreement is None:
+            missing = sorted({layer for _, layer in held.keys() - self._places.keys()})
+        else:
+            told = gather_objects((list(held), list(self._places)), agreement.group)
+            targets: dict[Place, int] = {}
+            for rank, (loaded, _) in enumerate(told):
+                for place in loaded:
+                    having = [other for other, (_, probed) in enumerate(told) if place in probed]
+                    targets[place] = rank if rank in having else min(having, default=-1)
+            missing = sorted({layer for (_, layer), target in targets.items() if target < 0})
+        if missing:
+            raise ValueError(
+                "expected the sums of layers that this probe has on some process, got those of"
+                f" {', '.join(map(repr, missing))}"
+            )
+        if agreement is None:
+            return held
+        astray = [
+            (rank, place) for rank, (loaded, _) in enumerate(told) for place in loaded if targets[place] != rank
+        ]
+        found = {place: packed for place, packed in held.items() if targets[place] == agreement.rank}
+        for rank, place in astray:  # one at a time: they may be large
+            (packed,) = [
+                each
+                for each in gather_objects(held[place] if rank == agreement.rank else None, agreement.group)
+                if each is not None
+            ]
+            if targets[place] == agreement.rank:
+                found[place] = packed
+        return found
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "places": {
+                place: (
+                    each.forwards,
+                    each.samples,
+                    each.epoch,
+                    {name: (leader._batches, leader._dealt) for name, leader in _named_leaders(each)},
+                )
+                for place, each in self._places.items()
+            },
+            "steps": (dict(self._steps.counts), dict(self._steps.epochs)),
+        }
+
+
+_BUCKETS = 64
+
+
+@dataclass
+class _Packed:
+    """The sums of one layer in one stage.
+
+    Attributes:
+        sketch_size: of sketches that are kept for the width's sake.
+        sums: leader -> states.
+        others: metric of another library -> states.
+    """
+
+    sketch_size: int | None
+    sums: dict[str, dict[str, Tensor]]
+    others: dict[str, dict[str, Any]]
+
+
+def _named_leaders(of_layer: LayerMetrics) -> list[tuple[str, SpectralMetric]]:
+    found = {id(leader): name for name, leader in reversed(of_layer.leader_of.items())}
+    return [(found[id(leader)], leader) for leader in of_layer.spectral_leaders]
+
+
+def _pack(of_layer: LayerMetrics) -> _Packed:
+    sums = {
+        name: {state: tensor.clone() for each in leader.sums for state, tensor in each.tensors().items()}
+        for name, leader in _named_leaders(of_layer)
+        if leader.has_observed()
+    }
+    return _Packed(of_layer.sketch_size, sums, {})
+
+
+def _of_others(of_layer: LayerMetrics) -> dict[str, dict[str, Any]]:
+    """The states of metrics of other libraries, merged by themselves."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, metric in of_layer.leader_of.items():
+        if not isinstance(metric, SpectralMetric):
+            with metric.sync_context():
+                found[name] = copy.deepcopy(metric.metric_state)
+    return found
+
+
+def _unpack(packed: _Packed, of_layer: LayerMetrics) -> None:
+    where = f"{of_layer.layer!r} in {of_layer.stage}"
+    if packed.sketch_size is not None and not of_layer.is_sketched:
+        of_layer.sketch(packed.sketch_size)
+    for name, states in packed.sums.items():
+        leader = of_layer.leader_of.get(name)
+        if not isinstance(leader, SpectralMetric):
+            raise ValueError(f"expected the sums of a metric of this probe for {where}, got those of {name!r}")
+        prototypes = leader.prototypes
+        wanted = [state for each in prototypes for state in each.tensors()]
+        if set(wanted) != set(states):
+            raise ValueError(f"expected the states {wanted} of {name!r} for {where}, got {list(states)}")
+        sums = [each.with_tensors(states) for each in prototypes]
+        for own, saved in zip(prototypes, sums, strict=True):
+            if own.settings() != saved.settings():
+                raise ValueError(
+                    f"expected sums of {name!r} for {where} with {own.settings()}, got {saved.settings()}"
+                )
+        leader.replace_sums([_moved(each, leader._pinned_device) for each in sums])
+        count_update(leader)
+    for name, values in packed.others.items():
+        metric = of_layer.leader_of.get(name)
+        if metric is None:
+            raise ValueError(f"expected states of a metric of this probe for {where}, got those of {name!r}")
+        for state, value in values.items():
+            setattr(metric, state, value)
+        count_update(metric)
+    of_layer.share_states()
+
+
+def _moved(sums: Sum, device: torch.device | None) -> Sum:
+    return sums if device is None else sums.map(lambda tensor: tensor.to(device))
+
+
+def _together(told: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
+    """The progress of all processes: the furthest of each layer, so that nothing is drawn twice."""
+    places: dict[Place, tuple[int, int, int, dict[str, tuple[int, ...]]]] = {}
+    for place in dict.fromkeys(place for each in told for place in each["places"]):
+        known = [each["places"][place] for each in told if place in each["places"]]
+        forwards, samples, epochs, batches = zip(*known, strict=True)
+        furthest = {
+            name: tuple(map(max, zip(*(each[name] for each in batches), strict=True))) for name in batches[0]
+        }
+        places[place] = (max(forwards), sum(samples), max(epochs), furthest)
+    steps = [
+        {stage: max(each["steps"][kind][stage] for each in told) for stage in told[0]["steps"][kind]}
+        for kind in range(2)
+    ]
+    ran = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
+    return {"places": places, "steps": steps, "order": [name for name in order if name in ran]}
+
+
+def _bucket(place: Place) -> int:
+    return zlib.crc32("/".join(place).encode()) % _BUCKETS
+
+
+def _to_bytes(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _from_bytes(saved: bytes) -> Any:
+    return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)

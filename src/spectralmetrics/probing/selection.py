@@ -11,7 +11,7 @@ from torch import nn
 
 from spectralmetrics.layers import default_layers
 from spectralmetrics.sums.checks import check_type
-from spectralmetrics.torch_private import COMPILED, compiled_from
+from spectralmetrics.torch_private import children_of, wrapped_in
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Selectors: TypeAlias = Selector | Sequence[Selector]
@@ -64,32 +64,66 @@ def select_layers(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+    """The model inside wrappers for compilation, data parallelism, sharding and checkpointing.
 
     >>> unwrap(nn.DataParallel(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
     """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif (inner := compiled_from(model)) is not None:
-            model = inner
-        else:
-            return model
+    while (inner := wrapped_in(model)) is not None:
+        model = inner
+    return model
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by qualified name; the model itself by its type's name, compiled parts by their own.
+    """All modules by qualified name; the model itself by its type's name, wrapped parts by their own.
 
     A module that is registered in several places has a name for each.
     """
-    modules = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if compiled_from(module) is not None:
-            continue  # a compiled part: the module inside it comes next, under the name without this
-        name = ".".join(part for part in name.split(".") if part != COMPILED)
-        modules[name or type(model).__name__] = module
+    modules: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, name: str) -> None:
+        module = unwrap(module)
+        modules[name or type(module).__name__] = module
+        for child_name, child in children_of(module).items():
+            if child is not None:
+                walk(child, f"{name}.{child_name}" if name else child_name)
+
+    walk(model, "")
     return modules
+
+
+def unseen_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> tuple[float, list[str]]:
+    """The share of a model's parameters in layers of types that are not probed by default, and their names.
+
+    What counts are matrices and larger tensors that a module holds itself, without probed layers inside: the
+    weights of experts in one tensor, or of a linear layer of the user's own. Embeddings do not count, nor do
+    vectors, such as those of norms, nor what a module adds to probed layers that it contains.
+
+    >>> import torch
+    >>> class Experts(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.up = nn.Parameter(torch.zeros(4, 8, 8))
+    >>> model = nn.Sequential(nn.Linear(8, 8, bias=False), Experts())
+    >>> unseen_parameters(model, [model[0]])
+    (0.8, ['1'])
+    """
+    chosen = set(chosen)
+    total, unseen, names = 0, 0, []
+    counted: set[nn.Parameter] = set()
+    inside = {part for module in chosen for part in module.modules()}
+    for name, module in named_modules(unwrap(model)).items():
+        own = [each for each in module.parameters(recurse=False) if each not in counted]
+        own = [each for each in own if not isinstance(each, nn.parameter.UninitializedParameter)]
+        counted.update(own)
+        total += sum(each.numel() for each in own)
+        if module in inside or isinstance(module, (nn.Embedding, nn.EmbeddingBag, *default_layers())):
+            continue
+        wide = sum(each.numel() for each in own if sum(size > 1 for size in each.shape) > 1)
+        if wide and not any(part in chosen for part in module.modules()):
+            unseen += wide
+            names.append(name)
+    return (unseen / total if total else 0.0), names
 
 
 def _as_sequence(

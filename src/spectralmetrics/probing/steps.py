@@ -12,7 +12,7 @@ from torch import nn
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
-from spectralmetrics.torch_private import in_backward
+from spectralmetrics.torch_private import in_backward, is_inferring_shapes
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Steps:
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of the model begins."""
-        if in_backward():  # a checkpoint's recomputation
+        if in_backward() or is_inferring_shapes():  # a checkpoint's recomputation
             return
         stage = self.stage_of(training)
         if stage is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.functional.together import Wanted, decompose_together
+from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SpectralMetric
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.sums import SpectralSum, Sum
@@ -161,13 +161,30 @@ def summarise(
     Raises:
         ValueError: for a statistic that is no single number.
     """
+    rows = summary_rows(layers, facts, metric, threshold=threshold)
+    return summary_of(rows, metric, threshold=threshold, where=where)
+
+
+def summary_rows(
+    layers: Mapping[str, Sequence[Sum]],
+    facts: Mapping[str, LayerFacts],
+    metric: SpectralMetric,
+    *,
+    threshold: float,
+    progress: Progress | None = None,
+) -> list[SummaryRow]:
+    """The rows of layers, each by itself; see :func:`summarise`."""
     dimension = IntrinsicDimensionMetric(threshold=threshold)
     spectra = {name: _spectrum(sums) for name, sums in layers.items()}
-    decompose_together(Wanted(spectrum, "eigenvalues") for spectrum in spectra.values())
-    rows = [
+    decompose_together((Wanted(spectrum, "eigenvalues") for spectrum in spectra.values()), progress)
+    return [
         _row(name, spectrum, facts.get(name, LayerFacts("", None)), metric, dimension)
         for name, spectrum in spectra.items()
     ]
+
+
+def summary_of(rows: Sequence[SummaryRow], metric: SpectralMetric, *, threshold: float, where: str) -> Summary:
+    """The summary of rows in forward order, and what one layer has beside the others; see :func:`summarise`."""
     known = {row.layer: row.saturation for row in rows if not math.isnan(row.saturation)}
     tail = low_saturation_tail(known) if len(known) == len(rows) else []
     rows = [

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.merging import ForReader, agree
 from spectralmetrics.sums.sum import SpectralSum
+
+MOST_BYTES = 2**25
+"""Of one collective, unless a single row of a matrix is larger."""
+_ROWS_BYTES = 2**22  # of the rows of a matrix that are moved to another origin at a time
+
+Slot: TypeAlias = tuple[int, Callable[[Tensor], None]]
+"""How many numbers belong somewhere, and what puts them there."""
 
 
 class AboutOrigin(SpectralSum):
@@ -49,6 +58,36 @@ class AboutOrigin(SpectralSum):
             origin: shape (D,), float64.
         """
 
+    def pieces(self, origin: Tensor) -> Iterator[Tensor]:
+        """What adds up across processes: the sums about a common origin, in flat float64 pieces.
+
+        Subclasses with a large matrix yield it some rows at a time, so that it is never there twice.
+        """
+        moved = self.about(origin)
+        for name in sorted(self.additive):
+            yield getattr(moved, name).reshape(-1).to(torch.float64)
+
+    def slots(self) -> Iterator[Slot]:
+        """Where the :meth:`pieces` go, in their order: into the tensors of this sum."""
+        for name in sorted(self.additive):
+            yield slot_of(getattr(self, name))
+
+    def exchange(
+        self, known: Self | None, rank: int, world_size: int
+    ) -> Generator[Tensor, Tensor | None, Self | None]:
+        """See :class:`.Sum`."""
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
+        mine = self if self.num_features else self.empty(width, self.count.device)
+
+        def room() -> tuple[Self, Sequence[Self]]:
+            merged = self.empty(width, self.count.device)
+            return merged, [merged]
+
+        merged: Self | None = yield from exchange_about_origins([mine], room)
+        return merged
+
     def together_with(self, other: Self) -> Self:
         """The sums of two disjoint sets of observations of one width, on one device; neither is changed."""
         # The origin of the larger side lies nearer to the common mean.
@@ -87,3 +126,72 @@ class AboutOrigin(SpectralSum):
         offset = self.first / self.count
         about_mean = (self.squares() / self.count - offset.square()).clamp_(min=0)
         return about_mean if center else about_mean + (self.origin + offset).square()
+
+
+def exchange_about_origins(
+    parts: Sequence[AboutOrigin], room: Callable[[], tuple[Any, Sequence[AboutOrigin]]]
+) -> Generator[Tensor, Tensor | None, Any]:
+    """Add sums up across processes: agree on an origin for each, move them there, add what is additive.
+
+    Nothing that is sent grows with the number of processes.
+
+    Args:
+        parts: this process' sums, of one width.
+        room: makes what the result is put into, and the sums in it that belong to the parts; not called where
+            the result is for another process.
+
+    Returns:
+        The result; None where it is for another process.
+    """
+    parts = [cast("AboutOrigin", each.plain()) for each in parts]
+    counts = torch.stack([each.count for each in parts]).to(torch.float64)[:, None]
+    means = [each.count * each.origin + each.first for each in parts]
+    # The origin need only lie near the data, so this mean may be rounded; what follows is exact about it.
+    sums = yield torch.cat([counts, torch.stack(means)], 1)
+    assert sums is not None
+    origins = sums[:, 1:] / sums[:, :1].clamp(min=1)
+    pieces = (piece for each, origin in zip(parts, origins, strict=True) for piece in each.pieces(origin))
+    result: Any = None
+    slots: Iterator[Slot] = iter(())
+    for packed in _packed(pieces):
+        received = yield packed.as_subclass(ForReader)
+        del packed
+        if received is None:
+            continue
+        if result is None:
+            with torch.inference_mode(False):
+                result, targets = room()
+                for target, origin in zip(targets, origins, strict=True):
+                    target.origin.copy_(origin)
+            slots = (slot for target in targets for slot in target.slots())
+        while len(received):
+            size, put = next(slots)
+            put(received[:size])
+            received = received[size:]
+    return result
+
+
+def _packed(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Pieces side by side, whole, as many as fit into one collective."""
+    waiting: list[Tensor] = []
+    for piece in pieces:
+        if waiting and 8 * (sum(map(len, waiting)) + len(piece)) > MOST_BYTES:
+            yield torch.cat(waiting)
+            waiting = []
+        waiting.append(piece)
+    yield torch.cat(waiting)
+
+
+def slot_of(tensor: Tensor) -> Slot:
+    """The slot that is a whole tensor."""
+
+    def put(numbers: Tensor) -> None:
+        tensor.copy_(numbers.reshape(tensor.shape))
+
+    return tensor.numel(), put
+
+
+def rows_at_a_time(rows: int, columns: int) -> list[slice]:
+    """The rows of a matrix, some at a time."""
+    step = max(_ROWS_BYTES // (8 * max(columns, 1)), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

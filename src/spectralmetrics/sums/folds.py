@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.about_origin import exchange_about_origins
 from spectralmetrics.sums.decomposition import symmetrise
 from spectralmetrics.sums.intake import DenseIntake
-from spectralmetrics.sums.merging import together
+from spectralmetrics.sums.merging import agree
 from spectralmetrics.sums.moments import Moments, empty_moments, merge
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import Intake, SpectralSum
@@ -193,18 +194,19 @@ class Folds(InFolds):
 
     def exchange(
         self, known: Folds | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor, Folds | None]:
+    ) -> Generator[Tensor, Tensor | None, Folds | None]:
         """See :class:`.Sum`."""
-        before = (None,) * self.number if known is None else known.folds
-        parts = [fold.exchange(its, rank, world_size) for fold, its in zip(self.folds, before, strict=True)]
-        merged = yield from together(parts, self.seconds.device)
-        if all(each is None for each in merged):
-            return None
-        if all(each is its for each, its in zip(merged, before, strict=True)):
-            return known
-        width = max(each.num_features for each in merged if each is not None)
-        empty = empty_moments(width, self.seconds.device)
-        return stack([empty if each is None else each for each in merged])
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
+        mine = self if self.num_features else self.empty(width, self.seconds.device)
+
+        def room() -> tuple[Folds, Sequence[Moments]]:
+            merged = self.empty(width, self.seconds.device)
+            return merged, merged.folds
+
+        merged: Folds | None = yield from exchange_about_origins(mine.folds, room)
+        return merged
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.folds import Folds, FoldsIntake, InFolds, empty_folds
-from spectralmetrics.sums.merging import agree, together
+from spectralmetrics.sums.merging import ForReader, agree, together
 from spectralmetrics.sums.moments import Moments
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
@@ -158,7 +158,7 @@ class Labelled(InFolds):
 
     def exchange(
         self, known: Labelled | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor, Labelled | None]:
+    ) -> Generator[Tensor, Tensor | None, Labelled | None]:
         """See :class:`.Sum`."""
         dense, classes = yield from together(
             [
@@ -169,30 +169,32 @@ class Labelled(InFolds):
         )
         if known is not None and classes is known:
             return known
-        return None if dense is None or classes is None else replace(self, **vars(dense), **classes)
+        if dense is None or classes is None:
+            return None
+        return replace(self, **{name: getattr(dense, name) for name in Folds.states}, **classes)
 
     def _exchange_classes(self, known: Labelled | None, rank: int, world_size: int) -> Exchange:
         width = yield from agree(self.num_features, known is not None, rank, world_size)
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.seconds.device)
-        # Each process' sums are about an origin of its own. Those and the numbers of each class go in tables,
-        # from which all know how to move the sum of the sums to one origin.
-        counts = mine.class_counts.to(torch.float64)
-        table = torch.cat([counts, mine.class_origins], 1)  # (g, K + D)
-        tables = torch.zeros(world_size, *table.shape, dtype=torch.float64, device=table.device)
-        tables[rank] = table
-        strays = self.strays.to(torch.float64)
-        packed = yield torch.cat([tables.flatten(), mine.class_firsts.flatten(), strays])
-        tables, firsts, strays = packed.split([tables.numel(), mine.class_firsts.numel(), len(strays)])
-        counts, origins = tables.reshape(world_size, *table.shape).split([self.num_classes, width], 2)
-        largest = counts.sum(2).argmax(0)  # (g,)
-        origin = origins[largest, torch.arange(self.number, device=largest.device)]  # (g, D)
-        moved = torch.einsum("pgk,pgd->gkd", counts, origins - origin)
+        # The sums of the classes, too, are moved to an origin that is agreed on.
+        numbers = mine.class_counts.sum(1, keepdim=True).to(torch.float64)  # (g, 1)
+        means = mine.class_firsts.sum(1) + numbers * mine.class_origins
+        sums = yield torch.cat([numbers, means], 1)
+        origins = sums[:, 1:] / sums[:, :1].clamp(min=1)
+        counts = torch.cat([mine.class_counts.flatten(), mine.strays]).to(torch.float64)
+        packed = torch.cat([counts, mine.class_sums(origins).flatten()])
+        received = yield packed.as_subclass(ForReader)
+        if received is None:
+            return None
+        class_counts, strays, firsts = received.split(
+            [mine.class_counts.numel(), len(mine.strays), mine.class_firsts.numel()]
+        )
         return {
-            "class_counts": counts.sum(0).to(torch.int64),
-            "class_origins": origin,
-            "class_firsts": firsts.reshape(mine.class_firsts.shape) + moved,
+            "class_counts": class_counts.reshape(mine.class_counts.shape).to(torch.int64),
+            "class_origins": origins,
+            "class_firsts": firsts.reshape(mine.class_firsts.shape).clone(),
             "strays": strays.to(torch.int64),
         }
 

@@ -4,7 +4,7 @@ What is merged is written as a generator that yields a float64 tensor and receiv
 processes yielded at that point, see :meth:`.Sum.exchange`. :func:`run_together` drives any number of them in
 lockstep, so that the first yields of all layers and statistics travel in one all-reduce, and the second in
 another: first a few numbers per sum to agree on its width, since a process that saw no rows does not know it,
-then the sums.
+then what an origin is agreed on by, then the sums. These may go to the one process that reads them.
 
 >>> def average(value):
 ...     total = yield torch.tensor([value, 1.0], dtype=torch.float64)
@@ -20,6 +20,7 @@ then the sums.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -29,29 +30,46 @@ from torch import Tensor
 
 from spectralmetrics.sums.sum import Exchange
 
+_MOST_BYTES = 2**25  # of one collective of :func:`gather_objects`
 
-def run_together(exchanges: Sequence[Exchange], group: Any = None) -> list[Any]:
-    """Run exchanges in lockstep, one all-reduce for all of them per step; return what each returns.
+
+class ForReader(Tensor):
+    """What an exchange yields for whoever reads the result; other processes may receive None for it."""
+
+
+def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int | None = None) -> list[Any]:
+    """Run exchanges in lockstep, one collective for all of them per step; return what each returns.
 
     Args:
         exchanges: the same number in the same order on every process of the group.
         group: the process group; the default group if None.
+        reader: the process of the group that needs the results, others get None; None for all of them.
     """
     everything = together(exchanges, communication_device(group))
     received: Tensor | None = None
+    summed: Tensor
+    is_first = True
     while True:
         try:
-            packed = next(everything) if received is None else everything.send(received)
+            packed = next(everything) if is_first else everything.send(received)
         except StopIteration as finished:
             results: list[Any] = finished.value
             return results
-        dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)
-        received = packed
+        is_first = False
+        summed = packed.as_subclass(Tensor)
+        received = summed
+        if reader is None or not isinstance(packed, ForReader):
+            dist.all_reduce(summed, op=dist.ReduceOp.SUM, group=group)
+            continue
+        dist.reduce(summed, _global_rank(group, reader), op=dist.ReduceOp.SUM, group=group)
+        if dist.get_rank(group) != reader:
+            received = None  # what is there is of no use
+        del packed, summed  # as large as all that is sent
 
 
 def together(
     exchanges: Sequence[Exchange], device: torch.device | str = "cpu"
-) -> Generator[Tensor, Tensor, list[Any]]:
+) -> Generator[Tensor, Tensor | None, list[Any]]:
     """Several exchanges as one, whose yields are all of theirs in one tensor.
 
     Args:
@@ -61,24 +79,66 @@ def together(
     results: list[Any] = [None] * len(exchanges)
     waiting: dict[int, Tensor] = {}
 
-    def advance(index: int, received: Tensor | None) -> None:
+    def advance(index: int, received: Tensor | None, is_first: bool = False) -> None:
         exchange = exchanges[index]
         try:
-            waiting[index] = next(exchange) if received is None else exchange.send(received)
+            waiting[index] = next(exchange) if is_first else exchange.send(received)
         except StopIteration as finished:
             results[index] = finished.value
-            waiting.pop(index, None)
 
     for index in range(len(exchanges)):
-        advance(index, None)
+        advance(index, None, is_first=True)
     while waiting:
         order = sorted(waiting)
-        sent = {index: waiting[index] for index in order}
-        packed = yield torch.cat([sent[index].reshape(-1).to(device) for index in order])
-        parts = torch.split(packed, [sent[index].numel() for index in order])
-        for index, part in zip(order, parts, strict=True):
-            advance(index, part.reshape(sent[index].shape).to(sent[index].device))
+        layout = [(waiting[index].shape, waiting[index].device) for index in order]
+        # With anything in it that all must have, all get the whole.
+        kind = ForReader if all(isinstance(each, ForReader) for each in waiting.values()) else Tensor
+        # The exchanges keep nothing that they have yielded, nor is it kept here.
+        flat = [waiting.pop(index).as_subclass(Tensor).reshape(-1).to(device) for index in order]
+        packed = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
+        del flat
+        received = yield packed.as_subclass(kind)
+        del packed
+        if received is None:
+            for index in order:
+                advance(index, None)
+            continue
+        parts = torch.split(received, [shape.numel() for shape, _ in layout])
+        for index, part, (shape, home) in zip(order, parts, layout, strict=True):
+            advance(index, part.reshape(shape).to(home))
     return results
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """What each process of a group has, on all of them.
+
+    Unlike ``all_gather_object`` of PyTorch it takes no more memory than all of it together, also if one
+    process has most of it, and no backend for tensors on the CPU.
+
+    Args:
+        value: anything that can be pickled.
+        group: the process group; the default group if None.
+    """
+    rank, world, device = dist.get_rank(group), dist.get_world_size(group), communication_device(group)
+    own = pickle.dumps(value)
+    sizes = torch.zeros(world, dtype=torch.int64, device=device)
+    sizes[rank] = len(own)
+    dist.all_reduce(sizes, group=group)
+    ends = sizes.cumsum(0).tolist()
+    start, everything = ends[rank] - len(own), bytearray(ends[-1])
+    everything[start : ends[rank]] = own
+    view = torch.frombuffer(everything, dtype=torch.uint8)
+    for piece in view.split(_MOST_BYTES):
+        # Each byte is zero on all processes but one, so that the sum is that one's.
+        moved = piece.to(device)
+        dist.all_reduce(moved, group=group)
+        if moved is not piece:
+            piece.copy_(moved)
+    return [pickle.loads(everything[end - size : end]) for end, size in zip(ends, sizes.tolist(), strict=True)]
+
+
+def _global_rank(group: Any, rank: int) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def agree(

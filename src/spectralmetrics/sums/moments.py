@@ -27,7 +27,7 @@ tensor([[1., 0.],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -35,13 +35,9 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
-from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
-from spectralmetrics.sums.merging import agree
-
-# Above this number of processes the tables of origins are replaced by one more all-reduce.
-MOST_PROCESSES_WITH_TABLES = 64
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,33 @@ class Moments(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return rebase(self, origin)
 
-    def exchange(
-        self, known: Moments | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor, Moments | None]:
-        """See :class:`.Sum`."""
-        num_features = yield from agree(self.num_features, known is not None, rank, world_size)
-        if not num_features:
-            return known if num_features is None else None
-        mine = self if self.num_features else empty_moments(num_features)
-        if world_size <= MOST_PROCESSES_WITH_TABLES:
-            merged = yield from _exchange_with_tables(mine, rank, world_size)
-        else:
-            merged = yield from _exchange_with_common_origin(mine)
-        return merged
+    def pieces(self, origin: Tensor) -> Iterator[Tensor]:
+        """See :class:`.AboutOrigin`: the counts and the vector sum, then upper triangles of some rows each."""
+        left, right, first = _shifts(self, origin)
+        counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
+        yield torch.cat([counts, first])
+        for rows in rows_at_a_time(self.num_features, self.num_features):
+            block = torch.addmm(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
+            yield block.masked_select(_upper(block))
+
+    def slots(self) -> Iterator[Slot]:
+        """See :class:`.AboutOrigin`."""
+
+        def put_first(numbers: Tensor) -> None:
+            self.count.copy_(numbers[0])
+            self.non_finite.copy_(numbers[1])
+            self.first.copy_(numbers[2:])
+
+        yield 2 + self.num_features, put_first
+        for rows in rows_at_a_time(self.num_features, self.num_features):
+            block = self.second[rows, rows.start :]
+            upper = _upper(block)
+
+            def put(numbers: Tensor, block: Tensor = block, upper: Tensor = upper) -> None:
+                block.masked_scatter_(upper, numbers)
+
+            height, width = block.shape
+            yield height * width - height * (height - 1) // 2, put
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -245,18 +255,8 @@ def rebase(moments: Moments, origin: Tensor) -> Moments:
     check_real("an origin", origin)
     if origin.shape != moments.origin.shape:
         raise ValueError(f"expected an origin of shape ({moments.num_features},), got {tuple(origin.shape)}")
-    shift = moments.origin - origin
-    count = moments.count.to(torch.float64)
-    # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
-    half = moments.first + 0.5 * count * shift
-    left = torch.stack([half, shift], dim=1)
-    right = torch.stack([shift, half], dim=0)
-    return replace(
-        moments,
-        origin=origin,
-        first=moments.first + count * shift,
-        second=torch.addmm(moments.second, left, right),
-    )
+    left, right, first = _shifts(moments, origin)
+    return replace(moments, origin=origin, first=first, second=torch.addmm(moments.second, left, right))
 
 
 def merge(left: Moments, right: Moments) -> Moments:
@@ -352,60 +352,15 @@ def upper_covariance(moments: Moments, *, center: bool = True, unbiased: bool = 
     return upper
 
 
-def _exchange_with_tables(local: Moments, rank: int, world_size: int) -> Generator[Tensor, Tensor, Moments]:
-    features, device = local.num_features, local.second.device
-    count = local.count.to(torch.float64)
-    upper = _upper_triangle(features, device)
-    # The scatter about the local mean needs no common origin.
-    offset = local.first / count.clamp(min=1)
-    scatter = torch.addr(local.second, local.first, offset, alpha=-1)
-    table = torch.zeros(world_size, 2 * features + 1, dtype=torch.float64, device=device)
-    table[rank] = torch.cat([count[None], local.origin, offset])
-    packed = torch.cat([local.non_finite.to(torch.float64)[None], table.flatten(), scatter[upper]])
-    packed = yield packed
-    non_finite, tables, scatters = torch.split(packed, [1, table.numel(), packed.numel() - 1 - table.numel()])
-    counts, origins, offsets = torch.split(tables.reshape(world_size, -1), [1, features, features], dim=1)
-    total = counts.sum()
-    # A mean is kept as origin plus offset: their sum would lose the digits of data far from zero.
-    largest = counts.argmax()
-    origin = origins[largest]
-    share = counts / total.clamp(min=1)
-    origin = origin + (share * ((origins - origin) + offsets)).sum(0)
-    deviations = (origins - origin) + offsets
-    second = torch.zeros_like(local.second)
-    second[upper] = scatters
-    second.addmm_((counts * deviations).t(), deviations)
-    return Moments(
-        count=total.to(torch.int64),
-        non_finite=non_finite[0].to(torch.int64),
-        origin=origin,
-        first=(counts * deviations).sum(0),
-        second=second,
-    )
+def _shifts(moments: Moments, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two factors whose product moves the second moments to another origin, and the vector sum there."""
+    shift = moments.origin - origin
+    count = moments.count.to(torch.float64)
+    # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
+    half = moments.first + 0.5 * count * shift
+    return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), moments.first + count * shift
 
 
-def _exchange_with_common_origin(local: Moments) -> Generator[Tensor, Tensor, Moments]:
-    features, device = local.num_features, local.second.device
-    count = local.count.to(torch.float64)
-    # The origin need only lie near the data, so this mean may be rounded; what follows is exact about it.
-    sums = yield torch.cat([count[None], count * local.origin + local.first])
-    origin = sums[1:] / sums[0].clamp(min=1)
-    moved = rebase(local, origin)
-    upper = _upper_triangle(features, device)
-    packed = yield torch.cat(
-        [count[None], local.non_finite.to(torch.float64)[None], moved.first, moved.second[upper]]
-    )
-    second = torch.zeros_like(local.second)
-    second[upper] = packed[2 + features :]
-    return Moments(
-        count=packed[0].to(torch.int64),
-        non_finite=packed[1].to(torch.int64),
-        origin=origin,
-        first=packed[2 : 2 + features],
-        second=second,
-    )
-
-
-def _upper_triangle(features: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(features, features, device=device)
-    return rows, columns
+def _upper(block: Tensor) -> Tensor:
+    """Which elements of rows, of which those left of the diagonal have been cut off, lie above it or on it."""
+    return torch.ones(block.shape, dtype=torch.bool, device=block.device).triu_()

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.sums.merging import agree_on_width
+from spectralmetrics.sums.merging import ForReader, agree_on_width
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
 from spectralmetrics.sums.sum import Intake, Sum
@@ -83,7 +83,7 @@ class Reservoir(Sum):
 
     def exchange(
         self, known: Reservoir | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor, Reservoir | None]:
+    ) -> Generator[Tensor, Any, Reservoir | None]:
         """See :class:`.Sum`.
 
         The keys of all samples are shared first; then each row that is kept travels once, from the one process
@@ -105,8 +105,12 @@ class Reservoir(Sum):
         if self.num_features:
             mine = (owner == rank).to(rows.device)
             rows[mine] = self.rows[place.to(rows.device)[mine]]
-        rows = yield rows
-        return replace(self, keys=smallest.values.to(rows.device), rows=rows)
+        rows = yield rows.as_subclass(ForReader)
+        return None if rows is None else replace(self, keys=smallest.values.to(rows.device), rows=rows)
+
+    def num_exchanged(self, num_features: int, world_size: int) -> int:
+        """See :class:`.Sum`: the keys of all processes, and the rows."""
+        return self.capacity * (world_size + num_features)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""

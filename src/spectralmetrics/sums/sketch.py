@@ -22,7 +22,7 @@ same on every machine and in every release, so that it need not be saved, and al
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -30,10 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
 from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
 from spectralmetrics.sums.intake import DenseIntake, products_dtype
-from spectralmetrics.sums.merging import agree
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import (
     ROWS_PER_FLOAT32_SUM,
@@ -142,39 +141,27 @@ class Sketch(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return self.diagonal
 
-    def exchange(
-        self, known: Sketch | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor, Sketch | None]:
-        """See :class:`.Sum`."""
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
-        if not width:
-            return known if width is None else None
-        mine = self if self.num_features else self.empty(width, self.image.device)
-        # Each process sends its sums about its own mean, which need no common origin, and that mean as an
-        # origin and an offset, whose sum would lose the digits of data far from zero.
-        count = mine.count.to(torch.float64)
-        offset = mine.first / count.clamp(min=1)
-        table = torch.zeros(world_size, 2 * width + 1, dtype=torch.float64, device=offset.device)
-        table[rank] = torch.cat([count[None], mine.origin, offset])
-        image = torch.addr(mine.image, mine.first, mine.combine(offset[None])[0], alpha=-1)
-        diagonal = mine.diagonal - mine.first * offset
-        packed = [mine.non_finite.to(torch.float64)[None], table.flatten(), diagonal, image.flatten()]
-        received = yield torch.cat(packed)
-        non_finite, table, diagonal, image = received.split([len(part) for part in packed])
-        counts, origins, offsets = table.reshape(world_size, -1).split([1, width, width], dim=1)
-        total = counts.sum()
-        origin = origins[counts.argmax()]
-        origin = origin + (counts / total.clamp(min=1) * ((origins - origin) + offsets)).sum(0)
-        deviations = (origins - origin) + offsets  # (processes, D)
-        return replace(
-            mine,
-            count=total.to(torch.int64),
-            non_finite=non_finite[0].to(torch.int64),
-            origin=origin,
-            first=(counts * deviations).sum(0),
-            diagonal=diagonal + (counts * deviations.square()).sum(0),
-            image=image.reshape(width, -1).addmm((counts * deviations).mT, mine.combine(deviations)),
-        )
+    def pieces(self, origin: Tensor) -> Iterator[Tensor]:
+        """See :class:`.AboutOrigin`: what there is of each feature, then the image, some rows at a time."""
+        left, right, diagonal, first = _shifts(self, origin)
+        counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
+        yield torch.cat([counts, first, diagonal])
+        for rows in rows_at_a_time(*self.image.shape):
+            yield torch.addmm(self.image[rows], left[rows], right).flatten()
+
+    def slots(self) -> Iterator[Slot]:
+        """See :class:`.AboutOrigin`."""
+
+        def put_first(numbers: Tensor) -> None:
+            self.count.copy_(numbers[0])
+            self.non_finite.copy_(numbers[1])
+            first, diagonal = numbers[2:].chunk(2)
+            self.first.copy_(first)
+            self.diagonal.copy_(diagonal)
+
+        yield 2 + 2 * self.num_features, put_first
+        for rows in rows_at_a_time(*self.image.shape):
+            yield slot_of(self.image[rows])
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """A sketch holds no matrix; always a RuntimeError."""
@@ -351,11 +338,17 @@ def _recentre(sums: Sketch, rows: Tensor, chosen: Tensor) -> None:
 
 def _moved(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Image, diagonal and vector sum about another origin."""
+    left, right, diagonal, first = _shifts(sums, origin)
+    return torch.addmm(sums.image, left, right), diagonal, first
+
+
+def _shifts(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two factors whose product moves the image to another origin; the diagonal and the vector sum there."""
     shift = sums.origin - origin
     first = sums.first + sums.count.to(torch.float64) * shift
     left = torch.stack([sums.first, shift], 1)  # (D, 2)
     right = sums.combine(torch.stack([shift, first]))  # (2, k)
-    return torch.addmm(sums.image, left, right), sums.diagonal + shift * (sums.first + first), first
+    return left, right, sums.diagonal + shift * (sums.first + first), first
 
 
 def _parts(features: int) -> list[slice]:

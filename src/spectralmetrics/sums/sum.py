@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.observations import Observations
 
-Exchange: TypeAlias = Generator[Tensor, Tensor, Any]
+Exchange: TypeAlias = Generator[Tensor, Any, Any]
 """Yields what this process sends and receives the sum of what all sent; see :mod:`~.sums.merging`."""
 
 _KINDS: list[type[Sum]] = []
@@ -110,6 +110,10 @@ class Sum(ABC):
         Raises:
             ValueError: on every process, if the widths differ between processes.
         """
+
+    def num_exchanged(self, num_features: int, world_size: int) -> int:
+        """About how many numbers an exchange of sums of this width has in memory at a time."""
+        return sum(tensor.numel() for tensor in self.empty(num_features, "meta").tensors().values())
 
     def plain(self) -> Sum:
         """The sum without what a file said of it besides, which no longer holds once others are added."""

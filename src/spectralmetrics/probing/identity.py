@@ -1,0 +1,167 @@
+"""Whether a probe and its layers are the same on all processes, where they are merged by name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spectralmetrics.torch_private import default_store
+
+_SAMPLES = 16  # of the weights of a layer
+_PATIENCE = 10.0  # seconds for which a process may be behind another in making its probe
+# Weights of different layers have nothing in common; those of replicas that drift apart a while do.
+_DIFFERENT = 0.5
+
+
+class Weights(NamedTuple):
+    """A few numbers by which the weights of a layer are told from those of another.
+
+    Attributes:
+        kind: type of the layer.
+        shape: of the weight.
+        samples: some of its elements.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    samples: tuple[float, ...]
+
+    def differ(self, other: Weights) -> bool:
+        """Whether these are weights of two layers."""
+        if self.shape != other.shape:
+            return True
+        mine, its = (torch.tensor(each.samples, dtype=torch.float64, device="cpu") for each in (self, other))
+        return bool((mine - its).norm() > _DIFFERENT * torch.maximum(mine.norm(), its.norm()))
+
+
+class Identity:
+    """The modules behind the names of a probe, and whether the other processes have them, too.
+
+    Args:
+        modules: the probed layers by name; kept alive by none of this.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = {name: weakref.ref(module) for name, module in modules.items()}
+        self._is_compared = False
+        self._announced: Any = None  # where this process has said that it has a probe
+        if _has_others():
+            with contextlib.suppress(RuntimeError, AttributeError):  # a store that cannot, or none
+                default_store().set(_key(dist.get_rank()), "1")
+                self._announced = weakref.ref(dist.group.WORLD)
+
+    def check_presence(self, group: Any) -> None:
+        """Raise a RuntimeError if some process of a group has made no probe, instead of waiting for it."""
+        announced, self._announced = self._announced, None
+        if announced is None or announced() is not dist.group.WORLD:
+            return  # made before the group was; so may be those of others
+        store, end = default_store(), time.monotonic() + _PATIENCE
+        missing = dist.get_process_group_ranks(group)
+        while True:
+            missing = [rank for rank in missing if not store.check([_key(rank)])]
+            if not missing:
+                return
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    "expected a probe on every process, whose values are merged, got none on process"
+                    f" {', '.join(map(str, missing))}: make it on all of them, or of metrics with"
+                    " sync_on_compute=False"
+                )
+            time.sleep(0.05)
+
+    def weights(self) -> dict[str, Weights]:
+        """What there is to compare, unless it has been compared; sharded weights are left out."""
+        if self._is_compared:
+            return {}
+        found: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        for name, reference in self._modules.items():
+            module = reference()
+            weight = None if module is None else _weight(module)
+            if module is not None and weight is not None:
+                flat = weight.detach().reshape(-1)
+                step = max(len(flat) // _SAMPLES, 1)
+                found[name] = module, weight, flat[::step][:_SAMPLES].to(torch.float32)
+        numbers = iter(_brought([samples for _, _, samples in found.values()]))
+        return {
+            name: Weights(type(module).__name__, tuple(weight.shape), tuple(next(numbers)))
+            for name, (module, weight, _) in found.items()
+        }
+
+    def compare(self, of_processes: Sequence[Mapping[str, Weights]]) -> None:
+        """Warn once if a name means different layers on different processes."""
+        self._is_compared = True
+        for name in dict.fromkeys(name for each in of_processes for name in each):
+            known = [(rank, each[name]) for rank, each in enumerate(of_processes) if name in each]
+            (first, mine), *others = known
+            for rank, its in others:
+                if mine.differ(its):
+                    _warn(name, first, mine, rank, its)
+                    return
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._modules, self._is_compared, self._announced = {}, True, None
+
+
+def digest_of(weights: Mapping[str, Weights]) -> int:
+    """The same number for the same weights; 0 for none."""
+    if not weights:
+        return 0
+    return int.from_bytes(hashlib.sha256(repr(sorted(weights.items())).encode()).digest()[:7], "little")
+
+
+def _warn(name: str, first: int, mine: Weights, rank: int, its: Weights) -> None:
+    described = (
+        f"{each.kind} with weights {' x '.join(map(str, each.shape))} on process {where}"
+        for where, each in ((first, mine), (rank, its))
+    )
+    warnings.warn(
+        f"the name {name!r} means different layers on different processes, and their observations are added up:"
+        f" {', another '.join(described)}. If these are pipeline stages or experts that count from 0 on each"
+        " process, give each its own name: LayerProbe(torch.nn.ModuleDict({'stage1': stage})) on process 1",
+        UserWarning,
+        stacklevel=6,
+    )
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """A weight that is alike on all processes that have the layer; None for a shard, or if there is none."""
+    for parameter in module.parameters():
+        is_shard = hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or is_shard or parameter.is_meta:
+            return None
+        if getattr(parameter, "tensor_model_parallel", False):  # Megatron's
+            return None
+        if parameter.ndim >= 2 and parameter.numel():  # a shard of the first FSDP is flat
+            return parameter
+    return None
+
+
+def _brought(samples: Sequence[Tensor]) -> list[list[float]]:
+    """The numbers in these tensors, with one reading for each device."""
+    found: dict[int, list[float]] = {}
+    for device in {each.device for each in samples}:
+        here = [place for place, each in enumerate(samples) if each.device == device]
+        numbers = torch.cat([samples[place] for place in here]).tolist()
+        for place in here:
+            found[place] = [numbers.pop(0) for _ in range(len(samples[place]))]
+    return [found[place] for place in range(len(samples))]
+
+
+def _has_others() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _key(rank: int) -> str:
+    return f"spectralmetrics/probe/{rank}"
