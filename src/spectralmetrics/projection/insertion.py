@@ -186,7 +186,8 @@ def insert_projections(
     dims = find_dims(model, chosen) if dim is None else {}
     for name, layer in chosen.items():
         of_layer = dims.get(name)
-        fixed = dim if of_layer is None else dim_of(layer).dim  # of its own type
+        own = None if isinstance(layer, nn.Sequential) else dim_of(layer).dim  # as its type says
+        fixed = dim if of_layer is None else own
         projection = InsertedProjection(name, of_layer, None, threshold, center=center, dim=fixed)
         projection.train(layer.training)
         projection._starts_anew = False
