@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -23,6 +24,10 @@ class Clue(NamedTuple):
 
     is_last: bool
     width: int | None
+
+
+_Known: TypeAlias = dict[tuple[int, bool], list[Clue]]
+"""What modules tell, by their ``id`` and whether of inputs."""
 
 
 class Found(NamedTuple):
@@ -111,7 +116,7 @@ def dim_of(module: nn.Module, *, of_inputs: bool = False) -> FeatureDim:
     Found(dim=1, is_guess=False)
     """
     told = _told(module, of_inputs)
-    return told if isinstance(told, FeatureDim) else FeatureDim(clues=[_clues(module, of_inputs)])
+    return told if isinstance(told, FeatureDim) else FeatureDim(clues=[_clues(module, of_inputs, {})])
 
 
 def find_dims(
@@ -135,17 +140,18 @@ def find_dims(
     """
     root = unwrap(model)
     modules = {**named_modules(root), "": root}
-    times = [id(module) for name, module in modules.items() if name]
+    times = Counter(id(module) for name, module in modules.items() if name)
+    known: _Known = {}
     found = {}
     for name, module in layers.items():
         path = "" if module is root else name
         told = _told(module, of_inputs)
-        if told == "input" and times.count(id(module)) == 1:
+        if told == "input" and times[id(module)] == 1:
             told = _before(path, modules)
         if isinstance(told, FeatureDim):
             found[name] = told
         else:
-            clues = list(_surroundings(path, modules, of_inputs))
+            clues = list(_surroundings(path, modules, of_inputs, known))
             found[name] = FeatureDim(clues=clues, sequences_by_default=batch_first is not None)
     return found
 
@@ -184,15 +190,19 @@ def _before(path: str, modules: Mapping[str, nn.Module]) -> FeatureDim | Literal
     return None
 
 
-def _surroundings(path: str, modules: Mapping[str, nn.Module], of_inputs: bool) -> Iterator[list[Clue]]:
+def _surroundings(
+    path: str, modules: Mapping[str, nn.Module], of_inputs: bool, known: _Known
+) -> Iterator[list[Clue]]:
     """Clues from inside a layer, from beside it, from beside what encloses it, and so on."""
-    yield _clues(modules[path], of_inputs)
+    yield _clues(modules[path], of_inputs, known)
     while path:
         path, _, own = path.rpartition(".")
         earlier, later = _beside(modules[path], own)
-        told = [clue for each in earlier for clue in _clues(each, False)]
+        told = [clue for each in earlier for clue in _clues(each, False, known)]
         # The next layer takes what this one puts out; one that is used more than once may also come after.
-        told += [clue for of_inputs in (True, False) for each in later for clue in _clues(each, of_inputs)]
+        told += [
+            clue for of_inputs in (True, False) for each in later for clue in _clues(each, of_inputs, known)
+        ]
         yield list(dict.fromkeys(told))
 
 
@@ -204,15 +214,26 @@ def _beside(outer: nn.Module, own: str) -> tuple[list[nn.Module], list[nn.Module
     return parts[:index][::-1], parts[index + 1 :]
 
 
-def _clues(module: nn.Module, of_inputs: bool) -> list[Clue]:
-    """What the layers inside a module tell, itself if it is one: of outputs the last first."""
-    kind, _ = kind_of(module)
-    dim = None if kind is None else kind.dim_of(module)
-    if kind is not None and dim is not None:
-        return [Clue(dim == -1, kind.features_of(module, of_inputs=of_inputs))] if dim in (1, -1) else []
-    parts: Iterable[nn.Module] = module.children()
-    inside = [_clues(unwrap(part), of_inputs) for part in (parts if of_inputs else reversed(list(parts)))]
-    return list(dict.fromkeys(clue for each in inside for clue in each))
+def _clues(module: nn.Module, of_inputs: bool, known: _Known) -> list[Clue]:
+    """What the layers inside a module tell, itself if it is one: of outputs the last first.
+
+    Each is asked once; what it tells is kept in ``known``.
+    """
+    key = id(module), of_inputs
+    if key not in known:
+        kind, _ = kind_of(module)
+        if kind is not None:
+            dim = kind.dim_of(module)
+            told = [Clue(dim == -1, kind.features_of(module, of_inputs=of_inputs))] if dim in (1, -1) else []
+        else:
+            parts = [unwrap(part) for part in module.children()]
+            told = [
+                clue
+                for part in (parts if of_inputs else reversed(parts))
+                for clue in _clues(part, of_inputs, known)
+            ]
+        known[key] = list(dict.fromkeys(told))
+    return known[key]
 
 
 def _is_plain_sequence(module: nn.Module) -> bool:
