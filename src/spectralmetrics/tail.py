@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -12,17 +13,13 @@ MEAN_LAYER = "mean"
 """The layer name under which recorders and callbacks keep the mean of a statistic over all layers."""
 
 
-def check_layer_names(layers: Collection[str]) -> None:
-    """Refuse a layer whose values would be taken for the means over all layers.
+def recorded_name(layer: str) -> str:
+    """The name under which a layer's values are kept: its own, unless that is the name of the mean over layers.
 
-    Raises:
-        ValueError: if a layer is named ``"mean"``.
+    >>> recorded_name("encoder.0"), recorded_name("mean"), recorded_name("mean (layer)")
+    ('encoder.0', 'mean (layer)', 'mean (layer) (layer)')
     """
-    if MEAN_LAYER in layers:
-        raise ValueError(
-            f"expected no probed layer to be named {MEAN_LAYER!r}, the name of the mean over layers; rename it,"
-            f" or leave it out with exclude={MEAN_LAYER!r}"
-        )
+    return f"{layer} (layer)" if re.fullmatch(rf"{MEAN_LAYER}( \(layer\))*", layer) else layer
 
 
 def mean_over_layers(values: Iterable[float]) -> float:

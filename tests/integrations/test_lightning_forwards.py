@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader
 
-from spectralmetrics import EffectiveRankMetric, SaturationMetric
+from spectralmetrics import EffectiveRankMetric
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
 from tests.integrations.rows import Rows
@@ -191,13 +191,21 @@ def test_generation_is_observed_when_asked_for(asked, tmp_path):
     assert "generate" not in vars(module.model)
 
 
-def test_a_layer_called_mean_is_refused(tmp_path):
-    module = Classifier(0.1)
-    module.mean = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"expected no probed layer to be named 'mean'.*exclude='mean'"):
-        make_trainer(tmp_path, LayerProbeCallback(SaturationMetric())).fit(module)
-    assert not any(each._forward_hooks for each in module.modules())
-    make_trainer(tmp_path, LayerProbeCallback(SaturationMetric(), exclude="mean")).fit(module)
+def test_a_layer_called_mean_keeps_its_own_value(tmp_path):
+    class Named(Classifier):
+        def __init__(self):
+            super().__init__(0.0)
+            self.model, self.mean, self.other = None, nn.Linear(64, 5), nn.Linear(5, 3)
+
+        def validation_step(self, batch, index):
+            self.other(self.mean(batch[0]))
+
+    module = Named()
+    trainer = make_trainer(tmp_path, LayerProbeCallback(EffectiveRankMetric()))
+    (found,) = trainer.validate(module)
+    own, other = found["effective_rank/eval/mean (layer)"], found["effective_rank/eval/other"]
+    assert own != other
+    assert found["effective_rank/eval/mean"] == pytest.approx((own + other) / 2)
 
 
 def test_processes_that_run_layers_in_other_orders_log_the_same(tmp_path):

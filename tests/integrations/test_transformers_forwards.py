@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from spectralmetrics import EffectiveRankMetric, SaturationMetric, SpectralMetric
+from spectralmetrics import EffectiveRankMetric, SaturationMetric
 from spectralmetrics.integrations.transformers import LayerProbeCallback
 from tests.integrations.rows import Rows
 from tests.integrations.test_transformers import pairs, sequence_to_sequence
@@ -183,13 +183,11 @@ def test_two_callbacks_go_in_any_order_and_leave_nothing(order, tmp_path):
         assert set(vars(trainer)) - {"model_preparation_time"} == set(before) - {"model_preparation_time"}
 
 
-class Sometimes(SpectralMetric):
+class Sometimes(Rows):
     """Undefined for layers of two features."""
 
-    short_name = ""
-
-    def statistic(self, spectrum):
-        return spectrum.eigenvalues[0] * (math.nan if len(spectrum.eigenvalues) == 2 else 1)
+    def update(self, rows):
+        self.count += math.nan if rows.shape[1] == 2 else len(rows)
 
 
 def test_the_mean_over_layers_is_of_those_with_a_value(tmp_path):
@@ -200,16 +198,16 @@ def test_the_mean_over_layers_is_of_those_with_a_value(tmp_path):
     assert found["eval_sometimes/mean"] == found["eval_sometimes/backbone"] > 0
 
 
-def test_a_layer_called_mean_is_refused(tmp_path):
+def test_a_layer_called_mean_keeps_its_own_value(tmp_path):
     model = Net()
-    model.mean = nn.Linear(6, 2)
+    model.mean, model.backbone = model.backbone, nn.Identity()
+    model.forward = lambda x, labels=None: Net.forward(model, model.mean(x), labels)
     trainer = make_trainer(tmp_path, model)
-    before = set(vars(trainer))
-    with pytest.raises(ValueError, match=r"expected no probed layer to be named 'mean'.*exclude='mean'"):
-        LayerProbeCallback(trainer, SaturationMetric())
-    assert set(vars(trainer)) == before
-    assert not any(each._forward_hooks for each in model.modules())
-    LayerProbeCallback(trainer, SaturationMetric(), exclude="mean")
+    trainer.add_callback(LayerProbeCallback(trainer, SaturationMetric()))
+    found = trainer.evaluate()
+    own, head = found["eval_saturation/mean (layer)"], found["eval_saturation/head"]
+    assert own != head
+    assert found["eval_saturation/mean"] == (own + head) / 2
 
 
 class Writing(Seq2SeqTrainer):

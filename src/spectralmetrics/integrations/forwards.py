@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.probe import STAGES
+from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
-from spectralmetrics.tail import check_layer_names
+from spectralmetrics.probing.windows import Taken
 
 Stage: TypeAlias = Literal["train", "eval"]
 
@@ -37,21 +40,19 @@ class Forwards:
 
     Raises:
         TypeError: if ``generation`` is neither True nor False.
-        ValueError: if a layer is named ``"mean"``; for what :class:`~spectralmetrics.LayerProbe` raises.
+        ValueError: for what :class:`~spectralmetrics.LayerProbe` raises.
     """
 
     def __init__(self, model: nn.Module, metrics: Metrics | None, generation: bool, **arguments: Any) -> None:
         if not isinstance(generation, bool):
             raise TypeError(f"expected generation to be True or False, got {generation!r}")
         self.probe = LayerProbe(model, metrics, **arguments)
-        try:
-            check_layer_names(self.probe.layers)
-        except ValueError:
-            self.probe.remove()
-            raise
         self._model = unwrap(model)
         self._generators = [] if generation else [each for each in model.modules() if _generates(each)]
         self._left_out: set[Stage] = set()  # in which generations were left out since the last values
+        self._finished: set[str] = set()  # stages whose values are read, and which begin anew
+        self._recorded: set[str] = set()  # finished stages that are in a record
+        self._earlier: dict[str, dict[str, Taken]] = {}  # what earlier windows of a stage showed
         self._replaced: list[tuple[nn.Module, Any]] = []
 
     def begin(self, stage: Stage, mode: bool | None = None) -> None:
@@ -64,6 +65,7 @@ class Forwards:
         """
         self.end()
         model = self._model
+        self._renew(stage)
         self.probe._count_by(lambda _: stage if mode is None or model.training == mode else None)
         for module in self._generators:
             # On the object, and not longer than this: a copy that is made of the model at other times has none.
@@ -72,13 +74,87 @@ class Forwards:
 
     def end(self, observes: bool = True) -> None:
         """From now on forwards count by the layers' ``training`` flags, or not at all."""
-        self.probe._count_by(stage_by_flag if observes else _nowhere)
+        self.probe._count_by(self._by_flag if observes else _nowhere)
         while self._replaced:
             module, before = self._replaced.pop()
             if before is None:
                 del module.generate
             else:
                 module.generate = before
+
+    def reset(self, stage: Stage | None = None) -> None:
+        """Forget what was observed in a stage, or in both."""
+        for each in STAGES if stage is None else (stage,):
+            self._finished.discard(each)
+            self._recorded.discard(each)
+            self._earlier.pop(each, None)
+        self.probe.reset(stage)
+
+    def finish(self, stage: Stage) -> None:
+        """A stage has been read. The probe keeps it for whoever looks, until its next forward."""
+        self._finished.add(stage)
+
+    @contextlib.contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Inside, the probe holds only what no record has; afterwards a record has it."""
+        for stage in STAGES:
+            self.merge_windows(stage)
+        with self.probe._without(self._recorded):
+            yield
+        self._recorded |= self._finished
+
+    @contextlib.contextmanager
+    def unfinished(self) -> Iterator[LayerProbe]:
+        """Inside, the probe holds only what has yet to be read."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.probe._without(self._finished))
+            for stage, earlier in self._earlier.items():
+                stack.enter_context(self._whole(stage, earlier))
+            yield self.probe
+
+    @contextlib.contextmanager
+    def _whole(self, stage: str, earlier: dict[str, Taken]) -> Iterator[None]:
+        window = self.probe._take_out(stage)
+        try:
+            self.probe._merge_in(stage, earlier)
+            self.probe._merge_in(stage, window)
+            yield
+        finally:
+            self.probe._take_out(stage)
+            self.probe._merge_in(stage, window)
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go on from what :meth:`unfinished` showed."""
+        if state is not None:
+            self.probe.load_state_dict(state)
+            self._earlier["train"] = self.probe._take_out("train")  # the next window begins here
+
+    def compute_window(self, stage: Stage) -> dict[str, Tensor]:
+        """The values of what was observed since the last window; the stage goes on."""
+        if stage in self._finished:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the values of the whole stage say it
+            values = self.probe.compute(stage, LateBar("reading layers"))
+        self.merge_windows(stage)
+        self._earlier[stage] = self.probe._take_out(stage)
+        return values
+
+    def merge_windows(self, stage: str) -> None:
+        """Let the probe hold all that was observed in a stage, and not its last window alone."""
+        if (earlier := self._earlier.pop(stage, None)) is not None:
+            self.probe._merge_in(stage, earlier)
+
+    def _by_flag(self, training: bool) -> str:
+        stage = stage_by_flag(training)
+        self._renew(stage)
+        return stage
+
+    def _renew(self, stage: str) -> None:
+        if stage in self._finished:
+            self._finished.discard(stage)
+            self._recorded.discard(stage)
+            self.probe.reset(stage)
 
     def explain(self, stage: Stage, values: Mapping[str, Any]) -> None:
         """Warn if there are no values of a stage because all that ran in it was generation."""

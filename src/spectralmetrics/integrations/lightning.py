@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,39 +17,51 @@ except ModuleNotFoundError as error:
     ) from error
 
 from spectralmetrics.integrations.forwards import Forwards, Stage
-from spectralmetrics.integrations.values import scalars
+from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
+from spectralmetrics.integrations.values import chosen, with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.probe import STAGES
 from spectralmetrics.probing.progress import LateBar
 
 
 class LayerProbeCallback(Callback):
-    """Probes a LightningModule and logs one value per metric, stage and layer at the end of every epoch.
+    """Probes a LightningModule and logs one value per metric, stage and layer, and their means over the layers.
 
     Values go through ``log_dict``, so that every Lightning logger gets them and ``EarlyStopping`` or
-    ``ModelCheckpoint`` can monitor them, as ``"saturation/eval/model.0"``. Training values are logged at the
-    end of an epoch, those of a validation or test at its end. On several devices values are those of all of
-    them together.
+    ``ModelCheckpoint`` can monitor them, as ``"saturation/eval/model.0"`` or ``"saturation/eval/mean"``. On
+    several devices values are those of all of them together.
+
+    - Training values of an epoch are logged at its end. Whenever the trainer logs, the means over the layers
+      are logged too, of what was observed since it last logged.
+    - Values of a validation or test are logged at its end. With several loaders, ``"/dataloader_idx_0"`` and so
+      on name the values of each; those without this suffix are of all loaders together.
 
     Only the trainer's batches are observed: training batches as ``"train"``, frozen layers in eval mode
     included, those of a validation or test as ``"eval"``. The sanity check, trials of a batch size, an
     evaluation inside a training step, and ``generate`` of a model of transformers are left out.
 
-    A checkpoint holds what has been observed since the last values, on all devices, so that an epoch can go on
-    from its middle.
+    After a fit or an evaluation ``probe`` still holds what was last observed in each stage:
+    ``callback.probe.summary("eval")``. A checkpoint holds what has been observed since the last values, on all
+    devices, so that an epoch can go on from its middle.
 
     Args:
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars (a spectrum) are not
             logged; read them from ``probe`` in a callback of your own.
         generation: whether to observe what ``generate`` of a model of transformers runs.
+        recorder: a directory for records and arrays, or a function from the probe to a
+            :class:`~spectralmetrics.Recorder`. Each epoch of a fit becomes a record, with its last validation,
+            and so does a validation outside of a fit. A directory may hold records only if the fit goes on from
+            a checkpoint. The function is called at each fit or validation.
+        each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
         probe: the :class:`~spectralmetrics.LayerProbe`, on the model while the trainer runs; None before.
 
     Raises:
-        ValueError: when the trainer starts, for a layer named ``"mean"``; for what
-            :class:`~spectralmetrics.LayerProbe` raises.
+        TypeError: for a recorder of another type; when the trainer starts, for what
+            :class:`~spectralmetrics.LayerProbe` and :class:`~spectralmetrics.Recorder` raise.
         ModuleNotFoundError: on import, without ``lightning``.
 
     >>> from spectralmetrics import SaturationMetric
@@ -52,13 +69,25 @@ class LayerProbeCallback(Callback):
     >>> # lightning.Trainer(callbacks=[callback]).fit(module, data)
     """
 
-    def __init__(self, metrics: Metrics | None = None, *, generation: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self,
+        metrics: Metrics | None = None,
+        *,
+        generation: bool = False,
+        recorder: str | Path | MakesRecorder | None = None,
+        each_layer: bool = False,
+        **arguments: Any,
+    ) -> None:
         self.probe: LayerProbe | None = None
         self._metrics = metrics
         self._generation = generation
+        self._each_layer = each_layer
         self._arguments = arguments
+        self._keeping = Keeping(recorder)
         self._forwards: Forwards | None = None  # while the trainer runs
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict[str, Any] = {}
+        self._step = 0  # of the optimizers, when the batch began
+        self._loaders: list[dict[str, Tensor]] = []  # values of the loaders that an evaluation is through with
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the probe."""
@@ -66,29 +95,37 @@ class LayerProbeCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew, or go on from a checkpoint."""
-        probe = self._attach(pl_module).probe
-        probe.reset()
-        if self._saved is not None:
-            # It holds what all processes saw together; one of them carries it on.
-            if trainer.is_global_zero:
-                probe.load_state_dict(self._saved)
-            self._saved = None
+        forwards = self._attach(pl_module)
+        forwards.reset()
+        # It holds what all processes saw together; one of them carries it on.
+        if trainer.is_global_zero:
+            forwards.load(self._saved.get("probe"))
+        epoch = None if trainer.ckpt_path is None else trainer.current_epoch
+        self._keeping.open(forwards, self._saved.get("epoch", epoch))
+        self._saved = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Observe the batch."""
+        self._step = trainer.global_step
         self._attach(pl_module).begin("train", pl_module.training)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look away."""
-        self._attach(pl_module).end(observes=False)
+        """Look away; log the means over the layers if the trainer logs at this step."""
+        forwards = self._attach(pl_module)
+        forwards.end(observes=False)
+        # As Lightning's own callbacks ask.
+        if trainer._logger_connector.should_update_logs and trainer.global_step != self._step:
+            values = chosen(with_means(forwards.compute_window("train")), self._each_layer)
+            self._hand_over(pl_module, "train", values, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the epoch's training forwards showed."""
-        self._log(trainer, pl_module, "train")
+        """Log what the epoch's training forwards showed, and record it with the last validation."""
+        self._log(pl_module, "train")
+        self._keeping.record(self._attach(pl_module))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew, with what the validation shows."""
@@ -103,7 +140,7 @@ class LayerProbeCallback(Callback):
     ) -> None:
         """Observe the batch, unless it is one of the sanity check."""
         if not trainer.sanity_checking:
-            self._attach(pl_module).begin("eval")
+            self._begin_batch(pl_module, dataloader_idx)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Look away."""
@@ -113,20 +150,25 @@ class LayerProbeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Observe the batch."""
-        self._attach(pl_module).begin("eval")
+        self._begin_batch(pl_module, dataloader_idx)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Look away."""
         self._attach(pl_module).end(observes=False)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the validation showed."""
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "eval")
+        """Log what the validation showed; record it, if it is not part of a fit."""
+        if trainer.sanity_checking:
+            return
+        self._log(pl_module, "eval")
+        if trainer.state.fn == "validate":
+            forwards = self._attach(pl_module)
+            self._keeping.open(forwards)
+            self._keeping.record(forwards)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the test showed."""
-        self._log(trainer, pl_module, "eval")
+        self._log(pl_module, "eval")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
@@ -137,15 +179,16 @@ class LayerProbeCallback(Callback):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been observed since the last values, by all processes."""
-        if self.probe is None:
+        """What has been observed since the last values, by all processes, and the number of the next record."""
+        if self._forwards is None:
             return {}
-        with self.probe.merged():
-            return {"probe": {key: value.clone() for key, value in self.probe.state_dict().items()}}
+        with self._forwards.unfinished() as probe, probe.merged():
+            state = {key: value.clone() for key, value in probe.state_dict().items()}
+        return {"probe": state, "epoch": self._keeping.epoch} if self._keeping else {"probe": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's observations until the fit goes on."""
-        self._saved = state_dict.get("probe")
+        self._saved = dict(state_dict)
 
     def _attach(self, pl_module: LightningModule) -> Forwards:
         if self._forwards is None:
@@ -156,20 +199,49 @@ class LayerProbeCallback(Callback):
         return self._forwards
 
     def _detach(self) -> None:
+        self._keeping.close()
         if self._forwards is not None:
+            for stage in STAGES:
+                self._forwards.merge_windows(stage)
             self._forwards.end()
             self._forwards.probe.remove()
             self._forwards = None
 
     def _begin_evaluation(self, pl_module: LightningModule) -> None:
-        self._attach(pl_module).probe.reset("eval")
+        self._loaders = []
+        self._attach(pl_module).reset("eval")
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+    def _begin_batch(self, pl_module: LightningModule, loader: int) -> None:
         forwards = self._attach(pl_module)
-        values = scalars(forwards.probe.compute(stage, LateBar("reading layers")))
+        while len(self._loaders) < loader:
+            self._loaders.append(forwards.compute_window("eval"))
+        forwards.begin("eval")
+
+    def _log(self, pl_module: LightningModule, stage: Stage) -> None:
+        forwards = self._attach(pl_module)
+        if stage == "eval" and self._loaders:
+            for number, values in enumerate([*self._loaders, forwards.compute_window(stage)]):
+                suffix = f"/dataloader_idx_{number}"  # as Lightning names what each loader shows
+                self._hand_over(pl_module, stage, with_means(values), suffix, add_dataloader_idx=False)
+        forwards.merge_windows(stage)
+        values = forwards.probe.compute(stage, LateBar("reading layers"))
         forwards.explain(stage, values)
+        self._hand_over(pl_module, stage, with_means(values))
+        forwards.finish(stage)
+
+    def _hand_over(
+        self,
+        pl_module: LightningModule,
+        stage: Stage,
+        values: Mapping[tuple[str, str], float],
+        suffix: str = "",
+        **how: Any,
+    ) -> None:
+        named = {
+            f"{metric}/{stage}/{layer}{suffix}": torch.tensor(value, dtype=torch.float64)
+            for (metric, layer), value in values.items()
+        }
         # All processes have the same values, in orders of their own. Lightning reduces and warns unless it is
         # told that a value is to be reduced, but belongs to one process alone; each process logs it all the
         # same, so that callbacks can monitor it.
-        pl_module.log_dict(values, sync_dist=True, rank_zero_only=True)
-        forwards.probe.reset(stage)
+        pl_module.log_dict(named, sync_dist=True, rank_zero_only=True, **how)

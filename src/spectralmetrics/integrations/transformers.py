@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -27,10 +26,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from spectralmetrics.integrations.forwards import Forwards, Stage
+from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.masking import Masking
-from spectralmetrics.integrations.values import with_means
+from spectralmetrics.integrations.methods import Methods
+from spectralmetrics.integrations.values import chosen, with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.probe import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.tail import MEAN_LAYER
@@ -40,6 +42,8 @@ class LayerProbeCallback(TrainerCallback):
     """Probes a Trainer's model and logs one value per metric, stage and layer, and their means over the layers.
 
     - Training values are logged at the end of an epoch, as ``"saturation/{layer}"`` and ``"saturation/mean"``.
+      At the steps at which the trainer logs, the means are logged too, of what was observed since the last such
+      step.
     - Evaluation values are part of the metrics that ``trainer.evaluate()`` returns, under its prefix:
       ``"eval_saturation/{layer}"``, ``"eval_saturation/mean"``. ``EarlyStoppingCallback`` finds them there, and
       so do callbacks of your own that are added later.
@@ -56,6 +60,9 @@ class LayerProbeCallback(TrainerCallback):
     ``decoder_attention_mask`` or, without one, by the labels: steps after a sequence's last label other than
     −100 are padding.
 
+    After a training or an evaluation ``probe`` still holds what was last observed in each stage:
+    ``callback.probe.summary("eval")``.
+
     Args:
         trainer: the trainer that the callback is added to; its model is probed at once.
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars are not logged.
@@ -64,6 +71,12 @@ class LayerProbeCallback(TrainerCallback):
         decoder_attention_mask: likewise for the decoder of an encoder-decoder model; None counts its padding.
         generation: whether to observe what ``generate`` runs: it runs an encoder again, and counts tokens that
             are not in the data.
+        recorder: a directory for records and arrays, or a function from the probe to a
+            :class:`~spectralmetrics.Recorder`. Each epoch of a training becomes a record, with the evaluation
+            that follows it (of several data sets the last), and so does an evaluation outside of a training. A
+            directory may hold records only if training goes on from a checkpoint. The function is called at
+            each training or evaluation.
+        each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
@@ -72,7 +85,6 @@ class LayerProbeCallback(TrainerCallback):
     Raises:
         TypeError: for a trainer of another type, or a mask that is no name; for what
             :class:`~spectralmetrics.LayerProbe` raises.
-        ValueError: for a layer named ``"mean"``.
         ModuleNotFoundError: on import, without ``transformers``.
 
     Example::
@@ -92,6 +104,8 @@ class LayerProbeCallback(TrainerCallback):
         attention_mask: str | None = "attention_mask",
         decoder_attention_mask: str | None = "decoder_attention_mask",
         generation: bool = False,
+        recorder: str | Path | MakesRecorder | None = None,
+        each_layer: bool = False,
         **arguments: Any,
     ) -> None:
         if not isinstance(trainer, Trainer):
@@ -105,19 +119,23 @@ class LayerProbeCallback(TrainerCallback):
         self._attention_mask = attention_mask
         self._decoder_attention_mask = decoder_attention_mask
         self._generation = generation
+        self._each_layer = each_layer
+        self._keeping = Keeping(recorder)
+        self._awaited = 0  # evaluations that belong to the epoch that has ended
         self._arguments = arguments
         self._evaluations = 0  # that run, one inside another
         self._forwards: Forwards | None = None
         self._masking: Masking | None = None
         self._model: nn.Module | None = None
-        self._surrounded: list[tuple[str, Any, Any]] = []
+        self._methods = Methods(trainer)
         if trainer.model is not None:
             self._attach(trainer.model)
-        # No event tells that an evaluation begins, and none comes at its end if it fails.
-        self._surround("training_step", self._training)
+        # No event tells that an evaluation begins, and none comes at the end of what fails.
+        self._methods.surround("train", self._keeping_open)
+        self._methods.surround("training_step", self._training)
         for name in ("evaluation_loop", "prediction_loop"):
             if hasattr(trainer, name):  # the second is gone since 5.0
-                self._surround(name, self._evaluating)
+                self._methods.surround(name, self._evaluating)
 
     def on_train_begin(
         self,
@@ -131,14 +149,39 @@ class LayerProbeCallback(TrainerCallback):
         self._go_before_early_stopping()
         if model is not None and unwrap(model) is not self._model:
             self._attach(model)
-        else:  # maybe after an attempt with a batch size that was too large
-            self.probe.reset()
+        elif self._forwards is not None:  # maybe after an attempt with a batch size that was too large
+            self._forwards.reset()
+        if self._forwards is not None:
+            self._keeping.open(self._forwards, int(state.epoch or 0) if state.global_step else None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the means over the layers if the trainer logs at this step."""
+        if control.should_log and self._forwards is not None:
+            self._hand_over(chosen(with_means(self._forwards.compute_window("train")), self._each_layer), "")
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the last epoch, if an evaluation that was to come did not."""
+        self._record_epoch()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the last epoch, if an evaluation that was to come did not."""
+        self._record_epoch()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log what the epoch's training forwards showed."""
+        """Log what the epoch's training forwards showed; record it, with the evaluations that follow."""
         self._log("train")
+        sets = self._trainer.eval_dataset
+        self._awaited = len(sets) if control.should_evaluate and isinstance(sets, dict) else 1
+        if not control.should_evaluate:
+            self._record_epoch()
 
     def on_evaluate(
         self,
@@ -148,8 +191,19 @@ class LayerProbeCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Log what the evaluation showed, and add it to the evaluation's metrics."""
+        """Log what the evaluation showed, and add it to the evaluation's metrics; record it."""
+        if self._evaluations:  # of one inside another
+            return
         self._log_evaluation(metrics, "eval")
+        if self._trainer.is_in_train:
+            if self._awaited > 1:
+                self._awaited -= 1
+            else:
+                self._record_epoch()
+        elif self._forwards is not None:
+            with self._keeping_open():
+                self._keeping.open(self._forwards)
+                self._keeping.record(self._forwards)
 
     def on_predict(
         self,
@@ -160,17 +214,13 @@ class LayerProbeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log what the prediction showed, and add it to its metrics."""
-        self._log_evaluation(metrics, "test")
+        if not self._evaluations:
+            self._log_evaluation(metrics, "test")
 
     def remove(self) -> None:
         """Take the probe off the model."""
-        for name, method, before in reversed(self._surrounded):
-            if vars(self._trainer).get(name) is method:  # otherwise another has surrounded it in turn
-                if before is None:
-                    delattr(self._trainer, name)
-                else:
-                    setattr(self._trainer, name, before)
-        self._surrounded = []
+        self._methods.restore()
+        self._keeping.close()
         self._detach()
 
     def _attach(self, model: nn.Module) -> None:
@@ -186,21 +236,11 @@ class LayerProbeCallback(TrainerCallback):
             self._masking.remove()
             self._masking = None
         if self._forwards is not None:
+            for stage in STAGES:
+                self._forwards.merge_windows(stage)
             self._forwards.end()
             self.probe.remove()
         self._forwards = self._model = None
-
-    def _surround(self, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Run a method of the trainer inside a context."""
-        method, before = getattr(self._trainer, name), vars(self._trainer).get(name)
-
-        @functools.wraps(method)
-        def surrounded(*args: Any, **kwargs: Any) -> Any:
-            with context():
-                return method(*args, **kwargs)
-
-        setattr(self._trainer, name, surrounded)
-        self._surrounded.append((name, surrounded, before))
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
@@ -224,7 +264,7 @@ class LayerProbeCallback(TrainerCallback):
                 with self.probe.paused():
                     yield
             else:
-                self.probe.reset("eval")
+                forwards.reset("eval")
                 forwards.begin("eval")
                 try:
                     yield
@@ -233,13 +273,29 @@ class LayerProbeCallback(TrainerCallback):
         finally:
             self._evaluations -= 1
 
+    @contextlib.contextmanager
+    def _keeping_open(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._keeping.close()
+
+    def _record_epoch(self) -> None:
+        if self._awaited and self._forwards is not None:
+            self._awaited = 0
+            self._keeping.record(self._forwards)
+
     def _log(self, stage: Stage, prefix: str = "") -> dict[str, float]:
-        """Log the values of a stage and forget what they were made of."""
+        """Log the values of a stage, which the probe keeps until it observes that stage again."""
+        if (forwards := self._forwards) is None:
+            return {}
+        forwards.merge_windows(stage)
         found = self.probe.compute(stage, LateBar("reading layers"))
-        if self._forwards is not None:
-            self._forwards.explain(stage, found)
-        values = with_means(found)
-        self.probe.reset(stage)
+        forwards.explain(stage, found)
+        forwards.finish(stage)
+        return self._hand_over(with_means(found), prefix)
+
+    def _hand_over(self, values: dict[tuple[str, str], float], prefix: str) -> dict[str, float]:
         # A trainer's own keys name the stage once, in front, and its loggers read it there.
         named = {f"{prefix}{metric}/{layer}": value for (metric, layer), value in values.items()}
         if named:
@@ -248,8 +304,6 @@ class LayerProbeCallback(TrainerCallback):
         return named
 
     def _log_evaluation(self, metrics: dict[str, float] | None, default: str) -> None:
-        if self._evaluations:  # of one inside another
-            return
         # Of one of several data sets it is "eval_" and the name of the set.
         clocks = [key for key in metrics or {} if key.endswith("_runtime")]
         prefix = clocks[-1].removesuffix("_runtime") if clocks else default

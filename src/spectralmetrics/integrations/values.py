@@ -10,32 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralmetrics.tail import MEAN_LAYER, mean_over_layers
-
-
-def scalars(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of one element; loggers have no place for spectra and matrices.
-
-    >>> import torch
-    >>> scalars({"saturation/eval/fc": torch.tensor(0.5), "spectrum/eval/fc": torch.ones(3)})
-    {'saturation/eval/fc': tensor(0.5000)}
-    """
-    return {key: value for key, value in values.items() if value.numel() == 1}
+from spectralmetrics.tail import MEAN_LAYER, mean_over_layers, recorded_name
 
 
 def with_means(values: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
     """(metric, layer) -> number, of values of one stage, and after them each metric's mean over the layers.
 
-    The mean is over the layers for which the metric is defined.
+    The mean is over the layers for which the metric is defined. A layer that is itself called ``"mean"`` is
+    ``"mean (layer)"``.
 
     >>> import torch
     >>> with_means({"saturation/eval/a": torch.tensor(0.5), "saturation/eval/b": torch.tensor(1.0)})
     {('saturation', 'a'): 0.5, ('saturation', 'b'): 1.0, ('saturation', 'mean'): 0.75}
     """
     numbers: dict[tuple[str, str], float] = {}
-    for key, value in scalars(values).items():
-        metric, _, layer = key.split("/", 2)
-        numbers[metric, layer] = float(value)
+    for key, value in values.items():
+        if value.numel() == 1:  # a logger has no place for spectra and matrices
+            metric, _, layer = key.split("/", 2)
+            numbers[metric, recorded_name(layer)] = float(value)
     for metric in dict.fromkeys(metric for metric, _ in numbers):
         of_metric = [number for (own, _), number in numbers.items() if own == metric]
         numbers[metric, MEAN_LAYER] = mean_over_layers(of_metric)
@@ -74,6 +66,11 @@ def loggable(values: Mapping[str, Any]) -> dict[str, float]:
             if (scalar := _finite(number)) is not None:
                 found[_accepted(key, str(part), found)] = scalar
     return found
+
+
+def chosen(numbers: Mapping[tuple[str, str], float], each_layer: bool) -> dict[tuple[str, str], float]:
+    """What :func:`with_means` returned, or the means alone."""
+    return {key: number for key, number in numbers.items() if each_layer or key[1] == MEAN_LAYER}
 
 
 def _finite(value: Any) -> float | None:

@@ -33,6 +33,13 @@ def count_update(metric: Metric) -> None:
     own["_update_count"] += 1
 
 
+def count_of_updates(metric: Metric, new: int | None = None) -> int:
+    """How often a metric was updated, after setting it to a new number if one is given."""
+    if new is not None:
+        metric.__dict__["_update_count"] = new
+    return int(metric.__dict__["_update_count"])
+
+
 def has_own_states(collection: MetricCollection) -> bool:
     """Whether a reader has made copies of the states that the members of a group share."""
     return bool(collection._state_is_copy)

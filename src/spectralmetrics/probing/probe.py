@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +56,7 @@ from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag
 from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows, threshold_of
+from spectralmetrics.probing.windows import Taken, merge_in, put_back, take_out
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.checks import check_positive_integer
 
@@ -642,6 +643,29 @@ class LayerProbe(nn.Module):
                 self._steps.reset(each)
                 for name in self._layers:
                     self._places[each, name].reset()
+
+    def _take_out(self, stage: str) -> dict[str, Taken]:
+        """What was observed in a stage, by layer; from then on the probe holds what comes after."""
+        with self._router.lock:
+            return {name: take_out(self._places[stage, name], to_merge=True) for name in self._layers}
+
+    def _merge_in(self, stage: str, taken: Mapping[str, Taken]) -> None:
+        """Add what was taken out."""
+        with self._router.lock:
+            for name, each in taken.items():
+                merge_in(self._places[stage, name], each)
+
+    @contextlib.contextmanager
+    def _without(self, stages: Iterable[str]) -> Iterator[None]:
+        """Inside, the probe holds nothing of these stages. Layers must not run inside."""
+        with self._router.lock:
+            places = [self._places[stage, name] for stage in stages for name in self._layers]
+            taken = [take_out(place) for place in places]
+            try:
+                yield
+            finally:
+                for place, each in zip(places, taken, strict=True):
+                    put_back(place, each)
 
     def pause(self) -> None:
         """Observe nothing until :meth:`resume`."""

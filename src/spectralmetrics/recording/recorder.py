@@ -21,7 +21,7 @@ from spectralmetrics.recording.run import Mode, Run
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.sums import Sum
-from spectralmetrics.tail import MEAN_LAYER, check_layer_names
+from spectralmetrics.tail import MEAN_LAYER
 
 T = TypeVar("T")
 
@@ -75,8 +75,11 @@ class Recorder:
             raise TypeError(f"expected probe to be a LayerProbe or None, got {type(probe).__name__}")
         if mode not in get_args(Mode):
             raise ValueError(f"expected a mode among {get_args(Mode)}, got {mode!r}")
-        if probe is not None:
-            check_layer_names(probe.layers)
+        if probe is not None and MEAN_LAYER in probe.layers:
+            raise ValueError(
+                f"expected no probed layer to be named {MEAN_LAYER!r}, the name of the mean over layers; rename"
+                " or exclude it"
+            )
         self.directory = Path(directory).absolute()  # a later `os.chdir` must not split the run
         self.probe = probe
         self.writers = make_writers(writers)

@@ -1,0 +1,85 @@
+"""The recorder of a callback, open while its trainer runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from spectralmetrics.integrations.forwards import Forwards
+from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.progress import LateBar
+from spectralmetrics.recording import Recorder
+
+MakesRecorder: TypeAlias = Callable[[LayerProbe], Recorder]
+_WRITERS = ("csv", "arrays")
+
+
+class Keeping:
+    """Records what a callback's probe sees: each epoch of a training, and each evaluation outside of one.
+
+    Args:
+        recorder: a directory, which gets records and arrays, or a function from the probe to a recorder; None
+            records nothing. The function is called whenever the trainer begins a training or an evaluation.
+
+    Raises:
+        TypeError: for a recorder of another type.
+    """
+
+    def __init__(self, recorder: str | Path | MakesRecorder | None) -> None:
+        if not (recorder is None or isinstance(recorder, (str, os.PathLike)) or callable(recorder)):
+            raise TypeError(
+                "expected recorder to be a directory, a function from the probe to a Recorder, or None, got"
+                f" {recorder!r}"
+            )
+        self._made_by = recorder
+        self._was_open = False
+        self._recorder: Recorder | None = None
+        self.epoch = 0  # of the next record
+
+    def open(self, forwards: Forwards, epoch: int | None = None) -> None:
+        """Open the recorder, unless it is open.
+
+        Args:
+            forwards: of the model; its probe is recorded.
+            epoch: with which a training goes on from a checkpoint; records of it and later epochs that are
+                there already stay. None begins with the next record.
+
+        Raises:
+            TypeError: if the function returns no recorder of this probe; for what :class:`.Recorder` raises.
+        """
+        if self._made_by is None:
+            return
+        if self._recorder is None:
+            if callable(self._made_by):
+                made = self._made_by(forwards.probe)
+                if not isinstance(made, Recorder) or made.probe is not forwards.probe:
+                    raise TypeError(f"expected recorder to return a Recorder of the probe, got {made!r}")
+                self._recorder = made
+            else:
+                goes_on = self._was_open or epoch is not None
+                self._recorder = Recorder(
+                    self._made_by, forwards.probe, _WRITERS, mode="resume" if goes_on else "create"
+                )
+            self._was_open = True
+        self.epoch = self._recorder.next_epoch if epoch is None else epoch
+
+    def __bool__(self) -> bool:
+        """Whether anything is recorded."""
+        return self._made_by is not None
+
+    def record(self, forwards: Forwards) -> None:
+        """Record an epoch, with the stages that have been observed since the last record."""
+        if self._recorder is None:
+            return
+        if self.epoch >= self._recorder.next_epoch:  # or it was recorded before a crash
+            with forwards.unrecorded():
+                self._recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"))
+        self.epoch += 1
+
+    def close(self) -> None:
+        """Close the recorder."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None

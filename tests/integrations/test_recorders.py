@@ -1,0 +1,271 @@
+"""What callbacks keep of a run: records, windows within an epoch, and what the probe still holds afterwards."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from spectralmetrics import (
+    CovarianceTraceMetric,
+    LayerProbe,
+    Recorder,
+    SaturationMetric,
+    read_records,
+    summarise_run,
+    write_report,
+)
+from spectralmetrics.integrations import lightning, transformers
+from tests.integrations import test_transformers_forwards as hf
+from tests.integrations.lightning_module import Classifier, digits, make_trainer
+from tests.integrations.rows import Rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def rows(folder, stage, statistic, layer):
+    return {
+        row["epoch"]: row["value"]
+        for row in read_records(folder)
+        if (row["stage"], row["statistic"], row["layer"]) == (stage, statistic, layer)
+    }
+
+
+def column(folder, key):
+    with open(folder / "metrics.csv", newline="") as file:
+        found = [row.get(key) for row in csv.DictReader(file)]
+    return [float(value) for value in found if value]
+
+
+def test_a_fit_of_lightning_is_kept(tmp_path):
+    run, module = tmp_path / "run", Classifier(0.0)
+    callback = lightning.LayerProbeCallback(
+        {"rows": Rows(), "saturation": SaturationMetric()}, folds=2, recorder=run
+    )
+    trainer = make_trainer(tmp_path / "log", callback, check_val_every_n_epoch=2, max_epochs=3)
+    trainer.fit(module)
+    assert rows(run, "train", "rows", "model.0") == {0: 320, 1: 320, 2: 320}
+    assert rows(run, "eval", "rows", "model.0") == {1: 160}  # and no epoch has the validation of another
+    saturations = [
+        row for row in read_records(run) if (row["layer"], row["statistic"]) == ("model.0", "saturation")
+    ]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in saturations)
+    assert "model.0" in str(callback.probe.summary("eval"))
+    assert callback.probe.intervals("train")
+    assert "model.2" in str(summarise_run(run, stage="train"))
+    assert write_report(run, tmp_path / "report.html").stat().st_size > 10_000
+    assert not any(each._forward_hooks for each in module.modules())
+    with pytest.raises(FileExistsError):  # a fit that begins anew is another run
+        make_trainer(tmp_path / "log", lightning.LayerProbeCallback(recorder=run)).fit(module)
+    (found,) = trainer.validate(module)  # one more record
+    assert rows(run, "eval", "rows", "model.0") == {1: 160, 3: found["rows/eval/model.0"]}
+    assert len(rows(run, "train", "rows", "model.0")) == 3
+
+
+class Crash(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (2, 4):
+            raise KeyError("a crash")
+
+
+def test_a_fit_of_lightning_goes_on_with_its_records(tmp_path):
+    values = []
+    for crashes in (False, True):
+        folder = tmp_path / str(crashes)
+        run = folder / "run"
+        checkpoints = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        callback = lightning.LayerProbeCallback(
+            {"rows": Rows(), "variance": CovarianceTraceMetric()}, recorder=run
+        )
+        others = [Crash()] if crashes else []
+        trainer = make_trainer(
+            folder, None, callbacks=[callback, checkpoints, *others], max_epochs=4, enable_checkpointing=True
+        )
+        if crashes:
+            with pytest.raises(KeyError):
+                trainer.fit(Classifier(0.1))
+            # The second epoch was recorded, but its checkpoint is lost.
+            assert list(rows(run, "train", "rows", "model.0")) == [0, 1]
+            callback = lightning.LayerProbeCallback(
+                {"rows": Rows(), "variance": CovarianceTraceMetric()}, recorder=run
+            )
+            trainer = make_trainer(folder, callback, max_epochs=4)
+            trainer.fit(Classifier(0.1), ckpt_path=folder / "epoch=0.ckpt", weights_only=False)
+        else:
+            trainer.fit(Classifier(0.1))
+        values.append({stage: rows(run, stage, "variance", "model.2") for stage in ("train", "eval")})
+    for stage in ("train", "eval"):
+        assert list(values[1][stage]) == [0, 1, 2, 3]
+        assert values[1][stage] == pytest.approx(values[0][stage], rel=1e-9)
+
+
+def test_an_epoch_of_lightning_is_the_same_with_windows(tmp_path):
+    """The means of windows are logged at steps; the values of an epoch are of all of it."""
+    module = Classifier(0.0)
+    callback = lightning.LayerProbeCallback(
+        {"rows": Rows(), "variance": CovarianceTraceMetric()}, layers="model.0", every_n_steps=2
+    )
+    make_trainer(tmp_path, callback, log_every_n_steps=4, max_epochs=1, accumulate_grad_batches=1).fit(module)
+    # Ten batches of 32, one of each two observed; windows end after the fourth and the eighth.
+    assert column(tmp_path, "rows/train/mean") == [64, 64, 160]
+    assert column(tmp_path, "rows/train/model.0") == [160]
+    plain = lightning.LayerProbeCallback(
+        {"rows": Rows(), "variance": CovarianceTraceMetric()}, layers="model.0", every_n_steps=2
+    )
+    make_trainer(tmp_path / "plain", plain, log_every_n_steps=100, max_epochs=1).fit(module)
+    epoch = column(tmp_path, "variance/train/model.0")
+    assert epoch == pytest.approx(column(tmp_path / "plain", "variance/train/model.0"), rel=1e-12)
+
+
+def test_each_layer_at_steps_when_asked_for(tmp_path):
+    callback = lightning.LayerProbeCallback({"rows": Rows()}, each_layer=True)
+    make_trainer(tmp_path, callback, log_every_n_steps=5, max_epochs=1).fit(Classifier(0.0))
+    assert column(tmp_path, "rows/train/model.2") == [160, 160, 320]
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test"])
+def test_each_loader_has_values_of_its_own(run, tmp_path):
+    class Several(Classifier):
+        def val_dataloader(self):
+            return [DataLoader(digits(0, count), 40) for count in (100, 30, 70)]
+
+        test_dataloader = val_dataloader
+
+        def validation_step(self, batch, index, dataloader_idx):
+            self.model(batch[0])
+
+        test_step = validation_step
+
+    callback = lightning.LayerProbeCallback({"rows": Rows(), "variance": CovarianceTraceMetric()})
+    trainer = make_trainer(tmp_path, callback, max_epochs=1)
+    module = Several(0.0)
+    getattr(trainer, run)(module)
+    found = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert found["rows/eval/model.0"] == 200
+    for number, count in enumerate((100, 30, 70)):
+        assert found[f"rows/eval/model.0/dataloader_idx_{number}"] == count
+        assert found[f"rows/eval/mean/dataloader_idx_{number}"] == count
+    with LayerProbe(module, {"variance": CovarianceTraceMetric()}) as probe, torch.no_grad():
+        module.eval()
+        for count in (100, 30, 70):
+            module.model(digits(0, count).tensors[0])
+        whole = float(probe.compute("eval")["variance/eval/model.2"])
+    assert found["variance/eval/model.2"] == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_checkpoint_leaves_windows_alone(tmp_path):
+    class Saving(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    callback = lightning.LayerProbeCallback(
+        {"rows": Rows(), "variance": CovarianceTraceMetric()}, layers="model.0"
+    )
+    make_trainer(tmp_path, None, callbacks=[callback, Saving()], log_every_n_steps=3, max_epochs=1).fit(
+        Classifier(0.0)
+    )
+    assert column(tmp_path, "rows/train/mean") == [96, 96, 96, 320]
+    saved = torch.load(tmp_path / "middle.ckpt", weights_only=False)["callbacks"]
+    (state,) = (each["probe"] for each in saved.values() if "probe" in each)
+    with LayerProbe(
+        Classifier(0.0), {"rows": Rows(), "variance": CovarianceTraceMetric()}, layers="model.0"
+    ) as probe:
+        probe.persistent()
+        probe.load_state_dict(state)
+        assert probe.compute("train")["rows/train/model.0"] == 5 * 32
+
+
+def test_a_training_of_transformers_is_kept(tmp_path):
+    run = tmp_path / "run"
+    trainer = hf.make_trainer(tmp_path, hf.Net(), logging_steps=2)
+    metrics = {"rows": Rows(), "variance": CovarianceTraceMetric()}
+    callback = transformers.LayerProbeCallback(trainer, metrics, folds=2, recorder=run)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert rows(run, "train", "rows", "backbone") == {0: hf.TRAIN, 1: hf.TRAIN}
+    assert rows(run, "eval", "rows", "backbone") == {0: hf.EVALUATION, 1: hf.EVALUATION}
+    # Windows of two batches of 16, the last one of an epoch left to its end.
+    assert hf.logged(trainer, "rows/mean") == [32, 48, 16, 32, 48]
+    assert hf.logged(trainer, "rows/backbone") == [48, 48]
+    assert "head" in str(callback.probe.summary("eval"))
+    assert np.isfinite(list(rows(run, "eval", "variance", "mean").values())).all()
+    trainer.evaluate()
+    assert list(rows(run, "eval", "rows", "backbone")) == [0, 1, 2]
+    assert write_report(run, tmp_path / "report.html").exists()
+    again = hf.make_trainer(tmp_path, hf.Net())
+    again.add_callback(transformers.LayerProbeCallback(again, metrics, recorder=run))
+    with pytest.raises(FileExistsError):
+        again.train()
+
+
+def test_a_training_of_transformers_goes_on_with_its_records(tmp_path):
+    class Failing(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                raise KeyError("a crash")
+
+    values = []
+    for crashes in (False, True):
+        folder = tmp_path / str(crashes)
+
+        def train(crashes, folder=folder, **how):
+            torch.manual_seed(0)
+            trainer = hf.make_trainer(
+                folder, hf.Net(), num_train_epochs=4, save_strategy="epoch", save_only_model=False
+            )
+            callback = transformers.LayerProbeCallback(
+                trainer, {"variance": CovarianceTraceMetric()}, recorder=folder / "run"
+            )
+            trainer.add_callback(callback)
+            if crashes:
+                trainer.add_callback(Failing())
+            trainer.train(**how)
+
+        if crashes:
+            with pytest.raises(KeyError):
+                train(True)
+            train(False, resume_from_checkpoint=str(folder / "checkpoint-3"))  # an epoch is trained again
+        else:
+            train(False)
+        values.append({stage: rows(folder / "run", stage, "variance", "head") for stage in ("train", "eval")})
+    for stage in ("train", "eval"):
+        assert list(values[1][stage]) == [0, 1, 2, 3]
+        assert values[1][stage] == pytest.approx(values[0][stage], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_a_recorder_of_one_s_own(kind, tmp_path):
+    def make(probe):
+        return Recorder(tmp_path / "run", probe, ["csv", "console"], mode="resume")
+
+    if kind == "lightning":
+        trainer = make_trainer(tmp_path, lightning.LayerProbeCallback({"rows": Rows()}, recorder=make))
+        trainer.validate(Classifier(0.0))
+        trainer.fit(Classifier(0.0))
+        expected = {0: 160, 1: 160, 2: 160}
+        layer = "model.0"
+    else:
+        trainer = hf.make_trainer(tmp_path, hf.Net())
+        trainer.add_callback(transformers.LayerProbeCallback(trainer, {"rows": Rows()}, recorder=make))
+        trainer.evaluate()
+        trainer.train()
+        expected = {0: 20, 1: 20, 2: 20}
+        layer = "head"
+    assert rows(tmp_path / "run", "eval", "rows", layer) == expected
+    assert not (tmp_path / "run" / "arrays").exists()
+
+
+def test_what_is_no_recorder(tmp_path):
+    words = "expected recorder to be a directory, a function from the probe to a Recorder, or None, got 3"
+    with pytest.raises(TypeError, match=words):
+        lightning.LayerProbeCallback(recorder=3)
+    trainer = hf.make_trainer(tmp_path, hf.Net())
+    with pytest.raises(TypeError, match=words):
+        transformers.LayerProbeCallback(trainer, recorder=3)
+    trainer.add_callback(transformers.LayerProbeCallback(trainer, recorder=lambda probe: "run"))
+    with pytest.raises(TypeError, match="expected recorder to return a Recorder of the probe, got 'run'"):
+        trainer.train()
