@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.probe import STAGES
+from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag

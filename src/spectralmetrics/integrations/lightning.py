@@ -21,7 +21,7 @@ from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.values import chosen, with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.probe import STAGES
+from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 
 

@@ -32,7 +32,7 @@ from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.values import chosen, with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.probe import STAGES
+from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.tail import MEAN_LAYER
