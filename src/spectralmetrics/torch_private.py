@@ -36,30 +36,27 @@ def _find(path: str, default: Any = None, root: Any = torch) -> Any:
 
 # -- backward, tracing, modes ---------------------------------------------------------------------------------
 
-# Public, `torch.utils.module_tracker.ModuleTracker.is_bw`: the tracker is never entered, and puts no hooks
-# anywhere. It reads `torch._C._current_graph_task_id() != -1`.
+# `torch._C._current_graph_task_id`, 2.8 to 2.13, asked for at every hook. The public
+# `torch.utils.module_tracker.ModuleTracker.is_bw` stands in, which reads the same and takes longer; the tracker
+# is never entered, and puts no hooks anywhere.
 _TRACKER = ModuleTracker()
+_task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: 0 if _TRACKER.is_bw else -1)
 
 
 def in_backward() -> bool:
     """Whether this thread runs a backward pass, where a checkpoint's recomputation calls hooks again."""
-    return bool(_TRACKER.is_bw)
+    return _task() != -1
 
 
-def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` runs the model; public, and untyped there."""
-    jit: Any = torch.jit
-    return bool(jit.is_tracing())
+# Whether `torch.jit.trace` runs the model: `torch._C._is_tracing`, 2.8 to 2.13. The public
+# `torch.jit.is_tracing` stands in, which asks for more.
+is_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 
 # `torch._C._len_torch_dispatch_stack` and `torch.utils._python_dispatch._disable_current_modes`, 2.8 to 2.13.
 # Without them selective checkpointing records what a probe computes, and an ambient FakeTensorMode gets it.
-_num_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
-
-
-def has_modes() -> bool:
-    """Whether somebody listens to every operation, such as selective checkpointing or ``FakeTensorMode``."""
-    return _num_modes() > 0
+# How many listen to every operation, such as selective checkpointing or FakeTensorMode.
+num_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
 
 
 def without_modes() -> contextlib.AbstractContextManager[Any]:

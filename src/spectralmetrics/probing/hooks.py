@@ -31,13 +31,13 @@ from spectralmetrics.probing.copies import Handles, OwnHook, leave_out_of_copies
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.sums import no_autocast
 from spectralmetrics.torch_private import (
-    has_modes,
     heed_hooks,
     is_exporting,
     is_fake,
     is_inferring_shapes,
     is_tracing,
     is_transformed,
+    num_modes,
     renumber,
     set_grad_enabled,
     skip_frames,
@@ -246,7 +246,7 @@ class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a 
 
     def __enter__(self) -> None:
         self._had_grad = torch.is_grad_enabled()
-        modes = has_modes()
+        modes = num_modes()
         is_cast = torch.is_autocast_enabled(self._device)
         if modes or is_cast or torch.is_inference_mode_enabled():
             self._stack = contextlib.ExitStack()
