@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import tempfile
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.probing import merging
+from tests.distributed.scenarios import counted_collectives
 from tests.metrics.properties import assert_same
 from tests.oracles import relative_error, two_pass_covariance
 
@@ -334,6 +336,34 @@ def pipelines_equal_one_process(rank, world):
         probe.remove()
 
 
+def what_is_not_merged_is_recorded_of_all(rank, world):
+    """Metrics that each process keeps for itself: its own values, and those of layers that only others have."""
+    model = nn.ModuleDict({name: nn.Linear(4, 3).double() for name in ("shared", f"own{rank}")})
+    nn.init.ones_(model["shared"].weight)
+    probe = sm.LayerProbe(model, sm.CovarianceTraceMetric(sync_on_compute=False))
+    rows = {name: model[name](torch.randn(9, 4).double()).detach() for name in model}
+    expected = {name: each.var(0, correction=0).sum() for name, each in rows.items()}
+    gathered = [None] * world
+    dist.all_gather_object(gathered, expected)
+    told = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(told)
+    with counted_collectives() as seen:
+        assert set(probe.compute()) == {f"covariance_trace/train/{name}" for name in model}
+    assert not seen
+    with sm.Recorder(told[0], probe, ["csv", "arrays"]) as recorder:
+        values = recorder.record(reset=False)
+    for each, others in enumerate(gathered):
+        assert_same(values[f"covariance_trace/train/own{each}"], others[f"own{each}"], 1e-12)
+    assert_same(values["covariance_trace/train/shared"], expected["shared"], 1e-12)
+    if rank == 0:
+        kept = {row["layer"]: row["value"] for row in sm.read_records(told[0])}
+        assert set(kept) == {"mean", "shared", *(f"own{k}" for k in range(world))}
+        assert kept["shared"] == pytest.approx(float(expected["shared"]))
+    dist.barrier()
+    assert len(probe["train", f"own{rank}"].values()) == 1
+    assert int(probe["train", "shared"]["covariance_trace"].count) == 9
+
+
 def stages_that_count_from_zero_are_told(rank, world):
     if world == 1:
         return
@@ -427,6 +457,7 @@ SCENARIOS = [
     what_one_process_raises_all_raise,
     a_metrics_own_group_is_heeded,
     pipelines_equal_one_process,
+    what_is_not_merged_is_recorded_of_all,
     stages_that_count_from_zero_are_told,
     wrappers_do_not_rename,
     uneven_batches_under_join,

@@ -54,7 +54,7 @@ class Identity:
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self._is_compared = False
         self._announced: Any = None  # where this process has said that it has a probe
-        if _has_others():
+        if is_one_of_several():
             with contextlib.suppress(RuntimeError, AttributeError):  # a store that cannot, or none
                 default_store().set(_key(dist.get_rank()), "1")
                 self._announced = weakref.ref(dist.group.WORLD)
@@ -159,7 +159,8 @@ def _brought(samples: Sequence[Tensor]) -> list[list[float]]:
     return [found[place] for place in range(len(samples))]
 
 
-def _has_others() -> bool:
+def is_one_of_several() -> bool:
+    """Whether there is a default process group with other processes in it."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

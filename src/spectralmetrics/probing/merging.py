@@ -124,6 +124,7 @@ class Agreement:
         is_known: whether all has been read before, and no process has new observations since.
         kept: by this process, of what has not changed since.
         takes_all: whether metrics of other groups are merged, too, and those that are else merged in none.
+        partial: layers that some process does not have.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class Agreement:
         is_known: bool,
         kept: Kept,
         takes_all: bool,
+        partial: frozenset[Place],
     ) -> None:
+        self.partial = partial
         self._takes_all = takes_all
         self.group = group
         self.places = places
@@ -380,6 +383,7 @@ def agree_on_layers(
     identity: Identity,
     *,
     takes_all: bool = False,
+    keeps_own: bool = False,
 ) -> Agreement:
     """Agree with the other processes of a group on the layers that there are, and on their order.
 
@@ -394,6 +398,7 @@ def agree_on_layers(
         kept: what this process keeps of merged sums.
         identity: of this process' layers, compared with those of others once.
         takes_all: see :class:`Agreement`.
+        keeps_own: whether each process keeps its own of layers that all have, which then need not fit together.
 
     Raises:
         RuntimeError: if a process has no probe.
@@ -427,8 +432,10 @@ def agree_on_layers(
     assert catalogue is not None
     alike = high == -low
     catalogues = [catalogue] * dist.get_world_size(group) if alike else gather_objects(catalogue, group)
-    _check(catalogues)
-    identity.compare([weights] if sum(of_weights) == 0 else gather_objects(weights, group))
+    common = set(catalogue.places).intersection(*(each.places for each in catalogues))
+    _check(catalogues, common if keeps_own else ())
+    if not keeps_own:
+        identity.compare([weights] if sum(of_weights) == 0 else gather_objects(weights, group))
     order = agreed_order(catalogues)
     facts = {layer: each for other in reversed(catalogues) for layer, each in other.layers.items()}
     stages = dict.fromkeys(stage for other in catalogues for stage, _ in other.places)
@@ -455,6 +462,7 @@ def agree_on_layers(
         not (any_changed or any_unread),
         kept,
         takes_all,
+        frozenset(places.keys() - common),
     )
 
 
@@ -480,8 +488,8 @@ def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:
     return order
 
 
-def _check(catalogues: Sequence[Catalogue]) -> None:
-    """Raise a ValueError, the same on all processes, for what does not fit together."""
+def _check(catalogues: Sequence[Catalogue], but: Container[Place]) -> None:
+    """Raise a ValueError, the same on all processes, for what does not fit together but for these layers."""
     calls = [each.call for each in catalogues]
     if any(call != calls[0] for call in calls):
         rank = next(rank for rank, call in enumerate(calls) if call != calls[0])
@@ -497,7 +505,7 @@ def _check(catalogues: Sequence[Catalogue]) -> None:
     for place in dict.fromkeys(place for each in catalogues for place in each.places):
         known = {rank: each.places[place] for rank, each in enumerate(catalogues) if place in each.places}
         seen = {rank: its for rank, its in known.items() if any(its[1])}
-        if len({(sketch, its) for sketch, its in seen.values()}) < 2:
+        if place in but or len({(sketch, its) for sketch, its in seen.values()}) < 2:
             continue
         # A metric that has seen nothing, such as one for labels, says nothing of the width.
         columns = zip(*(its for _, its in seen.values()), strict=True)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -20,7 +19,7 @@ from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
-from spectralmetrics.probing.identity import Identity
+from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.merging import (
     NO_GROUP,
@@ -463,9 +462,9 @@ class LayerProbe(nn.Module):
                 yield
                 return
             try:
-                with self._merged_states(STAGES):
+                with self._merged_states(STAGES, sharing=sharing):
                     self._router.is_merged = True
-                    self._is_sharing = sharing and self._guests is not None
+                    self._is_sharing = sharing and merging_group(self._places.values()) is not NO_GROUP
                     try:
                         yield
                     finally:
@@ -475,12 +474,20 @@ class LayerProbe(nn.Module):
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
-    def _merged_states(self, stages: Sequence[str]) -> Iterator[None]:
+    def _merged_states(self, stages: Sequence[str], *, sharing: bool = False) -> Iterator[None]:
         """Inside, the states are merged, each in its own process group."""
         before = self._guests
         with contextlib.ExitStack() as stack:
             try:
-                for group in merging_groups(self._places.values()):
+                groups = merging_groups(self._places.values())
+                if sharing and not groups and is_one_of_several():
+                    # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
+                    self._guests = agreement = self._agree(stages, None, takes_all=True, keeps_own=True)
+                    for batch in agreement.batches(among=agreement.partial):
+                        others = agreement.exchange(batch).items()
+                        merged = {place: sums for place, sums in others if place not in self._places}
+                        stack.enter_context(agreement.holding(merged))
+                for group in groups:
                     agreement = self._agree(stages, group)
                     for batch in agreement.batches():
                         stack.enter_context(agreement.holding(agreement.exchange(batch)))
@@ -489,7 +496,9 @@ class LayerProbe(nn.Module):
             finally:
                 self._guests = before
 
-    def _agree(self, stages: Sequence[str], group: Any, *, takes_all: bool = False) -> Agreement:
+    def _agree(
+        self, stages: Sequence[str], group: Any, *, takes_all: bool = False, keeps_own: bool = False
+    ) -> Agreement:
         """What the processes of a group agree on, of some stages."""
         places = {place: each for place, each in self._places.items() if place[0] in stages}
 
@@ -502,7 +511,14 @@ class LayerProbe(nn.Module):
             )
 
         return agree_on_layers(
-            group, describe, places, self._guest, self._kept, self._identity, takes_all=takes_all
+            group,
+            describe,
+            places,
+            self._guest,
+            self._kept,
+            self._identity,
+            takes_all=takes_all,
+            keeps_own=keeps_own,
         )
 
     def _guest(self, stage: str, layer: str) -> LayerMetrics:
@@ -824,9 +840,7 @@ class LayerProbe(nn.Module):
         """
 
         def agree() -> Agreement | None:
-            if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-                return None
-            return self._agree(STAGES, None, takes_all=True)
+            return self._agree(STAGES, None, takes_all=True) if is_one_of_several() else None
 
         return Sharded(self._places, agree, self._steps, self._router.order, self.reset)
 
