@@ -149,7 +149,7 @@ ROWS_OF_MODELS = [
     ],
     *[
         row
-        for method in ("compute", "intervals", "summary", "reset", "covariances")
+        for method in ("compute", "intervals", "summary", "reset", "covariances", "iter_merged")
         for row in refuses(
             f"LayerProbe.{method}", Given(lambda w, method=method: getattr(w.probe, method)), stage=STAGES
         )
@@ -170,6 +170,18 @@ ROWS_OF_MODELS = [
             ("width", ValueError, "expected a statistic among [ … got 'width'"),
             (3, ValueError, "expected a statistic among [ … got 3"),
             ("spectrum", ValueError, "expected a statistic that is one number, got 'spectrum' of shape (3,)"),
+        ],
+    ),
+    *refuses(
+        "LayerProbe.merge_state",
+        Given(lambda w: w.probe.merge_state),
+        other=[
+            (3, TypeError, "expected another LayerProbe to merge, got int"),
+            (
+                sm.LayerProbe(nn.ModuleDict({"a": nn.Linear(2, 2)})),
+                ValueError,
+                "expected a probe of layers that this one has, got 'a'; layers are '0', '2'",
+            ),
         ],
     ),
     *refuses(

@@ -586,17 +586,15 @@ class LayerProbe(nn.Module):
         Args:
             stage: ``"train"`` or ``"eval"``.
 
-        Yields:
-            Layer and sums as :meth:`sums` gives them, to every process in the same order, without layers that
-            saw nothing. A process that ends early ends the others: they get a RuntimeError.
+        Returns:
+            An iterator of layer and sums as :meth:`sums` gives them, for every process in the same order,
+            without layers that saw nothing. A process that ends early ends the others: they get a RuntimeError.
 
         Raises:
             ValueError: for another stage.
         """
         _check_stage(stage)
-        for layer, sums in self._each_merged(stage, LayerMetrics.sums):
-            if sums:
-                yield layer, sums
+        return ((layer, sums) for layer, sums in self._each_merged(stage, LayerMetrics.sums) if sums)
 
     def _each_merged(self, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
         """What is read of each layer while its states are merged, on all processes."""

@@ -58,7 +58,7 @@ class AboutOrigin(SpectralSum):
             origin: shape (D,), float64.
         """
 
-    def pieces(self, origin: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
         """What adds up across processes: the sums about a common origin, in flat float64 pieces.
 
         Subclasses with a large matrix yield it some rows at a time, so that it is never there twice.
@@ -67,8 +67,8 @@ class AboutOrigin(SpectralSum):
         for name in sorted(self.additive):
             yield getattr(moved, name).reshape(-1).to(torch.float64)
 
-    def slots(self) -> Iterator[Slot]:
-        """Where the :meth:`pieces` go, in their order: into the tensors of this sum."""
+    def _slots(self) -> Iterator[Slot]:
+        """Where the :meth:`_pieces` go, in their order: into the tensors of this sum."""
         for name in sorted(self.additive):
             yield slot_of(getattr(self, name))
 
@@ -150,7 +150,7 @@ def exchange_about_origins(
     sums = yield torch.cat([counts, torch.stack(means)], 1)
     assert sums is not None
     origins = sums[:, 1:] / sums[:, :1].clamp(min=1)
-    pieces = (piece for each, origin in zip(parts, origins, strict=True) for piece in each.pieces(origin))
+    pieces = (piece for each, origin in zip(parts, origins, strict=True) for piece in each._pieces(origin))
     result: Any = None
     slots: Iterator[Slot] = iter(())
     for packed in _packed(pieces):
@@ -163,7 +163,7 @@ def exchange_about_origins(
                 result, targets = room()
                 for target, origin in zip(targets, origins, strict=True):
                     target.origin.copy_(origin)
-            slots = (slot for target in targets for slot in target.slots())
+            slots = (slot for target in targets for slot in target._slots())
         while len(received):
             size, put = next(slots)
             put(received[:size])

@@ -90,7 +90,7 @@ class Moments(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return rebase(self, origin)
 
-    def pieces(self, origin: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
         """See :class:`.AboutOrigin`: the counts and the vector sum, then upper triangles of some rows each."""
         left, right, first = _shifts(self, origin)
         counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
@@ -99,7 +99,7 @@ class Moments(AboutOrigin):
             block = torch.addmm(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
             yield block.masked_select(_upper(block))
 
-    def slots(self) -> Iterator[Slot]:
+    def _slots(self) -> Iterator[Slot]:
         """See :class:`.AboutOrigin`."""
 
         def put_first(numbers: Tensor) -> None:

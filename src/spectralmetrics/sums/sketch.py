@@ -141,7 +141,7 @@ class Sketch(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return self.diagonal
 
-    def pieces(self, origin: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
         """See :class:`.AboutOrigin`: what there is of each feature, then the image, some rows at a time."""
         left, right, diagonal, first = _shifts(self, origin)
         counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
@@ -149,7 +149,7 @@ class Sketch(AboutOrigin):
         for rows in rows_at_a_time(*self.image.shape):
             yield torch.addmm(self.image[rows], left[rows], right).flatten()
 
-    def slots(self) -> Iterator[Slot]:
+    def _slots(self) -> Iterator[Slot]:
         """See :class:`.AboutOrigin`."""
 
         def put_first(numbers: Tensor) -> None:
