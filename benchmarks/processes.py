@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import spectralmetrics as sm
-from spectralmetrics.probing import merging
+from spectralmetrics.probing import processes
 
 CALLS = {
     "compute": lambda probe: probe.compute("train"),
@@ -103,7 +103,7 @@ def traffic(options):
             probe._identity._announced = None  # the others are not there
             seen = []
             kept = {name: getattr(dist, name) for name in ("all_reduce", "reduce")}
-            gather = merging.gather_objects
+            gather = processes.gather_objects
 
             def gather_objects(value, group=None, world=world, seen=seen):
                 # The sizes, and the bytes: values of all layers, which each process has a share of.
@@ -117,14 +117,14 @@ def traffic(options):
                     return function(tensor, *arguments, **options)
 
                 setattr(dist, name, count)
-            merging.gather_objects = gather_objects
+            processes.gather_objects = gather_objects
             start = time.perf_counter()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     probe.compute("train")
             finally:
-                merging.gather_objects = gather
+                processes.gather_objects = gather
                 for name, function in kept.items():
                     setattr(dist, name, function)
                 dist.destroy_process_group()

@@ -198,7 +198,6 @@ def test_private_names_of_torch_and_torchmetrics_are_used_in_one_file_each():
 LONG_FILES = {
     "functional/relations.py": "half of it is docstrings with formulas and sources",
     "metrics/base.py": "the whole public face of a metric, half of it docstrings",
-    "metrics/state.py": "how sums become the states of a metric, from the first rows to a saved state",
     "plotting.py": "one function for each picture, and what they share",
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",

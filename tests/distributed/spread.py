@@ -12,9 +12,11 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.probing import merging
+from spectralmetrics.sums import about_origin
 from tests.distributed.scenarios import counted_collectives
 from tests.metrics.properties import assert_same
 from tests.oracles import relative_error, two_pass_covariance
+from tests.sums.toy import CrestFactorMetric
 
 
 def every_linear(model, batches):
@@ -205,6 +207,66 @@ def what_does_not_fit_is_an_error_everywhere(rank, world):
     with pytest.raises(ValueError, match=r"same stages.*'train'.*process 0.*'eval'"):
         probe.compute("eval" if rank == other else "train")
     assert list(probe.compute("train")) == ["spectrum/train/b"]
+
+
+def large_layers_travel_by_themselves(rank, world):
+    """In the smallest pieces and batches, with every kind of sum, values are those of one batch for all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 30), nn.Linear(30, 5)).double().eval()
+    metrics = [
+        sm.SpectrumMetric(),
+        sm.SaturationMetric(),
+        sm.EigenspaceEmbeddingMetric(max_samples=8),
+        sm.LinearProbeMetric(3),
+        CrestFactorMetric(),
+    ]
+    rows = torch.randn(40, 4, generator=torch.Generator().manual_seed(rank)).double()
+
+    def read(limits):
+        kept = {name: getattr(room, name) for room, name in limits}
+        for (room, name), value in limits.items():
+            setattr(room, name, value)
+        probe = sm.LayerProbe(model, metrics, folds=3, max_features=20, sketch_size=4)
+        try:
+            for part in rows.split(10):
+                with torch.no_grad(), probe.labels(torch.arange(10) % 3):
+                    model(part)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = [
+                    probe.compute("eval"),
+                    probe.intervals("eval"),
+                    probe.summary("eval"),
+                    probe.compute("eval"),
+                ]
+            found.append({layer: sums[0].variances() for layer, sums in probe.iter_merged("eval")})
+            assert probe.layers == ["0", "1", "2"]
+            return found
+        finally:
+            probe.remove()
+            for room, name in limits:
+                setattr(room, name, kept[name])
+
+    small = {
+        (merging, "_BATCH_BYTES"): 1,
+        (merging, "_KEPT_BYTES"): 0,
+        (merging, "_WORTH_SHARING"): 0.0,
+        (about_origin, "MOST_BYTES"): 100,
+        (about_origin, "_ROWS_BYTES"): 100,
+    }
+    (values, intervals, summary, again, variances), expected = read(small), read({})
+    assert list(values) == list(expected[0]) == list(again)
+    for key, value in values.items():
+        assert_same(value, expected[0][key], 1e-9)
+        assert_same(again[key], value, 1e-12)
+    assert list(intervals) == list(expected[1])
+    for key, interval in intervals.items():
+        for end, its in zip(interval, expected[1][key], strict=True):
+            assert_same(end, its, 1e-9)
+    assert str(summary) == str(expected[2])
+    assert list(variances) == list(expected[4]) == ["0", "1", "2"]
+    for layer, each in variances.items():
+        assert_same(each, expected[4][layer], 1e-12)
 
 
 class Fussy(sm.SpectralMetric):
@@ -454,6 +516,7 @@ SCENARIOS = [
     a_loop_over_merged_sums_ends_for_all,
     sketches_beside_idle_processes,
     what_does_not_fit_is_an_error_everywhere,
+    large_layers_travel_by_themselves,
     what_one_process_raises_all_raise,
     a_metrics_own_group_is_heeded,
     pipelines_equal_one_process,

@@ -246,7 +246,7 @@ def probe_on_one(rank, world):
         start = time.monotonic()
         with pytest.raises(RuntimeError, match=r"a probe on every process.*none on process 1"):
             probe.compute()
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 30
 
 
 def test_a_probe_on_some_processes_only_is_an_error_within_seconds():

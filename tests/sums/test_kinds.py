@@ -17,6 +17,7 @@ from spectralmetrics.sums import (
     Observations,
     Reservoir,
     Sum,
+    about_origin,
     empty_folds,
     empty_labelled,
     empty_moments,
@@ -25,6 +26,9 @@ from spectralmetrics.sums import (
     kinds,
     together,
 )
+from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.folds import InFolds
+from spectralmetrics.sums.merging import ForReader
 from tests.sums.streams import (
     check_folds,
     check_labelled,
@@ -104,8 +108,11 @@ def take(sums, batches, gram_dtype=torch.float64, flush_after=()):
     return sums
 
 
-def exchanged(locals_, known=None):
-    """What each of several processes gets, and the number of collectives."""
+def exchanged(locals_, known=None, reader=None):
+    """What each of several processes gets, and the number of collectives.
+
+    With a reader, others get nothing of what is for that alone.
+    """
     world = len(locals_)
     known = [None] * world if known is None else known
     processes = [
@@ -115,12 +122,13 @@ def exchanged(locals_, known=None):
     results, collectives = [None] * world, 0
     sent = [next(process) for process in processes]
     while True:
-        total = torch.stack(sent).sum(0)
+        is_for_all = reader is None or not all(isinstance(each, ForReader) for each in sent)
+        total = torch.stack([each.as_subclass(torch.Tensor) for each in sent]).sum(0)
         collectives += 1
         sent = []
         for rank, process in enumerate(processes):
             try:
-                sent.append(process.send(total.clone()))
+                sent.append(process.send(total.clone() if is_for_all or rank == reader else None))
             except StopIteration as finished:
                 (results[rank],) = finished.value
         if not sent:
@@ -345,6 +353,18 @@ class TestProcesses:
                 kind.check(result, everything, 1e-11)
             else:
                 assert result is None
+
+    @pytest.mark.parametrize("reader", [None, 0, 2])
+    def test_in_small_pieces_for_all_or_for_one(self, kind, reader, monkeypatch):
+        monkeypatch.setattr(about_origin, "MOST_BYTES", 40)
+        monkeypatch.setattr(about_origin, "_ROWS_BYTES", 50)
+        parts = [stream(rank, [40 + rank, 30], 7, means=(3.0 * rank,), first=10 * rank) for rank in range(3)]
+        results, _ = exchanged([take(kind.make(), part) for part in parts], reader=reader)
+        for rank, result in enumerate(results):
+            if reader is None or rank == reader:
+                kind.check(result, list(chain(*parts)), 1e-11)
+        if isinstance(kind.make(), AboutOrigin | InFolds) and reader is not None:
+            assert [result is None for result in results] == [rank != reader for rank in range(3)]
 
     def test_it_is_what_a_merge_gives(self, kind):
         parts = [stream(rank, [300], 4, means=(rank,), first=rank) for rank in range(3)]

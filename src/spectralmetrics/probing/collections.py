@@ -181,30 +181,6 @@ class LayerMetrics:
         """Whether anything has been observed or counted."""
         return bool(self.samples or self.forwards or any(leader.has_observed() for leader in self._spectral))
 
-    def check_merge(self, other: LayerMetrics) -> None:
-        """Raise a ValueError if the sums of another place cannot be added to these."""
-        (sketch, widths), (its_sketch, its) = self.widths(), other.widths()
-        fits = sketch == its_sketch or not any(widths) or not any(its)
-        if not fits or any(
-            mine and theirs and mine != theirs for mine, theirs in zip(widths, its, strict=True)
-        ):
-            described = (
-                f"{max(each)} features" + (f" in a sketch of {size} columns" if size else "")
-                for size, each in ((sketch, widths), (its_sketch, its))
-            )
-            raise ValueError(f"expected layer {self.layer!r} with {next(described)}, got {next(described)}")
-
-    def merge(self, other: LayerMetrics) -> None:
-        """Add the sums of another place, which fit; see :meth:`check_merge`."""
-        if other.is_sketched and not self.is_sketched:
-            self.sketch(other.sketch_size or 1)
-        for leader, its in zip(self.leaders, other.leaders, strict=True):
-            if its.update_count:
-                leader.merge_state(its)
-        self.samples += other.samples
-        self.forwards += other.forwards
-        self.share_states()
-
     def too_few(self, counted: Counted) -> int:
         """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
         for name, metric in self.readable().items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spectralmetrics.torch_private import default_store
 
 _SAMPLES = 16  # of the weights of a layer
-_PATIENCE = 10.0  # seconds for which a process may be behind another in making its probe
+_PATIENCE = 15.0  # seconds for which a process may be behind another in making its probe
 # Weights of different layers have nothing in common; those of replicas that drift apart a while do.
 _DIFFERENT = 0.5
 

@@ -15,29 +15,21 @@ from torchmetrics import Metric, MetricCollection
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.probing import saving
+from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.layout import find_layout
-from spectralmetrics.probing.merging import (
-    NO_GROUP,
-    STAGES,
-    Agreement,
-    Catalogue,
-    Kept,
-    Place,
-    agree_on_layers,
-    merging_group,
-    merging_groups,
-)
+from spectralmetrics.probing.merging import STAGES, Agreement, Kept, Place, check_places, merge_places
 from spectralmetrics.probing.observations import (
     FeatureMaps,
     Interpolation,
     ObservationRule,
     Sequences,
 )
+from spectralmetrics.probing.processes import NO_GROUP, merges_nothing, merging_group, merging_groups
 from spectralmetrics.probing.reading import (
     HOST,
     Covariance,
@@ -479,15 +471,14 @@ class LayerProbe(nn.Module):
         before = self._guests
         with contextlib.ExitStack() as stack:
             try:
-                groups = merging_groups(self._places.values())
-                if sharing and not groups and is_one_of_several():
+                if sharing and merges_nothing(self._places.values()) and is_one_of_several():
                     # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
                     self._guests = agreement = self._agree(stages, None, takes_all=True, keeps_own=True)
                     for batch in agreement.batches(among=agreement.partial):
                         others = agreement.exchange(batch).items()
                         merged = {place: sums for place, sums in others if place not in self._places}
                         stack.enter_context(agreement.holding(merged))
-                for group in groups:
+                for group in merging_groups(self._places.values()):
                     agreement = self._agree(stages, group)
                     for batch in agreement.batches():
                         stack.enter_context(agreement.holding(agreement.exchange(batch)))
@@ -653,6 +644,7 @@ class LayerProbe(nn.Module):
             if self._router.is_merged:
                 self._resets.append(None if stage is None else _check_stage(stage))
                 return
+            self._kept.forget()
             for each in STAGES if stage is None else (_check_stage(stage),):
                 self._steps.reset(each)
                 for name in self._layers:
@@ -821,9 +813,9 @@ class LayerProbe(nn.Module):
                 raise RuntimeError("expected probes with their own states to merge, got one inside merged()")
             pairs = [(self._places[place], each) for place, each in other._places.items() if each.has_data()]
             for own, theirs in pairs:
-                own.check_merge(theirs)
+                check_places(own, theirs)
             for own, theirs in pairs:
-                own.merge(theirs)
+                merge_places(own, theirs)
             self._router.order += [name for name in other._router.order if name not in self._router.order]
 
     # -- saving ------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def read_layers(
                     reading.is_clipped = True
             except Exception as error:
                 # One value less: a user's statistic on a width it was not made for, say.
-                reading.failed.append(_words(name, place.layer, error))
+                reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
         reading.few = place.too_few(counted)
         tell.read()
     return readings
@@ -124,7 +124,7 @@ def read_others(place: LayerMetrics, question: Question, reading: Reading) -> No
                     warnings.filterwarnings("ignore", message=".*was called before.*update")
                     reading.values[name] = question.read(metric)
             except Exception as error:
-                reading.failed.append(_words(name, place.layer, error))
+                reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
 
 
 def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection[str]) -> dict[str, Any] | None:
@@ -246,10 +246,6 @@ def _refusal(layer: str, stage: str, number: int) -> str:
         f"{number} observations of layer {layer!r} in {stage} hold NaN or infinite values;"
         " nan_strategy='warn' leaves them out"
     )
-
-
-def _words(name: str, layer: str, error: Exception) -> str:
-    return f"{name!r} of {layer!r} ({type(error).__name__}: {error})"
 
 
 def _wanted(places: Sequence[LayerMetrics], question: Question, counted: Counted) -> list[Wanted]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.overrides import count_update
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.merging import Agreement, Place, check_agreed
+from spectralmetrics.probing.merging import Agreement, Place
+from spectralmetrics.probing.processes import check_agreed
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import gather_objects
