@@ -180,7 +180,7 @@ ROWS_OF_MODELS = [
             (
                 sm.LayerProbe(nn.ModuleDict({"a": nn.Linear(2, 2)})),
                 ValueError,
-                "expected a probe of layers that this one has, got 'a'; layers are '0', '2'",
+                "expected `other` to probe layers of this probe, got 'a'; layers are '0', '2'",
             ),
         ],
     ),

@@ -822,6 +822,22 @@ class TestWhatIsOverridden:
             assert metric._update_count == 1
             assert metric._computed == metric.compute()
 
+    def test_a_copy_still_copies_the_process_group(self):
+        class Group:
+            def __reduce_ex__(self, protocol):
+                raise TypeError("cannot pickle a process group")
+
+        group = Group()
+        stock, ours = torchmetrics.SumMetric(process_group=group), sm.SaturationMetric(process_group=group)
+        with pytest.raises(TypeError, match="cannot pickle a process group"):
+            stock.clone()  # why `__deepcopy__` is there
+        assert overrides.copy_metric(stock).process_group is group
+        feed(ours, random_rows(0, 30, 4))
+        for twin in (ours.clone(), copy.deepcopy(ours), ours.with_folds(2), overrides.copy_metric(ours)):
+            assert twin.process_group is group
+        feed(ours.clone(), random_rows(1, 30, 4))
+        assert int(ours.count) == 30
+
     def test_a_failed_sync_still_leaves_its_copy_behind(self):
         def fails(*args, **kwargs):
             raise OSError("the other side has hung up")

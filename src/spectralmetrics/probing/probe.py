@@ -800,7 +800,7 @@ class LayerProbe(nn.Module):
             raise TypeError(f"expected another LayerProbe to merge, got {type(other).__name__}")
         if unknown := [name for name in other._layers if name not in self._layers]:
             raise ValueError(
-                f"expected a probe of layers that this one has, got {', '.join(map(repr, unknown))}; layers are"
+                f"expected `other` to probe layers of this probe, got {', '.join(map(repr, unknown))}; layers are"
                 f" {', '.join(map(repr, self._layers))}"
             )
         mine, its = (
