@@ -1,14 +1,20 @@
 """What a probe with a budget takes of a training, what it sees, and how near its dimensions are to the exact
 ones.
 
-    python benchmarks/budget.py [--models mlp vgg resnet vit] [--budgets 0.01 0.03 0.1] [--blocks 12]
+    python benchmarks/budget.py [--models mlp vgg resnet vit gpt] [--budgets 0.01 0.03 0.1] [--blocks 12]
+    python benchmarks/budget.py --models mlp resnet gpt --short 600 --arms eager compiled
 
 For each model and budget, blocks of training steps with the probe and with the probe paused take turns. The
-share
-is measured from outside: the time of the steps with it over that of those without, less one, as the median over
-pairs of neighbouring blocks. The first blocks, in which the sums are made and their price is paid off, are left
-out of it and told apart. Exact dimensions are those of a probe without a budget on the same network and inputs
-afterwards; the inputs are drawn anew for each step, so that they have a spectrum of their own.
+share is measured from outside: the time of the steps with it over that of those without, less one, as the
+median over pairs of neighbouring blocks. The first blocks, in which the sums are made and their price is paid
+off, are left out of it and told apart. Exact dimensions are those of a probe without a budget on the same
+network and inputs afterwards; the inputs are drawn anew for each step, so that they have a spectrum of their
+own.
+
+``--short`` measures whole runs of so many steps instead, from the first step on: blocks of steps with the
+probe, with the probe paused, and with it paused again take turns, and the share is that of all of them
+together. The second paused arm over the first says how much the machine itself varies. Beside the time on the
+wall stands that of the processor, which other programs on the same cores move less.
 """
 
 import argparse
@@ -23,7 +29,40 @@ from training_step import MODELS
 
 import spectralmetrics as sm
 
-STEPS = {"mlp": 40, "vgg": 8, "resnet": 6, "vit": 8}  # a block: one to three seconds
+
+class Block(nn.Module):
+    """Attention and a wide layer with residual connections, by plain linear layers."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        parts = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.narrow(nn.functional.gelu(self.wide(self.norms[1](x))))
+
+
+class SmallGPT(nn.Module):
+    """Six causal blocks of width 256 over 512 positions, of vectors in place of tokens."""
+
+    def __init__(self, width=256, length=512):
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(6)])
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks(x + self.positions)).mean(1)
+
+
+MODELS = {**MODELS, "gpt": lambda: (SmallGPT(), torch.randn(2, 512, 256))}
+STEPS = {"mlp": 40, "vgg": 8, "resnet": 6, "vit": 8, "gpt": 6}  # a block: one to three seconds
+SHORT_STEPS = {"mlp": 5, "vgg": 2, "resnet": 1, "vit": 2, "gpt": 1}
 UNTIMED_BLOCKS = 2
 
 
@@ -94,14 +133,98 @@ def measure(name, budget, blocks):
     }
 
 
+def measure_short(name, budget, steps, arm):
+    """A whole run, its time beside that of as many steps without the probe."""
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    targets = torch.arange(len(inputs)) % 10
+    data = batches(inputs)
+    probe = sm.LayerProbe(model, sm.IntrinsicDimensionMetric(), budget=budget)
+    torch.compiler.reset()
+    runs = torch.compile(model) if arm == "compiled" else model
+
+    def run(number):
+        drawn = [next(data) for _ in range(number)]
+        start = time.perf_counter(), time.process_time()
+        for each in drawn:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(runs(each), targets).backward()
+            optimizer.step()
+        return time.perf_counter() - start[0], time.process_time() - start[1]
+
+    with probe.paused():
+        run(3)
+    size = SHORT_STEPS[name]
+    blocks = {"probed": [], "paused": [], "paused again": []}
+    for block in range(steps // size):
+        turns = list(blocks)
+        for turn in turns[block % 3 :] + turns[: block % 3]:
+            if turn == "probed":
+                blocks[turn].append(run(size))
+            else:
+                with probe.paused():
+                    blocks[turn].append(run(size))
+    own = probe._steps.budget.spent("train")
+    probe.remove()
+
+    def added(turn, clock):
+        paused = sum(each[clock] for name in ("paused", "paused again") for each in blocks[name]) / 2
+        base = paused if turn == "probed" else sum(each[clock] for each in blocks["paused"])
+        return 100 * (sum(each[clock] for each in blocks[turn]) / base - 1)
+
+    return {
+        "model": name,
+        "arm": arm,
+        "budget": budget,
+        "steps": steps,
+        "step ms": 1e3 * statistics.median(each[1] for each in blocks["paused"]) / size,
+        "added percent": added("probed", 0),
+        "added percent of processor": added("probed", 1),
+        "machine percent": added("paused again", 0),
+        "machine percent of processor": added("paused again", 1),
+        "own percent": 100 * own.share,
+        "forwards": own.forwards,
+        "observed": own.observed,
+    }
+
+
+SHORT_HEADS = ["model", "arm", "budget %", "step ms", "added % (processor)", "machine % (processor)"]
+SHORT_HEADS += ["by itself %", "observed"]
+
+
+def short_row(result):
+    return [
+        result["model"],
+        result["arm"],
+        f"{100 * result['budget']:g}",
+        f"{result['step ms']:.0f}",
+        f"{result['added percent']:.2f} ({result['added percent of processor']:.2f})",
+        f"{result['machine percent']:.2f} ({result['machine percent of processor']:.2f})",
+        f"{result['own percent']:.2f}",
+        f"{result['observed']} of {result['forwards']}",
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.01, 0.03, 0.1])
     parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--short", type=int, help="measure whole runs of so many steps")
+    parser.add_argument("--arms", nargs="+", choices=["eager", "compiled"], default=["eager"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results = []
+    if options.short:
+        for name in options.models:
+            for arm in options.arms:
+                for budget in options.budgets:
+                    results.append(measure_short(name, budget, options.short, arm))
+                    print(table(SHORT_HEADS, [short_row(results[-1])]), flush=True)
+        print(table(SHORT_HEADS, map(short_row, results)))
+        write_result("budget_short", results)
+        return
     for name in options.models:
         for budget in options.budgets:
             results.append(measure(name, budget, options.blocks))

@@ -49,6 +49,12 @@ from spectralmetrics.sums.checks import check_positive_integer
 
 NanStrategy = Literal["warn", "error", "ignore"]
 
+REPEATED_INPUTS = (
+    "the same inputs came in several folds, which know each other then: intervals are too narrow. Call reset()"
+    " before each pass over the data, and show what belongs to one input in one batch"
+)
+"""What is said of intervals whose folds share inputs."""
+
 _STATISTICS: dict[str, type[SpectralMetric]] = {}
 
 
@@ -404,6 +410,8 @@ class SpectralMetric(SumsMetric):
         self._check_interval()
         with merged_as_in_compute(self):
             self._check_observed()
+            if self.repeats():
+                warnings.warn(f"{type(self).__name__}: {REPEATED_INPUTS}", UserWarning, stacklevel=2)
             return Interval(*(end.clone() for end in self.read_interval()))
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torchmetrics import Metric
 
 from spectralmetrics.metrics.overrides import OverriddenMetric
 from spectralmetrics.sums import first_fold
+from spectralmetrics.sums.repeats import Repeats
 
 
 class DealingMetric(OverriddenMetric):
@@ -28,6 +30,7 @@ class DealingMetric(OverriddenMetric):
     _first_fold: int | None = None
     _has_own_groups = False  # whether the user said what belongs together
     _rearranges = False
+    _repeats: Repeats | None = None
 
     def deal(self) -> int:
         """The number of the next group of batches; what is left of it after division by g is its fold."""
@@ -35,6 +38,31 @@ class DealingMetric(OverriddenMetric):
             self._first_fold = first_fold(self.folds, *(self.replica or self._rank()))
         self._dealt += 1
         return self._first_fold + self._dealt - 1
+
+    def note(self, inputs: Tensor, group: int) -> None:
+        """Remember what inputs, shape (N, ...), a group has shown; see :meth:`repeats`."""
+        if self._repeats is None:
+            self._repeats = Repeats(self.folds)
+        self._repeats.add(inputs, group % self.folds)
+
+    def repeats(self) -> bool:
+        """Whether the same inputs have come in several folds, as far as this process has seen."""
+        return self._repeats is not None and self._repeats.found()
+
+    def reset(self) -> None:
+        """Forget all observations."""
+        super().reset()
+        self._repeats = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The value of one batch, which is added; see ``torchmetrics.Metric``."""
+        before = self._repeats
+        value = super().forward(*args, **kwargs)  # resets between the two
+        if before is not None and before is not self._repeats:
+            if self._repeats is not None:
+                before.merge(self._repeats)
+            self._repeats = before
+        return value
 
     def _rank(self) -> tuple[int, int]:
         if not (dist.is_available() and dist.is_initialized()):
@@ -55,6 +83,11 @@ class DealingMetric(OverriddenMetric):
             super().merge_state(incoming_state)
         finally:
             self._rearranges = False
+        theirs: Repeats | None = getattr(incoming_state, "_repeats", None)
+        if theirs is not None:
+            if self._repeats is None:
+                self._repeats = Repeats(self.folds)
+            self._repeats.merge(theirs)
 
     def save_deals(self, destination: dict[str, Any], prefix: str) -> None:
         """Put into a state dict how many groups have been dealt."""

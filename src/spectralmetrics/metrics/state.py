@@ -172,6 +172,11 @@ class SumsMetric(DealingMetric):
         """Add observations that fit, from the user."""
         self._has_own_groups = self._has_own_groups or observations.group is not None
         with torch.inference_mode(False), torch.no_grad():
+            if self.folds > 1 and observations.values.numel():
+                group = self.deal() if observations.group is None else observations.group
+                observations = replace(observations, group=group)
+                if observations.feature_dim % observations.values.ndim:  # samples come first
+                    self.note(observations.values, group)
             self._take(observations)
 
     def _take(self, observations: Observations) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.together import read_together
@@ -154,6 +155,7 @@ class LayerMetrics:
         observations: Observations,
         labelled: Observations | None = None,
         groups: dict[int, int] | None = None,
+        inputs: Tensor | None = None,
     ) -> None:
         """Add observations to all metrics; gradients and inference mode are off.
 
@@ -162,6 +164,7 @@ class LayerMetrics:
             labelled: for metrics that do; None if there are no labels.
             groups: leader, by its ``id`` -> group of these observations, noted here for later calls of the
                 layer in the same forward; what one forward shows of its inputs stays in one fold.
+            inputs: what the layer showed of each sample, shape (N, ...), before any was drawn.
         """
         if not self._is_direct:
             rows = observations.rows()
@@ -173,6 +176,9 @@ class LayerMetrics:
                 leader.observe(_grouped(observations, leader, groups))
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
+        first = next((leader for leader in self._spectral if leader.folds > 1), None)
+        if first is not None and inputs is not None and groups is not None and id(first) in groups:
+            first.note(inputs, groups[id(first)])
         for member in self.members:
             forget_value(member)
         self._link()
@@ -190,6 +196,10 @@ class LayerMetrics:
                 count = counted[id(self.leader_of[name])].observations
                 return count if count < 2 * dimension else 0
         return 0
+
+    def repeats(self) -> bool:
+        """Whether the same inputs have come in several folds."""
+        return any(leader.repeats() for leader in self._spectral)
 
     def sums(self) -> list[Sum]:
         """The sums of the metrics, each kind once, of exact products before others; empty without data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -14,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
+from spectralmetrics.metrics.base import REPEATED_INPUTS
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
@@ -358,7 +360,15 @@ class LayerProbe(nn.Module):
         """
         if not self.has_intervals:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        return self._read(stage, lambda metric: metric.read_interval(HOST), _keeps_interval, progress)
+        intervals = self._read(stage, lambda metric: metric.read_interval(HOST), _keeps_interval, progress)
+        for each in STAGES if stage is None else (stage,):
+            if named := self._repeating(each):
+                warnings.warn(f"in {each} of {named}: {REPEATED_INPUTS}", UserWarning, stacklevel=2)
+        return intervals
+
+    def _repeating(self, stage: str) -> str:
+        """The layers that were shown the same inputs in several folds."""
+        return ", ".join(repr(name) for name in self.layers if self._places[stage, name].repeats())
 
     @property
     def has_intervals(self) -> bool:
@@ -550,7 +560,9 @@ class LayerProbe(nn.Module):
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
-            return summary_of(rows, metric, threshold=threshold, where=stage + self._budget_words(stage))
+            repeated = ", the same inputs in several folds: intervals too narrow" if self._repeating(stage) else ""
+            where = stage + self._budget_words(stage) + repeated
+            return summary_of(rows, metric, threshold=threshold, where=where)
 
     def _budget_words(self, stage: str) -> str:
         """What the probe took of its budget, for the title of a summary."""

@@ -184,7 +184,7 @@ class Router:
             seed = zlib.crc32(f"{limits.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
             observations = draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
-        of_layer.update(observations, labelled, self._steps.groups())
+        of_layer.update(observations, labelled, self._steps.groups(), batch.values)
 
     def _rows_per_feature(self, stage: str) -> float | None:
         wanted, budget = self._limits.rows_per_feature, self._steps.budget

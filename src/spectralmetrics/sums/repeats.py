@@ -1,0 +1,137 @@
+"""Tells whether the same inputs have come in several folds, which then know each other.
+
+Of each input a few values are hashed to a sign and one of 256 places, and each fold adds up the signs at each
+place (a count sketch: Charikar, Chen & Farach-Colton 2002). Where two folds share inputs their sums resemble
+each other; different inputs cancel. Memory is constant, and nothing is read from the device before the
+question is asked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_PLACES = 256
+_LOOKED_AT = 16  # values of an input
+_WAITING = 256  # inputs, so that an update is one copy
+_FEWEST = 64  # inputs of which anything is said
+# Of what the inputs would share if each came twice, half is shared; six times what chance makes of it.
+_SHARED = 0.25
+
+
+class Repeats:
+    """What the folds of one metric share of their inputs.
+
+    Args:
+        number: number of folds g.
+
+    >>> repeats, inputs = Repeats(2), torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    >>> repeats.add(inputs[:32], 0)
+    >>> repeats.add(inputs[32:], 1)
+    >>> repeats.found()
+    False
+    >>> repeats.add(inputs, 1)
+    >>> repeats.found()
+    True
+    """
+
+    def __init__(self, number: int) -> None:
+        self._sums: Tensor | None = None  # (g, _PLACES), int64
+        self._alike: Tensor | None = None  # pairs of inputs of one batch that are alike, by nature
+        self._pairs = 0.0  # of inputs of one batch
+        self._counts = [0] * number
+        self._buffer: Tensor | None = None  # (_WAITING, up to _LOOKED_AT), float32
+        self._waiting: list[tuple[int, int]] = []  # fold and number of inputs of each batch
+
+    def add(self, inputs: Tensor, fold: int) -> None:
+        """Note inputs of one batch, shape (N, ...)."""
+        chosen = _chosen(inputs)
+        self._counts[fold] += len(chosen)
+        self._pairs += len(chosen) * (len(chosen) - 1) / 2
+        for part in chosen.split(_WAITING):
+            buffer, start = self._buffer, sum(count for _, count in self._waiting)
+            size = math.prod(part.shape[1:])
+            fits = buffer is not None and buffer.device == part.device and buffer.shape[1] == size
+            if not fits or start + len(part) > _WAITING:
+                self._flush()
+                start = 0
+            if not fits:
+                buffer = self._buffer = torch.empty((_WAITING, size), dtype=torch.float32, device=part.device)
+            assert buffer is not None
+            buffer[start : start + len(part)].view(part.shape).copy_(part)
+            self._waiting.append((fold, len(part)))
+
+    def found(self) -> bool:
+        """Whether folds share more inputs than chance, or inputs that are alike by nature, explain."""
+        self._flush()
+        total = sum(self._counts)
+        if self._sums is None or self._alike is None or total < _FEWEST:
+            return False
+        sums = self._sums.to(torch.float64)
+        shared = (sums.sum(0).square().sum() - sums.square().sum()) / 2
+        apart = (total**2 - sum(count**2 for count in self._counts)) / 2
+        by_nature = float(self._alike) / max(self._pairs, 1.0) * apart
+        return float(shared) - 2 * by_nature > _SHARED * total
+
+    def merge(self, other: Repeats) -> None:
+        """Add what another has noted of as many folds."""
+        self._flush()
+        other._flush()
+        if other._sums is not None and other._alike is not None:
+            self._into(other._sums.device)
+            assert self._sums is not None
+            assert self._alike is not None
+            self._sums += other._sums.to(self._sums.device)
+            self._alike += other._alike.to(self._alike.device)
+        self._pairs += other._pairs
+        self._counts = [own + its for own, its in zip(self._counts, other._counts, strict=True)]
+
+    @torch.inference_mode(False)
+    def _into(self, device: torch.device) -> None:
+        if self._sums is None or self._alike is None:
+            self._sums = torch.zeros(len(self._counts), _PLACES, dtype=torch.int64, device=device)
+            self._alike = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _flush(self) -> None:
+        if not self._waiting or self._buffer is None:
+            return
+        waiting, self._waiting = self._waiting, []
+        device = self._buffer.device
+        labels = [(fold, batch) for batch, (fold, count) in enumerate(waiting) for _ in range(count)]
+        folds, batches = torch.tensor(labels, device="cpu").to(device, non_blocking=True).unbind(1)
+        hashes = _hashes(self._buffer[: len(labels)])
+        self._into(device)
+        assert self._sums is not None
+        assert self._alike is not None
+        signs = (hashes >> 8 & 1) * 2 - 1
+        index, home = folds * _PLACES + (hashes & _PLACES - 1), self._sums.device
+        self._sums.view(-1).index_add_(0, index.to(home), signs.to(home))
+        same = (hashes[:, None] == hashes) & (batches[:, None] == batches)
+        self._alike += ((same.sum() - len(labels)) // 2).to(home)
+
+
+def _chosen(inputs: Tensor) -> Tensor:
+    """A few values of each input, evenly apart in each dimension; a view."""
+    dims = inputs.ndim - 1
+    take = max(int(_LOOKED_AT ** (1 / max(dims, 1)) + 1e-9), 1)
+    for dim in range(1, inputs.ndim):
+        number = 4 if dims == 3 and dim == 1 else take
+        step = max(inputs.shape[dim] // number, 1)
+        inputs = inputs.narrow(dim, 0, min(step * number, inputs.shape[dim]))
+        inputs = inputs[(slice(None),) * dim + (slice(step // 2, None, step),)]
+    return inputs
+
+
+def _hashes(values: Tensor) -> Tensor:
+    """A number for each row, the same for rows that agree in all but the last digits, shape (N,), int64."""
+    # Which other inputs are in a batch changes the last digits. Of few values all digits are needed.
+    bits = values.view(torch.int32).to(torch.int64) >> (11 if values.shape[1] >= 4 else 0)
+    factors = torch.arange(1, values.shape[1] + 1, device=values.device) * 0x9E3779B97F4A7C1 | 1
+    hashes = (bits * factors).sum(1)
+    for _ in range(2):
+        hashes = (hashes ^ hashes >> 29) * 0xBF58476D1CE4E5B
+    return hashes ^ hashes >> 32
