@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from spectralmetrics.metrics.overrides import OverriddenMetric
-from spectralmetrics.sums import first_fold
+from spectralmetrics.sums import Observations, first_fold
 from spectralmetrics.sums.repeats import Repeats
 
 
@@ -38,6 +39,16 @@ class DealingMetric(OverriddenMetric):
             self._first_fold = first_fold(self.folds, *(self.replica or self._rank()))
         self._dealt += 1
         return self._first_fold + self._dealt - 1
+
+    def grouped(self, observations: Observations) -> Observations:
+        """Observations from the user with the number of their group; what they show is noted."""
+        self._has_own_groups = self._has_own_groups or observations.group is not None
+        if self.folds == 1 or not observations.values.numel():
+            return observations
+        group = self.deal() if observations.group is None else observations.group
+        if observations.feature_dim % observations.values.ndim:  # samples come first
+            self.note(observations.values, group)
+        return replace(observations, group=group)
 
     def note(self, inputs: Tensor, group: int) -> None:
         """Remember what inputs, shape (N, ...), a group has shown; see :meth:`repeats`."""

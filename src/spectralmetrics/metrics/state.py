@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -170,21 +169,13 @@ class SumsMetric(DealingMetric):
 
     def _take_given(self, observations: Observations) -> None:
         """Add observations that fit, from the user."""
-        self._has_own_groups = self._has_own_groups or observations.group is not None
         with torch.inference_mode(False), torch.no_grad():
-            if self.folds > 1 and observations.values.numel():
-                group = self.deal() if observations.group is None else observations.group
-                observations = replace(observations, group=group)
-                if observations.feature_dim % observations.values.ndim:  # samples come first
-                    self.note(observations.values, group)
-            self._take(observations)
+            self._take(self.grouped(observations))
 
     def _take(self, observations: Observations) -> None:
         """Add observations that fit."""
         if observations.values.numel() == 0:
             return
-        if self.folds > 1 and observations.group is None:
-            observations = replace(observations, group=self.deal())
         live, home = self._revive(), None
         if (
             live is None
