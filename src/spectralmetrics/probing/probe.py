@@ -368,7 +368,8 @@ class LayerProbe(nn.Module):
 
     def _repeating(self, stage: str) -> str:
         """The layers that were shown the same inputs in several folds."""
-        return ", ".join(repr(name) for name in self.layers if self._places[stage, name].repeats())
+        own = (name for name in self.layers if (stage, name) in self._places)
+        return ", ".join(repr(name) for name in own if self._places[stage, name].repeats())
 
     @property
     def has_intervals(self) -> bool:
@@ -560,8 +561,9 @@ class LayerProbe(nn.Module):
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
-            repeated = ", the same inputs in several folds: intervals too narrow" if self._repeating(stage) else ""
-            where = stage + self._budget_words(stage) + repeated
+            where = stage + self._budget_words(stage)
+            if self._repeating(stage):
+                where += ", the same inputs in several folds: intervals too narrow"
             return summary_of(rows, metric, threshold=threshold, where=where)
 
     def _budget_words(self, stage: str) -> str:
