@@ -11,6 +11,7 @@
 // src/spectralmetrics/sums/compiled.py where it can.
 
 #include <cpuid.h>
+#include <immintrin.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -44,6 +45,21 @@ struct Job {
     int32_t values_are_double, products_are_float;  // not both
     int32_t threads;
     int32_t instructions;  // of those that best_instructions() counts: 1 AVX2, 2 AVX-512
+};
+
+// One call of `measure`; mirrored in compiled.py, and strides as in Job.
+struct MarginalsJob {
+    const void *values;          // float, or double if values_are_double
+    const unsigned char *valid;  // per observation, 0 to pass over it; null if all count
+    const double *origin;        // (features)
+    double *totals;              // (5, features): sums of x - o, its squares, |x|, of x != 0, and the largest |x|
+    int64_t *counts;             // (2), added to: observations that count, and those left out
+    double *workspace;           // (slots, 10, features), any content
+    int64_t samples, positions, features;
+    int64_t sample_stride, position_stride, feature_stride;
+    int32_t values_are_double;
+    int32_t slots;         // shares of the rows, one for each thread; at most most_slots
+    int32_t instructions;  // as in Job
 };
 
 // Calls a function with the same argument on several threads at once, as GOMP_parallel of OpenMP does.
@@ -106,6 +122,16 @@ void wait(const Counter &counter, int64_t target) {
     }
 }
 
+constexpr int64_t rows_at_once = 128;        // whose marginals are summed before they are looked at
+constexpr int64_t values_at_once = 1 << 16;  // that fit the second cache
+
+// What the threads share that measure marginals.
+struct MarginalsTeam {
+    const MarginalsJob *job;
+    Counter slot{0};
+    int64_t counts[most_slots][2];
+};
+
 #define INLINE __attribute__((always_inline)) TARGET inline
 
 namespace avx2 {
@@ -113,6 +139,7 @@ namespace avx2 {
 #define VECTOR_BYTES 32
 #define TILE_ROWS 4
 #include "accumulate.hpp"
+#include "marginals.hpp"
 #undef TARGET
 #undef VECTOR_BYTES
 #undef TILE_ROWS
@@ -123,7 +150,21 @@ namespace avx512 {
 #define VECTOR_BYTES 64
 #define TILE_ROWS 8
 #include "accumulate.hpp"
+#include "marginals.hpp"
 }  // namespace avx512
+
+template <typename Source>
+void measure_in_shares(const MarginalsJob &job, Parallel *parallel) {
+    MarginalsTeam team;
+    team.job = &job;
+    const bool is_wide = job.instructions == 2;
+    void (*work)(void *) = is_wide ? avx512::Marginals<Source>::work : avx2::Marginals<Source>::work;
+    if (parallel && job.slots > 1)
+        parallel(work, &team, job.slots, 0);
+    else
+        work(&team);
+    (is_wide ? avx512::Marginals<Source>::collect : avx2::Marginals<Source>::collect)(team);
+}
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -179,7 +220,7 @@ void run(Team &team, Parallel *parallel) {
 extern "C" {
 
 // To be counted up with every change of what is declared here.
-PUBLIC int interface_version() { return 2; }
+PUBLIC int interface_version() { return 3; }
 
 PUBLIC int best_instructions() {
     // Not by __builtin_cpu_supports: linked with the run-time library of Zig it answers no to everything.
@@ -212,5 +253,12 @@ PUBLIC void accumulate(const Job *job, Parallel *parallel) {
     *job->count += team.kept;
     *job->non_finite += team.lost;
     if (team.overflowed) job->second[0] = INFINITY;  // said when the sums are read
+}
+
+PUBLIC void measure(const MarginalsJob *job, Parallel *parallel) {
+    if (job->values_are_double)
+        measure_in_shares<double>(*job, parallel);
+    else
+        measure_in_shares<float>(*job, parallel);
 }
 }

@@ -59,6 +59,23 @@ def _slope(values):
     return -np.polyfit(np.log(np.arange(1, len(values) + 1)), np.log(values), 1)[0]
 
 
+def _second_moments(rows):
+    return (rows**2).mean(0)
+
+
+# Of rows (n, D) in extended precision, where eigenvalues and covariance do not tell.
+OF_ROWS = {
+    "rms": lambda rows: np.sqrt((rows**2).mean()),
+    "spread": lambda rows: ((rows - rows.mean(0)) ** 2).sum() / (rows**2).sum(),
+    "max_abs": lambda rows: np.abs(rows).max(),
+    "zero_share": lambda rows: (rows == 0).mean(),
+    "dead_features": lambda rows: (rows == rows[0]).all(0).mean(),
+    "dormant_features": lambda rows: (
+        np.abs(rows).mean(0) / np.abs(rows).mean() <= np.longdouble(0.025)
+    ).mean(),
+    "outlier_features": lambda rows: (_second_moments(rows) ** 2).mean() / _second_moments(rows).mean() ** 2,
+}
+
 STATISTICS = {
     "covariance": lambda values, covariance: covariance,
     "spectrum": lambda values, covariance: values,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
-from spectralmetrics.sums.checks import check_real
+from spectralmetrics.sums.checks import check_positive_integer, check_real
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Quantity: TypeAlias = Literal["rms", "mean", "max_abs", "zero_share", "non_finite"]
 
 # The palette of Okabe and Ito without its yellow, which is too light for lines; colour-blind readers tell these
 # apart, and the markers help where there is no colour at all.
@@ -452,6 +454,88 @@ def plot_layers(
                 text.set_fontsize(7)
     if title:
         figure.suptitle(title, fontsize=11)
+    return figure, axes
+
+
+def plot_history(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    quantity: Quantity = "rms",
+    *,
+    along: str = "forward",
+    title: str | None = None,
+    columns: int = 4,
+    ax: Axes | None = None,
+) -> tuple[Figure, npt.NDArray[Any]]:
+    """Draw what each layer did over the forwards of a training, a small picture for each layer.
+
+    All share the horizontal axis. Each scale, rms and max_abs, has a vertical axis of its own, since what
+    matters is how it changes; shares and counts have one for all.
+
+    Args:
+        series: layer name -> pairs of a forward or step and a value.
+        quantity: what the values are.
+        along: what the horizontal axis counts; labels it.
+        title: of the picture.
+        columns: the most pictures in a row.
+        ax: where to draw the only layer; a new figure if None.
+
+    Returns:
+        The figure and an array of axes, of shape (rows, columns). Nothing is shown or saved.
+
+    Raises:
+        TypeError: for an argument of another kind.
+        ValueError: if there is no value to draw, for another quantity or number of columns, or for an axis to
+            draw several layers into.
+        ModuleNotFoundError: without matplotlib.
+
+    >>> figure, axes = plot_history({"fc1": [(0, 1.0), (1, 1.1)], "fc2": [(0, 2.0), (1, 9.0)]})
+    >>> axes.shape, axes[0, 1].get_title(loc="left")
+    ((1, 2), 'fc2')
+    """
+    if not isinstance(series, Mapping):
+        raise TypeError(f"expected a dict of layers and pairs, got {series!r}")
+    if not series or not any(map(len, series.values())):
+        raise ValueError("expected at least one value to draw, got none")
+    if quantity not in get_args(Quantity):
+        raise ValueError(f"expected a quantity among {get_args(Quantity)}, got {quantity!r}")
+    check_positive_integer("columns", columns)
+    _check_text("along", along)
+    if ax is not None and len(series) > 1:
+        raise ValueError(f"expected one layer to draw into an axis, got {len(series)}")
+    across = min(columns, len(series))
+    down = math.ceil(len(series) / across)
+    is_scale = quantity in ("rms", "max_abs")
+    if ax is None:
+        figure = _new_figure((2.4 * across + 0.6, 1.35 * down + 0.7))
+        axes = figure.subplots(down, across, sharex=True, sharey=not is_scale, squeeze=False)
+    else:
+        figure, _ = _with_figure(_axis(ax))
+        axes = np.array([[ax]])
+    for index, ax in enumerate(axes.flat):
+        if index >= len(series):
+            ax.set_visible(False)
+            continue
+        name, pairs = list(series.items())[index]
+        places, values = ([float(pair[side]) for pair in pairs] for side in (0, 1))
+        shown = _finite(values)
+        ax.plot(places, shown, color=_COLOURS[0], linewidth=1.1)
+        lost = [place for place, value in zip(places, shown, strict=True) if math.isnan(value)]
+        ax.plot(
+            lost, [0.04] * len(lost), "x", color=_COLOURS[5], transform=ax.get_xaxis_transform(), markersize=4
+        )
+        if is_scale and len(shown[shown > 0]) and np.nanmax(shown) > 20 * np.nanmin(shown[shown > 0]):
+            ax.set_yscale("log")
+        ax.set_title(literal(name), fontsize=_NAME_POINTS, loc="left")
+        ax.tick_params(labelsize=7, labelbottom=index + across >= len(series))
+        ax.grid(color="0.9", linewidth=0.6)
+    words = literal(along), literal(quantity.replace("_", " "))
+    if axes.size == 1:
+        axes[0, 0].set(xlabel=words[0], ylabel=words[1])
+    else:
+        figure.supxlabel(words[0], fontsize=9)
+        figure.supylabel(words[1], fontsize=9)
+    if title:
+        figure.suptitle(literal(title), fontsize=10)
     return figure, axes
 
 

@@ -28,6 +28,21 @@ EIGENVALUES = [
     (torch.tensor(3.0), ValueError, "expected eigenvalues of shape (..., D) with D >= 1, got shape ()"),
     (torch.ones(2, 0), ValueError, "expected eigenvalues of shape (..., D) with D >= 1, got shape (2, 0)"),
 ]
+TAUS = [
+    (tau, ValueError, f"expected tau to be a number that is not negative, got {tau!r}")
+    for tau in (-0.1, NAN, float("inf"), "0.1", True, None)
+]
+
+
+def _of_features(words):
+    return [
+        ([3.0, 2.0], TypeError, f"expected {words} as a tensor of real numbers, got list"),
+        (COMPLEX, TypeError, f"expected {words} as a tensor of real numbers, got torch.complex64"),
+        (torch.tensor(3.0), ValueError, f"expected {words} of shape (..., D), got ()"),
+        (torch.ones(2, 0), ValueError, f"expected {words} of shape (..., D), got (2, 0)"),
+    ]
+
+
 FINITE = [(torch.tensor([1.0, NAN]), ValueError, "expected finite eigenvalues, got NaN or infinite ones")]
 COVARIANCES = [
     ("x", TypeError, "expected a covariance as a tensor of real numbers, got str"),
@@ -107,6 +122,15 @@ OBSERVATIONS = [
 MEANS = "expected means (..., D) and covariances (..., D, D) of one width, got"
 
 ROWS_OF_FUNCTIONS = [
+    *refuses("root_mean_square", F.root_mean_square, second_moments=_of_features("second moments")),
+    *refuses("spread", F.spread, {"second_moments": VALUES}, variances=_of_features("variances")),
+    *refuses("spread", F.spread, {"variances": VALUES}, second_moments=_of_features("second moments")),
+    *refuses("max_abs", F.max_abs, largest=_of_features("largest magnitudes")),
+    *refuses("zero_share", F.zero_share, zero_shares=_of_features("shares of zeros")),
+    *refuses("dead_features", F.dead_features, variances=_of_features("variances")),
+    *refuses("dormant_features", F.dormant_features, magnitudes=_of_features("magnitudes")),
+    *refuses("dormant_features", F.dormant_features, {"magnitudes": VALUES}, tau=TAUS),
+    *refuses("outlier_features", F.outlier_features, second_moments=_of_features("second moments")),
     *refuses(
         "intrinsic_dimension",
         F.intrinsic_dimension,

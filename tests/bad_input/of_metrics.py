@@ -3,7 +3,7 @@
 import torch
 
 import spectralmetrics as sm
-from tests.bad_input.of_functions import FIT, OBSERVATIONS, RIDGES, ROWS, RULES, SHARES
+from tests.bad_input.of_functions import FIT, OBSERVATIONS, RIDGES, ROWS, RULES, SHARES, TAUS
 from tests.bad_input.table import Given, refuses
 
 
@@ -118,6 +118,30 @@ ROWS_OF_METRICS = [
         max_samples=_integers("max_samples", bad=(0, 1.5, "2", None)),
         seed=SEEDS,
     ),
+    *[
+        row
+        for kind in (sm.MaxAbsMetric, sm.HistoryMetric)
+        for row in refuses(
+            kind.__name__,
+            kind,
+            center=[(False, ValueError, "expected center=True for … got False")],
+            sketch_size=[
+                (8, ValueError, "expected sketch_size=None for … which keeps no matrix at any width, got 8")
+            ],
+            folds=[(4, ValueError, "expected folds=1 for … of which there are no intervals, got 4")],
+        )
+    ],
+    *refuses(
+        "MarginalMetric.with_folds",
+        Given(lambda w: sm.MaxAbsMetric().with_folds),
+        folds=_integers("folds", bad=(0, "2", None, 2.0)),
+    ),
+    *refuses(
+        "DormantFeaturesMetric",
+        sm.DormantFeaturesMetric,
+        tau=TAUS,
+    ),
+    *refuses("HistoryMetric", sm.HistoryMetric, steps=_integers("steps", bad=(0, -1, 1.5, "2", True, None))),
     *refuses("LinearCKAMetric", sm.LinearCKAMetric, nan_strategy=NAN_STRATEGIES),
     *refuses("LinearCKAMetric", sm.LinearCKAMetric, colour=UNKNOWN),
     *refuses("SpectralMetric", sm.SpectralMetric, colour=UNKNOWN),

@@ -149,11 +149,41 @@ ROWS_OF_MODELS = [
     ],
     *[
         row
-        for method in ("compute", "intervals", "summary", "reset", "covariances", "iter_merged")
+        for method in ("compute", "intervals", "summary", "reset", "covariances", "iter_merged", "history")
         for row in refuses(
             f"LayerProbe.{method}", Given(lambda w, method=method: getattr(w.probe, method)), stage=STAGES
         )
     ],
+    *refuses(
+        "History.together",
+        sm.History.together,
+        histories=[
+            ([1], TypeError, "expected a dict of histories, got [1]"),
+            ({"outputs": 1}, TypeError, "expected a dict of histories, got {'outputs': 1}"),
+        ],
+    ),
+    *refuses(
+        "History.plot",
+        Given(lambda w: w.history.plot),
+        quantity=[("variance", ValueError, "expected a quantity among … got 'variance'")],
+        layers=[(["fc"], ValueError, "expected layers among ['0', '2'], got ['fc']")],
+    ),
+    *refuses(
+        "History.first_movers",
+        Given(lambda w: w.history.first_movers),
+        at=[
+            (
+                each,
+                ValueError,
+                f"expected at to be the number of a forward in the history, from 0 to 0, got {each!r}",
+            )
+            for each in (-1, 1, 1.5, "0")
+        ],
+        threshold=[
+            (each, ValueError, f"expected threshold to be a positive number, got {each!r}")
+            for each in (0, -1.0, "6", True, None, float("nan"), float("inf"))
+        ],
+    ),
     *refuses(
         "LayerProbe.labels",
         Given(lambda w: lambda labels: w.probe.labels(labels).__enter__()),

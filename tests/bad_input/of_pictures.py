@@ -66,6 +66,20 @@ ROWS_OF_PICTURES = [
         ax=AXES,
     ),
     *refuses(
+        "plot_history",
+        plotting.plot_history,
+        {"series": {"fc": [(0, 1.0), (1, 2.0)]}},
+        series=[
+            ([1.0], TypeError, "expected a dict of layers and pairs, got [1.0]"),
+            ({}, ValueError, "expected at least one value to draw, got none"),
+            ({"fc": []}, ValueError, "expected at least one value to draw, got none"),
+        ],
+        quantity=[("variance", ValueError, "expected a quantity among … got 'variance'")],
+        along=[(3, TypeError, "expected along to be a string, got 3")],
+        columns=[(0, ValueError, "expected columns to be a positive integer, got 0")],
+        ax=AXES,
+    ),
+    *refuses(
         "plot_similarity",
         plotting.plot_similarity,
         {"matrix": torch.eye(2), "layers": ["a", "b"], "ax": AXIS},

@@ -43,6 +43,9 @@ class World:
         for metric in (self.metric, self.folded, self.embedding):
             metric.update(self.rows)
         self.pair.update(self.rows, self.rows[:, :2])
+        with sm.LayerProbe(self.model, sm.HistoryMetric()) as probe:
+            self._run_the_model()
+            self.history = probe.history("train" if self.model.training else "eval")
         self.unseen = nn.Sequential(nn.Linear(4, 3), sm.PCAProjection(3))
         self.projected = nn.Sequential(nn.Linear(4, 3), sm.PCAProjection(3))
         self.projected(torch.randn(40, 4))

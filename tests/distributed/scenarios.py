@@ -748,6 +748,39 @@ def a_kind_of_sum_from_elsewhere_is_merged_like_ours(rank, world):
         assert_same(values["crest_factor/train/0"], crest_factor(model(everything).detach()))
 
 
+def histories_are_added_by_the_number_of_the_forward(rank, world):
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(6, 4)).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.linspace(-1, 1 + number, parameter.numel()).view(parameter.shape))
+    probe = sm.LayerProbe(model, [sm.HistoryMetric(steps=4), sm.MaxAbsMetric(), sm.SpreadMetric()])
+    forwards = [torch.randn(5 + rank, 6).double() * (1 + step) for step in range(7 - (rank == 1))]
+    for probe.step, rows in enumerate(forwards):
+        model(rows)
+    with probe.paused():
+        outputs = [model(rows).detach() for rows in forwards]
+    gathered = [None] * world
+    dist.all_gather_object(gathered, outputs)
+    with counted_collectives() as seen:
+        history = probe.history("train")
+    assert [name for name, _ in seen] == ["all_reduce"] * 2
+    expected = []
+    for step in range(3, 7):  # the last one without the second process
+        values = torch.cat([own[step] for own in gathered if len(own) > step])
+        expected.append(
+            (step, step, len(values), values.square().mean().sqrt(), values.mean(), values.abs().max())
+        )
+    found = [(row.forward, row.step, row.observations, row.rms, row.mean, row.max_abs) for row in history.rows]
+    np.testing.assert_allclose(found, [[float(each) for each in row] for row in expected], rtol=1e-12)
+    everything = torch.cat([values for own in gathered for values in own])
+    values = probe.compute()
+    assert values["max_abs/train/0"] == everything.abs().max()
+    spread = everything.var(0, correction=0).sum() / everything.square().sum(1).mean()
+    assert_same(values["spread/train/0"], spread, 1e-12)
+    assert int(probe["train", "0"].max_abs.count) == sum(map(len, outputs))  # of this process, as before
+
+
 def labels_equal_one_process(rank, world):
     """Each process has classes and a place of its own, and one has no labels at all."""
     classes = 2 * world
@@ -866,6 +899,7 @@ def large_decompositions_are_shared(rank, world):
 
 
 EVERYWHERE = [
+    histories_are_added_by_the_number_of_the_forward,
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,
     no_process_saw_anything,

@@ -160,6 +160,44 @@ def check_labelled(sums, batches, error=1e-12):
     assert int(sums.strays.sum()) == 0
 
 
+def check_marginals(sums, batches, error=1e-12):
+    """Counts, mean, variances, magnitudes, zeros and maxima are those of the rows that count."""
+    rows = rows_of(batches)
+    assert int(sums.num_observations) == len(rows)
+    assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
+    if not len(rows):
+        return
+    extended = rows.numpy().astype(np.longdouble)
+    mean = extended.mean(0)
+    spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
+    scale = np.abs(mean).max() + np.sqrt(spread)
+    assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * scale
+    for center, exact in ((True, ((extended - mean) ** 2).mean(0)), (False, (extended**2).mean(0))):
+        bound = error * (spread if center else exact.max() + spread)
+        assert np.abs(sums.variances(center=center).numpy() - exact).max() <= bound
+    magnitudes = np.abs(extended).mean(0)
+    assert np.abs(sums.magnitudes().numpy() - magnitudes).max() <= 1e-12 * magnitudes.max()
+    np.testing.assert_array_equal(sums.largest.numpy(), np.abs(extended).max(0))
+    np.testing.assert_array_equal(sums.zeros().numpy(), (extended == 0).sum(0))
+
+
+def check_history(sums, batches, error=1e-12):
+    """Each of the last batches has a row, in the order of their numbers, and no other batch has one."""
+    numbers = sorted({batch.number for batch in batches})[-sums.steps :]
+    rows = sums.forwards().numpy()
+    assert rows[:, 0].tolist() == numbers
+    for row in rows:
+        same = [batch for batch in batches if batch.number == row[0]]
+        values = rows_of(same).numpy().astype(np.longdouble)
+        assert row[1] == -1
+        assert row[3:5].tolist() == [len(values), sum(batch.left_out() for batch in same)]
+        assert row[2] == (np.abs(values).max() if len(values) else 0)
+        scale = (np.abs(values).max() if len(values) else 0) + 1e-300
+        assert abs(row[5] - values.sum()) <= 1e-12 * scale * max(values.size, 1)
+        assert abs(row[6] - (values**2).sum()) <= 1e-12 * scale**2 * max(values.size, 1)
+        assert row[7] == (values != 0).sum()
+
+
 def check_reservoir(sums, batches, error=None):
     """The rows with the smallest keys, whole and in the order of their keys."""
     keys, rows = [], []

@@ -19,7 +19,9 @@ from spectralmetrics.sums import (
     Sum,
     about_origin,
     empty_folds,
+    empty_history,
     empty_labelled,
+    empty_marginals,
     empty_moments,
     empty_reservoir,
     empty_sketch,
@@ -31,7 +33,9 @@ from spectralmetrics.sums.folds import InFolds
 from spectralmetrics.sums.merging import ForReader
 from tests.sums.streams import (
     check_folds,
+    check_history,
     check_labelled,
+    check_marginals,
     check_moments,
     check_reservoir,
     check_sketch,
@@ -69,6 +73,8 @@ KINDS = {
     "reservoir": Kind(
         lambda: empty_reservoir(20, 0, seed=3), check_reservoir, lambda: empty_reservoir(21, 0, seed=3), True
     ),
+    "marginals": Kind(lambda: empty_marginals(0), check_marginals),
+    "history": Kind(lambda: empty_history(8, 0), check_history, lambda: empty_history(6, 0)),
     "extremes, a toy": Kind(lambda: empty_extremes(0), check_extremes, is_exact=True),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectralmetrics.functional.held_out import LeftOut, fold_products, leave_one_out
 from spectralmetrics.sums import (
+    Marginals,
     Moments,
     Sketch,
     SpectralSum,
@@ -167,6 +168,26 @@ class Spectrum:
     def total_variance(self) -> Tensor:
         """The trace of :attr:`covariance`, shape (), float64."""
         return self.variances.sum()
+
+    @property
+    def second_moments(self) -> Tensor:
+        """The mean square of each feature, about zero, shape (D,), float64."""
+        return self.about(center=False).variances
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """Of marginals, the mean magnitude of each feature, shape (D,), float64."""
+        return self._kept("magnitudes", lambda: self.part(Marginals).magnitudes())
+
+    @property
+    def largest(self) -> Tensor:
+        """Of marginals, the largest magnitude of each feature, shape (D,), float64."""
+        return self._kept("largest", lambda: self.part(Marginals).largest)
+
+    @property
+    def zero_shares(self) -> Tensor:
+        """Of marginals, the share of the values of each feature that are zero, shape (D,), float64."""
+        return self._kept("zero_shares", lambda: self.part(Marginals).zero_shares())
 
     @property
     def square_sum(self) -> Tensor:

@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
     """A spectrum and what will be read of it."""
 
     spectrum: Spectrum
-    part: Literal["variances", "eigenvalues", "eigenvectors"]
+    part: Literal["variances", "magnitudes", "largest", "zero_shares", "eigenvalues", "eigenvectors"]
 
 
 def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = None) -> None:
@@ -55,7 +55,8 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
         if progress is not None:
             progress(done, len(todo))
     _bring("eigenvalues", [*vectors.values(), *values.values()])
-    _bring("variances", [each.spectrum for each in wanted if each.part == "variances"])
+    for part in ("variances", "magnitudes", "largest", "zero_shares"):
+        _bring(part, [each.spectrum for each in wanted if each.part == part])
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -99,7 +100,9 @@ def _bring(name: str, spectra: Iterable[Spectrum]) -> None:
     far = [
         each
         for each in {spectrum.identity: spectrum for spectrum in spectra}.values()
-        if each.home != _HOST and not each.knows(name, _HOST) and (name == "variances" or each.knows(name))
+        if each.home != _HOST
+        and not each.knows(name, _HOST)
+        and (not name.startswith("eigen") or each.knows(name))
     ]
     for members in _grouped(far, lambda each: each.home).values():
         parts = [getattr(each.at(None), name) for each in members]

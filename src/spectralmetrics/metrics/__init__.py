@@ -14,7 +14,18 @@ from spectralmetrics.metrics.dispersion import (
     CovarianceTraceMetric,
     DiagonalTraceMetric,
 )
+from spectralmetrics.metrics.history import HistoryMetric
 from spectralmetrics.metrics.labels import LinearProbeMetric, NeuralCollapseMetric
+from spectralmetrics.metrics.marginals import (
+    DeadFeaturesMetric,
+    DormantFeaturesMetric,
+    MarginalMetric,
+    MaxAbsMetric,
+    OutlierFeaturesMetric,
+    RootMeanSquareMetric,
+    SpreadMetric,
+    ZeroShareMetric,
+)
 from spectralmetrics.metrics.similarity import LinearCKAMetric
 from spectralmetrics.metrics.spectrum import CovarianceMetric, EigenspaceEmbeddingMetric, SpectrumMetric
 
@@ -22,19 +33,28 @@ __all__ = [
     "CovarianceDeterminantMetric",
     "CovarianceMetric",
     "CovarianceTraceMetric",
+    "DeadFeaturesMetric",
     "DiagonalTraceMetric",
+    "DormantFeaturesMetric",
     "EffectiveRankMetric",
     "EigenspaceEmbeddingMetric",
+    "HistoryMetric",
     "Interval",
     "IntrinsicDimensionMetric",
     "LinearCKAMetric",
     "LinearProbeMetric",
+    "MarginalMetric",
+    "MaxAbsMetric",
     "NeuralCollapseMetric",
+    "OutlierFeaturesMetric",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
+    "RootMeanSquareMetric",
     "SaturationMetric",
     "SpectralMetric",
     "SpectrumMetric",
+    "SpreadMetric",
     "StableRankMetric",
+    "ZeroShareMetric",
     "statistics",
 ]

@@ -114,6 +114,8 @@ class SpectralMetric(SumsMetric):
     higher_is_better = None
     full_state_update = False
 
+    is_statistic: ClassVar[bool] = True
+    """Whether the value is one of all observations, however they came; False for what tells batches apart."""
     short_name: ClassVar[str]
     """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
     needs_eigenvectors: ClassVar[bool] = False
@@ -138,7 +140,7 @@ class SpectralMetric(SumsMetric):
         super().__init_subclass__(**kwargs)
         if "update" in cls.__dict__ and "takes_observations" not in cls.__dict__:
             cls.takes_observations = False
-        if "short_name" in cls.__dict__:
+        if "short_name" in cls.__dict__ and cls.is_statistic:
             present = _STATISTICS.get(cls.short_name)
             if present is not None and present.__qualname__ != cls.__qualname__:
                 raise ValueError(

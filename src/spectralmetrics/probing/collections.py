@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.together import read_together
-from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics import MarginalMetric, SpectralMetric
 from spectralmetrics.metrics.overrides import (
     copy_metric,
     forget_value,
@@ -21,7 +21,7 @@ from spectralmetrics.metrics.overrides import (
     share_group_states,
 )
 from spectralmetrics.metrics.stream import stream_of
-from spectralmetrics.sums import Observations, SpectralSum, Sum
+from spectralmetrics.sums import ForwardHistory, Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -63,6 +63,7 @@ class LayerMetrics:
         number: of the layer.
         leaders: those that accumulate, one for each group that shares its sums.
         forwards: of the layer since the last reset, observed or not.
+        ran: forwards of the layer ever.
         samples: observed since the last reset.
         epoch: number of resets so far.
         given_up: why it is not observed until the next reset; empty if it is.
@@ -76,6 +77,7 @@ class LayerMetrics:
         self.layer = layer
         self.collection = collection
         self.forwards = 0
+        self.ran = 0
         self.samples = 0
         self.epoch = 0
         self.given_up = ""
@@ -100,6 +102,8 @@ class LayerMetrics:
         self._linked: list[object] = []  # the sums that the members share, as objects
         # The collection's own update would read the states to share them, and rows could not wait.
         self.takes_labels = any(metric.needs_labels for metric in self._spectral)
+        self._whole = [_takes_all_rows(leader) for leader in self.leaders]
+        self.takes_all_rows = any(self._whole)
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +138,14 @@ class LayerMetrics:
     @property
     def keeps_matrices(self) -> bool:
         """Whether memory grows with the square of the width."""
-        return any(metric.sketch_size is None for metric in self._spectral)
+        kept = [metric.prototypes[0] for metric in self._spectral]
+        return any(isinstance(each, SpectralSum) and each.keeps_products for each in kept)
+
+    @property
+    def history(self) -> ForwardHistory | None:
+        """What each of the last forwards did, where a metric keeps that."""
+        kept = [each for metric in self._spectral for each in metric.sums]
+        return next((each for each in kept if isinstance(each, ForwardHistory)), None)
 
     @property
     def needs_labels(self) -> bool:
@@ -156,6 +167,7 @@ class LayerMetrics:
         labelled: Observations | None = None,
         groups: dict[int, int] | None = None,
         inputs: Tensor | None = None,
+        everything: Observations | None = None,
     ) -> None:
         """Add observations to all metrics; gradients and inference mode are off.
 
@@ -165,15 +177,17 @@ class LayerMetrics:
             groups: leader, by its ``id`` -> group of these observations, noted here for later calls of the
                 layer in the same forward; what one forward shows of its inputs stays in one fold.
             inputs: what the layer showed of each sample, shape (N, ...), before any was drawn.
+            everything: for metrics that take all rows; None if nothing was drawn from these.
         """
         if not self._is_direct:
             rows = observations.rows()
             rows = rows if observations.valid is None else rows[observations.valid]
-        for leader in self.leaders:
+        for leader, is_whole in zip(self.leaders, self._whole, strict=True):
             if not isinstance(leader, SpectralMetric) or not leader.takes_observations:
                 leader.update(rows)
             elif not leader.needs_labels:
-                leader.observe(_grouped(observations, leader, groups))
+                chosen = everything if is_whole and everything is not None else observations
+                leader.observe(_grouped(chosen, leader, groups))
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
         first = next((leader for leader in self._spectral if leader.folds > 1), None)
@@ -311,6 +325,7 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 def collect(templates: Mapping[str, Metric]) -> MetricCollection:
     """Clones in a collection whose groups are known from their settings instead of from the first data."""
+    templates = _sharing_matrices(templates)
     groups = _groups(templates)
     clones: dict[str, Metric | MetricCollection] = {}
     for name, metric in templates.items():
@@ -330,6 +345,30 @@ def described(name: str, metric: Metric) -> tuple[object, ...]:
     """What must agree between processes for their metrics of one name to be merged."""
     sums = metric.prototypes if isinstance(metric, SpectralMetric) else ()
     return (name, type(metric).__qualname__, *(setting for each in sums for setting in each.settings()))
+
+
+def _sharing_matrices(templates: Mapping[str, Metric]) -> Mapping[str, Metric]:
+    """Have metrics of single features read the covariance, where another metric keeps one."""
+    spectral = [each for each in templates.values() if isinstance(each, SpectralMetric)]
+    owners = [
+        each
+        for each in spectral
+        if each.takes_observations and not each.needs_labels and not isinstance(each, MarginalMetric)
+    ]
+    found: dict[str, Metric] = {}
+    for name, metric in templates.items():
+        found[name] = metric
+        if isinstance(metric, MarginalMetric) and metric.can_read_matrix:
+            way = (metric.process_group, metric.sync_on_compute)
+            for owner in owners:
+                if way == (owner.process_group, owner.sync_on_compute):
+                    found[name] = metric.reading(owner)
+                    break
+    return found
+
+
+def _takes_all_rows(metric: Metric) -> bool:
+    return isinstance(metric, SpectralMetric) and any(each.takes_all_rows for each in metric.prototypes)
 
 
 def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:

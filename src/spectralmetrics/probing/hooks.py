@@ -52,6 +52,8 @@ Observe = Callable[[nn.Module, Any, bool, Select | None], None]
 
 _SELECTED = "selected "  # begins the kind of an output of which a function of the user's has returned a part
 
+_WITHOUT_GRADIENTS = "no grad "  # begins it where gradients are off
+
 
 class Hooks:
     """The hooks of one owner on any number of modules; gone together, at the latest with the owner.
@@ -152,15 +154,18 @@ class Observer(OwnHook):
             self._observe(module, output, module.training, self._select)
         elif CAN_BE_COMPILED and not is_exporting():
             # Nothing else of the module or of us is looked at here: the graph would be guarded by it.
+            # By the mode it is guarded in any case; while it runs, autograd works on what was traced, and the
+            # mode does not tell any more.
+            mode = "" if torch.is_grad_enabled() else _WITHOUT_GRADIENTS
             if not self._looks:
-                see([], TICKET, self._number, "nothing")
+                see([], TICKET, self._number, mode + "nothing")
                 return
             if self._select is None or isinstance(output, Tensor):
                 parts, kind = take_apart(output)
             else:
                 parts, kind = take_apart(self._select(output))
                 kind = _SELECTED + kind
-            see(parts, TICKET, self._number, kind)
+            see(parts, TICKET, self._number, mode + kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For the few classes that copy themselves, see `copies`: a function of the standard library that takes
@@ -170,13 +175,16 @@ class Observer(OwnHook):
     def see_compiled(self, parts: list[Tensor], kind: str) -> None:
         """Pass on what a compiled module has put out, as :func:`take_apart` has taken it apart."""
         module = self._module()
+        has_gradients = not kind.startswith(_WITHOUT_GRADIENTS)
+        kind = kind.removeprefix(_WITHOUT_GRADIENTS)
         if module is not None:
             select = None if kind.startswith(_SELECTED) else self._select
             try:
                 output = put_together(parts, kind.removeprefix(_SELECTED))
             except Exception as error:  # nothing that happens here may end a forward
                 output = Unobservable(f"{type(error).__name__}: {error}")
-            self._observe(module, output, module.training, select)
+            with torch.set_grad_enabled(has_gradients):
+                self._observe(module, output, module.training, select)
 
 
 class Entering(OwnHook):

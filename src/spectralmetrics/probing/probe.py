@@ -21,6 +21,7 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.history import History
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.layout import find_layout
@@ -51,7 +52,7 @@ from spectralmetrics.probing.steps import Steps, stage_by_flag
 from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows, threshold_of
 from spectralmetrics.probing.windows import Taken, merge_in, put_back, take_out
 from spectralmetrics.sums import Sum
-from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
 T = TypeVar("T")
 
@@ -225,11 +226,12 @@ class LayerProbe(nn.Module):
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         is_of_inputs = observe == "inputs"
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
+        # Forwards are told apart where folds or a history keep them.
+        self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
         self._router = Router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._identity = Identity(chosen)
-        self._deals = deals
         self._hooks = Hooks(self, unwrap(model))
         try:
             self._watch(chosen, selected)
@@ -257,7 +259,7 @@ class LayerProbe(nn.Module):
     def _watch_steps(self) -> None:
         """Put hooks on the model itself, as soon as it matters where its forwards begin and end."""
         model = self._hooks.model
-        if self._hooks and model is not None and (self._steps.leaves_out or self._deals):
+        if self._hooks and model is not None and (self._steps.leaves_out or self._counts_forwards):
             self._steps.watch(model, self._hooks)
 
     # -- what the user sees ------------------------------------------------------------------------------
@@ -576,6 +578,48 @@ class LayerProbe(nn.Module):
             f", observed {spent.observed} of {spent.forwards} forwards in {100 * spent.share:.2g} % of the time"
             f" (budget {100 * budget.share:.4g} %)"
         )
+
+    @property
+    def step(self) -> int | None:
+        """The step of the optimiser that the coming forwards belong to; None as long as nobody sets it.
+
+        Set it once for each step, before its first forward: ``probe.step = step``. A history then says it, and
+        pools the forwards of one step.
+        """
+        return self._steps.step
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        if step is not None and not is_integer(step, 0):
+            raise ValueError(f"expected step as an integer that is not negative or None, got {step!r}")
+        self._steps.step = None if step is None else int(step)
+
+    def history(self, stage: str = "train") -> History:
+        """What each layer did in each of the last forwards; of a :class:`~spectralmetrics.HistoryMetric`.
+
+        Merged across processes by the number of the forward; all processes call it. In training mode, forwards
+        without gradients, such as rollouts, are not in it.
+
+        Args:
+            stage: ``"train"`` or ``"eval"``.
+
+        Raises:
+            ValueError: for another stage, or if no metric of the probe is a ``HistoryMetric``.
+
+        >>> from spectralmetrics import HistoryMetric
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> probe = LayerProbe(model, HistoryMetric(steps=100))
+        >>> for probe.step in range(3):
+        ...     _ = model(torch.randn(32, 4))
+        >>> history = probe.history()
+        >>> [(row.forward, row.step, row.layer, row.observations) for row in history.rows[-2:]]
+        [(2, 2, '0', 32), (2, 2, '2', 32)]
+        """
+        _check_stage(stage)
+        if not any(place.takes_all_rows for place in self._places.values()):
+            raise ValueError(f"expected a HistoryMetric among the metrics of the probe, got {self._names}")
+        found = self._each_merged(stage, lambda place: place.history)
+        return History.of_sums(stage, {layer: each for layer, each in found if each is not None})
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
         """What is kept of a layer's observations: the spectral sum, then others; empty for nothing.

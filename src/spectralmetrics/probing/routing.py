@@ -9,9 +9,10 @@ import sys
 import threading
 import zlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from spectralmetrics.probing.collections import LayerMetrics
@@ -111,11 +112,12 @@ class Router:
         if self.is_merged:
             tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
             return
+        has_grad = torch.is_grad_enabled()
         with self.lock:
             self._thread.observing = True
             try:
                 with self._measuring(of_layer.stage, output), undisturbed(output):
-                    self._observe_output(of_layer, module, output, select)
+                    self._observe_output(of_layer, module, output, select, has_grad)
             except Exception as error:
                 is_news = not of_layer.given_up
                 kind = "" if isinstance(error, _LeftOut) else f"{type(error).__name__}: "
@@ -135,7 +137,7 @@ class Router:
         return budget.measuring(stage, output)
 
     def _observe_output(
-        self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None
+        self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None, has_grad: bool
     ) -> None:
         name, limits = of_layer.layer, self._limits
         how = how_it_runs(output)
@@ -144,6 +146,7 @@ class Router:
             return
         forward = of_layer.forwards
         of_layer.forwards += 1
+        of_layer.ran += 1
         if not forward:
             if name not in self.order:
                 self.order.append(name)
@@ -176,6 +179,12 @@ class Router:
                     f" {8 * width * 512 / 2**30:.2g} GiB"
                 )
             of_layer.sketch(limits.sketch_size)
+        everything = None
+        if of_layer.takes_all_rows:
+            number = self._steps.forward()
+            if number is None:  # the layer is run by itself
+                number = of_layer.ran if has_grad or of_layer.stage != "train" else -1
+            everything = observations = replace(observations, forward=number, step=self._steps.step)
         rows_per_feature = self._rows_per_feature(of_layer.stage)
         size = batch.limit(self._rule)
         if rows_per_feature is not None:
@@ -184,7 +193,7 @@ class Router:
             seed = zlib.crc32(f"{limits.seed} {of_layer.stage} {name} {of_layer.epoch} {forward}".encode())
             observations = draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
-        of_layer.update(observations, labelled, self._steps.groups(), batch.values)
+        of_layer.update(observations, labelled, self._steps.groups(), batch.values, everything)
 
     def _rows_per_feature(self, stage: str) -> float | None:
         wanted, budget = self._limits.rows_per_feature, self._steps.budget

@@ -38,10 +38,10 @@ def save_progress(
         steps: of the model.
         order: the layers that have run, by number, in the order of their first run.
     """
-    rows = [[p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide)] for p in places]
+    rows = [[p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran] for p in places]
     destination[prefix + "progress"] = torch.tensor(rows, dtype=torch.int64)
     destination[prefix + "forward_order"] = torch.tensor(list(order), dtype=torch.int64)
-    counts = [list(each.values()) for each in (steps.counts, steps.epochs)]
+    counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards)]
     destination[prefix + "steps"] = torch.tensor(counts, dtype=torch.int64)
 
 
@@ -62,11 +62,13 @@ def load_progress(
         raise ValueError(
             f"expected the state of {len(places) // 2} probed layers, got that of {progress.shape[0] // 2}"
         )
-    for place, (forwards, samples, epoch, given_up) in zip(places, progress.tolist(), strict=True):
+    for place, (forwards, samples, epoch, given_up, *ran) in zip(places, progress.tolist(), strict=True):
         place.forwards, place.samples, place.epoch = forwards, samples, epoch
+        place.ran = ran[0] if ran else forwards  # up to 0.2.0 it was not counted
         place.given_up = "before it was saved" if given_up else ""
     if counts is not None:  # 0.1.0 counted the forwards of each layer alone
-        for kept, numbers in zip((steps.counts, steps.epochs), counts.tolist(), strict=True):
+        # Up to 0.2.0 there were two rows.
+        for kept, numbers in zip((steps.counts, steps.epochs, steps.forwards), counts.tolist(), strict=False):
             kept.update(zip(kept, numbers, strict=True))
     return [] if order is None else [int(index) for index in order.tolist()]
 

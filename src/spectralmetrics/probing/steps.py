@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from spectralmetrics.probing.budget import Budget
@@ -22,11 +23,13 @@ class Forward:
     Attributes:
         number: of the forward, in its stage and since the last reset.
         is_observed: whether its layers are.
+        ever: its number in its stage since the beginning; -1 if no history is to hold it.
         groups: metric, by its ``id`` -> number of the group that it keeps what it is shown in this forward in.
     """
 
     number: int
     is_observed: bool
+    ever: int
     groups: dict[int, int] = field(default_factory=dict)
 
 
@@ -53,6 +56,8 @@ class Steps:
         self.counts = {"train": 0, "eval": 0}  # since the last reset
         self.epochs = {"train": 0, "eval": 0}  # resets so far
         self._is_watching = False
+        self.forwards = {"train": 0, "eval": 0}  # ever
+        self.step: int | None = None  # of the optimiser, as far as somebody tells
         self._thread = threading.local()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
@@ -69,7 +74,10 @@ class Steps:
         is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
         if self.budget is not None:
             is_seen = self.budget.begins(stage) and is_seen
-        self._thread.current = Forward(step, is_seen)
+        # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
+        counts = stage != "train" or torch.is_grad_enabled()
+        self._thread.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
+        self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
@@ -80,6 +88,14 @@ class Steps:
         """The groups of the forward of the model that runs in this thread; of its own for a call outside."""
         current = self._current()
         return {} if current is None else current.groups
+
+    def forward(self) -> int | None:
+        """The number of the model's forward for histories, which no reset changes; None outside of one.
+
+        -1 for one of a training mode that has no gradients, such as a rollout.
+        """
+        current = self._current()
+        return None if current is None else current.ever
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """Whether to observe a forward of a layer; its number counts where the model itself is not run."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics import Interval, SpectralMetric
+from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.recording.manifest import read_manifest
 from spectralmetrics.recording.record import UNKNOWN, Row, Settings, tidy_rows
 from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
+from spectralmetrics.sums import Marginals
 from spectralmetrics.sums.checks import check_type
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
@@ -126,7 +127,14 @@ def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetri
 
 
 def _value(metric: SpectralMetric, spectrum: Spectrum, layer: str) -> Tensor:
-    for each in metric.other_sums():
+    wanted = [*metric.other_sums()]
+    if isinstance(metric, MarginalMetric):
+        wanted += [] if metric.can_read_matrix else [metric.spectral_sum()]
+    elif isinstance(spectrum.sums, Marginals):
+        raise ValueError(
+            f"expected a covariance of layer {layer!r} for {metric.short_name!r}; only marginals were recorded"
+        )
+    for each in wanted:
         if not spectrum.has(type(each)):
             raise ValueError(
                 f"expected {each.described} of layer {layer!r} for {metric.short_name!r}; none was recorded"

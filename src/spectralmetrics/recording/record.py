@@ -130,7 +130,7 @@ def describe(metric: Metric) -> Settings:
     >>> describe(SaturationMetric(threshold=0.9))["threshold"]
     0.9
     """
-    if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
+    if not isinstance(metric, SpectralMetric) or not (metric.takes_observations and metric.is_statistic):
         return {"class": type(metric).__name__}
     settings: Settings = {"metric": metric.short_name, "center": metric.center}
     for name, parameter in inspect.signature(type(metric)).parameters.items():

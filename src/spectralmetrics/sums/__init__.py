@@ -3,8 +3,10 @@
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.decomposition import check_covariance, eigenvalues, eigenvectors, symmetrise
 from spectralmetrics.sums.folds import Folds, empty_folds, first_fold, stack
+from spectralmetrics.sums.history import ForwardHistory, empty_history
 from spectralmetrics.sums.intake import products_dtype
 from spectralmetrics.sums.labelled import Labelled, empty_labelled
+from spectralmetrics.sums.marginals import Marginals, empty_marginals
 from spectralmetrics.sums.merging import run_together, together
 from spectralmetrics.sums.moments import (
     Moments,
@@ -26,8 +28,10 @@ from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum, Sum, kinds
 __all__ = [
     "Exchange",
     "Folds",
+    "ForwardHistory",
     "Intake",
     "Labelled",
+    "Marginals",
     "Moments",
     "Observations",
     "Reservoir",
@@ -40,7 +44,9 @@ __all__ = [
     "eigenvalues",
     "eigenvectors",
     "empty_folds",
+    "empty_history",
     "empty_labelled",
+    "empty_marginals",
     "empty_moments",
     "empty_reservoir",
     "empty_sketch",

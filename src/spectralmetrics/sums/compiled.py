@@ -42,9 +42,12 @@ class DenseSums(Protocol):
 InstructionSet = Literal["avx2", "avx512"]
 
 _LIBRARY = Path(__file__).with_name("_accumulate.so")
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 # Below so many multiplications another thread takes longer to wake than it helps.
 _LEAST_WORK_TO_SHARE = 2**20
+# The same of values whose marginals are measured, for each thread.
+_LEAST_VALUES_OF_A_THREAD = 2**16
+_MOST_SLOTS = 48
 
 
 class _Job(ctypes.Structure):
@@ -60,6 +63,17 @@ class _Job(ctypes.Structure):
     )
 
 
+class _MarginalsJob(ctypes.Structure):
+    """Mirrors ``MarginalsJob`` in csrc/accumulate.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "valid", "origin", "totals", "counts", "workspace")),
+        *((name, ctypes.c_int64) for name in ("samples", "positions", "features")),
+        *((name, ctypes.c_int64) for name in ("sample_stride", "position_stride", "feature_stride")),
+        *((name, ctypes.c_int32) for name in ("values_are_double", "slots", "instructions")),
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     try:
@@ -72,6 +86,8 @@ def _library() -> ctypes.CDLL | None:
     library.workspace_bytes.argtypes = [ctypes.c_void_p]
     library.accumulate.restype = None
     library.accumulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.measure.restype = None
+    library.measure.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
 
 
@@ -130,16 +146,27 @@ def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
         gram_dtype: dtype of the products.
     """
     return (
-        instruction_set() is not None
+        reads(values)
+        # Rows in float64 are scaled there before they are rounded to float32.
+        and not (values.dtype == torch.float64 and gram_dtype == torch.float32)
+        and _are_as_made(moments)
+    )
+
+
+def reads(values: Tensor) -> bool:
+    """Whether the library can read these values where they are.
+
+    Args:
+        values: observations of any shape; those of half precision have to be cast to float32 first.
+    """
+    return (
+        bool(min(_best_instructions(), _allowed))
         # No subclass, which may hold its data elsewhere or not at all.
         and type(values) in (Tensor, torch.nn.Parameter)
         and values.device.type == "cpu"
         and values.layout == torch.strided
         and not values.is_neg()
         and not values._is_zerotensor()
-        # Rows in float64 are scaled there before they are rounded to float32.
-        and not (values.dtype == torch.float64 and gram_dtype == torch.float32)
-        and _are_as_made(moments)
     )
 
 
@@ -206,3 +233,49 @@ def add(
     memory = workspace(library.workspace_bytes(ctypes.byref(job)))
     job.workspace = memory.data_ptr()
     library.accumulate(ctypes.byref(job), _parallel())
+
+
+def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """What each feature of some observations does by itself.
+
+    Args:
+        values: shape (samples, features, positions), float32 or float64, in any memory layout.
+        valid: shape (samples * positions,), boolean, False for observations to pass over; None if all count.
+        origin: shape (features,), float64.
+
+    Returns:
+        The number of observations that count and that of those left out for a NaN or an infinity, shape (2,),
+        int64; and shape (5, features), float64: the sums of x - origin, of its squares, of abs(x) and of
+        x != 0, and the largest abs(x).
+    """
+    library = _library()
+    assert library is not None
+    samples, features, positions = values.shape
+    sample_stride, feature_stride, position_stride = values.stride()
+    valid = None if valid is None else valid.to("cpu", torch.bool).contiguous()
+    origin = origin.contiguous()
+    slots = min(torch.get_num_threads(), values.numel() // _LEAST_VALUES_OF_A_THREAD, samples * positions)
+    slots = max(min(slots, _MOST_SLOTS), 1)
+    counts = torch.zeros(2, dtype=torch.int64, device="cpu")
+    # The sums come out first; what follows is the memory of the threads.
+    memory = torch.empty(1 + 2 * slots, 5, features, dtype=torch.float64, device="cpu")
+    address = memory.data_ptr()
+    job = _MarginalsJob(
+        values=values.data_ptr(),
+        valid=None if valid is None else valid.data_ptr(),
+        origin=origin.data_ptr(),
+        totals=address,
+        counts=counts.data_ptr(),
+        workspace=address + 40 * features,
+        samples=samples,
+        positions=positions,
+        features=features,
+        sample_stride=sample_stride,
+        position_stride=position_stride,
+        feature_stride=feature_stride,
+        values_are_double=values.dtype == torch.float64,
+        slots=slots,
+        instructions=min(_best_instructions(), _allowed),
+    )
+    library.measure(ctypes.byref(job), _parallel())
+    return counts, memory[0]

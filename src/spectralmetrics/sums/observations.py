@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ class Observations:
         valid: shape (N,), boolean, False for rows to pass over, such as padding; None if all count.
         group: number of what they belong to; folds keep batches of one group together. None: of themselves.
         labels: class of each row, shape (N,), int64, negative for those without one; None if there are none.
+        forward: number of the forward that put them out, for histories; None: each batch is one by itself, and
+            -1: of none that a history is to hold.
+        step: of the optimiser, that the forward belongs to; None if nobody said.
 
     >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
     torch.Size([128, 3])
@@ -29,6 +32,8 @@ class Observations:
     valid: Tensor | None = None
     group: int | None = None
     labels: Tensor | None = None
+    forward: int | None = None
+    step: int | None = None
 
     @property
     def num_features(self) -> int:
@@ -50,7 +55,8 @@ class Observations:
                 length.
         """
         values, valid = self.values, self.valid
-        for name, number in (("feature_dim", self.feature_dim), ("group", self.group or 0)):
+        numbered = (self.feature_dim, self.group or 0, self.forward or 0, self.step or 0)
+        for name, number in zip(("feature_dim", "group", "forward", "step"), numbered, strict=True):
             if type(number) is not int and not isinstance(number, numbers.Integral):  # the first is faster
                 raise TypeError(f"expected {name} to be an integer, got {number!r}")
         if not isinstance(values, Tensor):
@@ -95,10 +101,11 @@ class Observations:
         """The observations at the positions ``index`` of :meth:`rows`, without building all rows."""
         valid = None if self.valid is None else self.valid[index]
         labels = None if self.labels is None else self.labels[index]
+        others = (valid, self.group, labels, self.forward, self.step)
         moved = self.values if self.feature_dim == -1 else self.values.movedim(self.feature_dim, -1)
         if moved.is_contiguous():
             rows = moved.reshape(-1, moved.shape[-1]).index_select(0, index)
-            return Observations(rows, -1, valid, self.group, labels)
+            return Observations(rows, -1, *others)
         if self.feature_dim == 1 and self.values.is_contiguous():  # (B, D, *positions) -> (B, P, D)
             moved = self.values.flatten(2).movedim(1, -1)
         positions = []
@@ -106,10 +113,10 @@ class Observations:
             positions.append(index % size)
             index = index // size
         positions.append(index)
-        return Observations(moved[tuple(reversed(positions))], -1, valid, self.group, labels)
+        return Observations(moved[tuple(reversed(positions))], -1, *others)
 
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)
         labels = None if self.labels is None else self.labels.to(device)
-        return Observations(self.values.to(device), self.feature_dim, valid, self.group, labels)
+        return replace(self, values=self.values.to(device), valid=valid, labels=labels)

@@ -88,6 +88,7 @@ class Sketch(AboutOrigin):
         "sketch_non_finite",
         "sketch_seed",
     )
+    keeps_products: ClassVar[bool] = False
 
     count: Tensor
     non_finite: Tensor

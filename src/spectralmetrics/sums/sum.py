@@ -37,6 +37,8 @@ class Sum(ABC):
     """Names under which a run keeps it, the first of which is in no other kind."""
     counts_batches: ClassVar[bool] = False
     """Whether what is added depends on the number of the batch."""
+    takes_all_rows: ClassVar[bool] = False
+    """Whether a probe gives it every row of a forward, also where it draws some for others."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,6 +143,8 @@ class SpectralSum(Sum):
 
     describes_layer: ClassVar[bool] = True
     """Whether the spectrum of a layer is read from it; False for one of other observations, such as means."""
+    keeps_products: ClassVar[bool] = True
+    """Whether its memory grows with the square of the width."""
 
     @property
     @abstractmethod

@@ -9,11 +9,13 @@ from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers.arrays import ArraysWriter
 from spectralmetrics.recording.writers.console import ConsoleWriter
 from spectralmetrics.recording.writers.csv import CSVWriter
+from spectralmetrics.recording.writers.history import HistoryWriter
 from spectralmetrics.recording.writers.plot import PlotWriter
 from spectralmetrics.recording.writers.tensorboard import TensorBoardWriter
 
 WRITERS: dict[str, type[Writer]] = {
-    writer.name: writer for writer in (CSVWriter, ArraysWriter, ConsoleWriter, TensorBoardWriter, PlotWriter)
+    writer.name: writer
+    for writer in (CSVWriter, ArraysWriter, HistoryWriter, ConsoleWriter, TensorBoardWriter, PlotWriter)
 }
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "ArraysWriter",
     "CSVWriter",
     "ConsoleWriter",
+    "HistoryWriter",
     "PlotWriter",
     "TensorBoardWriter",
     "make_writers",

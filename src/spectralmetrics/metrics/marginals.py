@@ -1,0 +1,306 @@
+"""Statistics of what each feature does by itself, which keep no matrix and take any width."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.functional import marginals as functional
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.together import Wanted
+from spectralmetrics.metrics.base import SpectralMetric
+from spectralmetrics.sums import Marginals, SpectralSum, empty_marginals
+from spectralmetrics.sums.checks import check_positive_integer
+
+Part = Literal["variances", "second_moments", "magnitudes", "largest", "zero_shares"]
+
+
+class MarginalMetric(SpectralMetric):
+    """Base class of what is read of each feature by itself.
+
+    The state holds a few numbers for each feature and no matrix, so that a layer may be of any width.
+    ``update`` takes rows of shape (N, D) in any floating dtype. In a probe, a metric that does with variances
+    reads them of the covariance, where another metric keeps one.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`SpectralMetric`. ``center`` is True, ``folds`` 1 and ``sketch_size`` None.
+
+    Raises:
+        ValueError: for other values of these three.
+    """
+
+    needs_eigenvalues = False
+    has_interval = False
+    suits_sketches = True
+    parts: ClassVar[Sequence[Part]]
+    """What :meth:`statistic` reads of a spectrum."""
+    _reads_matrix = False
+
+    def __init__(self, num_features: int | None = None, **kwargs: Any) -> None:
+        kind = type(self).__name__
+        if not kwargs.get("center", True):
+            raise ValueError(
+                f"expected center=True for {kind}, whose definition says what it is about, got"
+                f" {kwargs['center']!r}"
+            )
+        if kwargs.get("sketch_size") is not None:
+            raise ValueError(
+                f"expected sketch_size=None for {kind}, which keeps no matrix at any width, got"
+                f" {kwargs['sketch_size']!r}"
+            )
+        super().__init__(num_features, **kwargs)
+        if self.folds > 1:
+            raise ValueError(f"expected folds=1 for {kind}, of which there are no intervals, got {self.folds}")
+
+    @property
+    def can_read_matrix(self) -> bool:
+        """Whether a sum that keeps a covariance serves as well."""
+        return {"variances", "second_moments"} >= set(self.parts) and not self.other_sums()
+
+    def reading(self, other: SpectralMetric) -> MarginalMetric:
+        """A metric with the same settings and without observations, which will share the sums of another."""
+        twin = copy.deepcopy(self)
+        twin._reads_matrix = True
+        twin.folds, twin.sketch_size, twin.gram_dtype = other.folds, other.sketch_size, other.gram_dtype
+        twin.accumulate_instead((twin.spectral_sum(),))
+        return twin
+
+    def spectral_sum(self) -> SpectralSum:
+        """See :meth:`SpectralMetric.spectral_sum`."""
+        return super().spectral_sum() if self._reads_matrix else empty_marginals(0)
+
+    def with_folds(self, folds: int) -> SpectralMetric:
+        """See :meth:`SpectralMetric.with_folds`; of marginals there are none."""
+        check_positive_integer("folds", folds)
+        twin = copy.deepcopy(self)
+        twin.reset()
+        return twin
+
+    def sketch_instead(self, sketch_size: int) -> None:
+        """See :meth:`SpectralMetric.sketch_instead`; marginals stay as they are."""
+        if self._reads_matrix:
+            super().sketch_instead(sketch_size)
+
+    def wanted(self, device: torch.device | None = None) -> list[Wanted]:
+        """See :meth:`SpectralMetric.wanted`."""
+        spectrum = self._shared_spectrum(device)
+        return [
+            Wanted(spectrum.about(center=False), "variances")
+            if part == "second_moments"
+            else Wanted(spectrum, part)
+            for part in self.parts
+        ]
+
+
+class RootMeanSquareMetric(MarginalMetric):
+    r"""The scale of a layer's features.
+
+    .. math:: \sqrt{\frac{1}{D} \sum_j E[x_j^2]}
+
+    ``compute`` returns a tensor of shape (), float64, in the unit of the features.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = RootMeanSquareMetric()
+        >>> metric.update(torch.tensor([[1.0, 3.0], [1.0, -1.0]]))
+        >>> metric.compute()
+        tensor(1.7321, dtype=torch.float64)
+    """
+
+    short_name = "rms"
+    parts = ("second_moments",)
+    plot_lower_bound = 0.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.root_mean_square(spectrum.second_moments)
+
+
+class SpreadMetric(MarginalMetric):
+    r"""The share of the features' energy that is not in their mean.
+
+    .. math:: \frac{\operatorname{tr} \Sigma}{E \|x\|^2}
+
+    Near 0 where all inputs give about the same output: the layer has collapsed to its mean. ``compute`` returns
+    a tensor of shape (), float64, between 0 and 1.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = SpreadMetric()
+        >>> metric.update(torch.tensor([[1.0, 3.0], [3.0, 3.0]]))
+        >>> metric.compute()
+        tensor(0.0714, dtype=torch.float64)
+    """
+
+    short_name = "spread"
+    parts = ("variances", "second_moments")
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.spread(spectrum.variances, spectrum.second_moments)
+
+
+class MaxAbsMetric(MarginalMetric):
+    r"""The largest magnitude of any feature in any observation, :math:`\max |x_{ij}|`.
+
+    ``compute`` returns a tensor of shape (), float64, in the unit of the features.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = MaxAbsMetric()
+        >>> metric.update(torch.tensor([[1.0, -3.0], [2.0, 1.0]]))
+        >>> metric.compute()
+        tensor(3., dtype=torch.float64)
+    """
+
+    short_name = "max_abs"
+    parts = ("largest",)
+    plot_lower_bound = 0.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.max_abs(spectrum.largest)
+
+
+class ZeroShareMetric(MarginalMetric):
+    r"""The share of all values that are exactly zero, such as those that a ReLU has cut off.
+
+    .. math:: \frac{1}{n D} \, |\{ (i, j) : x_{ij} = 0 \}|
+
+    ``compute`` returns a tensor of shape (), float64, between 0 and 1.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = ZeroShareMetric()
+        >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+        >>> metric.compute()
+        tensor(0.2500, dtype=torch.float64)
+    """
+
+    short_name = "zero_share"
+    parts = ("zero_shares",)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.zero_share(spectrum.zero_shares)
+
+
+class DeadFeaturesMetric(MarginalMetric):
+    r"""The share of features that never change, :math:`\frac{1}{D} |\{ j : \operatorname{Var} x_j = 0 \}|`.
+
+    ``compute`` returns a tensor of shape (), float64, between 0 and 1; of one observation all are.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = DeadFeaturesMetric()
+        >>> metric.update(torch.tensor([[1.0, 0.1], [2.0, 0.1]]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    short_name = "dead_features"
+    parts = ("variances",)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.dead_features(spectrum.variances)
+
+
+class DormantFeaturesMetric(MarginalMetric):
+    r"""The share of features that are next to inactive, beside the average of their layer.
+
+    Feature j counts if :math:`E|x_j| \le \tau \frac{1}{D} \sum_k E|x_k|` (`arXiv:2302.12902
+    <https://arxiv.org/abs/2302.12902>`_). ``compute`` returns a tensor of shape (), float64, between 0 and 1.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        tau: the threshold :math:`\tau`, not negative.
+        kwargs: see :class:`MarginalMetric`.
+
+    Raises:
+        ValueError: for a ``tau`` that is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> metric = DormantFeaturesMetric()
+        >>> metric.update(torch.tensor([[1.0, 0.01], [-2.0, 0.02]]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    short_name = "dormant_features"
+    parts = ("magnitudes",)
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def __init__(self, num_features: int | None = None, tau: float = 0.025, **kwargs: Any) -> None:
+        tau = functional.check_tau(tau)
+        super().__init__(num_features, **kwargs)
+        self.tau = tau
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.dormant_features(spectrum.magnitudes, self.tau)
+
+
+class OutlierFeaturesMetric(MarginalMetric):
+    r"""How much few features stand out of their layer: the kurtosis of the features' scales.
+
+    .. math:: \frac{\frac{1}{D} \sum_j E[x_j^2]^2}{\left(\frac{1}{D} \sum_j E[x_j^2]\right)^2}
+
+    (`arXiv:2405.19279 <https://arxiv.org/abs/2405.19279>`_). ``compute`` returns a tensor of shape (), float64:
+    1 where all features have the same scale, D where one has all the energy.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = OutlierFeaturesMetric()
+        >>> metric.update(torch.tensor([[1.0, 9.0], [-1.0, 9.0]]))
+        >>> metric.compute()
+        tensor(1.9518, dtype=torch.float64)
+    """
+
+    short_name = "outlier_features"
+    parts = ("second_moments",)
+    plot_lower_bound = 1.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.outlier_features(spectrum.second_moments)
+
+
+SpectralMetric.declare(Marginals.states.values())

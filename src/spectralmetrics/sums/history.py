@@ -1,0 +1,212 @@
+"""What each of the last forwards did, in a few numbers: a ring of rows that is written without being read.
+
+A row holds what adds up, so that the forwards of several processes, or of one step of the optimiser, can be
+added: the number of observations, the sums of all values and of their squares, the values that are not zero,
+and the observations left out; and the largest magnitude.
+
+>>> import torch
+>>> history = empty_history(2, 3)
+>>> intake = history.intake(None)
+>>> for forward in range(4):
+...     intake.add(history, Observations(torch.full((5, 3), float(forward))), forward)
+>>> history.forwards()[:, [FORWARD, COUNT, TOTAL, SQUARES, LARGEST]]
+tensor([[  2.,   5.,  30.,  60.,   2.],
+        [  3.,   5.,  45., 135.,   3.]], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums.measuring import Measured, measure, measured_last
+from spectralmetrics.sums.merging import ForReader, agree_on_width
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.sum import Intake, Sum
+
+COLUMNS = ("forward", "step", "largest", "count", "left_out", "total", "squares", "nonzero")
+"""Of a row. The number of the forward is -1 where there is none, the step -1 where nobody told it."""
+FORWARD, STEP, LARGEST, COUNT, LEFT_OUT, TOTAL, SQUARES, NONZERO = range(len(COLUMNS))
+_ADDED = slice(COUNT, None)
+
+
+@dataclass(frozen=True)
+class ForwardHistory(Sum):
+    """The last forwards of a layer; the tensors are updated in place by the intake.
+
+    Attributes:
+        ring: shape (steps, 8), float64; see :data:`COLUMNS`. The latest forward is at the end.
+        width: shape (D, 0), float64: holds nothing and says the width.
+        steps: the number of forwards that it holds.
+    """
+
+    states: ClassVar[dict[str, str]] = {"ring": "history_ring", "width": "history_width"}
+    described: ClassVar[str] = "a history"
+    arrays: ClassVar[tuple[str, ...]] = ("history", "history_width")
+    counts_batches: ClassVar[bool] = True
+    takes_all_rows: ClassVar[bool] = True
+
+    ring: Tensor
+    width: Tensor
+    steps: int
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.width.shape[0]
+
+    def settings(self) -> tuple[object, ...]:
+        """See :class:`.Sum`."""
+        return (f"steps={self.steps}",)
+
+    def empty(self, num_features: int, device: torch.device | str | None = None) -> ForwardHistory:
+        """See :class:`.Sum`."""
+        return empty_history(self.steps, num_features, device)
+
+    def intake(self, gram_dtype: torch.dtype | None) -> HistoryIntake:
+        """See :class:`.Sum`."""
+        return HistoryIntake()
+
+    def forwards(self) -> Tensor:
+        """The rows of the forwards there are, earliest first, shape (k, 8), float64; reads from the device."""
+        rows = self._in_order()
+        return rows[rows[:, FORWARD] >= 0]
+
+    def _in_order(self) -> Tensor:
+        return self.ring[self.ring[:, FORWARD].argsort(stable=True)]
+
+    def merged(self, other: ForwardHistory) -> ForwardHistory:
+        """See :class:`.Sum`."""
+        if other.settings() != self.settings():
+            raise ValueError(f"expected a state of {self.settings()} to merge, got one of {other.settings()}")
+        if other.num_features == 0:
+            return self
+        other = other.map(lambda tensor: tensor.to(self.ring.device))
+        if self.num_features == 0:
+            return other.map(torch.clone)
+        return replace(self, ring=_together(torch.cat([self.ring, other.ring]), self.steps))
+
+    def exchange(
+        self, known: ForwardHistory | None, rank: int, world_size: int
+    ) -> Generator[Tensor, Any, ForwardHistory | None]:
+        """See :class:`.Sum`."""
+        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
+        header[rank, 0] = self.num_features
+        header[rank, 1] = known is None
+        header = (yield header).cpu()
+        if not header[:, 1].any():
+            return known
+        width = agree_on_width(header[:, 0])
+        if width == 0:
+            return None
+        mine = self if self.num_features else self.empty(width, self.ring.device)
+        # Which forwards the others have seen is not known, so that each process sends all of its own.
+        rings = torch.zeros(world_size, *mine.ring.shape, dtype=torch.float64, device=mine.ring.device)
+        rings[rank] = mine.ring
+        rings = yield rings.as_subclass(ForReader)
+        if rings is None:
+            return None
+        return replace(mine, ring=_together(rings.flatten(0, 1), self.steps))
+
+    def num_exchanged(self, num_features: int, world_size: int) -> int:
+        """See :class:`.Sum`."""
+        return world_size * self.steps * len(COLUMNS)
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`.Sum`."""
+        yield "history", self._in_order()
+        yield "history_width", self.width
+
+    @classmethod
+    def restored(cls, read: Callable[[str], Tensor]) -> ForwardHistory:
+        """See :class:`.Sum`."""
+        rows = read("history")
+        return cls(rows, read("history_width"), len(rows))
+
+
+class HistoryIntake(Intake):
+    """Puts each forward at the end, in the place of the earliest; several batches of one forward are added."""
+
+    reaches_other_devices = True
+
+    def __init__(self) -> None:
+        self._latest: int | None = None
+
+    def add(self, sums: ForwardHistory, observations: Observations, batch: int) -> None:
+        """See :class:`.Intake`."""
+        forward = batch if observations.forward is None else observations.forward
+        if forward < 0:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            found = measured_last(observations)
+            if found is None:
+                device = sums.ring.device
+                origin = torch.zeros(observations.num_features, dtype=torch.float64, device=device)
+                found = measure(observations, origin)
+            row, end = _row(found), sums.ring[-1]
+            if forward == self._latest:
+                end[_ADDED] += row[1:]
+                end[LARGEST] = torch.maximum(end[LARGEST], row[0])
+                return
+            self._latest = forward
+            sums.ring[:-1] = sums.ring[1:].clone()
+            end[FORWARD] = forward
+            end[STEP] = -1 if observations.step is None else observations.step
+            end[LARGEST:] = row
+
+    def meet(self, sums: ForwardHistory) -> None:
+        """See :class:`.Intake`."""
+        latest = int(sums.ring[-1, FORWARD])
+        self._latest = latest if latest >= 0 else None
+
+
+def empty_history(steps: int, num_features: int, device: torch.device | str | None = None) -> ForwardHistory:
+    """A history of no forward.
+
+    >>> empty_history(4, 2).ring.shape
+    torch.Size([4, 8])
+    """
+    with torch.inference_mode(False):
+        ring = torch.zeros(
+            steps if num_features else 0, len(COLUMNS), dtype=torch.float64, device=device or "cpu"
+        )
+        ring[:, :LARGEST] = -1
+        width = torch.zeros(num_features, 0, dtype=torch.float64, device=device or "cpu")
+        return ForwardHistory(ring, width, steps)
+
+
+def _row(found: Measured) -> Tensor:
+    """The numbers of one batch from the largest magnitude on, about zero, shape (6,)."""
+    count, left_out = found.counts.to(torch.float64)
+    first, squares, _, nonzero = found.totals
+    total = (first + count * found.origin).sum()
+    # Σ x² = Σ (x − o)² + 2 o Σ (x − o) + n o²
+    about_zero = (squares + found.origin * (2 * first + count * found.origin)).sum()
+    return torch.stack([found.largest.amax(), count, left_out, total, about_zero, nonzero.sum()])
+
+
+def _together(rows: Tensor, steps: int) -> Tensor:
+    """Rows of several rings as one: those of one forward added, the last forwards kept, the latest at the end.
+
+    Args:
+        rows: shape (n, 8).
+        steps: how many to keep.
+    """
+    rows = rows[rows[:, FORWARD].argsort(descending=True, stable=True)]
+    forwards = rows[:, FORWARD]
+    is_next = torch.ones_like(forwards, dtype=torch.bool)
+    is_next[1:] = forwards[1:] != forwards[:-1]
+    place = is_next.cumsum(0) - 1  # of the forward that a row belongs to
+    result = torch.zeros_like(rows)
+    result.index_add_(0, place, torch.where((forwards >= 0)[:, None], rows, 0))
+    index = place[:, None].expand(-1, _ADDED.start)
+    largest = torch.full_like(rows[:, : _ADDED.start], -1).scatter_reduce(
+        0, index, rows[:, : _ADDED.start], "amax"
+    )
+    result[:, : _ADDED.start] = largest
+    result[:, LARGEST].clamp_(min=0)
+    return result[:steps].flip(0)

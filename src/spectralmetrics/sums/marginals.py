@@ -1,0 +1,303 @@
+r"""What each feature does by itself: a few numbers for each, in one pass over the observations.
+
+Of each feature the sums of :math:`x - o` and :math:`(x - o)^2` about an origin :math:`o` near the data, from
+which mean and variance come with all their digits, and about zero the sum of :math:`|x|`, the number of values
+that are not zero and the largest :math:`|x|`. On x86-64 the pass is compiled, see
+:mod:`~spectralmetrics.sums.compiled`; PyTorch does the same everywhere else. Nothing is read from a device.
+
+>>> import torch
+>>> marginals = empty_marginals(2)
+>>> intake = marginals.intake(None)
+>>> intake.add(marginals, Observations(torch.tensor([[1.0, 0.0], [-3.0, 0.0], [torch.nan, 0.0]])), 0)
+>>> marginals.mean(), marginals.variances()
+(tensor([-1.,  0.], dtype=torch.float64), tensor([4., 0.], dtype=torch.float64))
+>>> marginals.largest, marginals.zeros(), int(marginals.non_finite)
+(tensor([3., 0.], dtype=torch.float64), tensor([0., 2.], dtype=torch.float64), 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.measuring import measure
+from spectralmetrics.sums.merging import ForReader, agree
+from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import are_finite
+from spectralmetrics.sums.sum import Intake
+
+
+@dataclass(frozen=True)
+class Marginals(AboutOrigin):
+    """Sums over each feature by itself; the tensors are updated in place by the intake.
+
+    Attributes:
+        count: the number of finite observations n, shape (), int64.
+        non_finite: the number left out, shape (), int64.
+        origin: shape (D,), float64.
+        totals: shape (4, D), float64: of each feature the sums of x − o, of its square and of the magnitude of
+            x, and the number of values that are not zero.
+        largest: the largest magnitude of each feature, shape (D,), float64.
+    """
+
+    states: ClassVar[dict[str, str]] = {
+        "totals": "marginal_totals",
+        "largest": "marginal_largest",
+        "count": "marginal_count",
+        "non_finite": "marginal_non_finite",
+        "origin": "marginal_origin",
+    }
+    described: ClassVar[str] = "marginals"
+    additive: ClassVar[frozenset[str]] = frozenset({"count", "non_finite", "totals"})
+    arrays: ClassVar[tuple[str, ...]] = (
+        "marginal_variances",
+        "marginal_mean",
+        "marginal_magnitudes",
+        "marginal_nonzeros",
+        "marginal_largest",
+        "marginal_count",
+        "marginal_non_finite",
+    )
+    describes_layer: ClassVar[bool] = False
+    keeps_products: ClassVar[bool] = False
+
+    count: Tensor
+    non_finite: Tensor
+    origin: Tensor
+    totals: Tensor
+    largest: Tensor
+
+    @property
+    def first(self) -> Tensor:  # type: ignore[override]  # a row of `totals`
+        """The vector sum about the origin, shape (D,), float64."""
+        return self.totals[0]
+
+    @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.largest.shape[0]
+
+    def empty(self, num_features: int, device: torch.device | str | None = None) -> Marginals:
+        """See :class:`.Sum`."""
+        return empty_marginals(num_features, device)
+
+    def intake(self, gram_dtype: torch.dtype | None) -> MarginalsIntake:
+        """See :class:`.Sum`."""
+        return MarginalsIntake()
+
+    def squares(self) -> Tensor:
+        """See :class:`.AboutOrigin`."""
+        return self.totals[1]
+
+    def about(self, origin: Tensor) -> Marginals:
+        """See :class:`.AboutOrigin`."""
+        return replace(self, origin=origin, totals=_moved(self, origin))
+
+    def together_with(self, other: Marginals) -> Marginals:
+        """See :class:`.AboutOrigin`."""
+        return replace(super().together_with(other), largest=torch.maximum(self.largest, other.largest))
+
+    def exchange(
+        self, known: Marginals | None, rank: int, world_size: int
+    ) -> Generator[Tensor, Tensor | None, Marginals | None]:
+        """See :class:`.Sum`.
+
+        What is exchanged adds up: of each process there is a row of its own for what does not, such as maxima.
+        The origin is that of one of them, moved by what others differ, so that features which are constant
+        everywhere keep a variance of exactly zero.
+        """
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
+        mine = self if self.num_features else self.empty(width, self.count.device)
+        count = mine.count.to(torch.float64)
+        offset = mine.first / count.clamp(min=1)  # of the mean, whose digits it would lose in one number
+        table = torch.zeros(world_size, 3 * width + 1, dtype=torch.float64, device=offset.device)
+        table[rank] = torch.cat([count[None], mine.origin, offset, mine.largest])
+        about_mean = torch.cat([mine.squares() - mine.first * offset, mine.totals[2:].flatten()])
+        packed = [mine.non_finite.to(torch.float64)[None], table.flatten(), about_mean]
+        received = yield torch.cat(packed).as_subclass(ForReader)
+        if received is None:
+            return None
+        non_finite, table, sums = received.split([len(part) for part in packed])
+        counts, origins, offsets, largest = table.reshape(world_size, -1).split([1, width, width, width], dim=1)
+        total = counts.sum()
+        origin = origins[counts.argmax()]
+        origin = origin + (counts / total.clamp(min=1) * ((origins - origin) + offsets)).sum(0)
+        deviations = (origins - origin) + offsets  # (processes, D)
+        squares, *others = sums.reshape(3, width)
+        squares = squares + (counts * deviations.square()).sum(0)
+        return replace(
+            mine,
+            count=total.to(torch.int64),
+            non_finite=non_finite[0].to(torch.int64),
+            origin=origin,
+            totals=torch.stack([(counts * deviations).sum(0), squares, *others]),
+            largest=largest.amax(0),
+        )
+
+    def num_exchanged(self, num_features: int, world_size: int) -> int:
+        """See :class:`.Sum`."""
+        return (3 * world_size + 3) * num_features
+
+    def magnitudes(self) -> Tensor:
+        """The mean magnitude of each feature, shape (D,), float64."""
+        return self.totals[2] / self.count
+
+    def zeros(self) -> Tensor:
+        """The number of values of each feature that are zero, shape (D,), float64."""
+        return self.count - self.totals[3]
+
+    def zero_shares(self) -> Tensor:
+        """Their share, shape (D,), float64."""
+        return self.zeros() / self.count
+
+    def covariance(self, *, center: bool = True) -> NoReturn:
+        """Marginals hold no matrix; always a RuntimeError."""
+        raise _no_spectrum(self.num_features)
+
+    def eigenvalues(self, *, center: bool = True) -> NoReturn:
+        """See :meth:`covariance`."""
+        raise _no_spectrum(self.num_features)
+
+    def eigenvectors(self, *, center: bool = True) -> NoReturn:
+        """See :meth:`covariance`."""
+        raise _no_spectrum(self.num_features)
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`.Sum`."""
+        yield "marginal_variances", self.variances()
+        yield "marginal_mean", self.mean()
+        yield "marginal_magnitudes", self.magnitudes()
+        yield "marginal_nonzeros", self.totals[3]
+        yield "marginal_largest", self.largest
+        yield "marginal_count", self.count
+        yield "marginal_non_finite", self.non_finite
+
+    @classmethod
+    def restored(cls, read: Callable[[str], Tensor]) -> Marginals:
+        """See :class:`.Sum`."""
+        given = [read(name) for name in cls.arrays]
+        variances, mean, magnitudes, nonzeros, largest, count, non_finite = given
+        return _RestoredMarginals(
+            count=count,
+            non_finite=non_finite,
+            origin=mean,
+            totals=torch.stack([torch.zeros_like(mean), variances * count, magnitudes * count, nonzeros]),
+            largest=largest,
+            given=dict(zip(cls.arrays, given, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class _RestoredMarginals(Marginals):
+    """Marginals that were read from a file, with all the digits that the recorded values have."""
+
+    given: Mapping[str, Tensor] | None = None
+
+    def plain(self) -> Marginals:
+        """See :class:`.Sum`."""
+        return Marginals(**{field.name: getattr(self, field.name) for field in fields(Marginals)})
+
+    def magnitudes(self) -> Tensor:
+        """As they were read."""
+        assert self.given is not None
+        return self.given["marginal_magnitudes"]
+
+    def variances(self, *, center: bool = True) -> Tensor:
+        """As they were read."""
+        assert self.given is not None
+        found = self.given["marginal_variances"]
+        return found if center else found + self.origin.square()
+
+
+class MarginalsIntake(Intake):
+    """Adds batches; the origin follows the data, ever more seldom."""
+
+    reaches_other_devices = True
+
+    def __init__(self) -> None:
+        self._origin_is_near = False
+        self._accumulations = 0
+
+    def add(self, sums: Marginals, observations: Observations, batch: int) -> None:
+        """See :class:`.Intake`."""
+        self._accumulations += 1
+        with torch.inference_mode(False), torch.no_grad():
+            milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
+            if milestone or not self._origin_is_near:
+                _follow(sums, observations)
+            found = measure(observations, sums.origin)
+            sums.totals.add_(found.totals)
+            torch.maximum(sums.largest, found.largest, out=sums.largest)
+            sums.count.add_(found.counts[0])
+            sums.non_finite.add_(found.counts[1])
+        if self._accumulations == 1:
+            self.meet(sums)
+
+    def meet(self, sums: Marginals) -> None:
+        """See :class:`.Intake`."""
+        self._accumulations = max(self._accumulations, 1)
+        self._origin_is_near = int(sums.count) > 0
+
+
+def empty_marginals(num_features: int, device: torch.device | str | None = None) -> Marginals:
+    """Marginals of no observations.
+
+    Args:
+        num_features: the width D.
+        device: where the sums live; the CPU by default.
+
+    >>> empty_marginals(3).totals.shape
+    torch.Size([4, 3])
+    """
+    device = torch.device(device or "cpu")
+    with torch.inference_mode(False):
+        return Marginals(
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            non_finite=torch.zeros((), dtype=torch.int64, device=device),
+            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
+            totals=torch.zeros(4, num_features, dtype=torch.float64, device=device),
+            largest=torch.zeros(num_features, dtype=torch.float64, device=device),
+        )
+
+
+def _follow(sums: Marginals, observations: Observations) -> None:
+    """Move the origin to the mean of a batch and the sums with it, unless the rows are too few to follow."""
+    # About a row, so that constant features are centred to exactly zero.
+    rows = observations.rows().detach()
+    kept = are_finite(rows)[:, 0]
+    if observations.valid is not None:
+        kept = kept & observations.valid
+    pivot = rows.index_select(0, kept.to(torch.uint8).argmax().reshape(1))[0].to(
+        sums.origin.device, torch.float64
+    )
+    origin = torch.where(sums.count > 0, sums.origin, torch.where(pivot.isfinite(), pivot, 0))
+    found = measure(observations, origin)
+    number = found.counts[0]
+    offset = found.totals[0] / number.clamp(min=1)
+    nearer = origin + torch.where(offset.isfinite(), offset, 0)
+    nearer = torch.where((number > 0) & (number.square() >= sums.count), nearer, sums.origin)
+    # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
+    sums.totals.copy_(_moved(sums, torch.where(sums.count > 0, nearer, sums.origin)))
+    sums.origin.copy_(nearer)
+
+
+def _moved(sums: Marginals, origin: Tensor) -> Tensor:
+    """The totals about another origin."""
+    first, squares, *others = sums.totals
+    shift = sums.origin - origin
+    moved = first + sums.count.to(torch.float64) * shift
+    return torch.stack([moved, squares + shift * (first + moved), *others])
+
+
+def _no_spectrum(num_features: int) -> RuntimeError:
+    return RuntimeError(
+        f"the covariance of {num_features} features is not kept, only what each does by itself: add a metric"
+        " that keeps it, such as SaturationMetric()"
+    )

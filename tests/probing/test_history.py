@@ -1,0 +1,286 @@
+"""What each of the last forwards did, and which layer moved first."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from checks import first_movers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from spectralmetrics import (
+    History,
+    HistoryMetric,
+    LayerProbe,
+    MaxAbsMetric,
+    Observations,
+    RootMeanSquareMetric,
+    SaturationMetric,
+)
+from spectralmetrics.probing.history import HistoryRow
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def expected_row(forward, step, layer, values):
+    """By numpy, of the rows (N, D) that a layer put out."""
+    x = values.detach().double().numpy().astype(np.longdouble)
+    left_out = ~np.isfinite(x).all(1)
+    x = x[~left_out]
+    return HistoryRow(
+        forward, step, layer, len(x), np.sqrt((x**2).mean()), x.mean(), np.abs(x).max(), (x == 0).mean(),
+        int(left_out.sum()),
+    )  # fmt: skip
+
+
+def assert_rows(found, expected):
+    assert len(found) == len(expected)
+    for row, other in zip(found, expected, strict=True):
+        assert row[:4] == other[:4]
+        assert row.non_finite == other.non_finite
+        np.testing.assert_allclose(row[4:8], [float(each) for each in other[4:8]], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("others", [[], [SaturationMetric()], [SaturationMetric(), MaxAbsMetric()]], ids=len)
+@pytest.mark.parametrize("options", [{}, {"rows_per_feature": 1}, {"folds": 2}], ids=str)
+def test_every_row_of_each_forward(others, options):
+    model, expected = small_model(), []
+    probe = LayerProbe(model, [*others, HistoryMetric(steps=4)], **options)
+    outputs = {}
+    for name in ("0", "2"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: outputs.__setitem__(name, output)
+        )
+    for forward in range(6):
+        rows = torch.randn(90, 4) * (forward + 1)
+        if forward == 4:
+            rows[7] = torch.nan
+        model(rows)
+        if forward >= 2:
+            expected += [expected_row(forward, None, name, output) for name, output in outputs.items()]
+    assert_rows(probe.history("train").rows, expected)
+    frame = probe.history().to_pandas()
+    assert list(frame.columns)[:3] == ["forward", "step", "layer"]
+    assert frame["step"].isna().all()
+    assert probe.history().forwards == [2, 3, 4, 5]
+
+
+def test_steps_are_told_and_forwards_without_gradients_do_not_count():
+    model = small_model()
+    probe = LayerProbe(model, HistoryMetric())
+    rows = torch.randn(8, 4)
+    for probe.step in range(3):
+        model(rows)
+        with torch.no_grad():
+            model(rows)  # a rollout
+        model(rows)
+    model.eval()
+    with torch.no_grad():
+        model(rows)
+    train = [(row.forward, row.step) for row in probe.history("train") if row.layer == "2"]
+    assert train == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    assert [(row.forward, row.step) for row in probe.history("eval")] == [(0, 2), (0, 2)]
+    for bad in (-1, 1.5, "3", True):
+        with pytest.raises(ValueError, match="expected step as an integer that is not negative or None, got"):
+            probe.step = bad
+    probe.reset("train")
+    assert len(probe.history("train")) == 0
+    model.train()
+    model(rows)
+    assert probe.history("train").forwards == [6]  # numbers go on
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_counts_once(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_model()
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=use_reentrant)
+
+    model = Checkpointed()
+    probe = LayerProbe(model, HistoryMetric())
+    for _ in range(3):
+        model(torch.randn(8, 4, requires_grad=True)).sum().backward()
+    assert [row.observations for row in probe.history() if row.layer == "inner.0"] == [8] * 3
+
+
+def test_a_layer_that_is_used_twice_has_one_row():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.fc(x))
+
+    model = Twice()
+    probe = LayerProbe(model, HistoryMetric())
+    rows = torch.randn(8, 4)
+    model(rows)
+    model(rows)
+    with torch.no_grad():
+        inner = model.fc.__class__.forward(model.fc, rows)
+        both = torch.cat([inner, model.fc.__class__.forward(model.fc, inner)])
+    assert_rows(probe.history().rows, [expected_row(forward, None, "fc", both) for forward in (0, 1)])
+
+
+def test_a_compiled_model_tells_whether_it_had_gradients():
+    model = small_model()
+    probe = LayerProbe(model, HistoryMetric())
+    compiled = torch.compile(model, backend="aot_eager")
+    rows = torch.randn(8, 4)
+    for _ in range(2):
+        compiled(rows).sum().backward()
+        with torch.no_grad():
+            compiled(rows)
+    assert probe.history().forwards == [0, 1]
+    assert [row.observations for row in probe.history()] == [8] * 4
+
+
+def test_what_one_state_says_another_takes_over():
+    model = small_model()
+    metrics = [HistoryMetric(steps=5), RootMeanSquareMetric()]
+    first = LayerProbe(model, metrics)
+    first.persistent()
+    for _ in range(3):
+        model(torch.randn(8, 4))
+    first.remove()
+    second = LayerProbe(model, metrics)
+    second.persistent()
+    second.load_state_dict(first.state_dict())
+    assert second.history().rows == first.history().rows
+    for _ in range(4):
+        model(torch.randn(8, 4))
+    assert second.history().forwards == [2, 3, 4, 5, 6]
+    assert second.history().rows[:2] == first.history().rows[-2:]
+
+
+def test_by_hand_each_update_is_a_forward():
+    metric = HistoryMetric(steps=3)
+    for scale in range(5):
+        metric.update(torch.full((2, 2), float(scale)))
+    assert metric.compute()[:, 2].tolist() == [2, 3, 4]
+    left, right = HistoryMetric(), HistoryMetric()
+    for forward in (1, 2, 3):
+        left.update(Observations(torch.ones(2, 2), forward=forward))
+    for forward in (2, 3, 4):
+        right.update(Observations(3 * torch.ones(4, 2), forward=forward, step=7))
+    left.merge_state(right)
+    assert left.compute()[:, [0, 1, 2, 3, 5]].tolist() == [
+        [1, -1, 1, 2, 4],
+        [2, 7, 3, 6, 28],
+        [3, 7, 3, 6, 28],
+        [4, 7, 3, 4, 24],
+    ]
+
+
+def test_without_the_metric():
+    with pytest.raises(ValueError, match=r"expected a HistoryMetric among the metrics of the probe, got"):
+        LayerProbe(small_model()).history()
+
+
+def table_of(scales, step=None, left_out=()):
+    return np.array(
+        [
+            [t, -1 if step is None else step[t], s, 4, float(t in left_out), 0.0, 4 * s**2, 4]
+            for t, s in enumerate(scales)
+        ]
+    )
+
+
+def history_of(**tables):
+    return History("train", tables, dict.fromkeys(tables, 1))
+
+
+def noisy(seed, count=60, size=0.01):
+    return np.exp(size * np.random.default_rng(seed).standard_normal(count))
+
+
+class TestFirstMovers:
+    def test_quiet_layers_have_none(self):
+        assert history_of(a=table_of(noisy(0)), b=table_of(noisy(1))).first_movers() == []
+
+    def test_in_the_order_in_which_they_left(self):
+        a, b, c = noisy(0), noisy(1), noisy(2)
+        a[50:], b[45:], c[50:] = 5 * a[50:], 2 * b[45:], 9 * c[50:]
+        history = history_of(a=table_of(a), b=table_of(b), c=table_of(c))
+        assert [(m.layer, m.forward, m.tied) for m in history.first_movers()] == [
+            ("b", 45, False),
+            ("a", 50, True),
+            ("c", 50, True),
+        ]
+        assert [mover.layer for mover in history.first_movers(at=49)] == ["b"]
+        assert history.first_movers(at=44) == []
+        assert history.first_movers(threshold=1000) == []
+
+    def test_forwards_of_one_step_are_pooled(self):
+        """Two forwards of a step, of which the second always has another scale."""
+        scales = np.where(np.arange(80) % 2, 30.0, 1.0) * noisy(0, 80)
+        steps = np.arange(80) // 2
+        assert history_of(a=table_of(scales, steps)).first_movers() == []
+        scales[60:] *= 3
+        assert [(m.layer, m.forward) for m in history_of(a=table_of(scales, steps)).first_movers()] == [
+            ("a", 60)
+        ]
+
+    def test_to_and_fro_is_no_leaving(self):
+        """Real and generated batches in turn, of which nobody told the step."""
+        scales = np.where(np.arange(61) % 2, 30.0, 1.0) * noisy(0, 61)
+        assert history_of(a=table_of(scales)).first_movers() == []
+
+    def test_rows_that_are_not_finite(self):
+        history = history_of(a=table_of(noisy(0)), b=table_of(noisy(1), left_out=(30,)))
+        assert history.first_movers() == [("b", 30, math.inf, False)]
+
+    def test_layers_of_zeros(self):
+        assert history_of(a=table_of(np.zeros(60))).first_movers() == []
+        dying = noisy(0)
+        dying[40:] = 0
+        assert [(m.layer, m.forward) for m in history_of(a=table_of(dying)).first_movers()] == [("a", 40)]
+
+    @pytest.mark.parametrize("at", [-1, 60, 1.5, "3"])
+    def test_a_forward_that_is_not_there(self, at):
+        with pytest.raises(ValueError, match="number of a forward in the history, from 0 to 59, got"):
+            history_of(a=table_of(noisy(0))).first_movers(at=at)
+
+    @pytest.mark.parametrize("threshold", [0, -1.0, math.nan, math.inf, "6", True])
+    def test_a_threshold_that_is_none(self, threshold):
+        with pytest.raises(ValueError, match="expected threshold to be a positive number, got"):
+            history_of(a=table_of(noisy(0))).first_movers(threshold=threshold)
+
+    def test_outputs_and_gradients_together(self):
+        a = noisy(0)
+        b = noisy(1)
+        b[30:] *= 7
+        together = History.together(
+            {"outputs": history_of(a=table_of(a)), "gradients": history_of(a=table_of(b))}
+        )
+        assert [mover.layer for mover in together.first_movers()] == ["gradients/a"]
+        with pytest.raises(TypeError, match="expected a dict of histories, got"):
+            History.together([together])
+
+
+def test_pictures():
+    history = history_of(**{f"layer{k}": table_of(noisy(k)) for k in range(6)})
+    figure, axes = history.plot()
+    assert axes.shape == (2, 4)
+    assert not axes[1, 3].get_visible()
+    assert history.plot("zero_share", layers=["layer1"])[1].shape == (1, 1)
+    with pytest.raises(ValueError, match="expected a quantity among"):
+        history.plot("variance")
+    with pytest.raises(ValueError, match=r"expected layers among .* got \['layer9'\]"):
+        history.plot(layers=["layer9"])
+    assert figure.get_supxlabel() == "forward"
+
+
+@pytest.mark.parametrize("model", ["mlp", "gpt"])
+def test_the_layer_that_was_disturbed_moves_first(model):
+    """A few of the 50 runs each of ``checks/first_movers.py``."""
+    assert first_movers.count(model, "scale", range(3)) == {"it": 3}
+    assert first_movers.count(model, "quiet", range(2)) == {"none": 2}
