@@ -858,8 +858,8 @@ class LayerProbe(nn.Module):
             raise TypeError(f"expected another LayerProbe to merge, got {type(other).__name__}")
         if unknown := [name for name in other._layers if name not in self._layers]:
             raise ValueError(
-                f"expected `other` to probe layers of this probe, got {', '.join(map(repr, unknown))}; layers are"
-                f" {', '.join(map(repr, self._layers))}"
+                f"expected `other` to probe layers of this probe, got {', '.join(map(repr, unknown))}; layers"
+                f" are {', '.join(map(repr, self._layers))}"
             )
         mine, its = (
             [described(name, metric) for name, metric in probe._templates.items()] for probe in (self, other)
