@@ -36,12 +36,13 @@ BESIDE = {
     "receptive_field": {"probing"},
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
+    "findings": {"functional", "metrics", "sums", "tail"},
     "__main__": {"cli"},
 }
 # Who may use what stands beside; the command line and the demo may use anything.
 USED_BY = {
     "metrics": {"plotting"},
-    "probing": {"plotting", "tail", "layers"},
+    "probing": {"findings", "plotting", "tail", "layers"},
     "recording": {"plotting", "tail"},
     "integrations": {"plotting", "tail"},
 }

@@ -1,6 +1,7 @@
 """Streaming spectral metrics of neural-network features: which layers do work, while training runs."""
 
 from spectralmetrics import functional
+from spectralmetrics.findings import FINDING_RULES, Finding, FindingRule
 from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.integrations.values import loggable
 from spectralmetrics.layers import register_layer
@@ -58,6 +59,7 @@ from spectralmetrics.tail import layer_profile, low_saturation_tail
 __version__ = "0.2.0"
 
 __all__ = [
+    "FINDING_RULES",
     "CovarianceDeterminantMetric",
     "CovarianceMetric",
     "CovarianceTraceMetric",
@@ -66,6 +68,8 @@ __all__ = [
     "DormantFeaturesMetric",
     "EffectiveRankMetric",
     "EigenspaceEmbeddingMetric",
+    "Finding",
+    "FindingRule",
     "History",
     "HistoryMetric",
     "HistoryRow",

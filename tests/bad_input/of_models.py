@@ -149,7 +149,16 @@ ROWS_OF_MODELS = [
     ],
     *[
         row
-        for method in ("compute", "intervals", "summary", "reset", "covariances", "iter_merged", "history")
+        for method in (
+            "compute",
+            "intervals",
+            "summary",
+            "findings",
+            "reset",
+            "covariances",
+            "iter_merged",
+            "history",
+        )
         for row in refuses(
             f"LayerProbe.{method}", Given(lambda w, method=method: getattr(w.probe, method)), stage=STAGES
         )

@@ -79,6 +79,8 @@ EXEMPT = {
             "History.of_sums(*",
             "HistoryRow(*",
             "Mover(*",
+            "Finding(*",
+            "FindingRule(*",
         ),
         "made by the package, and read by its user",
     ),

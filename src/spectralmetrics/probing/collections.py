@@ -215,8 +215,12 @@ class LayerMetrics:
         """Whether the same inputs have come in several folds."""
         return any(leader.repeats() for leader in self._spectral)
 
-    def sums(self) -> list[Sum]:
-        """The sums of the metrics, each kind once, of exact products before others; empty without data."""
+    def sums(self, *, with_left_out: bool = False) -> list[Sum]:
+        """The sums of the metrics, each kind once, of exact products before others; empty without data.
+
+        Args:
+            with_left_out: take sums of which all observations were left out for data.
+        """
         spectral: dict[type[Sum], SpectralSum] = {}
         others: dict[type[Sum], Sum] = {}
         # Exact products first, and more folds before fewer: they hold all that the others do.
@@ -228,7 +232,7 @@ class LayerMetrics:
                     continue
                 if not isinstance(each, SpectralSum):
                     others.setdefault(type(each), each)
-                elif each.in_range() and int(each.num_observations):
+                elif each.in_range() and int(each.num_observations + with_left_out * each.num_left_out):
                     spectral.setdefault(type(each), each)
         own = [each for each in spectral.values() if each.describes_layer][:1]
         beside = [each for each in spectral.values() if not each.describes_layer]

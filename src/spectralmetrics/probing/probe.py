@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from spectralmetrics.findings import Finding, LayerNumbers, find
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.base import REPEATED_INPUTS
@@ -32,7 +33,13 @@ from spectralmetrics.probing.observations import (
     ObservationRule,
     Sequences,
 )
-from spectralmetrics.probing.processes import NO_GROUP, merges_nothing, merging_group, merging_groups
+from spectralmetrics.probing.processes import (
+    NO_GROUP,
+    gather_agreed,
+    merges_nothing,
+    merging_group,
+    merging_groups,
+)
 from spectralmetrics.probing.reading import (
     HOST,
     Covariance,
@@ -49,7 +56,14 @@ from spectralmetrics.probing.routing import Limits, Router
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag
-from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows, threshold_of
+from spectralmetrics.probing.summary import (
+    Summary,
+    SummaryRow,
+    numbers_of,
+    summary_of,
+    summary_rows,
+    threshold_of,
+)
 from spectralmetrics.probing.windows import Taken, merge_in, put_back, take_out
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
@@ -567,6 +581,54 @@ class LayerProbe(nn.Module):
             if self._repeating(stage):
                 where += ", the same inputs in several folds: intervals too narrow"
             return summary_of(rows, metric, threshold=threshold, where=where)
+
+    def findings(self, stage: str = "eval") -> list[Finding]:
+        """What stands out in the layers of one stage: problems first, then notes, each in forward order.
+
+        The kinds of findings, their thresholds and the sums that they need are in
+        :data:`~spectralmetrics.FINDING_RULES`. A finding whose sums the probe does not keep is absent.
+
+        Merged across processes; all processes call it.
+
+        Args:
+            stage: ``"train"`` or ``"eval"``.
+
+        Returns:
+            A :class:`~spectralmetrics.Finding` for each; empty if nothing stands out.
+
+        Raises:
+            ValueError: for another stage.
+            RuntimeError: if nothing was observed in that stage.
+
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> _ = nn.init.zeros_(model[1].weight)
+        >>> with LayerProbe(model) as probe:
+        ...     _ = model(torch.randn(300, 8))
+        >>> print(probe.findings("train")[0])
+        problem: '1' in train: dead: 8 of 8 features
+        """
+        _check_stage(stage)
+        threshold = threshold_of(self.statistics.values())
+
+        def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, LayerNumbers | None]:
+            seen = {place.layer: sums for place in places if (sums := place.sums(with_left_out=True))}
+            ceilings = {name: facts.ceiling for name, facts in self.facts.items()}
+            return {(stage, each.layer): each for each in numbers_of(seen, ceilings, threshold, tell)}
+
+        with self._router.lock:
+            found = self._read_places([stage], read, lambda: None)[stage]
+            numbers = [each for _, each in found.values() if each is not None]
+            if not numbers:
+                raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
+            return find(stage, numbers, self._untrained)
+
+    def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
+        """Layer -> whether its weights are as they were initialised, as told by a process that has it."""
+        known = [self._router.untrained(layers)]
+        group = merging_group(self._places.values())
+        if group is not NO_GROUP and not self._router.is_merged:
+            known = gather_agreed(known[0], None, group)
+        return {name: told for each in reversed(known) for name, told in each.items() if told is not None}
 
     def _budget_words(self, stage: str) -> str:
         """What the probe took of its budget, for the title of a summary."""

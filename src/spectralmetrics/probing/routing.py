@@ -7,14 +7,16 @@ import math
 import numbers
 import sys
 import threading
+import weakref
 import zlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from spectralmetrics.findings import is_untrained
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.facts import LayerFacts, facts_of
@@ -98,6 +100,7 @@ class Router:
         self._told_layout: set[str] = set()
         self._selected = selected
         self.facts = {name: self._facts_of(name, module) for name, module in modules.items()}
+        self._modules = {name: weakref.ref(module) for name, module in modules.items()}
 
     def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """What the hooks call; nothing that happens here may end a forward."""
@@ -195,6 +198,13 @@ class Router:
             labelled = None if labelled is None else draw(labelled, size, seed)
         of_layer.update(observations, labelled, self._steps.groups(), batch.values, everything)
 
+    def untrained(self, layers: Iterable[str]) -> dict[str, bool | None]:
+        """Layer -> whether its weights are as they were initialised; None where it cannot be told."""
+        if self._rule.of_inputs:
+            return {}
+        modules = {name: self._modules[name]() for name in layers if name in self._modules}
+        return {name: is_untrained(module) for name, module in modules.items() if module is not None}
+
     def _rows_per_feature(self, stage: str) -> float | None:
         wanted, budget = self._limits.rows_per_feature, self._steps.budget
         allowed = None if budget is None else budget.rows_per_feature(stage)
@@ -245,7 +255,7 @@ class Router:
     def __getstate__(self) -> dict[str, Any]:
         # Of a copy nothing runs; a lock cannot be copied, and what lies beside a model belongs to the original.
         state = self.__dict__.copy()
-        state.update(lock=None, _thread=None, masks=Masks(), labels=Labels())
+        state.update(lock=None, _thread=None, masks=Masks(), labels=Labels(), _modules={})
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from spectralmetrics.findings import LayerNumbers, read_numbers
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SpectralMetric
@@ -181,6 +182,34 @@ def summary_rows(
         _row(name, spectrum, facts.get(name, LayerFacts("", None)), metric, dimension)
         for name, spectrum in spectra.items()
     ]
+
+
+def numbers_of(
+    layers: Mapping[str, Sequence[Sum]],
+    ceilings: Mapping[str, int | None],
+    threshold: float,
+    progress: Progress | None = None,
+) -> list[LayerNumbers]:
+    """What findings are made from, of layers of which the sums are known, the spectral one first.
+
+    Args:
+        layers: name -> sums, the spectral one first.
+        ceilings: name -> the most directions that its weights allow; None where that is unknown.
+        threshold: share of the variance for the dimension.
+        progress: told how many spectra are decomposed, and of how many.
+    """
+    spectra = {name: _spectrum(sums) for name, sums in layers.items()}
+    wanted = [
+        Wanted(each, "eigenvalues" if _has_spectrum(each) else "variances")
+        for each in spectra.values()
+        if int(each.num_observations)
+    ]
+    decompose_together(wanted, progress)
+    return [read_numbers(name, each, ceilings.get(name), threshold) for name, each in spectra.items()]
+
+
+def _has_spectrum(spectrum: Spectrum) -> bool:
+    return spectrum.sums.keeps_products or spectrum.sketch is not None
 
 
 def summary_of(rows: Sequence[SummaryRow], metric: SpectralMetric, *, threshold: float, where: str) -> Summary:

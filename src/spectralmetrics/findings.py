@@ -1,0 +1,521 @@
+"""Findings: what the numbers of a layer mean, and how serious it is.
+
+One public table, :data:`FINDING_RULES`, holds every kind of finding with its statistic, threshold and the sums
+that it needs. Whatever speaks of layers (summaries, console, reports, comparisons, callbacks) takes its words
+from here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spectralmetrics.functional import marginals as functional
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.metrics import EffectiveRankMetric, IntrinsicDimensionMetric
+from spectralmetrics.sums import Marginals
+from spectralmetrics.tail import low_saturation_tail
+
+Severity: TypeAlias = Literal["problem", "note"]
+
+_NARROW = 4
+"""Below this width nothing can be said of a collapse; so few targets leave no more directions than that."""
+_WIDE = 0.1
+"""Share of the width, beyond which an interval says little."""
+_ROUND_OFF = 1e-24
+"""Share of a feature's mean square below which its variance is round-off of a constant feature."""
+_UNTRAINED_SPREAD = 1e-8
+"""Deep networks begin with a small spread, since biases outweigh what varies, but not with a smaller one."""
+_KURTOSIS_WIDTH = 32
+"""In narrower layers one large feature of a few is nothing that stands out."""
+_FEW = 0.02
+"""Share of the width below which an effective rank is small."""
+_MORE = 2.0
+"""A layer before has more directions if its effective rank is larger by this factor."""
+
+
+class Finding(NamedTuple):
+    """Something that stands out in one layer.
+
+    Attributes:
+        stage: ``"train"`` or ``"eval"``.
+        layer: its qualified name.
+        kind: one of the kinds in :data:`FINDING_RULES`.
+        severity: ``"problem"`` or ``"note"``.
+        message: what it is, in words for a table.
+        value: the statistic that shows it.
+        low: the lower end of its interval; NaN where there is none.
+        high: the upper end of its interval; NaN where there is none.
+    """
+
+    stage: str
+    layer: str
+    kind: str
+    severity: Severity
+    message: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.layer!r} in {self.stage}: {self.message}"
+
+
+class FindingRule(NamedTuple):
+    """When there is a finding of a kind.
+
+    Attributes:
+        kind: name of the finding.
+        severity: ``"problem"`` or ``"note"``.
+        statistic: what is compared with the threshold.
+        threshold: the limit; NaN where the rule compares two numbers of the layer.
+        min_observations: with fewer finite observations the rule says nothing.
+        needs: the sums it reads: ``"counts"``, ``"variances"`` (any kind of sum), ``"marginals"``, or
+            ``"eigenvalues"`` (a covariance, or of dimensions a sketch).
+        when: the rule in words.
+    """
+
+    kind: str
+    severity: Severity
+    statistic: str
+    threshold: float
+    min_observations: int
+    needs: Literal["counts", "variances", "marginals", "eigenvalues"]
+    when: str
+
+
+FINDING_RULES: tuple[FindingRule, ...] = (
+    FindingRule(
+        "non_finite",
+        "problem",
+        "rows left out",
+        0,
+        0,
+        "counts",
+        "rows with NaN or infinities were left out",
+    ),
+    FindingRule(
+        "collapsed",
+        "problem",
+        "spread",
+        5e-4,
+        64,
+        "variances",
+        "the variance is less than this share of the mean square, in a layer of 4 features or more (in a "
+        "layer whose weights are still as PyTorch initialises them: less than 1e-8)",
+    ),
+    FindingRule(
+        "collapsed",
+        "problem",
+        "effective_rank",
+        1.2,
+        64,
+        "eigenvalues",
+        "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 or "
+        "more, behind a layer of more than twice the rank, in a network of 4 outputs or more",
+    ),
+    FindingRule(
+        "dead",
+        "problem",
+        "dead_features",
+        0.75,
+        256,
+        "variances",
+        "more than this share of the features never vary",
+    ),
+    FindingRule(
+        "collapsed",
+        "note",
+        "spread",
+        5e-4,
+        64,
+        "variances",
+        "the same in a layer that is not trained yet",
+    ),
+    FindingRule("dead", "note", "dead_features", 0.0, 2, "variances", "some features never vary"),
+    FindingRule(
+        "dormant",
+        "problem",
+        "dormant_features",
+        0.9,
+        256,
+        "marginals",
+        "more than this share of the features are dormant at tau = 0.025",
+    ),
+    FindingRule(
+        "dormant",
+        "note",
+        "dormant_features",
+        0.5,
+        256,
+        "marginals",
+        "more than this share of the features are dormant at tau = 0.025",
+    ),
+    FindingRule(
+        "few_directions",
+        "note",
+        "effective_rank",
+        2.5,
+        64,
+        "eigenvalues",
+        "the upper end of the effective rank is below this, or below 2 % of the width: expected where "
+        "there are as few classes or targets",
+    ),
+    FindingRule(
+        "outliers",
+        "note",
+        "outlier_features",
+        0.25,
+        64,
+        "variances",
+        "few features hold most of the scale: the kurtosis of their mean squares exceeds this share of "
+        "the width, in a layer of 32 features or more",
+    ),
+    FindingRule(
+        "in_tail",
+        "note",
+        "saturation",
+        0.5,
+        2,
+        "eigenvalues",
+        "the layer is in the run of layers before the output whose saturation is below this share of the "
+        "largest",
+    ),
+    FindingRule(
+        "above_ceiling",
+        "note",
+        "intrinsic_dimension",
+        math.nan,
+        2,
+        "eigenvalues",
+        "the dimension exceeds the most directions that the final weights allow",
+    ),
+    FindingRule(
+        "at_ceiling",
+        "note",
+        "intrinsic_dimension",
+        0.95,
+        2,
+        "eigenvalues",
+        "the dimension is at least this share of the most directions that the weights allow",
+    ),
+    FindingRule(
+        "sketched",
+        "note",
+        "intrinsic_dimension",
+        math.nan,
+        1,
+        "eigenvalues",
+        "a sketch stands for the covariance",
+    ),
+    FindingRule(
+        "few_observations",
+        "note",
+        "observations",
+        10,
+        0,
+        "counts",
+        "there are fewer observations than this for each direction, or than a rule above needs, or the "
+        "interval of the dimension is wider than a tenth of the width",
+    ),
+)
+"""All kinds of findings, with their thresholds, in the order in which they are said. Problems come first."""
+
+_RULES = {(rule.kind, rule.severity, rule.statistic): rule for rule in FINDING_RULES}
+
+
+class LayerNumbers(NamedTuple):
+    """What the rules read of one layer; numbers alone, so that one process can read them for all.
+
+    Attributes:
+        layer: its qualified name.
+        width: the number of features D.
+        ceiling: the most directions that its weights allow; D where that is unknown.
+        observations: the number of finite observations.
+        left_out: the number left out for NaN or infinities.
+        spread: the variance as a share of the mean square; 0 where all is zero.
+        dead: the number of features that do not vary.
+        dormant: the share of dormant features; NaN where no marginals are kept.
+        kurtosis: of the features' mean squares, from 1 to D.
+        rank: the interval of the effective rank, or the value twice; NaN where the spectrum is not known.
+        dimension: the intrinsic dimension, NaN where it is not known, and its interval.
+        is_sketched: whether a sketch stands for the covariance.
+        has_interval: whether there are folds, or bounds of a sketch.
+    """
+
+    layer: str
+    width: int
+    ceiling: int
+    observations: int
+    left_out: int
+    spread: float = math.nan
+    dead: int = 0
+    dormant: float = math.nan
+    kurtosis: float = math.nan
+    rank: tuple[float, float] = (math.nan, math.nan)
+    dimension: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    is_sketched: bool = False
+    has_interval: bool = False
+
+    @property
+    def found(self) -> int:
+        """The dimension, or as many directions as there are at least; 0 if the spectrum is not known."""
+        value, low, _ = self.dimension
+        value = low if math.isnan(value) else value
+        return 0 if math.isnan(value) else int(value)
+
+    @property
+    def upper_rank(self) -> float:
+        """The upper end of the effective rank; the lower one while a fold is empty."""
+        low, high = self.rank
+        return low if math.isnan(high) else high
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether no feature varies."""
+        return self.dead == self.width
+
+    @property
+    def lacks_observations(self) -> bool:
+        """Whether there are too few observations to trust the dimension, or to apply a rule."""
+        needed = _RULES["few_observations", "note", "observations"].threshold * max(self.found, 1)
+        for rule in FINDING_RULES:
+            is_dying = rule.severity == "problem" and self.dead > rule.threshold * self.width
+            if rule.kind == "collapsed" or (rule.kind == "dead" and is_dying):
+                needed = max(needed, rule.min_observations)
+        _, low, high = self.dimension
+        return self.observations < needed or (high - low > _WIDE * self.width and not self.is_sketched)
+
+
+def read_numbers(layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float) -> LayerNumbers:
+    """What the rules read of a layer.
+
+    Args:
+        layer: its name.
+        spectrum: about the mean.
+        ceiling: the most directions that its weights allow; None where that is unknown.
+        threshold: share of the variance of the intrinsic dimension.
+    """
+    width, count = spectrum.num_features, int(spectrum.num_observations)
+    numbers = LayerNumbers(
+        layer, width, width if ceiling is None else min(ceiling, width), count, int(spectrum.num_left_out)
+    )
+    if not count:
+        return numbers
+    variances, squares = spectrum.variances, spectrum.about(center=False).variances
+    numbers = numbers._replace(
+        spread=float(functional.spread(variances, squares)) if bool(squares.any()) else 0.0,
+        dead=int((variances <= _ROUND_OFF * squares).sum()) if count > 1 else 0,
+        kurtosis=float(functional.outlier_features(squares)),
+    )
+    if spectrum.has(Marginals):
+        magnitudes = spectrum.part(Marginals).magnitudes()
+        numbers = numbers._replace(dormant=float(functional.dormant_features(magnitudes)))
+    is_sketched = spectrum.sketch is not None
+    if not (is_sketched or spectrum.sums.keeps_products):
+        return numbers
+    metric = IntrinsicDimensionMetric(threshold=threshold)
+    value = float(metric.value_of(spectrum))
+    has_interval = is_sketched or spectrum.num_folds > 1
+    low, high = map(float, metric.interval_of(spectrum)) if has_interval else (value, value)
+    return numbers._replace(
+        rank=(math.nan, math.nan) if is_sketched else _rank(spectrum, has_interval),
+        dimension=(value, low, high),
+        is_sketched=is_sketched,
+        has_interval=has_interval,
+    )
+
+
+def _rank(spectrum: Spectrum, has_interval: bool) -> tuple[float, float]:
+    metric = EffectiveRankMetric()
+    if has_interval:
+        low, high = metric.interval_of(spectrum)
+        return float(low), float(high)
+    value = float(metric.value_of(spectrum))
+    return value, value
+
+
+def find(
+    stage: str,
+    layers: Sequence[LayerNumbers],
+    is_untrained: Callable[[Sequence[str]], Mapping[str, bool | None]] = lambda layers: {},
+) -> list[Finding]:
+    """What stands out in the layers of a network, problems first, then in forward order.
+
+    A rule whose sums a layer does not keep says nothing.
+
+    Args:
+        stage: ``"train"`` or ``"eval"``.
+        layers: in forward order, see :func:`read_numbers`.
+        is_untrained: layers -> whether their weights are as they were initialised, see :func:`is_untrained`;
+            asked if a layer's variance is small. A layer without weights goes by the one before.
+
+    >>> rows = 1 + 1e-6 * torch.randn(100, 8, dtype=torch.float64)
+    >>> covariance = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / 100
+    >>> spectrum = Spectrum.of_covariance(covariance, rows.mean(0), 100)
+    >>> found = find("eval", [read_numbers("encoder", spectrum, None, 0.99)])
+    >>> [(each.kind, each.severity) for each in found]
+    [('collapsed', 'problem'), ('at_ceiling', 'note')]
+    """
+    names = [each.layer for each in layers]
+    suspects = [index for index, each in enumerate(layers) if _has_small_spread(each)]
+    told = is_untrained(names[: suspects[-1] + 1]) if suspects else {}
+    found: list[Finding] = []
+    is_new = False
+    for index, layer in enumerate(layers):
+        own = told.get(layer.layer)
+        is_new = is_new if own is None else own
+        found += _of_one(stage, layer, layers[:index], layers[-1], is_new)
+    order = {name: index for index, name in enumerate(names)}
+    kinds = {rule[:2]: index for index, rule in reversed(list(enumerate(FINDING_RULES)))}
+    return sorted(
+        found + _tail(stage, layers),
+        key=lambda each: (each.severity != "problem", order[each.layer], kinds[each.kind, each.severity]),
+    )
+
+
+def _of_one(
+    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
+) -> Iterator[Finding]:
+    if layer.left_out:
+        rows = f"{layer.left_out} row{'s' if layer.left_out > 1 else ''}"
+        words = f"{rows} with NaN or infinities left out"
+        yield Finding(stage, layer.layer, "non_finite", "problem", words, layer.left_out)
+    if layer.observations:
+        yield from _of_collapse(stage, layer, before, last, is_new)
+        yield from _of_features(stage, layer)
+        yield from _of_dimension(stage, layer)
+
+
+def _has_small_spread(layer: LayerNumbers) -> bool:
+    rule = _RULES["collapsed", "problem", "spread"]
+    is_told = _applies(rule, layer) and layer.width >= _NARROW and not layer.is_dead
+    return is_told and layer.spread < rule.threshold
+
+
+def _of_collapse(
+    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
+) -> Iterator[Finding]:
+    if _has_small_spread(layer):
+        is_problem = not is_new or layer.spread < _UNTRAINED_SPREAD
+        words = ("collapsed: " if is_problem else "") + f"the mean holds {_all_but(layer.spread)} %"
+        severity: Severity = "problem" if is_problem else "note"
+        yield Finding(stage, layer.layer, "collapsed", severity, words, layer.spread)
+        return
+    upper = layer.upper_rank
+    if layer.is_dead or math.isnan(upper):
+        return
+    ends = layer.rank if layer.has_interval else (math.nan, math.nan)
+    rank = _RULES["collapsed", "problem", "effective_rank"]
+    more = max((each.rank[0] for each in before if not math.isnan(each.rank[0])), default=0.0)
+    allows_more = min(layer.width, layer.ceiling, last.width) >= _NARROW and more > _MORE * upper
+    if _applies(rank, layer) and upper < rank.threshold and allows_more:
+        words = f"collapsed: {round(upper)} of {layer.width} directions"
+        yield Finding(stage, layer.layer, "collapsed", "problem", words, upper, *ends)
+        return
+    few = _RULES["few_directions", "note", "effective_rank"]
+    is_few = layer.width >= _NARROW and upper < max(few.threshold, _FEW * layer.width)
+    if _applies(few, layer) and is_few:
+        words = f"few directions: effective rank {upper:.2g}"
+        yield Finding(stage, layer.layer, "few_directions", "note", words, upper, *ends)
+
+
+def _of_features(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
+    share = layer.dead / layer.width
+    problem, note = _RULES["dead", "problem", "dead_features"], _RULES["dead", "note", "dead_features"]
+    if _applies(problem, layer) and share > problem.threshold:
+        words = f"dead: {layer.dead} of {layer.width} features"
+        yield Finding(stage, layer.layer, "dead", "problem", words, share)
+    elif _applies(note, layer) and share > note.threshold:
+        words = f"{layer.dead} dead feature{'s' if layer.dead > 1 else ''}"
+        yield Finding(stage, layer.layer, "dead", "note", words, share)
+    problem, note = (
+        _RULES["dormant", "problem", "dormant_features"],
+        _RULES["dormant", "note", "dormant_features"],
+    )
+    if not layer.is_dead and _applies(note, layer) and layer.dormant > note.threshold:
+        severity: Severity = "problem" if layer.dormant > problem.threshold else "note"
+        words = f"{round(layer.dormant * layer.width)} of {layer.width} features are dormant"
+        yield Finding(stage, layer.layer, "dormant", severity, words, layer.dormant)
+    outliers = _RULES["outliers", "note", "outlier_features"]
+    is_wide = layer.width >= _KURTOSIS_WIDTH and not layer.is_dead
+    if _applies(outliers, layer) and is_wide and layer.kurtosis > outliers.threshold * layer.width:
+        words = f"outlier features: kurtosis {layer.kurtosis:.3g} of at most {layer.width}"
+        yield Finding(stage, layer.layer, "outliers", "note", words, layer.kurtosis)
+
+
+def _of_dimension(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
+    value, *ends = layer.dimension
+    if layer.lacks_observations:
+        yield Finding(stage, layer.layer, "few_observations", "note", "few observations", layer.observations)
+    if math.isnan(ends[0]):  # no spectrum
+        return
+    if not layer.has_interval:
+        ends = [math.nan, math.nan]
+
+    def note(kind: str, words: str) -> Finding:
+        return Finding(stage, layer.layer, kind, "note", words, layer.found, *ends)
+
+    full = _RULES["at_ceiling", "note", "intrinsic_dimension"].threshold
+    if layer.found > layer.ceiling:
+        yield note("above_ceiling", f"more directions than its final weights allow ({layer.ceiling})")
+    elif layer.found and layer.found >= full * layer.ceiling:
+        yield note("at_ceiling", "at its ceiling")
+    if layer.is_sketched:
+        more = f"more than {layer.found - 1} directions: larger sketch"
+        yield note("sketched", more if math.isnan(value) else "sketched")
+
+
+def _tail(stage: str, layers: Sequence[LayerNumbers]) -> list[Finding]:
+    shares = {each.layer: each.dimension[0] / each.width for each in layers}
+    if any(map(math.isnan, shares.values())):
+        return []
+    tail = low_saturation_tail(shares, ratio=_RULES["in_tail", "note", "saturation"].threshold)
+    return [Finding(stage, name, "in_tail", "note", "in the tail", shares[name]) for name in tail]
+
+
+def _applies(rule: FindingRule, layer: LayerNumbers) -> bool:
+    return layer.observations >= rule.min_observations
+
+
+def _all_but(share: float) -> str:
+    """100 % less a small share, with as many digits as tell it from 100 %.
+
+    >>> _all_but(1e-6), _all_but(4e-4), _all_but(0.0)
+    ('99.9999', '99.96', '100')
+    """
+    if share == 0:
+        return "100"
+    digits = max(math.ceil(-math.log10(100 * share) - 0.1), 0)  # so that it is never rounded to 100 %
+    return f"{100 - 100 * share:.{digits}f}"
+
+
+def is_untrained(module: nn.Module) -> bool | None:
+    """Whether the weights of a layer are still as PyTorch gives them to a new one.
+
+    Linear and convolutional layers begin with weights that are uniform between ±1/√(fan-in), so that their
+    biases outweigh what varies the more the deeper a network is. That is no collapse. A step of training takes
+    some weights out of that range.
+
+    Returns:
+        None where a layer has no weights of that kind.
+
+    >>> is_untrained(nn.Linear(64, 32)), is_untrained(nn.ReLU())
+    (True, None)
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, (nn.Linear, _ConvNd)) or not isinstance(weight, Tensor):
+        return None
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:  # lazy, or emptied
+        return None
+    if type(weight.data) is not Tensor:  # sharded
+        return None
+    bound = 1 / math.sqrt(weight[0].numel())
+    values = weight.detach().to(torch.float32)
+    size, largest = float(values.square().mean().sqrt()), float(values.abs().max())
+    return abs(size / (bound / math.sqrt(3)) - 1) < 0.1 and largest <= (1 + 1e-3) * bound

@@ -1,0 +1,245 @@
+"""Findings: networks whose state is known, and what is expected of a task."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics import (
+    FINDING_RULES,
+    DormantFeaturesMetric,
+    LayerProbe,
+    RootMeanSquareMetric,
+    SaturationMetric,
+    Spectrum,
+)
+from spectralmetrics.findings import find, is_untrained, read_numbers
+
+
+class Gives(nn.Module):
+    """Puts out these rows, whatever comes in."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):
+        return self.rows
+
+
+def findings_of(*rows, **options):
+    """The findings of layers that put out these rows, as (layer, kind, severity)."""
+    model = nn.Sequential(*map(Gives, rows)).eval()
+    with LayerProbe(model, layers=Gives, **options) as probe:
+        model(torch.zeros(1))
+    return [(each.layer, each.kind, each.severity) for each in probe.findings("eval")]
+
+
+def gaussian(n=1000, d=64, seed=0, dtype=torch.float32):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def of_rank(rank, n=1000, d=64):
+    return gaussian(n, rank) @ gaussian(rank, d, seed=1)
+
+
+def test_a_network_of_full_rank_has_no_problem():
+    assert {severity for _, _, severity in findings_of(gaussian(), gaussian() + 10)} <= {"note"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complete_collapse_is_found_in_the_last_layer_too(dtype):
+    collapsed = 1 + 1e-6 * gaussian(dtype=dtype)
+    assert ("1", "collapsed", "problem") in findings_of(gaussian(), collapsed)
+    assert ("0", "collapsed", "problem") in findings_of(collapsed, gaussian())
+
+
+def test_the_share_of_the_mean_is_told_with_the_digits_that_tell_it_from_all():
+    model = Gives(1 + 1e-3 * gaussian()).eval()
+    with LayerProbe(model, layers=Gives) as probe:
+        model(torch.zeros(1))
+    [found] = [each for each in probe.findings("eval") if each.kind == "collapsed"]
+    assert found.message == "collapsed: the mean holds 99.9999 %"
+    assert found.value == pytest.approx(1e-6, rel=0.1)
+    assert str(found) == "problem: 'Gives' in eval: collapsed: the mean holds 99.9999 %"
+
+
+def test_a_layer_that_puts_out_one_direction_where_the_one_before_has_more():
+    assert ("1", "collapsed", "problem") in findings_of(gaussian(), of_rank(1))
+    assert ("0", "collapsed", "problem") not in findings_of(
+        of_rank(1), gaussian()
+    )  # the input may have no more
+    assert ("1", "collapsed", "problem") not in findings_of(of_rank(1), of_rank(1))
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_with_few_targets_one_direction_is_no_collapse(outputs):
+    found = findings_of(gaussian(), of_rank(1), gaussian(d=outputs))
+    assert ("1", "few_directions", "note") in found
+    assert "problem" not in {severity for _, _, severity in found}
+
+
+def test_what_the_weights_allow_is_no_collapse():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1), nn.Linear(1, 16), nn.Linear(16, 16)).eval()
+    with LayerProbe(model) as probe:
+        model(gaussian(d=16))
+    assert ("2", "collapsed") not in {(each.layer, each.kind) for each in probe.findings("eval")}
+
+
+def test_few_directions_are_a_note():
+    assert ("1", "few_directions", "note") in findings_of(gaussian(), of_rank(2))
+    assert ("1", "few_directions", "note") in findings_of(gaussian(), of_rank(4, d=512, n=6000))
+    assert ("1", "few_directions", "note") not in findings_of(gaussian(), of_rank(9))
+
+
+@pytest.mark.parametrize(("dead", "severity"), [(1, "note"), (32, "note"), (60, "problem"), (64, "problem")])
+def test_dead_features(dead, severity):
+    rows = gaussian()
+    rows[:, :dead] = 0.1  # constants that are no float64
+    assert ("1", "dead", severity) in findings_of(gaussian(), rows)
+
+
+def test_a_layer_that_puts_out_a_constant_is_dead_and_nothing_else_is_said():
+    assert findings_of(gaussian(), torch.full((1000, 64), 3.0))[0] == ("1", "dead", "problem")
+    assert [kind for layer, kind, _ in findings_of(gaussian(), torch.zeros(1000, 64)) if layer == "1"] == [
+        "dead"
+    ]
+
+
+def test_few_rows_give_no_verdict():
+    few = findings_of(gaussian(n=40), 1 + 1e-6 * gaussian(n=40))
+    assert {kind for layer, kind, _ in few if layer == "1"} == {"few_observations"}
+    dead = gaussian(n=100)
+    dead[:, :60] = 0
+    found = findings_of(gaussian(), dead)
+    assert ("1", "dead", "note") in found
+    assert ("1", "few_observations", "note") in found
+
+
+def test_rows_left_out_are_a_problem_also_where_all_are():
+    some = gaussian()
+    some[3] = torch.nan
+    found = findings_of(some, torch.full((1000, 64), torch.inf))
+    assert found[:2] == [("0", "non_finite", "problem"), ("1", "non_finite", "problem")]
+
+
+def test_outlier_features():
+    rows = gaussian(d=128)
+    rows[:, 5] *= 100
+    assert ("1", "outliers", "note") in findings_of(gaussian(), rows)
+    assert "outliers" not in {kind for _, kind, _ in findings_of(gaussian(d=128))}
+
+
+def test_more_directions_than_the_final_weights_allow():
+    model = nn.Sequential(nn.Linear(4, 16)).train()
+    with LayerProbe(model) as probe:
+        for _ in range(20):
+            nn.init.normal_(model[0].weight)
+            model(gaussian(d=4))
+    assert ("0", "above_ceiling") in {(each.layer, each.kind) for each in probe.findings("train")}
+
+
+def test_ceilings_tails_and_sketches():
+    wide, narrow = gaussian(n=3000), of_rank(6, n=3000)
+    found = findings_of(wide, narrow, narrow, gaussian(n=3000, d=10))
+    assert {("0", "at_ceiling", "note"), ("1", "in_tail", "note"), ("2", "in_tail", "note")} <= set(found)
+    assert ("0", "sketched", "note") in findings_of(gaussian(d=256), sketch_size=16, max_features=100)
+
+
+def test_deep_networks_begin_with_small_spreads():
+    """Biases outweigh what varies: no collapse as long as the weights are those of a new network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[each for _ in range(8) for each in (nn.Linear(64, 64), nn.GELU())]).eval()
+    digits = torch.rand(800, 64)
+    with LayerProbe(model, layers=[nn.Linear, nn.GELU]) as probe:
+        model(digits)
+        new = probe.findings("eval")
+        probe.reset()
+        with torch.no_grad():
+            model[8].weight.mul_(0.01)  # no new network any more
+        model(digits)
+        trained = probe.findings("eval")
+    assert [each for each in new if each.kind == "collapsed"]
+    assert not [each for each in new if each.severity == "problem"]
+    assert "8" in {each.layer for each in trained if each.severity == "problem"}
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Linear(64, 32), True),
+        (nn.Conv2d(8, 16, 3), True),
+        (nn.ConvTranspose1d(8, 16, 3, groups=2), True),
+        (nn.LayerNorm(4), None),
+        (nn.ReLU(), None),
+        (nn.LazyLinear(3), None),
+        (nn.Linear(64, 32, device="meta"), None),
+    ],
+)
+def test_untrained_weights_are_told(module, expected):
+    assert is_untrained(module) is expected
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_weights_of_another_size_are_trained(factor):
+    layer = nn.Linear(64, 32)
+    layer.weight.data *= factor
+    assert is_untrained(layer) is False
+
+
+def test_intervals_are_given_where_there_are_folds():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.outer(torch.ones(16), torch.ones(16)))
+    for folds in (None, 4):
+        with LayerProbe(model, SaturationMetric(), folds=folds) as probe:
+            for part in gaussian(d=16).split(50):
+                model(part)
+        [found] = [each for each in probe.findings("eval") if each.severity == "problem"]
+        assert (found.layer, found.kind) == ("1", "collapsed")
+        assert math.isnan(found.high) is (folds is None)
+
+
+def test_problems_come_first_then_layers_in_forward_order():
+    bad = 1 + 1e-6 * gaussian()
+    found = findings_of(gaussian(), bad, gaussian(), bad)
+    assert [severity for *_, severity in found] == sorted((s for *_, s in found), reverse=True)
+    assert [layer for layer, kind, _ in found if kind == "collapsed"] == ["1", "3"]
+
+
+def test_what_marginals_tell_at_any_width():
+    dormant = gaussian(n=600, d=400).abs()
+    dormant[:, :390] *= 1e-4
+    found = findings_of(
+        gaussian(n=600, d=400),
+        1 + 1e-6 * gaussian(n=600, d=400),
+        dormant,
+        metrics=DormantFeaturesMetric(),
+        max_features=100,
+    )
+    assert found == [("1", "collapsed", "problem"), ("2", "dormant", "problem")]
+    kinds = {kind for _, kind, _ in findings_of(gaussian(), metrics=RootMeanSquareMetric())}
+    assert kinds == set()  # nothing of dimensions, which are not known
+
+
+def test_no_findings_of_nothing():
+    with (
+        LayerProbe(nn.Linear(2, 2)) as probe,
+        pytest.raises(RuntimeError, match="nothing was observed in eval"),
+    ):
+        probe.findings()
+    with pytest.raises(ValueError, match="expected a stage among"):
+        probe.findings("validation")
+
+
+def test_every_rule_has_a_reason_and_every_finding_a_rule():
+    kinds = {(rule.kind, rule.severity) for rule in FINDING_RULES}
+    assert all(rule.when and rule.statistic for rule in FINDING_RULES)
+    assert set(findings_of(gaussian(), 1 + 1e-6 * gaussian(), of_rank(2)))
+    assert {(kind, severity) for _, kind, severity in findings_of(gaussian(), of_rank(1), gaussian())} <= kinds
+
+
+def test_find_takes_any_spectra():
+    spectrum = Spectrum.of_covariance(torch.eye(8, dtype=torch.float64) * 1e-9, torch.ones(8), 100)
+    assert find("eval", [read_numbers("a", spectrum, None, 0.99)])[0].kind == "collapsed"
