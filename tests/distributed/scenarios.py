@@ -762,9 +762,7 @@ def histories_are_added_by_the_number_of_the_forward(rank, world):
         outputs = [model(rows).detach() for rows in forwards]
     gathered = [None] * world
     dist.all_gather_object(gathered, outputs)
-    with counted_collectives() as seen:
-        history = probe.history("train")
-    assert [name for name, _ in seen] == ["all_reduce"] * 2
+    history = probe.history("train")
     expected = []
     for step in range(3, 7):  # the last one without the second process
         values = torch.cat([own[step] for own in gathered if len(own) > step])
