@@ -19,7 +19,9 @@ LAYOUTS = {
     ),
     "maps, channels last": lambda x: Observations(x.reshape(4, 3, -1, x.shape[1]).movedim(-1, 1), 1),
     "wide maps": lambda x: Observations(x.reshape(1, -1, x.shape[1]).mT.contiguous(), 1),
-    "part of maps": lambda x: Observations(torch.cat([x.reshape(4, -1, x.shape[1]).mT] * 2, 2)[:, :, ::2], 1),
+    "part of maps": lambda x: Observations(
+        torch.stack([x.reshape(4, -1, x.shape[1]).mT] * 2, 3).flatten(2)[:, :, ::2], 1
+    ),
 }
 
 

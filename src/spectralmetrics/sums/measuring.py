@@ -86,6 +86,8 @@ def _measure_compiled(
         piece = piece if piece.dtype in _NATIVE else piece.to(torch.float32)
         if dim == piece.ndim - 1:  # (..., D) -> (1, D, N)
             maps = piece.reshape(-1, piece.shape[-1]).t()[None]
+        elif piece.ndim == 2:  # (D, N) -> (1, D, N)
+            maps = piece[None]
         else:  # (N, ..., D, ...) -> (N, D, positions)
             maps = piece.movedim(dim, 1).flatten(2)
         counts, totals = compiled.measure(maps, chosen, origin)
