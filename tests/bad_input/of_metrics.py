@@ -141,7 +141,12 @@ ROWS_OF_METRICS = [
         sm.DormantFeaturesMetric,
         tau=TAUS,
     ),
-    *refuses("HistoryMetric", sm.HistoryMetric, steps=_integers("steps", bad=(0, -1, 1.5, "2", True, None))),
+    *refuses(
+        "HistoryMetric",
+        sm.HistoryMetric,
+        num_features=WIDTHS,
+        steps=_integers("steps", bad=(0, -1, 1.5, "2", True, None)),
+    ),
     *refuses("LinearCKAMetric", sm.LinearCKAMetric, nan_strategy=NAN_STRATEGIES),
     *refuses("LinearCKAMetric", sm.LinearCKAMetric, colour=UNKNOWN),
     *refuses("SpectralMetric", sm.SpectralMetric, colour=UNKNOWN),

@@ -181,12 +181,8 @@ ROWS_OF_MODELS = [
         "History.first_movers",
         Given(lambda w: w.history.first_movers),
         at=[
-            (
-                each,
-                ValueError,
-                f"expected at to be the number of a forward in the history, from 0 to 0, got {each!r}",
-            )
-            for each in (-1, 1, 1.5, "0")
+            (each, ValueError, f"to be the number of a forward in the history, from 0 to … got {each!r}")
+            for each in (-1, 99, 1.5, "0")
         ],
         threshold=[
             (each, ValueError, f"expected threshold to be a positive number, got {each!r}")
