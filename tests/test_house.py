@@ -33,6 +33,7 @@ BESIDE = {
     "plotting": {"functional", "sums"},
     "tail": set(),
     "layers": set(),
+    "table": set(),
     "receptive_field": {"probing"},
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
@@ -42,8 +43,8 @@ BESIDE = {
 # Who may use what stands beside; the command line and the demo may use anything.
 USED_BY = {
     "metrics": {"plotting"},
-    "probing": {"findings", "plotting", "tail", "layers"},
-    "recording": {"plotting", "tail"},
+    "probing": {"findings", "plotting", "table", "tail", "layers"},
+    "recording": {"findings", "plotting", "table", "tail"},
     "integrations": {"plotting", "tail"},
 }
 LEVELS = [level if isinstance(level, tuple) else (level,) for level in TOWER]
@@ -204,6 +205,9 @@ LONG_FILES = {
     "probing/collections.py": "how the metrics of a layer share sums, are updated and read",
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
+    "probing/merging.py": "the merging of layers, from what processes agree on to one layer at a time",
+    "probing/reading.py": "what is read of layers, with every warning about it",
+    "recording/compare.py": "a comparison as rows and as text",
     "cli.py": "one command after the other, each with its help",
     "torch_private.py": "one private name after the other, with what is done without it",
     "sums/sketch.py": "one kind of sum, and what is read of it",

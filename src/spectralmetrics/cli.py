@@ -12,14 +12,12 @@ from typing import Any
 
 from spectralmetrics import __version__
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.recording.comparison import describe_comparison
-from spectralmetrics.recording.draw import draw_run
-from spectralmetrics.recording.draw_several import draw_runs
+from spectralmetrics.recording.compare import describe_comparison
+from spectralmetrics.recording.draw import draw_run, draw_runs
 from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.recompute import recompute
+from spectralmetrics.recording.recompute import recompute, summarise_run
 from spectralmetrics.recording.report import write_report
-from spectralmetrics.recording.summary import summarise_run
-from spectralmetrics.recording.writers.arrays import saved_epochs
+from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.csv import format_rows
 
 
@@ -36,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with _notes():
+            options.run(options)
     except BrokenPipeError:  # whoever was reading has seen enough
         sys.stderr.close()
         return 0
@@ -50,6 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("spectralmetrics: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings of the package as one line each, also where the work then fails."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for note in notes:
+                print(f"spectralmetrics: {' '.join(str(note.message).split())}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    """Print what the screen can encode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _fail(message: str) -> int:
@@ -86,8 +103,7 @@ def _run_compare(options: argparse.Namespace) -> None:
         stage=options.stage,
         threshold=options.threshold,
     )
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    _print(text)
 
 
 def _run_summary(options: argparse.Namespace) -> None:
@@ -98,20 +114,15 @@ def _run_summary(options: argparse.Namespace) -> None:
         statistic=options.statistic,
         threshold=options.threshold,
     )
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(str(summary).encode(encoding, "replace").decode(encoding))
+    _print(str(summary))
 
 
 def _run_recompute(options: argparse.Namespace) -> None:
     thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
-    files = saved_epochs(options.directory)
-    with _progress("reading", len(files)) as advance, warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
+    with _progress("reading", len(SavedRun(options.directory).arrays)) as advance:
         rows = recompute(
             options.directory, thresholds, options.statistics, progress=lambda path: advance(path.name)
         )
-    for note in notes:
-        print(f"spectralmetrics: {note.message}", file=sys.stderr)
     if arrays := sorted({row["statistic"] for row in rows if not isinstance(row["value"], (int, float))}):
         raise ValueError(
             f"expected statistics that are numbers, got {arrays[0]!r}, which spectralmetrics.recompute returns"
@@ -127,11 +138,8 @@ def _run_recompute(options: argparse.Namespace) -> None:
 
 def _run_report(options: argparse.Namespace) -> None:
     path = options.output or options.directories[0] / "report.html"
-    with _progress("decomposing") as advance, warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
+    with _progress("reading") as advance:
         written = write_report(options.directories, path, progress=advance)
-    for note in notes:
-        print(f"spectralmetrics: {note.message}", file=sys.stderr)
     print(written)
 
 
@@ -215,7 +223,7 @@ def _add_plot(commands: Any) -> None:
         ],
     )
     plot.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
-    plot.add_argument("--epoch", type=int, help="of profiles and spectra (default: the last)")
+    plot.add_argument("--epoch", type=int, help="whose last record to draw (default: the last)")
     plot.add_argument("--statistics", nargs="+", metavar="NAME", help="which to draw (default: all)")
     plot.add_argument(
         "--threshold", type=_share, help="of the dashed lines in the spectra (default: that of the run)"
@@ -241,7 +249,7 @@ def _add_compare(commands: Any) -> None:
         type=int,
         nargs=2,
         metavar=("LEFT", "RIGHT"),
-        help="of one run, or of each of two (default: the last of each)",
+        help="in one run, or one in each of two: their last records (default: the last of each)",
     )
     comparison.add_argument("--stage", default="eval", help="train or eval (default: eval)")
     comparison.add_argument(
@@ -267,7 +275,7 @@ def _add_summary(commands: Any) -> None:
         ],
     )
     summary.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
-    summary.add_argument("--epoch", type=int, help="which (default: the last)")
+    summary.add_argument("--epoch", type=int, help="whose last record with arrays (default: the last)")
     summary.add_argument("--stage", default="eval", help="train or eval (default: eval)")
     summary.add_argument(
         "--statistic", default="intrinsic_dimension", metavar="NAME", help="(default: intrinsic_dimension)"

@@ -20,9 +20,10 @@ from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric,
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording import Recorder, draw_run, summarise_run, write_report
+from spectralmetrics.recording.directory import Mode
 from spectralmetrics.recording.record import Row
-from spectralmetrics.recording.run import Mode
 from spectralmetrics.recording.writers.csv import read_rows
+from spectralmetrics.table import percent, plural
 from spectralmetrics.tail import MEAN_LAYER, layer_profile, low_saturation_tail
 
 if TYPE_CHECKING:
@@ -172,10 +173,9 @@ def run(
             progress.remove_task(reading)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
     rows = read_rows(output / "records.csv")
-    pictures = draw_run(output)
-    pictures.append(output / "plots" / "saturation-and-labels.png")
+    draw_run(output)
     draw_both(rows, f"Validation digits, epoch {epochs - 1}, accuracy {accuracy:.3f}").savefig(
-        pictures[-1], dpi=150
+        output / "plots" / "saturation-and-labels.png", dpi=150
     )
     report = write_report(output, output / "report.html")
 
@@ -183,22 +183,23 @@ def run(
     console.print(f"\n{summarise_run(output)}\n", markup=False, highlight=False, soft_wrap=True)
     console.print(
         "The ceiling is the most directions that a layer's weights allow. The dimension is the number of"
-        f" directions that hold {100 * threshold:.4g} % of the variance. The interval behind it, from {FOLDS}"
+        f" directions that hold {percent(threshold)} of the variance. The interval behind it, from {FOLDS}"
         " folds of the data, says how sure that is, and its upper end is a width that suffices."
     )
     if tail:
         message = (
-            f"Low-saturation tail on validation data: {len(tail)} layers, {tail[0]} to {tail[-1]}. Each uses"
-            " less than half of the share of its directions that the busiest layer uses. In this network the"
-            " stem has shrunk the image so early that they see all of it and add little."
+            f"Low-saturation tail on validation data: {plural(len(tail), 'layer')}, {tail[0]} to {tail[-1]}."
+            " Each uses less than half of the share of its directions that the busiest layer uses. In this"
+            " network the stem has shrunk the image so early that they see all of it and add little."
         )
     else:
         message = "No low-saturation tail on validation data: the last layers' directions are in use."
     console.print(message)
     console.print(describe_labels(layer_profile(values, "linear_probe", "eval")))
     seconds = time.monotonic() - started
+    pictures = plural(len(list((output / "plots").glob("*.png"))), "picture")
     console.print(
-        f"Wrote records.csv, arrays and {len(pictures)} pictures to {output} after {seconds:.0f} s. Other"
+        f"Wrote records.csv, arrays and {pictures} to {output} after {seconds:.0f} s. Other"
         f" thresholds: spectralmetrics recompute {output} --threshold 0.9",
         soft_wrap=True,
     )

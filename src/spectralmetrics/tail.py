@@ -6,7 +6,11 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 MEAN_LAYER = "mean"
@@ -69,8 +73,17 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
         raise ValueError(
             f"expected values of {prefix[:-1]!r}, got {', '.join(map(repr, there)) or 'no values'}"
         )
-    profile.pop(MEAN_LAYER, None)
+    mean = profile.pop(MEAN_LAYER, None)
+    # A layer may be called so, too: what it is not the mean of is a value of its own.
+    if mean is not None and not _is_mean(mean, profile.values()):
+        return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     return profile
+
+
+def _is_mean(value: Tensor, others: Iterable[Tensor]) -> bool:
+    known = [float(each) for each in others if each.numel() == 1 and not bool(each.isnan())]
+    mean = sum(known) / len(known) if known else math.nan
+    return bool(torch.isclose(value.double(), torch.tensor(mean, dtype=torch.float64), equal_nan=True).all())
 
 
 def low_saturation_tail(
@@ -113,9 +126,25 @@ def low_saturation_tail(
         is_number = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
         if not is_number or not 0 <= float(value) <= 1:
             raise ValueError(f"expected saturations in [0, 1], got {value!r} for {name!r}")
-    names = list(saturation)[: max(len(saturation) - output_layers, 0)]
-    limit = ratio * max((float(saturation[name]) for name in names), default=0.0)
-    start = len(names)
-    while start and float(saturation[names[start - 1]]) < limit:
-        start -= 1
-    return names[start:]
+    names = list(saturation)
+    values = np.array([float(value) for value in saturation.values()])
+    inner = max(len(names) - int(output_layers), 0)
+    return names[int(tail_start(values, ratio, inner)) : inner]
+
+
+def tail_start(saturations: npt.NDArray[Any], ratio: float = 0.5, inner: int | None = None) -> npt.NDArray[Any]:
+    """The index of the first layer of the low-saturation tail; ``inner`` if there is none.
+
+    Args:
+        saturations: shape (L, ...), in forward order.
+        ratio: see :func:`low_saturation_tail`.
+        inner: number of layers before the output layers; all but one if None.
+
+    >>> int(tail_start(np.array([0.8, 0.3, 0.7, 0.2, 0.1, 0.9])))
+    3
+    """
+    layers = saturations[: max(len(saturations) - 1, 0) if inner is None else inner]
+    is_low = layers < ratio * layers.max(0, initial=0.0)
+    run = np.logical_and.accumulate(is_low[::-1], 0).sum(0)
+    start: npt.NDArray[Any] = len(layers) - run
+    return start

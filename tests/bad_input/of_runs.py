@@ -2,6 +2,7 @@
 
 import spectralmetrics as sm
 from spectralmetrics.recording import (
+    ArraysWriter,
     ConsoleWriter,
     PlotWriter,
     TensorBoardWriter,
@@ -29,8 +30,8 @@ EPOCHS = [
     ((0, 1, 2), ValueError, "expected two epochs, that of the left and that of the right side, got (0, 1, 2)"),
     (3, ValueError, "expected two epochs, that of the left and that of the right side, got 3"),
     ("01", ValueError, "expected two epochs, that of the left and that of the right side, got '01'"),
-    ((0, 7), ValueError, "expected an epoch of …/run that has arrays (0, 1), got 7"),
-    ((0, "1"), ValueError, "expected an epoch of …/run that has arrays (0, 1), got '1'"),
+    ((0, 7), ValueError, "expected an epoch of …/run that has arrays, 0 to 1, got 7"),
+    ((0, "1"), ValueError, "expected an epoch of …/run that has arrays, 0 to 1, got '1'"),
 ]
 UNKNOWN_STAGES = [
     (stage, ValueError, f"expected a stage of epoch 0 of …/run among ['eval', 'train'], got {stage!r}")
@@ -110,6 +111,15 @@ ROWS_OF_RUNS = [
             for epoch in (-1, 1.5, "7", True)
         ],
         progress=[("bar", TypeError, "expected progress to be a function of two numbers or None, got 'bar'")],
+        step=[
+            (step, ValueError, f"expected a step as an integer that is not negative, got {step!r}")
+            for step in (-1, 1.5, "7", True)
+        ],
+    ),
+    *refuses(
+        "ArraysWriter",
+        ArraysWriter,
+        every_step=[(1, TypeError, "expected every_step to be True or False, got 1")],
     ),
     *refuses("read_records", sm.read_records, directory=TABLES),
     *[
@@ -140,7 +150,8 @@ ROWS_OF_RUNS = [
         {"directory": RUN},
         directory=ARRAYS,
         epoch=[
-            (epoch, ValueError, f"expected an epoch among [0, 1], got {epoch!r}") for epoch in (7, -1, "1", 1.5)
+            (epoch, ValueError, f"expected an epoch of …/run that has arrays, 0 to 1, got {epoch!r}")
+            for epoch in (7, -1, "1", 1.5)
         ],
         stage=[
             (stage, ValueError, f"expected a stage that was recorded in epoch 1, got {stage!r}")
@@ -166,7 +177,11 @@ ROWS_OF_RUNS = [
             ([3], ValueError, "expected statistics among … got 3"),
             ({"mine": 3}, TypeError, "expected metric 'mine' to be a SpectralMetric, got int"),
             (sm.SaturationMetric, TypeError, "got the class SaturationMetric; call it"),
-            ("embedding", ValueError, "expected a sample of layer '0' for 'embedding'; none was recorded"),
+            (
+                "embedding",
+                ValueError,
+                "'embedding' of '0' in train, epoch 0: expected a sample for 'embedding'",
+            ),
         ],
         progress=[("bar", TypeError, "'str' object is not callable")],
     ),
@@ -176,7 +191,7 @@ ROWS_OF_RUNS = [
         {"directory": RUN, "output": OUTPUT},
         directory=TABLES,
         epoch=[
-            (epoch, ValueError, f"expected an epoch among those recorded, 0 to 1, got {epoch!r}")
+            (epoch, ValueError, f"expected an epoch of …/run that was recorded, 0 to 1, got {epoch!r}")
             for epoch in (7, -1, "1")
         ],
         statistics=NAMES,
@@ -203,7 +218,7 @@ ROWS_OF_RUNS = [
             ),
         ],
         epoch=[
-            (epoch, ValueError, f"expected an epoch among those of …/run, 0 to 1, got {epoch!r}")
+            (epoch, ValueError, f"expected an epoch of …/run that was recorded, 0 to 1, got {epoch!r}")
             for epoch in (7, "1")
         ],
         statistics=NAMES,

@@ -26,7 +26,7 @@ TABLE = {
         "--colour": UNKNOWN,
     },
     ("plot", "RUN", "--output", "PICTURES"): {
-        "--epoch": [*INTEGERS, ("7", "expected an epoch among those recorded, 0 to 1, got 7")],
+        "--epoch": [*INTEGERS, ("7", "expected an epoch of … that was recorded, 0 to 1, got 7")],
         "--statistics": [("width", "expected statistics among … got 'width'")],
         "--threshold": SHARES,
         "--output": [("FILE/x", "FILE")],
@@ -35,12 +35,12 @@ TABLE = {
     },
     ("plot",): {"directories": NO_TABLE},
     ("plot", "RUN", "TABLE", "--output", "PICTURES"): {
-        "--epoch": [("7", "expected an epoch among those of … 0 to 1, got 7")],
+        "--epoch": [("7", "expected an epoch of … that was recorded, 0 to 1, got 7")],
         "--statistics": [("width", "expected statistics among … got 'width'")],
         "--threshold": [("0.9", "expected no --threshold with several runs")],
     },
     ("summary", "RUN"): {
-        "--epoch": [*INTEGERS, ("7", "expected an epoch among [0, 1], got 7")],
+        "--epoch": [*INTEGERS, ("7", "expected an epoch of … that has arrays, 0 to 1, got 7")],
         "--stage": [("test", "expected a stage that was recorded in epoch 1, got 'test'")],
         "--statistic": [
             ("width", "expected statistics among … got 'width'"),
@@ -59,7 +59,7 @@ TABLE = {
         "--epochs": [
             (["0"], "expected 2 arguments"),
             (["0", "x"], "invalid int value: 'x'"),
-            (["0", "7"], "expected an epoch of … that has arrays (0, 1), got 7"),
+            (["0", "7"], "expected an epoch of … that has arrays, 0 to 1, got 7"),
         ],
         "right": [*NO_ARRAYS, ("", "expected a second RUN, or two epochs of one")],
     },

@@ -63,8 +63,8 @@ def test_it_is_resumed(run):
         model(torch.randn(24, 5))
         recorder.record()
     after = (run / "records.csv").read_text().splitlines()
-    assert after[0] == before.splitlines()[0] + ",low,high"
-    assert after[1 : len(before.splitlines())] == [f"{line},," for line in before.splitlines()[1:]]
+    assert after[0] == before.splitlines()[0] + ",low,high,step"
+    assert after[1 : len(before.splitlines())] == [f"{line},,," for line in before.splitlines()[1:]]
     assert {row["epoch"] for row in recompute(run)} == {0, 1, 2, 3}
     with pytest.raises(ValueError, match=r"threshold=0.9, got threshold=0.5"):
         Recorder(run, LayerProbe(model, SaturationMetric(threshold=0.5)), mode="resume")

@@ -172,7 +172,7 @@ def test_errors(tmp_path):
         recompute(tmp_path, 0.9, ["saturations"])
     with pytest.raises(ValueError, match=r"got 1\.5"):
         recompute(tmp_path, 1.5)
-    with pytest.raises(ValueError, match="expected a sample of layer '0'"):
+    with pytest.raises(ValueError, match=r"'embedding' of '0' in train, epoch 0: expected a sample"):
         recompute(tmp_path, statistics="embedding")
     (tmp_path / "arrays" / "epoch-000000.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="epoch-000000"):

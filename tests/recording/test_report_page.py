@@ -23,9 +23,9 @@ from spectralmetrics import (
     recompute,
     write_report,
 )
+from spectralmetrics.recording import summarise_run
 from spectralmetrics.recording.report.encode import pack
 from spectralmetrics.recording.report.write import SCRIPTS
-from spectralmetrics.recording.summary import summarise_run
 from tests.recording.browser import Visit, chromium
 from tests.recording.runs import read_csv
 

@@ -63,9 +63,9 @@ class TestConsole:
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].strip() == "Epoch 4, loss 0.1235"
         (line,) = [line for line in lines if "layer1" in line]
-        assert line.replace("│", " ").split() == ["layer1", "0.51", "0.25"]
+        assert line.replace("│", " ").split() == ["layer1", "0.510", "0.250"]
         (line,) = [line for line in lines if "mean" in line]
-        assert line.replace("│", " ").split() == ["mean", "0.55"]
+        assert line.replace("│", " ").split() == ["mean", "0.550"]
 
     def test_only_means_of_many_layers(self):
         assert tables_of(example_record(30), max_layers=10)[0].row_count == 1
@@ -80,7 +80,7 @@ class TestConsole:
         [(200, [17]), (150, [17]), (80, [10, 8]), (60, [7, 8, 4]), (12, [2] * 16), (1, [2] * 16)],
     )
     def test_columns_go_by_the_width_that_they_have(self, width, columns):
-        rows = [Row(0, stage, "a", f"s{k}", 1.25) for stage in ("train", "eval") for k in range(8)]
+        rows = [Row(0, stage, "a", f"s{k}", 125) for stage in ("train", "eval") for k in range(8)]
         tables = tables_of(Record(0, {}, rows), width=width)
         assert [len(table.columns) for table in tables] == columns
 

@@ -4,8 +4,8 @@ import torch
 
 from spectralmetrics import CovarianceMetric, Recorder, SpectrumMetric
 from spectralmetrics.functional import eigenvalues
-from spectralmetrics.recording.record import Row
-from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
+from spectralmetrics.recording.record import RecordKey, Row
+from spectralmetrics.recording.writers.arrays import read_layers, saved_records
 from spectralmetrics.recording.writers.csv import format_rows, read_rows
 from tests.recording.runs import make_model, make_probe, run_epoch
 
@@ -24,7 +24,7 @@ def test_a_spectrum_is_about_the_mean_unless_it_is_asked_for_about_zero(tmp_path
     with make_probe(model, metrics) as probe, Recorder(tmp_path, probe, "arrays") as recorder:
         run_epoch(model, 0)
         values = recorder.record()
-    layers = list(read_layers(saved_epochs(tmp_path)[0]))
+    layers = list(read_layers(saved_records(tmp_path)[RecordKey(0)]))
     assert [(each.stage, each.layer) for each in layers] == [(s, k) for s in ("train", "eval") for k in "012"]
     for layer in layers:
         where = f"{layer.stage}/{layer.layer}"

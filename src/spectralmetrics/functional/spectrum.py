@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from spectralmetrics.sums.checks import check_positive_integer, check_real, chec
 __all__ = ["Spectrum", "eigenvalues", "eigenvectors"]
 
 S = TypeVar("S", bound=Sum)
+LEFT_OUT = "left out"  # under which a spectrum knows the `LeftOut` of its folds
 
 
 class Spectrum:
@@ -243,9 +244,23 @@ class Spectrum:
         """See :meth:`.SpectralSum.matrix`."""
         return self._total.matrix(center=self.center)
 
-    def learn(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
+    def learn(self, name: str, value: Tensor | LeftOut, device: torch.device | None = None) -> None:
         """Take what has been read elsewhere."""
         self._cache[(name, self.center) if device is None else (name, self.center, device)] = value
+
+    def known(self) -> dict[tuple[str, bool], Any]:
+        """The eigenvalues that have been read, and those of folds: name and center -> tensors on the CPU."""
+        found: dict[tuple[str, bool], Any] = {}
+        for key, value in self._cache.items():
+            if key[0] in ("eigenvalues", LEFT_OUT):
+                found[key[:2]] = LeftOut(*(e.cpu() for e in value)) if key[0] == LEFT_OUT else value.cpu()
+        return found
+
+    def learn_known(self, known: Mapping[tuple[str, bool], Any]) -> None:
+        """Take what is :meth:`known` of these sums elsewhere."""
+        for (name, center), value in known.items():
+            home = LeftOut(*(e.to(self.home) for e in value)) if name == LEFT_OUT else value.to(self.home)
+            self.about(center=center).learn(name, home)
 
     def _kept(self, name: str, read: Callable[[], Tensor]) -> Tensor:
         """What is read once of the sums, and once brought to where it goes."""
@@ -326,13 +341,12 @@ class Spectrum:
     def _left_out(self) -> LeftOut | None:
         if self.num_folds < 2:
             raise RuntimeError("expected observations kept in folds, got one: give the metric folds=8, say")
-        key = ("left out", self.center)
-        if key not in self._cache:
+        if not self.knows(LEFT_OUT):
             folds = self._sums.folds
             if any(int(fold.num_observations) == 0 for fold in folds):
                 return None
-            self._cache[key] = leave_one_out([_dense(fold) for fold in folds], center=self.center)
-        found: LeftOut = self._cache[key]
+            self.learn(LEFT_OUT, leave_one_out([_dense(fold) for fold in folds], center=self.center))
+        found: LeftOut = self._cache[LEFT_OUT, self.center]
         return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import read_together
 from spectralmetrics.metrics import MarginalMetric, SpectralMetric
 from spectralmetrics.metrics.overrides import (
@@ -238,6 +239,14 @@ class LayerMetrics:
         beside = [each for each in spectral.values() if not each.describes_layer]
         found = [*own, *beside]
         return [*found, *others.values()] if found else []
+
+    def spectrum(self, *, with_left_out: bool = False) -> Spectrum | None:
+        """The spectrum of :meth:`sums`, with the eigenvalues that have been read already; None without data."""
+        sums = self.sums(with_left_out=with_left_out)
+        stream = stream_of(sums)
+        if stream is None or not isinstance(sums[0], SpectralSum):
+            return None
+        return Spectrum(sums[0], others=sums[1:], cache=stream.cache, device=torch.device("cpu"))
 
     def _link(self) -> None:
         """Share states where a leader has replaced its own, or a reader has made copies of the members'."""

@@ -25,6 +25,7 @@ from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.history import History
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
+from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.merging import STAGES, Agreement, Kept, Place, check_places, merge_places
 from spectralmetrics.probing.observations import (
@@ -352,11 +353,7 @@ class LayerProbe(nn.Module):
         Raises:
             RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
         """
-        return self._read(
-            stage,
-            lambda metric: metric.read(HOST) if isinstance(metric, SpectralMetric) else metric.compute(),
-            progress=progress,
-        )
+        return as_text(self._read(stage, _value_of, progress=progress))
 
     def intervals(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Interval]:
         """Of each value an interval that is expected to hold that of unlimited data.
@@ -376,7 +373,7 @@ class LayerProbe(nn.Module):
         """
         if not self.has_intervals:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        intervals = self._read(stage, lambda metric: metric.read_interval(HOST), _keeps_interval, progress)
+        intervals = as_text(self._read(stage, _interval_of, _keeps_interval, progress))
         for each in STAGES if stage is None else (stage,):
             if named := self._repeating(each):
                 warnings.warn(f"in {each} of {named}: {REPEATED_INPUTS}", UserWarning, stacklevel=2)
@@ -398,18 +395,19 @@ class LayerProbe(nn.Module):
         read: Callable[[Any], Any],
         applies: Callable[[Any], bool] = lambda metric: True,
         progress: Progress | None = None,
-    ) -> dict[str, Any]:
+        known: dict[Place, dict[tuple[str, bool], Any]] | None = None,
+    ) -> dict[Key, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
         if progress is not None and not callable(progress):
             raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
-        question = Question(self._names, read, applies)
+        question = Question(self._names, read, applies, known is not None)
         with self._router.lock:
 
             def read_some(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, Reading]:
                 return read_layers(places, question, tell)
 
             found = self._read_places(stages, read_some, Reading, progress)
-            values: dict[str, Any] = {}
+            values: dict[Key, Any] = {}
             seen = False
             for each in stages:
                 readings = {}
@@ -419,6 +417,8 @@ class LayerProbe(nn.Module):
                     if reading.seen:
                         read_others(place, question, reading)
                     readings[layer] = reading
+                    if known is not None:
+                        known.setdefault((each, layer), {}).update(reading.known)
                 of_stage = tell_readings(each, readings, self._names)
                 seen = seen or of_stage is not None
                 values.update(of_stage or {})
@@ -568,7 +568,8 @@ class LayerProbe(nn.Module):
         threshold = threshold_of([metric, *self.statistics.values()])
 
         def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, SummaryRow | None]:
-            seen = {place.layer: sums for place in places if (sums := place.sums())}
+            found = {place.layer: place.spectrum() for place in places}
+            seen = {layer: spectrum for layer, spectrum in found.items() if spectrum is not None}
             rows = summary_rows(seen, self.facts, metric, threshold=threshold, progress=tell)
             return {(stage, row.layer): row for row in rows}
 
@@ -611,7 +612,8 @@ class LayerProbe(nn.Module):
         threshold = threshold_of(self.statistics.values())
 
         def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, LayerNumbers | None]:
-            seen = {place.layer: sums for place in places if (sums := place.sums(with_left_out=True))}
+            found = {place.layer: place.spectrum(with_left_out=True) for place in places}
+            seen = {layer: spectrum for layer, spectrum in found.items() if spectrum is not None}
             ceilings = {name: facts.ceiling for name, facts in self.facts.items()}
             return {(stage, each.layer): each for each in numbers_of(seen, ceilings, threshold, tell)}
 
@@ -996,6 +998,40 @@ def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             f"{100 * share:.0f} % of the model's parameters lie in layers that are not probed by default:"
             f" {shown}; `layers` chooses any module by name or type"
         )
+
+
+def read_probe(probe: LayerProbe, progress: Progress | None = None) -> ProbeReading:
+    """Read all that a recorder keeps of a probe; each covariance is decomposed once, by one process.
+
+    Args:
+        probe: to read, inside :meth:`LayerProbe.merged`.
+        progress: see :meth:`LayerProbe.compute`.
+
+    Raises:
+        RuntimeError: for what :meth:`LayerProbe.compute` raises.
+    """
+    known: dict[Place, dict[tuple[str, bool], Any]] = {}
+    values = probe._read(None, _value_of, progress=progress, known=known)
+    intervals = {}
+    if probe.has_intervals:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the values have said it all
+            intervals = probe._read(None, _interval_of, _keeps_interval, known=known)
+    spectra = {}
+    for stage, layer in ((stage, layer) for stage in STAGES for layer in probe.layers):
+        spectrum = probe._place(stage, layer).spectrum()
+        if spectrum is not None:
+            spectrum.learn_known(known.get((stage, layer), {}))
+            spectra[stage, layer] = spectrum
+    return ProbeReading(values, intervals, spectra)
+
+
+def _value_of(metric: Any) -> Any:
+    return metric.read(HOST) if isinstance(metric, SpectralMetric) else metric.compute()
+
+
+def _interval_of(metric: SpectralMetric) -> Interval:
+    return metric.read_interval(HOST)
 
 
 def _keeps_interval(metric: Any) -> bool:

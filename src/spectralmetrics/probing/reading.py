@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
+from spectralmetrics.probing.keys import Key
 from spectralmetrics.sums import SpectralSum
 from spectralmetrics.torch_private import ignores_hooks, missing_for_compiled
 
@@ -36,6 +37,7 @@ class Reading:
         few: number of observations, if they are too few.
         left_out: number of observations that were not finite and are to be warned of.
         refused: likewise, if they are an error.
+        known: what was read of the spectrum, see :meth:`.Spectrum.known`, where it was asked for.
     """
 
     seen: bool = False
@@ -47,6 +49,7 @@ class Reading:
     few: int = 0
     left_out: int = 0
     refused: int = 0
+    known: dict[tuple[str, bool], Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Question:
         names: of the metrics.
         read: of a metric.
         applies: whether it can be read of a metric of some layer; where not, nothing is said.
+        keeps_spectra: whether eigenvalues that were read go to all processes.
     """
 
     names: Collection[str]
     read: Callable[[Any], Any]
     applies: Callable[[Any], bool]
+    keeps_spectra: bool = False
 
     def of(self, place: LayerMetrics) -> dict[str, Metric]:
         """The metrics of a layer of which it is read."""
@@ -110,6 +115,8 @@ def read_layers(
                 # One value less: a user's statistic on a width it was not made for, say.
                 reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
         reading.few = place.too_few(counted)
+        if question.keeps_spectra and (spectrum := place.spectrum()) is not None:
+            reading.known = spectrum.known()
         tell.read()
     return readings
 
@@ -127,8 +134,8 @@ def read_others(place: LayerMetrics, question: Question, reading: Reading) -> No
                 reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
 
 
-def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection[str]) -> dict[str, Any] | None:
-    """The values of one stage by ``"{metric}/{stage}/{layer}"``; None if no layer has seen anything.
+def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection[str]) -> dict[Key, Any] | None:
+    """The values of one stage; None if no layer has seen anything.
 
     Warns of what has to be said.
 
@@ -176,7 +183,7 @@ def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection
         unseen = ", ".join(repr(layer) for layer in readings if layer not in seen)
         _warn(f"layers that saw nothing in {stage} are left out: {unseen}")
     values = {
-        f"{name}/{stage}/{layer}": reading.values[name]
+        (name, stage, layer): reading.values[name]
         for layer, reading in seen.items()
         for name in names
         if name in reading.values

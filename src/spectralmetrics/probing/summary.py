@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from spectralmetrics.findings import LayerNumbers, read_numbers
@@ -15,17 +16,20 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import IntrinsicDimensionMetric, SpectralMetric
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.sums import SpectralSum, Sum
-from spectralmetrics.tail import low_saturation_tail
+from spectralmetrics.probing.standing_out import (
+    UNKNOWN_LAYER,
+    dead_features,
+    true_ceiling,
+    words_of_layer,
+    words_of_network,
+)
+from spectralmetrics.table import number, percent, text_table
 
 if TYPE_CHECKING:
     import pandas
 
-WIDTH = 100
-"""Columns of the screen that the table fits."""
-_ENOUGH = 10  # observations per direction found (and at all), below which a value is not to be trusted
-_WIDE = 0.1  # share of the width, beyond which an interval says little
-_AT_CEILING = 0.95  # share of the ceiling from which on a layer uses all that its weights allow
+
+_UNREAD = "not read"
 
 
 class SummaryRow(NamedTuple):
@@ -83,25 +87,8 @@ class Summary:
         self.statistic = statistic
 
     def __str__(self) -> str:
-        heads, cells = self._heads(), [self._cells(row) for row in self.rows]
-        widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads) - 1)]
-        room = WIDTH - sum(widths[1:]) - 2 * len(widths)
-        widths[0] = min(widths[0], max(room - 18, 12))
-        left = max(room - widths[0], 12)
-        lines = [self.title] if self.title else []
-        for line in [heads, *cells]:
-            name = textwrap.wrap(line[0], widths[0]) or [""]
-            words = textwrap.wrap(line[-1], left) or [""]
-            for number in range(max(len(name), len(words))):
-                middle = line[1:-1] if number == 0 else [""] * (len(heads) - 2)
-                aligned = [
-                    text.ljust(width) if head == "type" else text.rjust(width)
-                    for text, width, head in zip(middle, widths[1:], heads[1:-1], strict=True)
-                ]
-                first = (name[number] if number < len(name) else "").ljust(widths[0])
-                last = words[number] if number < len(words) else ""
-                lines.append("  ".join([first, *aligned, last]).rstrip())
-        return "\n".join(lines)
+        lines = text_table(self._heads(), [self._cells(row) for row in self.rows], left=("type",))
+        return "\n".join([self.title, *lines] if self.title else lines)
 
     def __repr__(self) -> str:
         return str(self)
@@ -135,39 +122,43 @@ class Summary:
         return ["layer", "type", "width", "ceiling", "n", named, "saturation", "what stands out"]
 
     def _cells(self, row: SummaryRow) -> list[str]:
-        value = _number(row.value)
+        value = number(row.value)
         if not math.isnan(row.low):
-            value += f" ({_number(row.low)}-{'?' if math.isnan(row.high) else _number(row.high)})"
+            ends: tuple[float, ...] = (row.low, row.high)
+            if isinstance(row.value, int):  # and so are its ends, but for one that is unknown
+                ends = tuple(end if math.isnan(end) else int(end) for end in ends)
+            value += f" ({'-'.join(map(number, ends))})"
         numbers = [str(each) for each in (row.width, row.ceiling, row.observations)]
-        return [row.layer, row.kind, *numbers, value, f"{row.saturation:.3f}", ", ".join(row.stands_out)]
+        return [row.layer, row.kind, *numbers, value, number(row.saturation), ", ".join(row.stands_out)]
 
 
 def summarise(
-    layers: Mapping[str, Sequence[Sum]],
+    layers: Mapping[str, Spectrum],
     facts: Mapping[str, LayerFacts],
     metric: SpectralMetric,
     *,
     threshold: float = 0.99,
     where: str,
 ) -> Summary:
-    """The summary of layers of which the sums are known.
+    """The summary of layers of which the spectra are known.
 
     Args:
-        layers: name -> sums, the spectral one first, in forward order.
+        layers: name -> spectrum about the mean, on the CPU, in forward order.
         facts: name -> what is known of the layer besides.
         metric: of the value to show; one that gives a single number.
         threshold: share of the variance for dimension and saturation.
         where: the stage, and whatever else the title is to begin with.
 
     Raises:
-        ValueError: for a statistic that is no single number.
+        ValueError: for a statistic that is no single number, or that can be read of no layer. Where it cannot
+            be read of some layers, it is NaN there, with one warning that names them.
     """
     rows = summary_rows(layers, facts, metric, threshold=threshold)
     return summary_of(rows, metric, threshold=threshold, where=where)
 
 
 def summary_rows(
-    layers: Mapping[str, Sequence[Sum]],
+    layers: Mapping[str, Spectrum],
     facts: Mapping[str, LayerFacts],
     metric: SpectralMetric,
     *,
@@ -176,29 +167,27 @@ def summary_rows(
 ) -> list[SummaryRow]:
     """The rows of layers, each by itself; see :func:`summarise`."""
     dimension = IntrinsicDimensionMetric(threshold=threshold)
-    spectra = {name: _spectrum(sums) for name, sums in layers.items()}
-    decompose_together((Wanted(spectrum, "eigenvalues") for spectrum in spectra.values()), progress)
+    decompose_together((Wanted(spectrum, "eigenvalues") for spectrum in layers.values()), progress)
     return [
-        _row(name, spectrum, facts.get(name, LayerFacts("", None)), metric, dimension)
-        for name, spectrum in spectra.items()
+        _row(name, spectrum, facts.get(name, UNKNOWN_LAYER), metric, dimension)
+        for name, spectrum in layers.items()
     ]
 
 
 def numbers_of(
-    layers: Mapping[str, Sequence[Sum]],
+    spectra: Mapping[str, Spectrum],
     ceilings: Mapping[str, int | None],
     threshold: float,
     progress: Progress | None = None,
 ) -> list[LayerNumbers]:
-    """What findings are made from, of layers of which the sums are known, the spectral one first.
+    """What findings are made from, of layers of which the spectra are known.
 
     Args:
-        layers: name -> sums, the spectral one first.
+        spectra: name -> spectrum about the mean.
         ceilings: name -> the most directions that its weights allow; None where that is unknown.
         threshold: share of the variance for the dimension.
         progress: told how many spectra are decomposed, and of how many.
     """
-    spectra = {name: _spectrum(sums) for name, sums in layers.items()}
     wanted = [
         Wanted(each, "eigenvalues" if _has_spectrum(each) else "variances")
         for each in spectra.values()
@@ -214,12 +203,21 @@ def _has_spectrum(spectrum: Spectrum) -> bool:
 
 def summary_of(rows: Sequence[SummaryRow], metric: SpectralMetric, *, threshold: float, where: str) -> Summary:
     """The summary of rows in forward order, and what one layer has beside the others; see :func:`summarise`."""
-    known = {row.layer: row.saturation for row in rows if not math.isnan(row.saturation)}
-    tail = low_saturation_tail(known) if len(known) == len(rows) else []
+    unread = [row for row in rows if row.stands_out[:1] and row.stands_out[0].startswith(_UNREAD)]
+    if unread:
+        named = ", ".join(repr(row.layer) for row in unread)
+        words = f"{metric.short_name!r} of {named}: {unread[0].stands_out[0]}"
+        if len(unread) == len(rows):
+            raise ValueError(words)
+        warnings.warn(f"left out {words}", UserWarning, stacklevel=4)
+    shares = np.array([row.saturation for row in rows])
+    ceilings = np.array([row.ceiling / row.width for row in rows])
+    words_beside = words_of_network(shares, ceilings)
     rows = [
-        row._replace(stands_out=("in the tail", *row.stands_out)) if row.layer in tail else row for row in rows
+        row._replace(stands_out=(*(text for text, holds in words if holds), *row.stands_out))
+        for row, words in zip(rows, words_beside, strict=True)
     ]
-    title = f"{where}, dimension at {100 * threshold:.4g} % of the variance"
+    title = f"{where}, dimension at {percent(threshold)} of the variance"
     return Summary(rows, title, metric.short_name)
 
 
@@ -232,12 +230,6 @@ def threshold_of(metrics: Iterable[object]) -> float:
     return next((float(metric.threshold) for metric in metrics if hasattr(metric, "threshold")), 0.99)
 
 
-def _spectrum(sums: Sequence[Sum]) -> Spectrum:
-    spectral = sums[0]
-    assert isinstance(spectral, SpectralSum)
-    return Spectrum(spectral, others=sums[1:], device=torch.device("cpu"))
-
-
 def _row(
     name: str,
     about_mean: Spectrum,
@@ -246,40 +238,42 @@ def _row(
     dimension: IntrinsicDimensionMetric,
 ) -> SummaryRow:
     spectrum = about_mean.about(center=metric.center)
-    value = metric.value_of(spectrum)
+    low = high = spread = math.nan
+    unread: tuple[str, ...] = ()
+    try:
+        value = metric.value_of(spectrum)
+        has_interval = metric.has_interval
+    except (RuntimeError, ValueError) as error:
+        unread = (f"{_UNREAD}, {error}",)
+        value, has_interval = torch.tensor(math.nan), False
     if value.ndim:
         raise ValueError(
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"
         )
-    low = high = math.nan
-    spread = math.nan
     is_sketched = about_mean.sketch is not None
+    share = float(dimension.value_of(about_mean))
+    is_known = not math.isnan(share)
+    found = enough = int(share) if is_known else 0
     if is_sketched or about_mean.num_folds > 1:
-        if metric.has_interval:
+        if has_interval:
             low, high = (float(end) for end in metric.interval_of(spectrum))
         end = dimension.interval_of(about_mean)
         spread = float(end.high) - float(end.low)
-    share = float(dimension.value_of(about_mean))
-    is_known = not math.isnan(share)
-    found = int(share) if is_known else int(end.low)  # at least
-    enough = found if math.isnan(spread) else int(end.high)
+        found = found if is_known else int(end.low)  # at least
+        enough = found if math.isnan(spread) else int(end.high)
     width, count = about_mean.num_features, int(about_mean.num_observations)
-    ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
-    if found > ceiling:  # refuted: weights that changed meanwhile, or a forward of the layer's own
-        ceiling = width
-    words = []
-    if not is_known:
-        words.append(f"more than {found - 1} directions: larger sketch")
-    elif is_sketched:
-        words.append("sketched")
-    if count < _ENOUGH * max(found, 1) or (spread > _WIDE * width and not is_sketched):
-        words.append("few observations")
-    if found and found >= _AT_CEILING * ceiling:
-        words.append("at its ceiling")
-    if count > 1 and (dead := int((about_mean.variances == 0).sum())):
-        words.append(f"{dead} dead feature{'s' if dead > 1 else ''}")
-    if left_out := int(about_mean.num_left_out):
-        words.append(f"{left_out} row{'s' if left_out > 1 else ''} with NaN or infinities left out")
+    ceiling = true_ceiling(facts, width, found)
+    words = words_of_layer(
+        found,
+        spread,
+        width=width,
+        ceiling=ceiling,
+        observations=count,
+        dead=dead_features(about_mean),
+        left_out=int(about_mean.num_left_out),
+        is_sketched=is_sketched,
+        is_known=is_known,
+    )
     return SummaryRow(
         name,
         facts.kind,
@@ -291,11 +285,5 @@ def _row(
         high,
         found / width if is_known else math.nan,
         enough,
-        tuple(words),
+        (*unread, *(word.text for word in words)),
     )
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "?"
-    return str(int(value)) if float(value).is_integer() else f"{value:.3g}"

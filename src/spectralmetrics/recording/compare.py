@@ -1,9 +1,10 @@
-"""What has changed between two epochs of a run, or between two runs."""
+"""Compares two epochs of a run, or two runs: as rows, and as text with the answer first."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import statistics as averages
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,11 @@ from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.relations import frechet_distance, subspace_overlap
 from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.recording.recompute import recompute
-from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_epochs
-from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
+from spectralmetrics.recording.record import RecordKey, Row
+from spectralmetrics.recording.saved import SavedRun
+from spectralmetrics.recording.writers.arrays import SavedLayer
+from spectralmetrics.table import WIDTH, number, percent, text_table
 from spectralmetrics.tail import MEAN_LAYER
-
-
-def read_records(directory: str | Path) -> list[dict[str, Any]]:
-    """The numbers of a run, as it recorded them with the writer ``"csv"``.
-
-    Args:
-        directory: of the run.
-
-    Returns:
-        One dict for each row of ``records.csv``, with its columns: epoch, stage, layer, statistic, value, … The
-        layer ``"mean"`` is the mean over all layers; scalars that the task added have the layer ``""``.
-        ``pandas.DataFrame(read_records(directory))`` makes a table of them.
-
-    Raises:
-        FileNotFoundError: if the directory has no ``records.csv``.
-        ValueError: if that is no table of records.
-
-    >>> import tempfile, torch
-    >>> from spectralmetrics import LayerProbe, Recorder
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    >>> directory = tempfile.mkdtemp()
-    >>> with LayerProbe(model) as probe, Recorder(directory, probe) as recorder:
-    ...     _ = model(torch.randn(32, 4))
-    ...     _ = recorder.record()
-    >>> [(row["layer"], row["statistic"]) for row in read_records(directory)]
-    [('0', 'saturation'), ('mean', 'saturation')]
-    """
-    path = Path(directory) / FILE_NAME
-    if not path.exists():
-        raise FileNotFoundError(f"expected a run with a {FILE_NAME}, got {directory}")
-    return [row._asdict() for row in read_rows(path)]
 
 
 def compare(
@@ -61,7 +33,7 @@ def compare(
     Args:
         left: directory of a run.
         right: of another run; None compares two epochs of ``left``.
-        epochs: the epoch of the left side and that of the right; of two runs their last ones if None.
+        epochs: (left, right), of which the last record with arrays is compared; default: the last of each run.
         stage: whose observations, ``"train"`` or ``"eval"``.
         threshold: the leading eigenspaces explain this share of the variance, in (0, 1].
 
@@ -100,18 +72,31 @@ def compare(
     >>> row["layer"], row["saturation_left"] == row["saturation_right"], round(row["subspace_overlap"], 6)
     ('0', True, 1.0)
     """
+    return _rows(_sides(left, right, epochs, stage, threshold), stage, threshold)
+
+
+def _sides(
+    left: str | Path,
+    right: str | Path | None,
+    epochs: tuple[int, int] | None,
+    stage: str,
+    threshold: float,
+) -> list[_Side]:
     check_threshold(threshold)
     if right is None and epochs is None:
         raise ValueError("expected a second run, or epochs=(first, second) of one run; got one run only")
     given = (None, None) if epochs is None else tuple(epochs) if isinstance(epochs, Iterable) else (epochs,)
     if len(given) != 2 or isinstance(epochs, str):
         raise ValueError(f"expected two epochs, that of the left and that of the right side, got {epochs!r}")
-    sides = [
-        _open(Path(directory), epoch, stage)
+    return [
+        _open(directory, epoch, stage)
         for directory, epoch in zip((left, left if right is None else right), given, strict=True)
     ]
+
+
+def _rows(sides: Sequence[_Side], stage: str, threshold: float) -> list[dict[str, Any]]:
     shapes = {}
-    for first, second in _pairs(*(_layers_of(side.arrays, stage) for side in sides)):
+    for first, second in _pairs(*(side.run.layers(side.key, stage) for side in sides)):
         name = (first or second).layer  # type: ignore[union-attr]  # one of them is there
         shapes[name] = _compare_layers(first, second, threshold)
     statistics = list(dict.fromkeys(s for side in sides for values in side.values.values() for s in values))
@@ -128,48 +113,28 @@ def compare(
 
 @dataclass(frozen=True)
 class _Side:
-    """One run at one epoch."""
+    """One record of a run."""
 
-    arrays: Path
+    run: SavedRun
+    key: RecordKey
+    rows: list[Row]
     values: dict[str, dict[str, float]]  # layer -> statistic -> value
 
 
-def last_epoch(directory: Path) -> int:
-    """The last epoch of which a run has arrays.
-
-    Raises:
-        FileNotFoundError: if it has none.
-    """
-    return max(_saved(directory))
-
-
-def _saved(directory: Path) -> dict[int, Path]:
-    files = saved_epochs(directory)
-    if not files:
-        raise FileNotFoundError(f"expected a run recorded with the writer 'arrays', got {directory}")
-    return files
-
-
-def _open(directory: Path, epoch: int | None, stage: str) -> _Side:
-    files = _saved(directory)
-    epoch = max(files) if epoch is None else epoch
-    if epoch not in files:
-        known = ", ".join(map(str, files)) if len(files) <= 10 else f"{min(files)} to {max(files)}"
-        raise ValueError(f"expected an epoch of {directory} that has arrays ({known}), got {epoch!r}")
-    rows = read_records(directory) if (directory / FILE_NAME).exists() else recompute(directory)
-    of_epoch = [row for row in rows if row["epoch"] == epoch]
+def _open(directory: str | Path, epoch: int | None, stage: str) -> _Side:
+    run = SavedRun(directory)
+    run.check(arrays=True)
+    key = run.last_of(epoch, arrays=True)
+    rows = run.rows if run.has_table else [Row(**row) for row in recompute(directory)]
+    rows = [row for row in rows if row.key == key]
     values: dict[str, dict[str, float]] = {}
-    for row in of_epoch:
-        if row["stage"] == stage and row["layer"] not in ("", MEAN_LAYER):
-            values.setdefault(row["layer"], {})[row["statistic"]] = row["value"]
+    for row in rows:
+        if row.stage == stage and row.layer not in ("", MEAN_LAYER):
+            values.setdefault(row.layer, {})[row.statistic] = row.value
     if not values:
-        stages = sorted({row["stage"] for row in of_epoch if row["layer"]})
-        raise ValueError(f"expected a stage of epoch {epoch} of {directory} among {stages}, got {stage!r}")
-    return _Side(files[epoch], values)
-
-
-def _layers_of(path: Path, stage: str) -> Iterator[SavedLayer]:
-    return (layer for layer in read_layers(path) if layer.stage == stage)
+        stages = sorted({row.stage for row in rows if row.layer})
+        raise ValueError(f"expected a stage of {key} of {directory} among {stages}, got {stage!r}")
+    return _Side(run, key, rows, values)
 
 
 def _pairs(
@@ -188,6 +153,10 @@ def _pairs(
 def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, threshold: float) -> dict[str, Any]:
     if first is None or second is None:
         return _without(f"only on the {'left' if second is None else 'right'}")
+    sides = {"left": first, "right": second}
+    damaged = [f"on the {side}: {why}" for side, layer in sides.items() if (why := _damage(layer))]
+    if damaged:
+        return _without(damaged[0])
     widths = len(first.mean), len(second.mean)
     if widths[0] != widths[1]:
         return _without(f"widths {widths[0]} and {widths[1]}")
@@ -214,5 +183,190 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
     return row
 
 
+def _damage(layer: SavedLayer) -> str:
+    try:
+        _ = layer.sums
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _without(note: str) -> dict[str, Any]:
     return {"subspace_overlap": None, "overlap_by_chance": None, "frechet_distance": None, "note": note}
+
+
+_LAYER_WIDTH = 28
+_CELL = 8
+_NOTE_WIDTH = 24
+_NAMED = 3  # layers in one line of the answer
+_GEOMETRY = {"subspace_overlap": "overlap", "overlap_by_chance": "chance", "frechet_distance": "Fréchet"}
+
+_LEGEND = (
+    "overlap: share of the smaller leading eigenspace that lies in the larger; chance: of random ones",
+    "Fréchet: distance of the distributions as a share of their variance; 0 where they are equal",
+)
+
+
+def describe_comparison(
+    left: str | Path,
+    right: str | Path | None = None,
+    *,
+    epochs: tuple[int, int] | None = None,
+    stage: str = "eval",
+    threshold: float = 0.99,
+) -> str:
+    """What :func:`~spectralmetrics.compare` finds, as text of at most 100 columns.
+
+    Args:
+        left: directory of a run.
+        right: of another run; None compares two epochs of ``left``.
+        epochs: of the left and of the right side; of two runs their last ones if None.
+        stage: ``"train"`` or ``"eval"``.
+        threshold: share of variance of the leading eigenspaces.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``compare``.
+    """
+    sides = _sides(left, right, epochs, stage, threshold)
+    rows = _rows(sides, stage, threshold)
+    means, scalars = _numbers_of_runs(sides, stage)
+    lines = [
+        f"{name:<6} {side.run.directory}, {side.key}"
+        for name, side in zip(("left", "right"), sides, strict=True)
+    ]
+    lines += [f"layers in {stage}; leading eigenspaces explain {percent(threshold)} of the variance", ""]
+    lines += _pairs_of_numbers({**scalars, **means})
+    lines += _answer(rows, means)
+    lines += ["", *_table(rows), "", *_LEGEND]
+    return "\n".join(lines)
+
+
+def _numbers_of_runs(
+    sides: Sequence[_Side], stage: str
+) -> tuple[dict[str, list[float | None]], dict[str, list[float | None]]]:
+    """Means over the layers, and what the task added: name -> the number of either side."""
+    found: list[dict[str, float]] = []
+    added: list[dict[str, float]] = []
+    for side in sides:
+        rows = side.rows if side.run.has_table else []
+        means = [row for row in rows if row.layer == MEAN_LAYER and row.stage == stage]
+        found.append({f"mean {row.statistic.replace('_', ' ')}": row.value for row in means})
+        scalars = [row for row in rows if not row.layer]
+        added.append({f"{row.stage} {row.statistic}".strip(): row.value for row in scalars})
+    return _side_by_side(found), _side_by_side(added)
+
+
+def _side_by_side(sides: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
+    return {name: [side.get(name) for side in sides] for name in dict.fromkeys([*sides[0], *sides[1]])}
+
+
+def _pairs_of_numbers(numbers: Mapping[str, Sequence[float | None]]) -> list[str]:
+    width = max(map(len, numbers), default=0)
+    return [f"{name:<{width}}  {_arrow(*pair)}" for name, pair in numbers.items()]
+
+
+def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list[str]:
+    """What changed most, and what could not be compared, in a few lines."""
+    lines = [""]
+    compared = [row for row in rows if row["frechet_distance"] is not None]
+    if units_correspond(rows):
+        most = sorted(compared, key=lambda row: -row["frechet_distance"])
+        named = [f"{row['layer']} {number(row['frechet_distance'])}" for row in most]
+        lines += _first("Changed most, by Fréchet distance: ", named)
+        turned = [row for row in rows if row["subspace_overlap"] is not None]
+        turned.sort(key=lambda row: row["subspace_overlap"])
+        named = [f"{row['layer']} {number(row['subspace_overlap'])}" for row in turned]
+        lines += _first("Least overlap: ", named)
+    else:
+        lines += [
+            "In most layers the eigenspaces share no more than random ones: units of the two networks do not",
+            "correspond, as after different seeds, and overlap and Fréchet distance tell little. Compare the",
+            "statistics, and the networks themselves by LayerSimilarity (CKA).",
+        ]
+    for statistic in [key.removesuffix("_left") for key in (rows[0] if rows else {}) if key.endswith("_left")]:
+        pairs = [(row["layer"], row[f"{statistic}_left"], row[f"{statistic}_right"]) for row in rows]
+        changes = [pair for pair in pairs if None not in pair and pair[1] != pair[2]]
+        changes.sort(key=lambda pair: -abs(pair[2] - pair[1]))
+        if changes:
+            named = [f"{layer} {_arrow(*pair)}" for layer, *pair in changes]
+            lines += _first(f"Largest change of {statistic.replace('_', ' ')}: ", named)
+        elif any(None not in pair for pair in pairs):
+            lines += [f"No change of {statistic.replace('_', ' ')}."]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            reasons.setdefault(row["note"], []).append(row["layer"])
+    for note, layers in reasons.items():
+        lines += _listing(f"{note[0].upper()}{note[1:]}: ", layers)
+    return lines
+
+
+def units_correspond(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the eigenspaces share more than random subspaces would, in most of the layers.
+
+    >>> row = {"subspace_overlap": 0.9, "overlap_by_chance": 0.25}
+    >>> units_correspond([row]), units_correspond([row | {"subspace_overlap": 0.27}])
+    (True, False)
+    """
+    shares = [share for row in rows if (share := _beyond_chance(row)) is not None]
+    return not shares or averages.median(shares) > 0.2
+
+
+def _beyond_chance(row: Mapping[str, Any]) -> float | None:
+    """0 where two subspaces share what random ones would, 1 where one holds the other."""
+    overlap, chance = row["subspace_overlap"], row["overlap_by_chance"]
+    if overlap is None or chance >= 1:
+        return None
+    return float((overlap - chance) / (1 - chance))
+
+
+def _first(head: str, items: Sequence[str]) -> list[str]:
+    """One line that names the first few items; none without items."""
+    shown = list(items[:_NAMED])
+    while len(shown) > 1 and len(head) + len(", ".join(shown)) > WIDTH:
+        shown.pop()
+    return [head + ", ".join(shown)] if shown else []
+
+
+def _listing(head: str, items: Sequence[str]) -> list[str]:
+    """One line that names as many of the items as fit."""
+    line = head
+    for index, item in enumerate(items):
+        rest = len(items) - index - 1
+        more = f", and {rest + 1} more"
+        joined = f"{line}{', ' if index else ''}{_short(item, 60)}"
+        if index and len(joined) + (len(f", and {rest} more") if rest else 0) > WIDTH:
+            return [line + more]
+        line = joined
+    return [line]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    names = [key.removesuffix("_left") for key in rows[0] if key.endswith("_left")]
+    layer_width = min(max(len(row["layer"]) for row in rows), _LAYER_WIDTH)
+    room = WIDTH - layer_width - min(max(len(row["note"]) for row in rows), _NOTE_WIDTH)
+    room -= (_CELL + 2) * len(_GEOMETRY)
+    columns: dict[str, str] = {}  # key -> head
+    for name in names:
+        head = "\n".join([*name.split("_"), "left"])
+        room -= max(map(len, [*head.split("\n"), "0" * _CELL])) + _CELL + 4
+        if room < 0:
+            break
+        columns |= {f"{name}_left": head, f"{name}_right": "right"}
+    rest = names[len(columns) // 2 :]
+    columns |= _GEOMETRY
+    cells = [[row["layer"], *(number(row[key]) for key in columns), row["note"]] for row in rows]
+    heads = ["layer", *(f"{head:>{_CELL}}" for head in columns.values()), ""]
+    lines = text_table(heads, cells, rule=True, name_width=max(layer_width, len("layer")))
+    return [*lines, *(_listing("No room here for: ", rest) if rest else [])]
+
+
+def _arrow(left: float | None, right: float | None) -> str:
+    return f"{number(left)} -> {number(right)}"
+
+
+def _short(text: str, length: int) -> str:
+    """The end of a long name, which says more than its beginning."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"

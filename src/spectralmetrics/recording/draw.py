@@ -1,19 +1,21 @@
-"""Pictures of a recorded run."""
+"""Draws one recorded run, or several together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.plotting import literal, plot_layers, plot_spectrum
-from spectralmetrics.recording.manifest import read_manifest
-from spectralmetrics.recording.pictures import check_names, draw_heatmap, draw_profile, percent, save_figure
-from spectralmetrics.recording.record import Row, Settings
-from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
-from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
+from spectralmetrics.plotting import literal, plot_layers, plot_profile, plot_spectrum
+from spectralmetrics.recording.pictures import check_names, draw_heatmap, draw_profile, save_figure, title_of
+from spectralmetrics.recording.record import Row
+from spectralmetrics.recording.saved import Failures, SavedRun, run_names
+from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.table import percent
+from spectralmetrics.tail import MEAN_LAYER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,9 +35,11 @@ def draw_run(
 ) -> list[Path]:
     """Draw a recorded run: profiles of one epoch, heat maps over all, and spectra if arrays were kept.
 
+    Layers of which there is no spectrum are left out of that picture, with one warning that names them.
+
     Args:
         directory: of the run; needs its ``records.csv``.
-        epoch: of the profiles and spectra; the last if None.
+        epoch: whose last record the profiles and spectra are of; the last of all if None.
         statistics: names as in ``records.csv``, and ``"spectrum"``; all if None.
         threshold: of the dashed lines in the spectra; that of the recorded saturation if None, or else 0.99.
         output: folder for the pictures; ``plots`` in the run's own if None.
@@ -56,27 +60,22 @@ def draw_run(
     check_positive_integer("dpi", dpi)
     if threshold is not None:
         check_threshold(threshold)
-    directory = Path(directory)
-    if not (directory / FILE_NAME).exists():
-        raise FileNotFoundError(f"expected a run with a {FILE_NAME}, got {directory}")
-    rows = read_rows(directory / FILE_NAME)
-    if not rows:
-        raise ValueError(f"expected records in {directory / FILE_NAME}, got none")
-    epochs = list(dict.fromkeys(row.epoch for row in rows))
-    epoch = epochs[-1] if epoch is None else epoch
-    if epoch not in epochs:
-        raise ValueError(f"expected an epoch among those recorded, {epochs[0]} to {epochs[-1]}, got {epoch!r}")
-    manifest = read_manifest(directory)
-    settings = manifest.statistics
-    arrays = saved_epochs(directory).get(epoch)
+    run = SavedRun(directory)
+    run.check(rows=True)
+    rows, settings = run.rows, run.statistics
+    key = run.last_of(epoch)
+    at_epoch = {other for other in run.arrays if other.epoch == key.epoch}
+    spectra_key = max(at_epoch, key=lambda other: other.order, default=None)
     recorded = _statistics_of(rows)
-    known = [*recorded, *([] if arrays is None or "spectrum" in recorded else ["spectrum"])]
+    known = [*recorded, *([] if spectra_key is None or "spectrum" in recorded else ["spectrum"])]
     chosen = known if statistics is None else list(statistics)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"expected statistics among {known}, got {unknown[0]!r}")
 
-    folder = directory / "plots" if output is None else Path(output)
+    folder = run.directory / "plots" if output is None else Path(output)
     written = []
+    by_step = not run.has_epochs
+    epoch_name = f"epoch-{key.epoch:06d}"
 
     def save(name: str, draw: Callable[[], Figure]) -> None:
         progress(name)
@@ -86,32 +85,111 @@ def draw_run(
     for statistic in chosen:
         if statistic not in recorded:
             continue
-        of_epoch = [row for row in rows if row.epoch == epoch]
+        of_epoch = [row for row in rows if row.key == key]
         if statistic in _statistics_of(of_epoch):
             save(
-                f"{statistic}-epoch-{epoch:06d}.png",
-                lambda: draw_profile(of_epoch, statistic, settings, manifest.facts),  # noqa: B023
+                f"{statistic}-{epoch_name}.png",
+                lambda: draw_profile(of_epoch, statistic, settings, run.facts),  # noqa: B023
             )
         for stage in dict.fromkeys(row.stage for row in rows if row.statistic == statistic and row.layer):
             save(
                 f"{statistic}-{stage}-epochs.png",
-                lambda: draw_heatmap(rows, statistic, stage, settings),  # noqa: B023
+                lambda: draw_heatmap(rows, statistic, stage, settings, run.places(by_step), by_step),  # noqa: B023
             )
-    if "spectrum" in chosen and arrays is not None:
+    if "spectrum" in chosen and spectra_key is not None:
         share = _recorded_threshold(settings) if threshold is None else threshold
         spectra: dict[str, dict[str, Any]] = {}
-        for layer in read_layers(arrays):
-            if layer.spectrum().sketch is not None:
-                continue  # where the threshold is crossed would be drawn wrong
+        failures = Failures()
+        for layer in run.layers(spectra_key):
             progress(f"spectrum of {layer.layer} in {layer.stage}")
-            spectra.setdefault(layer.stage, {})[layer.layer] = layer.spectrum().eigenvalues
+            with failures.of(spectra_key, layer, "the spectrum"):
+                spectrum = layer.spectrum()
+                if spectrum.sketch is not None:  # where the threshold is crossed would be drawn wrong
+                    raise ValueError("a sketch of its covariance was kept")
+                spectra.setdefault(layer.stage, {})[layer.layer] = spectrum.eigenvalues
         for stage, of_stage in spectra.items():
-            title = f"Spectra in {literal(stage)}, epoch {epoch}; dashed: {percent(share)} of the variance"
+            title = f"Spectra in {literal(stage)}, {spectra_key}; dashed: {percent(share)} of the variance"
             save(
-                f"spectrum-{stage}-epoch-{epoch:06d}.png",
+                f"spectrum-{stage}-{epoch_name}.png",
                 lambda: plot_layers(of_stage, plot_spectrum, title=title, threshold=share)[0],  # noqa: B023
             )
+        failures.warn()
     return written
+
+
+def draw_runs(
+    directories: Sequence[str | Path],
+    *,
+    epoch: int | None = None,
+    statistics: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    dpi: int = 150,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Path]:
+    """Draw the profiles of several runs into one picture for each statistic and stage.
+
+    Args:
+        directories: of the runs; each needs its ``records.csv``.
+        epoch: of all runs; the last of each if None.
+        statistics: names as in ``records.csv``; all if None. A run that lacks one is left out of that picture.
+        output: folder for the pictures; ``plots`` of the first run if None.
+        dpi: dots per inch.
+        progress: called with the name of each picture before it is drawn.
+
+    Returns:
+        The PNG files written, ``{statistic}-{stage}-runs.png``.
+
+    Raises:
+        FileNotFoundError: if a directory has no records.
+        TypeError: for directories or statistics that are no sequence.
+        ValueError: for an epoch that a run has not recorded, a statistic that none has, one run twice, no run,
+            or a ``dpi`` that is no positive integer.
+        ModuleNotFoundError: without matplotlib.
+    """
+    check_names("statistics", statistics)
+    check_positive_integer("dpi", dpi)
+    if isinstance(directories, (str, Path)) or not isinstance(directories, Iterable):
+        raise TypeError(f"expected a sequence of directories, got {directories!r}")
+    paths = [Path(directory) for directory in directories]
+    if not paths:
+        raise ValueError("expected the directory of at least one run, got none")
+    labels = _labels(paths)
+    runs = [SavedRun(path) for path in paths]
+    profiles: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    titles: dict[str, str] = {}
+    for run, label in zip(runs, labels, strict=True):
+        run.check(rows=True)
+        key = run.last_of(epoch)
+        titles[label] = f"{label}, {key}"
+        for row in run.rows:
+            if row.key == key and row.layer not in ("", MEAN_LAYER):
+                of_run = profiles.setdefault((row.statistic, row.stage), {}).setdefault(label, {})
+                of_run[row.layer] = row.value
+    known = list(dict.fromkeys(statistic for statistic, _ in profiles))
+    if unknown := [name for name in statistics or () if name not in known]:
+        raise ValueError(f"expected statistics among {known}, got {unknown[0]!r}")
+    settings = runs[0].statistics
+    folder = paths[0] / "plots" if output is None else Path(output)
+    written = []
+    for (statistic, stage), of_runs in profiles.items():
+        if statistics is not None and statistic not in statistics:
+            continue
+        target = folder / f"{statistic}-{stage}-runs.png"
+        progress(target.name)
+        named = {titles[label]: profile for label, profile in of_runs.items()}
+        title = f"{title_of(statistic, settings)}, {stage}"
+        save_figure(plot_profile(named, statistic=statistic, title=title)[0], target, dpi)
+        written.append(target)
+    return written
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [os.path.abspath(path) for path in paths]
+    if len(set(parts)) < len(parts):
+        twice = next(path for path, each in zip(paths, parts, strict=True) if parts.count(each) > 1)
+        raise ValueError(f"expected different runs, got {twice} twice")
+    return run_names(paths)
 
 
 def _statistics_of(rows: Sequence[Row]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.record import Settings
+from spectralmetrics.recording.record import RecordKey
+from spectralmetrics.recording.settings import Settings
 
 FILE_NAME = "recording.json"
 _FORMAT = 1
@@ -21,16 +22,16 @@ class Manifest:
     """The state of a run.
 
     Attributes:
-        writers: name -> the last epoch recorded before that writer joined, None for one from the beginning.
-            An epoch up to that one needs no part of it to be whole.
+        writers: name -> the last record before that writer joined, None for one from the beginning. A record up
+            to that one needs no part of it to be whole.
         statistics: name -> settings of the metric, see :func:`~spectralmetrics.recording.record.describe`.
         layers: name -> what is known of the layer besides its data: ``kind`` and ``ceiling``.
-        last_epoch: of the last whole record; what counts for a run of which no writer keeps records.
+        last: the last whole record; what counts for a run of which no writer keeps records.
     """
 
-    writers: dict[str, int | None] = field(default_factory=dict)
+    writers: dict[str, RecordKey | None] = field(default_factory=dict)
     statistics: dict[str, Settings] = field(default_factory=dict)
-    last_epoch: int | None = None
+    last: RecordKey | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -53,8 +54,11 @@ def read_manifest(directory: Path) -> Manifest:
         version = content.pop("format")
         if version > _FORMAT:
             raise ValueError(f"format {version} is of a later release")
+        content["last"] = content.pop("last_epoch", None)
         manifest = Manifest(**content)
         _check(manifest)
+        manifest.writers = {name: _key(name, each) for name, each in manifest.writers.items()}
+        manifest.last = _key("last_epoch", manifest.last)
         return manifest
     except KeyError as error:
         raise ValueError(f"expected {path} to be a recorder's: it has no {error}") from error
@@ -65,16 +69,33 @@ def read_manifest(directory: Path) -> Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace the manifest of a run."""
     with replacing(directory / FILE_NAME) as file:
-        file.write(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1).encode())
+        content = {
+            "format": _FORMAT,
+            "writers": {name: _plain(key) for name, key in manifest.writers.items()},
+            "statistics": manifest.statistics,
+            "last_epoch": _plain(manifest.last),
+            "layers": manifest.layers,
+        }
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def _plain(key: RecordKey | None) -> int | list[int] | None:
+    """The end of an epoch as its number, as earlier releases wrote it; a step as epoch and step."""
+    return None if key is None else key.epoch if key.step is None else [key.epoch, key.step]
+
+
+def _key(name: str, content: Any) -> RecordKey | None:
+    if content is None or type(content) is int:
+        return None if content is None else RecordKey(content)
+    if isinstance(content, list) and len(content) == 2 and all(type(each) is int for each in content):
+        return RecordKey(*content)
+    raise ValueError(f"expected an epoch, [epoch, step] or null as {name!r}, got {content!r}")
 
 
 def _check(manifest: Manifest) -> None:
     """Raise a ValueError unless all parts that others read are of their kind."""
     if not all(isinstance(part, dict) for part in (manifest.writers, manifest.statistics, manifest.layers)):
         raise ValueError("writers, statistics and layers are no objects")
-    for name, epoch in [*manifest.writers.items(), ("last_epoch", manifest.last_epoch)]:
-        if epoch is not None and type(epoch) is not int:
-            raise ValueError(f"expected an epoch or null as {name!r}, got {epoch!r}")
     for name, facts in manifest.layers.items():
         ceiling = facts.get("ceiling")
         if set(facts) != set(LayerFacts._fields) or not isinstance(facts["kind"], str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.record import Row, Settings
+from spectralmetrics.recording.record import RecordKey, Row
+from spectralmetrics.recording.settings import Settings
+from spectralmetrics.table import percent
 from spectralmetrics.tail import MEAN_LAYER, low_saturation_tail
 
 if TYPE_CHECKING:
@@ -31,26 +34,42 @@ def draw_profile(
         if row.low is not None and row.high is not None:
             bands.setdefault(row.stage, {})[row.layer] = (row.low, row.high)
     task = [literal(f"{row.stage} {row.statistic} {row.value:.4g}".strip()) for row in rows if not row.layer]
-    title = ", ".join([title_of(statistic, settings), f"epoch {own[0].epoch}", *task])
+    title = ", ".join([title_of(statistic, settings), str(own[0].key), *task])
     tail = []
     is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
     if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
         tail = low_saturation_tail(profiles.get("eval", {}))
     ceilings = {}
     if settings.get(statistic, {}).get("metric") == "intrinsic_dimension":
-        ceilings = {name: each.ceiling for name, each in (facts or {}).items() if each.ceiling is not None}
+        largest: dict[str, float] = {}
+        for row in own:
+            if not math.isnan(row.value):
+                largest[row.layer] = max(row.value, largest.get(row.layer, 0.0))
+        ceilings = {
+            name: each.ceiling
+            for name, each in (facts or {}).items()
+            if each.ceiling is not None and not largest.get(name, 0.0) > each.ceiling  # it would be refuted
+        }
     return plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)[
         0
     ]
 
 
-def draw_heatmap(rows: Sequence[Row], statistic: str, stage: str, settings: Mapping[str, Settings]) -> Figure:
-    """All epochs of a statistic in one stage."""
+def draw_heatmap(
+    rows: Sequence[Row],
+    statistic: str,
+    stage: str,
+    settings: Mapping[str, Settings],
+    places: Mapping[RecordKey, int],
+    by_step: bool = False,
+) -> Figure:
+    """All epochs, or steps, of a statistic in one stage; for the places see :meth:`.SavedRun.places`."""
     profiles: dict[int, dict[str, float]] = {}
     for row in rows:
-        if row.statistic == statistic and row.stage == stage and row.layer not in ("", MEAN_LAYER):
-            profiles.setdefault(row.epoch, {})[row.layer] = row.value
-    title = f"{title_of(statistic, settings)}, {literal(stage)}"
+        is_one = row.statistic == statistic and row.stage == stage and row.layer not in ("", MEAN_LAYER)
+        if is_one and row.key in places:
+            profiles.setdefault(places[row.key], {})[row.layer] = row.value
+    title = f"{title_of(statistic, settings)}, {literal(stage)}{', by step' if by_step else ''}"
     return plot_heatmap(profiles, statistic=statistic, title=title)[0]
 
 
@@ -81,12 +100,3 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a PNG, whole or not at all."""
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=dpi)
-
-
-def percent(share: float) -> str:
-    """A share in the unit that people read.
-
-    >>> percent(0.995)
-    '99.5 %'
-    """
-    return f"{100 * share:.4g} %"

@@ -1,24 +1,20 @@
-"""Statistics of a recorded run at other settings, without the model."""
+"""Statistics of a recorded run at other settings, and its summary, without the model."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
-from spectralmetrics.metrics import statistics as all_statistics
-from spectralmetrics.recording.manifest import read_manifest
-from spectralmetrics.recording.record import UNKNOWN, Row, Settings, tidy_rows
-from spectralmetrics.recording.writers.arrays import read_layers, saved_epochs
-from spectralmetrics.sums import Marginals
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.probing.summary import Summary, summarise, threshold_of
+from spectralmetrics.recording.record import Row, tidy_rows, warn_of_undefined
+from spectralmetrics.recording.saved import Failures, SavedRun
+from spectralmetrics.recording.settings import Settings, rebuild_metrics, rebuild_statistic
 from spectralmetrics.sums.checks import check_type
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]
@@ -45,6 +41,8 @@ def recompute(
     Returns:
         Rows with the columns of ``records.csv``, in its order, means over the layers included. With folds, low
         and high are the ends of the values' intervals. Values of a statistic that is no number are arrays.
+        What cannot be had of some layers is left out with one warning that names it: statistics that are not
+        read from sketches, and layers that are damaged.
 
     Raises:
         FileNotFoundError: if the run holds no arrays.
@@ -62,84 +60,87 @@ def recompute(
     >>> [(row["statistic"], row["layer"]) for row in recompute(directory, 0.5, ["intrinsic_dimension"])]
     [('intrinsic_dimension', '0'), ('intrinsic_dimension', 'mean')]
     """
-    directory = Path(directory)
-    files = saved_epochs(directory)
-    if not files:
-        raise FileNotFoundError(f"expected a run recorded with the writer 'arrays', got {directory}")
-    recorded = read_manifest(directory).statistics
-    metrics = _metrics(statistics, recorded)
+    run = SavedRun(directory)
+    run.check(arrays=True)
+    metrics = _metrics(statistics, run.statistics)
     if isinstance(threshold, Iterable) and not isinstance(threshold, str):
         metrics = {own: each for one in threshold for own, each in _at(metrics, one, True).items()}
     elif threshold is not None:
         metrics = _at(metrics, threshold, False)
-    # As in the recording, where an embedding's eigenvectors bring the eigenvalues that all read.
-    vectors = any(kind.needs_eigenvectors for kind in _kinds(recorded))
-    rows: list[dict[str, Any]] = []
-    for epoch, path in files.items():
+    rows: list[Row] = []
+    failures = Failures()
+    for key, path in run.arrays.items():
         progress(path)
-        values, intervals = rebuild_layers(path, metrics, vectors)
-        rows += [row._asdict() for row in tidy_rows(epoch, values, intervals)]
+        values, intervals = run.rebuilt(key, metrics, failures)
+        rows += tidy_rows(key, values, intervals)
         if statistics is not None:
             for (name, stage, layer), value in values.items():
                 if value.ndim:
-                    rows.append(Row(epoch, stage, layer, name, value.numpy())._asdict())  # type: ignore[arg-type]
-    return rows
+                    rows.append(Row(key.epoch, stage, layer, name, value.numpy(), step=key.step))  # type: ignore[arg-type]
+    found = {row.statistic for row in rows}
+    for name in metrics:
+        if not found or (name not in found and statistics is not None):
+            failures.check(repr(name))
+    failures.warn()
+    # What was recorded has been warned of then.
+    warn_of_undefined([row for row in rows if isinstance(row.value, (int, float))], run.statistics)
+    return [row._asdict() for row in rows]
 
 
-def rebuild_layers(
-    path: Path, metrics: Mapping[str, SpectralMetric], vectors: bool = False
-) -> tuple[dict[tuple[str, str, str], Tensor], dict[tuple[str, str, str], Interval]]:
-    """(statistic, stage, layer) -> value, and to interval where there is one; in the order of the metrics.
+def summarise_run(
+    directory: str | Path,
+    *,
+    epoch: int | None = None,
+    stage: str = "eval",
+    statistic: str = "intrinsic_dimension",
+    threshold: float | None = None,
+) -> Summary:
+    """The table of :meth:`.LayerProbe.summary`, from the arrays of a run (writer ``"arrays"``).
 
     Args:
-        path: of an array file.
-        metrics: by the names of their statistics.
-        vectors: whether eigenvalues are to come with eigenvectors, as they did in the recording.
+        directory: of the run.
+        epoch: whose last record that has arrays; None: the last of all.
+        stage: ``"train"`` or ``"eval"``.
+        statistic: a name that was recorded or a short name, of a statistic that is one number.
+        threshold: share of the variance, in (0, 1]; as recorded if None, or else 0.99.
+
+    Raises:
+        FileNotFoundError: if the run holds no arrays.
+        ValueError: for an epoch or stage that was not recorded, or an unknown statistic or threshold.
+
+    Layers that are damaged are left out, with one warning that names them.
+
+    >>> import tempfile, torch
+    >>> from spectralmetrics import LayerProbe, Recorder
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> directory = tempfile.mkdtemp()
+    >>> with LayerProbe(model) as probe, Recorder(directory, probe, ["arrays"]) as recorder:
+    ...     _ = model(torch.randn(32, 4))
+    ...     _ = recorder.record()
+    >>> summarise_run(directory, stage="train").rows[0].width
+    3
     """
-    values: dict[tuple[str, str, str], Tensor] = {}
-    intervals: dict[tuple[str, str, str], Interval] = {}
-    for layer in read_layers(path):
-        spectra: dict[bool, Spectrum] = {}
-        # Eigenvectors first: they come with the eigenvalues that the others read.
-        for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
-            center = metrics[name].center
-            if center not in spectra:
-                spectra[center] = layer.spectrum(center)
-                if vectors:
-                    spectra[center].eigenvectors  # noqa: B018
-            values[name, layer.stage, layer.layer] = _value(metrics[name], spectra[center], layer.layer)
-        for name, metric in metrics.items():
-            key = (name, layer.stage, layer.layer)
-            values[key] = values.pop(key)
-            kept = spectra[metric.center]
-            if metric.has_interval and (kept.num_folds > 1 or kept.sketch is not None):
-                intervals[key] = metric.interval_of(spectra[metric.center])
-    return values, intervals
-
-
-def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
-    """The metrics of a run, by name, as far as they can be made from their settings."""
-    metrics = {}
-    for name in recorded:
-        with contextlib.suppress(ValueError):
-            metrics[name] = rebuild_statistic(name, recorded)
-    return metrics
-
-
-def _value(metric: SpectralMetric, spectrum: Spectrum, layer: str) -> Tensor:
-    wanted = [*metric.other_sums()]
-    if isinstance(metric, MarginalMetric):
-        wanted += [] if metric.can_read_matrix else [metric.spectral_sum()]
-    elif isinstance(spectrum.sums, Marginals):
-        raise ValueError(
-            f"expected a covariance of layer {layer!r} for {metric.short_name!r}; only marginals were recorded"
-        )
-    for each in wanted:
-        if not spectrum.has(type(each)):
-            raise ValueError(
-                f"expected {each.described} of layer {layer!r} for {metric.short_name!r}; none was recorded"
-            )
-    return metric.value_of(spectrum)
+    run = SavedRun(directory)
+    run.check(arrays=True)
+    key = run.last_of(epoch, arrays=True)
+    metric = rebuild_statistic(statistic, run.statistics)
+    if threshold is None:
+        threshold = threshold_of(rebuild_metrics(run.statistics).values())
+    check_threshold(threshold)
+    if hasattr(metric, "threshold"):
+        metric.threshold = threshold
+    if stage not in {each for each, _ in run.layers_in(key)}:
+        raise ValueError(f"expected a stage that was recorded in {key}, got {stage!r}")
+    spectra: dict[str, Spectrum] = {}
+    failures = Failures()
+    for layer in run.layers(key, stage):
+        with failures.of(key, layer, "all"):
+            layer.spectrum(metric.center)  # with all that was saved of it
+            spectra[layer.layer] = layer.spectrum()
+    if not spectra:
+        failures.check("all")
+    failures.warn()
+    return summarise(spectra, run.facts, metric, threshold=threshold, where=f"{key}, {stage}")
 
 
 def _metrics(
@@ -171,34 +172,6 @@ def _metrics(
         else:
             found[each] = rebuild_statistic(each, recorded)
     return found
-
-
-def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
-    """A metric by the name that it was recorded under, with its settings, or by a short name.
-
-    Raises:
-        ValueError: if there is none, or its settings could not be recorded.
-    """
-    settings = {**recorded.get(name, {"metric": name})}
-    kinds = all_statistics()
-    short_name = settings.pop("metric", None)
-    if name in recorded and short_name not in kinds:
-        raise ValueError(f"{name!r} was recorded by a class that is not imported: import it, or pass a metric")
-    if short_name not in kinds:
-        raise ValueError(f"expected statistics among {sorted(set(kinds) | set(recorded))}, got {name!r}")
-    if unknown := settings.pop(UNKNOWN, None):
-        raise ValueError(
-            f"the settings {unknown} of {name!r} could not be recorded: pass a metric that has them"
-        )
-    try:
-        return kinds[short_name](**settings)
-    except TypeError as error:
-        raise ValueError(f"the recorded settings of {name!r} are none of {short_name!r}: {error}") from error
-
-
-def _kinds(recorded: Mapping[str, Settings]) -> list[type[SpectralMetric]]:
-    kinds = all_statistics()
-    return [kinds[each["metric"]] for each in recorded.values() if each.get("metric") in kinds]
 
 
 def _at(metrics: dict[str, SpectralMetric], threshold: float, named: bool) -> dict[str, SpectralMetric]:

@@ -1,24 +1,52 @@
-"""What is known at the end of an epoch, as a writer gets it."""
+"""A record of a run, as a writer gets it: its key, its values and rows, and how layers are named."""
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Mapping, Sequence
+import math
+import warnings
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from spectralmetrics.metrics import Interval, SpectralMetric
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.metrics import Interval
 from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
-from spectralmetrics.tail import MEAN_LAYER
+from spectralmetrics.tail import MEAN_LAYER, mean_over_layers
 
-Settings: TypeAlias = dict[str, Any]
-"""Of a metric, as JSON holds them; see :func:`describe`."""
+
+class RecordKey(NamedTuple):
+    """The identity of a record.
+
+    Attributes:
+        epoch: the epoch that has ended, or that goes on at a step.
+        step: number of optimiser steps so far, of a record within an epoch; None at the end of the epoch.
+    """
+
+    epoch: int
+    step: int | None = None
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Keys sort by it: steps come before the end of their epoch.
+
+        >>> RecordKey(1, 700).order < RecordKey(1).order < RecordKey(2, 800).order
+        True
+        """
+        return self.epoch, math.inf if self.step is None else self.step
+
+    @property
+    def ended_epoch(self) -> int | None:
+        """The last epoch that has ended; None in the first one."""
+        ended = self.epoch if self.step is None else self.epoch - 1
+        return None if ended < 0 else ended
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}" if self.step is None else f"epoch {self.epoch}, step {self.step}"
 
 
 class Row(NamedTuple):
@@ -32,6 +60,7 @@ class Row(NamedTuple):
         value: dimensions are int, all else is float.
         low: the lower end of its interval, see :meth:`.SpectralMetric.interval`; None without folds.
         high: the upper end of its interval; None without folds.
+        step: of a record within an epoch; None at the end of the epoch.
     """
 
     epoch: int
@@ -41,6 +70,12 @@ class Row(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
+    step: int | None = None
+
+    @property
+    def key(self) -> RecordKey:
+        """The record that it belongs to."""
+        return RecordKey(self.epoch, self.step)
 
 
 COLUMNS = Row._fields
@@ -48,7 +83,7 @@ COLUMNS = Row._fields
 
 @dataclass(frozen=True)
 class Record:
-    """One epoch of a run.
+    """One record of a run: the end of an epoch, or a step within one.
 
     Attributes:
         epoch: its number.
@@ -59,6 +94,9 @@ class Record:
             the state itself, which goes on changing: read what you need before ``write`` returns.
         statistics: name -> settings, see :func:`describe`.
         layers: name -> what is known of the layer besides its data.
+        step: number of optimiser steps; None at the end of an epoch.
+        spectra: (stage, layer) -> the spectrum of these sums, with the eigenvalues that the values were read
+            from; see :meth:`spectrum`.
     """
 
     epoch: int
@@ -67,6 +105,22 @@ class Record:
     sums: Mapping[tuple[str, str], Sequence[Sum]] = field(default_factory=dict)
     statistics: Mapping[str, Settings] = field(default_factory=dict)
     layers: Mapping[str, LayerFacts] = field(default_factory=dict)
+    step: int | None = None
+    spectra: Mapping[tuple[str, str], Spectrum] = field(default_factory=dict)
+
+    @property
+    def key(self) -> RecordKey:
+        """Its identity."""
+        return RecordKey(self.epoch, self.step)
+
+    def spectrum(self, stage: str, layer: str) -> Spectrum | None:
+        """The spectrum of a layer about its mean, on the CPU; None where no covariance or sketch is kept."""
+        if (stage, layer) in self.spectra:
+            return self.spectra[stage, layer]
+        first, *others = self.sums[stage, layer]
+        if not isinstance(first, SpectralSum):
+            return None
+        return Spectrum(first, others=others, device=torch.device("cpu"))
 
     @property
     def moments(self) -> dict[tuple[str, str], Moments]:
@@ -87,60 +141,82 @@ class Record:
         }
 
 
-UNKNOWN = "settings not recorded"
-"""Under which :func:`describe` names settings that JSON cannot hold."""
+def check_recordable(what: str, name: str) -> None:
+    r"""Raise a ValueError for a name that the files of a run cannot hold.
+
+    >>> check_recordable("layer", "a\0b")
+    Traceback (most recent call last):
+    ValueError: expected a layer's name without null characters and lone surrogates, got 'a\x00b'; rename it
+    """
+    if "\0" in name or any("\ud800" <= each <= "\udfff" for each in name):
+        raise ValueError(
+            f"expected a {what}'s name without null characters and lone surrogates, got {name!r}; rename it"
+        )
 
 
 def tidy_rows(
-    epoch: int,
+    key: RecordKey,
     values: Mapping[tuple[str, str, str], Tensor],
     intervals: Mapping[tuple[str, str, str], Interval] | None = None,
 ) -> list[Row]:
     """The numbers among values, as rows, and after each stage the means over its layers.
 
     Args:
-        epoch: of the record.
+        key: of the record.
         values: (statistic, stage, layer) -> value, stage by stage and in forward order. What is no single
             number is left out.
         intervals: of some of them, by the same keys.
 
     >>> import torch
     >>> values = {("saturation", "eval", layer): torch.tensor(0.5 * k) for k, layer in enumerate("ab", 1)}
-    >>> [(row.layer, row.value) for row in tidy_rows(0, values)]
+    >>> [(row.layer, row.value) for row in tidy_rows(RecordKey(0), values)]
     [('a', 0.5), ('b', 1.0), ('mean', 0.75)]
     """
     rows: list[Row] = []
     for stage in dict.fromkeys(stage for _, stage, _ in values):
-        of_stage: dict[str, list[float]] = {}
+        of_stage: dict[str, dict[str, float]] = {}
         for (statistic, its_stage, layer), value in values.items():
             if its_stage == stage and value.ndim == 0 and not value.is_complex():
                 number = int(value) if value.dtype == torch.bool else value.item()
                 ends = (intervals or {}).get((statistic, stage, layer), ())
-                rows.append(Row(epoch, stage, layer, statistic, number, *(end.item() for end in ends)))
-                of_stage.setdefault(statistic, []).append(number)
+                low, high = (end.item() for end in ends) if ends else (None, None)
+                rows.append(Row(key.epoch, stage, layer, statistic, number, low, high, key.step))
+                of_stage.setdefault(statistic, {})[layer] = number
         for statistic, numbers in of_stage.items():
-            rows.append(Row(epoch, stage, MEAN_LAYER, statistic, sum(numbers) / len(numbers)))
+            mean = mean_over_layers(numbers.values())
+            rows.append(Row(key.epoch, stage, MEAN_LAYER, statistic, mean, step=key.step))
     return rows
 
 
-def describe(metric: Metric) -> Settings:
-    """The statistic and the settings of a metric, as JSON can hold them; what ``recompute`` rebuilds it from.
+def undefined_layers(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Statistic -> layers that its means leave out, since it is not defined there though it is elsewhere."""
+    missing: dict[str, dict[str, None]] = {}
+    defined = set()
+    for row in rows:
+        if row.layer == MEAN_LAYER:
+            if not math.isnan(row.value):
+                defined.add(row.statistic)
+        elif row.layer and math.isnan(row.value):
+            missing.setdefault(row.statistic, {})[row.layer] = None
+    return {statistic: list(layers) for statistic, layers in missing.items() if statistic in defined}
 
-    >>> from spectralmetrics import SaturationMetric
-    >>> describe(SaturationMetric(threshold=0.9))["threshold"]
-    0.9
+
+def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stacklevel: int = 2) -> None:
+    """Warn once for each statistic whose means leave out layers.
+
+    Args:
+        rows: of a record.
+        known: statistics of which nothing is to be said, such as those that were warned of before.
+        stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """
-    if not isinstance(metric, SpectralMetric) or not (metric.takes_observations and metric.is_statistic):
-        return {"class": type(metric).__name__}
-    settings: Settings = {"metric": metric.short_name, "center": metric.center}
-    for name, parameter in inspect.signature(type(metric)).parameters.items():
-        value = getattr(metric, name, parameter.default)
-        if name in ("num_features", "gram_dtype", "nan_strategy", "folds") or value is parameter.empty:
-            continue  # a width of no consequence, and what changes how data is taken but not what it says
-        if isinstance(value, (list, tuple)):
-            value = list(value)
-        try:
-            settings[name] = json.loads(json.dumps(value))
-        except TypeError:
-            settings.setdefault(UNKNOWN, []).append(name)
-    return settings
+    for statistic, layers in undefined_layers(rows).items():
+        if statistic not in known:
+            found = {row.layer for row in rows if row.statistic == statistic}
+            number = len(found - {"", MEAN_LAYER})
+            named = ", ".join(map(repr, layers))
+            warnings.warn(
+                f"the mean of {statistic!r} is over {number - len(layers)} of {number} layers: it is undefined"
+                f" (NaN) for {named}",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )

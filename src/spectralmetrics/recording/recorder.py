@@ -14,14 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.functional.together import Progress
-from spectralmetrics.metrics import Interval
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.recording.record import Record, Row, Settings, describe, tidy_rows
-from spectralmetrics.recording.run import Mode, Run
+from spectralmetrics.probing.keys import Key, as_text
+from spectralmetrics.probing.probe import read_probe
+from spectralmetrics.recording.directory import Mode, RunDirectory
+from spectralmetrics.recording.record import (
+    Record,
+    RecordKey,
+    Row,
+    check_recordable,
+    tidy_rows,
+    undefined_layers,
+    warn_of_undefined,
+)
+from spectralmetrics.recording.settings import Settings, describe
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
-from spectralmetrics.sums import Sum
-from spectralmetrics.tail import MEAN_LAYER
+from spectralmetrics.tail import MEAN_LAYER, recorded_name
 
 T = TypeVar("T")
 
@@ -46,8 +55,8 @@ class Recorder:
 
     Raises:
         FileExistsError: in mode ``"create"``, if the directory holds records.
-        TypeError, ValueError: for other arguments; for a layer named ``"mean"``; in mode ``"resume"``, for
-            metrics with other settings than those recorded.
+        TypeError, ValueError: for other arguments; for layers or metrics whose names hold null characters or
+            lone surrogates; in mode ``"resume"``, for metrics with other settings than those recorded.
         BlockingIOError: while another recorder of the directory is open, in this process or another.
         OSError: if the directory cannot be written to.
         ModuleNotFoundError: if a writer's extra is not installed.
@@ -75,26 +84,26 @@ class Recorder:
             raise TypeError(f"expected probe to be a LayerProbe or None, got {type(probe).__name__}")
         if mode not in get_args(Mode):
             raise ValueError(f"expected a mode among {get_args(Mode)}, got {mode!r}")
-        if probe is not None and MEAN_LAYER in probe.layers:
-            raise ValueError(
-                f"expected no probed layer to be named {MEAN_LAYER!r}, the name of the mean over layers; rename"
-                " or exclude it"
-            )
+        if probe is not None:
+            for what, names in (("layer", probe.layers), ("metric", probe.statistics)):
+                for name in names:
+                    check_recordable(what, name)
         self.directory = Path(directory).absolute()  # a later `os.chdir` must not split the run
         self.probe = probe
         self.writers = make_writers(writers)
-        self._scalars: dict[tuple[str, str, str], float] = {}
+        self._scalars: dict[Key, float] = {}
         self._statistics: dict[str, Settings] = {}
         if probe is not None:
             self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
-        self._run: Run | None = None  # on the first process
-        self._last_epoch = _on_first_process(lambda: self._open(mode))
+        self._undefined: set[str] = set()  # statistics of which a warning has named the layers
+        self._run: RunDirectory | None = None  # on the first process
+        self._last = _on_first_process(lambda: self._open(mode))
         self._is_open = True
 
     @property
     def next_epoch(self) -> int:
-        """The number of the next record, unless it is given another."""
-        return 0 if self._last_epoch is None else self._last_epoch + 1
+        """The epoch of the next record, unless it is given another."""
+        return 0 if self._last is None or (ended := self._last.ended_epoch) is None else ended + 1
 
     def add_scalar(self, name: str, value: float | Tensor, *, stage: str = "", layer: str = "") -> None:
         """Add a number of your own to the next record, such as accuracy or loss.
@@ -109,13 +118,16 @@ class Recorder:
 
         Raises:
             TypeError: if the value is no number, or ``stage`` or ``layer`` no string.
-            ValueError: if the name is empty or that of a probed statistic, or the layer is ``"mean"``.
+            ValueError: if the name is empty or that of a probed statistic, if the layer is ``"mean"``, or for
+                names that the files of a run cannot hold.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"expected the name of a scalar, got {name!r}")
         for part, text in (("stage", stage), ("layer", layer)):
             if not isinstance(text, str):
                 raise TypeError(f"expected {part} to be a string, got {text!r}")
+        for part, text in (("scalar", name), ("stage", stage), ("layer", layer)):
+            check_recordable(part, text)
         if name in self._statistics:
             raise ValueError(f"expected a name that no probed metric has, got {name!r}")
         if layer == MEAN_LAYER:
@@ -126,44 +138,53 @@ class Recorder:
             raise TypeError(f"expected {name!r} to be a number, got {value!r}") from error
 
     def record(
-        self, epoch: int | None = None, reset: bool = True, progress: Progress | None = None
+        self,
+        epoch: int | None = None,
+        reset: bool = True,
+        progress: Progress | None = None,
+        *,
+        step: int | None = None,
     ) -> dict[str, Tensor]:
         """Compute, write and reset.
 
-        If it raises an OSError, nothing of this epoch was kept and nothing was forgotten: mend the cause and
+        If it raises an OSError, nothing of this record was kept and nothing was forgotten: mend the cause and
         call it again. If it raises a RuntimeError because a writer that only shows records has failed (console,
-        plot or one of your own), the record has been kept, and the next call records the next epoch.
+        plot or one of your own), the record has been kept, and the next call records the next one.
 
         Args:
-            epoch: its number, above that of the last record; None: :attr:`next_epoch`.
-            reset: False goes on accumulating over the next epoch.
+            epoch: its number, above that of the last epoch that was recorded; None: :attr:`next_epoch`.
+            reset: False goes on accumulating over the next record.
             progress: see :meth:`LayerProbe.compute`. What it raises ends the record, of which nothing is kept
                 then, and nothing is forgotten.
+            step: of a record within an epoch, or in a training without epochs: the number of optimiser steps so
+                far, above that of the last record of the same epoch. Such records hold numbers;
+                ``ArraysWriter(every_step=True)`` keeps their arrays, too. None: the end of the epoch.
 
         Returns:
-            What :meth:`LayerProbe.compute` returns, the mean of each statistic over the layers as
-            ``"{statistic}/{stage}/mean"`` (NaN if one is), and the added scalars. Empty, with a warning and
-            without a record, if there is nothing at all.
+            What :meth:`LayerProbe.compute` returns, the mean of each statistic over the layers where it is
+            defined as ``"{statistic}/{stage}/mean"``, and the added scalars. A layer that is itself called
+            ``"mean"`` is recorded as ``"mean (layer)"``. Empty, with a warning and without a record, if nothing
+            was observed or added.
 
         Raises:
-            ValueError: for an epoch that is not above the last.
+            ValueError: for an epoch or step that does not come after the last record.
             RuntimeError: after :meth:`close`; for what :meth:`LayerProbe.compute` or a writer raises.
             OSError: if the record cannot be written; earlier records are intact.
         """
         if not self._is_open:
             raise RuntimeError(f"the recorder of {self.directory} is closed")
-        epoch = self._check_epoch(epoch)
+        key = self._next_key(epoch, step)
         is_kept, failed = False, None
         try:
             with contextlib.nullcontext() if self.probe is None else self.probe.merged(sharing=True):
-                record = self._make_record(epoch, progress)
+                record = self._make_record(key, progress)
                 run: Any = self._run
                 is_kept = _on_first_process(lambda: run.keep(record))
                 if is_kept:
                     failed = _on_first_process(lambda: run.show(record))
         finally:
             if is_kept:  # whatever happens then, an interrupt from the keyboard too
-                self._last_epoch = epoch
+                self._last = key
                 self._scalars.clear()
                 if self.probe is not None and reset:
                     self.probe.reset()
@@ -174,8 +195,10 @@ class Recorder:
         if failed is not None:
             name, error = failed
             raise RuntimeError(
-                f"the record of epoch {epoch} is kept, but the writer {name!r} failed: {error}"
+                f"the record of {key} is kept, but the writer {name!r} failed: {error}"
             ) from error
+        warn_of_undefined(record.rows, self._undefined)
+        self._undefined.update(undefined_layers(record.rows))
         return dict(record.values)
 
     def close(self) -> None:
@@ -195,60 +218,66 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _open(self, mode: Mode) -> int | None:
-        self._run = Run(self.directory, self.writers, self._statistics, mode)
-        return self._run.last_epoch
+    def _open(self, mode: Mode) -> RecordKey | None:
+        self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
+        return self._run.last
 
-    def _check_epoch(self, epoch: int | None) -> int:
-        if epoch is None:
-            return self.next_epoch
-        if not hasattr(epoch, "__index__") or isinstance(epoch, bool) or epoch < 0:
-            raise ValueError(f"expected an epoch as an integer that is not negative, got {epoch!r}")
-        epoch = int(epoch)
-        if epoch < self.next_epoch:
-            raise ValueError(f"expected an epoch above the last recorded one, {self._last_epoch}, got {epoch}")
-        return epoch
+    def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
+        for what, number in (("an epoch", epoch), ("a step", step)):
+            is_integer = hasattr(number, "__index__") and not isinstance(number, bool)
+            if number is not None and not (is_integer and number >= 0):
+                raise ValueError(f"expected {what} as an integer that is not negative, got {number!r}")
+        key = RecordKey(self.next_epoch if epoch is None else int(epoch), None if step is None else int(step))
+        if self._last is None or key.order > self._last.order:
+            return key
+        if key.epoch == self._last.epoch and self._last.step is not None:
+            raise ValueError(
+                f"expected a step above the last recorded one of epoch {key.epoch}, {self._last.step}, got"
+                f" {key.step}"
+            )
+        raise ValueError(
+            f"expected an epoch above the last recorded one, {self._last.ended_epoch}, got {key.epoch}"
+        )
 
-    def _make_record(self, epoch: int, progress: Progress | None) -> Record:
-        values: dict[str, Tensor] = {}
-        sums: dict[tuple[str, str], list[Sum]] = {}
+    def _make_record(self, key: RecordKey, progress: Progress | None) -> Record:
+        values: dict[Key, Tensor] = {}
         rows: list[Row] = []
+        spectra, sums, facts = {}, {}, {}
         if self.probe is not None:
-            where: dict[tuple[str, str, str], Tensor] = {}
-            for key, found in self.probe.compute(progress=progress).items():
-                statistic, stage, layer = key.split("/", 2)
+            reading = read_probe(self.probe, progress)
+            for (statistic, stage, layer), found in reading.values.items():
                 # Metrics of other libraries may return several numbers by name.
                 parts: Any = found if isinstance(found, Mapping) else {"": found}
                 for part, value in parts.items():
                     if isinstance(value, (Tensor, int, float)):
                         name = f"{statistic}_{part}" if part else statistic
-                        where[name, stage, layer] = torch.as_tensor(value)
-            values = {"/".join(key): value for key, value in where.items()}
-            rows = tidy_rows(epoch, where, self._intervals())
-            for stage in ("train", "eval"):
-                for layer in self.probe.layers:
-                    if found_sums := self.probe.sums(stage, layer):
-                        sums[stage, layer] = found_sums
+                        values[name, stage, recorded_name(layer)] = torch.as_tensor(value)
+            intervals = {
+                (name, stage, recorded_name(layer)): ends
+                for (name, stage, layer), ends in reading.intervals.items()
+            }
+            rows = tidy_rows(key, values, intervals)
+            for (stage, layer), spectrum in reading.spectra.items():
+                spectra[stage, recorded_name(layer)] = spectrum
+                sums[stage, recorded_name(layer)] = self.probe.sums(stage, layer)
+            facts = {recorded_name(layer): each for layer, each in self.probe.facts.items()}
         for row in rows:
             if row.layer == MEAN_LAYER:
-                values[f"{row.statistic}/{row.stage}/{MEAN_LAYER}"] = torch.tensor(
-                    row.value, dtype=torch.float64
-                )
+                values[row.statistic, row.stage, row.layer] = torch.tensor(row.value, dtype=torch.float64)
+        named = as_text(values)
         for (name, stage, layer), scalar in self._scalars.items():
-            rows.append(Row(epoch, stage, layer, name, scalar))
-            values["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
-        facts = {} if self.probe is None else self.probe.facts
-        return Record(epoch, values, rows, sums, self._statistics, facts)
-
-    def _intervals(self) -> dict[tuple[str, str, str], Interval]:
-        """Of all values that have one, by statistic, stage and layer."""
-        if self.probe is None or not self.probe.has_intervals:
-            return {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the values have said it all
-            found = self.probe.intervals()
-        parts = {tuple(key.split("/", 2)): interval for key, interval in found.items()}
-        return {(statistic, stage, layer): each for (statistic, stage, layer), each in parts.items()}
+            rows.append(Row(key.epoch, stage, layer, name, scalar, step=key.step))
+            named["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
+        return Record(
+            key.epoch,
+            named,
+            rows,
+            sums,
+            self._statistics,
+            facts,
+            key.step,
+            spectra,
+        )
 
 
 def _on_first_process(function: Callable[[], T]) -> T:

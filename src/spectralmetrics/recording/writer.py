@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spectralmetrics.recording.record import Record
+from spectralmetrics.recording.record import Record, RecordKey
 
 
 class Writer:
@@ -14,7 +14,8 @@ class Writer:
     A writer is used on the first process only. One that shows records (prints, draws, sends) needs ``write``
     alone. One that keeps them sets ``keeps_records = True`` and defines the class methods :meth:`last_epoch`
     and :meth:`discard` as well: a record is whole once all that keep it have it, and ``mode="resume"`` takes
-    back what a killed process had written of one that was not.
+    back what a killed process had written of one that was not. One that takes records at steps, too, sets
+    ``at_steps = True`` and defines :meth:`last_record` and :meth:`discard_after` in their place.
 
     >>> class LargestWriter(Writer):
     ...     def write(self, record):
@@ -32,6 +33,8 @@ class Writer:
     takes_back: ClassVar[bool] = False
     """Whether :meth:`open` hides what was written of later epochs, so that this writer can go before those that
     keep records, and has no gap where a process was killed."""
+    at_steps: bool = False
+    """Whether it is given the records at steps, besides those at the end of an epoch."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -43,8 +46,12 @@ class Writer:
 
         Args:
             directory: of the run; it exists.
-            last_epoch: the last record that is already there, or None.
+            last_epoch: the last epoch of which the end has been recorded, or None.
         """
+
+    def open_after(self, directory: Path, last: RecordKey | None) -> None:
+        """As :meth:`open`, which it calls, with the key of the last record."""
+        self.open(directory, None if last is None else last.ended_epoch)
 
     def write(self, record: Record) -> None:
         """Write one record; whole or, if it raises, not at all."""
@@ -67,10 +74,21 @@ class Writer:
         return None
 
     @classmethod
+    def last_record(cls, directory: Path) -> RecordKey | None:
+        """The key of the last record that the directory holds of this writer, or None."""
+        epoch = cls.last_epoch(directory)
+        return None if epoch is None else RecordKey(epoch)
+
+    @classmethod
     def holds_records(cls, directory: Path) -> bool:
         """Whether the directory holds anything of this writer."""
-        return cls.last_epoch(directory) is not None
+        return cls.last_record(directory) is not None
 
     @classmethod
     def discard(cls, directory: Path, after: int | None) -> None:
         """Remove this writer's part of all records after an epoch; None: of all records."""
+
+    @classmethod
+    def discard_after(cls, directory: Path, after: RecordKey | None) -> None:
+        """Remove this writer's part of all records after one; None: of all records."""
+        cls.discard(directory, None if after is None else after.ended_epoch)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from spectralmetrics.functional.dimension import Rule
-from spectralmetrics.metrics import statistics as all_statistics
-from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.recording.record import Settings
-from spectralmetrics.recording.report.encode import MISSING, UNKNOWN
-from spectralmetrics.recording.report.runs import Run, in_order
-from spectralmetrics.recording.report.spectra import Thresholds, dimensions, points, positions, slider
-from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.probing.standing_out import UNKNOWN_LAYER, dead_features
+from spectralmetrics.recording.record import RecordKey
+from spectralmetrics.recording.report.encode import MISSING
+from spectralmetrics.recording.report.spectra import Bounds, Thresholds, bounds, points, positions, slider
+from spectralmetrics.recording.report.words import Known, Words
+from spectralmetrics.recording.saved import Failures, SavedRun
+from spectralmetrics.recording.settings import Settings
+from spectralmetrics.recording.writers.arrays import SavedLayer
 from spectralmetrics.tail import MEAN_LAYER
 
 Progress: TypeAlias = Callable[[str, int], None]
@@ -29,6 +29,8 @@ Family: TypeAlias = tuple[Rule, bool]
 """The settings, rule and center, on which a dimension depends besides the threshold."""
 
 DEFAULT_THRESHOLD = 0.99
+DEFAULT_FAMILY: Family = ("explained", True)
+"""That of summaries, and of statistics that were not recorded."""
 KINDS = {"saturation": "share", "intrinsic_dimension": "dimension"}
 """The statistics that the slider moves: a dimension, or one divided by the width."""
 NARROW = 512
@@ -37,56 +39,90 @@ MOST_POINTS = 1_280_000
 """Of all spectra together, so that a page of 200 layers and 100 epochs stays below 10 MB."""
 
 
-def collect(runs: Sequence[Run], progress: Progress) -> Content:
+def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
     """The content of a page.
 
     Arrays have the axes (stage, layer, epoch), or (stage, layer, threshold or point, epoch), in the order of
     the page's and the run's lists. Where nothing was recorded, they hold ``MISSING``, or ``"is_recorded"`` 0.
     ``"held_out"`` has the dimensions of what was held out, ``MISSING`` without folds and ``UNKNOWN`` while one
-    of them is empty; with the dimension they are the ends of its interval.
+    of them is empty; with the dimension they are the ends of its interval. ``"stands_out"`` has places in the
+    list ``"words"``, ``"in_tail"`` 0 or 1. Where no run recorded the end of an epoch, epochs are steps.
 
     Args:
-        runs: see :func:`~spectralmetrics.recording.report.runs.read_runs`.
-        progress: called before each spectrum with what it is of, and the number of all spectra.
+        runs: by their names.
+        progress: called before each layer with what it is, and the number of all.
 
     Raises:
-        ValueError: if an array file cannot be read.
+        ValueError: if a file cannot be read.
     """
-    recorded = [float(each["threshold"]) for run in runs for each in run.settings.values() if _moves(each)]
+    recorded = [
+        float(each["threshold"]) for run in runs.values() for each in run.statistics.values() if _moves(each)
+    ]
     thresholds = slider(recorded)
-    where = [run.where for run in runs]
-    stages = in_order(dict.fromkeys(stage for stage, _ in keys) for keys in where)
-    layers = in_order([layer for one, layer in keys if one == stage] for keys in where for stage in stages)
-    total = sum(len(keys) for run in runs for keys in run.saved.values())
+    by_step = not any(run.has_epochs for run in runs.values())
+    where = {name: run.where for name, run in runs.items()}
+    stages = _in_order(dict.fromkeys(stage for stage, _ in keys) for keys in where.values())
+    layers = _in_order(
+        [layer for one, layer in keys if one == stage] for keys in where.values() for stage in stages
+    )
+    total = sum(len(run.layers_in(key)) for run in runs.values() for key in run.places(by_step))
     most = min(max(MOST_POINTS // max(total, 1), 16), 128)
+    has_arrays = any(run.arrays for run in runs.values())
     found = []
-    for run in runs:
-        place = _Place(stages, layers, run.epochs)
-        families = _families(run)
-        arrays = (
-            _from_arrays(run, place, families, np.array(thresholds), most, lambda name: progress(name, total))
-            if run.files
-            else {}
+    chosen = []
+    failures = Failures()
+    for name, run in runs.items():
+        axes = _Axes(stages, layers, run.places(by_step))
+        families = list(dict.fromkeys([*_families(run), DEFAULT_FAMILY]))
+        content = _from_records(run, axes, families)
+        chosen += [*content.pop("recorded"), *content["statistics"]]
+        words = Words(axes.new(MISSING, len(thresholds)), np.array(thresholds))
+        arrays = {}
+        if run.arrays:
+            parts = (np.array(thresholds), most, failures, words)
+
+            def tell(what: str, name: str = name) -> None:
+                progress(f"{name}, {what}", total)
+
+            arrays = _from_arrays(run, axes, families, *parts, tell)
+        else:
+            _words_of_values(run, axes, content["statistics"], words, None if not has_arrays else thresholds)
+        facts = [run.facts.get(layer, UNKNOWN_LAYER)._asdict() for layer in layers]
+        found.append(
+            {
+                "name": name,
+                "epochs": list(axes.epochs),
+                "facts": facts,
+                "arrays": arrays,
+                **content,
+                **words.content(),
+            }
         )
-        records = _from_records(run, place, families)
-        facts = [run.facts.get(layer, LayerFacts("", None))._asdict() for layer in layers]
-        found.append({"name": run.name, "epochs": run.epochs, "facts": facts, "arrays": arrays, **records})
+    failures.warn(stacklevel=3)
+    shares = [
+        name for name in chosen if any(run["statistics"].get(name, {}).get("kind") == "share" for run in found)
+    ]
+    own = [name for run in found for name, entry in run["statistics"].items() if "values" in entry]
     return {
+        "unit": "step" if by_step else "epoch",
         "thresholds": thresholds,
         "threshold": thresholds.index(recorded[0] if recorded else DEFAULT_THRESHOLD),
+        # What was recorded, saturation before others.
+        "statistic": next((name for name in [*shares, *chosen] if name in own), next(iter(chosen), None)),
         "stages": stages,
         "layers": layers,
         "runs": found,
     }
 
 
-class _Place:
+class _Axes:
     """The axes of a run's arrays."""
 
-    def __init__(self, stages: Sequence[str], layers: Sequence[str], epochs: Sequence[int]) -> None:
+    def __init__(self, stages: Sequence[str], layers: Sequence[str], places: Mapping[RecordKey, int]) -> None:
         self._stages = {stage: index for index, stage in enumerate(stages)}
         self._layers = {layer: index for index, layer in enumerate(layers)}
-        self.epochs = {epoch: index for index, epoch in enumerate(epochs)}
+        self.epochs = list(places.values())
+        self.records = {key: index for index, key in enumerate(places)}
 
     def new(self, fill: float, *between: int) -> Array:
         shape = (len(self._stages), len(self._layers), *between, len(self.epochs))
@@ -95,110 +131,112 @@ class _Place:
     def line(self, fill: float) -> Array:
         return np.full(len(self.epochs), fill, dtype=type(fill))
 
-    def of(self, stage: str, layer: str, epoch: int) -> tuple[Any, ...]:
-        return (self._stages[stage], self._layers[layer], ..., self.epochs[epoch])
+    def of(self, stage: str, layer: str, key: RecordKey) -> tuple[Any, ...]:
+        return (self._stages[stage], self._layers[layer], ..., self.records[key])
 
 
 def _moves(settings: Settings) -> bool:
     return settings.get("metric") in KINDS and "threshold" in settings
 
 
-def _families(run: Run) -> list[Family]:
-    recorded: list[Family] = [_family(each) for each in run.settings.values() if _moves(each)]
-    return list(dict.fromkeys(recorded)) or [_family({})]
+def _families(run: SavedRun) -> list[Family]:
+    return [_family(each) for each in run.statistics.values() if _moves(each)]
 
 
 def _family(settings: Settings) -> Family:
     return settings.get("rule", "explained"), settings.get("center", True)
 
 
-def _from_records(run: Run, place: _Place, families: list[Family]) -> Content:
+def _from_records(run: SavedRun, axes: _Axes, families: list[Family]) -> Content:
     """The numbers of ``records.csv``, and which of them the slider moves."""
     statistics: dict[str, Content] = {}
     scalars: dict[tuple[str, str], Content] = {}
     for row in run.rows:
+        if row.key not in axes.records:
+            continue
         if not row.layer:
-            key, epoch = (row.statistic, row.stage), place.epochs[row.epoch]
+            key, epoch = (row.statistic, row.stage), axes.records[row.key]
             if key not in scalars:
-                empty = {"values": place.line(np.nan), "is_recorded": place.line(0)}
+                empty = {"values": axes.line(np.nan), "is_recorded": axes.line(0)}
                 scalars[key] = {"name": row.statistic, "stage": row.stage, **empty}
             scalars[key]["values"][epoch] = row.value
             scalars[key]["is_recorded"][epoch] = 1
         elif row.layer != MEAN_LAYER:
             if row.statistic not in statistics:
-                statistics[row.statistic] = {"values": place.new(np.nan), "is_recorded": place.new(0)}
-            where = place.of(row.stage, row.layer, row.epoch)
+                statistics[row.statistic] = {"values": axes.new(np.nan), "is_recorded": axes.new(0)}
+            where = axes.of(row.stage, row.layer, row.key)
             statistics[row.statistic]["values"][where] = row.value
             statistics[row.statistic]["is_recorded"][where] = 1
             for end, value in (("low", row.low), ("high", row.high)):
                 if value is not None:
-                    ends = statistics[row.statistic].setdefault(end, place.new(np.nan))
+                    ends = statistics[row.statistic].setdefault(end, axes.new(np.nan))
                     ends[where] = value
+    recorded = list(statistics)
     # With arrays these two can be had of every run.
-    names = list(dict.fromkeys([*statistics, *(KINDS if run.files else ())]))
+    names = list(dict.fromkeys([*statistics, *(KINDS if run.arrays else ())]))
     for name in names:
         # As recompute does of a name that was not recorded.
-        settings = run.settings.get(name, {"metric": name})
+        settings = run.statistics.get(name, {"metric": name})
         kind = KINDS.get(str(settings.get("metric")))
         entry = statistics.setdefault(name, {})
         entry["kind"] = kind
         if kind is not None:
             entry["threshold"] = settings.get("threshold", DEFAULT_THRESHOLD)
-            family = _family(settings)
-            entry["family"] = families.index(family) if family in families else 0
+            entry["family"] = families.index(_family(settings))
+        elif run.arrays and "threshold" in settings:
+            entry["fixed"] = float(settings["threshold"])
     return {
         "statistics": {name: statistics[name] for name in names},
         "scalars": list(scalars.values()),
+        "recorded": recorded,
     }
 
 
 def _from_arrays(
-    run: Run,
-    place: _Place,
+    run: SavedRun,
+    axes: _Axes,
     families: list[Family],
     thresholds: Thresholds,
     most: int,
+    failures: Failures,
+    words: Words,
     progress: Callable[[str], None],
 ) -> Content:
-    """Dimensions at all thresholds, points of the spectra, and what the moments say of the observations."""
-    found = {name: place.new(MISSING) for name in ("width", "observations", "non_finite", "dead")}
-    found["largest"] = place.new(np.nan)
-    found["points"] = place.new(MISSING, most)
-    tables = [place.new(MISSING, len(thresholds)) for _ in families]
-    held_out = [place.new(MISSING, len(thresholds)) for _ in families]
+    """Dimensions at all thresholds, points of the spectra, and what the sums say of the observations."""
+    found = {name: axes.new(MISSING) for name in ("width", "observations", "non_finite", "dead")}
+    found["largest"] = axes.new(np.nan)
+    found["points"] = axes.new(MISSING, most)
+    tables = [axes.new(MISSING, len(thresholds)) for _ in families]
+    held_out = [axes.new(MISSING, len(thresholds)) for _ in families]
     chosen: dict[int, Array] = {}
-    # As in the recording, where an embedding's eigenvectors bring the eigenvalues that all read.
-    kinds = all_statistics()
-    vectors = any(
-        kinds[each["metric"]].needs_eigenvectors
-        for each in run.settings.values()
-        if each.get("metric") in kinds
-    )
-    for epoch, path in run.files.items():
-        for layer in read_layers(path):
-            progress(f"{run.name}, epoch {epoch}: {layer.layer} in {layer.stage}")
-            where = place.of(layer.stage, layer.layer, epoch)
-            width = len(layer.mean)
-            found["width"][where] = width
-            found["observations"][where] = layer.count
-            found["non_finite"][where] = layer.non_finite
-            found["dead"][where] = int((layer.spectral.variances() == 0).sum())
-            try:
-                spectra = {center: _decomposed(layer, center, vectors) for _, center in families}
-            except ValueError as error:
-                message = f"left out the spectrum of {layer.layer!r} in {layer.stage}, epoch {epoch}: {error}"
-                warnings.warn(message, UserWarning, stacklevel=4)
-                continue
-            for table, other, (rule, center) in zip(tables, held_out, families, strict=True):
-                plain, held = spectra[center]
-                table[where] = dimensions(plain, thresholds, rule)
-                if len(layer.spectral.folds) > 1:
-                    other[where] = UNKNOWN if held is None else dimensions(held, thresholds, rule)
-            drawn = spectra[families[0][1]][0].numpy()
-            if width not in chosen:
-                chosen[width] = positions(width, most)
-            found["largest"][where] = drawn[0]
-            found["points"][where][: len(chosen[width])] = points(drawn, chosen[width])
+    for key in (key for key in axes.records if key in run.arrays):
+        of_stage: dict[str, list[Known]] = {}
+        for layer in run.layers(key):
+            progress(f"{key}: {layer.layer} in {layer.stage}")
+            where = axes.of(layer.stage, layer.layer, key)
+            with failures.of(key, layer, "the spectrum"):
+                width = len(layer.mean)
+                found["width"][where] = width
+                found["observations"][where] = layer.count
+                found["non_finite"][where] = layer.non_finite
+                found["dead"][where] = dead_features(layer.spectrum())
+                measured = _measured(layer, families, thresholds)
+                for table, other, each in zip(tables, held_out, measured, strict=True):
+                    table[where], other[where] = each
+                facts = run.facts.get(layer.layer, UNKNOWN_LAYER)
+                of_stage.setdefault(layer.stage, []).append(
+                    Known.of_layer(layer, facts, where, measured[families.index(DEFAULT_FAMILY)])
+                )
+                spectrum = layer.spectrum(families[0][1])
+                if spectrum.sketch is not None:
+                    raise ValueError("a sketch of its covariance was kept, of which the page draws no spectrum")
+                drawn = spectrum.eigenvalues.numpy()
+                if width not in chosen:
+                    chosen[width] = positions(width, most)
+                found["largest"][where] = drawn[0]
+                found["points"][where][: len(chosen[width])] = points(drawn, chosen[width])
+        for known in of_stage.values():
+            words.add(known)
     return {
         **found,
         "dimensions": tables,
@@ -208,16 +246,73 @@ def _from_arrays(
     }
 
 
-def _decomposed(layer: SavedLayer, center: bool, vectors: bool) -> tuple[Tensor, Tensor | None]:
-    """The eigenvalues of a spectrum, and those of what was held out where it can be known."""
+def _measured(layer: SavedLayer, families: Sequence[Family], thresholds: Thresholds) -> list[Bounds]:
+    spectra: dict[bool, Spectrum] = {}
     with _threads(1 if len(layer.mean) < NARROW else torch.get_num_threads()):
-        spectrum = layer.spectrum(center)
-        if spectrum.sketch is not None:
-            raise ValueError("a sketch of its covariance was kept, of which the page shows the recorded values")
-        if vectors:
-            spectrum.eigenvectors  # noqa: B018
-        held_out = spectrum.held_out() if spectrum.num_folds > 1 else None
-        return spectrum.eigenvalues, None if held_out is None else held_out.eigenvalues
+        for center in dict.fromkeys(center for _, center in families):
+            spectra[center] = layer.spectrum(center)
+        return [bounds(spectra[center], thresholds, rule) for rule, center in families]
+
+
+def _words_of_values(
+    run: SavedRun,
+    axes: _Axes,
+    statistics: Mapping[str, Content],
+    words: Words,
+    thresholds: Sequence[float] | None,
+) -> None:
+    """What stands out where only numbers were recorded.
+
+    Args:
+        run: without arrays.
+        axes: of its arrays.
+        statistics: of the page.
+        words: to add to.
+        thresholds: those of the page, of which the words hold at the recorded one; None: at all.
+    """
+    kinds = {entry["kind"]: (name, entry["threshold"]) for name, entry in statistics.items() if entry["kind"]}
+    if "share" not in kinds:
+        return
+    threshold = kinds["share"][1]
+    dimension, its_threshold = kinds.get("dimension", ("", None))
+    at = slice(None) if thresholds is None else [thresholds.index(threshold)]
+    numbers: dict[tuple[str, RecordKey], dict[str, dict[str, float]]] = {}
+    for row in run.rows:
+        if row.layer not in ("", MEAN_LAYER) and row.key in axes.records:
+            of_layer = numbers.setdefault((row.stage, row.key), {}).setdefault(row.layer, {})
+            of_layer[row.statistic] = row.value
+            if row.statistic == dimension and row.low is not None and row.high is not None:
+                of_layer["spread"] = row.high - row.low
+    for (stage, key), layers in numbers.items():
+        known = []
+        for layer, values in layers.items():
+            if kinds["share"][0] in values:
+                share = values[kinds["share"][0]]
+                found = values.get(dimension, np.nan) if its_threshold == threshold else np.nan
+                facts = run.facts.get(layer, UNKNOWN_LAYER)
+                where = axes.of(stage, layer, key)
+                known.append(Known.of_values(share, found, values.get("spread", np.nan), facts, where))
+        words.add(known, at)
+
+
+def _in_order(sequences: Iterable[Iterable[str]]) -> list[str]:
+    """All names of several sequences, each new one behind the one that it follows in its own.
+
+    >>> _in_order([["a", "c"], ["a", "b", "c", "d"]])
+    ['a', 'b', 'c', 'd']
+    """
+    merged: list[str] = []
+    known: set[str] = set()
+    for sequence in sequences:
+        place = 0
+        for name in sequence:
+            if name in known:
+                place = merged.index(name) + 1
+            else:
+                merged.insert(place, name)
+                known.add(name)
+                place += 1
+    return merged
 
 
 @contextlib.contextmanager

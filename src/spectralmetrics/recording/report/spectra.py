@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spectralmetrics.functional.dimension import Rule, check_rule
+from spectralmetrics.functional.sketched import intrinsic_dimension
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.recording.report.encode import MISSING, UNKNOWN
 
 Thresholds = npt.NDArray[np.float64]
 
@@ -57,6 +62,34 @@ def dimensions(eigenvalues: Tensor, thresholds: Thresholds, rule: Rule = "explai
         return torch.searchsorted(cumulative / values.sum(-1, keepdim=True), shares).numpy()
     limits = (shares - len(values) * torch.finfo(torch.float64).eps) * total
     return (torch.searchsorted(cumulative, limits) + 1).numpy()
+
+
+class Bounds(NamedTuple):
+    """Dimensions at the positions of the slider.
+
+    Attributes:
+        values: shape (T,); MISSING where a sketch does not tell.
+        others: the other ends of their intervals, shape (T,); MISSING without, UNKNOWN while a fold is empty.
+    """
+
+    values: npt.NDArray[np.int64]
+    others: npt.NDArray[np.int64]
+
+
+def bounds(spectrum: Spectrum, thresholds: Thresholds, rule: Rule) -> Bounds:
+    """The dimensions of a spectrum of which the covariance, folds of it, or a sketch is kept."""
+    if spectrum.sketch is not None:
+        leading, total, width = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
+        found = [intrinsic_dimension(leading, total, width, each, rule) for each in thresholds.tolist()]
+        known = [MISSING if each.value.isnan() else int(each.value) for each in found]
+        return Bounds(np.array(known), np.array([int(each.low) for each in found]))
+    values = dimensions(spectrum.eigenvalues, thresholds, rule)
+    if spectrum.num_folds < 2:
+        return Bounds(values, np.full_like(values, MISSING))
+    held_out = spectrum.held_out()
+    if held_out is None:
+        return Bounds(values, np.full_like(values, UNKNOWN))
+    return Bounds(values, dimensions(held_out.eigenvalues, thresholds, rule))
 
 
 def positions(width: int, most: int) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.report.collect import Progress, collect
 from spectralmetrics.recording.report.encode import compress, pack
-from spectralmetrics.recording.report.runs import read_runs
+from spectralmetrics.recording.saved import SavedRun, run_names
 
 LIBRARY = "plotly/plotly-cartesian.min.js"
 SCRIPTS = ("data.js", "values.js", "charts.js", "figures.js", "curves.js", "table.js", "page.js")
@@ -25,8 +25,9 @@ def write_report(
     """Write recorded runs as one page that a browser opens without a network or a server.
 
     The page has sliders for the epoch and, if the runs have arrays, the threshold: at each of its positions
-    dimension, saturation and tail are those that :func:`recompute` gives. Writing decomposes the covariance of
-    every layer, stage and epoch, which takes most of the time.
+    dimension, saturation and what stands out are those that :func:`recompute` and :func:`summarise_run` give.
+    Of runs of earlier releases, and of runs that recorded no eigenvalues, each covariance is decomposed first.
+    What cannot be had of some layers is left out, with one warning that names it.
 
     Args:
         directories: of one or several runs, each with a ``records.csv`` or arrays.
@@ -58,12 +59,14 @@ def write_report(
     )
     if not paths:
         raise ValueError("expected the directory of at least one run, got none")
-    runs = read_runs(paths)
+    runs = dict(zip(run_names(paths), map(SavedRun, paths), strict=True))
+    for run in runs.values():
+        run.check()
     content = collect(runs, progress)
     page = files(__package__) / "page"
     text = (page / "page.html").read_text(encoding="utf-8")
     parts = {
-        "title": html.escape(f"spectralmetrics: {', '.join(run.name for run in runs)}"),
+        "title": html.escape(f"spectralmetrics: {', '.join(runs)}"),
         "style": (page / "page.css").read_text(encoding="utf-8"),
         "library": compress((page / LIBRARY).read_bytes()),
         "data": pack(content),

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.held_out import LeftOut
+from spectralmetrics.functional.spectrum import LEFT_OUT, Spectrum
 from spectralmetrics.recording.files import replacing, sweep
-from spectralmetrics.recording.record import Record
+from spectralmetrics.recording.record import Record, RecordKey
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import SpectralSum, Sum, kinds
 
 FOLDER_NAME = "arrays"
+# Of spectra about the mean and about zero.
+_EIGENVALUES = {True: "eigenvalues", False: "second_moment_eigenvalues"}
+_HELD_OUT, _OTHERS = "held_out_", "left_out_"
 
 
 class ArraysWriter(Writer):
@@ -30,21 +37,33 @@ class ArraysWriter(Writer):
     - ``"{stage}/{layer}/mean"``, (D,);
     - ``"{stage}/{layer}/count"``, (), int64: the number of observations n;
     - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities;
+    - ``"{stage}/{layer}/eigenvalues"``, (D,), if a statistic has read them, descending; of a sketch its k. Of
+      the second moment about zero ``".../second_moment_eigenvalues"``;
     - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample;
     - with labels of K classes (and g folds, or 1), ``".../class_counts"``, (g, K), int64,
       ``".../class_deviations"``,
       (g, K, D), the mean of each class about that of its fold, and ``".../labelled_covariances"``,
       ``"…_means"``, ``"…_counts"`` and ``"…_non_finites"`` of what has a label, as of folds:
     - with g folds, ``".../fold_covariances"``, (g, D·(D+1)/2), the upper triangles row by row,
-      ``".../fold_means"``, (g, D), ``".../fold_counts"`` and ``".../fold_non_finites"``, (g,), int64.
+      ``".../fold_means"``, (g, D), ``".../fold_counts"`` and ``".../fold_non_finites"``, (g,), int64, and the
+      eigenvalues behind the intervals: ``".../held_out_eigenvalues"``, (D,), and
+      ``".../left_out_eigenvalues"``, (g, D), those of all folds but one.
 
     Covariances, means and counts of disjoint data merge exactly: with the difference d of two means,
     n Σ = n₁ Σ₁ + n₂ Σ₂ + (n₁ n₂ / n) d dᵀ. Needs 8·D² bytes on disk for each layer, stage and epoch,
     and with g folds g/2 times as much again.
+
+    Args:
+        every_step: keep records at steps, too, as ``arrays/epoch-000003-step-000012000.npz``.
     """
 
     name = "arrays"
     keeps_records = True
+
+    def __init__(self, *, every_step: bool = False) -> None:
+        if not isinstance(every_step, bool):
+            raise TypeError(f"expected every_step to be True or False, got {every_step!r}")
+        self.at_steps = every_step
 
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
@@ -54,34 +73,103 @@ class ArraysWriter(Writer):
         """See :class:`Writer`."""
         # One matrix in memory at a time: together they are as large as the probe's state.
         with (
-            replacing(_path(self._directory, record.epoch)) as file,
+            replacing(_path(self._directory, record.key)) as file,
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for name, array in _arrays(record):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+            for (stage, layer), sums in record.sums.items():
+                for name, tensor in _entries(sums, record.spectrum(stage, layer)):
+                    with archive.open(f"{stage}/{layer}/{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.asanyarray(tensor.cpu()), allow_pickle=False)
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
         """See :class:`Writer`."""
-        return max(saved_epochs(directory), default=None)
+        return max((key.epoch for key in saved_records(directory)), default=None)
+
+    @classmethod
+    def last_record(cls, directory: Path) -> RecordKey | None:
+        """See :class:`Writer`."""
+        return max(saved_records(directory), key=lambda key: key.order, default=None)
 
     @classmethod
     def discard(cls, directory: Path, after: int | None) -> None:
         """See :class:`Writer`."""
+        cls.discard_after(directory, None if after is None else RecordKey(after))
+
+    @classmethod
+    def discard_after(cls, directory: Path, after: RecordKey | None) -> None:
+        """See :class:`Writer`."""
         sweep(directory / FOLDER_NAME, "epoch-*.npz")
-        for epoch, path in saved_epochs(directory).items():
-            if after is None or epoch > after:
+        for key, path in saved_records(directory).items():
+            if after is None or key.order > after.order:
                 path.unlink()
 
 
-@dataclass(frozen=True)
 class SavedLayer:
-    """What an array file holds of one stage and layer."""
+    """What an array file holds of one stage and layer, read when it is asked for.
 
-    stage: str
-    layer: str
-    sums: tuple[Sum, ...]
+    Args:
+        stage: of the layer.
+        layer: its name.
+        file: the open array file.
+        names: of the layer's arrays.
+        needs_vectors: whether eigenvalues that were not saved come with eigenvectors, as in the record.
+
+    Raises:
+        ValueError: when something is read that is damaged, with the file and the layer.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        layer: str,
+        file: zipfile.ZipFile,
+        names: list[str],
+        needs_vectors: bool = False,
+    ) -> None:
+        self.stage = stage
+        self.layer = layer
+        self._file = file
+        self._names = names
+        self._needs_vectors = needs_vectors
+        self._cache: dict[Any, Any] = {}
+
+    @cached_property
+    def sums(self) -> tuple[Sum, ...]:
+        """The sums, the spectral one first."""
+        for name in self._names:
+            with self._array(name):
+                pass  # a name that says something else beside the array would hide it
+        found = [kind for kind in kinds() if set(kind.arrays) <= set(self._names)]
+        spectral = [kind for kind in found if issubclass(kind, SpectralSum)]
+        own = [kind for kind in spectral if kind.describes_layer][-1:]  # the most detailed
+        beside = [kind for kind in spectral if not kind.describes_layer]
+        others = [kind for kind in found if not issubclass(kind, SpectralSum)]
+        if not spectral:
+            raise self._error(f"there are only {', '.join(self._names)}")
+        return tuple(kind.restored(self._read) for kind in (*own, *beside, *others))
+
+    def _read(self, name: str) -> Tensor:
+        with self._array(name) as entry:
+            array = np.lib.format.read_array(entry, allow_pickle=False)
+            if entry.read(1):  # which also checks the sum of all bytes
+                raise ValueError("there is more than the array")
+            return torch.as_tensor(array)
+
+    @contextlib.contextmanager
+    def _array(self, name: str) -> Iterator[IO[bytes]]:
+        """An array's bytes; whatever happens to damaged ones is a ValueError."""
+        try:
+            with self._file.open(f"{self.stage}/{self.layer}/{name}.npy") as entry:
+                yield entry
+        except Exception as error:  # of many kinds, from the bytes' format or the module that reads it
+            raise self._error(f"{name} cannot be read, {str(error) or type(error).__name__}") from error
+
+    def _error(self, why: str) -> ValueError:
+        return ValueError(
+            f"expected {self._file.filename} to hold layer {self.layer!r} in {self.stage}: {why}; restore the"
+            " file"
+        )
 
     @property
     def spectral(self) -> SpectralSum:
@@ -89,12 +177,12 @@ class SavedLayer:
         return next(each for each in self.sums if isinstance(each, SpectralSum))
 
     @property
-    def covariance(self) -> torch.Tensor:
+    def covariance(self) -> Tensor:
         """About the mean and divided by n, shape (D, D)."""
         return self.spectral.covariance()
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Tensor:
         """Shape (D,)."""
         return self.spectral.mean()
 
@@ -109,72 +197,100 @@ class SavedLayer:
         return int(self.spectral.num_left_out)
 
     def spectrum(self, center: bool = True) -> Spectrum:
-        """The spectrum that the metrics of this layer have read."""
+        """The spectrum that the metrics of this layer have read, with the eigenvalues that were saved."""
         others = [each for each in self.sums if each is not self.spectral]
-        return Spectrum(self.spectral, center=center, others=others)
+        spectrum = Spectrum(self.spectral, center=center, cache=self._cache, others=others)
+        name = _EIGENVALUES[center]
+        if not spectrum.knows("eigenvalues"):
+            if name in self._names:
+                spectrum.learn("eigenvalues", self._read(name))
+            elif self._needs_vectors:
+                spectrum.eigenvectors  # noqa: B018
+        if _HELD_OUT + name in self._names and not spectrum.knows(LEFT_OUT):
+            spectrum.learn(LEFT_OUT, LeftOut(self._read(_HELD_OUT + name), self._read(_OTHERS + name)))
+        return spectrum
 
 
-def saved_epochs(directory: Path) -> dict[int, Path]:
-    """The array files of a run, by epoch, earliest first."""
+def saved_records(directory: Path) -> dict[RecordKey, Path]:
+    """The array files of a run, earliest first."""
     found = {}
     for path in (directory / FOLDER_NAME).glob("epoch-*.npz"):
-        if match := re.fullmatch(r"epoch-(\d+)\.npz", path.name):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+        if match := re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?\.npz", path.name):
+            found[RecordKey(int(match[1]), int(match[2]) if match[2] else None)] = path
+    return dict(sorted(found.items(), key=lambda each: each[0].order))
 
 
-def saved_layers(path: Path) -> list[str]:
-    """What an array file holds, as ``"{stage}/{layer}"``, in the order in which it was recorded.
+def saved_layers(path: Path) -> list[tuple[str, str]]:
+    """(stage, layer) of all that an array file holds, in the order in which it was recorded.
 
     Raises:
         ValueError: if the file is no archive.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
-    own = {kind.arrays[0] for kind in kinds() if issubclass(kind, SpectralSum)}
-    places = (name.removesuffix(".npy").rpartition("/") for name in names)
-    return list(dict.fromkeys(place for place, _, array in places if array in own))
+    with _opened(path) as file:
+        return list(_names_in(file))
 
 
-def read_layers(path: Path) -> Iterator[SavedLayer]:
-    """The layers of one array file in the order in which they were recorded, one in memory at a time.
+def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]:
+    """The layers of one array file in the order in which they were recorded; each reads its arrays when asked.
+
+    Args:
+        path: of the file, which stays open as long as one of its layers lives.
+        needs_vectors: see :class:`SavedLayer`.
 
     Raises:
-        ValueError: if the file is no array file of a recorder.
+        ValueError: if the file is no archive.
     """
+    file = _opened(path)
+    for (stage, layer), names in _names_in(file).items():
+        yield SavedLayer(stage, layer, file, names, needs_vectors)
+
+
+def _entries(sums: Any, spectrum: Spectrum | None) -> Iterator[tuple[str, Tensor]]:
+    """The arrays of a layer, one in memory at a time."""
+    for each in sums:
+        yield from each.saved()
+    if spectrum is None:
+        return
+    for (part, center), value in spectrum.known().items():
+        name = _EIGENVALUES[center]
+        if part == "eigenvalues":
+            yield name, value
+        else:
+            yield _HELD_OUT + name, value.held_out
+            yield _OTHERS + name, value.others
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names: dict[str, list[str]] = {}
-            for name in arrays.files:
-                place, own = name.rsplit("/", 1)
-                names.setdefault(place, []).append(own)
-            for place, kept in names.items():
-                stage, layer = place.split("/", 1)
-
-                def read(own: str, place: str = place) -> torch.Tensor:
-                    return torch.as_tensor(arrays[f"{place}/{own}"])
-
-                found = [kind for kind in kinds() if set(kind.arrays) <= set(kept)]
-                spectral = [kind for kind in found if issubclass(kind, SpectralSum)]
-                own = [kind for kind in spectral if kind.describes_layer][-1:]  # the most detailed
-                beside = [kind for kind in spectral if not kind.describes_layer]
-                others = [kind for kind in found if not issubclass(kind, SpectralSum)]
-                if spectral:
-                    kinds_there = (*own, *beside, *others)
-                    yield SavedLayer(stage, layer, tuple(kind.restored(read) for kind in kinds_there))
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
+        file = zipfile.ZipFile(path)
+        if _entries_counted(path) not in (None, len(file.filelist)):
+            raise ValueError("its table of contents is damaged")
+        return file
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # whatever the module makes of damaged bytes
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
 
 
-def _arrays(record: Record) -> Iterator[tuple[str, npt.NDArray[np.float64 | np.int64]]]:
-    for (stage, layer), sums in record.sums.items():
-        for each in sums:
-            for name, tensor in each.saved():
-                yield f"{stage}/{layer}/{name}", tensor.cpu().numpy()
+def _entries_counted(path: Path) -> int | None:
+    """The number of entries that the end of an archive states; None where it is too large or has a comment."""
+    with open(path, "rb") as file:
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+    number = int.from_bytes(end[10:12], "little")
+    return number if end.startswith(b"PK\5\6") and number < 0xFFFF else None
 
 
-def _path(directory: Path, epoch: int) -> Path:
-    return directory / FOLDER_NAME / f"epoch-{epoch:06d}.npz"
+def _names_in(archive: zipfile.ZipFile) -> dict[tuple[str, str], list[str]]:
+    """(stage, layer) -> names of its arrays."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for entry in archive.namelist():
+        place, _, name = entry.removesuffix(".npy").rpartition("/")
+        stage, _, layer = place.partition("/")
+        names.setdefault((stage, layer), []).append(name)
+    return names
+
+
+def _path(directory: Path, key: RecordKey) -> Path:
+    step = "" if key.step is None else f"-step-{key.step:09d}"
+    return directory / FOLDER_NAME / f"epoch-{key.epoch:06d}{step}.npz"

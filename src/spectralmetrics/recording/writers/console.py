@@ -12,6 +12,7 @@ from spectralmetrics.probing.summary import Summary, summarise
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.table import number
 from spectralmetrics.tail import MEAN_LAYER
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ConsoleWriter(Writer):
     """
 
     name = "console"
+    at_steps = True
 
     def __init__(self, max_layers: int | None = None) -> None:
         try:
@@ -80,7 +82,10 @@ class ConsoleWriter(Writer):
         if not stages:
             return None
         stage = "eval" if "eval" in stages else "train"
-        layers = {layer: sums for (its_stage, layer), sums in record.sums.items() if its_stage == stage}
+        spectra = {
+            layer: record.spectrum(stage, layer) for its_stage, layer in record.sums if its_stage == stage
+        }
+        layers = {layer: spectrum for layer, spectrum in spectra.items() if spectrum is not None}
         given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
         metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
         return summarise(layers, record.layers, metric, threshold=metric.threshold, where=stage)
@@ -90,7 +95,7 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
     """The numbers of a record as tables: a line for each layer, a column for each statistic and stage.
 
     Args:
-        record: of one epoch.
+        record: to show.
         max_layers: with more layers, only their means are shown.
         width: of the screen, in characters. Columns that have no room go into further tables, one at least into
             each; names longer than half of it are folded.
@@ -105,7 +110,7 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
         layers = []
     names = [*layers, MEAN_LAYER] if of_layers else []
     scalars = [f"{_name(row)} {row.value:.4g}" for row in record.rows if not row.layer]
-    cells = {(row.layer, row.statistic, row.stage): _format(row.value) for row in of_layers}
+    cells = {(row.layer, row.statistic, row.stage): number(row.value) for row in of_layers}
     headings = {(statistic, stage): [*statistic.split("_"), stage] for statistic, stage in columns}
     room = max(width // 2, 8)
     name_width = min(_longest(["layer", *names]), room)
@@ -115,7 +120,8 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
     }
     tables: list[Table] = []
     for shown in _that_fit(widths, width - _table_width([name_width])) or [[]]:
-        title = f"Epoch {record.epoch}" if tables else ", ".join([f"Epoch {record.epoch}", *scalars])
+        title = f"E{str(record.key)[1:]}"
+        title = title if tables else ", ".join([title, *scalars])
         table = Table(title=Text(title), title_justify="left")
         table.add_column("layer", overflow="fold", max_width=room)
         for column in shown:
@@ -176,7 +182,3 @@ def _encodable(text: str) -> str:
 
 def _name(row: Row) -> str:
     return f"{row.stage} {row.statistic}".strip()
-
-
-def _format(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -11,29 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from spectralmetrics.recording.files import replacing, sweep
-from spectralmetrics.recording.record import COLUMNS, Record, Row
+from spectralmetrics.recording.record import COLUMNS, Record, RecordKey, Row
 from spectralmetrics.recording.writer import Writer
 
 FILE_NAME = "records.csv"
-_EARLIER_COLUMNS = COLUMNS[:5]  # of 0.1.0, which knew no intervals
+# Those of 0.1.0, which knew no intervals, and of 0.2.0, which knew no steps.
+_EARLIER_COLUMNS = (COLUMNS[:5], COLUMNS[:7])
 
 
 class CSVWriter(Writer):
-    """All numbers in one ``records.csv``: epoch, stage, layer, statistic, value, low and high.
+    """All numbers in one ``records.csv``: epoch, stage, layer, statistic, value, low, high and step.
 
-    Low and high are the ends of the value's interval, empty without folds. Rows are in forward order. The file
-    is replaced as a whole by a copy that is one record longer: at any moment it holds whole records only.
+    Low and high are the ends of the value's interval, empty without folds; the step is empty at the end of an
+    epoch. Rows are in forward order. The file is replaced as a whole by a copy that is one record longer: at
+    any moment it holds whole records only.
     """
 
     name = "csv"
     keeps_records = True
+    at_steps = True
 
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
         self._path = directory / FILE_NAME
         if self._path.exists() and self._path.stat().st_size:
             with open(self._path, "rb") as earlier:
-                is_earlier = earlier.readline().strip() == ",".join(_EARLIER_COLUMNS).encode()
+                head = earlier.readline().strip().decode(errors="replace")
+                is_earlier = tuple(head.split(",")) in _EARLIER_COLUMNS
                 earlier.seek(-1, os.SEEK_END)
                 is_cut = earlier.read() != b"\n"  # an editor's doing
             if is_earlier or is_cut:  # what will be added has more columns, or begins a line
@@ -58,8 +62,15 @@ class CSVWriter(Writer):
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
         """See :class:`Writer`."""
+        last = cls.last_record(directory)
+        return None if last is None else last.epoch
+
+    @classmethod
+    def last_record(cls, directory: Path) -> RecordKey | None:
+        """See :class:`Writer`."""
         path = directory / FILE_NAME
-        return max((row.epoch for row in read_rows(path)), default=None) if path.exists() else None
+        keys = {row.key for row in read_rows(path)} if path.exists() else set()
+        return max(keys, key=lambda key: key.order, default=None)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
@@ -69,6 +80,11 @@ class CSVWriter(Writer):
     @classmethod
     def discard(cls, directory: Path, after: int | None) -> None:
         """See :class:`Writer`."""
+        cls.discard_after(directory, None if after is None else RecordKey(after))
+
+    @classmethod
+    def discard_after(cls, directory: Path, after: RecordKey | None) -> None:
+        """See :class:`Writer`."""
         path = directory / FILE_NAME
         sweep(directory, FILE_NAME)
         if not path.exists():
@@ -77,7 +93,7 @@ class CSVWriter(Writer):
             path.unlink()
             return
         rows = read_rows(path)
-        kept = [row for row in rows if row.epoch <= after]
+        kept = [row for row in rows if row.key.order <= after.order]
         if len(kept) < len(rows):
             with replacing(path) as file:
                 file.write(format_rows(kept))
@@ -85,12 +101,20 @@ class CSVWriter(Writer):
 
 def format_rows(rows: Iterable[Row | Mapping[str, Any]], *, header: bool = True) -> bytes:
     """Rows as CSV text; floats with all their digits."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    lines = _Lines()
+    # It quotes the characters that end its lines, and some of them would be taken for the end of a line.
+    writer = csv.writer(lines, lineterminator="\r\n")
     if header:
         writer.writerow(COLUMNS)
     writer.writerows(row.values() if isinstance(row, Mapping) else row for row in rows)
-    return text.getvalue().encode()
+    return "".join(lines).encode()
+
+
+class _Lines(list[str]):
+    """A file for the csv module, which writes each row at once."""
+
+    def write(self, line: str) -> None:
+        self.append(line.removesuffix("\r\n") + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -106,22 +130,31 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
     with io.StringIO(text, newline="") as file:
         reader = csv.reader(file)
-        header = next(reader, None)
-        if header is None or tuple(header) not in (COLUMNS, _EARLIER_COLUMNS):
-            first = ",".join(header or [])
-            raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {first!r}")
-        rows = []
-        for cells in reader:
-            try:
-                epoch, stage, layer, statistic, value, *ends = cells
-                if len(cells) != len(header):
-                    raise ValueError
-                low_and_high = (_number(end) if end else None for end in ends)
-                rows.append(Row(int(epoch), stage, layer, statistic, _number(value), *low_and_high))
-            except ValueError:
-                found, line = ",".join(cells), reader.line_num
-                raise ValueError(f"expected a record in line {line} of {path}, got {found!r}") from None
-    return rows
+        try:
+            header = next(reader, None)
+            if header is None or tuple(header) not in (COLUMNS, *_EARLIER_COLUMNS):
+                first = ",".join(header or [])
+                raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {first!r}")
+            return [_row(cells, len(header), reader.line_num, path) for cells in reader]
+        except csv.Error as error:
+            raise ValueError(f"expected a record in line {reader.line_num} of {path}: {error}") from None
+
+
+def _row(cells: list[str], columns: int, line: int, path: Path) -> Row:
+    try:
+        epoch, stage, layer, statistic, value, *more = cells
+        if len(cells) != columns:
+            raise ValueError
+        low, high, step = (*more, "", "", "")[:3]
+        ends = _optional(low), _optional(high)
+        return Row(int(epoch), stage, layer, statistic, _number(value), *ends, int(step) if step else None)
+    except ValueError:
+        found = ",".join(cells)
+        raise ValueError(f"expected a record in line {line} of {path}, got {found!r}") from None
+
+
+def _optional(text: str) -> float | None:
+    return _number(text) if text else None
 
 
 def _number(text: str) -> float:

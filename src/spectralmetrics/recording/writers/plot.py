@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.plotting import literal, plot_covariance, plot_embedding, plot_layers, plot_spectrum
+from spectralmetrics.probing.keys import from_text
+from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.recording.files import sweep
 from spectralmetrics.recording.pictures import draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Record
@@ -82,7 +84,7 @@ class PlotWriter(Writer):
             if after is None or epoch > after:
                 path.unlink()
         if after is None:
-            for stage in ("train", "eval"):
+            for stage in STAGES:
                 for path in (directory / FOLDER_NAME).glob(f"*-{stage}-epochs.png"):
                     path.unlink()
 
@@ -96,7 +98,7 @@ def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
     }
     of_stage: dict[tuple[str, str], dict[str, str]] = {}
     for key in record.values:
-        statistic, stage, layer = (*key.split("/", 2), "", "")[:3]
+        statistic, stage, layer = from_text(key)
         # Of another library's values nothing is known.
         if layer and statistic not in numbers and "metric" in record.statistics.get(statistic, {}):
             of_stage.setdefault((statistic, stage), {})[layer] = key
@@ -107,8 +109,8 @@ def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
 
 def _draw_layers(record: Record, statistic: str, stage: str, keys: Mapping[str, str]) -> Figure | None:
     """One small picture per layer; None for values of a shape that no picture shows."""
-    values = {layer: record.values[key] for layer, key in keys.items()}
-    values = {layer: value for layer, value in values.items() if value.ndim in (1, 2)}
+    found = {layer: record.values.get(key) for layer, key in keys.items()}
+    values = {layer: value for layer, value in found.items() if value is not None and value.ndim in (1, 2)}
     if not values:
         return None
     draw: Any = plot_spectrum

@@ -7,19 +7,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectralmetrics.recording.record import Record
+from spectralmetrics.recording.record import Record, RecordKey
 from spectralmetrics.recording.writer import Writer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 FOLDER_NAME = "tensorboard"
+STEPS_NAME = "steps"
 
 
 class TensorBoardWriter(Writer):
     """Curves for TensorBoard in the folder ``tensorboard``; extra ``spectralmetrics[tensorboard]``.
 
-    Steps are epochs. Tags are ``"{statistic}/{stage}/{layer}"``, which TensorBoard groups by statistic.
+    Steps are epochs. Tags are ``"{statistic}/{stage}/{layer}"``, which TensorBoard groups by statistic. Records
+    at steps are curves of a run of their own, ``steps``.
 
     Raises:
         ModuleNotFoundError: without tensorboard.
@@ -27,6 +29,7 @@ class TensorBoardWriter(Writer):
 
     name = "tensorboard"
     takes_back = True
+    at_steps = True
 
     def __init__(self) -> None:
         try:
@@ -35,13 +38,15 @@ class TensorBoardWriter(Writer):
             raise ModuleNotFoundError(
                 'the tensorboard writer needs tensorboard: pip install "spectralmetrics[tensorboard]"'
             ) from error
-        self._events: SummaryWriter | None = None
+        self._events: dict[bool, SummaryWriter] = {}
 
-    def open(self, directory: Path, last_epoch: int | None) -> None:
+    def open_after(self, directory: Path, last: RecordKey | None) -> None:
         """See :class:`Writer`."""
         self._folder = directory / FOLDER_NAME
-        # TensorBoard itself hides what was written of later epochs, by a process that was killed, say.
-        self._purge: Any = 0 if last_epoch is None else last_epoch + 1
+        # TensorBoard itself hides what was written of later records, by a process that was killed, say.
+        ended = None if last is None else last.ended_epoch
+        step = -1 if last is None else last.step
+        self._purge: Any = {False: 0 if ended is None else ended + 1, True: None if step is None else step + 1}
         # It reads files in the order of their names, which begin with the second in which they were made and
         # go on with the process: made in the same second as a killed process' file, ours might come first.
         newest = max((int(path.name.split(".")[3]) for path in _event_files(directory)), default=0)
@@ -51,18 +56,20 @@ class TensorBoardWriter(Writer):
         """See :class:`Writer`."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        if self._events is None:
-            self._events = SummaryWriter(str(self._folder), purge_step=self._purge)
+        at_step = record.step is not None
+        if at_step not in self._events:
+            folder = self._folder / STEPS_NAME if at_step else self._folder
+            self._events[at_step] = SummaryWriter(str(folder), purge_step=self._purge[at_step])
         for row in record.rows:
             tag = "/".join(filter(None, (row.statistic, row.stage, row.layer)))
-            self._events.add_scalar(tag, row.value, record.epoch)
-        self._events.flush()
+            self._events[at_step].add_scalar(tag, row.value, record.step if at_step else record.epoch)
+        self._events[at_step].flush()
 
     def close(self) -> None:
         """See :class:`Writer`."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        for events in self._events.values():
+            events.close()
+        self._events.clear()
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
@@ -78,4 +85,4 @@ class TensorBoardWriter(Writer):
 
 
 def _event_files(directory: Path) -> list[Path]:
-    return list((directory / FOLDER_NAME).glob("events.out.tfevents.[0-9]*"))
+    return list((directory / FOLDER_NAME).rglob("events.out.tfevents.[0-9]*"))

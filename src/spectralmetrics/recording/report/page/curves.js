@@ -16,7 +16,7 @@ function historyFigure(state) {
       if (values.some((value) => value !== undefined)) used.add(stage);
       all.push(...values);
       return curve(run, index, dashOf(stage, state), values, (value, epoch) =>
-        `${named(run)}${name}, epoch ${run.epochs[epoch]}: ${shown(value, kind)}${shownInterval(intervals[epoch], kind)}`,
+        `${named(run)}${name}, ${page.unit} ${run.epochs[epoch]}: ${shown(value, kind)}${shownInterval(intervals[epoch], kind)}`,
       );
     }),
   );
@@ -29,7 +29,7 @@ function historyFigure(state) {
       yaxis: axis({ title: state.statistic, ...range(state.statistic, all) }),
       shapes: [epochLine(state)],
     },
-    label: `Line chart of ${state.statistic} of layer ${page.layers[state.layer]} over ${page.epochs.length} epochs.`,
+    label: `Line chart of ${state.statistic} of layer ${page.layers[state.layer]} over ${counted(page.epochs.length, page.unit)}.`,
     hint: `${stageWords(used, state)}${bands.length ? " The band is the interval of the value." : ""}`,
     click: (point) => choose({ epoch: page.epochs.indexOf(point.x) }),
   };
@@ -59,7 +59,7 @@ function scalarsFigure(state) {
       extent[row].push(...values);
       traces.push({
         ...curve(run, index, dashOf(known, state), values, (value, epoch) =>
-          `${named(run)}${titles[row]}${stage ? `, ${stage}` : ""}, epoch ${run.epochs[epoch]}: ${shown(value)}`,
+          `${named(run)}${titles[row]}${stage ? `, ${stage}` : ""}, ${page.unit} ${run.epochs[epoch]}: ${shown(value)}`,
         ),
         yaxis: row ? `y${row + 1}` : "y",
       });
@@ -88,8 +88,8 @@ function scalarsFigure(state) {
   return {
     traces,
     layout,
-    label: `Line charts over ${page.epochs.length} epochs: ${titles.join(", ")}.`,
-    hint: `${stageWords(used, state)}${first ? " The mean is over all layers." : ""}`,
+    label: `Line charts over ${counted(page.epochs.length, page.unit)}: ${titles.join(", ")}.`,
+    hint: `${stageWords(used, state)}${first ? " The mean is over the layers where it is defined." : ""}`,
     click: (point) => choose({ epoch: page.epochs.indexOf(point.x) }),
   };
 }
@@ -110,7 +110,7 @@ function curve(run, index, dash, values, text) {
 function epochAxis() {
   const [first, last] = [page.epochs[0], page.epochs[page.epochs.length - 1]];
   const room = Math.max((last - first) * 0.03, 0.5);
-  return axis({ title: "epoch", range: [first - room, last + room], nticks: 8, ...(last - first < 8 ? { dtick: 1 } : {}) });
+  return axis({ title: page.unit, range: [first - room, last + room], nticks: 8, ...(last - first < 8 ? { dtick: 1 } : {}) });
 }
 
 function epochLine(state) {

@@ -15,7 +15,7 @@ function heading(run) {
 function condition(state, isAtThreshold = Boolean(page.kind(state.statistic))) {
   const share = isAtThreshold && page.hasArrays ? `, threshold ${page.thresholds[state.threshold]}` : "";
   const stage = page.stages[state.stage] ? ` in ${page.stages[state.stage]}` : "";
-  return `epoch ${page.epochs[state.epoch]}${stage}${share}`;
+  return `${page.unit} ${page.epochs[state.epoch]}${stage}${share}`;
 }
 
 // The layers of which some visible run knows the statistic, at any epoch of the stage.
@@ -117,7 +117,7 @@ function profileFigure(state, width) {
         line: { color: style("--quiet"), width: 1, dash: "dot" },
       }])],
     },
-    label: `Line chart of ${state.statistic} over ${layers.length} layers, ${condition(state)}. The table has its numbers.`,
+    label: `Line chart of ${state.statistic} over ${counted(layers.length, "layer")}, ${condition(state)}. The table has its numbers.`,
     click: (point) => choose({ layer: point.customdata }),
   };
 }
@@ -132,7 +132,7 @@ function ceilingLines(state, layers, values) {
     let path = "";
     let isOpen = false;
     layers.forEach((layer, place) => {
-      const ceiling = run.ceiling(state.stage, layer, when);
+      const ceiling = run.ceiling(state.stage, layer, when, state.threshold);
       const share = kind === "share" ? ceiling / run.integer("width", state.stage, layer, when) : ceiling;
       if (Number.isFinite(share)) {
         path += isOpen ? `V${share}H${place + 0.5}` : `M${place - 0.5},${share}H${place + 0.5}`;
@@ -173,7 +173,7 @@ function heatFigure(state, run, width) {
       z: rows.map((row) => row.map((value) => (Number.isFinite(value) ? value : null))),
       text: rows.map((row, place) =>
         row.map((value, index) =>
-          escaped(`${named(run)}${page.layers[layers[place]]}, epoch ${run.epochs[index]}: ${shown(value, kind)}`),
+          escaped(`${named(run)}${page.layers[layers[place]]}, ${page.unit} ${run.epochs[index]}: ${shown(value, kind)}`),
         ),
       ),
       hoverinfo: "text",
@@ -187,13 +187,13 @@ function heatFigure(state, run, width) {
       height: heatHeight(layers.length),
       margin: { l: names.pixels, r: 10, t: 10, b: 44 },
       xaxis: axis({
-        title: "epoch", tickmode: "array", tickvals: ticks, ticktext: ticks.map((index) => String(run.epochs[index])),
+        title: page.unit, tickmode: "array", tickvals: ticks, ticktext: ticks.map((index) => String(run.epochs[index])),
         range: [-0.5, run.epochs.length - 0.5], showgrid: false, tickangle: 0,
       }),
       yaxis: axis({ ...names, pixels: undefined, range: [layers.length - 0.5, -0.5], showgrid: false }),
       shapes: isEmpty ? [] : shapes,
     },
-    label: `Heat map of ${state.statistic} of run ${run.name}: ${layers.length} layers by ${run.epochs.length} epochs, ${condition(state)}.`,
+    label: `Heat map of ${state.statistic} of run ${run.name}: ${counted(layers.length, "layer")} by ${counted(run.epochs.length, page.unit)}, ${condition(state)}.`,
     click: (point) => {
       const shownNow = layersOf(current);
       choose({ layer: shownNow[point.y], epoch: page.epochs.indexOf(run.epochs[point.x]) });
@@ -225,7 +225,7 @@ function spectrumFigure(state) {
         x,
         y,
         text: x.map((position, point) =>
-          escaped(`${named(run)}epoch ${run.epochs[epoch]}, eigenvalue ${position}: ${shown(y[point] + 0)}`),
+          escaped(`${named(run)}${page.unit} ${run.epochs[epoch]}, eigenvalue ${position}: ${shown(y[point] + 0)}`),
         ),
         hoverinfo: "text",
         opacity: isNow ? 1 : 0.35,
@@ -256,6 +256,6 @@ function spectrumFigure(state) {
     label: `Spectrum of layer ${page.layers[state.layer]}, ${condition(state, true)}: dimension ${words.join("; ") || "unknown"}.`,
     hint: isEmpty
       ? "A spectrum needs the covariances that the writer “arrays” keeps."
-      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}.${traces.length > visibleRuns(state).length ? " Faint lines are other epochs." : ""}`,
+      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}.${traces.length > visibleRuns(state).length ? " Faint lines are other ${page.unit}s." : ""}`,
   };
 }

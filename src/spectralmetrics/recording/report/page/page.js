@@ -82,11 +82,12 @@ function updateControls() {
   const threshold = page.thresholds[current.threshold];
   for (const id of ["statistic", "stage", "layer", "epoch", "threshold"]) byId(id).value = String(current[id]);
   byId("epoch-shown").textContent = String(epoch);
-  byId("epoch").setAttribute("aria-valuetext", `epoch ${epoch}`);
+  byId("epoch").setAttribute("aria-valuetext", `${page.unit} ${epoch}`);
   byId("threshold-shown").textContent = page.hasArrays ? String(threshold) : "–";
   byId("threshold").setAttribute("aria-valuetext", `${threshold} of the variance`);
   byId("layer-title").textContent = `Layer ${page.layers[current.layer] ?? "–"}`;
   byId("tail").textContent = tailWords();
+  byId("statistic-note").textContent = page.fixedWords(current.statistic);
   page.runs.forEach((_, index) => { byId(`heat-box-${index}`).hidden = !current.runs[index]; });
 }
 
@@ -117,7 +118,8 @@ function fill(select, names) {
 }
 
 function makeControls() {
-  const layers = `${page.layers.length} layers, ${page.epochs.length} ${page.epochs.length === 1 ? "epoch" : "epochs"}`;
+  const layers = `${counted(page.layers.length, "layer")}, ${counted(page.epochs.length, page.unit)}`;
+  document.querySelectorAll(".unit").forEach((each) => { each.textContent = page.unit; });
   byId("subtitle").textContent = page.runs.length > 1 ? `${page.runs.length} runs, ${layers}` : `${page.runs[0].name}, ${layers}`;
   fill(byId("statistic"), page.statistics.map((name) => [name, name]));
   fill(byId("stage"), page.stages.map((name, index) => [index, name || "no stage"]));
@@ -215,7 +217,7 @@ async function start() {
   byId("library-version").textContent = `plotly.js ${Plotly.version}`;
   page = new Page(readContent(data));
   current = {
-    statistic: page.statistics.find((name) => page.kind(name) === "share") || page.statistics[0],
+    statistic: page.statistic ?? undefined,
     stage: Math.max(page.stages.indexOf("eval"), 0),
     layer: 0,
     epoch: page.epochs.length - 1,

@@ -36,29 +36,15 @@ function ofKind({ run, layer, epoch, state }, kind) {
 }
 
 function ceiling({ run, layer, epoch, state }) {
-  return run.ceiling(state.stage, layer, epoch);
+  return run.ceiling(state.stage, layer, epoch, state.threshold);
 }
 
 function intervalOf({ run, layer, epoch, state }, name) {
   return run.interval(name, state.stage, layer, epoch, state.threshold);
 }
 
-function standsOut(row) {
-  const dimension = ofKind(row, "dimension");
-  const observations = integer(row, "observations");
-  const found = [];
-  const [low, high] = intervalOf(row, row.run.ofKind("dimension")) ?? [];
-  const why = [];
-  if (observations < 10 * dimension) why.push("below 10 times the dimension");
-  if (high - low > 0.1 * integer(row, "width")) why.push("the interval is wider than a tenth of the width");
-  if (why.length) found.push(`few observations: ${why.join(", ")}`);
-  if (row.tail?.has(row.layer)) found.push("in the tail");
-  if (dimension > 0 && dimension >= 0.95 * ceiling(row)) found.push("at its ceiling");
-  const dead = integer(row, "dead");
-  if (dead > 0) found.push(`${shown(dead)} dead ${dead === 1 ? "feature" : "features"}`);
-  const left = integer(row, "non_finite");
-  if (left > 0) found.push(`${shown(left)} ${left === 1 ? "row" : "rows"} with NaN or infinities left out`);
-  return found.join("; ");
+function standsOut({ run, layer, epoch, state: { stage, threshold } }) {
+  return run.standsOut(stage, layer, epoch, threshold) ?? "";
 }
 
 let sorting = { title: "", isDescending: false };
@@ -89,7 +75,7 @@ function updateTable(state) {
   });
   while (body.children.length > elements.length) body.lastChild.remove();
   document.getElementById("table-caption").firstElementChild.textContent =
-    `${rows.length} rows: ${condition(state, true)}${ended(state)}${brackets}`;
+    `${counted(rows.length, "row")}: ${condition(state, true)}${ended(state)}${brackets}`;
 }
 
 function ended(state) {
@@ -98,7 +84,7 @@ function ended(state) {
     .filter(({ run }) => run.epochs[run.epochIndex(epoch)] !== epoch)
     .map(({ run }) => {
       const last = run.epochs[run.epochIndex(epoch)];
-      return last === undefined ? `${run.name} begins later` : `${run.name} shows its epoch ${last}`;
+      return last === undefined ? `${run.name} begins later` : `${run.name} shows its ${page.unit} ${last}`;
     });
   return words.length ? `; ${words.join(", ")}` : "";
 }

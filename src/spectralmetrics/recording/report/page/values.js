@@ -60,43 +60,42 @@ class Run {
     return Number.isNaN(low) ? undefined : [low, high];
   }
 
-  // The most directions that a layer's weights and width allow.
-  ceiling(stage, layer, epoch) {
-    const known = this.facts[layer].ceiling ?? undefined;
-    const width = this.integer("width", stage, layer, epoch);
-    return known === undefined || width === undefined ? (known ?? width) : Math.min(known, width);
+  // The most directions that a layer's weights and width allow, unless the dimension refutes it.
+  ceiling(stage, layer, epoch, threshold) {
+    const found = epoch < 0 ? -1 : at(this.ceilings, stage, layer, threshold, epoch);
+    return found < 0 ? (this.facts[layer].ceiling ?? undefined) : found;
+  }
+
+  // What Python says of a layer, in words; undefined where nothing was recorded.
+  standsOut(stage, layer, epoch, threshold) {
+    return epoch < 0 ? undefined : this.words[at(this.stands_out, stage, layer, threshold, epoch)];
   }
 
   hasCeilings() {
     return this.facts.some(({ ceiling }) => ceiling !== null);
   }
 
+  // Over the layers where the statistic is defined.
   mean(statistic, stage, epoch, threshold) {
     let sum = 0;
     let count = 0;
+    let seen = 0;
     for (let layer = 0; layer < this.page.layers.length; layer++) {
       const value = this.value(statistic, stage, layer, epoch, threshold);
-      if (value !== undefined) {
+      if (value !== undefined) seen += 1;
+      if (value !== undefined && !Number.isNaN(value)) {
         sum += value;
         count += 1;
       }
     }
-    return count ? sum / count : undefined;
+    return seen ? sum / count : undefined;
   }
 
-  // The layers at the end whose saturation is below half of the largest, the output layer apart; undefined if not
-  // all saturations are known.
+  // The layers in the low-saturation tail; undefined if not all saturations are known.
   tail(stage, epoch, threshold) {
-    const statistic = this.ofKind("share");
-    const seen = this.page.layers
-      .map((_, layer) => [layer, this.value(statistic, stage, layer, epoch, threshold)])
-      .filter(([, value]) => value !== undefined);
-    if (!seen.length || seen.some(([, value]) => !(value >= 0 && value <= 1))) return undefined;
-    const inner = seen.slice(0, -1);
-    const limit = 0.5 * Math.max(0, ...inner.map(([, value]) => value));
-    let start = inner.length;
-    while (start && inner[start - 1][1] < limit) start -= 1;
-    return new Set(inner.slice(start).map(([layer]) => layer));
+    const layers = this.page.layers.map((_, layer) => layer);
+    const found = layers.map((layer) => (epoch < 0 ? -1 : at(this.in_tail, stage, layer, threshold, epoch)));
+    return found.some((each) => each >= 0) ? new Set(layers.filter((layer) => found[layer] === 1)) : undefined;
   }
 
   ofKind(kind) {
@@ -130,6 +129,15 @@ class Page {
     this.statistics = [...new Set(this.runs.flatMap((run) => Object.keys(run.statistics)))];
   }
 
+  // What the slider does to a statistic that it does not move.
+  fixedWords(statistic) {
+    if (!this.hasArrays || !statistic || this.kind(statistic)) return "";
+    const threshold = this.runs.map((run) => run.statistics[statistic]?.fixed).find((each) => each !== undefined);
+    return threshold === undefined
+      ? `${statistic} has no threshold: the slider does not move it.`
+      : `${statistic} is shown as it was recorded, at its threshold ${threshold}: the slider does not move it.`;
+  }
+
   kind(statistic) {
     return this.runs.map((run) => run.statistics[statistic]).find(Boolean)?.kind;
   }
@@ -140,6 +148,10 @@ function shownInterval(interval, kind) {
   if (!interval) return "";
   const [low, high] = interval;
   return ` (${shown(low, kind)}–${Number.isNaN(high) ? "?" : shown(high, kind)})`;
+}
+
+function counted(number, noun) {
+  return `${number} ${noun}${number === 1 ? "" : "s"}`;
 }
 
 // With all the digits that a reader can use; the exact number goes into the table's `value`.

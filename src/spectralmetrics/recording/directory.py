@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,17 +13,27 @@ from typing import Literal
 
 from spectralmetrics.recording.lock import DirectoryLock
 from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
-from spectralmetrics.recording.record import Record, Settings
-from spectralmetrics.recording.restore import saved_record
+from spectralmetrics.recording.record import Record, RecordKey
+from spectralmetrics.recording.saved import SavedRun
+from spectralmetrics.recording.settings import Settings
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import WRITERS
 
 Mode = Literal["create", "resume", "overwrite"]
 
 _logger = logging.getLogger("spectralmetrics")
+_NOTHING = (-1, 0.0)  # before all records
 
 
-class Run:
+def _reach(last: RecordKey | None, at_steps: bool) -> tuple[int, float]:
+    """How far the records go of which a writer has all that it is given."""
+    if at_steps:
+        return _NOTHING if last is None else last.order
+    # The next that it is given is the end of an epoch.
+    return (0 if last is None else last.epoch + (last.step is None)), sys.maxsize
+
+
+class RunDirectory:
     """A run's directory in the hands of its recorder, on the first process; locked until it is closed.
 
     Args:
@@ -32,7 +43,7 @@ class Run:
         mode: see :class:`~spectralmetrics.Recorder`, as for what is raised.
 
     Attributes:
-        last_epoch: of the last whole record, or None.
+        last: the key of the last whole record, or None.
     """
 
     def __init__(
@@ -46,7 +57,7 @@ class Run:
             **WRITERS,
             **{writer.name: writer for writer in writers},
         }
-        self.last_epoch: int | None = None
+        self.last: RecordKey | None = None
         if mode == "create":
             self._refuse_records()  # and leave the directory as it is
         directory.mkdir(parents=True, exist_ok=True)
@@ -62,7 +73,7 @@ class Run:
         """Write to all that keep records, or to none; return whether there was anything to keep."""
         if not record.values and not record.sums:
             return False
-        counting = [writer for writer in self.writers if writer.keeps_records or writer.takes_back]
+        counting = [each for each in self._takers(record) if each.keeps_records or each.takes_back]
         try:
             # Those that can take back come first, and the table last: it has a record only if the others do.
             for writer in sorted(counting, key=lambda each: (not each.takes_back, each.name == "csv")):
@@ -74,11 +85,9 @@ class Run:
                 self._take_back(writer)
             if not isinstance(error, OSError):
                 raise
-            message = (
-                f"cannot record epoch {record.epoch}, earlier records are intact: {error.strerror or error}"
-            )
+            message = f"cannot record {record.key}, earlier records are intact: {error.strerror or error}"
             raise OSError(error.errno, message, str(error.filename or self.directory)) from error
-        self.last_epoch = record.epoch
+        self.last = record.key
         with contextlib.suppress(OSError):  # the record is there: what the manifest says is a lower bound
             self._tell_manifest(record)
         return True
@@ -86,13 +95,16 @@ class Run:
     def show(self, record: Record) -> tuple[str, Exception] | None:
         """Write to all that only show records; return the first that failed."""
         failed = None
-        for writer in self.writers:
+        for writer in self._takers(record):
             if not writer.keeps_records and not writer.takes_back:
                 try:
                     writer.write(record)
                 except Exception as error:
                     failed = failed or (writer.name, error)
         return failed
+
+    def _takers(self, record: Record) -> list[Writer]:
+        return [writer for writer in self.writers if record.step is None or writer.at_steps]
 
     def close(self) -> None:
         """Close the writers and let go of the directory."""
@@ -111,49 +123,50 @@ class Run:
 
     def _prepare(self, mode: Mode) -> None:
         directory, known = self.directory, self._known
-        last_epoch = None
+        last: RecordKey | None = None
         if mode == "create":
             self._refuse_records()  # also what another recorder has written meanwhile
         if mode == "resume":
             self._manifest = read_manifest(directory)
             self._check_settings()
-            last_epoch = self._last_whole_epoch()
+            last = self._last_whole()
         if mode == "overwrite":
             with contextlib.suppress(ValueError):
-                ends = [end for each in known.values() if (end := each.last_epoch(directory)) is not None]
+                ends = [end for each in known.values() if (end := each.last_record(directory)) is not None]
                 if ends:
-                    _logger.warning("removing the records of %s, up to epoch %d", directory, max(ends))
+                    end = max(ends, key=lambda key: key.order)
+                    _logger.warning("removing the records of %s, up to %s", directory, end)
             for writer in known.values():
-                writer.discard(directory, None)
+                writer.discard_after(directory, None)
         joined = self._manifest.writers
         self._manifest = Manifest(
             # One that pauses for a while joins anew.
-            {each.name: joined.get(each.name, last_epoch) for each in self.writers if each.keeps_records},
+            {each.name: joined.get(each.name, last) for each in self.writers if each.keeps_records},
             self._manifest.statistics | self._statistics,
-            last_epoch,
+            last,
             self._manifest.layers,
         )
         write_manifest(directory, self._manifest)
         if mode == "resume":
             for writer in known.values():
-                writer.discard(directory, last_epoch)
+                writer.discard_after(directory, last)
         for each in self.writers:
-            each.open(directory, last_epoch)
-        self.last_epoch = last_epoch
-        if last_epoch is not None:
-            self._restore(last_epoch)
+            each.open_after(directory, last)
+        self.last = last
+        if last is not None:
+            self._restore(last)
 
-    def _restore(self, epoch: int) -> None:
+    def _restore(self, key: RecordKey) -> None:
         """Have shown what a process that was killed after it had kept its last record did not show."""
         for writer in self.writers:
-            if type(writer).restore is Writer.restore:
+            if type(writer).restore is Writer.restore or (key.step is not None and not writer.at_steps):
                 continue
             try:
-                writer.restore(saved_record(self.directory, epoch, self._manifest))
+                writer.restore(SavedRun(self.directory).record(key))
             except Exception as error:  # as when it is shown at once, this costs no record
-                _logger.warning("the writer %r cannot show epoch %d now: %s", writer.name, epoch, error)
+                _logger.warning("the writer %r cannot show %s now: %s", writer.name, key, error)
 
-    def _last_whole_epoch(self) -> int | None:
+    def _last_whole(self) -> RecordKey | None:
         directory, known, manifest = self.directory, self._known, self._manifest
         names = {writer.name for writer in self.writers}
         if not manifest.writers:  # records without a manifest: those of any writer count
@@ -162,25 +175,28 @@ class Run:
                 for name, writer in known.items()
                 if writer.keeps_records and writer.holds_records(directory)
             }
-        ends = {}
+        keys = [manifest.last, *manifest.writers.values(), *SavedRun(directory).records]
+        keys += [writer.last_record(directory) for writer in known.values()]
+        has_epochs = any(key is not None and key.step is None for key in keys)
+        ends: list[tuple[int, float]] = []
         for name, before in manifest.writers.items():
             if name not in known or (not known[name].holds_records(directory) and name not in names):
                 continue  # its files were removed, and it is not wanted any more
-            last = known[name].last_epoch(directory)
-            end = max(-1 if last is None else last, -1 if before is None else before)
-            if manifest.last_epoch is not None and end < manifest.last_epoch:
-                if not known[name].holds_records(directory):
+            end = _reach(known[name].last_record(directory), known[name].at_steps)
+            end = max(end, _NOTHING if before is None else before.order)
+            if manifest.last is not None and end < manifest.last.order:
+                if not known[name].holds_records(directory) and (has_epochs or known[name].at_steps):
                     raise ValueError(
-                        f"expected {directory} to hold the records of the writer {name!r} up to epoch"
-                        f" {manifest.last_epoch}, got none: restore its files, leave the writer out, or record"
-                        " to another directory"
+                        f"expected {directory} to hold the records of the writer {name!r} up to"
+                        f" {manifest.last}, got none: restore its files, leave the writer out, or record to"
+                        " another directory"
                     )
-                end = manifest.last_epoch  # the last epochs had nothing for this writer
-            ends[name] = end
+                end = manifest.last.order  # the last records had nothing for this writer
+            ends.append(end)
         if not ends:
-            return manifest.last_epoch
-        whole = min(ends.values())
-        return None if whole < 0 else whole
+            return manifest.last
+        whole = [key for key in keys if key is not None and key.order <= min(ends)]
+        return max(whole, key=lambda key: key.order, default=None)
 
     def _check_settings(self) -> None:
         for name, settings in self._statistics.items():
@@ -196,12 +212,12 @@ class Run:
         with contextlib.suppress(OSError):
             if writer.takes_back:
                 writer.close()
-                writer.open(self.directory, self.last_epoch)
+                writer.open_after(self.directory, self.last)
             else:
-                writer.discard(self.directory, self.last_epoch)
+                writer.discard_after(self.directory, self.last)
 
     def _tell_manifest(self, record: Record) -> None:
         layers = self._manifest.layers | {name: facts._asdict() for name, facts in record.layers.items()}
-        manifest = replace(self._manifest, last_epoch=record.epoch, layers=layers)
+        manifest = replace(self._manifest, last=record.key, layers=layers)
         write_manifest(self.directory, manifest)
         self._manifest = manifest

@@ -1,0 +1,75 @@
+"""Statistics as settings that JSON holds, and metrics made from them again."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torchmetrics import Metric
+
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics import statistics as all_statistics
+
+Settings: TypeAlias = dict[str, Any]
+"""Of a metric, as JSON holds them; see :func:`describe`."""
+
+UNKNOWN = "settings not recorded"
+"""Under which :func:`describe` names settings that JSON cannot hold."""
+
+
+def describe(metric: Metric) -> Settings:
+    """The statistic and the settings of a metric, as JSON can hold them; what ``recompute`` rebuilds it from.
+
+    >>> from spectralmetrics import SaturationMetric
+    >>> describe(SaturationMetric(threshold=0.9))["threshold"]
+    0.9
+    """
+    if not isinstance(metric, SpectralMetric) or not (metric.takes_observations and metric.is_statistic):
+        return {"class": type(metric).__name__}
+    settings: Settings = {"metric": metric.short_name, "center": metric.center}
+    for name, parameter in inspect.signature(type(metric)).parameters.items():
+        value = getattr(metric, name, parameter.default)
+        if name in ("num_features", "gram_dtype", "nan_strategy", "folds") or value is parameter.empty:
+            continue  # a width of no consequence, and what changes how data is taken but not what it says
+        if isinstance(value, (list, tuple)):
+            value = list(value)
+        try:
+            settings[name] = json.loads(json.dumps(value))
+        except TypeError:
+            settings.setdefault(UNKNOWN, []).append(name)
+    return settings
+
+
+def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
+    """The metrics of a run, by name, as far as they can be made from their settings."""
+    metrics = {}
+    for name in recorded:
+        with contextlib.suppress(ValueError):
+            metrics[name] = rebuild_statistic(name, recorded)
+    return metrics
+
+
+def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
+    """A metric by the name that it was recorded under, with its settings, or by a short name.
+
+    Raises:
+        ValueError: if there is none, or its settings could not be recorded.
+    """
+    settings = {**recorded.get(name, {"metric": name})}
+    kinds = all_statistics()
+    short_name = settings.pop("metric", None)
+    if name in recorded and short_name not in kinds:
+        raise ValueError(f"{name!r} was recorded by a class that is not imported: import it, or pass a metric")
+    if short_name not in kinds:
+        raise ValueError(f"expected statistics among {sorted(set(kinds) | set(recorded))}, got {name!r}")
+    if unknown := settings.pop(UNKNOWN, None):
+        raise ValueError(
+            f"the settings {unknown} of {name!r} could not be recorded: pass a metric that has them"
+        )
+    try:
+        return kinds[short_name](**settings)
+    except TypeError as error:
+        raise ValueError(f"the recorded settings of {name!r} are none of {short_name!r}: {error}") from error
