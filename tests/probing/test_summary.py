@@ -292,3 +292,16 @@ def test_compute_warns_of_fewer_observations_than_twice_the_dimension():
     for _ in range(3):
         model(torch.randn(40, 30))
     probe.compute()
+
+
+def test_an_output_layer_that_has_collapsed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 64)).eval()
+    with LayerProbe(model) as probe:
+        model(torch.randn(4000, 16))
+        assert not any("collapsed" in row.stands_out for row in probe.summary().rows)
+        probe.reset()
+        with torch.no_grad():  # two directions of the sixteen that its weights allow
+            model[2].weight.copy_(torch.randn(64, 2) @ torch.randn(2, 16))
+        model(torch.randn(4000, 16))
+        assert [("collapsed" in row.stands_out) for row in probe.summary().rows] == [False, False, True]

@@ -19,6 +19,7 @@ from spectralmetrics import (
     PowerLawExponentMetric,
     Recorder,
     SaturationMetric,
+    SpectralMetric,
     low_saturation_tail,
     recompute,
     write_report,
@@ -592,3 +593,81 @@ def test_the_page_cannot_reach_a_network(browser, runs):
     assert report.page.evaluate(tried) == "refused"
     assert any("Content Security Policy" in each for each in report.complaints)
     report.context.close()
+
+
+class ShareAbove(SpectralMetric):
+    """A statistic of one's own, with a threshold that the page knows nothing of."""
+
+    short_name = "share_above_for_the_page"
+
+    def __init__(self, threshold=0.75, **options):
+        super().__init__(**options)
+        self.threshold = threshold
+
+    def statistic(self, spectrum):
+        return (spectrum.eigenvalues > self.threshold * spectrum.eigenvalues[0]).double().mean()
+
+
+class Grown(nn.Linear):
+    """What it puts out has more directions than its weights allow when the probe is made."""
+
+    def grow(self):
+        self.weight = nn.Parameter(torch.randn(self.out_features, 24))
+        self.in_features = 24
+
+
+def record_what_python_alone_knew(directory):
+    """A ceiling that is refuted, an output layer that has collapsed, and a statistic that no slider moves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Grown(4, 20), nn.ReLU(), nn.Linear(20, 30), nn.Linear(30, 40)).eval()
+    metrics = [EffectiveRankMetric(), ShareAbove()]
+    with LayerProbe(model, metrics) as probe, Recorder(directory, probe, ["csv", "arrays"]) as recorder:
+        model[0].grow()
+        with torch.no_grad():
+            model[3].weight.copy_(torch.randn(40, 1) @ torch.randn(1, 30))
+        model(torch.randn(5000, 24))
+        recorder.record()
+
+
+def test_the_page_says_what_python_says(browser, tmp_path):
+    record_what_python_alone_knew(tmp_path)
+    report = Visit(browser, write_report(tmp_path, tmp_path / "page.html"))
+    rows = {row["layer"]: row for row in report.table()}
+    summary = {row.layer: row for row in summarise_run(tmp_path).rows}
+    assert "collapsed" in summary["3"].stands_out
+    assert summary["0"].ceiling == 20 > 4
+    for layer, row in summary.items():
+        assert rows[layer]["ceiling"] == row.ceiling
+        assert [part.partition(":")[0] for part in rows[layer]["what stands out"].split("; ") if part] == [
+            *row.stands_out
+        ]
+    report.leave()
+
+
+def test_the_page_opens_on_what_was_recorded_and_says_what_the_slider_does_not_move(browser, tmp_path):
+    record_what_python_alone_knew(tmp_path)
+    report = Visit(browser, write_report(tmp_path, tmp_path / "page.html"))
+    note = report.page.locator("#statistic-note")
+    assert report.page.locator("#statistic").input_value() == "effective_rank"
+    assert note.text_content() == "effective_rank has no threshold: the slider does not move it."
+    report.set("statistic", "share_above_for_the_page")
+    words = "share_above_for_the_page is shown as it was recorded, at its threshold 0.75"
+    assert note.text_content() == f"{words}: the slider does not move it."
+    report.set("statistic", "saturation")
+    assert note.text_content() == ""
+    assert report.page.locator("#subtitle").text_content().endswith(", 3 layers, 1 epoch")
+    report.leave()
+
+
+def test_a_run_of_steps(browser, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    with LayerProbe(model) as probe, Recorder(tmp_path, probe) as recorder:
+        for step in (10, 25):
+            model(torch.randn(50, 4))
+            recorder.record(step=step)
+    report = Visit(browser, write_report(tmp_path, tmp_path / "page.html"))
+    assert report.page.locator("#subtitle").text_content().endswith("1 layer, 2 steps")
+    assert report.page.locator("#epoch-shown").text_content() == "25"
+    assert report.page.locator("#scalars-title").text_content() == "Scalars over steps"
+    assert report.chart("history")[0]["x"] == [10, 25]
+    report.leave()
