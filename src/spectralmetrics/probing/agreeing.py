@@ -130,22 +130,22 @@ def agree_on_layers(
 def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:
     """All layers in one order: that of the first process, in which each other process puts its own.
 
-    Those that ran come first, each behind what it ran behind; then the rest as they are registered.
+    Those that ran come first, each before what its process ran next, or else last; then the rest as they are
+    registered.
 
     >>> one = Catalogue((), dict.fromkeys("ab"), ("a", "b"), {})
-    >>> other = Catalogue((), dict.fromkeys("axb"), ("a", "x"), {})
+    >>> other = Catalogue((), dict.fromkeys("axby"), ("a", "x", "b", "y"), {})
     >>> agreed_order([one, other])
-    ['a', 'x', 'b']
+    ['a', 'x', 'b', 'y']
     """
     order: list[str] = []
     for names in [each.order for each in catalogues] + [tuple(each.layers) for each in catalogues]:
-        before = len(order)
-        for name in names:
+        after = len(order)
+        for name in reversed(names):
             if name in order:
-                before = order.index(name) + 1
+                after = order.index(name)
             else:
-                order.insert(before, name)
-                before += 1
+                order.insert(after, name)
     return order
 
 
