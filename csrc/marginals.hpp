@@ -111,6 +111,10 @@ struct Marginals {
         int64_t feature = 0;
         Vector found{};
         if (job.feature_stride == 1) {
+            // Tiles read the rows a piece at a time, in an order that no processor foresees.
+            for (int64_t row = 0; row < count; ++row)
+                for (int64_t j = 0; j < job.features; j += 64 / sizeof(Source))
+                    __builtin_prefetch(rows[row] + j);
             for (; feature + tile_vectors * lanes <= job.features; feature += tile_vectors * lanes)
                 found += put_tile<tile_vectors>(job, rows, count, feature, to);
             for (; feature + lanes <= job.features; feature += lanes)
