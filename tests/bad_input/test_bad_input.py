@@ -57,7 +57,7 @@ EXEMPT = {
             "Spectrum.at(*",
             "Spectrum.about(*",
             "Spectrum.knows(*",
-            "Spectrum.learn(*",
+            "Spectrum.learn*",
         ),
         "between a probe and its metrics, which it made",
     ),
