@@ -44,7 +44,7 @@ class TestDemo:
         assert status == 0
         with open(folder / "records.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value", "low", "high"]
+        assert list(rows[0]) == ["epoch", "stage", "layer", "statistic", "value", "low", "high", "step"]
         layers = list(dict.fromkeys(row["layer"] for row in rows if row["statistic"] == "saturation"))
         assert len(layers) == 22
         assert layers[0] == "stem"
