@@ -258,7 +258,7 @@ class TestMeans:
         metrics = [PowerLawExponentMetric(), SaturationMetric()]
         with LayerProbe(model, metrics) as probe, Recorder(tmp_path, probe, ["csv", "arrays"]) as recorder:
             model(torch.randn(200, 8))
-            words = r"the mean of 'power_law_exponent' is over 1 of 2 layers: it is undefined \(NaN\) for '2'"
+            words = r"'power_law_exponent' is over 1 of 2 layers in eval, without '2', where it is undefined"
             with pytest.warns(UserWarning, match=words) as told:
                 values = recorder.record(reset=False)
             assert len(told) == 1
@@ -271,6 +271,13 @@ class TestMeans:
         recorded = {tuple(row[name] for name in ("epoch", "layer", "statistic")): row["value"] for row in rows}
         assert recorded[0, "mean", "power_law_exponent"] == float(values["power_law_exponent/eval/mean"])
 
+    def test_stages_are_apart(self):
+        values = {("s", "train", layer): torch.tensor(0.5) for layer in "ab"}
+        values |= {("s", "eval", layer): torch.tensor(torch.nan) for layer in "ab"}
+        assert undefined_layers(tidy_rows(RecordKey(0), values)) == {}
+        values["s", "train", "b"] = torch.tensor(torch.nan)
+        assert undefined_layers(tidy_rows(RecordKey(0), values)) == {"s": {"train": ["b"]}}
+
     def test_nothing_is_said_where_nothing_is_defined(self):
         values = {("s", "eval", layer): torch.tensor(torch.nan) for layer in "ab"}
         rows = tidy_rows(RecordKey(0), values)
@@ -279,7 +286,7 @@ class TestMeans:
         values["s", "eval", "a"] = torch.tensor(torch.inf)
         rows = tidy_rows(RecordKey(0), values)
         assert rows[-1].value == float("inf")
-        assert undefined_layers(rows) == {"s": ["b"]}
+        assert undefined_layers(rows) == {"s": {"eval": ["b"]}}
 
 
 def read_all(run):

@@ -188,35 +188,38 @@ def tidy_rows(
     return rows
 
 
-def undefined_layers(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """Statistic -> layers that its means leave out, since it is not defined there though it is elsewhere."""
-    missing: dict[str, dict[str, None]] = {}
-    defined = set()
+def undefined_layers(rows: Iterable[Row]) -> dict[str, dict[str, list[str]]]:
+    """Statistic -> stage -> layers that its mean leaves out, where it is defined for others of that stage."""
+    missing: dict[str, dict[str, list[str]]] = {}
+    rows = list(rows)
+    defined = {(row.key, row.statistic, row.stage) for row in rows if row.layer and not math.isnan(row.value)}
     for row in rows:
-        if row.layer == MEAN_LAYER:
-            if not math.isnan(row.value):
-                defined.add(row.statistic)
-        elif row.layer and math.isnan(row.value):
-            missing.setdefault(row.statistic, {})[row.layer] = None
-    return {statistic: list(layers) for statistic, layers in missing.items() if statistic in defined}
+        is_of_layer = row.layer not in ("", MEAN_LAYER)
+        if is_of_layer and math.isnan(row.value) and (row.key, row.statistic, row.stage) in defined:
+            layers = missing.setdefault(row.statistic, {}).setdefault(row.stage, [])
+            layers += [] if row.layer in layers else [row.layer]
+    return missing
 
 
 def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stacklevel: int = 2) -> None:
     """Warn once for each statistic whose means leave out layers.
 
     Args:
-        rows: of a record.
+        rows: of one record or several.
         known: statistics of which nothing is to be said, such as those that were warned of before.
         stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """
-    for statistic, layers in undefined_layers(rows).items():
-        if statistic not in known:
-            found = {row.layer for row in rows if row.statistic == statistic}
+    for statistic, stages in undefined_layers(rows).items():
+        if statistic in known:
+            continue
+        words = []
+        for stage, layers in stages.items():
+            found = {row.layer for row in rows if (row.statistic, row.stage) == (statistic, stage)}
             number = len(found - {"", MEAN_LAYER})
             named = ", ".join(map(repr, layers))
-            warnings.warn(
-                f"the mean of {statistic!r} is over {number - len(layers)} of {number} layers: it is undefined"
-                f" (NaN) for {named}",
-                UserWarning,
-                stacklevel=stacklevel + 1,
-            )
+            words.append(f"over {number - len(layers)} of {number} layers in {stage}, without {named}")
+        warnings.warn(
+            f"the mean of {statistic!r} is {' and '.join(words)}, where it is undefined (NaN)",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
