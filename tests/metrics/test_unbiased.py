@@ -71,7 +71,7 @@ def test_matrices_are_read_in_blocks(monkeypatch, values):
     )
 
 
-@pytest.mark.parametrize("folds", [4, 8])
+@pytest.mark.parametrize("folds", [pytest.param(4, marks=pytest.mark.long), 8])
 @pytest.mark.parametrize("count", [WIDTH // 8, WIDTH // 2, 2 * WIDTH])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_known_spectra(name, count, folds):
