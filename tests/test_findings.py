@@ -108,7 +108,7 @@ def test_a_layer_that_puts_out_a_constant_is_dead_and_nothing_else_is_said():
 
 
 def test_few_rows_give_no_verdict():
-    few = findings_of(gaussian(n=40), 1 + 1e-6 * gaussian(n=40))
+    few = findings_of(gaussian(n=20), 1 + 1e-6 * gaussian(n=20))
     assert {kind for layer, kind, _ in few if layer == "1"} == {"few_observations"}
     dead = gaussian(n=100)
     dead[:, :60] = 0

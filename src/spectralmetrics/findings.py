@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from spectralmetrics.functional import marginals as functional
 from spectralmetrics.functional.spectrum import Spectrum
@@ -33,6 +32,11 @@ _UNTRAINED_SPREAD = 1e-8
 """Deep networks begin with a small spread, since biases outweigh what varies, but not with a smaller one."""
 _KURTOSIS_WIDTH = 32
 """In narrower layers one large feature of a few is nothing that stands out."""
+_UNIFORM = (
+    nn.Linear,
+    *(getattr(nn, f"{kind}{rank}d") for kind in ("Conv", "ConvTranspose") for rank in (1, 2, 3)),
+)
+"""Layers whose weights PyTorch draws uniformly between ±1/√(fan-in)."""
 _FEW = 0.02
 """Share of the width below which an effective rank is small."""
 _MORE = 2.0
@@ -104,7 +108,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         "problem",
         "spread",
         5e-4,
-        64,
+        32,
         "variances",
         "the variance is less than this share of the mean square, in a layer of 4 features or more (in a "
         "layer whose weights are still as PyTorch initialises them: less than 1e-8)",
@@ -114,7 +118,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         "problem",
         "effective_rank",
         1.2,
-        64,
+        32,
         "eigenvalues",
         "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 or "
         "more, behind a layer of more than twice the rank, in a network of 4 outputs or more",
@@ -129,11 +133,21 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         "more than this share of the features never vary",
     ),
     FindingRule(
+        "in_tail",
+        "note",
+        "saturation",
+        0.5,
+        2,
+        "eigenvalues",
+        "the layer is in the run of layers before the output whose saturation is below this share of the "
+        "largest",
+    ),
+    FindingRule(
         "collapsed",
         "note",
         "spread",
         5e-4,
-        64,
+        32,
         "variances",
         "the same in a layer that is not trained yet",
     ),
@@ -161,30 +175,20 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         "note",
         "effective_rank",
         2.5,
-        64,
+        32,
         "eigenvalues",
-        "the upper end of the effective rank is below this, or below 2 % of the width: expected where "
-        "there are as few classes or targets",
+        "the upper end of the effective rank is below this or below 2 % of the width, and below half of the "
+        "ceiling: expected where there are as few classes or targets",
     ),
     FindingRule(
         "outliers",
         "note",
         "outlier_features",
         0.25,
-        64,
+        32,
         "variances",
         "few features hold most of the scale: the kurtosis of their mean squares exceeds this share of "
         "the width, in a layer of 32 features or more",
-    ),
-    FindingRule(
-        "in_tail",
-        "note",
-        "saturation",
-        0.5,
-        2,
-        "eigenvalues",
-        "the layer is in the run of layers before the output whose saturation is below this share of the "
-        "largest",
     ),
     FindingRule(
         "above_ceiling",
@@ -280,16 +284,21 @@ class LayerNumbers(NamedTuple):
         """Whether no feature varies."""
         return self.dead == self.width
 
-    @property
-    def lacks_observations(self) -> bool:
-        """Whether there are too few observations to trust the dimension, or to apply a rule."""
-        needed = _RULES["few_observations", "note", "observations"].threshold * max(self.found, 1)
-        for rule in FINDING_RULES:
-            is_dying = rule.severity == "problem" and self.dead > rule.threshold * self.width
-            if rule.kind == "collapsed" or (rule.kind == "dead" and is_dying):
-                needed = max(needed, rule.min_observations)
+    def few_because(self) -> list[str]:
+        """Why there are too few observations to trust the numbers; empty if there are enough."""
+        reasons = []
+        times = _RULES["few_observations", "note", "observations"].threshold
+        if self.observations < times * max(self.found, 1):
+            reasons.append(f"below {times:g} times the dimension")
+        is_dying = self.dead > _RULES["dead", "problem", "dead_features"].threshold * self.width
+        kinds = {"collapsed", "dead"} if is_dying else {"collapsed"}
+        needed = max(r.min_observations for r in FINDING_RULES if r.kind in kinds and r.severity == "problem")
+        if self.observations < needed:
+            reasons.append(f"below {needed}")
         _, low, high = self.dimension
-        return self.observations < needed or (high - low > _WIDE * self.width and not self.is_sketched)
+        if high - low > _WIDE * self.width and not self.is_sketched:
+            reasons.append("the interval is wider than a tenth of the width")
+        return reasons
 
 
 def read_numbers(layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float) -> LayerNumbers:
@@ -316,9 +325,9 @@ def read_numbers(layer: str, spectrum: Spectrum, ceiling: int | None, threshold:
     if spectrum.has(Marginals):
         magnitudes = spectrum.part(Marginals).magnitudes()
         numbers = numbers._replace(dormant=float(functional.dormant_features(magnitudes)))
-    is_sketched = spectrum.sketch is not None
-    if not (is_sketched or spectrum.sums.keeps_products):
+    if not has_eigenvalues(spectrum):
         return numbers
+    is_sketched = spectrum.sketch is not None
     metric = IntrinsicDimensionMetric(threshold=threshold)
     value = float(metric.value_of(spectrum))
     has_interval = is_sketched or spectrum.num_folds > 1
@@ -329,6 +338,11 @@ def read_numbers(layer: str, spectrum: Spectrum, ceiling: int | None, threshold:
         is_sketched=is_sketched,
         has_interval=has_interval,
     )
+
+
+def has_eigenvalues(spectrum: Spectrum) -> bool:
+    """Whether there are eigenvalues to be read, or bounds of them: not so of marginals."""
+    return spectrum.sums.keeps_products or spectrum.sketch is not None
 
 
 def _rank(spectrum: Spectrum, has_interval: bool) -> tuple[float, float]:
@@ -370,18 +384,35 @@ def find(
     for index, layer in enumerate(layers):
         own = told.get(layer.layer)
         is_new = is_new if own is None else own
-        found += _of_one(stage, layer, layers[:index], layers[-1], is_new)
+        found += of_layer(stage, layer, layers[:index], layers[-1], is_new)
     order = {name: index for index, name in enumerate(names)}
-    kinds = {rule[:2]: index for index, rule in reversed(list(enumerate(FINDING_RULES)))}
     return sorted(
-        found + _tail(stage, layers),
-        key=lambda each: (each.severity != "problem", order[each.layer], kinds[each.kind, each.severity]),
+        found + _tail(stage, layers), key=lambda each: (order_of(each)[0], order[each.layer], order_of(each))
     )
 
 
-def _of_one(
-    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
+def order_of(finding: Finding) -> tuple[bool, int]:
+    """Sorts the findings of a layer as they are said: problems first."""
+    kinds = [rule[:2] for rule in FINDING_RULES]
+    return finding.severity != "problem", kinds.index((finding.kind, finding.severity))
+
+
+def of_layer(
+    stage: str,
+    layer: LayerNumbers,
+    before: Sequence[LayerNumbers],
+    last: LayerNumbers,
+    is_new: bool = False,
 ) -> Iterator[Finding]:
+    """What stands out of one layer, all but whether it is in the tail.
+
+    Args:
+        stage: ``"train"`` or ``"eval"``.
+        layer: to judge.
+        before: the layers before it.
+        last: the last layer of the network, whose width says how many targets there are.
+        is_new: whether its weights are as they were initialised.
+    """
     if layer.left_out:
         rows = f"{layer.left_out} row{'s' if layer.left_out > 1 else ''}"
         words = f"{rows} with NaN or infinities left out"
@@ -419,8 +450,8 @@ def _of_collapse(
         yield Finding(stage, layer.layer, "collapsed", "problem", words, upper, *ends)
         return
     few = _RULES["few_directions", "note", "effective_rank"]
-    is_few = layer.width >= _NARROW and upper < max(few.threshold, _FEW * layer.width)
-    if _applies(few, layer) and is_few:
+    is_few = upper < min(max(few.threshold, _FEW * layer.width), layer.ceiling / 2)
+    if _applies(few, layer) and layer.width >= _NARROW and is_few:
         words = f"few directions: effective rank {upper:.2g}"
         yield Finding(stage, layer.layer, "few_directions", "note", words, upper, *ends)
 
@@ -451,7 +482,7 @@ def _of_features(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
 
 def _of_dimension(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
     value, *ends = layer.dimension
-    if layer.lacks_observations:
+    if layer.few_because():
         yield Finding(stage, layer.layer, "few_observations", "note", "few observations", layer.observations)
     if math.isnan(ends[0]):  # no spectrum
         return
@@ -476,7 +507,12 @@ def _tail(stage: str, layers: Sequence[LayerNumbers]) -> list[Finding]:
     if any(map(math.isnan, shares.values())):
         return []
     tail = low_saturation_tail(shares, ratio=_RULES["in_tail", "note", "saturation"].threshold)
-    return [Finding(stage, name, "in_tail", "note", "in the tail", shares[name]) for name in tail]
+    return [in_tail(stage, name, shares[name]) for name in tail]
+
+
+def in_tail(stage: str, layer: str, saturation: float) -> Finding:
+    """The finding of a layer in the low-saturation tail."""
+    return Finding(stage, layer, "in_tail", "note", "in the tail", saturation)
 
 
 def _applies(rule: FindingRule, layer: LayerNumbers) -> bool:
@@ -509,7 +545,7 @@ def is_untrained(module: nn.Module) -> bool | None:
     (True, None)
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(module, (nn.Linear, _ConvNd)) or not isinstance(weight, Tensor):
+    if not isinstance(module, _UNIFORM) or not isinstance(weight, Tensor):
         return None
     if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:  # lazy, or emptied
         return None

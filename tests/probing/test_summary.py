@@ -202,9 +202,9 @@ def test_a_name_is_broken_only_where_there_is_no_room():
     name = "a_layer_of_28_letters_in_all"
     model = nn.Sequential(collections.OrderedDict({name: nn.Linear(3, 200)})).eval()
     probe = LayerProbe(model)
-    model(torch.randn(30, 3))
+    model(torch.randn(300, 3))
     line = str(probe.summary()).splitlines()[2]
-    assert line.startswith(f"{name}  Linear    200        3  30  ")
+    assert line.startswith(f"{name}  Linear    200        3  300  ")
 
 
 def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least():
@@ -242,7 +242,8 @@ def test_a_data_frame():
     frame = probe.summary().to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert list(frame["layer"]) == ["conv", "wide", "idle", "head"]
-    assert frame["stands_out"][2] == "in the tail, 28 dead features"
+    words = "in the tail, 28 dead features, few directions: effective rank 2, few observations"
+    assert frame["stands_out"][2] == words
 
 
 def test_of_a_run(tmp_path, capsys):
@@ -294,14 +295,19 @@ def test_compute_warns_of_fewer_observations_than_twice_the_dimension():
     probe.compute()
 
 
-def test_an_output_layer_that_has_collapsed():
+@pytest.mark.parametrize(("rank", "words"), [(1, "collapsed: 1 of 64 directions"), (2, "few directions:")])
+def test_an_output_layer_that_has_collapsed(rank, words):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 64)).eval()
     with LayerProbe(model) as probe:
         model(torch.randn(4000, 16))
-        assert not any("collapsed" in row.stands_out for row in probe.summary().rows)
+        assert not any(each.startswith(words) for row in probe.summary().rows for each in row.stands_out)
         probe.reset()
-        with torch.no_grad():  # two directions of the sixteen that its weights allow
-            model[2].weight.copy_(torch.randn(64, 2) @ torch.randn(2, 16))
+        with torch.no_grad():  # so many directions of the sixteen that its weights allow
+            model[2].weight.copy_(torch.randn(64, rank) @ torch.randn(rank, 16))
         model(torch.randn(4000, 16))
-        assert [("collapsed" in row.stands_out) for row in probe.summary().rows] == [False, False, True]
+        summary = probe.summary()
+    found = [any(each.startswith(words) for each in row.stands_out) for row in summary.rows]
+    assert found == [False, False, True]
+    above = [line for line in str(summary).splitlines() if line.startswith("problem:")]
+    assert above == (["problem: 2: collapsed: 1 of 64 directions"] if rank == 1 else [])

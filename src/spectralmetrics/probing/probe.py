@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.findings import Finding, LayerNumbers, find
+from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.base import REPEATED_INPUTS
@@ -567,11 +568,11 @@ class LayerProbe(nn.Module):
             raise ValueError(f"expected a statistic of this package, got {statistic!r}, a {kind}")
         threshold = threshold_of([metric, *self.statistics.values()])
 
-        def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, SummaryRow | None]:
-            found = {place.layer: place.spectrum() for place in places}
-            seen = {layer: spectrum for layer, spectrum in found.items() if spectrum is not None}
-            rows = summary_rows(seen, self.facts, metric, threshold=threshold, progress=tell)
-            return {(stage, row.layer): row for row in rows}
+        def read(
+            places: list[LayerMetrics], tell: Progress | None
+        ) -> dict[Place, tuple[SummaryRow, LayerNumbers] | None]:
+            rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=tell)
+            return {(stage, row.layer): (row, numbers) for row, numbers in rows}
 
         with self._router.lock:
             found = self._read_places([stage], read, lambda: None)[stage]
@@ -581,7 +582,8 @@ class LayerProbe(nn.Module):
             where = stage + self._budget_words(stage)
             if self._repeating(stage):
                 where += ", the same inputs in several folds: intervals too narrow"
-            return summary_of(rows, metric, threshold=threshold, where=where)
+            found_out = find(stage, [numbers for _, numbers in rows], self._untrained)
+            return summary_of(rows, found_out, metric, threshold=threshold, where=where)
 
     def findings(self, stage: str = "eval") -> list[Finding]:
         """What stands out in the layers of one stage: problems first, then notes, each in forward order.
@@ -612,10 +614,10 @@ class LayerProbe(nn.Module):
         threshold = threshold_of(self.statistics.values())
 
         def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, LayerNumbers | None]:
-            found = {place.layer: place.spectrum(with_left_out=True) for place in places}
-            seen = {layer: spectrum for layer, spectrum in found.items() if spectrum is not None}
             ceilings = {name: facts.ceiling for name, facts in self.facts.items()}
-            return {(stage, each.layer): each for each in numbers_of(seen, ceilings, threshold, tell)}
+            return {
+                (stage, each.layer): each for each in numbers_of(_spectra(places), ceilings, threshold, tell)
+            }
 
         with self._router.lock:
             found = self._read_places([stage], read, lambda: None)[stage]
@@ -1028,6 +1030,12 @@ def read_probe(probe: LayerProbe, progress: Progress | None = None) -> ProbeRead
 
 def _value_of(metric: Any) -> Any:
     return metric.read(HOST) if isinstance(metric, SpectralMetric) else metric.compute()
+
+
+def _spectra(places: Sequence[LayerMetrics]) -> dict[str, Spectrum]:
+    """Layer -> spectrum, also of layers of which all observations were left out."""
+    found = {place.layer: place.spectrum(with_left_out=True) for place in places}
+    return {layer: spectrum for layer, spectrum in found.items() if spectrum is not None}
 
 
 def _interval_of(metric: SpectralMetric) -> Interval:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from spectralmetrics.findings import LayerNumbers, read_numbers
+from spectralmetrics.findings import Finding, LayerNumbers, find, has_eigenvalues, read_numbers
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
-from spectralmetrics.metrics import IntrinsicDimensionMetric, SpectralMetric
+from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.standing_out import (
-    UNKNOWN_LAYER,
-    dead_features,
-    true_ceiling,
-    words_of_layer,
-    words_of_network,
-)
-from spectralmetrics.table import number, percent, text_table
+from spectralmetrics.probing.standing_out import UNKNOWN_LAYER, in_words, true_ceiling
+from spectralmetrics.table import WIDTH, number, percent, text_table
 
 if TYPE_CHECKING:
     import pandas
@@ -70,9 +64,11 @@ class Summary:
         rows: in forward order.
         title: what it is a summary of.
         statistic: name of the value.
+        findings: what stands out, problems first.
 
     Attributes:
         rows: a :class:`SummaryRow` for each layer.
+        findings: a :class:`~spectralmetrics.Finding` for whatever stands out.
 
     >>> row = SummaryRow("fc", "Linear", 64, 32, 900, 12, 11, 14, 0.1875, 14, ("in the tail",))
     >>> print(Summary([row], "eval", "intrinsic_dimension"))
@@ -81,14 +77,24 @@ class Summary:
     fc     Linear     64       32  900  12 (11-14)       0.188  in the tail
     """
 
-    def __init__(self, rows: Sequence[SummaryRow], title: str, statistic: str) -> None:
+    def __init__(
+        self, rows: Sequence[SummaryRow], title: str, statistic: str, findings: Sequence[Finding] = ()
+    ) -> None:
         self.rows = list(rows)
         self.title = title
         self.statistic = statistic
+        self.findings = list(findings)
 
     def __str__(self) -> str:
         lines = text_table(self._heads(), [self._cells(row) for row in self.rows], left=("type",))
-        return "\n".join([self.title, *lines] if self.title else lines)
+        return "\n".join([*([self.title] if self.title else []), *self._problems(), *lines])
+
+    def _problems(self) -> list[str]:
+        """A line for each problem, above the table."""
+        problems = [each for each in self.findings if each.severity == "problem"]
+        return [
+            line for each in problems for line in textwrap.wrap(f"problem: {each.layer}: {each.message}", WIDTH)
+        ]
 
     def __repr__(self) -> str:
         return str(self)
@@ -98,7 +104,8 @@ class Summary:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         body = "".join(line(self._cells(row), "td") for row in self.rows)
-        caption = f"<caption>{html.escape(self.title)}</caption>"
+        caption = "<br>".join(map(html.escape, [self.title, *self._problems()]))
+        caption = f"<caption>{caption}</caption>"
         return f"<table>{caption}<thead>{line(self._heads(), 'th')}</thead><tbody>{body}</tbody></table>"
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -154,7 +161,9 @@ def summarise(
             be read of some layers, it is NaN there, with one warning that names them.
     """
     rows = summary_rows(layers, facts, metric, threshold=threshold)
-    return summary_of(rows, metric, threshold=threshold, where=where)
+    return summary_of(
+        rows, find("", [numbers for _, numbers in rows]), metric, threshold=threshold, where=where
+    )
 
 
 def summary_rows(
@@ -164,13 +173,12 @@ def summary_rows(
     *,
     threshold: float,
     progress: Progress | None = None,
-) -> list[SummaryRow]:
-    """The rows of layers, each by itself; see :func:`summarise`."""
-    dimension = IntrinsicDimensionMetric(threshold=threshold)
-    decompose_together((Wanted(spectrum, "eigenvalues") for spectrum in layers.values()), progress)
+) -> list[tuple[SummaryRow, LayerNumbers]]:
+    """The rows of layers, each by itself, and the numbers that findings are made from."""
+    ceilings = {name: each.ceiling for name, each in facts.items()}
     return [
-        _row(name, spectrum, facts.get(name, UNKNOWN_LAYER), metric, dimension)
-        for name, spectrum in layers.items()
+        (_row(numbers, layers[numbers.layer], facts.get(numbers.layer, UNKNOWN_LAYER), metric), numbers)
+        for numbers in numbers_of(layers, ceilings, threshold, progress)
     ]
 
 
@@ -189,7 +197,7 @@ def numbers_of(
         progress: told how many spectra are decomposed, and of how many.
     """
     wanted = [
-        Wanted(each, "eigenvalues" if _has_spectrum(each) else "variances")
+        Wanted(each, "eigenvalues" if has_eigenvalues(each) else "variances")
         for each in spectra.values()
         if int(each.num_observations)
     ]
@@ -197,93 +205,70 @@ def numbers_of(
     return [read_numbers(name, each, ceilings.get(name), threshold) for name, each in spectra.items()]
 
 
-def _has_spectrum(spectrum: Spectrum) -> bool:
-    return spectrum.sums.keeps_products or spectrum.sketch is not None
-
-
-def summary_of(rows: Sequence[SummaryRow], metric: SpectralMetric, *, threshold: float, where: str) -> Summary:
-    """The summary of rows in forward order, and what one layer has beside the others; see :func:`summarise`."""
-    unread = [row for row in rows if row.stands_out[:1] and row.stands_out[0].startswith(_UNREAD)]
+def summary_of(
+    rows: Sequence[tuple[SummaryRow, LayerNumbers]],
+    findings: Sequence[Finding],
+    metric: SpectralMetric,
+    *,
+    threshold: float,
+    where: str,
+) -> Summary:
+    """The summary of rows in forward order, with what stands out of them; see :func:`summarise`."""
+    unread = [row for row, _ in rows if row.stands_out]
     if unread:
         named = ", ".join(repr(row.layer) for row in unread)
         words = f"{metric.short_name!r} of {named}: {unread[0].stands_out[0]}"
         if len(unread) == len(rows):
             raise ValueError(words)
         warnings.warn(f"left out {words}", UserWarning, stacklevel=4)
-    shares = np.array([row.saturation for row in rows])
-    ceilings = np.array([row.ceiling / row.width for row in rows])
-    words_beside = words_of_network(shares, ceilings)
-    rows = [
-        row._replace(stands_out=(*(text for text, holds in words if holds), *row.stands_out))
-        for row, words in zip(rows, words_beside, strict=True)
+    shown = [
+        row._replace(
+            stands_out=(*in_words(each for each in findings if each.layer == row.layer), *row.stands_out)
+        )
+        for row, _ in rows
     ]
     title = f"{where}, dimension at {percent(threshold)} of the variance"
-    return Summary(rows, title, metric.short_name)
+    return Summary(shown, title, metric.short_name, findings)
 
 
 def threshold_of(metrics: Iterable[object]) -> float:
     """The share of variance that the first metric which has one explains; 0.99 if none has.
 
+    >>> from spectralmetrics import IntrinsicDimensionMetric
     >>> threshold_of([IntrinsicDimensionMetric(threshold=0.9)])
     0.9
     """
     return next((float(metric.threshold) for metric in metrics if hasattr(metric, "threshold")), 0.99)
 
 
-def _row(
-    name: str,
-    about_mean: Spectrum,
-    facts: LayerFacts,
-    metric: SpectralMetric,
-    dimension: IntrinsicDimensionMetric,
-) -> SummaryRow:
+def _row(numbers: LayerNumbers, about_mean: Spectrum, facts: LayerFacts, metric: SpectralMetric) -> SummaryRow:
     spectrum = about_mean.about(center=metric.center)
-    low = high = spread = math.nan
+    low = high = math.nan
     unread: tuple[str, ...] = ()
-    try:
-        value = metric.value_of(spectrum)
-        has_interval = metric.has_interval
-    except (RuntimeError, ValueError) as error:
-        unread = (f"{_UNREAD}, {error}",)
-        value, has_interval = torch.tensor(math.nan), False
+    value = torch.tensor(math.nan)
+    if numbers.observations:
+        try:
+            value = metric.value_of(spectrum)
+            if metric.has_interval and numbers.has_interval:
+                low, high = (float(end) for end in metric.interval_of(spectrum))
+        except (RuntimeError, ValueError, TypeError) as error:
+            unread = (f"{_UNREAD}, {error}",)
     if value.ndim:
         raise ValueError(
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"
         )
-    is_sketched = about_mean.sketch is not None
-    share = float(dimension.value_of(about_mean))
-    is_known = not math.isnan(share)
-    found = enough = int(share) if is_known else 0
-    if is_sketched or about_mean.num_folds > 1:
-        if has_interval:
-            low, high = (float(end) for end in metric.interval_of(spectrum))
-        end = dimension.interval_of(about_mean)
-        spread = float(end.high) - float(end.low)
-        found = found if is_known else int(end.low)  # at least
-        enough = found if math.isnan(spread) else int(end.high)
-    width, count = about_mean.num_features, int(about_mean.num_observations)
-    ceiling = true_ceiling(facts, width, found)
-    words = words_of_layer(
-        found,
-        spread,
-        width=width,
-        ceiling=ceiling,
-        observations=count,
-        dead=dead_features(about_mean),
-        left_out=int(about_mean.num_left_out),
-        is_sketched=is_sketched,
-        is_known=is_known,
-    )
+    dimension, _, end = numbers.dimension
+    enough = end if numbers.has_interval and not math.isnan(end) else numbers.found
     return SummaryRow(
-        name,
+        numbers.layer,
         facts.kind,
-        width,
-        ceiling,
-        count,
+        numbers.width,
+        true_ceiling(numbers),
+        numbers.observations,
         value.item(),
         low,
         high,
-        found / width if is_known else math.nan,
-        enough,
-        (*unread, *(word.text for word in words)),
+        dimension / numbers.width,
+        int(enough),
+        unread,
     )

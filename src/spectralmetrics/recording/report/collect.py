@@ -12,7 +12,7 @@ import torch
 
 from spectralmetrics.functional.dimension import Rule
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.probing.standing_out import UNKNOWN_LAYER, dead_features
+from spectralmetrics.probing.standing_out import UNKNOWN_LAYER
 from spectralmetrics.recording.record import RecordKey
 from spectralmetrics.recording.report.encode import MISSING
 from spectralmetrics.recording.report.spectra import Bounds, Thresholds, bounds, points, positions, slider
@@ -219,14 +219,13 @@ def _from_arrays(
                 found["width"][where] = width
                 found["observations"][where] = layer.count
                 found["non_finite"][where] = layer.non_finite
-                found["dead"][where] = dead_features(layer.spectrum())
                 measured = _measured(layer, families, thresholds)
                 for table, other, each in zip(tables, held_out, measured, strict=True):
                     table[where], other[where] = each
                 facts = run.facts.get(layer.layer, UNKNOWN_LAYER)
-                of_stage.setdefault(layer.stage, []).append(
-                    Known.of_layer(layer, facts, where, measured[families.index(DEFAULT_FAMILY)])
-                )
+                known = Known.of_layer(layer, facts, where, measured[families.index(DEFAULT_FAMILY)])
+                of_stage.setdefault(layer.stage, []).append(known)
+                found["dead"][where] = known.numbers.dead
                 spectrum = layer.spectrum(families[0][1])
                 if spectrum.sketch is not None:
                     raise ValueError("a sketch of its covariance was kept, of which the page draws no spectrum")
@@ -235,8 +234,8 @@ def _from_arrays(
                     chosen[width] = positions(width, most)
                 found["largest"][where] = drawn[0]
                 found["points"][where][: len(chosen[width])] = points(drawn, chosen[width])
-        for known in of_stage.values():
-            words.add(known)
+        for layers in of_stage.values():
+            words.add(layers)
     return {
         **found,
         "dimensions": tables,
@@ -291,7 +290,7 @@ def _words_of_values(
                 found = values.get(dimension, np.nan) if its_threshold == threshold else np.nan
                 facts = run.facts.get(layer, UNKNOWN_LAYER)
                 where = axes.of(stage, layer, key)
-                known.append(Known.of_values(share, found, values.get("spread", np.nan), facts, where))
+                known.append(Known.of_values(layer, share, found, values.get("spread", np.nan), facts, where))
         words.add(known, at)
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from spectralmetrics.findings import Finding, LayerNumbers, in_tail, of_layer, read_numbers
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.standing_out import (
-    Word,
-    dead_features,
-    true_ceiling,
-    words_of_layer,
-    words_of_network,
-)
+from spectralmetrics.probing.standing_out import in_words, true_ceiling
 from spectralmetrics.recording.report.spectra import Bounds, Thresholds
 from spectralmetrics.recording.writers.arrays import SavedLayer
+from spectralmetrics.tail import tail_start
 
 Array: TypeAlias = npt.NDArray[Any]
+
+DEFAULT_THRESHOLD = 0.99
+UNKNOWN_NUMBER = sys.maxsize
+"""Of observations, where it was not recorded: they are not to be called few."""
 
 
 class Known(NamedTuple):
@@ -28,59 +29,48 @@ class Known(NamedTuple):
 
     Attributes:
         where: in arrays of the page.
-        width: the number of features; 0 if it is unknown.
+        numbers: what findings are made from; of the dimension at some threshold.
         shares: saturations at the thresholds, NaN where one is unknown, shape (T,) or (1,) for all.
-        dimensions: or lower bounds of them, of that shape; 0 where nothing is known.
-        spreads: widths of their intervals, of that shape; NaN without one.
-        facts: of the layer.
-        counts: arguments of :func:`.words_of_layer`.
+        dimensions: likewise, with the ends of their intervals, shape (3, T) or (3, 1).
     """
 
     where: tuple[Any, ...]
-    width: int
+    numbers: LayerNumbers
     shares: Array
     dimensions: Array
-    spreads: Array
-    facts: LayerFacts
-    counts: dict[str, Any]
 
     @classmethod
     def of_layer(cls, layer: SavedLayer, facts: LayerFacts, where: tuple[Any, ...], found: Bounds) -> Known:
         """Of a layer with arrays."""
-        spectrum = layer.spectrum()
-        is_known = found.values >= 0
-        others = found.others.astype(float)
-        others[others < 0] = np.nan
-        return cls(
-            where,
-            spectrum.num_features,
-            np.where(is_known, found.values / spectrum.num_features, np.nan),
-            np.where(is_known, found.values, np.nan_to_num(others)).astype(int),
-            np.abs(found.values - others),
-            facts,
-            {
-                "observations": layer.count,
-                "dead": dead_features(spectrum),
-                "left_out": layer.non_finite,
-                "is_sketched": spectrum.sketch is not None,
-            },
-        )
+        numbers = read_numbers(layer.layer, layer.spectrum(), facts.ceiling, DEFAULT_THRESHOLD)
+        values, others = (np.where(each >= 0, each, np.nan) for each in (found.values, found.others))
+        one = np.where(np.isnan(values), others, values)  # of a sketch the value may be out of reach
+        ends = np.fmin(one, others), np.maximum(one, others)
+        return cls(where, numbers, values / numbers.width, np.stack([values, *ends]))
 
     @classmethod
     def of_values(
-        cls, share: float, dimension: float, spread: float, facts: LayerFacts, where: tuple[Any, ...]
+        cls,
+        layer: str,
+        share: float,
+        dimension: float,
+        spread: float,
+        facts: LayerFacts,
+        where: tuple[Any, ...],
     ) -> Known:
         """Of recorded numbers alone; the width is what they are a share of."""
-        is_dimension = share > 0 and not math.isnan(dimension)
-        return cls(
-            where,
-            round(dimension / share) if is_dimension else 0,
-            np.array([share if 0 <= share <= 1 else np.nan]),
-            np.array([int(dimension) if is_dimension else 0]),
-            np.array([spread]),
-            facts,
-            {},
-        )
+        is_known = share > 0 and not math.isnan(dimension)
+        width = round(dimension / share) if is_known else 0
+        ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
+        numbers = LayerNumbers(layer, width, ceiling, UNKNOWN_NUMBER, 0, has_interval=not math.isnan(spread))
+        value = dimension if is_known else math.nan
+        dimensions = np.array([[value], [value], [value + np.nan_to_num(spread)]])
+        return cls(where, numbers, np.array([share if 0 <= share <= 1 else math.nan]), dimensions)
+
+    def at(self, index: int) -> LayerNumbers:
+        """The numbers at a threshold."""
+        value, low, high = map(float, self.dimensions[:, index])
+        return self.numbers._replace(dimension=(value, low, high))
 
 
 class Words:
@@ -106,34 +96,27 @@ class Words:
         """
         if not layers:
             return
-        ceilings = [
-            np.array([true_ceiling(each.facts, each.width, found) for found in each.dimensions])
-            for each in layers
-        ]
         shares = np.stack([each.shares for each in layers])
-        of_width = [
-            c / each.width if each.width else np.ones(len(c)) for c, each in zip(ceilings, layers, strict=True)
-        ]
-        beside = words_of_network(shares, np.stack(of_width))
-        for each, ceiling, network in zip(layers, ceilings, beside, strict=True):
+        is_known = ~np.isnan(shares).any(0)
+        first_of_tail = tail_start(np.nan_to_num(shares))
+        numbers = [each.numbers for each in layers]
+        for place, each in enumerate(layers):
+            is_in_tail = is_known & (first_of_tail <= place) & (place < len(layers) - 1)
             known: dict[tuple[Any, ...], int] = {}
-            places = []
-            for index, (found, spread) in enumerate(zip(each.dimensions, each.spreads, strict=True)):
-                first = [Word(text) for text, holds in network if holds[index]]
-                is_known = not math.isnan(each.shares[index])
-                key = (int(found), int(ceiling[index]), float(np.nan_to_num(spread)), is_known, *first)
+            found, ceilings = [], []
+            for index in range(each.dimensions.shape[1]):
+                here = each.at(index)
+                key = (*np.nan_to_num(here.dimension, nan=-1), bool(is_in_tail[index]))
                 if key not in known:
-                    known[key] = self._place(
-                        [*first, *_own_words(each, int(found), spread, ceiling[index], is_known)]
-                    )
-                places.append(known[key])
-            self._stands_out[each.where][at] = places
-            if each.width:
-                self._ceilings[each.where][at] = ceiling
+                    tail = [in_tail("", here.layer, each.shares[index])] if is_in_tail[index] else []
+                    known[key] = self._place(here, numbers[:place], numbers[-1], tail)
+                found.append(known[key])
+                ceilings.append(true_ceiling(here))
+            self._stands_out[each.where][at] = found
+            if here.width:
+                self._ceilings[each.where][at] = ceilings
             if not np.isnan(shares).any():
-                self._in_tail[each.where][at] = next(
-                    (holds for text, holds in network if text == "in the tail"), 0
-                )
+                self._in_tail[each.where][at] = is_in_tail
 
     def content(self) -> dict[str, Any]:
         """For the page."""
@@ -144,12 +127,17 @@ class Words:
             "ceilings": self._ceilings,
         }
 
-    def _place(self, words: Sequence[Word]) -> int:
-        text = "; ".join(f"{word.text}: {word.why}" if word.why else word.text for word in words)
-        return self._texts.setdefault(text, len(self._texts))
-
-
-def _own_words(layer: Known, found: int, spread: float, ceiling: int, is_known: bool) -> list[Word]:
-    if not layer.width:
-        return []
-    return words_of_layer(found, spread, width=layer.width, ceiling=ceiling, is_known=is_known, **layer.counts)
+    def _place(
+        self,
+        layer: LayerNumbers,
+        before: Sequence[LayerNumbers],
+        last: LayerNumbers,
+        found: Sequence[Finding],
+    ) -> int:
+        own = of_layer("", layer, before, last) if layer.width else ()
+        reasons = ", ".join(layer.few_because())
+        told = [
+            each._replace(message=f"{each.message}: {reasons}") if each.kind == "few_observations" else each
+            for each in (*own, *found)
+        ]
+        return self._texts.setdefault("; ".join(in_words(told)), len(self._texts))
