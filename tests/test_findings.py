@@ -10,11 +10,14 @@ from spectralmetrics import (
     FINDING_RULES,
     DormantFeaturesMetric,
     LayerProbe,
+    Recorder,
     RootMeanSquareMetric,
     SaturationMetric,
     Spectrum,
+    summarise_run,
 )
 from spectralmetrics.findings import find, is_untrained, read_numbers
+from spectralmetrics.recording.compare import describe_comparison
 
 
 class Gives(nn.Module):
@@ -243,3 +246,19 @@ def test_every_rule_has_a_reason_and_every_finding_a_rule():
 def test_find_takes_any_spectra():
     spectrum = Spectrum.of_covariance(torch.eye(8, dtype=torch.float64) * 1e-9, torch.ones(8), 100)
     assert find("eval", [read_numbers("a", spectrum, None, 0.99)])[0].kind == "collapsed"
+
+
+def test_a_comparison_names_the_side_that_has_a_problem(tmp_path):
+    for name, spread in (("good", 1.0), ("bad", 1e-6)):
+        model = nn.Sequential(Gives(gaussian()), Gives(1 + spread * gaussian())).eval()
+        with (
+            LayerProbe(model, layers=Gives) as probe,
+            Recorder(tmp_path / name, probe, ["csv", "arrays"]) as recorder,
+        ):
+            model(torch.zeros(1))
+            recorder.record()
+    text = describe_comparison(tmp_path / "good", tmp_path / "bad")
+    [line] = [line for line in text.splitlines() if line.startswith("problem")]
+    assert line.startswith("problem on the right: 1: collapsed: the mean holds 99.99999")
+    assert "problem" not in describe_comparison(tmp_path / "good", tmp_path / "good")
+    assert "problem: 1: collapsed" in str(summarise_run(tmp_path / "bad"))

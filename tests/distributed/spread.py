@@ -137,6 +137,25 @@ def experts_of_each_process_reach_all(rank, world):
     assert int(probe["eval", next(iter(mine))]["spectrum"].count) == 20 + rank  # this process' own again
 
 
+def findings_are_the_same_on_all(rank, world):
+    """What stands out in layers that one process has, and whether its weights are new, is known to all."""
+    own = {f"new{rank}": nn.Linear(8, 8), f"trained{rank}": nn.Linear(8, 8)}
+    with torch.no_grad():
+        own[f"trained{rank}"].weight.mul_(1e-3)
+    model = nn.ModuleDict(own).eval()
+    with sm.LayerProbe(model) as probe, torch.no_grad():
+        for layer in model.values():
+            layer(1 + 1e-3 * torch.randn(100, 8))
+    collapsed = {each.layer: each.severity for each in probe.findings("eval") if each.kind == "collapsed"}
+    expected = {f"new{each}": "note" for each in range(world)} | {
+        f"trained{each}": "problem" for each in range(world)
+    }
+    assert collapsed == expected
+    assert [each.severity for each in probe.summary().findings if each.kind == "collapsed"][:world] == [
+        "problem"
+    ] * world
+
+
 def a_loop_over_merged_sums_ends_for_all(rank, world):
     torch.manual_seed(1)
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
@@ -513,6 +532,7 @@ def uneven_batches_under_join(rank, world):
 SCENARIOS = [
     experts_run_in_any_order,
     experts_of_each_process_reach_all,
+    findings_are_the_same_on_all,
     a_loop_over_merged_sums_ends_for_all,
     sketches_beside_idle_processes,
     what_does_not_fit_is_an_error_everywhere,

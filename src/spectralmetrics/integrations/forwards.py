@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
@@ -17,6 +19,8 @@ from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
 from spectralmetrics.probing.windows import Taken
+
+_logger = logging.getLogger("spectralmetrics")
 
 Stage: TypeAlias = Literal["train", "eval"]
 
@@ -49,6 +53,7 @@ class Forwards:
         self.probe = LayerProbe(model, metrics, **arguments)
         self._model = unwrap(model)
         self._generators = [] if generation else [each for each in model.modules() if _generates(each)]
+        self._told: set[tuple[str, str, str]] = set()  # stage, layer and kind of problems that were logged
         self._left_out: set[Stage] = set()  # in which generations were left out since the last values
         self._finished: set[str] = set()  # stages whose values are read, and which begin anew
         self._recorded: set[str] = set()  # finished stages that are in a record
@@ -157,7 +162,16 @@ class Forwards:
             self.probe.reset(stage)
 
     def explain(self, stage: Stage, values: Mapping[str, Any]) -> None:
-        """Warn if there are no values of a stage because all that ran in it was generation."""
+        """Say what the values of a stage mean, and why there are none if all that ran in it was generation.
+
+        All processes call it. The first one logs each problem once, see :meth:`.LayerProbe.findings`.
+        """
+        if values:
+            for finding in self.probe.findings(stage):
+                if finding.severity == "problem" and finding[:3] not in self._told:
+                    self._told.add(finding[:3])
+                    if not dist.is_initialized() or dist.get_rank() == 0:
+                        _logger.warning(str(finding))
         if stage in self._left_out and not values:
             message = f"all that ran in {stage} was generate(), which is observed with generation=True only"
             warnings.warn(message, UserWarning, stacklevel=4)

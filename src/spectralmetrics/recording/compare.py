@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics as averages
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectralmetrics.findings import find, read_numbers
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.relations import frechet_distance, subspace_overlap
 from spectralmetrics.metrics import IntrinsicDimensionMetric
+from spectralmetrics.probing.standing_out import UNKNOWN_LAYER
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import RecordKey, Row
 from spectralmetrics.recording.saved import SavedRun
@@ -236,6 +239,7 @@ def describe_comparison(
     ]
     lines += [f"layers in {stage}; leading eigenspaces explain {percent(threshold)} of the variance", ""]
     lines += _pairs_of_numbers({**scalars, **means})
+    lines += _problems(sides, stage, threshold)
     lines += _answer(rows, means)
     lines += ["", *_table(rows), "", *_LEGEND]
     return "\n".join(lines)
@@ -254,6 +258,20 @@ def _numbers_of_runs(
         scalars = [row for row in rows if not row.layer]
         added.append({f"{row.stage} {row.statistic}".strip(): row.value for row in scalars})
     return _side_by_side(found), _side_by_side(added)
+
+
+def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]:
+    """What is wrong with either side, a line for each layer and kind."""
+    lines = []
+    for name, side in zip(("left", "right"), sides, strict=True):
+        numbers = []
+        for layer in side.run.layers(side.key, stage):
+            with contextlib.suppress(ValueError):  # a damaged layer is named in the table
+                ceiling = side.run.facts.get(layer.layer, UNKNOWN_LAYER).ceiling
+                numbers.append(read_numbers(layer.layer, layer.spectrum(), ceiling, threshold))
+        found = [each for each in find(stage, numbers) if each.severity == "problem"] if numbers else []
+        lines += [f"problem on the {name}: {each.layer}: {each.message}" for each in found]
+    return ["", *lines] if lines else []
 
 
 def _side_by_side(sides: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
