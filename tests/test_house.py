@@ -38,6 +38,8 @@ BESIDE = {
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
     "findings": {"functional", "metrics", "sums", "tail"},
+    "weights": {"functional", "metrics", "probing", "table"},
+    "checkpoints": {"weights"},
     "__main__": {"cli"},
 }
 # Who may use what stands beside; the command line and the demo may use anything.

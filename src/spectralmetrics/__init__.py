@@ -55,6 +55,7 @@ from spectralmetrics.recording import (
 )
 from spectralmetrics.similarity import LayerSimilarity, Similarity
 from spectralmetrics.tail import layer_profile, low_saturation_tail
+from spectralmetrics.weights import WeightRow, WeightSummary, weight_spectra
 
 __version__ = "0.2.0"
 
@@ -101,6 +102,8 @@ __all__ = [
     "StableRankMetric",
     "Summary",
     "SummaryRow",
+    "WeightRow",
+    "WeightSummary",
     "Writer",
     "ZeroShareMetric",
     "border_layer",
@@ -119,5 +122,6 @@ __all__ = [
     "set_projection_threshold",
     "statistics",
     "summarise_run",
+    "weight_spectra",
     "write_report",
 ]

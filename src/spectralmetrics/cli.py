@@ -106,6 +106,16 @@ def _run_compare(options: argparse.Namespace) -> None:
     _print(text)
 
 
+def _run_weights(options: argparse.Namespace) -> None:
+    from spectralmetrics.checkpoints import checkpoint_spectra
+    from spectralmetrics.probing.progress import LateBar
+
+    bar = LateBar("reading matrices")
+    summary = checkpoint_spectra(options.checkpoint, options.statistics, options.since, progress=bar)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(str(summary).encode(encoding, "replace").decode(encoding))
+
+
 def _run_summary(options: argparse.Namespace) -> None:
     summary = summarise_run(
         options.directory,
@@ -182,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_recompute(commands)
     _add_report(commands)
+    _add_weights(commands)
     return parser
 
 
@@ -323,6 +334,28 @@ def _add_report(commands: Any) -> None:
     report.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
     report.add_argument(
         "--output", type=Path, help="file to write to (default: report.html in the first run's directory)"
+    )
+
+
+def _add_weights(commands: Any) -> None:
+    weights = _add_command(
+        commands,
+        "weights",
+        _run_weights,
+        "spectra of the weight matrices in a checkpoint",
+        "Print one row per weight matrix: its shape, effective and stable rank, the exponent alpha of the power"
+        " law that fits its largest eigenvalues, and what stands out; with an earlier checkpoint the same of"
+        " what training has changed. Reads .safetensors, an index or a folder of them, and .pt files of tensors"
+        " alone.",
+        [
+            "spectralmetrics weights model.safetensors",
+            "spectralmetrics weights step-2000.pt --since step-1000.pt --statistics stable_rank",
+        ],
+    )
+    weights.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file, index or folder")
+    weights.add_argument("--since", type=Path, metavar="CHECKPOINT", help="an earlier one of the same model")
+    weights.add_argument(
+        "--statistics", nargs="+", metavar="NAME", help="(default: effective_rank stable_rank alpha)"
     )
 
 

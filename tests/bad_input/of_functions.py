@@ -157,6 +157,15 @@ ROWS_OF_FUNCTIONS = [
         eigenvalues=[*EIGENVALUES, *FINITE],
         **FIT,
     ),
+    *refuses(
+        "power_law_tail",
+        F.power_law_tail,
+        eigenvalues=[
+            *EIGENVALUES[:3],
+            *FINITE,
+            (torch.ones(2, 3), ValueError, "expected eigenvalues of shape (D,), got shape (2, 3)"),
+        ],
+    ),
     *refuses("diagonal_trace", F.diagonal_trace, eigenvalues=EIGENVALUES),
     *refuses("trace", F.trace, covariance=COVARIANCES),
     *[

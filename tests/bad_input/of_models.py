@@ -81,6 +81,22 @@ ROWS_OF_MODELS = [
         ceiling=[(3, TypeError, "expected ceiling to be a function of a layer or None, got 3")],
     ),
     *refuses(
+        "weight_spectra",
+        sm.weight_spectra,
+        {"model": MODEL},
+        model=[("model", TypeError, "expected model to be a torch.nn.Module, got str")],
+        statistics=[
+            (["rank"], ValueError, "expected statistics among … got 'rank'"),
+            (["spectrum"], ValueError, "expected a statistic that is one number, got 'spectrum'"),
+        ],
+        layers=_selectors(),
+        since=[
+            ([1], TypeError, "expected since to be a state dict, got list"),
+            ({"0.weight": torch.ones(7, 7)}, ValueError, "expected '0.weight' of shape … in since, got (7, 7)"),
+        ],
+        progress=[(3, TypeError, "expected progress to be a function of two numbers or None, got 3")],
+    ),
+    *refuses(
         "LayerProbe",
         sm.LayerProbe,
         {"model": MODEL},

@@ -81,6 +81,8 @@ EXEMPT = {
             "Mover(*",
             "Finding(*",
             "FindingRule(*",
+            "PowerLawTail(*",
+            "Weight[RS]*",
         ),
         "made by the package, and read by its user",
     ),

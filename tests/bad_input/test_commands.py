@@ -50,6 +50,14 @@ TABLE = {
         "--colour": UNKNOWN,
     },
     ("summary",): {"directory": NO_ARRAYS},
+    ("weights", "nowhere.pt"): {"--colour": UNKNOWN, "--statistics": [("rank", "found no 'nowhere.pt'")]},
+    ("weights",): {
+        "checkpoint": [
+            ("nowhere", "expected a checkpoint, found no 'nowhere'"),
+            ("EMPTY", "expected .safetensors or .pt files in 'EMPTY', found none"),
+        ],
+        "--since": [("nowhere", "the following arguments are required: CHECKPOINT")],
+    },
     ("compare", "RUN", "--epochs", "0", "1"): {
         "--stage": [("test", "expected a stage of epoch 0 of … got 'test'")],
         "--threshold": SHARES,

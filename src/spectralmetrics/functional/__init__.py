@@ -34,6 +34,7 @@ from spectralmetrics.functional.marginals import (
     spread,
     zero_share,
 )
+from spectralmetrics.functional.power_law import PowerLawTail, power_law_tail
 from spectralmetrics.functional.relations import (
     cka,
     debiased_hsic,
@@ -61,6 +62,7 @@ from spectralmetrics.sums import (
 __all__ = [
     "Moments",
     "Observations",
+    "PowerLawTail",
     "Spectrum",
     "accumulate",
     "cka",
@@ -87,6 +89,7 @@ __all__ = [
     "outlier_features",
     "participation_ratio",
     "power_law_exponent",
+    "power_law_tail",
     "rebase",
     "ridge_explained_variance",
     "root_mean_square",

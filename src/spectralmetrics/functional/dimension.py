@@ -195,7 +195,7 @@ def check_fit_range(first: int, last: int | None) -> None:
 
 
 def _descending(eigenvalues: Tensor) -> Tensor:
-    return _finite(eigenvalues).clamp(min=0).sort(dim=-1, descending=True).values
+    return finite_eigenvalues(eigenvalues).clamp(min=0).sort(dim=-1, descending=True).values
 
 
 def cumulative_sum(values: Tensor) -> Tensor:
@@ -224,7 +224,8 @@ def check_eigenvalues(eigenvalues: Tensor) -> None:
         )
 
 
-def _finite(eigenvalues: Tensor) -> Tensor:
+def finite_eigenvalues(eigenvalues: Tensor) -> Tensor:
+    """The eigenvalues in float64; a TypeError or ValueError unless they are real and finite."""
     check_eigenvalues(eigenvalues)
     # A NaN compares as neither above nor below a threshold, and would count as zero.
     if not eigenvalues.isfinite().all():
@@ -234,6 +235,6 @@ def _finite(eigenvalues: Tensor) -> Tensor:
 
 def _relative(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues divided by the largest, so that squares neither overflow nor vanish, and the largest."""
-    values = _finite(eigenvalues).clamp(min=0)
+    values = finite_eigenvalues(eigenvalues).clamp(min=0)
     largest = values.amax(-1)
     return values / torch.where(largest > 0, largest, 1.0)[..., None], largest

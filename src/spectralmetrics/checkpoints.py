@@ -1,0 +1,261 @@
+"""Weight matrices in checkpoints: .safetensors, its index or folder, and .pt with weights only."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.weights import WeightMatrix, WeightSummary, summarise_weights, without_wrappers
+
+_NESTED = ("state_dict", "model_state_dict", "model", "module", "weights")
+_OPTIMISERS = ("optim", "optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "lr_schedulers")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype; None if PyTorch has none like it.
+        storage: the same for tensors that share their memory; None if that cannot be told.
+        bring: reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    storage: object
+    bring: Callable[[], Tensor]
+
+
+def checkpoint_spectra(
+    path: str | Path,
+    statistics: Any = None,
+    since: str | Path | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> WeightSummary:
+    """The spectra of the weight matrices in a checkpoint, one in memory at a time.
+
+    Args:
+        path: a ``.safetensors`` file, its ``.index.json``, a folder that holds either, or a ``.pt``, ``.pth``,
+            ``.bin`` or ``.ckpt`` file of tensors alone. State dicts inside are found, optimizer states
+            left out, prefixes of wrappers dropped.
+        statistics: see :func:`~spectralmetrics.weight_spectra`.
+        since: an earlier checkpoint of the same model: the statistics are read of the difference, too.
+        progress: called with the number of matrices that are done, and of all.
+
+    Returns:
+        A row for each matrix; what was skipped is listed with the reason.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file of another kind, one that is damaged, one that holds Python objects, or one
+            without matrices.
+        ModuleNotFoundError: for ``.safetensors`` without the extra ``spectralmetrics[weights]``.
+    """
+    stored = read_checkpoint(Path(path))
+    skipped: dict[str, str] = {}
+    matrices = list(_matrices(stored, skipped))
+    if not matrices:
+        raise ValueError(
+            f"expected weight matrices in {str(path)!r}, got {len(stored)} tensors, none of them one"
+        )
+    before = None if since is None else _Lazily(read_checkpoint(Path(since)))
+    return summarise_weights(matrices, statistics, before, skipped, progress)
+
+
+class _Lazily(Mapping[str, Tensor]):
+    """Tensors in files, each read when it is asked for."""
+
+    def __init__(self, stored: Mapping[str, _Stored]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].bring()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def read_checkpoint(path: Path) -> dict[str, _Stored]:
+    """The tensors in a checkpoint by name, without prefixes of wrappers; none is read yet.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: see :func:`checkpoint_spectra`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"expected a checkpoint, found no {str(path)!r}")
+    files = _files(path)
+    found: dict[str, _Stored] = {}
+    for file in files:
+        for name, stored in (_safetensors(file) if file.suffix == ".safetensors" else _pickled(file)).items():
+            found[without_wrappers(name)] = stored
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        if indices:
+            return _files(indices[0])
+        for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"):
+            if files := sorted(path.glob(pattern)):
+                return files
+        raise ValueError(f"expected .safetensors or .pt files in {str(path)!r}, found none")
+    if path.name.endswith(".index.json"):
+        try:
+            names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"expected the index of a checkpoint in {str(path)!r}, it has no weight_map"
+            ) from error
+        if missing := [name for name in names if not (path.parent / name).is_file()]:
+            raise FileNotFoundError(f"{str(path)!r} names {missing[0]!r}, which is not beside it")
+        return [path.parent / name for name in names]
+    if path.suffix != ".safetensors" and path.suffix not in _PICKLES:
+        raise ValueError(
+            f"expected a .safetensors, .pt, .pth, .bin or .ckpt file, an index or a folder, got {str(path)!r}"
+        )
+    return [path]
+
+
+def _safetensors(path: Path) -> dict[str, _Stored]:
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            '.safetensors files need safetensors: pip install "spectralmetrics[weights]"'
+        ) from error
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            described = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as .safetensors: {error}") from error
+
+    def bringing(name: str) -> Callable[[], Tensor]:
+        def bring() -> Tensor:
+            with safetensors.safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+        return bring
+
+    return {
+        name: _Stored(shape, _SAFETENSORS_DTYPES.get(dtype), None, bringing(name))
+        for name, (shape, dtype) in described.items()
+    }
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _pickled(path: Path) -> dict[str, _Stored]:
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+    except pickle.UnpicklingError as error:
+        if not is_zip and not _begins(path, pickle.PROTO):
+            raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: it is none") from error
+        raise ValueError(
+            f"{str(path)!r} holds Python objects besides tensors, which could run code when they are read: save"
+            " the model's state_dict() alone, as in torch.save(model.state_dict(), path) or .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: {error}") from error
+    return {
+        name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), _bringing(value))
+        for name, value in _flat(_state_dict(content)).items()
+    }
+
+
+def _begins(path: Path, with_bytes: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(with_bytes)) == with_bytes
+
+
+def _bringing(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
+
+
+def _state_dict(content: Any) -> Any:
+    """The state dict in what a training has saved."""
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            return content
+        content = inner
+    return content
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Tensor]:
+    if isinstance(content, Tensor):
+        return {prefix or "weight": content}
+    found: dict[str, Tensor] = {}
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if str(key) not in _OPTIMISERS and isinstance(value, (Tensor, Mapping)):
+                found.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def _storage_of(value: Tensor) -> object:
+    if value.layout != torch.strided or value.is_quantized:
+        return None
+    return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride()
+
+
+def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterator[WeightMatrix]:
+    seen: dict[object, str] = {}
+    for name, tensor in stored.items():
+        if tensor.storage is not None and tensor.storage in seen:
+            skipped[name] = f"it is {seen[tensor.storage]!r}"
+            continue
+        if tensor.storage is not None:
+            seen[tensor.storage] = name
+        if reason := _reason(tensor):
+            skipped[name] = reason
+            continue
+        layer = name.removesuffix(".weight")
+        if len(tensor.shape) == 3 and "expert" in name:
+            for expert in range(tensor.shape[0]):
+                yield WeightMatrix(f"{layer}.{expert}", "", name, tensor.bring, expert)
+        else:
+            yield WeightMatrix(layer, "", name, tensor.bring)
+
+
+def _reason(tensor: _Stored) -> str:
+    """Why a tensor is no matrix that can be read; empty if it is one."""
+    if len(tensor.shape) < 2:
+        return "it is no matrix"
+    if 0 in tensor.shape:
+        return "it is empty"
+    if tensor.dtype is None:
+        return "PyTorch has no such dtype"
+    if not (tensor.dtype.is_floating_point or tensor.dtype in (torch.qint8, torch.quint8, torch.qint32)):
+        return f"it holds {str(tensor.dtype).removeprefix('torch.')}: packed or quantised weights"
+    return ""

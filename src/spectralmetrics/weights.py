@@ -1,0 +1,346 @@
+"""Spectra of weight matrices, of a model or of a checkpoint, and of what training has changed in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from spectralmetrics.functional import effective_rank, eigenvalues
+from spectralmetrics.functional.power_law import power_law_tail
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.metrics import statistics
+from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
+from spectralmetrics.table import number, text_table
+
+if TYPE_CHECKING:
+    import pandas
+
+DEFAULT_STATISTICS = ("effective_rank", "stable_rank", "alpha")
+"""Read unless told otherwise; ``"alpha"`` is the exponent of :func:`~.functional.power_law_tail`."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LOW_RANK = 0.02  # share of the narrower side
+_HEAVY, _RANDOM = 2.0, 6.0  # exponents between which the spectra of trained layers lie, see arXiv:1810.01075
+_FEWEST = 50  # singular values, below which alpha is not fitted
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+
+
+class WeightMatrix(NamedTuple):
+    """A matrix that is brought into memory when it is its turn.
+
+    Attributes:
+        layer: name of its row.
+        kind: type of its module; empty if that is unknown.
+        parameter: name of the parameter that holds it.
+        bring: gives the parameter.
+        expert: which of the matrices stacked in the parameter it is; None if the parameter is one matrix.
+        inputs_first: whether the parameter holds the inputs in its first dimension.
+    """
+
+    layer: str
+    kind: str
+    parameter: str
+    bring: Callable[[], Tensor]
+    expert: int | None = None
+    inputs_first: bool = False
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The matrix in a value of its parameter, shape (fan-out, fan-in), float64."""
+        weight = parameter.detach()
+        if hasattr(weight, "full_tensor"):  # sharded over processes
+            weight = weight.full_tensor()
+        if weight.is_quantized:
+            weight = weight.dequantize()
+        if self.expert is not None:
+            weight = weight[self.expert]
+        if self.inputs_first:
+            weight = weight.transpose(0, 1)
+        return weight.flatten(1).to(torch.float64)
+
+
+class WeightRow(NamedTuple):
+    """One weight matrix.
+
+    Attributes:
+        layer: the qualified name of the module, or of the parameter where the module has several.
+        kind: the module's type; empty for a checkpoint.
+        shape: fan-out and fan-in.
+        value: statistic -> value.
+        update: the same of what has changed, and ``"relative_size"``, its Frobenius norm over that of the
+            weights it was added to; empty without ``since``.
+        stands_out: what does, in words.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, int]
+    value: dict[str, float]
+    update: dict[str, float]
+    stands_out: tuple[str, ...]
+
+
+class WeightSummary:
+    """A table of weight matrices; printing it fits 100 columns.
+
+    Attributes:
+        rows: a :class:`WeightRow` for each matrix.
+        skipped: name of a tensor -> why it was not read.
+    """
+
+    def __init__(self, rows: Sequence[WeightRow], skipped: Mapping[str, str] | None = None) -> None:
+        self.rows = list(rows)
+        self.skipped = dict(skipped or {})
+
+    def __str__(self) -> str:
+        names = list(self.rows[0].value) if self.rows else []
+        updates = list(self.rows[0].update) if self.rows else []
+        heads = ["layer", "type", "shape", *(each.replace("_", " ") for each in names)]
+        heads += ["update:\n" + each.replace("_", " ") for each in updates] + ["what stands out"]
+        cells = [
+            [
+                row.layer,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                *(_shown(row.value[each]) for each in names),
+                *(_shown(row.update[each]) for each in updates),
+                ", ".join(row.stands_out),
+            ]
+            for row in self.rows
+        ]
+        lines = text_table(heads, cells, left=("type",))
+        return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped.items())])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a data frame, a column for each statistic; those of updates begin with ``update_``.
+
+        Raises:
+            ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'a data frame needs pandas: pip install "spectralmetrics[pandas]"'
+            ) from error
+        return pandas.DataFrame(
+            {
+                "layer": row.layer,
+                "kind": row.kind,
+                "fan_out": row.shape[0],
+                "fan_in": row.shape[1],
+                **row.value,
+                **{f"update_{name}": value for name, value in row.update.items()},
+                "stands_out": ", ".join(row.stands_out),
+            }
+            for row in self.rows
+        )
+
+
+def weight_spectra(
+    model: nn.Module,
+    statistics: Sequence[str] | None = None,
+    layers: Selectors | None = None,
+    since: Mapping[str, Tensor] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> WeightSummary:
+    r"""The spectra of a model's weight matrices, one at a time.
+
+    A statistic is read of the squared singular values of a matrix W, as if its rows were observations about
+    zero: the eigenvalues of :math:`W W^\top` or :math:`W^\top W`, whichever is smaller. Convolutions are
+    fan-out × fan-in matrices. Parameters of three dimensions that hold the matrices of experts are split.
+
+    Args:
+        model: any module; wrappers are looked through, sharded weights (DTensors) are gathered one by one, by
+            all processes together.
+        statistics: short names of statistics that are one number, and ``"alpha"``, the exponent of
+            :func:`~spectralmetrics.functional.power_law_tail` (NaN with fewer than 50 singular values). By
+            default the effective rank, the stable rank and alpha.
+        layers: which modules, see :class:`~spectralmetrics.LayerProbe`; by default all that have matrices.
+        since: an earlier ``state_dict`` of the model: the statistics are read of the difference, too.
+        progress: called with the number of matrices that are done, and of all.
+
+    Returns:
+        A row for each matrix in the order of registration; a matrix of several names has the first.
+
+    Raises:
+        TypeError: for anything but a module, or a state dict that is none.
+        ValueError: for an unknown statistic, a selector that matches nothing, a model without matrices, or a
+            state dict of other shapes.
+
+    >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+    <torch._C.Generator object at ...>
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> print(weight_spectra(model, ["effective_rank", "stable_rank"]))
+    layer  type    shape  effective rank  stable rank  what stands out
+    0      Linear  32x64           29.45        12.33
+    2      Linear   8x32           7.731        4.129
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if since is not None and not isinstance(since, Mapping):
+        raise TypeError(f"expected since to be a state dict, got {type(since).__name__}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
+    chosen = named_modules(unwrap(model)) if layers is None else select_layers(model, layers)
+    skipped: dict[str, str] = {}
+    matrices = list(_of_modules(chosen, skipped))
+    if not matrices:
+        raise ValueError(f"no layer of {type(model).__name__} has a weight matrix")
+    before = None if since is None else {without_wrappers(name): value for name, value in since.items()}
+    return summarise_weights(matrices, statistics, before, skipped, progress)
+
+
+def summarise_weights(
+    matrices: Sequence[WeightMatrix],
+    statistics: Sequence[str] | None = None,
+    before: Mapping[str, Tensor] | None = None,
+    skipped: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> WeightSummary:
+    """The summary of matrices, of which one is in memory at a time.
+
+    Args:
+        matrices: what to read.
+        statistics: see :func:`weight_spectra`.
+        before: parameter -> its value earlier; None if no update is asked for.
+        skipped: what could not be read already.
+        progress: see :func:`weight_spectra`.
+    """
+    readers = {name: _reader(name) for name in (DEFAULT_STATISTICS if statistics is None else statistics)}
+    left_out, rows = dict(skipped or {}), []
+    for done, matrix in enumerate(matrices, 1):
+        weight = matrix.of(matrix.bring())
+        values = _squared_singular_values(weight)
+        if values is None:
+            left_out[matrix.layer] = "it holds NaN or infinite values"
+        else:
+            found = {name: read(values) for name, read in readers.items()}
+            update = {} if before is None else _update(matrix, weight, before, readers)
+            shape = (weight.shape[0], weight.shape[1])
+            rows.append(WeightRow(matrix.layer, matrix.kind, shape, found, update, _words(values, found)))
+        if progress is not None:
+            progress(done, len(matrices))
+    return WeightSummary(rows, left_out)
+
+
+def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> Iterator[WeightMatrix]:
+    seen: set[int] = set()
+    for name, module in modules.items():
+        prefix = "" if name == type(module).__name__ else f"{name}."
+        inputs_first = isinstance(module, _TRANSPOSED) or _is_conv1d(module)
+        for own, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or is_lazy(parameter) or parameter.ndim < 2:
+                continue
+            seen.add(id(parameter))
+            layer = name if own == "weight" else f"{prefix}{own}"
+            if parameter.is_meta:
+                skipped[layer] = "it is on the meta device"
+                continue
+            bring = _bringing(parameter)
+            stacked = parameter.ndim == 3 and not isinstance(module, (*_TRANSPOSED, *_CONVOLUTIONS))
+            for expert in range(parameter.shape[0]) if stacked else (None,):
+                row = layer if expert is None else f"{layer}.{expert}"
+                yield WeightMatrix(row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2, whose weight is transposed."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _bringing(parameter: Tensor) -> Callable[[], Tensor]:
+    return lambda: parameter
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a parameter without what wrappers for compilation and parallelism put into it.
+
+    >>> without_wrappers("module._orig_mod.layer.weight")
+    'layer.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@torch.no_grad()
+def _squared_singular_values(matrix: Tensor) -> Tensor | None:
+    """Descending, float64, as many as the narrower side; None if the matrix is not finite."""
+    if not bool(matrix.isfinite().all()):
+        return None
+    gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
+    return eigenvalues(gram).cpu()
+
+
+def _reader(name: str) -> Callable[[Tensor], float]:
+    if name == "alpha":
+        return lambda values: float(power_law_tail(values).alpha) if len(values) >= _FEWEST else math.nan
+    usable = {key for key, kind in statistics().items() if not (kind.needs_labels or kind.needs_eigenvectors)}
+    if name not in usable:
+        raise ValueError(f"expected statistics among {sorted({'alpha', *usable})}, got {name!r}")
+    metric = statistics()[name]()
+
+    def read(values: Tensor) -> float:
+        value = metric.value_of(_spectrum(values))
+        if value.ndim:
+            raise ValueError(f"expected a statistic that is one number, got {name!r}")
+        return float(value)
+
+    return read
+
+
+def _spectrum(values: Tensor) -> Spectrum:
+    spectrum = Spectrum.of_covariance(torch.diag(values), torch.zeros_like(values), 1)
+    spectrum.learn("eigenvalues", values)
+    return spectrum
+
+
+def _update(
+    matrix: WeightMatrix,
+    weight: Tensor,
+    before: Mapping[str, Tensor],
+    readers: Mapping[str, Callable[[Tensor], float]],
+) -> dict[str, float]:
+    nothing = dict.fromkeys(("relative_size", *readers), math.nan)
+    if matrix.parameter not in before:
+        return nothing
+    earlier = matrix.of(before[matrix.parameter]).to(weight.device)
+    if earlier.shape != weight.shape:
+        raise ValueError(
+            f"expected {matrix.parameter!r} of shape {tuple(weight.shape)} in since, got {tuple(earlier.shape)}"
+        )
+    values = _squared_singular_values(weight - earlier)
+    if values is None:
+        return nothing
+    size, change = float(earlier.norm()), float((weight - earlier).norm())
+    relative = change / size if size else (math.inf if change else 0.0)
+    return {"relative_size": relative, **{name: read(values) for name, read in readers.items()}}
+
+
+def _words(values: Tensor, found: Mapping[str, float]) -> tuple[str, ...]:
+    if not bool(values.any()):
+        return ("all zero",)
+    words = []
+    rank = float(effective_rank(values))
+    if len(values) > 1 and rank < max(_LOW_RANK * len(values), 1.5):
+        words.append(f"low rank: {rank:.3g} of {len(values)}")
+    if zero := int((values == 0).sum()):
+        words.append(f"{zero} singular value{'s' if zero > 1 else ''} of zero")
+    alpha = found.get("alpha", math.nan)
+    if alpha < _HEAVY:
+        words.append("alpha below 2: very heavy tail")
+    elif alpha > _RANDOM:
+        words.append("alpha above 6: hardly a tail")
+    return tuple(words)
+
+
+def _shown(value: float) -> str:
+    return number(None if math.isnan(value) else value)
