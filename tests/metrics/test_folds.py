@@ -19,7 +19,10 @@ from tests.metrics.properties import SAMPLED, assert_same, feed
 from tests.metrics.test_properties import BUILT_IN, VARIANTS
 from tests.oracles import STATISTICS, random_rows
 
-STREAMED = [name for name, new in VARIANTS.items() if new().short_name not in SAMPLED]
+# What each feature does by itself has no folds.
+MARGINAL = [name for name, new in BUILT_IN.items() if issubclass(new, sm.MarginalMetric)]
+FOLDED = {name: new for name, new in VARIANTS.items() if name not in MARGINAL}
+STREAMED = [name for name, new in FOLDED.items() if new().short_name not in SAMPLED]
 REFUSING = ("covariance", "embedding")
 COUNTING = ("delve", "intrinsic_dimension", "saturation")
 # The statistic of each variant that has an interval, in numpy.
@@ -224,7 +227,12 @@ class TestCollections:
     def test_metrics_with_different_folds_never_share(self):
         """Not even where their first batches leave states that look alike."""
         collection = MetricCollection(
-            {f"{name}_{folds}": new(folds=folds) for folds in (1, 2, 8) for name, new in BUILT_IN.items()}
+            {
+                f"{name}_{folds}": new(folds=folds)
+                for folds in (1, 2, 8)
+                for name, new in BUILT_IN.items()
+                if folds == 1 or name in FOLDED
+            }
         )
         for _ in range(20):
             collection.update(torch.zeros(4, 3))
@@ -254,7 +262,7 @@ class TestCollections:
         monkeypatch.setattr(torch.linalg, "eigh", counted)
         model = torch.nn.Sequential(torch.nn.Linear(4, 6))
         # The determinant is read from the covariance, which needs the eigenvectors of all data.
-        without = (*REFUSING, "covariance_determinant")
+        without = (*REFUSING, *MARGINAL, "covariance_determinant")
         able = [new() for name, new in BUILT_IN.items() if name not in without]
         with sm.LayerProbe(model, able, folds=5) as probe:
             for _ in range(10):
@@ -327,7 +335,13 @@ class TestInterval:
         with pytest.raises(RuntimeError, match=f"{type(metric).__name__} has no interval"):
             metric.interval()
 
-    @pytest.mark.parametrize("name", sorted(set(BUILT_IN) - set(REFUSING)))
+    @pytest.mark.parametrize("name", [*REFUSING, *MARGINAL])
+    def test_nor_is_it_said_that_folds_would_give_one(self, name):
+        metric = feed(BUILT_IN[name](), torch.randn(20, 3), 5)
+        with pytest.raises(RuntimeError, match=f"{type(metric).__name__} has no interval$"):
+            metric.interval()
+
+    @pytest.mark.parametrize("name", sorted(set(BUILT_IN) - {*REFUSING, *MARGINAL}))
     def test_without_folds_the_error_says_how_to_get_one(self, name):
         metric = feed(BUILT_IN[name](), torch.randn(20, 3), 5)
         with pytest.raises(RuntimeError, match="no interval; make it with folds=8"):

@@ -458,13 +458,13 @@ class SpectralMetric(SumsMetric):
     # -- checks ------------------------------------------------------------------------------------------
 
     def _check_interval(self) -> None:
+        if not self.has_interval:
+            raise RuntimeError(f"{type(self).__name__} has no interval")
         if self.folds < 2 and self.sketch_size is None:
             raise RuntimeError(
                 f"{type(self).__name__} has kept its observations in one fold, of which there is no"
                 " interval; make it with folds=8, say"
             )
-        if not self.has_interval:
-            raise RuntimeError(f"{type(self).__name__} has no interval")
 
     def _check_observed(self) -> None:
         [(count, non_finite, in_range)] = read_together([self.counts()])
