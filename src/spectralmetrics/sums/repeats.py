@@ -69,7 +69,7 @@ class Repeats:
         total = sum(self._counts)
         if self._sums is None or self._alike is None or total < _FEWEST:
             return False
-        sums = self._sums.to(torch.float64)
+        sums = self._sums.cpu().to(torch.float64)  # which not every device has
         shared = (sums.sum(0).square().sum() - sums.square().sum()) / 2
         apart = (total**2 - sum(count**2 for count in self._counts)) / 2
         by_nature = float(self._alike) / max(self._pairs, 1.0) * apart
