@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import warnings
@@ -18,7 +19,7 @@ from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Run
 
 import spectralmetrics as sm
 from spectralmetrics.metrics import overrides, stream
-from spectralmetrics.sums import Observations, decomposition, intake
+from spectralmetrics.sums import Observations, decomposition, intake, marginals
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -152,6 +153,8 @@ class TestBadData:
         value = feed(VARIANTS[name](gram_dtype=gram_dtype), rows * magnitude, 30).compute().to(torch.float64)
         if name in ("covariance_trace", "diagonal_trace", "spectrum"):
             plain = plain * magnitude**2
+        elif name in ("rms", "max_abs"):
+            plain = plain * magnitude
         elif name == "covariance_determinant":
             plain = torch.tensor(0.0 if magnitude < 1 else torch.inf, dtype=torch.float64)
         elif name == "determinant_log":
@@ -460,7 +463,8 @@ class TestLifeCycle:
 
     @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))  # a generator cannot be on "meta"
     def test_after_a_reset_no_state_stays_where_the_rows_were(self, name, monkeypatch):
-        monkeypatch.setattr(intake.DenseIntake, "meet", lambda *_: None)  # nothing can be read on "meta"
+        for kind in (intake.DenseIntake, marginals.MarginalsIntake):
+            monkeypatch.setattr(kind, "meet", lambda *_: None)  # nothing can be read on "meta"
         metric = VARIANTS[name](nan_strategy="ignore")
         spoiled = random_rows(0, 20, 4)
         spoiled[3] = torch.nan
@@ -560,7 +564,7 @@ class TestModes:
             value = metric.compute()
         if name != "embedding":
             assert_same(value, feed(VARIANTS[name](), rows).compute())
-        assert not metric.second_moment.is_inference()
+        assert not any(state.is_inference() for state in metric.metric_state.values())
 
     @pytest.mark.parametrize("name", VARIANTS)
     def test_life_cycle_inside_inference_mode(self, name):
@@ -663,6 +667,23 @@ def test_float8_rows(name):
     rows = random_rows(0, 60, 4).to(torch.float8_e4m3fn)
     value = feed(VARIANTS[name](), rows).compute()
     assert_same(value, feed(VARIANTS[name](), rows.to(torch.float32)).compute())
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e5m2"), reason="this torch has no float8")
+@pytest.mark.parametrize(
+    "new",
+    [functools.partial(sm.SpectrumMetric, sketch_size=3), functools.partial(sm.LinearProbeMetric, 3)],
+    ids=["sketch", "labels"],
+)
+def test_float8_rows_of_other_sums(new):
+    rows = random_rows(0, 60, 4)
+    rows[7, 2] = torch.nan
+    rows = rows.to(torch.float8_e5m2)
+    metrics = [new(nan_strategy="ignore") for _ in range(2)]
+    for metric, cast in zip(metrics, (rows, rows.to(torch.float32)), strict=True):
+        metric.update(cast, *([torch.arange(60) % 3] if metric.needs_labels else []))
+    assert_same(metrics[0].compute(), metrics[1].compute())
+    assert int(metrics[0].non_finite) == 1
 
 
 class HostReads(TorchDispatchMode):
@@ -1038,7 +1059,8 @@ class TestWhatIsOverridden:
 
 
 RANGES = {
-    "saturation": (0, 1),
+    **dict.fromkeys(("saturation", "spread", "zero_share", "dead_features", "dormant_features"), (0, 1)),
+    "outlier_features": (1, None),
     "linear_probe": (None, 1),
     "linear_cka": (-1, 1),
     **dict.fromkeys(("power_law_exponent", "covariance_determinant", "covariance", "embedding"), (None, None)),

@@ -89,6 +89,8 @@ def are_finite(values: Tensor) -> Tensor:
     >>> are_finite(torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [-torch.inf, 0.0]])).flatten()
     tensor([ True, False, False])
     """
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.float32)  # PyTorch has no norm of eight bits
     # The largest magnitude of a row is NaN or infinite if any is.
     largest: Tensor = torch.linalg.vector_norm(values, torch.inf, dim=-1, keepdim=True)
     return largest <= torch.finfo(values.dtype).max
