@@ -127,5 +127,6 @@ def test_a_run_keeps_them_and_recomputes(tmp_path):
     ]
     with sm.Recorder(tmp_path, probe, ["csv", "arrays", "history"], mode="resume") as recorder:
         assert recorder.next_epoch == 2
-    with pytest.raises(ValueError, match="expected a covariance of layer '0' for 'saturation'; only marginals"):
+    wanted = "'saturation' of '0' in train, epoch 0: expected a covariance for 'saturation'; only marginals"
+    with pytest.raises(ValueError, match=wanted):
         sm.recompute(tmp_path, statistics="saturation")

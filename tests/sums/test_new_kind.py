@@ -136,7 +136,8 @@ def test_a_run_keeps_it_and_recomputes_from_it(model, batches, tmp_path):
         name for name in np.load(tmp_path / "arrays" / "epoch-000000.npz").files if name.startswith("train/0/")
     }
     assert names == {
-        f"train/0/{each}" for each in ("covariance", "mean", "count", "non_finite", "largest_magnitudes")
+        f"train/0/{each}"
+        for each in ("covariance", "eigenvalues", "mean", "count", "non_finite", "largest_magnitudes")
     }
     rows = recompute(tmp_path, statistics="crest_factor")
     found = {row["layer"]: row["value"] for row in rows if row["layer"] != "mean"}
@@ -150,7 +151,8 @@ def test_a_run_without_it_says_what_is_missing(model, batches, tmp_path):
     with Recorder(tmp_path, LayerProbe(model), ["arrays"]) as recorder:
         model(batches[0])
         recorder.record()
-    with pytest.raises(ValueError, match=r"expected largest magnitudes of layer '0' for 'crest_factor'; none"):
+    wanted = r"'crest_factor' of '0' in train, epoch 0: expected largest magnitudes for 'crest_factor'; none"
+    with pytest.raises(ValueError, match=wanted):
         recompute(tmp_path, statistics="crest_factor")
 
 
