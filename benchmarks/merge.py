@@ -51,6 +51,7 @@ class Stock(torchmetrics.Metric):
 def process(rank, world, folder, rounds):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.manual_seed(0)  # the same network everywhere, as in a training
     model = torch.nn.ModuleList(torch.nn.Linear(4, width) for width in WIDTHS)
     probe = sm.LayerProbe(model, [metric() for metric in METRICS])
     stock = [Stock(width) for width in WIDTHS for _ in METRICS]
@@ -73,7 +74,7 @@ def process(rank, world, folder, rounds):
             metric.unsync()
 
     def counted(name, arm):
-        kept = {key: getattr(dist, key) for key in ("all_reduce", "all_gather", "barrier")}
+        kept = {key: getattr(dist, key) for key in ("all_reduce", "reduce", "all_gather", "barrier")}
         for key, function in kept.items():
 
             def count(*args, _function=function, **kwargs):
