@@ -112,8 +112,10 @@ def unbiased_participation_ratio(folds: Sequence[Moments], center: bool = True) 
     .. math:: \frac{\sum_{a \ne b} w_{ab} \operatorname{tr} C_a \operatorname{tr} C_b}
               {\sum_{a \ne b} w_{ab} \operatorname{tr}(C_a C_b)}, \qquad w_{ab} = (n_a - 1)(n_b - 1)
 
-    It stays right where observations of one fold depend on each other, as positions of one map do. A value
-    outside [1, D], which few observations can give, is set to the nearest end.
+    Observations of one fold may depend on each other, as positions of one map do, and then count as one input.
+    The ratio of two unbiased sums is itself biased where independent inputs are very few: 8 of them in 4 folds
+    give a value that is 12 to 50 % too large on average, 64 in 8 folds one within 4 %. A value outside [1, D],
+    which few observations can give, is set to the nearest end.
 
     Args:
         folds: two or more with at least 2 observations each (at least 1 about zero), over disjoint data of one
