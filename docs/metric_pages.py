@@ -75,6 +75,16 @@ centres, labels = 4 * torch.randn(3, 32), torch.randint(3, (2000,))  # three clu
 metric.update(centres[labels] + torch.randn(2000, 32))
 figure, axis = metric.plot()
 """,
+    "HistoryMetric": """\
+import torch
+from spectralmetrics import HistoryMetric
+
+torch.manual_seed(0)
+metric = HistoryMetric(steps=100)
+for step in range(100):
+    metric.update(1.02**step * torch.randn(64, 32))  # the scale drifts
+figure, axis = metric.plot()
+""",
     "LinearCKAMetric": """\
 import torch
 from spectralmetrics import LinearCKAMetric
@@ -99,6 +109,8 @@ ARGUMENTS = {"num_classes": "num_classes=3"}
 PREFERRED = {"CovarianceDeterminantMetric": "log=True"}
 INTERNAL = {"statistic", "other_sums", "spectral_sum", "from_sketch", "interval_of", "check_range"}
 """What a subclass defines for the base class and not for its users."""
+BASES = (metrics.SpectralMetric, metrics.MarginalMetric)
+"""They have no value of their own; the page of the reference in front of all others describes them."""
 
 
 def documented():
@@ -111,7 +123,7 @@ def documented():
     others = (getattr(metrics, name) for name in metrics.__all__)
     for other in others:
         is_metric = inspect.isclass(other) and issubclass(other, torchmetrics.Metric)
-        if is_metric and other not in (*found.values(), metrics.SpectralMetric):
+        if is_metric and other not in (*found.values(), *BASES):
             found[snake(other.__name__.removesuffix("Metric"))] = other
     return found
 
@@ -172,7 +184,7 @@ def summary(metric):
 
 def page(short_name, metric, code, picture):
     """The text of a page."""
-    path, registered = path_of(metric), "short_name" in vars(metric)
+    path, registered = path_of(metric), short_name in spectralmetrics.statistics()
     own = [
         name
         for name, value in vars(metric).items()

@@ -208,7 +208,6 @@ LONG_FILES = {
     "probing/collections.py": "how the metrics of a layer share sums, are updated and read",
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
-    "probing/merging.py": "the merging of layers, from what processes agree on to one layer at a time",
     "probing/reading.py": "what is read of layers, with every warning about it",
     "recording/compare.py": "a comparison as rows and as text",
     "cli.py": "one command after the other, each with its help",

@@ -15,7 +15,7 @@ from spectralmetrics.sums.checks import check_positive_integer
 
 
 class HistoryMetric(MarginalMetric):
-    """What each of the last forwards did: scale, mean, largest magnitude, zeros, and rows left out.
+    r"""What each of the last forwards did: scale, mean, largest magnitude, zeros, and rows left out.
 
     In a probe, :meth:`.LayerProbe.history` gives the table of all layers. Every row of a forward counts, also
     where the probe draws some of them for other metrics. By hand, each ``update`` is a forward.
@@ -23,7 +23,9 @@ class HistoryMetric(MarginalMetric):
     ``compute`` returns a tensor of shape (k, 8), float64, a row for each of the last k forwards, the latest
     last: the forward, the step of the optimiser (-1 if nobody told it), the largest magnitude, the number of
     observations n, that of those left out for a NaN or an infinity, the sums of all n·D values and of their
-    squares, and the number of values that are not zero.
+    squares, and the number of values that are not zero. So the scale of a forward is
+
+    .. math:: \sqrt{\frac{1}{n D} \sum_{ij} x_{ij}^2}
 
     Args:
         num_features: the width D; None reads it from the first rows.
