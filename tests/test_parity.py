@@ -11,12 +11,15 @@ import cka as pytorch_cka
 import numpy as np
 import pytest
 import scipy
+import scipy.sparse
 import sklearn.covariance
 import sklearn.datasets
 import sklearn.decomposition
+import sklearn.feature_selection
 import sklearn.linear_model
 import sklearn.metrics
 import sklearn.model_selection
+import sklearn.preprocessing
 import torch
 from delve.metrics import compute_intrinsic_dimensionality, compute_saturation
 from delve.torch_utils import TorchCovarianceMatrix
@@ -152,6 +155,10 @@ def projection():
     layer.eval()
     model = pca(MIXED, layer.rank)
     return layer(MIXED).detach(), model.inverse_transform(model.transform(MIXED.numpy()))
+
+
+def spread(scaler):
+    return scaler.var_.sum() / (scaler.var_ + scaler.mean_**2).sum()
 
 
 def held_out_values():
@@ -319,6 +326,69 @@ PARITY = [
         1e-10,
         "With `log=True`. −inf for a covariance that is singular up to round-off, where theirs is a large"
         " negative number or −inf.",
+    ),
+    Row(
+        "rms",
+        "scikit-learn, `mean_squared_error` beside zeros",
+        lambda: (
+            streamed(sm.RootMeanSquareMetric(), PIXELS),
+            sklearn.metrics.mean_squared_error(_PIXELS, np.zeros_like(_PIXELS)) ** 0.5,
+        ),
+        1e-12,
+    ),
+    Row(
+        "spread",
+        "scikit-learn, `StandardScaler.var_` and `mean_`",
+        lambda: (
+            streamed(sm.SpreadMetric(), PIXELS),
+            spread(sklearn.preprocessing.StandardScaler().fit(_PIXELS)),
+        ),
+        1e-12,
+    ),
+    Row(
+        "max_abs",
+        "scikit-learn, `MaxAbsScaler.max_abs_`",
+        lambda: (
+            streamed(sm.MaxAbsMetric(), PIXELS),
+            sklearn.preprocessing.MaxAbsScaler().fit(_PIXELS).max_abs_.max(),
+        ),
+        0,
+    ),
+    Row(
+        "zero_share",
+        "scipy, `csr_array(X).nnz`",
+        lambda: (
+            streamed(sm.ZeroShareMetric(), PIXELS),
+            1 - scipy.sparse.csr_array(_PIXELS).nnz / _PIXELS.size,
+        ),
+        1e-12,
+    ),
+    Row(
+        "dead_features",
+        "scikit-learn, `VarianceThreshold`",
+        lambda: (
+            streamed(sm.DeadFeaturesMetric(), PIXELS),
+            1 - sklearn.feature_selection.VarianceThreshold().fit(_PIXELS).get_support().mean(),
+        ),
+        1e-12,
+    ),
+    Row(
+        "dormant_features",
+        "numpy, `norm(X, 1, axis=0)` beside its mean",
+        lambda: (
+            streamed(sm.DormantFeaturesMetric(tau=0.1), PIXELS),
+            (np.linalg.norm(_PIXELS, 1, axis=0) <= 0.1 * np.linalg.norm(_PIXELS, 1, axis=0).mean()).mean(),
+        ),
+        0,
+    ),
+    Row(
+        "outlier_features",
+        "scipy, `1 + variation(...)**2` of the features' mean squares",
+        lambda: (
+            streamed(sm.OutlierFeaturesMetric(), PIXELS),
+            1 + scipy.stats.variation((_PIXELS**2).mean(0)) ** 2,
+        ),
+        1e-12,
     ),
     Row(
         "embedding",
