@@ -17,6 +17,7 @@ BAD = [
     ("every_n_steps", 0, ValueError, "expected every_n_steps to be a positive integer, got 0"),
     ("folds", "2", ValueError, "expected folds to be a positive integer, got '2'"),
     ("generation", "no", TypeError, "expected generation to be True or False, got 'no'"),
+    ("each_layer", "rows", TypeError, "expected each_layer to be True or False, got 'rows'"),
     ("colour", 1, TypeError, "unexpected keyword argument 'colour'"),
 ]
 

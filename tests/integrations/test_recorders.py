@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from spectralmetrics import (
     CovarianceTraceMetric,
+    HistoryMetric,
     LayerProbe,
     Recorder,
     SaturationMetric,
@@ -124,6 +125,31 @@ def test_each_layer_at_steps_when_asked_for(tmp_path):
     callback = lightning.LayerProbeCallback({"rows": Rows()}, each_layer=True)
     make_trainer(tmp_path, callback, log_every_n_steps=5, max_epochs=1).fit(Classifier(0.0))
     assert column(tmp_path, "rows/train/model.2") == [160, 160, 320]
+
+
+def steps(callback, stage, layer):
+    found = callback.probe.history(stage).rows
+    return [(row.step, row.observations) for row in found if row.layer == layer]
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_a_history_of_lightning_has_the_trainer_s_steps(every, tmp_path):
+    callback = lightning.LayerProbeCallback(HistoryMetric())
+    arguments = {"accumulate_grad_batches": 2, "log_every_n_steps": every, "max_epochs": 2}
+    make_trainer(tmp_path, callback, **arguments).fit(Classifier(0.1))
+    # Ten batches of 32 an epoch, two for each step; the probe holds the last epoch.
+    assert steps(callback, "train", "model.2") == [(step, 32) for step in range(5, 10) for _ in range(2)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_history_of_transformers_has_the_trainer_s_steps(every, tmp_path):
+    arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "logging_steps": every}
+    trainer = hf.make_trainer(tmp_path, hf.Net(), **arguments)
+    callback = transformers.LayerProbeCallback(trainer, HistoryMetric())
+    trainer.add_callback(callback)
+    trainer.train()
+    # Twelve batches of 4 an epoch, two for each step.
+    assert steps(callback, "train", "head") == [(step, 4) for step in range(6, 12) for _ in range(2)]
 
 
 @pytest.mark.parametrize("run", ["fit", "validate", "test"])

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.merging import STAGES
@@ -19,6 +20,7 @@ from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
 from spectralmetrics.probing.windows import Taken
+from spectralmetrics.tail import MEAN_LAYER
 
 _logger = logging.getLogger("spectralmetrics")
 
@@ -37,21 +39,26 @@ class Forwards:
         metrics: see :class:`~spectralmetrics.LayerProbe`.
         generation: whether what ``generate`` of a model of transformers runs counts. It runs the encoder
             again, and feeds the decoder tokens that are not in the data.
+        each_layer: whether values at steps are those of each layer, too, and not the means alone.
         **arguments: see :class:`~spectralmetrics.LayerProbe`.
 
     Attributes:
         probe: of the model.
 
     Raises:
-        TypeError: if ``generation`` is neither True nor False.
+        TypeError: if ``generation`` or ``each_layer`` is neither True nor False.
         ValueError: for what :class:`~spectralmetrics.LayerProbe` raises.
     """
 
-    def __init__(self, model: nn.Module, metrics: Metrics | None, generation: bool, **arguments: Any) -> None:
-        if not isinstance(generation, bool):
-            raise TypeError(f"expected generation to be True or False, got {generation!r}")
+    def __init__(
+        self, model: nn.Module, metrics: Metrics | None, generation: bool, each_layer: bool, **arguments: Any
+    ) -> None:
+        for name, value in {"generation": generation, "each_layer": each_layer}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"expected {name} to be True or False, got {value!r}")
         self.probe = LayerProbe(model, metrics, **arguments)
         self._model = unwrap(model)
+        self._each_layer = each_layer
         self._generators = [] if generation else [each for each in model.modules() if _generates(each)]
         self._told: set[tuple[str, str, str]] = set()  # stage, layer and kind of problems that were logged
         self._left_out: set[Stage] = set()  # in which generations were left out since the last values
@@ -133,6 +140,11 @@ class Forwards:
         if state is not None:
             self.probe.load_state_dict(state)
             self._earlier["train"] = self.probe._take_out("train")  # the next window begins here
+
+    def compute_step(self) -> dict[tuple[str, str], float]:
+        """(metric, layer) -> value at a step of training, of what was observed since the last such step."""
+        values = with_means(self.compute_window("train"))
+        return {key: number for key, number in values.items() if self._each_layer or key[1] == MEAN_LAYER}
 
     def compute_window(self, stage: Stage) -> dict[str, Tensor]:
         """The values of what was observed since the last window; the stage goes on."""

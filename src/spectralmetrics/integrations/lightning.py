@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 
 from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
-from spectralmetrics.integrations.values import chosen, with_means
+from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.merging import STAGES
@@ -109,7 +109,9 @@ class LayerProbeCallback(Callback):
     ) -> None:
         """Observe the batch."""
         self._step = trainer.global_step
-        self._attach(pl_module).begin("train", pl_module.training)
+        forwards = self._attach(pl_module)
+        forwards.begin("train", pl_module.training)
+        forwards.probe.step = self._step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,8 +121,7 @@ class LayerProbeCallback(Callback):
         forwards.end(observes=False)
         # As Lightning's own callbacks ask.
         if trainer._logger_connector.should_update_logs and trainer.global_step != self._step:
-            values = chosen(with_means(forwards.compute_window("train")), self._each_layer)
-            self._hand_over(pl_module, "train", values, on_step=True, on_epoch=False)
+            self._hand_over(pl_module, "train", forwards.compute_step(), on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the epoch's training forwards showed, and record it with the last validation."""
@@ -192,7 +193,9 @@ class LayerProbeCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> Forwards:
         if self._forwards is None:
-            self._forwards = Forwards(pl_module, self._metrics, self._generation, **self._arguments)
+            self._forwards = Forwards(
+                pl_module, self._metrics, self._generation, self._each_layer, **self._arguments
+            )
             self._forwards.end(observes=False)
             self.probe = self._forwards.probe
             self.probe.persistent()

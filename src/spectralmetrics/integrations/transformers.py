@@ -29,7 +29,7 @@ from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
-from spectralmetrics.integrations.values import chosen, with_means
+from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.merging import STAGES
@@ -159,7 +159,7 @@ class LayerProbeCallback(TrainerCallback):
     ) -> None:
         """Log the means over the layers if the trainer logs at this step."""
         if control.should_log and self._forwards is not None:
-            self._hand_over(chosen(with_means(self._forwards.compute_window("train")), self._each_layer), "")
+            self._hand_over(self._forwards.compute_step(), "")
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,7 +225,7 @@ class LayerProbeCallback(TrainerCallback):
 
     def _attach(self, model: nn.Module) -> None:
         self._detach()
-        self._forwards = Forwards(model, self._metrics, self._generation, **self._arguments)
+        self._forwards = Forwards(model, self._metrics, self._generation, self._each_layer, **self._arguments)
         self.probe = self._forwards.probe
         self._model = unwrap(model)
         if self._attention_mask is not None:
@@ -248,6 +248,7 @@ class LayerProbeCallback(TrainerCallback):
             yield
             return
         self._forwards.begin("train", mode=True)
+        self.probe.step = self._trainer.state.global_step
         try:
             yield
         finally:

@@ -68,11 +68,6 @@ def loggable(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def chosen(numbers: Mapping[tuple[str, str], float], each_layer: bool) -> dict[tuple[str, str], float]:
-    """What :func:`with_means` returned, or the means alone."""
-    return {key: number for key, number in numbers.items() if each_layer or key[1] == MEAN_LAYER}
-
-
 def _finite(value: Any) -> float | None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
