@@ -38,7 +38,7 @@ BESIDE = {
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
     "findings": {"functional", "metrics", "sums", "tail"},
-    "weights": {"functional", "metrics", "probing", "table"},
+    "weights": {"functional", "metrics", "probing", "table", "torch_private"},
     "checkpoints": {"weights"},
     "__main__": {"cli"},
 }

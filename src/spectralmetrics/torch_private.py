@@ -327,6 +327,9 @@ _WRAPPERS = (
     ),
 )
 
+WRAPPER_ATTRIBUTES = frozenset(attribute for *_, attribute in _WRAPPERS)
+"""What wrappers put into the names of parameters."""
+
 
 def wrapped_in(module: nn.Module) -> nn.Module | None:
     """What a wrapper of PyTorch's own wraps; None for any other module, whatever its attributes are called."""

@@ -16,6 +16,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import statistics
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.table import number, text_table
+from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
 
 if TYPE_CHECKING:
     import pandas
@@ -27,7 +28,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LOW_RANK = 0.02  # share of the narrower side
 _HEAVY, _RANDOM = 2.0, 6.0  # exponents between which the spectra of trained layers lie, see arXiv:1810.01075
 _FEWEST = 50  # singular values, below which alpha is not fitted
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+_DATA_PARALLEL = "module"
 
 
 class WeightMatrix(NamedTuple):
@@ -265,10 +266,11 @@ def _bringing(parameter: Tensor) -> Callable[[], Tensor]:
 def without_wrappers(name: str) -> str:
     """The name of a parameter without what wrappers for compilation and parallelism put into it.
 
-    >>> without_wrappers("module._orig_mod.layer.weight")
+    >>> without_wrappers("module.layer.weight")
     'layer.weight'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    own = [part for part in name.split(".") if part == _DATA_PARALLEL or part not in WRAPPER_ATTRIBUTES]
+    return ".".join(own[1:] if own[0] == _DATA_PARALLEL else own)  # a model may have a module of that name
 
 
 @torch.no_grad()
