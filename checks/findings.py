@@ -348,6 +348,29 @@ def words(found: list[Finding]) -> str:
     return "; ".join(f"{each.layer} {each.message}" for each in problems(found)) or "no problem"
 
 
+BROKEN = ("simclr", "simsiam", "learning rate x 10", "learning rate x 100", "rank 1", "NaN")
+
+
+def look_at_healthy(seed: int, digits: Digits, networks: Any, steps: int, counts: Any) -> None:
+    jobs = [Job("healthy", network, seed, o) for network in range(len(networks)) for o in (10, 2, 1, 100)]
+    for job in [*jobs, *(Job(kind, seed % 2, seed) for kind in ("simclr", "simsiam"))]:
+        for moment, found in healthy(job, digits, networks, steps).items():
+            counts[moment, "looks"] += 1
+            if found:
+                counts[moment, "alarms"] += 1
+                print(f"  healthy {job} {moment}: {words(found)}", flush=True)
+
+
+def look_at_broken(seed: int, digits: Digits, networks: Any, steps: int, counts: Any) -> None:
+    for kind in BROKEN:
+        for network in range(2 if kind.startswith(("sim", "learning")) else len(networks)):
+            took, is_found, said = broken(Job(kind, network, seed), digits, networks, steps)
+            counts[kind, "took"] += took
+            counts[kind, "found"] += took and is_found
+            if took and not is_found:
+                print(f"  missed {kind}, network {network}, seed {seed}: {said}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=SETS, default="judged")
@@ -357,32 +380,16 @@ def main() -> int:
     torch.set_num_threads(1)
     load, networks, first = SETS[options.set]
     digits, start = load(), time.perf_counter()
-    seeds = range(first, first + options.seeds)
-    count = len(networks)
-    looks: collections.Counter[str] = collections.Counter()
-    alarms: collections.Counter[str] = collections.Counter()
-    jobs = [Job("healthy", n, s, o) for s in seeds for n in range(count) for o in (10, 2, 1, 100)]
-    jobs += [Job(kind, s % 2, s) for s in seeds for kind in ("simclr", "simsiam")]
-    for job in jobs:
-        for moment, found in healthy(job, digits, networks, options.steps).items():
-            looks[moment] += 1
-            if found:
-                alarms[moment] += 1
-                print(f"  healthy {job} {moment}: {words(found)}", flush=True)
-    for moment, number in looks.items():
-        print(f"healthy, {moment}: a problem in {alarms[moment]} of {number} ({alarms[moment] / number:.1%})")
-    for kind in ("simclr", "simsiam", "learning rate x 10", "learning rate x 100", "rank 1", "NaN"):
-        took = hit = 0
-        for seed in seeds:
-            for network in range(2 if kind.startswith(("sim", "learning")) else count):
-                was_broken, was_found, said = broken(
-                    Job(kind, network, seed + 500), digits, networks, options.steps
-                )
-                took += was_broken
-                hit += was_broken and was_found
-                if was_broken and not was_found:
-                    print(f"  missed {kind}, network {network}, seed {seed + 500}: {said}", flush=True)
-        print(f"{kind}: found {hit} of {took} that took", flush=True)
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for seed in range(first, first + options.seeds):
+        look_at_healthy(seed, digits, networks, options.steps, counts)
+        look_at_broken(seed + 500, digits, networks, options.steps, counts)
+        print(f"after {seed - first + 1} seeds:", flush=True)
+        for moment in ("new", "early", "end"):
+            alarms, looks = counts[moment, "alarms"], counts[moment, "looks"]
+            print(f"  healthy, {moment}: a problem in {alarms} of {looks} ({alarms / looks:.1%})")
+        for kind in BROKEN:
+            print(f"  {kind}: found {counts[kind, 'found']} of {counts[kind, 'took']} that took", flush=True)
     print(f"{time.perf_counter() - start:.0f} s")
     return 0
 
