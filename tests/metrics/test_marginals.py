@@ -79,8 +79,12 @@ def test_a_probe_of_these_alone_takes_any_width():
     assert memory < 100 * 20_000
     with pytest.warns(UserWarning, match="covariances that are not there in train are left out"):
         assert probe.covariances("train") == {}
-    with pytest.raises(RuntimeError, match="the covariance of 20000 features is not kept"):
+    unread = "'intrinsic_dimension' of '0', '2': not read, the covariance of 20000 features is not kept"
+    with pytest.raises(ValueError, match=unread):
         probe.summary("train")
+    assert [row.value for row in probe.summary("train", "rms").rows] == [
+        float(values[f"rms/train/{layer}"]) for layer in ("0", "2")
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"folds": 3}, {"max_features": 4, "sketch_size": 8}], ids=str)

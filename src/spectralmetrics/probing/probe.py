@@ -558,7 +558,8 @@ class LayerProbe(nn.Module):
             statistic: name of a metric of this probe, or short name of any statistic that is one number.
 
         Raises:
-            ValueError: for another stage, for no such statistic, or one that is not one number.
+            ValueError: for another stage, for no such statistic, one that is not one number, or one that can be
+                read of no layer.
             RuntimeError: if nothing was observed in that stage.
         """
         _check_stage(stage)
