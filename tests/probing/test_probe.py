@@ -526,6 +526,14 @@ class TestValues:
             output = model(torch.randn(1, 3))
         assert probe.compute() == {"average/train/Linear": output.detach().mean()}
 
+    def test_metrics_of_another_library_have_no_findings(self):
+        model = nn.Linear(3, 2)
+        with LayerProbe(model, {"average": torchmetrics.MeanMetric()}) as probe:
+            with pytest.raises(RuntimeError, match="nothing was observed in train"):
+                probe.findings("train")
+            model(torch.randn(5, 3))
+        assert probe.findings("train") == []
+
     @pytest.mark.parametrize("first", [True, False])
     def test_the_eigenvalues_are_those_that_come_with_the_eigenvectors(self, first):
         metrics = [sm.EigenspaceEmbeddingMetric(), sm.SpectrumMetric(), sm.CovarianceMetric()]

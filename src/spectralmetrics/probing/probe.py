@@ -623,7 +623,8 @@ class LayerProbe(nn.Module):
         with self._router.lock:
             found = self._read_places([stage], read, lambda: None)[stage]
             numbers = [each for _, each in found.values() if each is not None]
-            if not numbers:
+            others = (place for place, _ in found.values() if not place.spectral_leaders)
+            if not numbers and not any(place.has_seen({}) for place in others):
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
             return find(stage, numbers, self._untrained)
 
