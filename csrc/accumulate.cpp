@@ -52,9 +52,9 @@ struct MarginalsJob {
     const void *values;          // float, or double if values_are_double
     const unsigned char *valid;  // per observation, 0 to pass over it; null if all count
     const double *origin;        // (features)
-    double *totals;              // (5, features): sums of x - o, its squares, |x|, of x != 0, and the largest |x|
-    int64_t *counts;             // (2), added to: observations that count, and those left out
-    double *workspace;           // (slots, 10, features), any content
+    double *totals;     // (5, features): sums of x - o, its squares, |x|, of x != 0, and the largest |x|
+    int64_t *counts;    // (2), added to: observations that count, and those left out
+    double *workspace;  // (slots, 10, features), any content
     int64_t samples, positions, features;
     int64_t sample_stride, position_stride, feature_stride;
     int32_t values_are_double;

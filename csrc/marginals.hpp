@@ -107,7 +107,8 @@ struct Marginals {
 
     // The sums of some rows, over what was in `to`. Returns the sum of all magnitudes, which is finite only if
     // every value is.
-    TARGET static double put_rows(const MarginalsJob &job, const Source *const *rows, int64_t count, double *to) {
+    TARGET static double put_rows(const MarginalsJob &job, const Source *const *rows, int64_t count,
+                                  double *to) {
         int64_t feature = 0;
         Vector found{};
         if (job.feature_stride == 1) {
@@ -170,8 +171,8 @@ struct Marginals {
             for (; start < stop && count < together; ++start) {
                 if (job.valid && !job.valid[start]) continue;
                 const int64_t sample = start / job.positions, position = start % job.positions;
-                rows[count++] = (const Source *)job.values + sample * job.sample_stride +
-                                position * job.position_stride;
+                rows[count++] =
+                    (const Source *)job.values + sample * job.sample_stride + position * job.position_stride;
             }
             if (!std::isfinite(put_rows(job, rows, count, put))) {
                 const int64_t offered = count;
@@ -209,7 +210,8 @@ struct Marginals {
                     counts[0] += samples * job.positions;
                     add_up(job, put, sums);
                 } else {
-                    add_rows(job, sample * job.positions, (sample + samples) * job.positions, put, sums, counts);
+                    add_rows(job, sample * job.positions, (sample + samples) * job.positions, put, sums,
+                             counts);
                 }
             }
         } else {

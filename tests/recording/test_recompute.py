@@ -16,7 +16,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.cli import main
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics import base
+from spectralmetrics.metrics import MarginalMetric, base
 from tests.metrics.test_properties import VARIANTS
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
@@ -74,7 +74,12 @@ def test_statistics_that_were_not_recorded(tmp_path):
     found = recompute(tmp_path / "given", statistics={"rankme": EffectiveRankMetric(center=False)})
     assert {row["statistic"] for row in found} == {"rankme"}
     for name, kind in statistics().items():
-        if kind.__module__.startswith("spectralmetrics.") and not kind.needs_labels and name != "embedding":
+        if not kind.__module__.startswith("spectralmetrics.") or kind.needs_labels or name == "embedding":
+            continue
+        if issubclass(kind, MarginalMetric) and not kind().can_read_matrix:
+            with pytest.raises(ValueError, match=f"expected marginals for '{name}'; none was recorded"):
+                recompute(tmp_path / "given", statistics=name)
+        else:
             assert {row["statistic"] for row in recompute(tmp_path / "given", statistics=name)} == {name}
 
 
