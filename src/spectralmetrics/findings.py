@@ -39,6 +39,8 @@ _UNIFORM = (
 """Layers whose weights PyTorch draws uniformly between ±1/√(fan-in)."""
 _FEW = 0.02
 """Share of the width below which an effective rank is small."""
+_EXACTLY_ONE = 1.001
+"""Below this effective rank a layer puts out one direction up to round-off, which smooth inputs never do."""
 _MORE = 2.0
 """A layer before has more directions if its effective rank is larger by this factor."""
 
@@ -120,8 +122,9 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         1.2,
         32,
         "eigenvalues",
-        "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 or "
-        "more, behind a layer of more than twice the rank, in a network of 4 outputs or more",
+        "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 or more, "
+        "in a network of 4 outputs or more; and a layer before has more than twice the rank, or the rank is 1 "
+        "up to round-off",
     ),
     FindingRule(
         "dead",
@@ -444,7 +447,8 @@ def _of_collapse(
     ends = layer.rank if layer.has_interval else (math.nan, math.nan)
     rank = _RULES["collapsed", "problem", "effective_rank"]
     more = max((each.rank[0] for each in before if not math.isnan(each.rank[0])), default=0.0)
-    allows_more = min(layer.width, layer.ceiling, last.width) >= _NARROW and more > _MORE * upper
+    has_lost_some = more > _MORE * upper or upper < _EXACTLY_ONE
+    allows_more = min(layer.width, layer.ceiling, last.width) >= _NARROW and has_lost_some
     if _applies(rank, layer) and upper < rank.threshold and allows_more:
         words = f"collapsed: {round(upper)} of {layer.width} directions"
         yield Finding(stage, layer.layer, "collapsed", "problem", words, upper, *ends)
