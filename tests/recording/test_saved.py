@@ -28,7 +28,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.cli import main
 from spectralmetrics.recording import ArraysWriter, Row, Writer, summarise_run
-from spectralmetrics.recording.record import RecordKey, tidy_rows, undefined_layers
+from spectralmetrics.recording.record import RecordKey, tidy_rows, undefined_layers, warn_of_undefined
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.csv import format_rows, read_rows
 from spectralmetrics.sums import decomposition
@@ -287,6 +287,17 @@ class TestMeans:
         rows = tidy_rows(RecordKey(0), values)
         assert rows[-1].value == float("inf")
         assert undefined_layers(rows) == {"s": {"eval": ["b"]}}
+
+    def test_records_are_apart(self):
+        """Of two layers one is undefined in each epoch: each mean is over one of two, not over none."""
+        rows = []
+        for epoch, without in enumerate("ab"):
+            values = {
+                ("s", "eval", layer): torch.tensor(torch.nan if layer == without else 0.5) for layer in "ab"
+            }
+            rows += tidy_rows(RecordKey(epoch), values)
+        with pytest.warns(UserWarning, match="is over 1 of 2 layers in eval, without 'a', where"):
+            warn_of_undefined(rows)
 
 
 def read_all(run):

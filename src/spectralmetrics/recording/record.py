@@ -209,15 +209,24 @@ def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stackl
         known: statistics of which nothing is to be said, such as those that were warned of before.
         stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """
-    for statistic, stages in undefined_layers(rows).items():
+    records: dict[RecordKey, list[Row]] = {}
+    for row in rows:
+        records.setdefault(row.key, []).append(row)
+    worst: dict[str, dict[str, tuple[list[str], int]]] = {}  # of several records the one that leaves out most
+    for of_record in records.values():
+        for statistic, stages in undefined_layers(of_record).items():
+            for stage, layers in stages.items():
+                found = {row.layer for row in of_record if (row.statistic, row.stage) == (statistic, stage)}
+                told = worst.setdefault(statistic, {})
+                if len(layers) > len(told.get(stage, ([], 0))[0]):
+                    told[stage] = layers, len(found - {"", MEAN_LAYER})
+    for statistic, named in worst.items():
         if statistic in known:
             continue
-        words = []
-        for stage, layers in stages.items():
-            found = {row.layer for row in rows if (row.statistic, row.stage) == (statistic, stage)}
-            number = len(found - {"", MEAN_LAYER})
-            named = ", ".join(map(repr, layers))
-            words.append(f"over {number - len(layers)} of {number} layers in {stage}, without {named}")
+        words = [
+            f"over {number - len(layers)} of {number} layers in {stage}, without {', '.join(map(repr, layers))}"
+            for stage, (layers, number) in named.items()
+        ]
         warnings.warn(
             f"the mean of {statistic!r} is {' and '.join(words)}, where it is undefined (NaN)",
             UserWarning,
