@@ -636,6 +636,9 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     summary = {row.layer: row for row in summarise_run(tmp_path).rows}
     assert "collapsed: 1 of 40 directions" in summary["3"].stands_out
     assert summary["0"].ceiling == 20 > 4
+    headline = report.page.locator("#tail").text_content()
+    assert "problem in 3: collapsed: 1 of 40 directions; " in headline
+    assert "${" not in report.page.locator("body").inner_text()
     for layer, row in summary.items():
         assert rows[layer]["ceiling"] == row.ceiling
         assert rows[layer]["what stands out"] == "; ".join(row.stands_out)

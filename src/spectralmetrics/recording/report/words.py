@@ -83,6 +83,7 @@ class Words:
 
     def __init__(self, empty: Array, thresholds: Thresholds) -> None:
         self._texts: dict[str, int] = {}
+        self._problems: list[str] = []  # the part of each text that is a problem
         self._stands_out = empty
         self._in_tail, self._ceilings = empty.copy(), empty.copy()
         self._number = len(thresholds)
@@ -122,6 +123,7 @@ class Words:
         """For the page."""
         return {
             "words": list(self._texts),
+            "problems": self._problems,
             "stands_out": self._stands_out,
             "in_tail": self._in_tail,
             "ceilings": self._ceilings,
@@ -140,4 +142,8 @@ class Words:
             each._replace(message=f"{each.message}: {reasons}") if each.kind == "few_observations" else each
             for each in (*own, *found)
         ]
-        return self._texts.setdefault("; ".join(in_words(told)), len(self._texts))
+        text = "; ".join(in_words(told))
+        if text not in self._texts:
+            self._texts[text] = len(self._texts)
+            self._problems.append("; ".join(in_words(each for each in told if each.severity == "problem")))
+        return self._texts[text]

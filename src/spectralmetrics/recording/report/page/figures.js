@@ -256,6 +256,6 @@ function spectrumFigure(state) {
     label: `Spectrum of layer ${page.layers[state.layer]}, ${condition(state, true)}: dimension ${words.join("; ") || "unknown"}.`,
     hint: isEmpty
       ? "A spectrum needs the covariances that the writer “arrays” keeps."
-      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}.${traces.length > visibleRuns(state).length ? " Faint lines are other ${page.unit}s." : ""}`,
+      : `The dashed line is the dimension at threshold ${page.thresholds[state.threshold]}: ${words.join("; ") || "unknown"}.${traces.length > visibleRuns(state).length ? ` Faint lines are other ${page.unit}s.` : ""}`,
   };
 }

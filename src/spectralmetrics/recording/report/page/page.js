@@ -93,17 +93,29 @@ function updateControls() {
 
 function tailWords() {
   const words = visibleRuns(current).map(({ run }) => {
-    const tail = run.tail(current.stage, run.epochIndex(page.epochs[current.epoch]), current.threshold);
-    if (!tail) return `${heading(run)}saturation is not known`;
+    const when = run.epochIndex(page.epochs[current.epoch]);
+    const tail = run.tail(current.stage, when, current.threshold);
+    const problems = problemWords(run, when);
+    if (!tail) return `${heading(run)}${problems}saturation is not known`;
     const names = [...tail].map((layer) => page.layers[layer]);
     const found = !names.length
       ? "no low-saturation tail"
       : names.length === 1
         ? `low-saturation tail of one layer, ${names[0]}`
         : `low-saturation tail of ${names.length} layers, ${names[0]} to ${names[names.length - 1]}`;
-    return `${heading(run)}${found}`;
+    return `${heading(run)}${problems}${found}`;
   });
   return `${condition(current, true)}: ${words.join("; ")}.`.replace(/^./, (letter) => letter.toUpperCase());
+}
+
+// The layers with a problem, which are said before anything else.
+function problemWords(run, when) {
+  const found = page.layers
+    .map((layer, index) => [layer, run.problem(current.stage, index, when, current.threshold)])
+    .filter(([, problem]) => problem)
+    .map(([layer, problem]) => `problem in ${layer}: ${problem}`);
+  const more = found.length > 3 ? [`problems in ${counted(found.length - 3, "more layer")}`] : [];
+  return [...found.slice(0, 3), ...more].map((each) => `${each}; `).join("");
 }
 
 function fill(select, names) {

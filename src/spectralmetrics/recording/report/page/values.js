@@ -71,6 +71,11 @@ class Run {
     return epoch < 0 ? undefined : this.words[at(this.stands_out, stage, layer, threshold, epoch)];
   }
 
+  // The part of it that is a problem; "" where there is none.
+  problem(stage, layer, epoch, threshold) {
+    return (epoch < 0 ? undefined : this.problems[at(this.stands_out, stage, layer, threshold, epoch)]) ?? "";
+  }
+
   hasCeilings() {
     return this.facts.some(({ ceiling }) => ceiling !== null);
   }
