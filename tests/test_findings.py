@@ -188,6 +188,11 @@ def test_untrained_weights_are_told(module, expected):
     assert is_untrained(module) is expected
 
 
+def test_a_few_new_weights_are_new_whatever_their_size_by_chance():
+    torch.manual_seed(0)
+    assert all(is_untrained(nn.Linear(8, 8)) for _ in range(300))
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_weights_of_another_size_are_trained(factor):
     layer = nn.Linear(64, 32)

@@ -55,8 +55,8 @@ def test_mlflow_takes_them(values, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}")
-    mlflow.set_experiment("layers")
-    with mlflow.start_run() as run:
+    # Not set_experiment, which later tests of the process would find set, in a folder of theirs.
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("layers")) as run:
         mlflow.log_metrics(loggable(values), step=3)
     logged = mlflow.get_run(run.info.run_id).data.metrics
     assert logged == loggable(values)
