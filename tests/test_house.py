@@ -37,7 +37,7 @@ BESIDE = {
     "receptive_field": {"probing"},
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
-    "findings": {"functional", "metrics", "sums", "tail"},
+    "findings": {"functional", "metrics", "sums", "table", "tail"},
     "weights": {"functional", "metrics", "probing", "table", "torch_private"},
     "checkpoints": {"weights"},
     "__main__": {"cli"},

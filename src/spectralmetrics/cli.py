@@ -19,6 +19,7 @@ from spectralmetrics.recording.recompute import recompute, summarise_run
 from spectralmetrics.recording.report import write_report
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.csv import format_rows
+from spectralmetrics.table import encodable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,8 +66,7 @@ def _notes() -> Iterator[None]:
 
 def _print(text: str) -> None:
     """Print what the screen can encode."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    print(encodable(text))
 
 
 def _fail(message: str) -> int:
@@ -112,8 +112,7 @@ def _run_weights(options: argparse.Namespace) -> None:
 
     bar = LateBar("reading matrices")
     summary = checkpoint_spectra(options.checkpoint, options.statistics, options.since, progress=bar)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(str(summary).encode(encoding, "replace").decode(encoding))
+    _print(str(summary))
 
 
 def _run_summary(options: argparse.Namespace) -> None:

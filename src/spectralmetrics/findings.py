@@ -18,6 +18,7 @@ from spectralmetrics.functional import marginals as functional
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import EffectiveRankMetric, IntrinsicDimensionMetric
 from spectralmetrics.sums import Marginals
+from spectralmetrics.table import plural
 from spectralmetrics.tail import low_saturation_tail
 
 Severity: TypeAlias = Literal["problem", "note"]
@@ -417,8 +418,7 @@ def of_layer(
         is_new: whether its weights are as they were initialised.
     """
     if layer.left_out:
-        rows = f"{layer.left_out} row{'s' if layer.left_out > 1 else ''}"
-        words = f"{rows} with NaN or infinities left out"
+        words = f"{plural(layer.left_out, 'row')} with NaN or infinities left out"
         yield Finding(stage, layer.layer, "non_finite", "problem", words, layer.left_out)
     if layer.observations:
         yield from _of_collapse(stage, layer, before, last, is_new)
@@ -467,7 +467,7 @@ def _of_features(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
         words = f"dead: {layer.dead} of {layer.width} features"
         yield Finding(stage, layer.layer, "dead", "problem", words, share)
     elif _applies(note, layer) and share > note.threshold:
-        words = f"{layer.dead} dead feature{'s' if layer.dead > 1 else ''}"
+        words = plural(layer.dead, "dead feature")
         yield Finding(stage, layer.layer, "dead", "note", words, share)
     problem, note = (
         _RULES["dormant", "problem", "dormant_features"],

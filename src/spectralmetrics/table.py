@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 WIDTH = 100
 """Columns of the screen that tables fit."""
@@ -114,3 +116,22 @@ def text_table(
     if rule:
         found.insert(height, "-" * max(map(len, found)))
     return found
+
+
+def encodable(text: str) -> str:
+    """The text as standard output can encode it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def import_pandas() -> Any:
+    """The module, for tables that become data frames.
+
+    Raises:
+        ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
+    """
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('a data frame needs pandas: pip install "spectralmetrics[pandas]"') from error
+    return pandas

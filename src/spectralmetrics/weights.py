@@ -15,7 +15,7 @@ from spectralmetrics.functional.power_law import power_law_tail
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import statistics
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
-from spectralmetrics.table import number, text_table
+from spectralmetrics.table import import_pandas, number, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -125,13 +125,7 @@ class WeightSummary:
         Raises:
             ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'a data frame needs pandas: pip install "spectralmetrics[pandas]"'
-            ) from error
-        return pandas.DataFrame(
+        frame: pandas.DataFrame = import_pandas().DataFrame(
             {
                 "layer": row.layer,
                 "kind": row.kind,
@@ -143,6 +137,7 @@ class WeightSummary:
             }
             for row in self.rows
         )
+        return frame
 
 
 def weight_spectra(

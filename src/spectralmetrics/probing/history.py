@@ -14,6 +14,7 @@ from spectralmetrics.plotting import Quantity, plot_history
 from spectralmetrics.sums import ForwardHistory
 from spectralmetrics.sums.checks import is_integer
 from spectralmetrics.sums.history import COUNT, FORWARD, LARGEST, LEFT_OUT, NONZERO, SQUARES, STEP, TOTAL
+from spectralmetrics.table import import_pandas
 
 if TYPE_CHECKING:
     import pandas
@@ -158,13 +159,7 @@ class History:
         Raises:
             ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'a data frame needs pandas: pip install "spectralmetrics[pandas]"'
-            ) from error
-        frame = pandas.DataFrame(self.rows, columns=list(HistoryRow._fields))
+        frame: pandas.DataFrame = import_pandas().DataFrame(self.rows, columns=list(HistoryRow._fields))
         return frame.astype({"step": "Int64"})  # an integer that may be missing
 
     def plot(self, quantity: Quantity = "rms", layers: Sequence[str] | None = None) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from spectralmetrics.functional.together import Progress, Wanted, decompose_toge
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.standing_out import UNKNOWN_LAYER, in_words, true_ceiling
-from spectralmetrics.table import WIDTH, number, percent, text_table
+from spectralmetrics.table import WIDTH, import_pandas, number, percent, text_table
 
 if TYPE_CHECKING:
     import pandas
@@ -114,13 +114,7 @@ class Summary:
         Raises:
             ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'a data frame needs pandas: pip install "spectralmetrics[pandas]"'
-            ) from error
-        frame = pandas.DataFrame(self.rows, columns=list(SummaryRow._fields))
+        frame: pandas.DataFrame = import_pandas().DataFrame(self.rows, columns=list(SummaryRow._fields))
         frame["stands_out"] = [", ".join(words) for words in frame["stands_out"]]
         return frame
 

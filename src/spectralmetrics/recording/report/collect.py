@@ -76,7 +76,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
         families = list(dict.fromkeys([*_families(run), DEFAULT_FAMILY]))
         content = _from_records(run, axes, families)
         chosen += [*content.pop("recorded"), *content["statistics"]]
-        words = Words(axes.new(MISSING, len(thresholds)), np.array(thresholds))
+        words = Words(axes.new(MISSING, len(thresholds)))
         arrays = {}
         if run.arrays:
             parts = (np.array(thresholds), most, failures, words)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from spectralmetrics.findings import Finding, LayerNumbers, in_tail, of_layer, read_numbers
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.standing_out import in_words, true_ceiling
-from spectralmetrics.recording.report.spectra import Bounds, Thresholds
+from spectralmetrics.recording.report.spectra import Bounds
 from spectralmetrics.recording.writers.arrays import SavedLayer
 from spectralmetrics.tail import tail_start
 
@@ -78,15 +78,13 @@ class Words:
 
     Args:
         empty: an array of these axes in which nothing is known.
-        thresholds: of the slider.
     """
 
-    def __init__(self, empty: Array, thresholds: Thresholds) -> None:
+    def __init__(self, empty: Array) -> None:
         self._texts: dict[str, int] = {}
         self._problems: list[str] = []  # the part of each text that is a problem
         self._stands_out = empty
         self._in_tail, self._ceilings = empty.copy(), empty.copy()
-        self._number = len(thresholds)
 
     def add(self, layers: Sequence[Known], at: Any = slice(None)) -> None:
         """Add the layers of one stage and record, in forward order.

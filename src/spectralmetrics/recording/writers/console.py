@@ -12,7 +12,7 @@ from spectralmetrics.probing.summary import Summary, summarise
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums.checks import check_positive_integer
-from spectralmetrics.table import number
+from spectralmetrics.table import encodable, number
 from spectralmetrics.tail import MEAN_LAYER
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class ConsoleWriter(Writer):
             return
         text = _render(tables, console)
         if (summary := self._summary(record)) is not None:
-            text += f"\n\n{_encodable(str(summary))}"
+            text += f"\n\n{encodable(str(summary))}"
         bars = sys.modules.get("tqdm.std")
         active: Any = getattr(getattr(bars, "tqdm", None), "_instances", ())
         if len(active):
@@ -171,13 +171,7 @@ def _render(tables: list[Table], console: Console) -> str:
 
             table.box = ASCII
         renderer.print(table)
-    return _encodable(text.getvalue().rstrip("\n"))
-
-
-def _encodable(text: str) -> str:
-    """The text as standard output can encode it."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
+    return encodable(text.getvalue().rstrip("\n"))
 
 
 def _name(row: Row) -> str:
