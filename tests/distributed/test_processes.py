@@ -82,20 +82,25 @@ def test_the_example_script_runs_under_torchrun(world, tmp_path):
         str(script),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    launcher = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        output, errors = launcher.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, signal.SIGKILL)  # the workers too: they hold the pipes
-        raise
+    for _ in range(3):
+        launcher = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            output, errors = launcher.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)  # the workers too: they hold the pipes
+            raise
+        # Seen once in a hundred starts: a thread of gloo that still gives up a tensor when Python ends is unwound
+        # through C++, which aborts. Whatever else goes wrong has another message.
+        if "terminate called without an active exception" not in errors:
+            break
     assert launcher.returncode == 0, errors
     for layer in "024":
         assert f"saturation/eval/{layer}: " in output
