@@ -97,8 +97,8 @@ def test_the_example_script_runs_under_torchrun(world, tmp_path):
         except subprocess.TimeoutExpired:
             os.killpg(launcher.pid, signal.SIGKILL)  # the workers too: they hold the pipes
             raise
-        # Seen once in a hundred starts: a thread of gloo that still gives up a tensor when Python ends is unwound
-        # through C++, which aborts. Whatever else goes wrong has another message.
+        # Seen once in a hundred starts: a thread of gloo that still gives up a tensor when Python ends is
+        # unwound through C++, which aborts. Whatever else goes wrong has another message.
         if "terminate called without an active exception" not in errors:
             break
     assert launcher.returncode == 0, errors
