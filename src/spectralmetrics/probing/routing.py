@@ -115,6 +115,9 @@ class Router:
         if self.is_merged:
             tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
             return
+        if of_layer.forwards and self._steps.passes():  # most forwards, where there is a budget
+            self._pass(of_layer)
+            return
         has_grad = torch.is_grad_enabled()
         with self.lock:
             self._thread.observing = True
@@ -129,6 +132,14 @@ class Router:
                     tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
             finally:
                 self._thread.observing = False
+
+    def _pass(self, of_layer: LayerMetrics) -> None:
+        """Count a forward that is not observed, by as few steps as can be: nothing of it is in any cache."""
+        with self.lock:
+            of_layer.forwards += 1
+            of_layer.ran += 1
+        if self._steps.budget is not None:
+            self._steps.budget.passes(of_layer.stage)
 
     def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
         budget = self._steps.budget
