@@ -375,10 +375,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=SETS, default="judged")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, help="first seed; by default one of the set's own")
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     torch.set_num_threads(1)
     load, networks, first = SETS[options.set]
+    first = first if options.first is None else options.first
     digits, start = load(), time.perf_counter()
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for seed in range(first, first + options.seeds):
