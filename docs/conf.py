@@ -37,6 +37,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = [
+    "README.md",
     "_build",
     "gallery/*.ipynb",  # for download; the pages are made from the examples themselves
     "guide/large_models_tables",
