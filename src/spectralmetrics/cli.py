@@ -176,7 +176,7 @@ def _progress(description: str, total: int | None = None) -> Iterator[Callable[.
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="spectralmetrics",
-        description="Which layers of a neural network do work?",
+        description="Spectral metrics of neural-network features: demo, recorded runs, reports, weights.",
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
         "  spectralmetrics compare runs/demo --epochs 1 4\n"
         "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
