@@ -85,6 +85,8 @@ class FindingRule(NamedTuple):
         needs: the sums it reads: ``"counts"``, ``"variances"`` (any kind of sum), ``"marginals"``, or
             ``"eigenvalues"`` (a covariance, or of dimensions a sketch).
         when: the rule in words.
+        of_gradients: whether it holds of gradients as well, see ``observe`` of
+            :class:`~spectralmetrics.LayerProbe`.
     """
 
     kind: str
@@ -94,6 +96,7 @@ class FindingRule(NamedTuple):
     min_observations: int
     needs: Literal["counts", "variances", "marginals", "eigenvalues"]
     when: str
+    of_gradients: bool = False
 
 
 FINDING_RULES: tuple[FindingRule, ...] = (
@@ -105,6 +108,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         0,
         "counts",
         "rows with NaN or infinities were left out",
+        of_gradients=True,
     ),
     FindingRule(
         "collapsed",
@@ -220,6 +224,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         1,
         "eigenvalues",
         "a sketch stands for the covariance",
+        of_gradients=True,
     ),
     FindingRule(
         "few_observations",
@@ -230,9 +235,12 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         "counts",
         "there are fewer observations than this for each direction, or than a rule above needs, or the "
         "interval of the dimension is wider than a tenth of the width",
+        of_gradients=True,
     ),
 )
 """All kinds of findings, with their thresholds, in the order in which they are said. Problems come first."""
+
+_OF_GRADIENTS = {rule.kind for rule in FINDING_RULES if rule.of_gradients}
 
 _RULES = {(rule.kind, rule.severity, rule.statistic): rule for rule in FINDING_RULES}
 
@@ -254,6 +262,7 @@ class LayerNumbers(NamedTuple):
         dimension: the intrinsic dimension, NaN where it is not known, and its interval.
         is_sketched: whether a sketch stands for the covariance.
         has_interval: whether there are folds, or bounds of a sketch.
+        of_gradients: whether gradients were observed.
     """
 
     layer: str
@@ -269,6 +278,7 @@ class LayerNumbers(NamedTuple):
     dimension: tuple[float, float, float] = (math.nan, math.nan, math.nan)
     is_sketched: bool = False
     has_interval: bool = False
+    of_gradients: bool = False
 
     @property
     def found(self) -> int:
@@ -297,7 +307,7 @@ class LayerNumbers(NamedTuple):
         is_dying = self.dead > _RULES["dead", "problem", "dead_features"].threshold * self.width
         kinds = {"collapsed", "dead"} if is_dying else {"collapsed"}
         needed = max(r.min_observations for r in FINDING_RULES if r.kind in kinds and r.severity == "problem")
-        if self.observations < needed:
+        if self.observations < needed and not self.of_gradients:
             reasons.append(f"below {needed}")
         _, low, high = self.dimension
         if high - low > _WIDE * self.width and not self.is_sketched:
@@ -305,7 +315,9 @@ class LayerNumbers(NamedTuple):
         return reasons
 
 
-def read_numbers(layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float) -> LayerNumbers:
+def read_numbers(
+    layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float, of_gradients: bool = False
+) -> LayerNumbers:
     """What the rules read of a layer.
 
     Args:
@@ -313,11 +325,11 @@ def read_numbers(layer: str, spectrum: Spectrum, ceiling: int | None, threshold:
         spectrum: about the mean.
         ceiling: the most directions that its weights allow; None where that is unknown.
         threshold: share of the variance of the intrinsic dimension.
+        of_gradients: whether gradients were observed.
     """
     width, count = spectrum.num_features, int(spectrum.num_observations)
-    numbers = LayerNumbers(
-        layer, width, width if ceiling is None else min(ceiling, width), count, int(spectrum.num_left_out)
-    )
+    most = width if ceiling is None else min(ceiling, width)
+    numbers = LayerNumbers(layer, width, most, count, int(spectrum.num_left_out), of_gradients=of_gradients)
     if not count:
         return numbers
     variances, squares = spectrum.variances, spectrum.about(center=False).variances
@@ -417,6 +429,13 @@ def of_layer(
         last: the last layer of the network, whose width says how many targets there are.
         is_new: whether its weights are as they were initialised.
     """
+    found = _of_layer(stage, layer, before, last, is_new)
+    yield from (each for each in found if not layer.of_gradients or each.kind in _OF_GRADIENTS)
+
+
+def _of_layer(
+    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
+) -> Iterator[Finding]:
     if layer.left_out:
         words = f"{plural(layer.left_out, 'row')} with NaN or infinities left out"
         yield Finding(stage, layer.layer, "non_finite", "problem", words, layer.left_out)
@@ -508,7 +527,7 @@ def _of_dimension(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
 
 def _tail(stage: str, layers: Sequence[LayerNumbers]) -> list[Finding]:
     shares = {each.layer: each.dimension[0] / each.width for each in layers}
-    if any(map(math.isnan, shares.values())):
+    if any(map(math.isnan, shares.values())) or any(each.of_gradients for each in layers):
         return []
     tail = low_saturation_tail(shares, ratio=_RULES["in_tail", "note", "saturation"].threshold)
     return [in_tail(stage, name, shares[name]) for name in tail]

@@ -80,6 +80,42 @@ def is_fake(values: Tensor) -> bool:
     return type(values) is not Tensor and isinstance(values, _find("_subclasses.fake_tensor.FakeTensor", ()))
 
 
+# `Tensor._base` and `Tensor._version`, 2.8 to 2.13; autograd's notes describe both. Without the first, nothing
+# is observed of gradients where a layer that works in place follows one that puts out a view.
+
+
+def base_of_view(values: Tensor) -> Tensor | None:
+    """The tensor that a tensor is a view of; None if it is none. Dynamo looks into this.
+
+    >>> base = torch.zeros(4)
+    >>> base_of_view(base.view(2, 2)) is base, base_of_view(base)
+    (True, None)
+    """
+    base: Tensor | None = getattr(values, "_base", None)
+    return base
+
+
+class Version:
+    """Tells whether a tensor, or one that it is a view of, has been changed in place; does not keep its memory.
+
+    >>> values = torch.zeros(3)
+    >>> version = Version(values)
+    >>> before, _ = version.has_changed(), values[0].add_(1)
+    >>> before, version.has_changed()
+    (False, True)
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        # A detached tensor counts changes with the one it comes from, whatever memory it is given later.
+        self._twin = values.detach()
+        self._twin.data = values.new_empty(0)
+        self._version = self._twin._version
+
+    def has_changed(self) -> bool:
+        """Whether there was a change since."""
+        return self._twin._version != self._version
+
+
 # -- torch.func -----------------------------------------------------------------------------------------------
 
 # `torch._C._functorch` and `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`, 2.8 to 2.13.

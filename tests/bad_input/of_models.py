@@ -144,7 +144,7 @@ ROWS_OF_MODELS = [
             for each in ("yes", 3)
         ],
         observe=[
-            (each, ValueError, f"expected observe among ('outputs', 'inputs'), got {each!r}")
+            (each, ValueError, f"expected observe among ('outputs', 'inputs', 'gradients'), got {each!r}")
             for each in ("input", None)
         ],
         budget=[

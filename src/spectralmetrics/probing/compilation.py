@@ -36,17 +36,22 @@ class SeesCompiled(Protocol):
         """Take what :func:`take_apart` has returned."""
 
 
-_OBSERVERS: weakref.WeakValueDictionary[int, SeesCompiled] = weakref.WeakValueDictionary()
+_OBSERVERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
-def number_of(observer: SeesCompiled) -> Tensor:
+def number_of(observer: object) -> Tensor:
     """A number of its own, by which the operation finds an observer as long as it is there."""
     number = next(_NUMBERS)
     _OBSERVERS[number] = observer
     # A Python number would be a constant of the graph, and each layer would need a graph of its own.
     with without_modes(), torch.inference_mode(False):
         return torch.tensor(number, device="cpu")
+
+
+def observer_of(number: Tensor) -> Any:
+    """The observer with that number; None if it is gone."""
+    return _OBSERVERS.get(int(number))
 
 
 class Unobservable:
@@ -99,18 +104,18 @@ def put_together(parts: list[Tensor], kind: str) -> Any:
 
 # The compiler is to leave outputs in the layout that it would choose without us, and out of captured CUDA
 # graphs.
-_TAGS = tuple(
+TAGS = tuple(
     getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
 
 
-@torch.library.custom_op("spectralmetrics::see", mutates_args=("ticket",), tags=_TAGS)
+@torch.library.custom_op("spectralmetrics::see", mutates_args=("ticket",), tags=TAGS)
 def see(parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str) -> None:
     """Show an observer what :func:`take_apart` has returned; compilers do not look inside."""
     # Checkpoints save the ticket like any input, and check in backward that it has not been changed: nor has
     # it.
     keep_version(ticket)
-    observer = _OBSERVERS.get(int(number))
+    observer: SeesCompiled | None = observer_of(number)
     if observer is not None:
         observer.see_compiled(parts, kind)
 

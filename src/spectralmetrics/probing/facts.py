@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,6 +20,32 @@ class LayerFacts(NamedTuple):
 
     kind: str
     ceiling: int | None
+
+    @property
+    def of_gradients(self) -> bool:
+        """Whether gradients are observed, and not what the layer puts out or takes."""
+        return False
+
+    def saved(self) -> dict[str, Any]:
+        """For the file of a run; earlier releases wrote the attributes alone."""
+        return self._asdict() | ({"of_gradients": True} if self.of_gradients else {})
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> LayerFacts:
+        """What was saved."""
+        kind = GradientFacts if saved.get("of_gradients", False) else LayerFacts
+        return kind(saved["kind"], saved["ceiling"])
+
+
+class GradientFacts(LayerFacts):
+    """What is known of a layer whose gradients are observed."""
+
+    __slots__ = ()
+
+    @property
+    def of_gradients(self) -> bool:
+        """See :class:`LayerFacts`."""
+        return True
 
 
 def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:

@@ -93,6 +93,10 @@ class Hooks:
         hook = Observer(module, observe, select, looks=looks)
         self._note(module, module.register_forward_hook(hook, always_call=always_call))
 
+    def put(self, module: nn.Module, hook: Any) -> None:
+        """Put a hook behind a module, an :class:`OwnHook` that is called with its arguments by name, too."""
+        self._note(module, module.register_forward_hook(hook, with_kwargs=True))
+
     @property
     def model(self) -> nn.Module | None:
         """The model whose layers these are on, if it is there."""

@@ -33,7 +33,7 @@ class Labels(Beside):
             " labels leaves these out"
         )
 
-    def join(self, layer: str, batch: Batch, time_first: bool = False) -> Batch:
+    def join(self, layer: str, batch: Batch, labels: Tensor, time_first: bool = False) -> Batch:
         """A whole output with the labels of its samples, or of its steps; without any if they do not fit.
 
         Another number of samples than of labels fits none: a part of a batch, or what an expert of a mixture
@@ -42,18 +42,19 @@ class Labels(Beside):
         Args:
             layer: that put it out.
             batch: all of it.
+            labels: that were valid in the forward.
             time_first: whether tokens that have been flattened are (T·N, D).
         """
-        labels = self.value
-        if labels is None:
-            return batch
+        is_valid_now = labels is self.value
         shape: tuple[int, ...] = tuple(batch.values.shape[: labels.ndim])
         if labels.ndim == 2 and batch.kind == "sequence" and shape == labels.mT.shape:
             labels = labels if shape == labels.shape else labels.mT
         elif labels.ndim == 2 and batch.kind == "rows" and len(batch.values) == labels.numel():
             labels = (labels.mT if time_first else labels).reshape(-1)
         elif shape != labels.shape or (labels.ndim == 2 and batch.kind != "sequence"):
-            self.note(layer, tuple(batch.values.shape), fits=False)
+            if is_valid_now:
+                self.note(layer, tuple(batch.values.shape), fits=False)
             return batch
-        self.note(layer, tuple(batch.values.shape), fits=True)
+        if is_valid_now:
+            self.note(layer, tuple(batch.values.shape), fits=True)
         return replace(batch, labels=labels)

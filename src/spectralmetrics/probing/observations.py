@@ -21,6 +21,7 @@ from spectralmetrics.torch_private import is_known
 
 FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
 Sequences = Literal["timesteps", "last", "mean", "flatten"]
+Observes = Literal["outputs", "inputs", "gradients"]
 Interpolation = Literal["nearest", "linear", "bilinear", "bicubic", "trilinear", "area", "nearest-exact"]
 
 _LINEAR_MODES = {2: "bilinear", 3: "trilinear"}
@@ -39,13 +40,14 @@ class ObservationRule:
     sequences: Sequences = "timesteps"
     max_map_size: int | None = 32
     interpolation: Interpolation = "bilinear"
-    of_inputs: bool = False
+    observe: Observes = "outputs"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("feature_maps", FeatureMaps),
             ("sequences", Sequences),
             ("interpolation", Interpolation),
+            ("observe", Observes),
         ):
             value = getattr(self, name)
             if value not in get_args(choices):
@@ -91,7 +93,7 @@ class ObservationRule:
         if module is None:
             found, takes_sequences = Found(1 if values.ndim > 3 else values.ndim - 1), False
         else:
-            dims = dim_of(module, of_inputs=self.of_inputs) if dims is None else dims
+            dims = dim_of(module, of_inputs=self.observe == "inputs") if dims is None else dims
             found, takes_sequences = dims.find(values), dims.takes_sequences
             own = is_time_first(module)
             time_first = time_first if own is None else own
@@ -166,11 +168,12 @@ class Batch:
     def limit(self, rule: ObservationRule) -> int | None:
         """How many observations to draw of this batch, of outputs too large to interpolate; None for all.
 
-        As many as of feature maps of ``max_map_size`` in each extent.
+        As many as of feature maps of ``max_map_size`` in each extent. Gradients are never interpolated: their
+        scale belongs to each position.
         """
         if self.kind != "maps" or rule.feature_maps != "positions" or rule.max_map_size is None:
             return None
-        if self.is_feature_map:
+        if self.is_feature_map and rule.observe != "gradients":
             return None
         spatial = self.values.shape[2:]
         most = rule.max_map_size ** max(len(spatial), 2)
@@ -266,7 +269,8 @@ def _observe_maps(batch: Batch, rule: ObservationRule) -> Observations:
             return Observations(_in_full(flat).mean(2))
         return Observations(flat.amax(2) if how == "max" else _lower_median(flat))
     size = rule.max_map_size
-    if batch.is_feature_map and size is not None and max(maps.shape[2:]) > size:
+    is_shrunk = batch.is_feature_map and rule.observe != "gradients"
+    if is_shrunk and size is not None and max(maps.shape[2:]) > size:
         maps = _shrink(maps, size, rule.interpolation)
     if how == "positions":
         return Observations(maps, feature_dim=1, valid=None if valid is None else valid.reshape(-1))

@@ -7,7 +7,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.gradients import GradientHook, GradientRouter, check_scale
 from spectralmetrics.probing.history import History
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
@@ -33,6 +34,7 @@ from spectralmetrics.probing.observations import (
     FeatureMaps,
     Interpolation,
     ObservationRule,
+    Observes,
     Sequences,
 )
 from spectralmetrics.probing.processes import (
@@ -142,8 +144,11 @@ class LayerProbe(nn.Module):
         folds: with g > 1, every metric keeps its observations in g folds, see
             :class:`~spectralmetrics.SpectralMetric`, and :meth:`intervals` says how sure the values are. None
             leaves the metrics as they are.
-        observe: ``"outputs"`` of the layers, or ``"inputs"``: the first floating argument of each, before the
-            layer may change it. See :meth:`covariances`.
+        observe: ``"outputs"`` of the layers; ``"inputs"``: the first floating argument of each, before the
+            layer may change it, see :meth:`covariances`; or ``"gradients"`` with respect to the outputs, in the
+            rows that the outputs would be, whenever one arrives in a backward. Large feature maps are drawn
+            from then, and not interpolated. Under a mean loss rows scale as 1/batch, see
+            :attr:`gradient_scale`.
         batch_first: the layout of sequences from layers whose type does not tell: True for (N, T, D), False for
             (T, N, D). None goes by the transformer, recurrent layer or attention that the layer is part of, and
             takes (N, T, D) elsewhere. For layers of your own see :func:`~spectralmetrics.register_layer`.
@@ -182,7 +187,7 @@ class LayerProbe(nn.Module):
         folds: int | None = None,
         batch_first: bool | None = None,
         budget: float | None = None,
-        observe: Literal["outputs", "inputs"] = "outputs",
+        observe: Observes = "outputs",
         sketch_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -200,16 +205,12 @@ class LayerProbe(nn.Module):
         if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
             raise TypeError(f"expected select to be a dict of patterns and functions, got {select!r}")
         _check_budget(budget)
-        if observe not in ("outputs", "inputs"):
-            raise ValueError(f"expected observe among ('outputs', 'inputs'), got {observe!r}")
         if observe == "inputs" and select:
             raise ValueError(
                 f"expected no select with observe='inputs', got {select!r}: it chooses from outputs"
             )
         self.observe = observe
-        self.rule = ObservationRule(
-            feature_maps, sequences, max_map_size, interpolation, of_inputs=observe == "inputs"
-        )
+        self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation, observe)
         chosen = select_layers(model, layers, exclude)
         functions = {
             module: function
@@ -244,7 +245,8 @@ class LayerProbe(nn.Module):
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         # Forwards are told apart where folds or a history keep them.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
-        self._router = Router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
+        router = GradientRouter if observe == "gradients" else Router
+        self._router = router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._identity = Identity(chosen)
@@ -266,7 +268,9 @@ class LayerProbe(nn.Module):
     def _watch(self, chosen: Mapping[str, nn.Module], selected: Mapping[str, Select]) -> None:
         for name, module in chosen.items():
             observe = Weakly(self._router.observe, name)
-            if self.observe == "inputs":
+            if isinstance(self._router, GradientRouter):
+                self._hooks.put(module, GradientHook(self._router, name, module, selected.get(name)))
+            elif self.observe == "inputs":
                 self._hooks.before(module, observe, looks=True)
             else:
                 self._hooks.behind(module, observe, selected.get(name))
@@ -312,6 +316,40 @@ class LayerProbe(nn.Module):
         _check_budget(budget)
         self._steps.budget = None if budget is None else Budget(budget, self.seed)
         self._watch_steps()
+
+    @property
+    def gradient_scale(self) -> Any:
+        """The factor of the loss that is taken out of gradients, read whenever one arrives; 1.0 by default.
+
+        A number, or the ``torch.amp.GradScaler`` that scales the loss (or any object with ``get_scale()``). The
+        callbacks set it from their trainer's scaler. Under a mean loss over N samples, ``1 / N`` gives rows
+        that do not depend on the size of the batch. Rows of steps that overflow are counted as left out,
+        without a warning while this is a scaler.
+
+        Raises:
+            RuntimeError: where it is set on a probe that does not observe gradients.
+            TypeError: for anything else.
+            ValueError: for a number that is not positive.
+
+        >>> model = nn.Linear(4, 3)
+        >>> probe = LayerProbe(model, observe="gradients")
+        >>> rows = torch.randn(32, 4)
+        >>> probe.gradient_scale = 1 / len(rows)
+        >>> model(rows).square().mean(0).sum().backward()
+        """
+        return self._router.scale if isinstance(self._router, GradientRouter) else 1.0
+
+    @gradient_scale.setter
+    def gradient_scale(self, gradient_scale: Any) -> None:
+        check_scale(gradient_scale)
+        if not isinstance(self._router, GradientRouter):
+            raise RuntimeError(f"expected a probe with observe='gradients', got one of {self.observe!r}")
+        self._router.scale = gradient_scale
+
+    @property
+    def _expects_overflow(self) -> bool:
+        """Whether steps may overflow, which their trainer leaves out: nothing to be warned of."""
+        return not isinstance(self.gradient_scale, numbers.Real)
 
     @property
     def facts(self) -> dict[str, LayerFacts]:
@@ -417,6 +455,8 @@ class LayerProbe(nn.Module):
                         reading.seen = place.has_seen({})
                     if reading.seen:
                         read_others(place, question, reading)
+                    if self._expects_overflow:
+                        reading.left_out = 0
                     readings[layer] = reading
                     if known is not None:
                         known.setdefault((each, layer), {}).update(reading.known)
@@ -424,7 +464,7 @@ class LayerProbe(nn.Module):
                 seen = seen or of_stage is not None
                 values.update(of_stage or {})
             if not seen:
-                warn_of_nothing(stages, self._places.values(), self._is_off, self.budget)
+                warn_of_nothing(stages, self._places.values(), self._is_off, self.budget, observe=self.observe)
         return values
 
     def _read_places(
@@ -580,10 +620,10 @@ class LayerProbe(nn.Module):
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
-            where = stage + self._budget_words(stage)
+            where = stage + (", gradients" if self.observe == "gradients" else "") + self._budget_words(stage)
             if self._repeating(stage):
                 where += ", the same inputs in several folds: intervals too narrow"
-            found_out = find(stage, [numbers for _, numbers in rows], self._untrained)
+            found_out = find(stage, self._judged(numbers for _, numbers in rows), self._untrained)
             return summary_of(rows, found_out, metric, threshold=threshold, where=where)
 
     def findings(self, stage: str = "eval") -> list[Finding]:
@@ -615,18 +655,20 @@ class LayerProbe(nn.Module):
         threshold = threshold_of(self.statistics.values())
 
         def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, LayerNumbers | None]:
-            ceilings = {name: facts.ceiling for name, facts in self.facts.items()}
-            return {
-                (stage, each.layer): each for each in numbers_of(_spectra(places), ceilings, threshold, tell)
-            }
+            found = numbers_of(_spectra(places), self.facts, threshold, tell)
+            return {(stage, each.layer): each for each in found}
 
         with self._router.lock:
             found = self._read_places([stage], read, lambda: None)[stage]
-            numbers = [each for _, each in found.values() if each is not None]
+            numbers = self._judged(each for _, each in found.values() if each is not None)
             others = (place for place, _ in found.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
             return find(stage, numbers, self._untrained)
+
+    def _judged(self, numbers: Iterable[LayerNumbers]) -> list[LayerNumbers]:
+        """The numbers from which findings are made: rows of steps that overflow are none."""
+        return [each._replace(left_out=0) if self._expects_overflow else each for each in numbers]
 
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
         """Layer -> whether its weights are as they were initialised, as told by a process that has it."""
@@ -755,9 +797,19 @@ class LayerProbe(nn.Module):
             return read_covariance(place, unbiased=unbiased, center=center)
 
         with self._router.lock:
-            found = tell_covariances(stage, dict(self._each_merged(stage, read)))
+            read_of = dict(self._each_merged(stage, read))
+            for each in read_of.values() if self._expects_overflow else ():
+                each.left_out = 0
+            found = tell_covariances(stage, read_of)
             if found is None:
-                warn_of_nothing((stage,), self._places.values(), self._is_off, self.budget, stacklevel=4)
+                warn_of_nothing(
+                    (stage,),
+                    self._places.values(),
+                    self._is_off,
+                    self.budget,
+                    observe=self.observe,
+                    stacklevel=4,
+                )
         return found or {}
 
     @property

@@ -15,6 +15,7 @@ from spectralmetrics.functional.together import Progress, Wanted, decompose_toge
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.keys import Key
+from spectralmetrics.probing.observations import Observes
 from spectralmetrics.sums import SpectralSum
 from spectralmetrics.torch_private import ignores_hooks, missing_for_compiled
 
@@ -297,6 +298,7 @@ def warn_of_nothing(
     is_off: bool,
     budget: float | None,
     *,
+    observe: Observes = "outputs",
     stacklevel: int = 5,
 ) -> None:
     """Say that nothing at all was observed, and why, where it can be told.
@@ -306,6 +308,7 @@ def warn_of_nothing(
         places: all layers in all stages.
         is_off: whether the probe is paused or removed.
         budget: of the probe.
+        observe: likewise.
         stacklevel: see ``warnings.warn``.
     """
     places = list(places)
@@ -320,6 +323,8 @@ def warn_of_nothing(
             reason = "the layers ran, but no labels came that fit: run the model inside `with probe.labels(y):`"
         elif budget is not None:
             reason = f"the layers ran, but the budget of {100 * budget:.4g} % has paid for no forward yet"
+        elif observe == "gradients":
+            reason = "the layers ran, but no gradient arrived: there was no backward, or the layers are frozen"
     elif any(place.transformed for place in asked):
         reason = "the model ran inside transforms of torch.func, which are not observed"
     elif any(place.forwards for place in places):

@@ -169,16 +169,15 @@ def summary_rows(
     progress: Progress | None = None,
 ) -> list[tuple[SummaryRow, LayerNumbers]]:
     """The rows of layers, each by itself, and the numbers that findings are made from."""
-    ceilings = {name: each.ceiling for name, each in facts.items()}
     return [
         (_row(numbers, layers[numbers.layer], facts.get(numbers.layer, UNKNOWN_LAYER), metric), numbers)
-        for numbers in numbers_of(layers, ceilings, threshold, progress)
+        for numbers in numbers_of(layers, facts, threshold, progress)
     ]
 
 
 def numbers_of(
     spectra: Mapping[str, Spectrum],
-    ceilings: Mapping[str, int | None],
+    facts: Mapping[str, LayerFacts],
     threshold: float,
     progress: Progress | None = None,
 ) -> list[LayerNumbers]:
@@ -186,7 +185,7 @@ def numbers_of(
 
     Args:
         spectra: name -> spectrum about the mean.
-        ceilings: name -> the most directions that its weights allow; None where that is unknown.
+        facts: name -> what is known of the layer besides.
         threshold: share of the variance for the dimension.
         progress: told how many spectra are decomposed, and of how many.
     """
@@ -196,7 +195,11 @@ def numbers_of(
         if int(each.num_observations)
     ]
     decompose_together(wanted, progress)
-    return [read_numbers(name, each, ceilings.get(name), threshold) for name, each in spectra.items()]
+    known = {name: facts.get(name, UNKNOWN_LAYER) for name in spectra}
+    return [
+        read_numbers(name, each, known[name].ceiling, threshold, known[name].of_gradients)
+        for name, each in spectra.items()
+    ]
 
 
 def summary_of(

@@ -267,8 +267,10 @@ def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]
         numbers = []
         for layer in side.run.layers(side.key, stage):
             with contextlib.suppress(ValueError):  # a damaged layer is named in the table
-                ceiling = side.run.facts.get(layer.layer, UNKNOWN_LAYER).ceiling
-                numbers.append(read_numbers(layer.layer, layer.spectrum(), ceiling, threshold))
+                facts = side.run.facts.get(layer.layer, UNKNOWN_LAYER)
+                numbers.append(
+                    read_numbers(layer.layer, layer.spectrum(), facts.ceiling, threshold, facts.of_gradients)
+                )
         found = [each for each in find(stage, numbers) if each.severity == "problem"] if numbers else []
         lines += [f"problem on the {name}: {each.layer}: {each.message}" for each in found]
     return ["", *lines] if lines else []

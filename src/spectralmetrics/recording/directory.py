@@ -217,7 +217,7 @@ class RunDirectory:
                 writer.discard_after(self.directory, self.last)
 
     def _tell_manifest(self, record: Record) -> None:
-        layers = self._manifest.layers | {name: facts._asdict() for name, facts in record.layers.items()}
+        layers = self._manifest.layers | {name: facts.saved() for name, facts in record.layers.items()}
         manifest = replace(self._manifest, last=record.key, layers=layers)
         write_manifest(self.directory, manifest)
         self._manifest = manifest

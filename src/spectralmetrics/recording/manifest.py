@@ -25,7 +25,8 @@ class Manifest:
         writers: name -> the last record before that writer joined, None for one from the beginning. A record up
             to that one needs no part of it to be whole.
         statistics: name -> settings of the metric, see :func:`~spectralmetrics.recording.record.describe`.
-        layers: name -> what is known of the layer besides its data: ``kind`` and ``ceiling``.
+        layers: name -> what is known of the layer besides its data: ``kind``, ``ceiling``, and
+            ``of_gradients`` where gradients were observed.
         last: the last whole record; what counts for a run of which no writer keeps records.
     """
 
@@ -37,7 +38,7 @@ class Manifest:
     @property
     def facts(self) -> dict[str, LayerFacts]:
         """What is known of the layers."""
-        return {name: LayerFacts(**each) for name, each in self.layers.items()}
+        return {name: LayerFacts.restored(each) for name, each in self.layers.items()}
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -98,10 +99,12 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("writers, statistics and layers are no objects")
     for name, facts in manifest.layers.items():
         ceiling = facts.get("ceiling")
-        if set(facts) != set(LayerFacts._fields) or not isinstance(facts["kind"], str):
+        if set(facts) - {"of_gradients"} != set(LayerFacts._fields) or not isinstance(facts["kind"], str):
             raise ValueError(f"expected kind and ceiling of the layer {name!r}, got {facts!r}")
         if ceiling is not None and type(ceiling) is not int:
             raise ValueError(f"expected an integer or null as the ceiling of {name!r}, got {ceiling!r}")
+        if type(facts.get("of_gradients", False)) is not bool:
+            raise ValueError(f"expected true or false as of_gradients of {name!r}, got {facts!r}")
     for name, settings in manifest.statistics.items():
         if not isinstance(settings, dict):
             raise ValueError(f"expected an object as the settings of {name!r}, got {settings!r}")

@@ -38,7 +38,8 @@ def draw_profile(
     tail = []
     is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
     if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
-        tail = low_saturation_tail(profiles.get("eval", {}))
+        of_gradients = any(each.of_gradients for each in (facts or {}).values())
+        tail = [] if of_gradients else low_saturation_tail(profiles.get("eval", {}))
     ceilings = {}
     if settings.get(statistic, {}).get("metric") == "intrinsic_dimension":
         largest: dict[str, float] = {}

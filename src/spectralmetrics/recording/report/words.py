@@ -42,7 +42,9 @@ class Known(NamedTuple):
     @classmethod
     def of_layer(cls, layer: SavedLayer, facts: LayerFacts, where: tuple[Any, ...], found: Bounds) -> Known:
         """Of a layer with arrays."""
-        numbers = read_numbers(layer.layer, layer.spectrum(), facts.ceiling, DEFAULT_THRESHOLD)
+        numbers = read_numbers(
+            layer.layer, layer.spectrum(), facts.ceiling, DEFAULT_THRESHOLD, facts.of_gradients
+        )
         values, others = (np.where(each >= 0, each, np.nan) for each in (found.values, found.others))
         one = np.where(np.isnan(values), others, values)  # of a sketch the value may be out of reach
         ends = np.fmin(one, others), np.maximum(one, others)
@@ -63,6 +65,7 @@ class Known(NamedTuple):
         width = round(dimension / share) if is_known else 0
         ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
         numbers = LayerNumbers(layer, width, ceiling, UNKNOWN_NUMBER, 0, has_interval=not math.isnan(spread))
+        numbers = numbers._replace(of_gradients=facts.of_gradients)
         value = dimension if is_known else math.nan
         dimensions = np.array([[value], [value], [value + np.nan_to_num(spread)]])
         return cls(where, numbers, np.array([share if 0 <= share <= 1 else math.nan]), dimensions)
@@ -97,6 +100,8 @@ class Words:
             return
         shares = np.stack([each.shares for each in layers])
         is_known = ~np.isnan(shares).any(0)
+        if any(each.numbers.of_gradients for each in layers):
+            is_known[:] = False  # of gradients nothing is a tail
         first_of_tail = tail_start(np.nan_to_num(shares))
         numbers = [each.numbers for each in layers]
         for place, each in enumerate(layers):

@@ -1,0 +1,349 @@
+"""Gradients with respect to what layers put out: taken as they arrive in backward, and passed on unchanged.
+
+A forward hook asks the router whether the gradients of this forward are wanted, and leaves something in
+autograd's graph that shows them, see :mod:`~spectralmetrics.probing.gradient_graph`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import warnings
+import weakref
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
+
+from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.compilation import (
+    CAN_BE_COMPILED,
+    TICKET,
+    Unobservable,
+    number_of,
+    see,
+)
+from spectralmetrics.probing.copies import OwnHook
+from spectralmetrics.probing.gradient_graph import (
+    Arrival,
+    Form,
+    OfBase,
+    Region,
+    Through,
+    gradient_token,
+    holds,
+    replaced,
+    tensors_in,
+)
+from spectralmetrics.probing.hooks import Select, how_it_runs
+from spectralmetrics.probing.observations import first_tensor
+from spectralmetrics.probing.recomputation import Recomputed
+from spectralmetrics.probing.routing import LeftOut, Moment, Router
+from spectralmetrics.torch_private import (
+    base_of_view,
+    in_backward,
+    is_exporting,
+    is_known,
+    skip_frames,
+)
+
+_IS_INPUT = "a compiled layer that returns its input, or a view of it, has no gradient of its own to observe"
+_NOT_REPLACED = "gradients of a compiled layer whose output is a {} are not observed"
+_NO_GRADIENT = "no gradient"
+_COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
+
+
+class Awaited(NamedTuple):
+    """A forward of a layer whose gradients are observed when they arrive.
+
+    Attributes:
+        stage: of the forward.
+        layer: its name.
+        moment: what else belongs to the forward.
+    """
+
+    stage: str
+    layer: str
+    moment: Moment
+
+
+UNKNOWN = Awaited("", "", Moment(0, None, None, {}, None, None))
+
+
+class GradientRouter(Router):
+    """Turns gradients into observations, see :class:`.Router`.
+
+    Attributes:
+        scale: the factor of the loss that is taken out of gradients, read whenever one arrives.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.scale: Any = 1.0
+        self._recomputed = Recomputed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "scale": 1.0, "_recomputed": Recomputed()}
+
+    def expect(self, name: str, module: nn.Module, output: Any, training: bool) -> Awaited | None:
+        """Decide, in a forward, whether to observe its gradients; nothing that happens here may end it.
+
+        Returns what is awaited, None for nothing, and :data:`UNKNOWN` where a forward is run again of which
+        nothing is known, such as by a checkpoint whose gradients arrive in the graph of the first run.
+
+        Args:
+            name: of the layer.
+            module: the layer.
+            output: what it put out; None if only the compiler knows.
+            training: the flag that tells the stage.
+        """
+        if self._is_observing():
+            return None
+        if in_backward():  # a checkpoint's recomputation, whose gradients are those of the forward
+            awaited: Awaited | None = self._recomputed.recorded(name, UNKNOWN)
+            if awaited is UNKNOWN:
+                return UNKNOWN
+        else:
+            awaited = None if self.paused else self._decide(name, module, output, training)
+        if not torch.is_grad_enabled():
+            self._recomputed.record(name, awaited)
+        return awaited
+
+    def _decide(self, name: str, module: nn.Module, output: Any, training: bool) -> Awaited | None:
+        stage = self._steps.stage_of(training)
+        if stage is None or self._passes(stage, name):
+            return None
+        has_grad = torch.is_grad_enabled()
+        moment = self._guard(stage, name, output, self._enter, module, output, has_grad)
+        return None if moment is None else Awaited(stage, name, moment)
+
+    def attach(
+        self,
+        awaited: Awaited,
+        module: nn.Module,
+        output: Any,
+        select: Select | None,
+        arguments: Any,
+        hook: GradientHook,
+    ) -> None:
+        """Put hooks on an output of eager code, which is awaited.
+
+        Args:
+            awaited: what :meth:`expect` has returned.
+            module: the layer.
+            output: with autograd's graph behind it.
+            select: of the output.
+            arguments: of the layer's forward.
+            hook: on the layer; once it is gone nothing is observed any more.
+        """
+        self._guard(
+            awaited.stage, awaited.layer, output, self._attach, awaited, module, output, select, arguments, hook
+        )
+
+    def _attach(
+        self,
+        of_layer: LayerMetrics,
+        awaited: Awaited,
+        module: nn.Module,
+        output: Any,
+        select: Select | None,
+        arguments: Any,
+        hook: GradientHook,
+    ) -> None:
+        selected = first_tensor(output if select is None else select(output))
+        if selected is None:
+            raise LeftOut(f"expected a floating tensor in the output, got {type(output).__name__}")
+        values = selected.data if isinstance(selected, PackedSequence) else selected
+        packing = tuple(selected)[1:] if isinstance(selected, PackedSequence) else None
+        base = base_of_view(values)
+        whole = values if select is None else _holding(values, base, output)
+        if not whole.requires_grad:
+            return
+        if hasattr(whole, "device_mesh"):
+            raise LeftOut("gradients of a DTensor are not observed")
+        stride = None
+        if packing is None and not values.is_nested and values.ndim:
+            # What there is to say of layouts, masks and labels is said in the forward, as of any output.
+            batch = self._batch_of(of_layer, module, values, awaited.moment)
+            stride = None if batch.guessed_dim is None else values.stride()
+        region = None if whole is values else Region.of_view(values, whole)
+        arrival = Arrival(weakref.ref(hook), awaited, Form(stride, packing, region))
+        if whole.is_leaf:
+            hook.hold(whole, whole.register_hook(arrival))
+            return
+        whole.register_hook(arrival)
+        if whole is values and base is not None and not base.is_leaf and base.requires_grad:
+            is_input = any(base is each or base is base_of_view(each) for each in tensors_in(arguments))
+            base.register_hook(OfBase(values, base, arrival, is_input=is_input))
+
+    def arrive(self, awaited: Awaited, gradient: Tensor, form: Form, why: str = "") -> None:
+        """Observe a gradient, or leave the layer out and say why; nothing that happens here ends a backward."""
+        if not self.paused and not self._is_observing():
+            self._guard(awaited.stage, awaited.layer, gradient, self._arrive, awaited, gradient, form, why)
+
+    def _arrive(self, of_layer: LayerMetrics, awaited: Awaited, gradient: Tensor, form: Form, why: str) -> None:
+        module, limit = self._modules[awaited.layer](), self._limits.max_samples
+        if module is None or of_layer.given_up or of_layer.too_wide or how_it_runs(gradient) != "run":
+            return
+        if why:
+            raise LeftOut(why)
+        if limit is not None and of_layer.samples >= limit:
+            return
+        self._take(of_layer, module, form.of(self._unscaled(gradient.detach())), awaited.moment)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        factor: Any = self.scale
+        if isinstance(factor, numbers.Real) and factor == 1:
+            return gradient
+        if isinstance(factor, numbers.Real):
+            factor = float(factor)
+        elif isinstance(factor, torch.amp.GradScaler):  # whose factor is on a device, and not waited for
+            factor = factor.scale(torch.ones((), device=gradient.device))
+        else:
+            factor = factor.get_scale()
+        # What was scaled to fit into half precision may not fit without.
+        full = gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.to(torch.float32)
+        return full.div(factor)
+
+
+def check_scale(scale: Any) -> None:
+    """Raise an error for what is no factor of a loss."""
+    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        if not 0 < float(scale) < math.inf:
+            raise ValueError(f"expected gradient_scale to be a positive number, got {scale!r}")
+    elif not callable(getattr(scale, "get_scale", None)):
+        raise TypeError(f"expected gradient_scale to be a number or a GradScaler, got {type(scale).__name__}")
+
+
+def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:
+    """The tensor whose gradient holds that of a selected part of an output."""
+    found = tensors_in(output)
+    if any(values is each for each in found):
+        return values
+    if base is not None and any(base is each or base is base_of_view(each) for each in found):
+        return base
+    raise LeftOut(_COMPUTED)
+
+
+_Held: TypeAlias = list[tuple[weakref.ref[Tensor], RemovableHandle]]
+
+
+def _let_go(held: _Held) -> None:
+    for _, handle in held:
+        handle.remove()
+
+
+class GradientHook(OwnHook):
+    """A forward hook of one module, called with its arguments by name too, for a :class:`GradientRouter`.
+
+    Args:
+        router: not kept alive.
+        layer: name of the module.
+        module: that it will be put on.
+        select: of the output; None takes the first floating tensor.
+    """
+
+    def __init__(
+        self, router: GradientRouter, layer: str, module: nn.Module, select: Select | None = None
+    ) -> None:
+        self._router = weakref.ref(router)
+        self._layer = layer
+        self._module = weakref.ref(module)
+        self._select = select
+        self._number = number_of(self)
+        self._pending: dict[int, Awaited | None] = {}  # of compiled forwards whose graph is there
+        self._latest: Awaited | None = None
+        self._held: _Held = []
+        weakref.finalize(self, _let_go, self._held).atexit = False
+
+    @property
+    def router(self) -> GradientRouter | None:
+        """The router, if it is there."""
+        return self._router()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """See ``torch.nn.Module.register_forward_hook``; eager outputs stay as they are."""
+        if not torch.compiler.is_compiling():
+            self._watch(module, (args, kwargs), output)
+        elif CAN_BE_COMPILED and not is_exporting():
+            return self._trace((args, kwargs), output)
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As an `Observer`.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
+        """Take an earlier hook off an output that is a leaf, such as a parameter: it outlives its forwards."""
+        before, self._held[:] = list(self._held), [(weakref.ref(leaf), handle)]
+        for each, earlier in before:
+            if each() is leaf:
+                earlier.remove()
+            elif each() is not None:
+                self._held.append((each, earlier))
+
+    def _watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        router = self._router()
+        if router is None:
+            return
+        awaited = router.expect(self._layer, module, output, module.training)
+        if awaited is not None and awaited is not UNKNOWN and torch.is_grad_enabled():
+            router.attach(awaited, module, output, self._select, arguments, self)
+
+    def _trace(self, arguments: Any, output: Any) -> Any:
+        """What Dynamo traces; see :meth:`.Observer.__call__`."""
+        values = first_tensor(output if self._select is None else self._select(output))
+        why = ""
+        if values is None or isinstance(values, PackedSequence):
+            why = _NOT_REPLACED.format(type(output).__name__)
+        elif not is_known(type(values)) or values.is_nested:
+            why = f"gradients of a compiled layer whose output is a {type(values).__name__} cannot be observed"
+        elif not (torch.is_grad_enabled() and values.requires_grad):
+            see([], TICKET, self._number, _NO_GRADIENT)
+            return None
+        else:
+            base = base_of_view(values)
+            for each in tensors_in(arguments):
+                if values is each or (base is not None and (base is each or base is base_of_view(each))):
+                    why = _IS_INPUT
+            if not why and not holds(output, values):
+                why = _COMPUTED if self._select is not None else _NOT_REPLACED.format(type(output).__name__)
+        if why or not isinstance(values, Tensor):
+            see([], TICKET, self._number, why)
+            return None
+        token = gradient_token(torch.empty(0, device="cpu"))
+        see([token], TICKET, self._number, "")
+        # Dynamo warns of what it does itself with any function of autograd; where warnings are errors, that
+        # would end the forward. It does this while it traces, and puts nothing into the graph for it.
+        with warnings.catch_warnings(action="ignore"):
+            through: Tensor = Through.apply(values, token, self._number)  # type: ignore[no-untyped-call]
+        return replaced(output, values, through)
+
+    def see_compiled(self, parts: list[Tensor], kind: str) -> None:
+        """A compiled forward runs, whose gradient will arrive with a token, the only part."""
+        router, module = self._router(), self._module()
+        if router is None or module is None:
+            return
+        output = Unobservable(kind) if kind and kind != _NO_GRADIENT else None
+        with torch.set_grad_enabled(kind != _NO_GRADIENT):
+            awaited = router.expect(self._layer, module, output, module.training)
+        if kind == _NO_GRADIENT or awaited is UNKNOWN:
+            return
+        self._latest = awaited
+        for token in parts:
+            number = int(token)
+            self._pending[number] = awaited
+            weakref.finalize(token, self._pending.pop, number, None).atexit = False
+
+    def arrive_compiled(self, gradient: Tensor, token: Tensor) -> None:
+        """The gradient of a compiled forward has arrived."""
+        # A checkpoint that is compiled with the model makes another token in backward: the last forward counts.
+        router, awaited = self._router(), self._pending.get(int(token), self._latest)
+        if router is not None and awaited is not None:
+            router.arrive(awaited, gradient, Form())
+
+
+skip_frames(GradientHook.__call__.__code__)
