@@ -67,6 +67,7 @@ def _second_moments(rows):
 OF_ROWS = {
     "rms": lambda rows: np.sqrt((rows**2).mean()),
     "spread": lambda rows: ((rows - rows.mean(0)) ** 2).sum() / (rows**2).sum(),
+    "signal_to_noise": lambda rows: (rows.mean(0) ** 2).sum() / rows.var(0).sum(),
     "max_abs": lambda rows: np.abs(rows).max(),
     "zero_share": lambda rows: (rows == 0).mean(),
     "dead_features": lambda rows: (rows == rows[0]).all(0).mean(),

@@ -125,6 +125,16 @@ ROWS_OF_FUNCTIONS = [
     *refuses("root_mean_square", F.root_mean_square, second_moments=_of_features("second moments")),
     *refuses("spread", F.spread, {"second_moments": VALUES}, variances=_of_features("variances")),
     *refuses("spread", F.spread, {"variances": VALUES}, second_moments=_of_features("second moments")),
+    *refuses("signal_to_noise", F.signal_to_noise, {"variances": VALUES}, mean=_of_features("means")),
+    *refuses(
+        "signal_to_noise",
+        F.signal_to_noise,
+        {"mean": VALUES},
+        variances=[
+            *_of_features("variances"),
+            (VALUES[:1], ValueError, "expected means and variances of the same features, got"),
+        ],
+    ),
     *refuses("max_abs", F.max_abs, largest=_of_features("largest magnitudes")),
     *refuses("zero_share", F.zero_share, zero_shares=_of_features("shares of zeros")),
     *refuses("dead_features", F.dead_features, variances=_of_features("variances")),

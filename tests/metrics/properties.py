@@ -17,8 +17,10 @@ AXES_MATTER = {"covariance", "embedding", *ALONG_AXES}
 SAMPLED = {"embedding"}
 # Of features that are all 0.1, where it is not zero.
 CONSTANT = {"rms": 0.1, "max_abs": 0.1, "dead_features": 1.0, "outlier_features": 1.0}
+CONSTANT["signal_to_noise"] = float("inf")
 # Whose value is no statement about the mean alone.
 ABOUT_ZERO = {"rms", "spread", "max_abs", "zero_share", "dormant_features", "outlier_features"}
+ABOUT_ZERO.add("signal_to_noise")
 
 
 def feed(metric: SpectralMetric, rows: torch.Tensor, batch: int = 10**6) -> SpectralMetric:

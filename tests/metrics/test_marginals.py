@@ -19,7 +19,7 @@ def rows_with_everything(dtype=torch.float64):
     return rows.to(dtype)
 
 
-def test_there_are_seven():
+def test_all_have_a_plain_definition():
     assert set(METRICS) == set(OF_ROWS)
 
 
@@ -34,7 +34,7 @@ def test_against_plain_definitions(name, dtype):
     np.testing.assert_allclose(metric.compute(), float(expected), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["rms", "spread", "dead_features", "outlier_features"])
+@pytest.mark.parametrize("name", ["rms", "spread", "signal_to_noise", "dead_features", "outlier_features"])
 @pytest.mark.parametrize("mean", [1e4, 1e8])
 def test_far_from_zero(name, mean):
     rows = torch.randn(3000, 8, dtype=torch.float64) + mean

@@ -667,3 +667,31 @@ def test_a_factor_that_is_none(scale, error, words):
     with pytest.raises(error, match=words):
         probe.gradient_scale = scale
     assert probe.gradient_scale == 1.0
+
+
+def test_signal_to_noise_is_that_of_gradients_of_each_sample_by_torch_func():
+    """Of batches of different sizes, whose mean losses scale their gradients differently."""
+    model = made(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+    x, y = given(24, 4) + 0.5, torch.arange(24) % 3
+
+    def loss(shift, layer, row, label):
+        hidden = model[0](row) + (shift if layer == 0 else 0)
+        out = model[2](torch.tanh(hidden)) + (shift if layer == 2 else 0)
+        return nn.functional.cross_entropy(out, label)
+
+    expected = {}
+    for layer, width in ((0, 8), (2, 3)):
+        of_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0, 0))
+        rows = of_sample(torch.zeros(width).double(), layer, x, y)
+        expected[f"signal_to_noise/train/{layer}"] = (
+            rows.mean(0).square().sum() / rows.var(0, correction=0).sum()
+        )
+    for metrics in (sm.SignalToNoiseMetric(), [sm.SignalToNoiseMetric(), sm.CovarianceTraceMetric()]):
+        probe = LayerProbe(model, metrics, observe="gradients")
+        for part in torch.arange(24).split([5, 3, 16]):
+            probe.gradient_scale = 1 / len(part)
+            nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        found = probe.compute()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-12, atol=0)
+        probe.remove()

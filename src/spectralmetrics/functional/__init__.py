@@ -31,6 +31,7 @@ from spectralmetrics.functional.marginals import (
     max_abs,
     outlier_features,
     root_mean_square,
+    signal_to_noise,
     spread,
     zero_share,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "root_mean_square",
     "sampling_margin",
     "saturation",
+    "signal_to_noise",
     "spread",
     "stable_rank",
     "subspace_overlap",

@@ -60,6 +60,35 @@ def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
     return variance / torch.where(energy > 0, energy, 1.0)
 
 
+def signal_to_noise(mean: Tensor, variances: Tensor) -> Tensor:
+    r"""How large the mean of the features is beside their spread.
+
+    .. math:: \|\mu\|^2 / \operatorname{tr} \Sigma
+
+    Args:
+        mean: of each feature, shape (..., D).
+        variances: of each feature, shape (..., D).
+
+    Returns:
+        Shape (...), float64; infinite where only the mean is not zero, and 0 where all is zero.
+
+    Raises:
+        TypeError: for what is no tensor of real numbers.
+        ValueError: for tensors without features, or of different widths.
+
+    >>> signal_to_noise(torch.tensor([1.0, -2.0]), torch.tensor([4.0, 6.0]))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    signal, noise = _features("means", mean), _features("variances", variances)
+    if signal.shape[-1] != noise.shape[-1]:
+        raise ValueError(
+            f"expected means and variances of the same features, got {tuple(mean.shape)} and"
+            f" {tuple(variances.shape)}"
+        )
+    signal, noise = signal.square().sum(-1), noise.sum(-1)
+    return torch.where(signal > 0, signal / noise, torch.where(noise > 0, 0.0, signal))
+
+
 def max_abs(largest: Tensor) -> Tensor:
     r"""The largest magnitude :math:`\max |x_{ij}|` of all features.
 

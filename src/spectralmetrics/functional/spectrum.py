@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -155,10 +154,10 @@ class Spectrum:
         """The number of observations left out for a NaN or an infinity, shape (), int64."""
         return self._brought(self._sums.num_left_out)
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         """The mean of the observations, shape (D,), float64, also where ``center`` is False."""
-        return self._brought(self._total.mean())
+        return self._kept("mean", lambda: self._total.mean())
 
     @property
     def variances(self) -> Tensor:

@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
     """A spectrum and what will be read of it."""
 
     spectrum: Spectrum
-    part: Literal["variances", "magnitudes", "largest", "zero_shares", "eigenvalues", "eigenvectors"]
+    part: Literal["mean", "variances", "magnitudes", "largest", "zero_shares", "eigenvalues", "eigenvectors"]
 
 
 def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = None) -> None:
@@ -55,7 +55,7 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
         if progress is not None:
             progress(done, len(todo))
     _bring("eigenvalues", [*vectors.values(), *values.values()])
-    for part in ("variances", "magnitudes", "largest", "zero_shares"):
+    for part in ("mean", "variances", "magnitudes", "largest", "zero_shares"):
         _bring(part, [each.spectrum for each in wanted if each.part == part])
 
 

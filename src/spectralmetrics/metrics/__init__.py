@@ -23,6 +23,7 @@ from spectralmetrics.metrics.marginals import (
     MaxAbsMetric,
     OutlierFeaturesMetric,
     RootMeanSquareMetric,
+    SignalToNoiseMetric,
     SpreadMetric,
     ZeroShareMetric,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "PowerLawExponentMetric",
     "RootMeanSquareMetric",
     "SaturationMetric",
+    "SignalToNoiseMetric",
     "SpectralMetric",
     "SpectrumMetric",
     "SpreadMetric",

@@ -16,7 +16,7 @@ from spectralmetrics.metrics.base import SpectralMetric
 from spectralmetrics.sums import Marginals, SpectralSum, empty_marginals
 from spectralmetrics.sums.checks import check_positive_integer
 
-Part = Literal["variances", "second_moments", "magnitudes", "largest", "zero_shares"]
+Part = Literal["mean", "variances", "second_moments", "magnitudes", "largest", "zero_shares"]
 
 
 class MarginalMetric(SpectralMetric):
@@ -60,7 +60,7 @@ class MarginalMetric(SpectralMetric):
     @property
     def can_read_matrix(self) -> bool:
         """Whether a sum that keeps a covariance serves as well."""
-        return {"variances", "second_moments"} >= set(self.parts) and not self.other_sums()
+        return {"mean", "variances", "second_moments"} >= set(self.parts) and not self.other_sums()
 
     def reading(self, other: SpectralMetric) -> MarginalMetric:
         """A metric with the same settings and without observations, which will share the sums of another."""
@@ -153,6 +153,38 @@ class SpreadMetric(MarginalMetric):
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
         return functional.spread(spectrum.variances, spectrum.second_moments)
+
+
+class SignalToNoiseMetric(MarginalMetric):
+    r"""How large the mean of the observations is beside their spread.
+
+    .. math:: \frac{\|\mu\|^2}{\operatorname{tr} \Sigma}
+
+    Of gradients, see ``observe`` of :class:`~spectralmetrics.LayerProbe`, it says how far the observations
+    agree. Its inverse is a number of observations: of so many, the mean is as large as its error. For gradients
+    with respect to parameters, McCandlish et al. (2018) call it the simple noise scale. Of n observations that
+    have nothing in common it is about 1/n. ``compute`` returns a tensor of shape (), float64; infinite for
+    observations that are all the same, and 0 if they are zero.
+
+    Args:
+        num_features: the width D; None reads it from the first rows.
+        kwargs: see :class:`MarginalMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = SignalToNoiseMetric()
+        >>> metric.update(torch.tensor([[1.0, 3.0], [3.0, 3.0]]))
+        >>> metric.compute()
+        tensor(13., dtype=torch.float64)
+    """
+
+    short_name = "signal_to_noise"
+    parts = ("mean", "variances")
+    plot_lower_bound = 0.0
+
+    def statistic(self, spectrum: Spectrum) -> Tensor:
+        """See the class."""
+        return functional.signal_to_noise(spectrum.mean, spectrum.variances)
 
 
 class MaxAbsMetric(MarginalMetric):
