@@ -602,6 +602,93 @@ def fully_sharded_training_is_observed(rank, world):
         assert_same(value, expected[key], 1e-5)
 
 
+class Captured(nn.Module):
+    """Layers whose outputs are views, with activations in place behind them."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        self.first, self.second, self.relu = nn.Linear(6, 8), nn.Linear(8, 4), nn.ReLU(inplace)
+
+    def forward(self, rows):
+        return self.second(self.relu(self.first(rows)))
+
+
+def trained_with_gradients(rank, wrap, shape, probed, steps=6):
+    """Weights after some steps of two micro-batches each, and what a probe saw."""
+    torch.manual_seed(1)
+    model = wrap(Captured(inplace=True).double())
+    probe = sm.LayerProbe(model, sm.CovarianceMetric(center=False), observe="gradients") if probed else None
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    expected = {"first": [], "second": []}
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in range(2):
+            rows = random_rows(100 * rank + 10 * step + micro, 12, 6).reshape(shape)
+            if not probed:
+                own = {name: _full(each.detach()) for name, each in model.named_parameters()}
+                twin = Captured(inplace=False).double()
+                twin.load_state_dict({name.removeprefix("module."): each for name, each in own.items()})
+                hidden = twin.first(rows)
+                outputs = twin.second(torch.relu(hidden))
+                found = torch.autograd.grad(outputs.square().mean(), [hidden, outputs])
+                for name, gradient in zip(expected, found, strict=True):
+                    expected[name].append(gradient.reshape(12, -1))
+            syncs = micro == 1 or not hasattr(model, "no_sync")
+            with contextlib.nullcontext() if syncs else model.no_sync():
+                model(rows).square().mean().backward()
+        optimizer.step()
+    return [_full(each.detach()) for each in model.parameters()], probe, expected
+
+
+def _full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def check_gradients(rank, world, wrap, shape):
+    weights, _, rows = trained_with_gradients(rank, wrap, shape, probed=False)
+    found, probe, _ = trained_with_gradients(rank, wrap, shape, probed=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights, found, strict=True))
+    moments = probe.covariances("train", center=False)
+    for name, each in rows.items():
+        stacked = torch.cat(each)
+        own = stacked.T @ stacked
+        dist.all_reduce(own)
+        assert_same(moments[name], own / (len(stacked) * world), 1e-12)
+
+
+def gradients_of_data_parallel_training(rank, world):
+    check_gradients(rank, world, nn.parallel.DistributedDataParallel, (4, 3, 6))
+
+
+def gradients_of_fully_sharded_training(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    def wrap(model):
+        for layer in (model.first, model.second, model):
+            fully_shard(layer, mesh=mesh)
+        return model
+
+    # Of three dimensions a linear layer puts out a view, which FSDP2 wants nobody to change in place.
+    check_gradients(rank, world, wrap, (12, 6))
+
+
+def gradients_of_layers_that_are_split_are_left_out(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(1)
+    model = Captured(inplace=False)
+    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+    probe = sm.LayerProbe(model, layers="first", observe="gradients")
+    with pytest.warns(UserWarning, match="'first' is not observed any more .* split over processes"):
+        model(random_rows(0, 12, 6, dtype=torch.float32)).sum().backward()
+    assert int(probe["train", "first"]["saturation"].count) == 0
+
+
 def only_the_first_process_records(rank, world):
     everything = shares(world, None, far=None)
     torch.manual_seed(0)
@@ -919,6 +1006,7 @@ EVERYWHERE = [
     replicas_fill_all_folds_alike,
     a_fold_that_is_empty_everywhere,
     data_parallel_training_is_bit_identical,
+    gradients_of_data_parallel_training,
     only_the_first_process_records,
     a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,
@@ -929,4 +1017,8 @@ EVERYWHERE = [
     labels_beside_a_model_on_some_processes,
     a_kind_of_sum_from_elsewhere_is_merged_like_ours,
 ]
-ON_TWO = [fully_sharded_training_is_observed]
+ON_TWO = [
+    fully_sharded_training_is_observed,
+    gradients_of_fully_sharded_training,
+    gradients_of_layers_that_are_split_are_left_out,
+]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
+from spectralmetrics.layers import kind_of
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.compilation import (
     CAN_BE_COMPILED,
@@ -162,8 +163,8 @@ class GradientRouter(Router):
         whole = values if select is None else _holding(values, base, output)
         if not whole.requires_grad:
             return
-        if hasattr(whole, "device_mesh"):
-            raise LeftOut("gradients of a DTensor are not observed")
+        if hasattr(whole, "device_mesh") or _is_split(module, values):
+            raise LeftOut("gradients of a layer that is split over processes are not observed")
         stride = None
         if packing is None and not values.is_nested and values.ndim:
             # What there is to say of layouts, masks and labels is said in the forward, as of any output.
@@ -207,6 +208,15 @@ class GradientRouter(Router):
         # What was scaled to fit into half precision may not fit without.
         full = gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.to(torch.float32)
         return full.div(factor)
+
+
+def _is_split(module: nn.Module, values: Tensor) -> bool:
+    """Whether a process holds some of a layer's features only, as under tensor parallelism."""
+    if not any(hasattr(each, "device_mesh") for each in module.parameters(recurse=False)):
+        return False
+    kind, has_its_forward = kind_of(module)
+    width = kind.features_of(module, of_inputs=False) if kind is not None and has_its_forward else None
+    return width is not None and width not in values.shape
 
 
 def check_scale(scale: Any) -> None:
