@@ -3,14 +3,17 @@
 import csv
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from spectralmetrics import EffectiveRankMetric
+from spectralmetrics import EffectiveRankMetric, RootMeanSquareMetric
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
 from tests.integrations.rows import Rows
@@ -228,3 +231,28 @@ def test_training_stops_at_a_floor_of_the_effective_rank(floor, epochs, tmp_path
     trainer = make_trainer(tmp_path, None, callbacks=[callback, stopping], max_epochs=3)
     trainer.fit(Classifier(0.0))
     assert trainer.current_epoch == epochs
+
+
+def test_gradients_without_the_factor_of_the_loss(tmp_path):
+    """Of a scaler, and of an engine of DeepSpeed, which scales by itself; an evaluation has none."""
+
+    def fitted(folder, **arguments):
+        callback = LayerProbeCallback(RootMeanSquareMetric(), observe="gradients", recorder=tmp_path / folder)
+        trainer = make_trainer(tmp_path / f"{folder} log", callback, max_epochs=1, **arguments)
+        trainer.fit(Classifier(0.0))
+        return callback.probe, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("rms")}
+
+    plain, expected = fitted("plain")
+    assert set(expected) == {f"rms/train/{layer}" for layer in ("model.0", "model.2", "mean")}
+    assert plain.gradient_scale == 1.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    probe, found = fitted("scaled", plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert probe.gradient_scale is scaler
+    assert found == pytest.approx(expected, rel=0.02)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scale=0.5))
+    strategy = SingleDeviceStrategy("cpu")
+    strategy.deepspeed_engine = engine
+    probe, found = fitted("engine", strategy=strategy)
+    assert found == pytest.approx({name: 2 * value for name, value in expected.items()}, rel=1e-6)
+    engine.optimizer.loss_scale = 8.0
+    assert probe.gradient_scale.get_scale() == 8.0

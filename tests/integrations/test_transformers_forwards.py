@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from spectralmetrics import EffectiveRankMetric, SaturationMetric
+from spectralmetrics import EffectiveRankMetric, RootMeanSquareMetric, SaturationMetric
 from spectralmetrics.integrations.transformers import LayerProbeCallback
 from tests.integrations.rows import Rows
 from tests.integrations.test_transformers import pairs, sequence_to_sequence
@@ -292,3 +293,34 @@ def test_training_stops_at_a_floor_of_the_effective_rank(floor, epochs, tmp_path
     trainer.add_callback(Floor())
     trainer.train()
     assert trainer.state.epoch == epochs
+
+
+class WithEngine(TrainerCallback):
+    """Gives an accelerator what looks like an engine of DeepSpeed."""
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+
+    def on_train_begin(self, *args, **kwargs):
+        engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scale=0.25))
+        self.accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=engine)
+
+
+@pytest.mark.parametrize("of_engine", [False, True])
+def test_gradients_without_the_factor_of_the_loss(of_engine, tmp_path):
+    """Of accelerate's scaler, and of an engine of DeepSpeed, which scales by itself; an evaluation has none."""
+
+    def trained(scaled):
+        trainer = make_trainer(tmp_path, Net(), learning_rate=0.0)
+        callback = LayerProbeCallback(trainer, RootMeanSquareMetric(), observe="gradients")
+        trainer.add_callback(callback)
+        if scaled and of_engine:
+            trainer.add_callback(WithEngine(trainer.accelerator))
+        elif scaled:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        trainer.train()
+        assert logged(trainer, "eval_rms/mean") == []
+        callback.remove()
+        return logged(trainer, "rms/head")[-1]
+
+    assert trained(scaled=True) == pytest.approx(trained(scaled=False) * (4 if of_engine else 1), rel=1e-6)

@@ -84,6 +84,20 @@ class Forwards:
             self._replaced.append((module, vars(module).get("generate")))
             module.generate = self._unseen(stage, module.generate)  # type: ignore[assignment, arg-type]
 
+    def scale_by(self, scaler: Any, engine: Any = None) -> None:
+        """Tell a probe of gradients what scales the trainer's loss; it takes that out.
+
+        Args:
+            scaler: a ``torch.amp.GradScaler``; None where the trainer has none.
+            engine: of DeepSpeed, which scales by itself; None without it.
+        """
+        if self.probe.observe == "gradients" and (scaler is not None or engine is not None):
+            self.probe.gradient_scale = scaler if engine is None else _EngineScale(engine)
+
+    def is_empty(self, stage: Stage) -> bool:
+        """Whether nothing can be observed in a stage: no gradient arrives in an evaluation."""
+        return self.probe.observe == "gradients" and stage == "eval"
+
     def end(self, observes: bool = True) -> None:
         """From now on forwards count by the layers' ``training`` flags, or not at all."""
         self.probe._count_by(self._by_flag if observes else _nowhere)
@@ -197,6 +211,17 @@ class Forwards:
                 return generate(*args, **kwargs)
 
         return unseen
+
+
+class _EngineScale:
+    """The factor by which a DeepSpeed engine scales the loss; 1 where its optimizer has none."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def get_scale(self) -> float:
+        """As of a ``torch.amp.GradScaler``."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
 
 def _nowhere(training: bool) -> None:

@@ -111,6 +111,8 @@ class LayerProbeCallback(Callback):
         self._step = trainer.global_step
         forwards = self._attach(pl_module)
         forwards.begin("train", pl_module.training)
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        forwards.scale_by(getattr(trainer.precision_plugin, "scaler", None), engine)
         forwards.probe.step = self._step
 
     def on_train_batch_end(
@@ -222,6 +224,8 @@ class LayerProbeCallback(Callback):
 
     def _log(self, pl_module: LightningModule, stage: Stage) -> None:
         forwards = self._attach(pl_module)
+        if forwards.is_empty(stage):
+            return
         if stage == "eval" and self._loaders:
             for number, values in enumerate([*self._loaders, forwards.compute_window(stage)]):
                 suffix = f"/dataloader_idx_{number}"  # as Lightning names what each loader shows

@@ -248,6 +248,9 @@ class LayerProbeCallback(TrainerCallback):
             yield
             return
         self._forwards.begin("train", mode=True)
+        accelerator = self._trainer.accelerator
+        wrapper = getattr(accelerator, "deepspeed_engine_wrapped", None)
+        self._forwards.scale_by(accelerator.scaler, getattr(wrapper, "engine", None))
         self.probe.step = self._trainer.state.global_step
         try:
             yield
@@ -288,7 +291,7 @@ class LayerProbeCallback(TrainerCallback):
 
     def _log(self, stage: Stage, prefix: str = "") -> dict[str, float]:
         """Log the values of a stage, which the probe keeps until it observes that stage again."""
-        if (forwards := self._forwards) is None:
+        if (forwards := self._forwards) is None or forwards.is_empty(stage):
             return {}
         forwards.merge_windows(stage)
         found = self.probe.compute(stage, LateBar("reading layers"))
