@@ -161,6 +161,10 @@ def spread(scaler):
     return scaler.var_.sum() / (scaler.var_ + scaler.mean_**2).sum()
 
 
+def signal_to_noise(scaler):
+    return (scaler.mean_**2).sum() / scaler.var_.sum()
+
+
 def held_out_values():
     """Eigenvectors of the other folds, scikit-learn's isotonic regression of what they meet on each fold."""
     from sklearn.isotonic import isotonic_regression
@@ -342,6 +346,15 @@ PARITY = [
         lambda: (
             streamed(sm.SpreadMetric(), PIXELS),
             spread(sklearn.preprocessing.StandardScaler().fit(_PIXELS)),
+        ),
+        1e-12,
+    ),
+    Row(
+        "signal_to_noise",
+        "scikit-learn, `StandardScaler.var_` and `mean_`",
+        lambda: (
+            streamed(sm.SignalToNoiseMetric(), PIXELS),
+            signal_to_noise(sklearn.preprocessing.StandardScaler().fit(_PIXELS)),
         ),
         1e-12,
     ),

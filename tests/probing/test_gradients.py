@@ -669,7 +669,7 @@ def test_a_factor_that_is_none(scale, error, words):
     assert probe.gradient_scale == 1.0
 
 
-def test_signal_to_noise_is_that_of_gradients_of_each_sample_by_torch_func():
+def test_statistics_are_those_of_gradients_of_each_sample_by_torch_func():
     """Of batches of different sizes, whose mean losses scale their gradients differently."""
     model = made(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
     x, y = given(24, 4) + 0.5, torch.arange(24) % 3
@@ -679,13 +679,15 @@ def test_signal_to_noise_is_that_of_gradients_of_each_sample_by_torch_func():
         out = model[2](torch.tanh(hidden)) + (shift if layer == 2 else 0)
         return nn.functional.cross_entropy(out, label)
 
-    expected = {}
+    expected, factors = {}, {}
     for layer, width in ((0, 8), (2, 3)):
         of_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0, 0))
         rows = of_sample(torch.zeros(width).double(), layer, x, y)
         expected[f"signal_to_noise/train/{layer}"] = (
             rows.mean(0).square().sum() / rows.var(0, correction=0).sum()
         )
+        factors[str(layer)] = rows.T @ rows / 24
+    into = LayerProbe(model, sm.CovarianceMetric(), observe="inputs")
     for metrics in (sm.SignalToNoiseMetric(), [sm.SignalToNoiseMetric(), sm.CovarianceTraceMetric()]):
         probe = LayerProbe(model, metrics, observe="gradients")
         for part in torch.arange(24).split([5, 3, 16]):
@@ -694,4 +696,12 @@ def test_signal_to_noise_is_that_of_gradients_of_each_sample_by_torch_func():
         found = probe.compute()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value.detach(), rtol=1e-12, atol=0)
+        if len(probe.statistics) > 1:
+            into.remove()
+            found = probe.covariances("train", center=False)  # one factor of K-FAC, of the empirical Fisher
+            inputs = into.covariances("train", center=False)  # and the other
+            for layer, value in factors.items():
+                torch.testing.assert_close(found[layer], value.detach(), rtol=1e-12, atol=1e-16)
+            hidden = torch.tanh(model[0](x)).detach()
+            torch.testing.assert_close(inputs["2"], hidden.T @ hidden / 24, rtol=1e-12, atol=0)
         probe.remove()
