@@ -7,8 +7,8 @@ move the origin), and takes the mean step, so that work that waits is counted; a
 same round's plain arm. Reported are medians over rounds, with the least and the largest. Delve looks at the
 last token only in the vision transformer; ours counts every token. The arms "by PyTorch" do without the
 compiled accumulation. The arms "compiled" train under `torch.compile`, and their added time is that beside the
-compiled step without a probe. The arms "gradients" observe gradients in the place of outputs. Results are written
-only with all arms.
+compiled step without a probe. The arms "gradients" observe gradients in the place of outputs. Results are
+written only with all arms.
 """
 
 import argparse

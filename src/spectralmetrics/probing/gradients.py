@@ -7,8 +7,6 @@ autograd's graph that shows them, see :mod:`~spectralmetrics.probing.gradient_gr
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 import warnings
 import weakref
 from typing import Any, NamedTuple, TypeAlias
@@ -39,6 +37,7 @@ from spectralmetrics.probing.gradient_graph import (
     replaced,
     tensors_in,
 )
+from spectralmetrics.probing.gradient_scale import unscaled
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.recomputation import Recomputed
@@ -193,21 +192,7 @@ class GradientRouter(Router):
             raise LeftOut(why)
         if limit is not None and of_layer.samples >= limit:
             return
-        self._take(of_layer, module, form.of(self._unscaled(gradient.detach())), awaited.moment)
-
-    def _unscaled(self, gradient: Tensor) -> Tensor:
-        factor: Any = self.scale
-        if isinstance(factor, numbers.Real) and factor == 1:
-            return gradient
-        if isinstance(factor, numbers.Real):
-            factor = float(factor)
-        elif isinstance(factor, torch.amp.GradScaler):  # whose factor is on a device, and not waited for
-            factor = factor.scale(torch.ones((), device=gradient.device))
-        else:
-            factor = factor.get_scale()
-        # What was scaled to fit into half precision may not fit without.
-        full = gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.to(torch.float32)
-        return full.div(factor)
+        self._take(of_layer, module, form.of(unscaled(gradient.detach(), self.scale)), awaited.moment)
 
 
 def _is_split(module: nn.Module, values: Tensor) -> bool:
@@ -217,15 +202,6 @@ def _is_split(module: nn.Module, values: Tensor) -> bool:
     kind, has_its_forward = kind_of(module)
     width = kind.features_of(module, of_inputs=False) if kind is not None and has_its_forward else None
     return width is not None and width not in values.shape
-
-
-def check_scale(scale: Any) -> None:
-    """Raise an error for what is no factor of a loss."""
-    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
-        if not 0 < float(scale) < math.inf:
-            raise ValueError(f"expected gradient_scale to be a positive number, got {scale!r}")
-    elif not callable(getattr(scale, "get_scale", None)):
-        raise TypeError(f"expected gradient_scale to be a number or a GradScaler, got {type(scale).__name__}")
 
 
 def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:

@@ -23,7 +23,8 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.gradients import GradientHook, GradientRouter, check_scale
+from spectralmetrics.probing.gradient_scale import check_scale
+from spectralmetrics.probing.gradients import GradientHook, GradientRouter
 from spectralmetrics.probing.history import History
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several

@@ -169,7 +169,7 @@ class Router:
         return None
 
     def _passes(self, stage: str, name: str) -> bool:
-        """Whether a forward is not observed; counts it, by as few steps as can be: nothing of it is in any cache."""
+        """Whether a forward is not observed. Counts it in few steps: nothing of it is in any cache."""
         of_layer = self._places[stage, name]
         if self.is_merged or not of_layer.forwards or not self._steps.passes():
             return False
