@@ -304,3 +304,20 @@ def test_a_probe_that_is_older_than_dynamo_has_hooks_heeded():
         "print(sum(type(each).__name__ == '_WhenImported' for each in sys.meta_path))",
     )
     assert (heeded, counted, loader, left) == ("True", "2", "SourceFileLoader", "0")
+
+
+def test_views_and_changes_in_place_are_told():
+    base = torch.zeros(4, 3)
+    view = base[1:]
+    assert torch_private.base_of_view(view.view(-1)) is base
+    assert torch_private.base_of_view(base) is None
+    version = torch_private.Version(view)
+    assert version._twin.untyped_storage().nbytes() == 0  # keeps no memory
+    assert not version.has_changed()
+    base[0, 0] = 1.0
+    assert version.has_changed()
+
+    class WithoutBase:
+        pass
+
+    assert torch_private.base_of_view(WithoutBase()) is None
