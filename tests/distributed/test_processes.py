@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.distributed import scenarios, spread
+from tests.distributed import records, scenarios, spread
 
-EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS
+EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + records.SCENARIOS
 SCENARIOS = {1: EVERYWHERE, 2: EVERYWHERE + scenarios.ON_TWO, 3: EVERYWHERE, 4: EVERYWHERE}
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spectralmetrics.sums import Intake, Observations, Sum
+from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.sums import Intake, Observations, SpectralSum, Sum
 
 # A stream is found by the tensor that its sums are anchored in, and lives as long as that. There is no other
 # way: the metrics of a compute group share sums because torchmetrics sets the state tensors of one on the
@@ -29,6 +30,14 @@ def stream_of(sums: Sequence[Sum]) -> Stream | None:
     if not sums or not sums[0].num_features:
         return None
     return Stream.of(next(iter(sums[0].tensors().values())))
+
+
+def spectrum_of(sums: Sequence[Sum]) -> Spectrum | None:
+    """The spectrum of sums, on the CPU, with what has been read already; None if the first gives none."""
+    stream = stream_of(sums)
+    if stream is None or not isinstance(sums[0], SpectralSum):
+        return None
+    return Spectrum(sums[0], others=sums[1:], cache=stream.cache, device=torch.device("cpu"))
 
 
 class Stream:

@@ -123,7 +123,7 @@ def agree_on_layers(
         not (any_changed or any_unread),
         kept,
         takes_all,
-        frozenset(places.keys() - common),
+        *((own.keys(), places.keys() - common) if keeps_own else ()),
     )
 
 

@@ -21,7 +21,7 @@ from spectralmetrics.metrics.overrides import (
     has_own_states,
     share_group_states,
 )
-from spectralmetrics.metrics.stream import stream_of
+from spectralmetrics.metrics.stream import spectrum_of, stream_of
 from spectralmetrics.sums import ForwardHistory, Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -242,11 +242,7 @@ class LayerMetrics:
 
     def spectrum(self, *, with_left_out: bool = False) -> Spectrum | None:
         """The spectrum of :meth:`sums`, with the eigenvalues that have been read already; None without data."""
-        sums = self.sums(with_left_out=with_left_out)
-        stream = stream_of(sums)
-        if stream is None or not isinstance(sums[0], SpectralSum):
-            return None
-        return Spectrum(sums[0], others=sums[1:], cache=stream.cache, device=torch.device("cpu"))
+        return spectrum_of(self.sums(with_left_out=with_left_out))
 
     def _link(self) -> None:
         """Share states where a leader has replaced its own, or a reader has made copies of the members'."""

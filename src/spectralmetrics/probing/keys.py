@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import Interval
+from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.sums import Sum
 
 Key: TypeAlias = tuple[str, str, str]
 """Statistic, stage, layer; see :func:`as_text`."""
@@ -18,12 +19,19 @@ class ProbeReading(NamedTuple):
     Attributes:
         values: as :meth:`.LayerProbe.compute` returns them.
         intervals: of those values that have one.
-        spectra: (stage, layer) -> what is kept of the layer, with the eigenvalues that were read.
+        sums: (stage, layer) -> what is kept of the layer. On several processes the first one may read them, one
+            layer at a time, while all others are in :attr:`serve`.
+        known: (stage, layer) -> eigenvalues that were read, see :meth:`.Spectrum.known`.
+        facts: layer -> what is known of it without its data.
+        serve: see :func:`~.processes.on_first_process`; None where sums are there.
     """
 
     values: dict[Key, Any]
     intervals: dict[Key, Interval]
-    spectra: dict[tuple[str, str], Spectrum]
+    sums: Mapping[tuple[str, str], Sequence[Sum]]
+    known: Mapping[tuple[str, str], Mapping[tuple[str, bool], Any]]
+    facts: Mapping[str, LayerFacts]
+    serve: Callable[[], None] | None = None
 
 
 def as_text(values: Mapping[Key, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ Nothing is matched by its place in an order, since each process has an order of 
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
@@ -19,7 +20,14 @@ from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.stream import stream_of
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.processes import check_agreed, gather_agreed, is_merged
+from spectralmetrics.probing.processes import (
+    agreed,
+    check_agreed,
+    gather_agreed,
+    interruptible,
+    is_merged,
+    uninterrupted,
+)
 from spectralmetrics.sums import Sum, run_together
 from spectralmetrics.sums.merging import communication_device
 
@@ -76,7 +84,8 @@ class Agreement:
         is_known: whether all has been read before, and no process has new observations since.
         kept: by this process, of what has not changed since.
         takes_all: whether metrics of other groups are merged, too, and those that are else merged in none.
-        partial: layers that some process does not have.
+        own: layers of which this process reads its own sums.
+        among: layers that are merged; None for all.
     """
 
     def __init__(
@@ -89,9 +98,11 @@ class Agreement:
         is_known: bool,
         kept: Kept,
         takes_all: bool,
-        partial: frozenset[Place],
+        own: Collection[Place] = (),
+        among: Container[Place] | None = None,
     ) -> None:
-        self.partial = partial
+        self.own = own
+        self._among = among
         self._takes_all = takes_all
         self.group = group
         self.places = places
@@ -129,12 +140,13 @@ class Agreement:
         Args:
             stages: whose layers.
             among: these only; None for all.
-            in_order: whether in the agreed order. Otherwise the dearest come first, so that the batches of a
-                round cost about the same.
+            in_order: whether in the agreed order. Otherwise the dearest come first, and in batches that cost
+                about the same, since each is decomposed by another process.
         """
+        among = self._among if among is None else among
         places = [each for each in self._sizes if each[0] in stages and (among is None or each in among)]
         costs = {place: self._cost(place) for place in places}
-        most = max(sum(costs.values()) / self.world, _WORTH_SHARING)
+        most = math.inf if in_order else max(sum(costs.values()) / self.world, _WORTH_SHARING)
         batches: list[list[Place]] = []
         size = cost = 0.0
         for place in costs if in_order else sorted(costs, key=lambda each: (-costs[each], each)):
@@ -198,44 +210,50 @@ class Agreement:
             BaseException: what ``read`` or ``progress`` raise on this process, and a RuntimeError for what they
                 raise on another.
         """
+        own = [place for place in self.own if place[0] in stages]
         batches = self.batches(stages)
-        total, before = sum(map(len, batches)), 0
+        total, before = len(own) + sum(map(len, batches)), 0
         found: dict[Place, T] = {}
-        for start in range(0, len(batches), self.world):
-            round_ = batches[start : start + self.world]
-            here = sum(map(len, round_))
 
-            def tell(done: int, of: int, before: int = before, here: int = here) -> None:
+        def read_some(places: Sequence[Place], here: int) -> dict[Place, T]:
+            def tell(done: int, of: int) -> None:
                 if progress is not None:
                     progress(before + min(done, here), total)
 
-            mine: dict[Place, list[list[Sum]]] = {}
-            for reader, batch in enumerate(round_):
-                if is_held:
-                    continue
-                if self._is_known and self._is_small:
-                    mine |= {place: self._kept.sums[place] for place in batch if reader == self.rank}
-                else:
-                    mine |= self.exchange(batch, reader)
-            of_mine = round_[self.rank] if self.rank < len(round_) else []
-            error: BaseException | None = None
-            payload = b""
-            try:
-                with self.holding(mine):
-                    self._recall(mine)
-                    payload = pickle.dumps(dict(read([self.places[place] for place in of_mine], tell)))
-                    tell(here, here)
-            except BaseException as raised:
-                error = raised
-            finally:
-                self._keep(mine)
-            del mine
-            for each in gather_agreed(payload, error, self.group):
-                found.update(pickle.loads(each) if each else {})
-            before += here
+            some = dict(read([self.places[place] for place in places], tell))
+            tell(here, here)
+            return some
+
+        with uninterrupted():
+            of_own = agreed(lambda: read_some(own, len(own)), [self.group]) if self._among is not None else {}
+            before += len(own)
+            for start in range(0, len(batches), self.world):
+                round_ = batches[start : start + self.world]
+                here = sum(map(len, round_))
+                mine: dict[Place, list[list[Sum]]] = {}
+                for reader, batch in enumerate([] if is_held else round_):
+                    if self._is_known and self._is_small:
+                        mine |= {place: self._kept.sums[place] for place in batch if reader == self.rank}
+                    else:
+                        mine |= self.exchange(batch, reader)
+                of_mine = round_[self.rank] if self.rank < len(round_) else []
+                error: BaseException | None = None
+                payload = b""
+                try:
+                    with interruptible(), self.holding(mine):
+                        self._recall(mine)
+                        payload = pickle.dumps(read_some(of_mine, here))
+                except BaseException as raised:
+                    error = raised
+                finally:
+                    self._keep(mine)
+                del mine
+                for each in gather_agreed(payload, error, self.group):
+                    found.update(pickle.loads(each) if each else {})
+                before += here
         if not is_held:
             self._kept.digest = self._digest
-        return found
+        return found | of_own
 
     def iterate(
         self, read: Callable[[LayerMetrics], T], lock: contextlib.AbstractContextManager[Any]
@@ -248,19 +266,26 @@ class Agreement:
         """
         for batch in self.batches(in_order=True):
             check_agreed(None, self.group)  # that nobody has left
-            with lock:
-                merged = self.exchange(batch)
-                with self.holding(merged):
-                    found = [(place[1], read(self.places[place])) for place in reversed(batch)]
-                del merged
             try:
+                with uninterrupted(), lock:
+                    merged = self.exchange(batch)
+                    with self.holding(merged):
+                        found = [(place[1], read(self.places[place])) for place in reversed(batch)]
+                    del merged
                 while found:
                     yield found.pop()
-            except GeneratorExit:
+            except BaseException as error:
+                left = RuntimeError("the loop over the merged sums ended early")
                 with contextlib.suppress(Exception):
-                    check_agreed(RuntimeError("the loop over the merged sums ended early"), self.group)
+                    check_agreed(left if isinstance(error, GeneratorExit) else error, self.group)
                 raise
         check_agreed(None, self.group)
+
+    def fetch(self, batch: Sequence[Place], reader: int) -> dict[Place, list[Sum]]:
+        """The merged sums of some layers as :meth:`.LayerMetrics.sums` gives them, on their reader."""
+        merged = self.exchange(batch, reader)
+        with self.holding(merged):
+            return {place: self.places[place].sums() for place in merged}
 
     def _recall(self, merged: Mapping[Place, list[list[Sum]]]) -> None:
         """Spare what has been decomposed before an interrupt, or for another question."""

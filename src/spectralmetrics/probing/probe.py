@@ -23,6 +23,7 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_scale import check_scale
 from spectralmetrics.probing.gradients import GradientHook, GradientRouter
 from spectralmetrics.probing.history import History
@@ -30,7 +31,14 @@ from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
-from spectralmetrics.probing.merging import STAGES, Agreement, Kept, Place, check_places, merge_places
+from spectralmetrics.probing.merging import (
+    STAGES,
+    Agreement,
+    Kept,
+    Place,
+    check_places,
+    merge_places,
+)
 from spectralmetrics.probing.observations import (
     FeatureMaps,
     Interpolation,
@@ -40,10 +48,13 @@ from spectralmetrics.probing.observations import (
 )
 from spectralmetrics.probing.processes import (
     NO_GROUP,
+    agreed,
     gather_agreed,
     merges_nothing,
     merging_group,
     merging_groups,
+    rank_of_first,
+    uninterrupted,
 )
 from spectralmetrics.probing.reading import (
     HOST,
@@ -435,41 +446,80 @@ class LayerProbe(nn.Module):
         read: Callable[[Any], Any],
         applies: Callable[[Any], bool] = lambda metric: True,
         progress: Progress | None = None,
-        known: dict[Place, dict[tuple[str, bool], Any]] | None = None,
     ) -> dict[Key, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
-        if progress is not None and not callable(progress):
-            raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
-        question = Question(self._names, read, applies, known is not None)
-        with self._router.lock:
+        with self._router.lock, self._agreed(stages, _wrong(progress)) as agreement:
+            return self._tell(self._readings(agreement, stages, Question(self._names, read, applies), progress))
 
-            def read_some(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, Reading]:
-                return read_layers(places, question, tell)
+    def _readings(
+        self, agreement: Agreement | None, stages: Sequence[str], question: Question, progress: Progress | None
+    ) -> dict[str, dict[str, Reading]]:
+        """Stage -> layer -> what was read of it, in one order on all processes."""
 
-            found = self._read_places(stages, read_some, Reading, progress)
-            values: dict[Key, Any] = {}
-            seen = False
-            for each in stages:
-                readings = {}
-                for layer, (place, reading) in found[each].items():
-                    if not place.spectral_leaders:
-                        reading.seen = place.has_seen({})
-                    if reading.seen:
-                        read_others(place, question, reading)
-                    if self._expects_overflow:
-                        reading.left_out = 0
-                    readings[layer] = reading
-                    if known is not None:
-                        known.setdefault((each, layer), {}).update(reading.known)
-                of_stage = tell_readings(each, readings, self._names)
-                seen = seen or of_stage is not None
-                values.update(of_stage or {})
-            if not seen:
-                warn_of_nothing(stages, self._places.values(), self._is_off, self.budget, observe=self.observe)
+        def read_some(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, Reading]:
+            return read_layers(places, question, tell)
+
+        readings: dict[str, dict[str, Reading]] = {stage: {} for stage in stages}
+        for stage, found in self._read_places(agreement, stages, read_some, Reading, progress).items():
+            for layer, (place, reading) in found.items():
+                if not place.spectral_leaders:
+                    reading.seen = place.has_seen({})
+                if reading.seen:
+                    read_others(place, question, reading)
+                if self._expects_overflow:
+                    reading.left_out = 0
+                readings[stage][layer] = reading
+        return readings
+
+    def _tell(self, readings: Mapping[str, Mapping[str, Reading]]) -> dict[Key, Any]:
+        """The values of all stages; warns of what has to be said."""
+        values: dict[Key, Any] = {}
+        seen = False
+        for stage, of_stage in readings.items():
+            told = tell_readings(stage, of_stage, self._names)
+            seen = seen or told is not None
+            values.update(told or {})
+        if not seen:
+            places = self._places.values()
+            warn_of_nothing(list(readings), places, self._is_off, self.budget, observe=self.observe)
         return values
+
+    @contextlib.contextmanager
+    def _agreed(
+        self, stages: Sequence[str], error: BaseException | None = None, *, of_all: bool = False
+    ) -> Iterator[Agreement | None]:
+        """Inside, all that processes have of some stages can be read; from others, where there is an agreement.
+
+        Args:
+            stages: whose layers.
+            error: that is raised on all processes; None if this one has none.
+            of_all: whether metrics that are not merged get the layers of other processes, too.
+        """
+        if self._router.is_merged:
+            if error is not None:
+                raise error
+            yield self._guests if self._is_sharing else None
+            return
+        group = merging_group(self._places.values())
+        keeps_own = of_all and merges_nothing(self._places.values()) and is_one_of_several()
+        with uninterrupted():
+            if group is NO_GROUP and not keeps_own:
+                with self._merged_states(stages, error):
+                    yield None
+                return
+            try:
+                if keeps_own:
+                    # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
+                    self._guests = self._agree(stages, None, takes_all=True, keeps_own=True, error=error)
+                else:
+                    self._guests = self._agree(stages, group, error=error)
+                yield self._guests
+            finally:
+                self._guests = None
 
     def _read_places(
         self,
+        agreement: Agreement | None,
         stages: Sequence[str],
         read: Callable[[list[LayerMetrics], Progress | None], Mapping[Place, T]],
         missing: Callable[[], T],
@@ -478,34 +528,56 @@ class LayerProbe(nn.Module):
         """What is read of the merged states of each stage's layers, in one order on all processes.
 
         Args:
+            agreement: see :meth:`_agreed`.
             stages: whose layers.
             read: of some layers.
             missing: gives what stands for layers without observations.
             progress: see :meth:`compute`.
         """
-        with contextlib.ExitStack() as stack:
-            agreement, is_held = self._guests if self._is_sharing else None, self._is_sharing
-            if not self._router.is_merged:
-                group = merging_group(self._places.values())
-                if group is NO_GROUP:
-                    stack.enter_context(self._merged_states(stages))
-                else:
-                    agreement = self._guests = self._agree(stages, group)
-                    stack.callback(setattr, self, "_guests", None)
-            if agreement is None:
-                places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
-                found = read(list(places.values()), progress)
-            else:
-                places = {place: each for place, each in agreement.places.items() if place[0] in stages}
-                found = agreement.read(read, progress, stages, is_held=is_held)
-            return {
-                stage: {
-                    place[1]: (each, found[place] if place in found else missing())
-                    for place, each in places.items()
-                    if place[0] == stage
-                }
-                for stage in stages
+        if agreement is None:
+            places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
+            groups = [] if self._router.is_merged else merging_groups(self._places.values())
+            found = agreed(lambda: read(list(places.values()), progress), groups)
+        else:
+            places = {place: each for place, each in agreement.places.items() if place[0] in stages}
+            found = agreement.read(read, progress, stages, is_held=self._is_sharing)
+        return {
+            stage: {
+                place[1]: (each, found[place] if place in found else missing())
+                for place, each in places.items()
+                if place[0] == stage
             }
+            for stage in stages
+        }
+
+    @contextlib.contextmanager
+    def _recorded(self, progress: Progress | None) -> Iterator[ProbeReading]:
+        """All that a recorder keeps, see :func:`read_probe`."""
+        question = Question(self._names, _value_of, lambda metric: True, for_record=True)
+        with self._router.lock, self._agreed(STAGES, _wrong(progress), of_all=True) as agreement:
+            readings = self._readings(agreement, STAGES, question, progress)
+            values = self._tell(readings)
+            intervals = {
+                (name, stage, layer): interval
+                for stage, of_stage in readings.items()
+                for layer, reading in of_stage.items()
+                for name, interval in reading.intervals.items()
+            }
+            known = {
+                (stage, layer): reading.known
+                for stage, of_stage in readings.items()
+                for layer, reading in of_stage.items()
+                if reading.known is not None
+            }
+            if agreement is None or self._is_sharing:
+                sums = {place: self._place(*place).sums() for place in known}
+                yield ProbeReading(values, intervals, sums, known, self.facts)
+                return
+            fetched = MergedSums(agreement, known, rank_of_first(agreement.group))
+            try:
+                yield ProbeReading(values, intervals, fetched, known, self.facts, fetched.serve)
+            finally:
+                fetched.close()
 
     @contextlib.contextmanager
     def merged(self, *, sharing: bool = False) -> Iterator[None]:
@@ -523,7 +595,7 @@ class LayerProbe(nn.Module):
                 yield
                 return
             try:
-                with self._merged_states(STAGES, sharing=sharing):
+                with self._merged_states(STAGES):
                     self._router.is_merged = True
                     self._is_sharing = sharing and merging_group(self._places.values()) is not NO_GROUP
                     try:
@@ -535,34 +607,41 @@ class LayerProbe(nn.Module):
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
-    def _merged_states(self, stages: Sequence[str], *, sharing: bool = False) -> Iterator[None]:
-        """Inside, the states are merged, each in its own process group."""
+    def _merged_states(self, stages: Sequence[str], error: BaseException | None = None) -> Iterator[None]:
+        """Inside, the states are merged, each in its own process group; an error is raised on all processes."""
         before = self._guests
         with contextlib.ExitStack() as stack:
             try:
-                if sharing and merges_nothing(self._places.values()) and is_one_of_several():
-                    # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
-                    self._guests = agreement = self._agree(stages, None, takes_all=True, keeps_own=True)
-                    for batch in agreement.batches(among=agreement.partial):
-                        others = agreement.exchange(batch).items()
-                        merged = {place: sums for place, sums in others if place not in self._places}
-                        stack.enter_context(agreement.holding(merged))
-                for group in merging_groups(self._places.values()):
-                    agreement = self._agree(stages, group)
-                    for batch in agreement.batches():
-                        stack.enter_context(agreement.holding(agreement.exchange(batch)))
-                    self._guests = self._guests or agreement
+                with uninterrupted():
+                    for group in merging_groups(self._places.values()):
+                        try:
+                            agreement = self._agree(stages, group, error=error)
+                            for batch in agreement.batches():
+                                stack.enter_context(agreement.holding(agreement.exchange(batch)))
+                            self._guests = self._guests or agreement
+                        except BaseException as raised:  # the processes of the next group have to know
+                            error = raised
+                if error is not None:
+                    raise error
                 yield
             finally:
                 self._guests = before
 
     def _agree(
-        self, stages: Sequence[str], group: Any, *, takes_all: bool = False, keeps_own: bool = False
+        self,
+        stages: Sequence[str],
+        group: Any,
+        *,
+        takes_all: bool = False,
+        keeps_own: bool = False,
+        error: BaseException | None = None,
     ) -> Agreement:
-        """What the processes of a group agree on, of some stages."""
+        """What the processes of a group agree on, of some stages; an error that one has is raised on all."""
         places = {place: each for place, each in self._places.items() if place[0] in stages}
 
         def describe() -> Catalogue:
+            if error is not None:
+                raise error
             return Catalogue(
                 (("stages", *stages), *(described(name, metric) for name, metric in self._templates.items())),
                 {name: self._router.facts[name] for name in self._layers},
@@ -616,8 +695,8 @@ class LayerProbe(nn.Module):
             rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=tell)
             return {(stage, row.layer): (row, numbers) for row, numbers in rows}
 
-        with self._router.lock:
-            found = self._read_places([stage], read, lambda: None)[stage]
+        with self._router.lock, self._agreed([stage]) as agreement:
+            found = self._read_places(agreement, [stage], read, lambda: None)[stage]
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
@@ -659,8 +738,8 @@ class LayerProbe(nn.Module):
             found = numbers_of(_spectra(places), self.facts, threshold, tell)
             return {(stage, each.layer): each for each in found}
 
-        with self._router.lock:
-            found = self._read_places([stage], read, lambda: None)[stage]
+        with self._router.lock, self._agreed([stage]) as agreement:
+            found = self._read_places(agreement, [stage], read, lambda: None)[stage]
             numbers = self._judged(each for _, each in found.values() if each is not None)
             others = (place for place, _ in found.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
@@ -1057,30 +1136,21 @@ def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         )
 
 
-def read_probe(probe: LayerProbe, progress: Progress | None = None) -> ProbeReading:
+def read_probe(
+    probe: LayerProbe, progress: Progress | None = None
+) -> contextlib.AbstractContextManager[ProbeReading]:
     """Read all that a recorder keeps of a probe; each covariance is decomposed once, by one process.
 
+    All processes enter together. Inside, the first one can read the sums of each layer.
+
     Args:
-        probe: to read, inside :meth:`LayerProbe.merged`.
+        probe: to read.
         progress: see :meth:`LayerProbe.compute`.
 
     Raises:
         RuntimeError: for what :meth:`LayerProbe.compute` raises.
     """
-    known: dict[Place, dict[tuple[str, bool], Any]] = {}
-    values = probe._read(None, _value_of, progress=progress, known=known)
-    intervals = {}
-    if probe.has_intervals:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the values have said it all
-            intervals = probe._read(None, _interval_of, _keeps_interval, known=known)
-    spectra = {}
-    for stage, layer in ((stage, layer) for stage in STAGES for layer in probe.layers):
-        spectrum = probe._place(stage, layer).spectrum()
-        if spectrum is not None:
-            spectrum.learn_known(known.get((stage, layer), {}))
-            spectra[stage, layer] = spectrum
-    return ProbeReading(values, intervals, spectra)
+    return probe._recorded(progress)
 
 
 def _value_of(metric: Any) -> Any:
@@ -1099,6 +1169,13 @@ def _interval_of(metric: SpectralMetric) -> Interval:
 
 def _keeps_interval(metric: Any) -> bool:
     return isinstance(metric, SpectralMetric) and metric.keeps_interval
+
+
+def _wrong(progress: Any) -> TypeError | None:
+    """The error for a progress that cannot be called."""
+    if progress is None or callable(progress):
+        return None
+    return TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
 
 
 def _check_stage(stage: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.sums.merging import communication_device, gather_objects
 
 T = TypeVar("T")
@@ -42,6 +47,12 @@ def has_others(group: Any) -> bool:
     return dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
 
 
+def rank_of_first(group: Any) -> int | None:
+    """The rank in a group of the first of all processes; None if it is not in the group."""
+    ranks = dist.get_process_group_ranks(group)
+    return ranks.index(0) if 0 in ranks else None
+
+
 def is_merged(metric: Any) -> bool:
     """Whether a metric is merged across processes when it is computed."""
     return bool(metric.sync_on_compute and metric.distributed_available_fn())
@@ -55,7 +66,7 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
         error: that this process has raised.
         group: the process group.
     """
-    described = None if error is None else f"{type(error).__name__}: {error}".removesuffix(": ")
+    described = None if error is None else in_words(error)
     told = gather_objects((described, value), group)
     if error is not None:
         raise error
@@ -71,3 +82,144 @@ def check_agreed(error: BaseException | None, group: Any) -> None:
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     if flag.item():
         gather_agreed(None, error, group)
+
+
+def agreed(function: Callable[[], T], groups: Iterable[Any]) -> T:
+    """What a function returns here, if it raises on no process of these groups; or else an error on all.
+
+    Args:
+        function: called here; an interrupt from the keyboard can reach it.
+        groups: process groups, in the same order on all processes.
+    """
+    value: Any = None
+    error: BaseException | None = None
+    try:
+        with interruptible():
+            value = function()
+    except BaseException as raised:
+        error = raised
+    for group in groups:
+        try:
+            check_agreed(error, group)
+        except BaseException as raised:
+            error = raised
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+class _Waiting:
+    """A handler of the interrupt from the keyboard that keeps it until :meth:`deliver`."""
+
+    def __init__(self, handler: Callable[..., Any]) -> None:
+        self.handler = handler
+        self._came: list[tuple[Any, ...]] = []
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        self._came.append(signal_and_frame)
+
+    def deliver(self) -> None:
+        if self._came:
+            signal_and_frame, self._came = self._came[0], []
+            self.handler(*signal_and_frame)
+
+
+def _handler() -> Any:
+    """The handler of the interrupt from the keyboard; None where it need not wait."""
+    if not is_one_of_several() or threading.current_thread() is not threading.main_thread():
+        return None  # nobody waits, or another thread gets it
+    handler = signal.getsignal(signal.SIGINT)
+    return handler if callable(handler) else None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, an interrupt from the keyboard waits for the end, or for :func:`interruptible`.
+
+    A process that left between two collectives would keep the others waiting.
+    """
+    handler = _handler()
+    if handler is None or isinstance(handler, _Waiting):
+        yield
+        return
+    waiting = _Waiting(handler)
+    signal.signal(signal.SIGINT, waiting)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        waiting.deliver()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, an interrupt from the keyboard is raised at once; what it raises, all processes must be told."""
+    waiting = _handler()
+    if not isinstance(waiting, _Waiting):
+        yield
+        return
+    signal.signal(signal.SIGINT, waiting.handler)
+    try:
+        waiting.deliver()
+        yield
+    finally:
+        signal.signal(signal.SIGINT, waiting)
+
+
+def on_first_process(
+    function: Callable[[], T], serve: Callable[[], None] | None = None
+) -> tuple[T, BaseException | None]:
+    """Call a function on the first process.
+
+    Args:
+        function: to call there.
+        serve: called on the others meanwhile, and afterwards on the first one.
+
+    Returns:
+        What it returned, and what was raised, on all processes.
+    """
+    value: Any = None
+    error: BaseException | None = None
+    if not is_one_of_several():
+        try:
+            value = function()
+        except BaseException as raised:
+            error = raised
+        return value, error
+    with uninterrupted():
+        try:
+            if dist.get_rank() == 0:
+                with interruptible():
+                    value = function()
+        except BaseException as raised:
+            error = raised
+        try:
+            if serve is not None:
+                serve()
+        except BaseException as raised:
+            error = error or raised
+        told = gather_objects((value, None if error is None else portable(error)))
+    value = told[0][0]
+    failed = {rank: each for rank, (_, each) in enumerate(told) if each is not None}
+    if error is None and failed:
+        error = failed.get(0)
+        if not isinstance(error, Exception):
+            words = (f"process {rank} raised {in_words(each)}" for rank, each in failed.items())
+            error = RuntimeError("; ".join(words))
+    return value, error
+
+
+def portable(error: BaseException) -> BaseException:
+    """An error that can go to other processes, if there are any, in the place of one that cannot."""
+    if not is_one_of_several():
+        return error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(in_words(error))
+    return error
+
+
+def in_words(error: BaseException) -> str:
+    """Type and message of an error."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
-from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.keys import Key
 from spectralmetrics.probing.observations import Observes
@@ -38,7 +39,8 @@ class Reading:
         few: number of observations, if they are too few.
         left_out: number of observations that were not finite and are to be warned of.
         refused: likewise, if they are an error.
-        known: what was read of the spectrum, see :meth:`.Spectrum.known`, where it was asked for.
+        intervals: metric -> interval of its value, for a record.
+        known: what was read of the spectrum, see :meth:`.Spectrum.known`, for a record; None if there is none.
     """
 
     seen: bool = False
@@ -50,7 +52,8 @@ class Reading:
     few: int = 0
     left_out: int = 0
     refused: int = 0
-    known: dict[tuple[str, bool], Any] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    known: dict[tuple[str, bool], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ class Question:
         names: of the metrics.
         read: of a metric.
         applies: whether it can be read of a metric of some layer; where not, nothing is said.
-        keeps_spectra: whether eigenvalues that were read go to all processes.
+        for_record: whether intervals are read too, and eigenvalues that were read go to all processes.
     """
 
     names: Collection[str]
     read: Callable[[Any], Any]
     applies: Callable[[Any], bool]
-    keeps_spectra: bool = False
+    for_record: bool = False
 
     def of(self, place: LayerMetrics) -> dict[str, Metric]:
         """The metrics of a layer of which it is read."""
@@ -112,11 +115,14 @@ def read_layers(
                     reading.missed = metric.sketch_size
                 if isinstance(value, Tensor) and metric.is_clipped(HOST):
                     reading.is_clipped = True
+                if question.for_record and metric.keeps_interval:
+                    with contextlib.suppress(Exception):  # there is the value all the same
+                        reading.intervals[name] = metric.read_interval(HOST)
             except Exception as error:
                 # One value less: a user's statistic on a width it was not made for, say.
                 reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
         reading.few = place.too_few(counted)
-        if question.keeps_spectra and (spectrum := place.spectrum()) is not None:
+        if question.for_record and (spectrum := place.spectrum()) is not None:
             reading.known = spectrum.known()
         tell.read()
     return readings
@@ -299,7 +305,7 @@ def warn_of_nothing(
     budget: float | None,
     *,
     observe: Observes = "outputs",
-    stacklevel: int = 5,
+    stacklevel: int = 6,
 ) -> None:
     """Say that nothing at all was observed, and why, where it can be told.
 
@@ -356,5 +362,5 @@ def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
     return Reading(left_out=dropped if "warn" in strategies else 0)
 
 
-def _warn(message: str, stacklevel: int = 5) -> None:
+def _warn(message: str, stacklevel: int = 6) -> None:
     warnings.warn(message, UserWarning, stacklevel=stacklevel)

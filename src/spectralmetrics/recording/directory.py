@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from spectralmetrics.probing.processes import portable
 from spectralmetrics.recording.lock import DirectoryLock
 from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
 from spectralmetrics.recording.record import Record, RecordKey
@@ -92,7 +93,7 @@ class RunDirectory:
             self._tell_manifest(record)
         return True
 
-    def show(self, record: Record) -> tuple[str, Exception] | None:
+    def show(self, record: Record) -> tuple[str, BaseException] | None:
         """Write to all that only show records; return the first that failed."""
         failed = None
         for writer in self._takers(record):
@@ -100,7 +101,7 @@ class RunDirectory:
                 try:
                     writer.write(record)
                 except Exception as error:
-                    failed = failed or (writer.name, error)
+                    failed = failed or (writer.name, portable(error))
         return failed
 
     def _takers(self, record: Record) -> list[Writer]:

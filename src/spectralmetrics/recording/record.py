@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import Interval
+from spectralmetrics.metrics.stream import spectrum_of
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
-from spectralmetrics.tail import MEAN_LAYER, mean_over_layers
+from spectralmetrics.tail import MEAN_LAYER, mean_over_layers, recorded_name
 
 
 class RecordKey(NamedTuple):
@@ -91,12 +92,12 @@ class Record:
             :meth:`LayerProbe.compute` returns them, means over layers and added scalars included.
         rows: those of the values that are numbers.
         sums: (stage, layer) -> sums over the observations of all processes, the spectral one first. They are
-            the state itself, which goes on changing: read what you need before ``write`` returns.
+            the state itself, which goes on changing: read what you need before ``write`` returns. On several
+            processes they are fetched from the others when they are read; keep one layer's at a time.
         statistics: name -> settings, see :func:`describe`.
         layers: name -> what is known of the layer besides its data.
         step: number of optimiser steps; None at the end of an epoch.
-        spectra: (stage, layer) -> the spectrum of these sums, with the eigenvalues that the values were read
-            from; see :meth:`spectrum`.
+        known: (stage, layer) -> the eigenvalues that the values were read from; see :meth:`spectrum`.
     """
 
     epoch: int
@@ -106,7 +107,7 @@ class Record:
     statistics: Mapping[str, Settings] = field(default_factory=dict)
     layers: Mapping[str, LayerFacts] = field(default_factory=dict)
     step: int | None = None
-    spectra: Mapping[tuple[str, str], Spectrum] = field(default_factory=dict)
+    known: Mapping[tuple[str, str], Mapping[tuple[str, bool], Any]] = field(default_factory=dict)
 
     @property
     def key(self) -> RecordKey:
@@ -115,16 +116,14 @@ class Record:
 
     def spectrum(self, stage: str, layer: str) -> Spectrum | None:
         """The spectrum of a layer about its mean, on the CPU; None where no covariance or sketch is kept."""
-        if (stage, layer) in self.spectra:
-            return self.spectra[stage, layer]
-        first, *others = self.sums[stage, layer]
-        if not isinstance(first, SpectralSum):
-            return None
-        return Spectrum(first, others=others, device=torch.device("cpu"))
+        spectrum = spectrum_of(self.sums[stage, layer])
+        if spectrum is not None:
+            spectrum.learn_known(self.known.get((stage, layer), {}))
+        return spectrum
 
     @property
     def moments(self) -> dict[tuple[str, str], Moments]:
-        """(stage, layer) -> moments, all folds together."""
+        """(stage, layer) -> moments, all folds together; those of all layers are held at once."""
         totals = {
             place: each.total
             for place, sums in self.sums.items()
@@ -139,6 +138,30 @@ class Record:
         return {
             place: each for place, sums in self.sums.items() for each in sums if isinstance(each, Reservoir)
         }
+
+
+class RecordedSums(Mapping[tuple[str, str], Sequence[Sum]]):
+    """Sums of layers by the names under which these are recorded.
+
+    Args:
+        sums: (stage, layer) -> sums, fetched when they are asked for.
+    """
+
+    def __init__(self, sums: Mapping[tuple[str, str], Sequence[Sum]]) -> None:
+        self._sums = sums
+        self._places = {(stage, recorded_name(layer)): (stage, layer) for stage, layer in sums}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._places)
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._places
+
+    def __getitem__(self, place: tuple[str, str]) -> Sequence[Sum]:
+        return self._sums[self._places[place]]
 
 
 def check_recordable(what: str, name: str) -> None:

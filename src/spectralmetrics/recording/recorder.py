@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.keys import Key, as_text
+from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.probe import read_probe
+from spectralmetrics.probing.processes import agreed, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
 from spectralmetrics.recording.record import (
     Record,
+    RecordedSums,
     RecordKey,
     Row,
     check_recordable,
@@ -31,8 +32,6 @@ from spectralmetrics.recording.settings import Settings, describe
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.tail import MEAN_LAYER, recorded_name
-
-T = TypeVar("T")
 
 
 class Recorder:
@@ -97,7 +96,9 @@ class Recorder:
             self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
         self._undefined: set[str] = set()  # statistics of which a warning has named the layers
         self._run: RunDirectory | None = None  # on the first process
-        self._last = _on_first_process(lambda: self._open(mode))
+        self._last, error = on_first_process(lambda: self._open(mode))
+        if error is not None:
+            raise error
         self._is_open = True
 
     @property
@@ -174,14 +175,24 @@ class Recorder:
         if not self._is_open:
             raise RuntimeError(f"the recorder of {self.directory} is closed")
         key = self._next_key(epoch, step)
-        is_kept, failed = False, None
+        is_kept, failed = None, None
+        error: BaseException | None
+        run: Any = self._run
+        groups = [None] if is_one_of_several() else []
         try:
-            with contextlib.nullcontext() if self.probe is None else self.probe.merged(sharing=True):
-                record = self._make_record(key, progress)
-                run: Any = self._run
-                is_kept = _on_first_process(lambda: run.keep(record))
-                if is_kept:
-                    failed = _on_first_process(lambda: run.show(record))
+            with contextlib.ExitStack() as stack:
+
+                def read() -> tuple[Record, ProbeReading | None]:
+                    its = None if self.probe is None else stack.enter_context(read_probe(self.probe, progress))
+                    return self._make_record(key, its), its
+
+                record, reading = agreed(read, groups)
+                serve = None if reading is None else reading.serve
+                is_kept, error = on_first_process(lambda: run.keep(record), serve)
+                if is_kept and error is None:
+                    failed, error = on_first_process(lambda: run.show(record), serve)
+                if error is not None:
+                    raise error
         finally:
             if is_kept:  # whatever happens then, an interrupt from the keyboard too
                 self._last = key
@@ -239,12 +250,12 @@ class Recorder:
             f"expected an epoch above the last recorded one, {self._last.ended_epoch}, got {key.epoch}"
         )
 
-    def _make_record(self, key: RecordKey, progress: Progress | None) -> Record:
+    def _make_record(self, key: RecordKey, reading: ProbeReading | None) -> Record:
         values: dict[Key, Tensor] = {}
         rows: list[Row] = []
-        spectra, sums, facts = {}, {}, {}
-        if self.probe is not None:
-            reading = read_probe(self.probe, progress)
+        sums: Mapping[Any, Any] = {}
+        known, facts = {}, {}
+        if reading is not None:
             for (statistic, stage, layer), found in reading.values.items():
                 # Metrics of other libraries may return several numbers by name.
                 parts: Any = found if isinstance(found, Mapping) else {"": found}
@@ -257,10 +268,9 @@ class Recorder:
                 for (name, stage, layer), ends in reading.intervals.items()
             }
             rows = tidy_rows(key, values, intervals)
-            for (stage, layer), spectrum in reading.spectra.items():
-                spectra[stage, recorded_name(layer)] = spectrum
-                sums[stage, recorded_name(layer)] = self.probe.sums(stage, layer)
-            facts = {recorded_name(layer): each for layer, each in self.probe.facts.items()}
+            sums = RecordedSums(reading.sums)
+            known = {(stage, recorded_name(layer)): each for (stage, layer), each in reading.known.items()}
+            facts = {recorded_name(layer): each for layer, each in reading.facts.items()}
         for row in rows:
             if row.layer == MEAN_LAYER:
                 values[row.statistic, row.stage, row.layer] = torch.tensor(row.value, dtype=torch.float64)
@@ -276,28 +286,5 @@ class Recorder:
             self._statistics,
             facts,
             key.step,
-            spectra,
+            known,
         )
-
-
-def _on_first_process(function: Callable[[], T]) -> T:
-    """Call on the first process; on all of them return what it returned, or raise what it raised."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [function(), None]
-        except Exception as error:
-            outcome = [None, error]
-        try:
-            pickle.dumps(outcome)
-        except Exception:
-            told = outcome[1] or outcome[0][1]
-            replacement = RuntimeError(f"{type(told).__name__}: {told}")
-            outcome = [None, replacement] if outcome[1] else [(outcome[0][0], replacement), None]
-    dist.broadcast_object_list(outcome)
-    result, raised = outcome
-    if raised is not None:
-        raise raised
-    return result  # type: ignore[no-any-return]

@@ -76,10 +76,8 @@ class ArraysWriter(Writer):
             replacing(_path(self._directory, record.key)) as file,
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         ):
-            for (stage, layer), sums in record.sums.items():
-                for name, tensor in _entries(sums, record.spectrum(stage, layer)):
-                    with archive.open(f"{stage}/{layer}/{name}.npy", "w", force_zip64=True) as entry:
-                        np.lib.format.write_array(entry, np.asanyarray(tensor.cpu()), allow_pickle=False)
+            for stage, layer in record.sums:
+                _write_layer(archive, record, stage, layer)
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
@@ -243,6 +241,13 @@ def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]
     file = _opened(path)
     for (stage, layer), names in _names_in(file).items():
         yield SavedLayer(stage, layer, file, names, needs_vectors)
+
+
+def _write_layer(archive: zipfile.ZipFile, record: Record, stage: str, layer: str) -> None:
+    """Write the arrays of a layer; nothing of it is held when the next one's sums are fetched."""
+    for name, tensor in _entries(record.sums[stage, layer], record.spectrum(stage, layer)):
+        with archive.open(f"{stage}/{layer}/{name}.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array(entry, np.asanyarray(tensor.cpu()), allow_pickle=False)
 
 
 def _entries(sums: Any, spectrum: Spectrum | None) -> Iterator[tuple[str, Tensor]]:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.metrics import IntrinsicDimensionMetric
-from spectralmetrics.probing.summary import Summary, summarise
+from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums.checks import check_positive_integer
@@ -82,13 +83,21 @@ class ConsoleWriter(Writer):
         if not stages:
             return None
         stage = "eval" if "eval" in stages else "train"
-        spectra = {
-            layer: record.spectrum(stage, layer) for its_stage, layer in record.sums if its_stage == stage
-        }
-        layers = {layer: spectrum for layer, spectrum in spectra.items() if spectrum is not None}
+        layers = [layer for its_stage, layer in record.sums if its_stage == stage]
         given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
         metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
-        return summarise(layers, record.layers, metric, threshold=metric.threshold, where=stage)
+        rows = [row for layer in layers for row in _rows_of(record, stage, layer, metric)]
+        findings = find("", [numbers for _, numbers in rows])
+        return summary_of(rows, findings, metric, threshold=metric.threshold, where=stage)
+
+
+def _rows_of(
+    record: Record, stage: str, layer: str, metric: IntrinsicDimensionMetric
+) -> list[tuple[SummaryRow, LayerNumbers]]:
+    """The row of a layer, if it has one; nothing of the layer is held when the next one's sums are fetched."""
+    spectrum = record.spectrum(stage, layer)
+    known = {} if spectrum is None else {layer: spectrum}
+    return summary_rows(known, record.layers, metric, threshold=metric.threshold)
 
 
 def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:

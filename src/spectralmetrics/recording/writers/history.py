@@ -37,10 +37,10 @@ class HistoryWriter(Writer):
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
         found: dict[str, dict[str, ForwardHistory]] = {}
-        for (stage, layer), sums in record.sums.items():
-            for each in sums:
-                if isinstance(each, ForwardHistory):
-                    found.setdefault(stage, {})[layer] = each
+        for stage, layer in record.sums:
+            kept = next((each for each in record.sums[stage, layer] if isinstance(each, ForwardHistory)), None)
+            if kept is not None:
+                found.setdefault(stage, {})[layer] = kept
         lines = [
             [record.epoch, stage, *("" if _is_missing(value) else value for value in row)]
             for stage, layers in found.items()
