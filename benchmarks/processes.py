@@ -9,7 +9,9 @@ not run, but each collective is counted as it would be with them.
 """
 
 import argparse
+import ctypes
 import pickle
+import shutil
 import tempfile
 import threading
 import time
@@ -23,10 +25,22 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import spectralmetrics as sm
 from spectralmetrics.probing import processes
 
+
+def record(probe):
+    """One record with arrays, of which each layer's sums go to the first process."""
+    told = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told)
+    with sm.Recorder(told[0], probe, ["csv", "arrays"]) as recorder:
+        recorder.record(reset=False)
+    if dist.get_rank() == 0:
+        shutil.rmtree(told[0])
+
+
 CALLS = {
     "compute": lambda probe: probe.compute("train"),
     "summary": lambda probe: probe.summary("train"),
     "iter_merged": lambda probe: [None for _ in probe.iter_merged("train")],
+    "record": record,
 }
 
 
@@ -57,12 +71,18 @@ def of_process(rank, folder, options):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=options.processes[0]
     )
+    _, small = probe_of(16, 2, options.folds, rank)
+    for call in CALLS.values():  # libraries take memory of their own
+        call(small)
+    small.remove()
     model, probe = probe_of(options.width, options.layers, options.folds, rank)
-    torch.linalg.eigvalsh(torch.eye(64, dtype=torch.float64))  # libraries take memory of their own
     for name, call in CALLS.items():
         with torch.no_grad():
             model[0](torch.randn(1, 4))  # something new: nothing that is known counts
         probe.sums("train", "0")
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # or what an earlier call has left would hide what this one takes
         dist.barrier()
         before = peak = resident()
         is_over = threading.Event()

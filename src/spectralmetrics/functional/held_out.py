@@ -8,13 +8,13 @@ equal. So the two spectra enclose that of unlimited data in what most statistics
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate as running
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import Moments, covariance, eigenvectors, merge, rebase
+from spectralmetrics.sums import Moments, merge, rebase
 from spectralmetrics.sums.checks import check_real, check_type
 from spectralmetrics.sums.decomposition import symmetrise, without_round_off
 
@@ -79,26 +79,34 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
     """
     _check(folds)
     total = torch.stack([fold.count for fold in folds]).sum()
-    fitted = []
-    found = torch.zeros_like(folds[0].origin)
-    for fold, others in zip(folds, without_each(folds), strict=True):
-        values, vectors = eigenvectors(covariance(others, center=center))
-        fitted.append(values)
-        about = others.mean() if center else torch.zeros_like(others.origin)
-        second = symmetrise(rebase(fold, about).second)
-        found += _alike_where(values == 0, ((second @ vectors) * vectors).sum(0))
-    return LeftOut(without_round_off(_non_increasing(found / total)), torch.stack(fitted))
+    held = [_held(fold, others, center) for fold, others in zip(folds, without_each(folds), strict=True)]
+    found = torch.stack([values for values, _ in held]).sum(0)
+    fitted = torch.stack([values for _, values in held])
+    return LeftOut(without_round_off(_non_increasing(found / total)), fitted)
 
 
-def without_each(folds: Sequence[Moments]) -> Iterator[Moments]:
-    """For each of at least two folds all the others together, in three merges for each."""
-    first, *later = folds
-    before = [None, *running([first, *later[:-1]], merge)]  # all folds before each
-    after = [*reversed(list(running(reversed(later), merge))), None]  # and all after it
-    for left, right in zip(before, after, strict=True):
-        others = right if left is None else left if right is None else merge(left, right)
-        assert others is not None
-        yield others
+def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]:
+    """What a fold holds along each direction that is fitted to the others, summed, and what these hold there."""
+    values, vectors = others.eigenvectors(center=center)
+    about = others.mean() if center else torch.zeros_like(others.origin)
+    second = symmetrise(rebase(fold, about).second)
+    return _alike_where(values == 0, (second @ vectors).mul_(vectors).sum(0)), values
+
+
+def without_each(folds: Sequence[Moments], rest: Moments | None = None) -> Iterator[Moments]:
+    """For each of several folds all the others together; log2 g of these are in memory at a time.
+
+    Args:
+        folds: at least two, or one where there is a rest.
+        rest: what belongs to the others of all of them.
+    """
+    if len(folds) == 1:
+        assert rest is not None
+        yield rest
+        return
+    half = len(folds) // 2
+    for part, others in ((folds[:half], folds[half:]), (folds[half:], folds[:half])):
+        yield from without_each(part, reduce(merge, others if rest is None else [rest, *others]))
 
 
 def unbiased_participation_ratio(folds: Sequence[Moments], center: bool = True) -> Tensor:

@@ -358,6 +358,10 @@ class _OtherEigenvalues(Spectrum):
         self._values = values
 
     @property
+    def _total(self) -> SpectralSum:
+        return self._plain._total
+
+    @property
     def eigenvalues(self) -> Tensor:
         return self._values
 

@@ -153,9 +153,8 @@ def exchange_about_origins(
     pieces = (piece for each, origin in zip(parts, origins, strict=True) for piece in each._pieces(origin))
     result: Any = None
     slots: Iterator[Slot] = iter(())
-    for packed in _packed(pieces):
-        received = yield packed.as_subclass(ForReader)
-        del packed
+    for batch in _batches(pieces):
+        received = yield _packed(batch).as_subclass(ForReader)
         if received is None:
             continue
         if result is None:
@@ -171,15 +170,22 @@ def exchange_about_origins(
     return result
 
 
-def _packed(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Pieces side by side, whole, as many as fit into one collective."""
+def _batches(pieces: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+    """Pieces, whole, as many together as fit into one collective."""
     waiting: list[Tensor] = []
     for piece in pieces:
         if waiting and 8 * (sum(map(len, waiting)) + len(piece)) > MOST_BYTES:
-            yield torch.cat(waiting)
+            yield waiting
             waiting = []
         waiting.append(piece)
-    yield torch.cat(waiting)
+    yield waiting
+
+
+def _packed(batch: list[Tensor]) -> Tensor:
+    """Pieces side by side, which are not kept."""
+    packed = torch.cat(batch)
+    batch.clear()
+    return packed
 
 
 def slot_of(tensor: Tensor) -> Slot:

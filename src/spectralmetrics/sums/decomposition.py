@@ -57,7 +57,7 @@ def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
             [1., 0.]], dtype=torch.float64)
     """
     values, vectors = torch.linalg.eigh(check_covariance(covariance), UPLO="U")
-    return without_round_off(values.flip(-1)), with_fixed_signs(vectors.flip(-1)) + 0.0
+    return without_round_off(values.flip(-1)), with_fixed_signs(vectors.flip(-1)).add_(0.0)
 
 
 def with_fixed_signs(vectors: Tensor) -> Tensor:

@@ -217,9 +217,13 @@ class Folds(InFolds):
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """What each fold holds: upper triangles of covariances, means, counts, and the numbers left out."""
         # An empty fold has no mean and no covariance; zeros keep the file free of NaN.
-        rows, columns = torch.triu_indices(self.num_features, self.num_features, device=self.seconds.device)
-        uppers = torch.stack([fold.upper_covariance()[rows, columns] for fold in self.folds])
-        yield "covariances", torch.where(self.counts[:, None] > 0, uppers, 0)
+        width = self.num_features
+        upper = torch.ones(width, width, dtype=torch.bool, device=self.seconds.device).triu_()
+        uppers = self.seconds.new_empty(self.number, width * (width + 1) // 2)
+        for fold, row in zip(self.folds, uppers, strict=True):  # one by one: together they are half of the sums
+            row.copy_(fold.upper_covariance()[upper])
+        yield "covariances", uppers.masked_fill_(self.counts[:, None] == 0, 0)
+        del uppers
         means = torch.stack([fold.mean() for fold in self.folds])
         yield "means", torch.where(self.counts[:, None] > 0, means, 0)
         yield "counts", self.counts
