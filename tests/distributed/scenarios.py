@@ -689,6 +689,52 @@ def gradients_of_layers_that_are_split_are_left_out(rank, world):
     assert int(probe["train", "first"]["saturation"].count) == 0
 
 
+def hybrid_sharded_training_is_observed(rank, world):
+    """Sharded in one dimension of the mesh and replicated in the other: each process' rows count once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if world != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+    def new():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    parts = [random_rows(each, 20 + each, 6, dtype=torch.float32) for each in range(world)]
+    plain = new()
+    with torch.no_grad():
+        outputs = {
+            "0": torch.cat([plain[:1](part) for part in parts]),
+            "2": torch.cat([plain(p) for p in parts]),
+        }
+    for is_before in (False, True):
+        model = new()
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), folds=2) if is_before else None
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), folds=2)
+        model(parts[rank]).square().mean().backward()
+        model.eval()
+        with torch.no_grad():
+            model(parts[rank])
+        for stage in ("train", "eval"):
+            covariances = probe.covariances(stage)
+            assert list(covariances) == ["0", "2"]
+            for name, rows in outputs.items():
+                expected = torch.cov(rows.double().T, correction=0)
+                assert_same(covariances[name], expected, 1e-5)
+            with probe.merged():
+                assert int(probe[stage, "0"]["spectrum"].fold_count.sum()) == sum(map(len, parts))
+        values = probe.compute()
+        gathered = [None] * world
+        dist.all_gather_object(gathered, {key: value.tolist() for key, value in values.items()})
+        assert all(each == gathered[0] for each in gathered)
+        assert len(values) == 4
+        probe.remove()
+
+
 def only_the_first_process_records(rank, world):
     everything = shares(world, None, far=None)
     torch.manual_seed(0)
@@ -1007,6 +1053,7 @@ EVERYWHERE = [
     a_fold_that_is_empty_everywhere,
     data_parallel_training_is_bit_identical,
     gradients_of_data_parallel_training,
+    hybrid_sharded_training_is_observed,
     only_the_first_process_records,
     a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import spectralmetrics as sm
+from spectralmetrics.probing import merging
 from tests.oracles import relative_error, two_pass_covariance
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -205,6 +206,51 @@ def dies_in_compute(rank, world, _, where):
 @pytest.mark.parametrize("where", ["before", "while it reads"])
 def test_a_process_that_dies_is_an_error_for_the_others(where):
     run(dies_in_compute, 3, "dies", where, dying=(1,))
+
+
+class Dying(sm.Writer):
+    """Ends the process once it has read a layer, when it is told to."""
+
+    name = "dying"
+    keeps_records = True
+    dies = False
+
+    def write(self, record):
+        for place in record.sums:
+            record.sums[place]
+            if self.dies:
+                os._exit(DIES)
+
+
+def dies_in_record(rank, world, _, folder, culprit):
+    writer = Dying()
+    model, probe = probe_of(["shared", f"own{rank}"])
+    recorder = sm.Recorder(folder, probe, ["csv", "arrays", writer])
+    for _ in range(2):
+        for name in model:
+            model[name](torch.randn(9, 4).double())
+        if recorder.next_epoch == 0:
+            recorder.record()
+    if rank == 0:
+        writer.dies = culprit == 0
+    elif rank == culprit:
+        # When the first process asks for sums, which it is about to write.
+        merging.Agreement.fetch = lambda self, *arguments: os._exit(DIES)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        recorder.record()
+    assert time.monotonic() - start < 40  # within the timeout of the group
+    assert int(probe["train", "shared"]["spectrum"].count) == 9
+    assert recorder.next_epoch == 1
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_process_that_dies_in_a_record_leaves_none_behind(tmp_path, culprit):
+    run(dies_in_record, 3, "dies", str(tmp_path), culprit, dying=(culprit,))
+    with sm.Recorder(tmp_path, None, ["csv", "arrays"], mode="resume") as recorder:
+        assert recorder.next_epoch == 1
+    assert {row["epoch"] for row in sm.read_records(tmp_path)} == {0}
+    assert [path.name for path in (tmp_path / "arrays").iterdir()] == ["epoch-000000.npz"]
 
 
 def disk_full_on_the_first(rank, world, folder):

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,66 @@ def test_the_inner_projection_of_an_attention_is_left_out_wherever_the_attention
     assert list(select_layers(attention)) == ["MultiheadAttention"]
     assert list(select_layers(nn.ModuleDict({"a": attention}))) == ["a"]
     assert list(select_layers(attention, layers="out_proj")) == ["out_proj"]
+
+
+class Experts(nn.Module):
+    """Weights of several experts in one tensor, as transformers keeps them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(4, width, width))
+        self.bias = nn.Parameter(torch.zeros(1000))
+
+    def forward(self, x):
+        return x
+
+
+def unseen_in(model, **arguments):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with LayerProbe(model, **arguments):
+            pass
+    return [str(each.message) for each in told]
+
+
+def test_a_probe_says_which_modules_hold_parameters_that_it_does_not_see():
+    def model(width, number=1):
+        experts = {f"experts{each}": Experts(width) for each in range(number)}
+        return nn.ModuleDict({"seen": nn.Linear(100, 100, bias=False), **experts})
+
+    # 676 weights of 11,676, with the 1,000 of a vector, of which nothing is said.
+    (words,) = unseen_in(model(13))
+    assert words.startswith(
+        "6 % of the model's parameters lie in layers that are not probed by default: 'experts0'"
+    )
+    assert "`layers` chooses any module by name or type" in words
+    assert unseen_in(model(12)) == []  # 576 of 11,576 are 4.98 %
+    (words,) = unseen_in(model(50, 7))
+    assert words.startswith("80 % of")  # 70,000 of 87,000
+    assert "'experts4' and 2 more; " in words
+    # Said under the names that the layers have without wrappers, also of modules deep inside.
+    (words,) = unseen_in(torch.compile(nn.Sequential(model(50), nn.ReLU()), backend="eager"))
+    assert "by default: '0.experts0'; " in words
+
+
+def test_nothing_is_said_of_parameters_that_are_seen_or_left_out_on_purpose():
+    experts = nn.ModuleDict({"seen": nn.Linear(100, 100), "experts": Experts(50)})
+    assert unseen_in(experts, layers=["seen"]) == []
+    assert unseen_in(experts, layers=["seen", "experts"]) == []
+    embedded = nn.ModuleDict(
+        {"seen": nn.Linear(8, 8), "tokens": nn.Embedding(1000, 8), "norm": nn.LayerNorm(900)}
+    )
+    assert unseen_in(embedded) == []
+    # What a module holds beside probed layers inside of it, and a weight that is shared with one.
+    attention = nn.MultiheadAttention(16, 2)
+    assert unseen_in(nn.ModuleDict({"attention": attention, "out": nn.Linear(16, 16)})) == []
+
+    class Tied(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+    layer = nn.Linear(30, 30)
+    assert unseen_in(nn.ModuleDict({"layer": layer, "tied": Tied(layer.weight)})) == []
+    # A layer of a default type that was left out was left out on purpose.
+    assert unseen_in(nn.ModuleDict({"a": nn.Linear(9, 9), "b": nn.Linear(90, 90)}), exclude="b") == []

@@ -86,7 +86,7 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
 
 
 def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]:
-    """What a fold holds along each direction that is fitted to the others, summed, and what these hold there."""
+    """What a fold holds along directions that are fitted to the others, summed, and what these hold there."""
     values, vectors = others.eigenvectors(center=center)
     about = others.mean() if center else torch.zeros_like(others.origin)
     second = symmetrise(rebase(fold, about).second)
