@@ -43,7 +43,7 @@ class LayerProbeCallback(Callback):
 
     After a fit or an evaluation ``probe`` still holds what was last observed in each stage:
     ``callback.probe.summary("eval")``. A checkpoint holds what has been observed since the last values, on all
-    devices, so that an epoch can go on from its middle.
+    devices, so that an epoch can go on from its middle: of the layers that the first device has.
 
     Args:
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars (a spectrum) are not

@@ -149,8 +149,9 @@ class Recorder:
         """Compute, write and reset.
 
         If it raises an OSError, nothing of this record was kept and nothing was forgotten: mend the cause and
-        call it again. If it raises a RuntimeError because a writer that only shows records has failed (console,
-        plot or one of your own), the record has been kept, and the next call records the next one.
+        call it again. The same holds for an interrupt and for what another process raises, a RuntimeError here.
+        If it raises a RuntimeError because a writer that only shows records has failed (console, plot or one of
+        your own), the record has been kept, and the next call records the next one.
 
         Args:
             epoch: its number, above that of the last epoch that was recorded; None: :attr:`next_epoch`.
