@@ -102,4 +102,4 @@ def symmetrise(upper: Tensor) -> Tensor:
     tensor([[1., 2.],
             [2., 3.]])
     """
-    return upper.triu() + upper.triu(1).mT
+    return upper.triu().add_(upper.triu(1).mT)
