@@ -11,7 +11,8 @@ from spectralmetrics.recording.record import Record, RecordKey
 class Writer:
     """Keeps or shows records; subclass it and define :meth:`write`.
 
-    A writer is used on the first process only, and reads ``record.sums`` inside :meth:`write`. One that shows records (prints, draws, sends) needs ``write``
+    A writer is used on the first process only, and reads ``record.sums`` inside :meth:`write`.
+    One that shows records (prints, draws, sends) needs ``write``
     alone. One that keeps them sets ``keeps_records = True`` and defines the class methods :meth:`last_epoch`
     and :meth:`discard` as well: a record is whole once all that keep it have it, and ``mode="resume"`` takes
     back what a killed process had written of one that was not. One that takes records at steps, too, sets
