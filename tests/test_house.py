@@ -25,6 +25,7 @@ TOWER = (
     "functional",
     "metrics",
     "probing",
+    "monitoring",
     "recording",
     ("cli", "demo", "integrations"),
 )
@@ -46,6 +47,7 @@ BESIDE = {
 USED_BY = {
     "metrics": {"plotting"},
     "probing": {"findings", "plotting", "table", "tail", "layers"},
+    "monitoring": {"findings", "table"},
     "recording": {"findings", "plotting", "table", "tail"},
     "integrations": {"plotting", "tail"},
 }

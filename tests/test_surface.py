@@ -9,7 +9,17 @@ import pytest
 from tests.public import everything_public
 
 KEPT = Path(__file__).parent / "data" / "surface.txt"
-MODULES = ("", ".functional", ".metrics", ".probing", ".projection", ".recording", ".sums", ".plotting")
+MODULES = (
+    "",
+    ".functional",
+    ".metrics",
+    ".monitoring",
+    ".probing",
+    ".projection",
+    ".recording",
+    ".sums",
+    ".plotting",
+)
 
 
 def surface():

@@ -35,6 +35,7 @@ from spectralmetrics.metrics import (
     ZeroShareMetric,
     statistics,
 )
+from spectralmetrics.monitoring import DEFAULT_ALARMS, Alarm, AlarmRule, Monitor
 from spectralmetrics.probing import History, HistoryRow, LayerProbe, Mover, Summary, SummaryRow
 from spectralmetrics.projection import (
     PCAProjection,
@@ -63,7 +64,10 @@ from spectralmetrics.weights import WeightRow, WeightSummary, weight_spectra
 __version__ = "0.2.0"
 
 __all__ = [
+    "DEFAULT_ALARMS",
     "FINDING_RULES",
+    "Alarm",
+    "AlarmRule",
     "CovarianceDeterminantMetric",
     "CovarianceMetric",
     "CovarianceTraceMetric",
@@ -85,6 +89,7 @@ __all__ = [
     "LinearProbeMetric",
     "MarginalMetric",
     "MaxAbsMetric",
+    "Monitor",
     "Mover",
     "NeuralCollapseMetric",
     "Observations",

@@ -456,7 +456,7 @@ def _of_collapse(
 ) -> Iterator[Finding]:
     if _has_small_spread(layer):
         is_problem = not is_new or layer.spread < _UNTRAINED_SPREAD
-        words = ("collapsed: " if is_problem else "") + f"the mean holds {_all_but(layer.spread)} %"
+        words = ("collapsed: " if is_problem else "") + f"the mean holds {all_but(layer.spread)} %"
         severity: Severity = "problem" if is_problem else "note"
         yield Finding(stage, layer.layer, "collapsed", severity, words, layer.spread)
         return
@@ -542,10 +542,10 @@ def _applies(rule: FindingRule, layer: LayerNumbers) -> bool:
     return layer.observations >= rule.min_observations
 
 
-def _all_but(share: float) -> str:
+def all_but(share: float) -> str:
     """100 % less a small share, with as many digits as tell it from 100 %.
 
-    >>> _all_but(1e-6), _all_but(4e-4), _all_but(0.0)
+    >>> all_but(1e-6), all_but(4e-4), all_but(0.0)
     ('99.9999', '99.96', '100')
     """
     if share == 0:

@@ -121,6 +121,59 @@ ROWS_OF_RUNS = [
         ArraysWriter,
         every_step=[(1, TypeError, "expected every_step to be True or False, got 1")],
     ),
+    *refuses(
+        "Monitor",
+        sm.Monitor,
+        {"probe": Given(lambda w: w.probe)},
+        probe=[
+            ("x", TypeError, "expected probe to be a LayerProbe, got str"),
+            (Given(lambda w: w.model), TypeError, "expected probe to be a LayerProbe, got Sequential"),
+            (
+                Given(lambda w: w.probe),
+                RuntimeError,
+                "expected a probe that has observed nothing, to which a HistoryMetric can be added",
+            ),
+        ],
+        every=[
+            (every, ValueError, f"expected every to be a positive integer, got {every!r}")
+            for every in (0, -1, 1.5, "7", None)
+        ],
+        stage=[
+            (stage, ValueError, f"expected a stage among ('train', 'eval'), got {stage!r}")
+            for stage in ("test", None)
+        ],
+        alarms=[
+            ("dead", TypeError, "expected alarms to be a sequence of AlarmRules, got 'dead'"),
+            (["dead"], TypeError, "expected alarms to be a sequence of AlarmRules, got ['dead']"),
+            (sm.DEFAULT_ALARMS[0], TypeError, "expected alarms to be a sequence of AlarmRules, got AlarmRule("),
+            (
+                [sm.DEFAULT_ALARMS[0]._replace(statistic="rank")],
+                ValueError,
+                "expected the statistic of a rule among ('non_finite', 'spread', … got 'rank'",
+            ),
+        ],
+        on_alarm=[
+            (each, ValueError, f"expected on_alarm to be 'warn', 'stop' or a function, got {each!r}")
+            for each in ("raise", None, 3)
+        ],
+        recorder=[("run", TypeError, "expected recorder to be a Recorder or None, got str")],
+    ),
+    *refuses(
+        "Recorder.add_alarm",
+        Given(lambda w: w.recorder.add_alarm),
+        alarm=[
+            ("dead", TypeError, "expected an Alarm, got 'dead'"),
+            (None, TypeError, "expected an Alarm, got None"),
+        ],
+    ),
+    *refuses(
+        "Recorder.drop_alarms",
+        Given(lambda w: w.recorder.drop_alarms),
+        step=[
+            (step, ValueError, f"expected a step as an integer that is not negative, got {step!r}")
+            for step in (-1, 1.5, "7", True)
+        ],
+    ),
     *refuses("read_records", sm.read_records, directory=TABLES),
     *[
         row

@@ -17,7 +17,7 @@ from tests.bad_input.world import World
 from tests.public import everything_public
 
 TABLE = [*ROWS_OF_FUNCTIONS, *ROWS_OF_METRICS, *ROWS_OF_MODELS, *ROWS_OF_RUNS, *ROWS_OF_PICTURES]
-MODULES = ("", ".functional", ".metrics", ".probing", ".projection", ".recording", ".plotting")
+MODULES = ("", ".functional", ".metrics", ".monitoring", ".probing", ".projection", ".recording", ".plotting")
 
 # Arguments of which the table says nothing, and why.
 EXEMPT = {
@@ -80,6 +80,9 @@ EXEMPT = {
             "HistoryRow(*",
             "Mover(*",
             "Finding(*",
+            "Alarm(*",
+            "AlarmRule(*",
+            "AlarmRecorder*",
             "FindingRule(*",
             "PowerLawTail(*",
             "Weight[RS]*",

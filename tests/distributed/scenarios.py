@@ -1029,7 +1029,37 @@ def large_decompositions_are_shared(rank, world):
         torch.linalg.eigvalsh, merging._WORTH_SHARING = original, threshold
 
 
+def a_monitor_says_the_same_everywhere(rank, world):
+    """The last process sees nothing for a while."""
+    found = []
+    for monitors in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)).double()
+        probe = sm.LayerProbe(model, [sm.SaturationMetric(), sm.CovarianceMetric(), sm.HistoryMetric()])
+        said = []
+        monitor = sm.Monitor(probe, every=8, on_alarm=said.append) if monitors else None
+        generator = torch.Generator().manual_seed(rank)
+        for step in range(40):
+            probe.step = step
+            if step == 30:
+                with torch.no_grad():
+                    model[2].weight.mul_(30), model[2].bias.mul_(30)
+            if not (rank == world - 1 > 0 and 10 <= step < 25):
+                model(1e3 + torch.randn(40, 6, generator=generator, dtype=torch.float64))
+            if monitor:
+                monitor.step()
+        found.append(probe.compute())
+    for key, value in found[0].items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(found[1][key], value, rtol=1e-11, atol=1e-11 * scale)
+    assert [(alarm.step, alarm.finding.layer) for alarm in said] == [(31, "2")]
+    told = [None] * world
+    dist.all_gather_object(told, [said, probe._remembered])
+    assert len(set(map(repr, told))) == 1  # a NaN is not equal to itself
+
+
 EVERYWHERE = [
+    a_monitor_says_the_same_everywhere,
     histories_are_added_by_the_number_of_the_forward,
     every_statistic_equals_that_of_one_process,
     the_covariance_is_exact_far_from_zero,

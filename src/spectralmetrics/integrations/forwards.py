@@ -19,12 +19,13 @@ from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
-from spectralmetrics.probing.windows import Taken
 from spectralmetrics.tail import MEAN_LAYER
 
 _logger = logging.getLogger("spectralmetrics")
 
 Stage: TypeAlias = Literal["train", "eval"]
+_READER = "log"
+"""Who reads the windows between the steps at which a trainer logs."""
 
 
 class Forwards:
@@ -64,8 +65,9 @@ class Forwards:
         self._left_out: set[Stage] = set()  # in which generations were left out since the last values
         self._finished: set[str] = set()  # stages whose values are read, and which begin anew
         self._recorded: set[str] = set()  # finished stages that are in a record
-        self._earlier: dict[str, dict[str, Taken]] = {}  # what earlier windows of a stage showed
         self._replaced: list[tuple[nn.Module, Any]] = []
+        for stage in STAGES:
+            self.probe._windows.open(_READER, stage)
 
     def begin(self, stage: Stage, mode: bool | None = None) -> None:
         """From now on forwards count in this stage.
@@ -113,8 +115,7 @@ class Forwards:
         for each in STAGES if stage is None else (stage,):
             self._finished.discard(each)
             self._recorded.discard(each)
-            self._earlier.pop(each, None)
-        self.probe.reset(stage)
+            self._begin_anew(each)
 
     def finish(self, stage: Stage) -> None:
         """A stage has been read. The probe keeps it for whoever looks, until its next forward."""
@@ -123,8 +124,6 @@ class Forwards:
     @contextlib.contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Inside, the probe holds only what no record has; afterwards a record has it."""
-        for stage in STAGES:
-            self.merge_windows(stage)
         with self.probe._without(self._recorded):
             yield
         self._recorded |= self._finished
@@ -132,28 +131,13 @@ class Forwards:
     @contextlib.contextmanager
     def unfinished(self) -> Iterator[LayerProbe]:
         """Inside, the probe holds only what has yet to be read."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.probe._without(self._finished))
-            for stage, earlier in self._earlier.items():
-                stack.enter_context(self._whole(stage, earlier))
+        with self.probe._without(self._finished):
             yield self.probe
 
-    @contextlib.contextmanager
-    def _whole(self, stage: str, earlier: dict[str, Taken]) -> Iterator[None]:
-        window = self.probe._take_out(stage)
-        try:
-            self.probe._merge_in(stage, earlier)
-            self.probe._merge_in(stage, window)
-            yield
-        finally:
-            self.probe._take_out(stage)
-            self.probe._merge_in(stage, window)
-
     def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from what :meth:`unfinished` showed."""
+        """Go on from what :meth:`unfinished` showed; the next window begins here."""
         if state is not None:
             self.probe.load_state_dict(state)
-            self._earlier["train"] = self.probe._take_out("train")  # the next window begins here
 
     def compute_step(self) -> dict[tuple[str, str], float]:
         """(metric, layer) -> value at a step of training, of what was observed since the last such step."""
@@ -164,17 +148,18 @@ class Forwards:
         """The values of what was observed since the last window; the stage goes on."""
         if stage in self._finished:
             return {}
-        with warnings.catch_warnings():
+        with self.probe._only(_READER, stage), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the values of the whole stage say it
             values = self.probe.compute(stage, LateBar("reading layers"))
-        self.merge_windows(stage)
-        self._earlier[stage] = self.probe._take_out(stage)
+        self.probe._windows.advance(_READER, stage)
         return values
 
-    def merge_windows(self, stage: str) -> None:
-        """Let the probe hold all that was observed in a stage, and not its last window alone."""
-        if (earlier := self._earlier.pop(stage, None)) is not None:
-            self.probe._merge_in(stage, earlier)
+    def close(self) -> None:
+        """The trainer is done, and the probe is its user's."""
+        self.end()
+        for stage in STAGES:
+            self.probe._windows.close(_READER, stage)
+        self.probe.remove()
 
     def _by_flag(self, training: bool) -> str:
         stage = stage_by_flag(training)
@@ -185,7 +170,11 @@ class Forwards:
         if stage in self._finished:
             self._finished.discard(stage)
             self._recorded.discard(stage)
-            self.probe.reset(stage)
+            self._begin_anew(stage)
+
+    def _begin_anew(self, stage: str) -> None:
+        self.probe.reset(stage)
+        self.probe._windows.advance(_READER, stage)
 
     def explain(self, stage: Stage, values: Mapping[str, Any]) -> None:
         """Say what the values of a stage mean, and why there are none if all that ran in it was generation.

@@ -21,7 +21,6 @@ from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 
 
@@ -206,10 +205,7 @@ class LayerProbeCallback(Callback):
     def _detach(self) -> None:
         self._keeping.close()
         if self._forwards is not None:
-            for stage in STAGES:
-                self._forwards.merge_windows(stage)
-            self._forwards.end()
-            self._forwards.probe.remove()
+            self._forwards.close()
             self._forwards = None
 
     def _begin_evaluation(self, pl_module: LightningModule) -> None:
@@ -230,7 +226,6 @@ class LayerProbeCallback(Callback):
             for number, values in enumerate([*self._loaders, forwards.compute_window(stage)]):
                 suffix = f"/dataloader_idx_{number}"  # as Lightning names what each loader shows
                 self._hand_over(pl_module, stage, with_means(values), suffix, add_dataloader_idx=False)
-        forwards.merge_windows(stage)
         values = forwards.probe.compute(stage, LateBar("reading layers"))
         forwards.explain(stage, values)
         self._hand_over(pl_module, stage, with_means(values))

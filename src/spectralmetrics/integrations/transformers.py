@@ -32,7 +32,6 @@ from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.tail import MEAN_LAYER
@@ -236,10 +235,7 @@ class LayerProbeCallback(TrainerCallback):
             self._masking.remove()
             self._masking = None
         if self._forwards is not None:
-            for stage in STAGES:
-                self._forwards.merge_windows(stage)
-            self._forwards.end()
-            self.probe.remove()
+            self._forwards.close()
         self._forwards = self._model = None
 
     @contextlib.contextmanager
@@ -293,7 +289,6 @@ class LayerProbeCallback(TrainerCallback):
         """Log the values of a stage, which the probe keeps until it observes that stage again."""
         if (forwards := self._forwards) is None or forwards.is_empty(stage):
             return {}
-        forwards.merge_windows(stage)
         found = self.probe.compute(stage, LateBar("reading layers"))
         forwards.explain(stage, found)
         forwards.finish(stage)

@@ -40,6 +40,15 @@ def count_of_updates(metric: Metric, new: int | None = None) -> int:
     return int(metric.__dict__["_update_count"])
 
 
+def add_earlier(metric: Metric, earlier: dict[str, Any], updates: int) -> None:
+    """Add the states of earlier updates to those of another library's metric, as if it had made all of them."""
+    # torchmetrics puts what comes in first, and weighs a mean that comes in by one update less than it counts.
+    own = metric._update_count
+    metric.__dict__["_update_count"] = updates / own + 1
+    metric.merge_state(earlier)
+    metric.__dict__["_update_count"] = updates + own
+
+
 def has_own_states(collection: MetricCollection) -> bool:
     """Whether a reader has made copies of the states that the members of a group share."""
     return bool(collection._state_is_copy)

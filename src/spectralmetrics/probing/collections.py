@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -71,12 +71,13 @@ class LayerMetrics:
         too_wide: whether it is left out for its width, for good.
         is_sketched: whether it turned out so wide that sketches are kept.
         transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
+        before_update: called before observations are added.
     """
 
     def __init__(self, stage: str, layer: str, collection: MetricCollection, number: int) -> None:
         self.stage = stage
         self.layer = layer
-        self.collection = collection
+        self.number = number
         self.forwards = 0
         self.ran = 0
         self.samples = 0
@@ -85,7 +86,13 @@ class LayerMetrics:
         self.too_wide = False
         self.transformed = False
         self.is_sketched = False
+        self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # observations, since the sums were read
+        self.keep(collection)
+
+    def keep(self, collection: MetricCollection) -> None:
+        """Keep these metrics from now on, which are empty; what others hold is forgotten."""
+        self.collection = collection
         self.members = members(collection)
         self.leaders: list[Metric] = [
             getattr(collection, names[0]) for names in collection.compute_groups.values()
@@ -99,7 +106,7 @@ class LayerMetrics:
         for leader in self._spectral:
             # Layers that are alike would all be dear at the same step. The fractions of multiples of the golden
             # ratio lie as far apart as so many numbers can.
-            leader.phase = number * _GOLDEN_RATIO % 1
+            leader.phase = self.number * _GOLDEN_RATIO % 1
         self._linked: list[object] = []  # the sums that the members share, as objects
         # The collection's own update would read the states to share them, and rows could not wait.
         self.takes_labels = any(metric.needs_labels for metric in self._spectral)
@@ -135,6 +142,10 @@ class LayerMetrics:
                 changed = changed or stream.noted is None or stream.noted() is not reader
                 stream.noted = weakref.ref(reader)
         return changed
+
+    def note_other_states(self) -> None:
+        """Note that the sums are others now, so that whoever keeps what was merged of them reads them again."""
+        self._has_lost = True
 
     @property
     def keeps_matrices(self) -> bool:
@@ -180,6 +191,8 @@ class LayerMetrics:
             inputs: what the layer showed of each sample, shape (N, ...), before any was drawn.
             everything: for metrics that take all rows; None if nothing was drawn from these.
         """
+        if self.before_update is not None:
+            self.before_update()
         if not self._is_direct:
             rows = observations.rows()
             rows = rows if observations.valid is None else rows[observations.valid]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,10 @@ _FEWEST_CHANGES, _MOST_CHANGES = 12, 32
 _LEAST_DEVIATION = 0.03  # of one change of the logarithm of the scale; less is noise of small batches
 # Of the sizes of values of a normal distribution: share -> quantile, in standard deviations.
 _QUANTILES = {0.5: 0.6745, 0.9: 1.6449}
+
+
+Scales: TypeAlias = list[tuple[int, int | None, float]]
+"""Forward, step of the optimiser (None if nobody told it), and the logarithm of the root mean square."""
 
 
 class HistoryRow(NamedTuple):
@@ -281,12 +285,38 @@ def _pooled(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return added
 
 
+def _log_scales(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The logarithm of the root mean square of each row, up to a constant; NaN without observations."""
+    count = table[:, COUNT]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: npt.NDArray[np.float64] = 0.5 * np.log(table[:, SQUARES] / np.where(count > 0, count, np.nan))
+    return found
+
+
+def scales_of(sums: ForwardHistory | None) -> Scales:
+    """The scale of a layer in each step of the optimiser, or in each forward of which no step is known.
+
+    Args:
+        sums: of the layer; None where no history is kept.
+
+    >>> scales_of(None)
+    []
+    """
+    if sums is None or not sums.num_features:
+        return []
+    table = _pooled(sums.forwards().cpu().numpy())
+    scales = _log_scales(table) - 0.5 * math.log(sums.num_features)
+    return [
+        (int(row[FORWARD]), int(row[STEP]) if row[STEP] >= 0 else None, float(scale))
+        for row, scale in zip(table, scales, strict=True)
+    ]
+
+
 def _distances(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """How far each row is from what the rows before make likely, in robust deviations; 0 where unknown."""
-    count, left_out = table[:, COUNT], table[:, LEFT_OUT]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scales = 0.5 * np.log(table[:, SQUARES] / np.where(count > 0, count, np.nan))  # up to a constant
-        changes = np.diff(scales)
+    left_out = table[:, LEFT_OUT]
+    with np.errstate(invalid="ignore"):
+        changes = np.diff(_log_scales(table))
     # Without observations, or from zero to zero, there is no change to speak of.
     changes[np.isnan(changes)] = 0.0
     found = np.zeros(len(table))

@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from spectralmetrics.findings import Finding, LayerNumbers, find
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
-from spectralmetrics.metrics import Interval, SaturationMetric, SpectralMetric, statistics
+from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.base import REPEATED_INPUTS
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
@@ -26,7 +26,7 @@ from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_scale import check_scale
 from spectralmetrics.probing.gradients import GradientHook, GradientRouter
-from spectralmetrics.probing.history import History
+from spectralmetrics.probing.history import History, Scales, scales_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
@@ -80,7 +80,7 @@ from spectralmetrics.probing.summary import (
     summary_rows,
     threshold_of,
 )
-from spectralmetrics.probing.windows import Taken, merge_in, put_back, take_out
+from spectralmetrics.probing.windows import Windows, load_remembered, put_back, save_remembered, take_out
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
@@ -261,6 +261,8 @@ class LayerProbe(nn.Module):
         self._router = router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
+        self._windows = Windows(self._places)
+        self._remembered: dict[str, dict[str, Any]] = {}  # by who reads windows, and saved with the states
         self._identity = Identity(chosen)
         self._hooks = Hooks(self, unwrap(model))
         try:
@@ -384,6 +386,7 @@ class LayerProbe(nn.Module):
         _check_stage(stage)
         if name not in self.layers:
             raise KeyError(f"{name!r} is not probed; probed layers are {', '.join(map(repr, self._layers))}")
+        self._join_windows()
         return self._place(stage, name).collection
 
     def compute(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Tensor]:
@@ -495,6 +498,7 @@ class LayerProbe(nn.Module):
             error: that is raised on all processes; None if this one has none.
             of_all: whether metrics that are not merged get the layers of other processes, too.
         """
+        self._join_windows()
         if self._router.is_merged:
             if error is not None:
                 raise error
@@ -594,6 +598,7 @@ class LayerProbe(nn.Module):
             if self._router.is_merged:
                 yield
                 return
+            self._join_windows()
             try:
                 with self._merged_states(STAGES):
                     self._router.is_merged = True
@@ -732,15 +737,9 @@ class LayerProbe(nn.Module):
         problem: '1' in train: dead: 8 of 8 features
         """
         _check_stage(stage)
-        threshold = threshold_of(self.statistics.values())
-
-        def read(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, LayerNumbers | None]:
-            found = numbers_of(_spectra(places), self.facts, threshold, tell)
-            return {(stage, each.layer): each for each in found}
-
-        with self._router.lock, self._agreed([stage]) as agreement:
-            found = self._read_places(agreement, [stage], read, lambda: None)[stage]
-            numbers = self._judged(each for _, each in found.values() if each is not None)
+        with self._router.lock:
+            found = self._numbers(stage, lambda place: None)
+            numbers = self._judged(each[1] for _, each in found.values() if each is not None)
             others = (place for place, _ in found.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
                 raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
@@ -749,6 +748,24 @@ class LayerProbe(nn.Module):
     def _judged(self, numbers: Iterable[LayerNumbers]) -> list[LayerNumbers]:
         """The numbers from which findings are made: rows of steps that overflow are none."""
         return [each._replace(left_out=0) if self._expects_overflow else each for each in numbers]
+
+    def _numbers(
+        self, stage: str, more: Callable[[LayerMetrics], T]
+    ) -> dict[str, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
+        """What findings are made from, and whatever else is read of each layer; None where there is none."""
+        threshold = threshold_of(self.statistics.values())
+
+        def read(
+            places: list[LayerMetrics], tell: Progress | None
+        ) -> dict[Place, tuple[T, LayerNumbers] | None]:
+            others = {place.layer: more(place) for place in places}
+            return {
+                (stage, each.layer): (others[each.layer], each)
+                for each in numbers_of(_spectra(places), self.facts, threshold, tell)
+            }
+
+        with self._agreed([stage]) as agreement:
+            return self._read_places(agreement, [stage], read, lambda: None)[stage]
 
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
         """Layer -> whether its weights are as they were initialised, as told by a process that has it."""
@@ -838,6 +855,7 @@ class LayerProbe(nn.Module):
     def _each_merged(self, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
         """What is read of each layer while its states are merged, on all processes."""
         group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
+        self._join_windows()
         if group is not NO_GROUP:
             with self._router.lock:
                 agreement = self._agree([stage], group)
@@ -902,27 +920,29 @@ class LayerProbe(nn.Module):
             if self._router.is_merged:
                 self._resets.append(None if stage is None else _check_stage(stage))
                 return
+            self._join_windows()
             self._kept.forget()
             for each in STAGES if stage is None else (_check_stage(stage),):
                 self._steps.reset(each)
                 for name in self._layers:
                     self._places[each, name].reset()
 
-    def _take_out(self, stage: str) -> dict[str, Taken]:
-        """What was observed in a stage, by layer; from then on the probe holds what comes after."""
+    def _join_windows(self) -> None:
+        """Let the probe hold all that was observed, and not only what came since somebody read its window."""
         with self._router.lock:
-            return {name: take_out(self._places[stage, name], to_merge=True) for name in self._layers}
+            self._windows.join()
 
-    def _merge_in(self, stage: str, taken: Mapping[str, Taken]) -> None:
-        """Add what was taken out."""
-        with self._router.lock:
-            for name, each in taken.items():
-                merge_in(self._places[stage, name], each)
+    @contextlib.contextmanager
+    def _only(self, reader: str, stage: str) -> Iterator[None]:
+        """Inside, the probe holds of a stage only what a reader has yet to read. Layers must not run inside."""
+        with self._router.lock, self._windows.only(reader, stage):
+            yield
 
     @contextlib.contextmanager
     def _without(self, stages: Iterable[str]) -> Iterator[None]:
         """Inside, the probe holds nothing of these stages. Layers must not run inside."""
         with self._router.lock:
+            self._join_windows()
             places = [self._places[stage, name] for stage in stages for name in self._layers]
             taken = [take_out(place) for place in places]
             try:
@@ -1023,6 +1043,7 @@ class LayerProbe(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
         """Move the metrics; from then on observations are brought to that device."""
+        self._join_windows()
         for of_layer in self._places.values():
             for metric in of_layer.members:
                 metric.to(*args, **kwargs)
@@ -1069,6 +1090,8 @@ class LayerProbe(nn.Module):
         with self._router.lock, other._router.lock:
             if self._router.is_merged or other._router.is_merged:
                 raise RuntimeError("expected probes with their own states to merge, got one inside merged()")
+            self._join_windows()
+            other._join_windows()
             pairs = [(self._places[place], each) for place, each in other._places.items() if each.has_data()]
             for own, theirs in pairs:
                 check_places(own, theirs)
@@ -1088,15 +1111,18 @@ class LayerProbe(nn.Module):
         """
 
         def agree() -> Agreement | None:
+            self._join_windows()
             return self._agree(STAGES, None, takes_all=True) if is_one_of_several() else None
 
         return Sharded(self._places, agree, self._steps, self._router.order, self.reset)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._join_windows()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._is_persistent:
             order = [self._layers.index(name) for name in self._router.order]
             saving.save_progress(destination, prefix, list(self._places.values()), self._steps, order)
+            save_remembered(destination, prefix, self._remembered, self._steps)
 
     def _load_from_state_dict(
         self,
@@ -1107,6 +1133,9 @@ class LayerProbe(nn.Module):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
+        self._join_windows()
+        self._windows.forget()
+        load_remembered(state_dict, prefix, self._remembered, self._steps)
         for place, of_layer in self._places.items():
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(f"{prefix}metrics.{_module_key(*place)}."))
@@ -1151,6 +1180,64 @@ def read_probe(
         RuntimeError: for what :meth:`LayerProbe.compute` raises.
     """
     return probe._recorded(progress)
+
+
+def keep_history(probe: LayerProbe, steps: int) -> None:
+    """Have a probe keep what each of the last forwards did, unless it does so already.
+
+    Args:
+        probe: that has observed nothing.
+        steps: how many forwards to remember.
+
+    Raises:
+        RuntimeError: if the probe has observed something.
+    """
+    if any(place.takes_all_rows for place in probe._places.values()):
+        return
+    if any(place.has_data() for place in probe._places.values()):
+        raise RuntimeError(
+            "expected a probe that has observed nothing, to which a HistoryMetric can be added, got one with"
+            f" observations, {probe!r}: make the Monitor before the model runs, or call reset(), or give the"
+            " probe a HistoryMetric"
+        )
+    first = next(iter(probe._templates.values()))
+    metric = HistoryMetric(
+        steps=steps, process_group=first.process_group, sync_on_compute=first.sync_on_compute
+    )
+    with probe._router.lock:
+        name = next(each for each in ("history", "monitor_history") if each not in probe._names)
+        probe._templates = {**probe._templates, name: metric}
+        probe._names.append(name)
+        pinned = {
+            key: [leader._pinned_device for leader in place.spectral_leaders]
+            for key, place in probe._places.items()
+        }
+        for key, place in probe._places.items():
+            place.keep(collect(probe._templates))
+            probe.metrics[_module_key(*key)] = place.collection
+            for leader in place.spectral_leaders if pinned[key] else ():
+                leader._pinned_device = pinned[key][0]
+        if probe._is_persistent:
+            probe.persistent()
+        probe._counts_forwards = True
+        probe._watch_steps()
+
+
+def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerNumbers, Scales]]:
+    """What a reader has yet to read of each layer, in forward order; all processes call it.
+
+    Args:
+        probe: to read; see :class:`~.windows.Windows`.
+        stage: ``"train"`` or ``"eval"``.
+        reader: who has opened a window of that stage.
+
+    Returns:
+        For each layer with observations what findings are made from, and the scale in each forward.
+    """
+    with probe._only(reader, stage):
+        found = probe._numbers(stage, lambda place: scales_of(place.history))
+    read = [each for _, each in found.values() if each is not None]
+    return list(zip(probe._judged(each for _, each in read), (each for each, _ in read), strict=True))
 
 
 def _value_of(metric: Any) -> Any:

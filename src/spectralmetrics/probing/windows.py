@@ -1,14 +1,23 @@
-"""What a layer has shown, set aside for a while: a window of a stage, or a stage that is not to be read."""
+"""What a reader has yet to read of a stage, while the probe as a whole keeps all of it.
+
+What was observed up to a reading is set aside before the next observation is added, and put together with what
+came since as soon as anybody looks at the layer.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torchmetrics import Metric
 
-from spectralmetrics.metrics.overrides import count_of_updates, forget_value
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics.overrides import add_earlier, count_of_updates, forget_value
 from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.steps import Steps
 
 Taken: TypeAlias = list[tuple[Metric, dict[str, Any], int]]
 """Metrics, their states, and how often they were updated."""
@@ -24,12 +33,15 @@ def take_out(place: LayerMetrics, *, to_merge: bool = False) -> Taken:
     leaders = [
         leader
         for leader in place.leaders
-        if not (to_merge and (leader.full_state_update or leader.dist_sync_on_step))
+        if not (to_merge and (leader.full_state_update is not False or leader.dist_sync_on_step))
     ]
-    taken = [(leader, leader.metric_state, count_of_updates(leader)) for leader in leaders]
+    taken = [(leader, _copied(leader.metric_state), count_of_updates(leader)) for leader in leaders]
     with torch.inference_mode(False):  # states made inside could not be updated outside
         for leader in leaders:
+            repeats = leader._repeats if isinstance(leader, SpectralMetric) else None
             leader.reset()
+            if repeats is not None:  # whether inputs come again is known of all that was observed
+                leader._repeats = repeats
     _share(place)
     return taken
 
@@ -37,20 +49,192 @@ def take_out(place: LayerMetrics, *, to_merge: bool = False) -> Taken:
 def put_back(place: LayerMetrics, taken: Taken) -> None:
     """Put what was taken out in the place of the states."""
     for leader, state, updates in taken:
-        for name, value in state.items():
-            setattr(leader, name, value)
-        count_of_updates(leader, updates)
+        _set(leader, state, updates)
     _share(place)
 
 
 def merge_in(place: LayerMetrics, taken: Taken) -> None:
-    """Add what was taken out to the states."""
-    for leader, state, _ in taken:
-        leader.merge_state(state)
+    """Add what was taken out to the states, each fold to the same fold. What was taken out is left as it is."""
+    for leader, state, updates in taken:
+        before = count_of_updates(leader)
+        if not updates:
+            continue
+        if not before:
+            _set(leader, state, updates)
+            continue
+        if isinstance(leader, SpectralMetric):
+            leader.take_in(state)
+            count_of_updates(leader, before + updates)
+        else:
+            earlier = _copied(leader.metric_state)
+            _set(leader, state, updates)
+            add_earlier(leader, earlier, before)
     _share(place)
+
+
+def _set(leader: Metric, state: Mapping[str, Any], updates: int) -> None:
+    for name, value in _copied(state).items():
+        setattr(leader, name, value)
+    count_of_updates(leader, updates)
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors; torchmetrics empties the lists among states in place."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
 
 def _share(place: LayerMetrics) -> None:
     for member in place.members:
         forget_value(member)
     place.share_states()
+    place.note_other_states()
+
+
+class LayerWindow:
+    """What each reader has yet to read of one layer in one stage.
+
+    Args:
+        place: the layer, which holds all of it whenever :meth:`join` was called last.
+    """
+
+    def __init__(self, place: LayerMetrics) -> None:
+        self._place = place
+        self._earlier: Taken | None = None  # set aside while the layer holds what came after
+        self._pieces: list[Taken] = []  # what some reader has yet to read, in order
+        self._begins: dict[str, int] = {}  # reader -> the first piece that it has yet to read
+
+    def advance(self, reader: str) -> None:
+        """A reader has read everything, or begins to read here."""
+        self.join()
+        self._place.before_update = self._cut
+        self._begins[reader] = len(self._pieces)
+        self._drop()
+
+    def close(self, reader: str) -> None:
+        """A reader reads no more."""
+        self.join()
+        self._begins.pop(reader, None)
+        self._drop()
+        if not self._begins:
+            self._place.before_update = None
+
+    def join(self) -> None:
+        """Let the layer hold everything."""
+        if self._earlier is None:
+            return
+        earlier, self._earlier = self._earlier, None
+        place, piece = self._place, take_out(self._place, to_merge=True)
+        whole = piece
+        if any(updates for _, _, updates in earlier):
+            put_back(place, earlier)
+            merge_in(place, piece)
+            whole = take_out(place, to_merge=True)
+        if self._pieces and len(self._pieces) not in self._begins.values():  # nobody tells the two apart
+            put_back(place, self._pieces.pop())
+            merge_in(place, piece)
+            piece = take_out(place, to_merge=True)
+        self._pieces.append(piece)
+        put_back(place, whole)
+
+    @contextlib.contextmanager
+    def only(self, reader: str) -> Iterator[None]:
+        """Inside, the layer holds only what a reader has yet to read."""
+        self.join()
+        whole = take_out(self._place, to_merge=True)
+        try:
+            for piece in self._pieces[self._begins[reader] :]:
+                merge_in(self._place, piece)
+            yield
+        finally:
+            put_back(self._place, whole)
+
+    def _cut(self) -> None:
+        """Set everything aside; called before an observation is added."""
+        if self._earlier is None:
+            self._earlier = take_out(self._place, to_merge=True)
+
+    def _drop(self) -> None:
+        """Forget the pieces that everybody has read."""
+        read = min(self._begins.values(), default=len(self._pieces))
+        del self._pieces[:read]
+        self._begins = {reader: begin - read for reader, begin in self._begins.items()}
+
+
+class Windows:
+    """The windows of all layers of a probe; whoever calls holds the lock of its router.
+
+    Args:
+        places: (stage, layer) -> metrics.
+    """
+
+    def __init__(self, places: Mapping[tuple[str, str], LayerMetrics]) -> None:
+        self._places = places
+        self._windows: dict[tuple[str, str], LayerWindow] = {}
+
+    def open(self, reader: str, stage: str) -> None:
+        """From now on keep what a reader has yet to read of a stage; one that is known begins anew."""
+        for key, place in self._places.items():
+            if key[0] == stage and key not in self._windows:
+                self._windows[key] = LayerWindow(place)
+        self.advance(reader, stage)
+
+    def advance(self, reader: str, stage: str, layers: Iterable[str] | None = None) -> None:
+        """A reader has read these layers of a stage; None: all of them."""
+        for window in self._of(stage, layers):
+            window.advance(reader)
+
+    def close(self, reader: str, stage: str) -> None:
+        """A reader reads no more of a stage."""
+        for window in self._of(stage):
+            window.close(reader)
+
+    def join(self) -> None:
+        """Let the probe hold everything that was observed."""
+        for window in self._windows.values():
+            window.join()
+
+    def forget(self) -> None:
+        """All readers begin anew with what comes next, as when other states have been loaded."""
+        for window in self._windows.values():
+            for reader in list(window._begins):
+                window.advance(reader)
+
+    @contextlib.contextmanager
+    def only(self, reader: str, stage: str) -> Iterator[None]:
+        """Inside, the probe holds of a stage only what a reader has yet to read."""
+        with contextlib.ExitStack() as stack:
+            for window in self._of(stage):
+                stack.enter_context(window.only(reader))
+            yield
+
+    def _of(self, stage: str, layers: Iterable[str] | None = None) -> list[LayerWindow]:
+        chosen = None if layers is None else set(layers)
+        return [
+            window
+            for (its_stage, layer), window in self._windows.items()
+            if its_stage == stage and (chosen is None or layer in chosen)
+        ]
+
+
+def save_remembered(
+    destination: dict[str, Any], prefix: str, remembered: Mapping[str, Any], steps: Steps
+) -> None:
+    """Put into a state dict what readers of windows remember, and the step of the optimiser."""
+    if remembered:
+        text = json.dumps({"step": steps.step, "readers": remembered}).encode()
+        destination[prefix + "remembered"] = torch.tensor(list(text), dtype=torch.uint8)
+
+
+def load_remembered(
+    state_dict: dict[str, Any], prefix: str, remembered: dict[str, dict[str, Any]], steps: Steps
+) -> None:
+    """Take out of a state dict what readers of windows remember; those of which it says nothing begin anew."""
+    saved = state_dict.pop(prefix + "remembered", None)
+    if saved is None:
+        return
+    loaded = json.loads(bytes(saved.tolist()))
+    steps.step = loaded["step"]
+    for reader in {*remembered, *loaded["readers"]}:
+        own = remembered.setdefault(reader, {})
+        own.clear()  # the reader has this very dict
+        own.update(loaded["readers"].get(reader, {}))

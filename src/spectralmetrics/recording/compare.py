@@ -19,7 +19,7 @@ from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import RecordKey, Row
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.arrays import SavedLayer
-from spectralmetrics.table import WIDTH, number, percent, text_table
+from spectralmetrics.table import WIDTH, number, percent, plural, text_table
 from spectralmetrics.tail import MEAN_LAYER
 
 
@@ -240,6 +240,7 @@ def describe_comparison(
     lines += [f"layers in {stage}; leading eigenspaces explain {percent(threshold)} of the variance", ""]
     lines += _pairs_of_numbers({**scalars, **means})
     lines += _problems(sides, stage, threshold)
+    lines += _alarms(sides)
     lines += _answer(rows, means)
     lines += ["", *_table(rows), "", *_LEGEND]
     return "\n".join(lines)
@@ -273,6 +274,19 @@ def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]
                 )
         found = [each for each in find(stage, numbers) if each.severity == "problem"] if numbers else []
         lines += [f"problem on the {name}: {each.layer}: {each.message}" for each in found]
+    return ["", *lines] if lines else []
+
+
+def _alarms(sides: Sequence[_Side]) -> list[str]:
+    """What a monitor said while the runs were recorded."""
+    lines = []
+    names = {side.run.directory: f"on the {name}" for name, side in zip(("left", "right"), sides, strict=True)}
+    for side in {side.run.directory: side for side in sides}.values():
+        where = names[side.run.directory] if len(names) > 1 else "of this run"
+        alarms = side.run.alarms
+        lines += [f"alarm {where}: {alarm}" for alarm in alarms[:_NAMED]]
+        if len(alarms) > _NAMED:
+            lines.append(f"and {plural(len(alarms) - _NAMED, 'more alarm')} {where}")
     return ["", *lines] if lines else []
 
 

@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.processes import portable
+from spectralmetrics.recording.alarms import FILE_NAME as ALARMS
+from spectralmetrics.recording.alarms import read_alarms, write_alarms
 from spectralmetrics.recording.lock import DirectoryLock
 from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
 from spectralmetrics.recording.record import Record, RecordKey
@@ -107,6 +110,17 @@ class RunDirectory:
     def _takers(self, record: Record) -> list[Writer]:
         return [writer for writer in self.writers if record.step is None or writer.at_steps]
 
+    def add_alarm(self, alarm: Alarm) -> None:
+        """Keep an alarm."""
+        write_alarms(self.directory, [*read_alarms(self.directory), alarm])
+
+    def drop_alarms(self, step: int) -> None:
+        """Forget the alarms from a step on."""
+        alarms = read_alarms(self.directory)
+        kept = [alarm for alarm in alarms if alarm.step < step]
+        if len(kept) < len(alarms):
+            write_alarms(self.directory, kept)
+
     def close(self) -> None:
         """Close the writers and let go of the directory."""
         with contextlib.ExitStack() as stack:  # all are closed, also if one fails
@@ -116,6 +130,8 @@ class RunDirectory:
 
     def _refuse_records(self) -> None:
         holding = [name for name, writer in self._known.items() if writer.holds_records(self.directory)]
+        if (self.directory / ALARMS).exists():
+            holding.append(ALARMS)
         if holding:
             raise FileExistsError(
                 f"{self.directory} already holds records ({', '.join(holding)}); mode='resume' goes on after"
@@ -139,6 +155,7 @@ class RunDirectory:
                     _logger.warning("removing the records of %s, up to %s", directory, end)
             for writer in known.values():
                 writer.discard_after(directory, None)
+            write_alarms(directory, [])
         joined = self._manifest.writers
         self._manifest = Manifest(
             # One that pauses for a while joins anew.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.functional.together import Progress
+from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
@@ -31,6 +32,7 @@ from spectralmetrics.recording.record import (
 from spectralmetrics.recording.settings import Settings, describe
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
+from spectralmetrics.sums.checks import is_integer
 from spectralmetrics.tail import MEAN_LAYER, recorded_name
 
 
@@ -173,8 +175,7 @@ class Recorder:
             RuntimeError: after :meth:`close`; for what :meth:`LayerProbe.compute` or a writer raises.
             OSError: if the record cannot be written; earlier records are intact.
         """
-        if not self._is_open:
-            raise RuntimeError(f"the recorder of {self.directory} is closed")
+        self._check_open()
         key = self._next_key(epoch, step)
         is_kept, failed = None, None
         error: BaseException | None
@@ -213,6 +214,36 @@ class Recorder:
         self._undefined.update(undefined_layers(record.rows))
         return dict(record.values)
 
+    def add_alarm(self, alarm: Alarm) -> None:
+        """Keep an alarm at once, in ``alarms.csv``; what a :class:`~spectralmetrics.Monitor` calls.
+
+        On several processes all call it, and the first one writes. A process killed at any moment leaves whole
+        lines.
+
+        Raises:
+            TypeError: for anything but an alarm.
+            RuntimeError: after :meth:`close`.
+            OSError: if it cannot be written; the earlier ones are intact.
+        """
+        if not isinstance(alarm, Alarm):
+            raise TypeError(f"expected an Alarm, got {alarm!r}")
+        self._check_open()
+        run: Any = self._run
+        on_first_process(lambda: run.add_alarm(alarm))
+
+    def drop_alarms(self, step: int) -> None:
+        """Forget the alarms from a step on; called by a monitor that goes on from there.
+
+        Raises:
+            ValueError: for a step that is no integer, or negative.
+            RuntimeError: after :meth:`close`.
+        """
+        if not is_integer(step, 0):
+            raise ValueError(f"expected a step as an integer that is not negative, got {step!r}")
+        self._check_open()
+        run: Any = self._run
+        on_first_process(lambda: run.drop_alarms(int(step)))
+
     def close(self) -> None:
         """Close the writers. What was added after the last record is not kept, and a warning says so."""
         if not self._is_open:
@@ -229,6 +260,10 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"the recorder of {self.directory} is closed")
 
     def _open(self, mode: Mode) -> RecordKey | None:
         self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)

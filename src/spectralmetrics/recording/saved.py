@@ -15,8 +15,10 @@ from torch import Tensor
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
+from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.keys import Key, as_text, from_text
+from spectralmetrics.recording.alarms import read_alarms
 from spectralmetrics.recording.manifest import Manifest, read_manifest
 from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
 from spectralmetrics.recording.settings import Settings, rebuild_metrics
@@ -54,6 +56,11 @@ class SavedRun:
             raise FileNotFoundError(f"expected a run with a {FILE_NAME} or arrays, got {self.directory}")
         if not self.records:
             raise ValueError(f"expected records in {self.directory}, got none")
+
+    @cached_property
+    def alarms(self) -> list[Alarm]:
+        """What a monitor said while the run was recorded."""
+        return read_alarms(self.directory)
 
     @property
     def has_table(self) -> bool:

@@ -1,0 +1,6 @@
+"""What the numbers of a training mean over time, and when to say so."""
+
+from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, Alarm, AlarmRule
+from spectralmetrics.monitoring.monitor import AlarmRecorder, Monitor
+
+__all__ = ["DEFAULT_ALARMS", "Alarm", "AlarmRecorder", "AlarmRule", "Monitor"]

@@ -1,0 +1,327 @@
+"""Alarms: what has changed for the worse in a layer since the readings before.
+
+One public table, :data:`DEFAULT_ALARMS`, holds the rules. ``checks/alarms.py`` judges them, on networks, data
+and seeds that they were not calibrated on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from spectralmetrics.findings import Finding, LayerNumbers, all_but
+from spectralmetrics.probing.history import Scales
+from spectralmetrics.table import plural
+
+AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "rms"]
+
+_NARROW = 4
+"""In narrower layers, and in networks of fewer outputs, few directions are as many as the task has."""
+_FALLEN = 4.0
+"""A spread that was never larger by this factor has not fallen."""
+_PAST = 6
+"""Readings that a rank is compared with."""
+_FEWEST_CHANGES, _MOST_CHANGES = 12, 64
+"""Changes of the scale by which a jump is told."""
+_ROBUST = 1.4826
+"""From a median of absolute deviations to the standard deviation of a normal distribution."""
+
+
+class Alarm(NamedTuple):
+    """Something that went wrong in a layer.
+
+    Attributes:
+        step: the number of optimiser steps so far when it was noticed, or when the scale jumped.
+        finding: what it is; see :class:`~spectralmetrics.Finding`.
+        before: the value of the same statistic before; NaN where there is none.
+    """
+
+    step: int
+    finding: Finding
+    before: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.finding.layer!r} in {self.finding.stage}: {self.finding.message}"
+
+
+class AlarmRule(NamedTuple):
+    """When there is an alarm.
+
+    Attributes:
+        kind: of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
+        statistic: what is compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``, ``"effective_rank"``
+            or ``"rms"``.
+        threshold: the limit of its value; of ``"rms"`` the factor of a change.
+        reads: readings in a row that must show it.
+        min_observations: with fewer rows since the last reading, these are kept for the next one.
+        first_step: before that many steps the rule says nothing.
+        factor: how far below its own past the value must be; NaN where the past does not count.
+        deviations: the same in robust deviations of its own past.
+        when: the rule in words.
+    """
+
+    kind: str
+    statistic: AlarmStatistic
+    threshold: float
+    reads: int
+    min_observations: int
+    first_step: int
+    factor: float
+    deviations: float
+    when: str
+
+
+DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
+    AlarmRule(
+        "non_finite", "non_finite", 0, 1, 0, 0, math.nan, math.nan, "rows with NaN or infinities were left out"
+    ),
+    AlarmRule(
+        "collapsed",
+        "spread",
+        1e-3,
+        2,
+        256,
+        0,
+        _FALLEN,
+        math.nan,
+        "the variance is less than this share of the mean square, and has fallen to less than a quarter of what"
+        " it was, in a layer of 4 features or more",
+    ),
+    AlarmRule(
+        "dead",
+        "dead_features",
+        0.9,
+        2,
+        256,
+        0,
+        math.nan,
+        math.nan,
+        "at least this share of the features does not vary, and did before",
+    ),
+    AlarmRule(
+        "collapsed",
+        "effective_rank",
+        2.5,
+        3,
+        256,
+        175,
+        1.5,
+        3,
+        "the effective rank is below this, and below the least of its last six readings by the factor and by"
+        " the robust deviations, in a layer and a network of 4 outputs or more",
+    ),
+    AlarmRule(
+        "scale",
+        "rms",
+        2,
+        1,
+        0,
+        0,
+        math.nan,
+        12,
+        "the root mean square changed by more than this factor, and by more than so many medians of its own"
+        " last 64 changes, from one step to the next, and did not come back in the step after",
+    ),
+)
+"""The rules of a :class:`~spectralmetrics.Monitor`, unless it is given others."""
+
+STATISTICS: tuple[str, ...] = ("non_finite", "spread", "dead_features", "effective_rank", "rms")
+
+Past: TypeAlias = dict[str, Any]
+"""What is remembered of one layer, as JSON holds it."""
+
+
+def judge(
+    rules: Sequence[AlarmRule],
+    stage: str,
+    step: int,
+    layers: Sequence[tuple[LayerNumbers, Scales]],
+    past: Mapping[str, Past],
+) -> list[Alarm]:
+    """The alarms of a reading, in forward order.
+
+    Args:
+        rules: to apply.
+        stage: of the observations.
+        step: number of optimiser steps so far.
+        layers: what was read, in forward order.
+        past: layer -> what is remembered of it; brought up to date.
+    """
+    found: list[Alarm] = []
+    last = layers[-1][0] if layers else None
+    for numbers, _ in layers:
+        for rule in rules:
+            if rule.statistic != "rms" and last is not None:
+                found += _of_level(rule, stage, step, numbers, last, past[numbers.layer])
+    for rule in rules:
+        if rule.statistic == "rms":
+            found += _of_jumps(rule, stage, step, layers, past)
+    order = [numbers.layer for numbers, _ in layers]
+    return sorted(found, key=lambda alarm: order.index(alarm.finding.layer))
+
+
+def enough(rules: Sequence[AlarmRule], numbers: LayerNumbers) -> bool:
+    """Whether a layer has the observations that the rules need."""
+    return numbers.observations >= max((rule.min_observations for rule in rules), default=0)
+
+
+# -- values that stay where they should not be -----------------------------------------------------------------
+
+
+def _of_level(
+    rule: AlarmRule, stage: str, step: int, numbers: LayerNumbers, last: LayerNumbers, past: Past
+) -> Iterator[Alarm]:
+    value = _VALUES[rule.statistic](numbers, last)
+    if math.isnan(value) or (rule.statistic == "effective_rank" and not enough([rule], numbers)):
+        return  # few rows have few directions
+    own = past.setdefault(
+        f"{rule.kind}/{rule.statistic}", {"seen": [], "reads": 0, "since": 0, "raised": False}
+    )
+    if not _is_beyond(rule, value, own["seen"], step):
+        own.update(reads=0, raised=False, seen=_remembered(rule, own["seen"], value))
+        return
+    if numbers.observations < rule.min_observations or own["raised"]:
+        return
+    own["reads"] += 1
+    if own["reads"] == 1:
+        own["since"] = step
+    if own["reads"] >= rule.reads:
+        own["raised"] = True
+        before = _before(rule, own["seen"])
+        words = _WORDS[rule.statistic](numbers, value, before)
+        if rule.reads > 1:
+            words += f", since step {own['since']}"
+        ends = numbers.rank if rule.statistic == "effective_rank" and numbers.has_interval else ()
+        yield Alarm(step, Finding(stage, numbers.layer, rule.kind, "problem", words, value, *ends), before)
+
+
+def _spread(numbers: LayerNumbers, last: LayerNumbers) -> float:
+    is_told = numbers.width >= _NARROW and numbers.observations > 1 and not numbers.is_dead
+    return numbers.spread if is_told else math.nan
+
+
+def _dead(numbers: LayerNumbers, last: LayerNumbers) -> float:
+    return numbers.dead / numbers.width if numbers.observations > 1 else math.nan
+
+
+def _rank(numbers: LayerNumbers, last: LayerNumbers) -> float:
+    allows_more = min(numbers.width, numbers.ceiling, last.width) >= _NARROW
+    return numbers.upper_rank if allows_more and not numbers.is_dead else math.nan
+
+
+_VALUES: dict[str, Callable[[LayerNumbers, LayerNumbers], float]] = {
+    "non_finite": lambda numbers, last: numbers.left_out,
+    "spread": _spread,
+    "dead_features": _dead,
+    "effective_rank": _rank,
+}
+
+_WORDS: dict[str, Callable[[LayerNumbers, float, float], str]] = {
+    "non_finite": lambda numbers, value, before: (
+        f"{plural(numbers.left_out, 'row')} with NaN or infinities left out"
+    ),
+    "spread": lambda numbers, value, before: f"collapsed: the mean holds {all_but(value)} %",
+    "dead_features": lambda numbers, value, before: f"dead: {numbers.dead} of {numbers.width} features",
+    "effective_rank": lambda numbers, value, before: (
+        f"collapsed: effective rank {value:.2g}, {before:.2g} before"
+    ),
+}
+
+
+def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) -> bool:
+    """Whether a value is where it should not be, and was not."""
+    if step < rule.first_step:
+        return False
+    if rule.statistic == "non_finite":
+        return value > rule.threshold
+    if rule.statistic == "dead_features":
+        return value >= rule.threshold and bool(seen)
+    if value >= rule.threshold or not seen:
+        return False
+    if rule.statistic == "spread":
+        return value < max(seen) / rule.factor
+    logarithms = [math.log(max(each, 1e-12)) for each in seen]
+    middle = statistics.median(logarithms)
+    deviation = _ROBUST * statistics.median(abs(each - middle) for each in logarithms)
+    margin = max(math.log(rule.factor), rule.deviations * deviation)
+    return math.log(max(value, 1e-12)) < min(logarithms) - margin
+
+
+def _remembered(rule: AlarmRule, seen: Sequence[float], value: float) -> list[float]:
+    """The values that later ones are compared with."""
+    if rule.statistic == "effective_rank":
+        return [*seen, value][-_PAST:]
+    if rule.statistic == "spread":
+        return [max([*seen, value]), value]
+    return [value] if rule.statistic == "non_finite" or value < rule.threshold else list(seen)
+
+
+def _before(rule: AlarmRule, seen: Sequence[float]) -> float:
+    if not seen:
+        return math.nan
+    return min(seen) if rule.statistic == "effective_rank" else seen[-1]
+
+
+# -- jumps of the scale ----------------------------------------------------------------------------------------
+
+
+class _Jump(NamedTuple):
+    forward: int
+    order: int
+    layer: str
+    step: int
+    before: float
+    after: float
+
+
+def _of_jumps(
+    rule: AlarmRule,
+    stage: str,
+    step: int,
+    layers: Sequence[tuple[LayerNumbers, Scales]],
+    past: Mapping[str, Past],
+) -> Iterator[Alarm]:
+    """One alarm for all that jumped, with the layer that did so first."""
+    jumps = []
+    for order, (numbers, scales) in enumerate(layers):
+        own = past[numbers.layer]
+        known = [tuple(each) for each in own.get("scales", ())]
+        series = known + [each for each in scales if not known or each[0] > known[-1][0]]
+        for index in range(max(len(known) - 1, 1), len(series) - 1):
+            change = _jump(
+                rule, [scale for _, _, scale in series[max(index - _MOST_CHANGES - 1, 0) : index + 2]]
+            )
+            if change is not None:
+                forward, at, after = series[index]
+                happened = step if at is None else at + 1
+                jumps.append(
+                    _Jump(forward, order, numbers.layer, happened, math.exp(after - change), math.exp(after))
+                )
+                break
+        own["scales"] = [list(each) for each in series[-_MOST_CHANGES - 2 :]]
+    if jumps:
+        first = min(jumps)
+        factor = first.after / first.before
+        words = f"the scale changed by a factor of {factor:.3g} in one step"
+        if len(jumps) > 1:
+            words += f", and after it that of {plural(len(jumps) - 1, 'other layer')}"
+        finding = Finding(stage, first.layer, rule.kind, "problem", words, first.after)
+        yield Alarm(first.step, finding, first.before)
+
+
+def _jump(rule: AlarmRule, scales: Sequence[float]) -> float | None:
+    """The change to the last scale but one, if it is a jump from which the last has not come back."""
+    *earlier, before, now, after = scales
+    changes = [abs(b - a) for a, b in zip([*earlier, before], [*earlier[1:], before], strict=False)]
+    changes = [each for each in changes if math.isfinite(each)]
+    if len(changes) < _FEWEST_CHANGES:
+        return None
+    limit = max(rule.deviations * statistics.median(changes), math.log(rule.threshold))
+    # Compared with the middle of three, too: one odd batch neither begins nor ends with a jump.
+    usual = statistics.median([*earlier[-2:], before])
+    moves = [now - before, now - usual, after - before, after - usual]
+    if not all(map(math.isfinite, moves)) or not (min(moves) > 0 or max(moves) < 0):
+        return None
+    return now - before if min(map(abs, moves)) > limit else None

@@ -1,0 +1,176 @@
+"""Monitor: says while a training runs when a layer collapses, dies, or jumps in scale."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch.distributed as dist
+
+from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
+from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.merging import STAGES
+from spectralmetrics.probing.probe import keep_history, read_window
+from spectralmetrics.sums.checks import check_positive_integer
+
+_FIRST = 5
+"""Steps to the first reading, which says what was there from the beginning."""
+_FORWARDS = 256
+"""Of which the scale is remembered at least."""
+
+
+@runtime_checkable
+class AlarmRecorder(Protocol):
+    """What keeps alarms; a :class:`~spectralmetrics.Recorder` does."""
+
+    def add_alarm(self, alarm: Alarm) -> None:
+        """Keep an alarm."""
+
+    def drop_alarms(self, step: int) -> None:
+        """Forget the alarms from a step on."""
+
+
+class Monitor:
+    """Reads a probe every so many steps, and says when a layer collapses, dies, or jumps in scale.
+
+    Each reading judges what was observed since the last one, by rules that compare a layer with its own past:
+    :data:`~spectralmetrics.DEFAULT_ALARMS`. The probe as a whole keeps everything, so that
+    :meth:`.LayerProbe.compute`, :meth:`.Recorder.record` and the like give what they give without a monitor. On
+    several processes make the monitor and call :meth:`step` on all of them: all get the same alarms.
+
+    Jumps of the scale are told by the history of forwards: a :class:`~spectralmetrics.HistoryMetric` joins the
+    probe's metrics if there is none. What is remembered of earlier readings is saved with the probe, see
+    :meth:`.LayerProbe.persistent`: make the monitor before you load a state.
+
+    Args:
+        probe: to read. One monitor at a time for each stage.
+        every: steps of the optimiser from one reading to the next.
+        stage: ``"train"`` or ``"eval"``.
+        alarms: the rules, such as ``[rule for rule in DEFAULT_ALARMS if rule.kind != "scale"]``.
+        on_alarm: ``"warn"`` warns on the first process. ``"stop"`` does so, too, and sets :attr:`should_stop`
+            on all. A function is called with each alarm, on all processes.
+        recorder: keeps the alarms, such as a :class:`~spectralmetrics.Recorder`.
+
+    Attributes:
+        probe: to read.
+        should_stop: whether there was an alarm, with ``on_alarm="stop"``; the same on all processes. Nothing is
+            raised: your loop, or the callback of your trainer, ends the training.
+        raised: the alarms so far, as far as this process has seen the run.
+
+    Raises:
+        TypeError: for a probe, rules or a recorder of another type.
+        ValueError: for other arguments out of range.
+        RuntimeError: if a ``HistoryMetric`` is to join a probe that has observed something.
+
+    >>> import torch
+    >>> from spectralmetrics import LayerProbe
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    >>> batch = torch.randn(64, 8)
+    >>> monitor = Monitor(LayerProbe(model), every=20, on_alarm=print)
+    >>> for step in range(60):
+    ...     if step == 50:
+    ...         _ = model[0].weight.data.mul_(32), model[0].bias.data.mul_(32)
+    ...     _ = model(batch)  # and a step of the optimizer
+    ...     alarms = monitor.step()
+    step 51: '0' in train: the scale changed by a factor of 32 in one step, and after it that of 1 other layer
+    """
+
+    def __init__(
+        self,
+        probe: LayerProbe,
+        *,
+        every: int = 100,
+        stage: str = "train",
+        alarms: Sequence[AlarmRule] = DEFAULT_ALARMS,
+        on_alarm: Literal["warn", "stop"] | Callable[[Alarm], Any] = "warn",
+        recorder: AlarmRecorder | None = None,
+    ) -> None:
+        if not isinstance(probe, LayerProbe):
+            raise TypeError(f"expected probe to be a LayerProbe, got {type(probe).__name__}")
+        check_positive_integer("every", every)
+        if stage not in STAGES:
+            raise ValueError(f"expected a stage among {STAGES}, got {stage!r}")
+        _check_rules(alarms)
+        if on_alarm not in ("warn", "stop") and not callable(on_alarm):
+            raise ValueError(f"expected on_alarm to be 'warn', 'stop' or a function, got {on_alarm!r}")
+        if recorder is not None and not isinstance(recorder, AlarmRecorder):
+            raise TypeError(f"expected recorder to be a Recorder or None, got {type(recorder).__name__}")
+        self.probe = probe
+        self.every = every
+        self.stage = stage
+        self.rules = tuple(alarms)
+        self.on_alarm = on_alarm
+        self.recorder = recorder
+        self.should_stop = False
+        self.raised: list[Alarm] = []
+        if any(rule.statistic == "rms" for rule in self.rules):
+            keep_history(probe, max(_FORWARDS, 2 * every))
+        self._reader = f"monitor/{stage}"
+        self._past = probe._remembered.setdefault(self._reader, {})
+        probe._windows.open(self._reader, stage)
+        self._begun: int | None = None  # the last step that this process has seen
+        if probe.step is None:
+            probe.step = self._past.get("step", 0)
+        self._told = probe.step
+
+    def step(self) -> list[Alarm]:
+        """To be called after each step of the optimiser, on all processes.
+
+        The steps are counted from where the state of the probe was saved, or by :attr:`.LayerProbe.step` if you
+        set it.
+
+        Returns:
+            The alarms of a reading; empty if nothing is wrong, and at steps without a reading.
+        """
+        probe, past = self.probe, self._past
+        own = past.get("step", 0) + 1
+        step = own if probe.step is None or probe.step == self._told else probe.step + 1
+        if self.recorder is not None and (self._begun is None or step <= self._begun):
+            self.recorder.drop_alarms(step)
+        past["step"] = self._begun = step
+        probe.step = self._told = step
+        if step < past.get("next", min(self.every, _FIRST)):
+            return []
+        past["next"] = (step // self.every + 1) * self.every
+        return self._read(step)
+
+    def close(self) -> None:
+        """Read no more; the probe goes on without its windows."""
+        self.probe._windows.close(self._reader, self.stage)
+        self.probe._remembered.pop(self._reader, None)
+
+    def __repr__(self) -> str:
+        return f"Monitor(every={self.every}, stage={self.stage!r}, {len(self.raised)} alarms)"
+
+    def _read(self, step: int) -> list[Alarm]:
+        found = read_window(self.probe, self.stage, self._reader)
+        layers = self._past.setdefault("layers", {})
+        for numbers, _ in found:
+            layers.setdefault(numbers.layer, {})
+        alarms = judge(self.rules, self.stage, step, found, layers)
+        # The rows of a layer that has too few are part of its next reading.
+        read = [numbers.layer for numbers, _ in found if enough(self.rules, numbers)]
+        self.probe._windows.advance(self._reader, self.stage, read)
+        for alarm in alarms:
+            self.raised.append(alarm)
+            if self.recorder is not None:
+                self.recorder.add_alarm(alarm)
+        for alarm in alarms:
+            if callable(self.on_alarm):
+                self.on_alarm(alarm)
+                continue
+            if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+                warnings.warn(str(alarm), UserWarning, stacklevel=3)
+            self.should_stop = self.should_stop or self.on_alarm == "stop"
+        return alarms
+
+
+def _check_rules(rules: object) -> None:
+    is_sequence = isinstance(rules, Sequence) and not isinstance(rules, (str, AlarmRule))
+    if not is_sequence or not all(isinstance(rule, AlarmRule) for rule in rules):  # type: ignore[attr-defined]
+        raise TypeError(f"expected alarms to be a sequence of AlarmRules, got {rules!r}")
+    for rule in rules:  # type: ignore[attr-defined]
+        if rule.statistic not in STATISTICS:
+            raise ValueError(f"expected the statistic of a rule among {STATISTICS}, got {rule.statistic!r}")

@@ -1,0 +1,72 @@
+"""``alarms.csv``: what a :class:`~spectralmetrics.Monitor` said while the run was recorded."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from spectralmetrics.findings import Finding
+from spectralmetrics.monitoring import Alarm
+from spectralmetrics.recording.files import replacing, sweep
+
+FILE_NAME = "alarms.csv"
+COLUMNS = ("step", *Finding._fields, "before")
+
+
+def read_alarms(directory: Path) -> list[Alarm]:
+    """The alarms of a run, in the order in which they were raised; none without the file.
+
+    Raises:
+        ValueError: if it is no table of alarms.
+    """
+    path = directory / FILE_NAME
+    if not path.exists():
+        return []
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
+    with io.StringIO(text, newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+            if tuple(header) != COLUMNS:
+                raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {','.join(header)!r}")
+            return [_alarm(cells, reader.line_num, path) for cells in reader]
+        except csv.Error as error:
+            raise ValueError(f"expected an alarm in line {reader.line_num} of {path}: {error}") from None
+
+
+def write_alarms(directory: Path, alarms: Iterable[Alarm]) -> None:
+    """Put these alarms in the place of those of a run: all lines, or the earlier ones if that fails."""
+    sweep(directory, FILE_NAME)
+    lines = [
+        [alarm.step, *("" if each != each else each for each in alarm.finding), _text(alarm.before)]
+        for alarm in alarms
+    ]
+    if not lines:
+        (directory / FILE_NAME).unlink(missing_ok=True)
+        return
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)  # which quotes a name with a line break in it
+    writer.writerows([COLUMNS, *lines])
+    with replacing(directory / FILE_NAME) as file:
+        file.write(text.getvalue().encode())
+
+
+def _text(number: float) -> float | str:
+    return "" if math.isnan(number) else number
+
+
+def _alarm(cells: list[str], line: int, path: Path) -> Alarm:
+    try:
+        step, stage, layer, kind, severity, message, *values = cells
+        value, low, high, before = (float(each) if each else math.nan for each in values)
+        if severity not in ("problem", "note"):
+            raise ValueError
+        return Alarm(int(step), Finding(stage, layer, kind, severity, message, value, low, high), before)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(f"expected an alarm in line {line} of {path}, got {','.join(cells)!r}") from None

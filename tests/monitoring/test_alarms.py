@@ -1,0 +1,151 @@
+"""The rules by themselves, on numbers that are made up."""
+
+import json
+import math
+import random
+
+import pytest
+
+from spectralmetrics import DEFAULT_ALARMS
+from spectralmetrics.findings import LayerNumbers
+from spectralmetrics.monitoring.alarms import judge
+
+
+def reading(layer="a", *, rank=12.0, width=64, observations=1000, **numbers):
+    ends = rank if isinstance(rank, tuple) else (rank, rank)
+    found = {"spread": 0.5, "dead": 0, **numbers}
+    return LayerNumbers(layer, width, width, observations, found.pop("left_out", 0), rank=ends, **found)
+
+
+def alarms_of(readings, every=100, rules=DEFAULT_ALARMS, scales=None):
+    """(step, kind) of the alarms of one layer in readings one after the other; what is remembered is saved."""
+    past, found = {}, []
+    for number, one in enumerate(readings):
+        layers = one if isinstance(one, list) else [one]
+        for each in layers:
+            past.setdefault(each.layer, {})
+        step = every * (number + 1)
+        pairs = [(each, [] if scales is None else scales(each.layer, number)) for each in layers]
+        found += judge(rules, "train", step, pairs, past)
+        past = json.loads(json.dumps(past))
+    return found
+
+
+def kinds(found):
+    return [(alarm.step, alarm.finding.kind) for alarm in found]
+
+
+FINE = [reading()] * 8
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "after"),
+    [
+        ({"spread": 1e-5}, "collapsed", 2),
+        ({"dead": 60}, "dead", 2),
+        ({"rank": 1.5}, "collapsed", 3),
+        ({"left_out": 3}, "non_finite", 1),
+    ],
+)
+def test_one_alarm_when_it_has_been_so_for_long_enough(bad, kind, after):
+    found = alarms_of([*FINE, *[reading(**bad)] * 8])
+    assert kinds(found) == [(800 + 100 * after, kind)]
+    assert found[0].finding.severity == "problem"
+    assert not alarms_of([*FINE, *[reading(**bad)] * (after - 1), *FINE])
+    # It was over, and comes again.
+    again = alarms_of([*FINE, *[reading(**bad)] * 4, *FINE, *[reading(**bad)] * 4])
+    assert kinds(again) == [(800 + 100 * after, kind), (2000 + 100 * after, kind)]
+
+
+@pytest.mark.parametrize("bad", [{"spread": 1e-5}, {"dead": 60}, {"rank": 1.5}])
+def test_what_was_there_from_the_beginning_is_no_alarm(bad):
+    assert not alarms_of([reading(**bad)] * 12)
+
+
+@pytest.mark.parametrize("bad", [{"spread": 1e-5}, {"dead": 60}, {"rank": 1.5}])
+def test_few_rows_raise_nothing(bad):
+    assert not alarms_of([*FINE, *[reading(observations=100, **bad)] * 8])
+
+
+def test_a_spread_that_was_hardly_larger_has_not_fallen():
+    assert not alarms_of([*[reading(spread=2e-3)] * 8, *[reading(spread=9e-4)] * 8])
+
+
+def test_a_rank_must_leave_the_range_of_its_own_past():
+    assert not alarms_of([*[reading(rank=3.3)] * 8, *[reading(rank=2.3)] * 8])
+    assert alarms_of([*[reading(rank=3.8)] * 8, *[reading(rank=2.3)] * 8])
+    noisy = [reading(rank=each) for each in (4, 12, 7, 25, 4.2, 15, 9)]
+    assert not alarms_of([*noisy, *[reading(rank=2.4)] * 8])
+    assert alarms_of([*noisy, *[reading(rank=1.02)] * 8]) == []  # nor below three of its own deviations
+
+
+def test_the_upper_end_of_the_interval_counts():
+    assert not alarms_of([*FINE, *[reading(rank=(1.5, 3.0))] * 8])
+    (alarm,) = alarms_of([*FINE, *[reading(rank=(1.5, 2.0), has_interval=True)] * 8])
+    assert (alarm.finding.low, alarm.finding.high, alarm.before) == (1.5, 2.0, 12.0)
+
+
+def test_few_directions_are_no_alarm_where_the_task_has_no_more():
+    last = reading("head", width=2, rank=1.8)
+    assert not alarms_of([[reading(), last]] * 8 + [[reading(rank=1.2), last]] * 8)
+    assert not alarms_of([reading(width=3, rank=2.9)] * 8 + [reading(width=3, rank=1.0)] * 8)
+    assert not alarms_of([reading(rank=20)] * 1 + [reading(rank=1.2)] * 2, every=50)  # the first plateau
+
+
+def noise(seed, count=400, size=0.02):
+    generator = random.Random(seed)
+    return [generator.gauss(0, size) for _ in range(count)]
+
+
+def series(values, every=100, told=True):
+    """What a history says at each reading: its last 256 forwards, some of them again."""
+
+    def scales(layer, number):
+        end = every * (number + 1)
+        rows = [(k, k if told else None, value) for k, value in enumerate(values[layer][:end])]
+        return rows[-256:]
+
+    return scales
+
+
+def jumps(values, **how):
+    layers = [reading(layer) for layer in values]
+    count = len(next(iter(values.values()))) // 100
+    return alarms_of([layers] * count, scales=series(values, **how))
+
+
+@pytest.mark.parametrize("at", [120, 199, 200, 299])
+def test_a_jump_is_told_once_with_its_step_and_its_layer(at):
+    first = [each + math.log(30) * (k >= at) for k, each in enumerate(noise(0))]
+    second = [each + math.log(20) * (k >= at) for k, each in enumerate(noise(1))]
+    (alarm,) = jumps({"before": noise(2), "a": first, "b": second})
+    assert (alarm.step, alarm.finding.layer, alarm.finding.kind) == (at + 1, "a", "scale")
+    assert alarm.finding.value / alarm.before == pytest.approx(30, rel=0.2)
+    assert "and after it that of 1 other layer" in alarm.finding.message
+
+
+def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
+    (alarm,) = jumps({"a": [each + 3.4 * (k >= 120) for k, each in enumerate(noise(0))]}, told=False)
+    assert alarm.step == 200
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [each + 3.0 * (k == 150) for k, each in enumerate(noise(0))],  # one odd batch
+        [each + 0.6 * (k >= 150) for k, each in enumerate(noise(0))],  # less than a factor of two
+        [each + 3.0 * (k >= 5) for k, each in enumerate(noise(0))],  # before anything is known
+        [3.0 * (k % 2) + each for k, each in enumerate(noise(0))],  # two kinds of batches in turn
+        [0.01 * k + each for k, each in enumerate(noise(0))],  # growth
+        noise(0, size=0.5),
+        [each if k < 150 else -math.inf for k, each in enumerate(noise(0))],  # dead, which has words of its own
+        [math.nan if k % 3 else each for k, each in enumerate(noise(0))],
+    ],
+)
+def test_what_is_no_jump(values):
+    assert not jumps({"a": values})
+
+
+def test_rules_of_one_s_own():
+    rules = [rule._replace(threshold=0.5) for rule in DEFAULT_ALARMS if rule.kind == "dead"]
+    assert kinds(alarms_of([*FINE, *[reading(dead=40, spread=1e-7)] * 3], rules=rules)) == [(1000, "dead")]

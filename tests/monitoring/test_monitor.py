@@ -1,0 +1,251 @@
+"""Monitors of real trainings: what they say, keep and leave alone."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from spectralmetrics import (
+    DEFAULT_ALARMS,
+    HistoryMetric,
+    LayerProbe,
+    Monitor,
+    Recorder,
+    SaturationMetric,
+    describe_comparison,
+    read_records,
+)
+from spectralmetrics.recording.alarms import read_alarms
+from spectralmetrics.recording.saved import SavedRun
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 32),
+        nn.ReLU(),
+        nn.Linear(32, 32),
+        nn.ReLU(),
+        nn.Linear(32, 32),
+        nn.ReLU(),
+        nn.Linear(32, 8),
+    )
+
+
+def louder(model, step):
+    if step == 70:
+        with torch.no_grad():
+            for parameter in model[2].parameters():
+                parameter.mul_(30)
+
+
+def dying(model, step):
+    if step == 70:
+        nn.init.constant_(model[2].bias, -1e3)
+
+
+def train(model, monitor, steps, event=lambda model, step: None, start=0, probe=None):
+    """Steps of a training, of which each has its own batch; returns the alarms."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    found = []
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        event(model, step)
+        optimizer.zero_grad()
+        model(torch.randn(32, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        found += monitor.step() if monitor is not None else []
+        if monitor is not None and monitor.should_stop:
+            break
+    return found
+
+
+def silent(alarm):
+    pass
+
+
+def test_a_jump_is_told_with_its_layer_and_step():
+    model = network()
+    monitor = Monitor(LayerProbe(model), every=20, on_alarm=silent)
+    (alarm,) = train(model, monitor, 100, louder)
+    assert (alarm.step, alarm.finding.layer, alarm.finding.kind) == (71, "2", "scale")
+    assert alarm.finding.value / alarm.before == pytest.approx(30, rel=0.3)
+    assert monitor.raised == [alarm]
+
+
+def test_a_layer_that_dies_is_told():
+    model = network()
+    probe = LayerProbe(model, layers=[nn.Linear, nn.ReLU])
+    rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "dead"]
+    found = train(model, Monitor(probe, every=20, alarms=rules, on_alarm=silent), 160, dying)
+    # Those behind it put out their biases, which change. It is the second reading of dead features alone.
+    assert [str(alarm) for alarm in found] == [
+        "step 120: '3' in train: dead: 32 of 32 features, since step 100"
+    ]
+
+
+def test_rows_that_are_not_finite():
+    model = network()
+
+    def break_(model, step):
+        if step == 33:
+            model[4].weight.data[0, 0] = float("nan")
+
+    monitor = Monitor(LayerProbe(model), every=20, on_alarm=silent)
+    found = train(model, monitor, 40, break_)
+    assert [(alarm.step, alarm.finding.kind, alarm.finding.layer) for alarm in found][:1] == [
+        (40, "non_finite", "0")
+    ]
+
+
+def test_training_and_values_are_as_without(tmp_path):
+    found = []
+    for monitors in (False, True):
+        model = network()
+        probe = LayerProbe(model, [SaturationMetric(), HistoryMetric()])
+        monitor = Monitor(probe, every=7, on_alarm=silent) if monitors else None
+        with Recorder(tmp_path / str(monitors), probe, ["csv"]) as recorder:
+            for epoch in range(3):
+                train(model, monitor, 23, start=23 * epoch)
+                recorder.record()
+        parameters = torch.cat([each.flatten() for each in model.parameters()])
+        rows = [row | {"step": None} for row in read_records(tmp_path / str(monitors))]
+        found.append((parameters, rows))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_warns_or_stops():
+    model = network()
+    monitor = Monitor(LayerProbe(model), every=20)
+    with pytest.warns(UserWarning, match="step 71: '2' in train: the scale changed by a factor of"):
+        train(model, monitor, 100, louder)
+    assert not monitor.should_stop
+    model = network()
+    monitor = Monitor(LayerProbe(model), every=20, on_alarm="stop")
+    with pytest.warns(UserWarning, match="step 71"):
+        train(model, monitor, 100, louder)
+    assert monitor.should_stop
+    assert monitor.probe.step == 80
+
+
+def test_the_history_joins_and_is_there_once():
+    probe = LayerProbe(network())
+    Monitor(probe, every=200)
+    assert probe.statistics["history"].steps == 400
+    assert list(LayerProbe(network()).statistics) == ["saturation"]
+    mine = LayerProbe(network(), [HistoryMetric(steps=50)])
+    Monitor(mine)
+    assert list(mine.statistics) == ["history"]
+    rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "dead"]
+    without = LayerProbe(network())
+    Monitor(without, alarms=rules)
+    assert list(without.statistics) == ["saturation"]
+    model = network()
+    late = LayerProbe(model)
+    model(torch.randn(4, 8))
+    with pytest.raises(RuntimeError, match="make the Monitor before the model runs"):
+        Monitor(late)
+    late.reset()
+    Monitor(late)
+
+
+def test_steps_that_the_user_tells_count():
+    model = network()
+    probe = LayerProbe(model)
+    monitor = Monitor(probe, every=20, on_alarm=silent)
+    found = []
+    for step in range(1000, 1100):
+        probe.step = step
+        louder(model, step - 1000)
+        model(torch.randn(32, 8))
+        found += monitor.step()
+    assert [alarm.step for alarm in found] == [1071]
+
+
+def test_saved_and_resumed_it_says_the_same(tmp_path):
+    whole = network()
+    expected = train(whole, Monitor(LayerProbe(whole), every=20, on_alarm=silent), 120, louder)
+    run = tmp_path / "run"
+    first = network()
+    probe = LayerProbe(first)
+    probe.persistent()
+    recorder = Recorder(run, probe)
+    monitor = Monitor(probe, every=20, on_alarm=silent, recorder=recorder)
+    train(first, monitor, 50, louder)
+    states = copy.deepcopy((first.state_dict(), probe.state_dict()))
+    train(first, monitor, 50, louder, start=50)  # and then it was killed
+    recorder.close()
+    assert read_alarms(run) == expected
+    second = network()
+    again = LayerProbe(second)
+    again.persistent()
+    with Recorder(run, again, mode="resume") as recorder:
+        resumed = Monitor(again, every=20, on_alarm=silent, recorder=recorder)
+        second.load_state_dict(states[0])
+        again.load_state_dict(states[1])
+        train(second, resumed, 1, start=50)
+        assert not read_alarms(run)  # superseded
+        assert train(second, resumed, 69, louder, start=51) == expected
+    assert read_alarms(run) == SavedRun(run).alarms == expected
+
+
+def test_recorded_alarms_are_shown_by_compare(tmp_path):
+    for name, event in (("fine", lambda model, step: None), ("louder", louder)):
+        model = network()
+        probe = LayerProbe(model)
+        with Recorder(tmp_path / name, probe, ["csv", "arrays"]) as recorder:
+            train(model, Monitor(probe, every=20, on_alarm=silent, recorder=recorder), 100, event)
+            recorder.record()
+    text = describe_comparison(tmp_path / "fine", tmp_path / "louder", stage="train")
+    assert "alarm on the right: step 71: '2' in train: the scale changed by a factor of" in text
+    assert "on the left: step" not in text
+    same = describe_comparison(tmp_path / "louder", epochs=(0, 0), stage="train")
+    assert same.count("alarm of this run: step 71") == 1
+    with pytest.raises(FileExistsError):
+        Recorder(tmp_path / "louder")
+    Recorder(tmp_path / "louder", mode="overwrite").close()
+    assert not (tmp_path / "louder" / "alarms.csv").exists()
+
+
+def test_a_file_of_alarms_that_is_none(tmp_path):
+    (tmp_path / "alarms.csv").write_text("step,stage\n")
+    with pytest.raises(ValueError, match=r"expected .*alarms.csv to begin with step,stage,layer"):
+        read_alarms(tmp_path)
+
+
+def test_a_probe_that_sees_nothing_says_nothing():
+    model = network()
+    probe = LayerProbe(model)
+    monitor = Monitor(probe, every=10, on_alarm=silent)
+    with probe.paused(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not train(model, monitor, 40)
+
+
+def test_closed_it_leaves_the_probe_alone():
+    model = network()
+    probe = LayerProbe(model)
+    monitor = Monitor(probe, every=10, on_alarm=silent)
+    train(model, monitor, 25)
+    monitor.close()
+    model(torch.randn(32, 8))
+    assert probe["train", "0"]["saturation"].count == 26 * 32
+    assert not any(place.before_update for place in probe._places.values())
+
+
+def test_compiled_and_in_evaluation():
+    model = network()
+    probe = LayerProbe(model)
+    monitor = Monitor(probe, every=20, stage="eval", on_alarm=silent)
+    compiled = torch.compile(model, backend="eager")
+    found = []
+    model.eval()
+    for step in range(100):
+        louder(model, step)
+        with torch.inference_mode():
+            compiled(torch.randn(32, 8))
+        found += monitor.step()
+    assert [(alarm.step, alarm.finding.layer, alarm.finding.stage) for alarm in found] == [(71, "2", "eval")]
