@@ -1,10 +1,13 @@
 """What is refused by all that keeps runs and reads them."""
 
+import math
+
 import spectralmetrics as sm
 from spectralmetrics.recording import (
     ArraysWriter,
     ConsoleWriter,
     PlotWriter,
+    ReportWriter,
     TensorBoardWriter,
     describe_comparison,
     draw_runs,
@@ -120,6 +123,14 @@ ROWS_OF_RUNS = [
         "ArraysWriter",
         ArraysWriter,
         every_step=[(1, TypeError, "expected every_step to be True or False, got 1")],
+    ),
+    *refuses(
+        "ReportWriter",
+        ReportWriter,
+        refresh=[
+            (refresh, ValueError, f"expected refresh to be a positive number of seconds, got {refresh!r}")
+            for refresh in (0, -1, math.inf, "10", True, None)
+        ],
     ),
     *refuses(
         "Monitor",

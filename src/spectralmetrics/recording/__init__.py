@@ -13,6 +13,7 @@ from spectralmetrics.recording.writers import (
     ConsoleWriter,
     CSVWriter,
     PlotWriter,
+    ReportWriter,
     TensorBoardWriter,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "PlotWriter",
     "Record",
     "Recorder",
+    "ReportWriter",
     "Row",
     "TensorBoardWriter",
     "Writer",

@@ -47,8 +47,8 @@ class Recorder:
     Args:
         directory: of the run; made if it is not there.
         probe: whose values to record; None records added scalars only.
-        writers: names among ``"csv"``, ``"arrays"``, ``"history"``, ``"console"``, ``"tensorboard"`` and
-            ``"plot"``, or instances of :class:`Writer`.
+        writers: names among ``"csv"``, ``"arrays"``, ``"history"``, ``"console"``, ``"tensorboard"``,
+            ``"plot"`` and ``"report"``, or instances of :class:`Writer`.
         mode: ``"create"`` refuses a directory that holds records and leaves it as it is; ``"resume"`` goes on
             after the last whole record, also of a directory that holds none yet, and draws the pictures of that
             record that are missing; ``"overwrite"`` removes earlier records at once (not other files), and logs

@@ -93,6 +93,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
                 "name": name,
                 "epochs": list(axes.epochs),
                 "facts": facts,
+                "alarms": list(map(str, run.alarms)),
                 "arrays": arrays,
                 **content,
                 **words.content(),

@@ -13,7 +13,7 @@ from spectralmetrics.recording.report.encode import compress, pack
 from spectralmetrics.recording.saved import SavedRun, run_names
 
 LIBRARY = "plotly/plotly-cartesian.min.js"
-SCRIPTS = ("data.js", "values.js", "charts.js", "figures.js", "curves.js", "table.js", "page.js")
+SCRIPTS = ("data.js", "values.js", "charts.js", "figures.js", "curves.js", "table.js", "live.js", "page.js")
 
 
 def write_report(
@@ -52,6 +52,24 @@ def write_report(
     >>> write_report(directory, directory / "report.html").name
     'report.html'
     """
+    return write_page(directories, path, progress=progress)
+
+
+def write_page(
+    directories: str | Path | Iterable[str | Path],
+    path: str | Path,
+    *,
+    progress: Progress = lambda name, total: None,
+    refresh: float | None = None,
+) -> Path:
+    """As :func:`write_report`.
+
+    Args:
+        directories: of the runs.
+        path: of the file.
+        progress: see :func:`write_report`.
+        refresh: seconds after which the page reloads; None: never.
+    """
     if not isinstance(directories, (str, Path, Iterable)):
         raise TypeError(f"expected the directory of a run, or several, got {directories!r}")
     paths = (
@@ -66,6 +84,7 @@ def write_report(
     page = files(__package__) / "page"
     text = (page / "page.html").read_text(encoding="utf-8")
     parts = {
+        "refresh": "" if refresh is None else f"{refresh:g}",
         "title": html.escape(f"spectralmetrics: {', '.join(runs)}"),
         "style": (page / "page.css").read_text(encoding="utf-8"),
         "library": compress((page / LIBRARY).read_bytes()),

@@ -11,11 +11,20 @@ from spectralmetrics.recording.writers.console import ConsoleWriter
 from spectralmetrics.recording.writers.csv import CSVWriter
 from spectralmetrics.recording.writers.history import HistoryWriter
 from spectralmetrics.recording.writers.plot import PlotWriter
+from spectralmetrics.recording.writers.report import ReportWriter
 from spectralmetrics.recording.writers.tensorboard import TensorBoardWriter
 
 WRITERS: dict[str, type[Writer]] = {
     writer.name: writer
-    for writer in (CSVWriter, ArraysWriter, HistoryWriter, ConsoleWriter, TensorBoardWriter, PlotWriter)
+    for writer in (
+        CSVWriter,
+        ArraysWriter,
+        HistoryWriter,
+        ConsoleWriter,
+        TensorBoardWriter,
+        PlotWriter,
+        ReportWriter,
+    )
 }
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "ConsoleWriter",
     "HistoryWriter",
     "PlotWriter",
+    "ReportWriter",
     "TensorBoardWriter",
     "make_writers",
 ]

@@ -167,6 +167,18 @@ function restyle() {
   choose({});
 }
 
+function showAlarms() {
+  const lines = page.runs.flatMap((run) => run.alarms.map((alarm) => `${heading(run)}${alarm}`));
+  byId("alarms").hidden = !lines.length;
+  byId("alarm-list").replaceChildren(
+    ...lines.map((line) => {
+      const item = document.createElement("li");
+      item.textContent = line;
+      return item;
+    }),
+  );
+}
+
 function makeRuns() {
   const several = page.runs.length > 1;
   byId("runs").hidden = !several;
@@ -175,7 +187,7 @@ function makeRuns() {
       const label = document.createElement("label");
       const box = document.createElement("input");
       box.type = "checkbox";
-      box.checked = true;
+      box.checked = current.runs[index];
       box.id = `run-${index}`;
       box.addEventListener("change", () => {
         current.runs[index] = box.checked;
@@ -236,9 +248,14 @@ async function start() {
     threshold: page.threshold,
     runs: page.runs.map(() => true),
   };
+  const before = recall();
+  current = restored(current, before);
   byId("report").hidden = false;
   makeControls();
+  showAlarms();
   update();
+  goBack(before);
+  keepFresh();
   document.documentElement.dataset.ready = "true";
   performance.mark("ready");
 }

@@ -1,0 +1,487 @@
+"""How often a monitor finds a collapse, and how often it raises an alarm in a training that is healthy.
+
+    python checks/alarms.py --set calibration              # the networks and data that the rules were chosen on
+    python checks/alarms.py --set judged --json rates.json # others, run once the rules were frozen
+
+Collapses are made on purpose: SimCLR without negatives and SimSiam without stop-gradient (counted where the
+embedding has collapsed in the end), a layer of dead rectifiers, a layer scaled by 30; partial ones are a
+bottleneck that grows, to 2 and to 8 of 64 directions, and a deep network whose weights fade. One is found if
+there is an alarm of its kind at its layer, after its step. A healthy run, with any schedule, dropout, weight
+decay and optimizer, is to have no alarm at all; it counts if it has learned. Rates are printed as the work goes
+on, with their counts, and written as JSON. The process can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import findings as networks
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectralmetrics import Alarm, LayerProbe, Monitor, SaturationMetric
+
+COLLAPSED = 1e-3  # of the embedding's mean square: what varies, where it has collapsed
+PLANTED_STEPS = 1200
+COMPLETE = ("simclr", "simsiam", "dead", "scale")
+PARTIAL = ("bottleneck 2", "bottleneck 8", "vanishing")
+HEALTHY = (
+    "mlp",
+    "plateau",
+    "cnn",
+    "cnn with batch norm",
+    "transformer",
+    "simsiam",
+    "binary",
+    "neural collapse",
+)
+
+
+class Job(NamedTuple):
+    kind: str
+    seed: int
+
+
+class Result(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+        took: whether what was planted is there in the end; of a healthy run whether it learned.
+        found: whether there was an alarm of its kind at its layer; of a healthy run whether there was any.
+        delay: steps from its beginning to that alarm.
+        alarms: all of them.
+    """
+
+    took: bool
+    found: bool
+    delay: int | None
+    alarms: list[str]
+
+
+class Setting:
+    """Data, networks and seeds of a set."""
+
+    def __init__(self, name: str) -> None:
+        self.is_judged = name == "judged"
+        self.digits = networks.mnist() if self.is_judged else networks.small_digits()
+        self.pixels = self.digits.images.shape[1]
+        self.first = 10_000 if self.is_judged else 0
+
+    def mlp(self, rng: random.Random, outputs: int, activation: type[nn.Module] | None = None) -> nn.Module:
+        if self.is_judged:
+            widths = rng.choice([[200, 100, 50], [96, 96, 48, 24], [300, 60]])
+            activation = activation or rng.choice([nn.ReLU, nn.SiLU, nn.LeakyReLU])
+        else:
+            widths = [rng.choice([64, 128])] * rng.choice([2, 3, 4])
+            activation = activation or rng.choice([nn.ReLU, nn.ReLU, nn.GELU, nn.Tanh])
+        dropout = rng.choice([0, 0.1, 0.3])
+        return networks.stacked(self.pixels, widths, outputs, activation, dropout, norm=rng.random() < 0.3)
+
+    def plateau(self, rng: random.Random) -> nn.Module:
+        """Deep, with small weights: nothing is learned for a while."""
+        activation = nn.Tanh if self.is_judged else nn.GELU
+        depth, width = (4, 48) if self.is_judged else (5, 64)
+        model = networks.stacked(self.pixels, [width] * depth, 10, activation)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.mul_(rng.uniform(0.4, 0.8))
+        return model
+
+    def cnn(self, rng: random.Random, outputs: int, norm: bool) -> nn.Module:
+        c, side = rng.choice([6, 12] if self.is_judged else [8, 16]), int(self.pixels**0.5)
+        layers: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
+        strides = (2, 1, 2) if self.is_judged else (1, 2, 1)
+        for left, right, stride in zip((1, c, 2 * c), (c, 2 * c, 2 * c), strides, strict=True):
+            layers += [
+                nn.Conv2d(left, right, 3, stride, 1),
+                *([nn.BatchNorm2d(right)] if norm else []),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * c, outputs))
+
+    def transformer(self, rng: random.Random) -> nn.Module:
+        return (networks.post_norm if self.is_judged else networks.pre_norm)(rng, self.pixels, 10)
+
+
+def optimizer_of(rng: random.Random, model: nn.Module, steps: int, constant: bool) -> tuple[Any, Any]:
+    """An optimizer and its schedule."""
+    decay = rng.choice([0, 0.01, 0.1])
+    if constant:
+        optimizer: Any = torch.optim.AdamW(model.parameters(), 10 ** rng.uniform(-3.3, -2.7))
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+    if rng.random() < 0.7:
+        optimizer = torch.optim.AdamW(model.parameters(), 10 ** rng.uniform(-3.7, -2.5), weight_decay=decay)
+    else:
+        rate = 10 ** rng.uniform(-2, -1.3)
+        optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay * 0.01)
+    shape: Callable[[int], float] = {
+        "constant": lambda t: 1.0,
+        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)),
+        "warm-up": lambda t: min(1.0, (t + 1) / 100),
+        "warm-up and cosine": lambda t: min(1.0, (t + 1) / 100) * 0.5 * (1 + math.cos(math.pi * t / steps)),
+        "step": lambda t: 1.0 if t < 0.6 * steps else 0.1,
+    }[rng.choice(["constant", "cosine", "warm-up", "warm-up and cosine", "step"])]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+
+
+class Run:
+    """One training with a monitor."""
+
+    def __init__(self, job: Job, setting: Setting, every: int) -> None:
+        self.job, self.setting, self.every = job, setting, every
+        self.rng = random.Random(str(job))
+        torch.manual_seed(job.seed)
+        self.generator = torch.Generator().manual_seed(job.seed)
+        self.alarms: list[Alarm] = []
+        self.batch = self.rng.choice([32, 64])
+        self.images, self.labels = setting.digits.images, setting.digits.labels
+
+    def watch(self, model: nn.Module) -> None:
+        self.model = model
+        self.probe = LayerProbe(
+            model,
+            SaturationMetric(),
+            layers=lambda name, module: isinstance(module, networks.WATCHED) and "out_proj" not in name,
+            rows_per_feature=2,
+        )
+        self.monitor = Monitor(self.probe, every=self.every, on_alarm=self.alarms.append)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        index = torch.randint(0, len(self.images), (self.batch,), generator=self.generator)
+        return self.images[index], self.labels[index]
+
+    def train(
+        self,
+        steps: int,
+        loss: Callable[[int], Tensor],
+        before: Callable[[int], None] | None = None,
+        constant: bool = False,
+    ) -> None:
+        optimizer, schedule = optimizer_of(self.rng, self.model, steps, constant)
+        for step in range(steps):
+            if before is not None:
+                before(step)
+            value = loss(step)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            self.monitor.step()
+
+    def classify(self, step: int) -> Tensor:
+        x, y = self.draw()
+        return functional.cross_entropy(self.model(x), y)
+
+    def decide(self, step: int) -> Tensor:
+        x, y = self.draw()
+        return functional.binary_cross_entropy_with_logits(self.model(x)[:, 0], (y % 2).float())
+
+    def separate(self, step: int) -> Tensor:
+        x, y = self.draw()
+        return functional.cross_entropy(self.model(x), y % 2)
+
+    def similar(self, broken: bool) -> Callable[[int], Tensor]:
+        loss = networks.simclr_loss if self.job.kind == "simclr" else networks.simsiam_loss
+
+        def of(step: int) -> Tensor:
+            x, _ = self.draw()
+            views = [networks.augmented(x, self.generator) for _ in range(2)]
+            return loss(self.model, *views, broken)  # type: ignore[arg-type]
+
+        return of
+
+    def result(self, took: bool, kinds: tuple[str, ...], layers: set[str], since: int) -> Result:
+        found = [
+            alarm
+            for alarm in self.alarms
+            if alarm.finding.kind in kinds and alarm.finding.layer in layers and alarm.step > since
+        ]
+        delay = found[0].step - since if found else None
+        return Result(took, bool(found), delay, list(map(str, self.alarms)))
+
+    @torch.no_grad()
+    def output_of_embedding(self) -> Tensor:
+        """The embedding of validation digits, as training sees it."""
+        with self.probe.paused():
+            embedding: Tensor = self.model.embed(self.setting.digits.validation[:256])  # type: ignore[operator]
+        return embedding
+
+    @torch.no_grad()
+    def output(self, layer: str) -> Tensor:
+        """What a layer puts out for the validation digits, looked at without a probe."""
+        kept: list[Tensor] = []
+        hook = dict(self.model.named_modules())[layer].register_forward_hook(lambda m, i, o: kept.append(o))
+        self.model.eval()
+        with self.probe.paused():
+            self.model(self.setting.digits.validation[:256])
+        self.model.train()
+        hook.remove()
+        rows = kept[0]
+        return rows.movedim(1, -1).flatten(0, -2) if rows.ndim == 4 else rows.flatten(0, -2)
+
+
+# -- healthy --------------------------------------------------------------------------------------------------
+
+
+def healthy(run: Run, steps: int) -> Result:
+    rng, kind, setting = run.rng, run.job.kind, run.setting
+    loss: Callable[[int], Tensor] = run.classify
+    if kind in ("mlp", "neural collapse"):
+        run.watch(setting.mlp(rng, 10))
+        if kind == "neural collapse":  # few digits, which are soon known by heart
+            run.images, run.labels = run.images[:300], run.labels[:300]
+    elif kind == "plateau":
+        run.watch(setting.plateau(rng))
+    elif kind.startswith("cnn"):
+        run.watch(setting.cnn(rng, 10, "batch norm" in kind))
+    elif kind == "transformer":
+        run.batch = 16
+        run.watch(setting.transformer(rng))
+    elif kind == "binary":
+        outputs = rng.choice([1, 2])
+        network = (
+            setting.mlp(rng, outputs) if rng.random() < 0.6 else setting.cnn(rng, outputs, rng.random() < 0.5)
+        )
+        run.watch(network)
+        loss = run.decide if outputs == 1 else run.separate
+    else:
+        run.batch = 128
+        run.watch(siamese(run))
+        loss = run.similar(broken=False)
+    with torch.no_grad(), run.probe.paused():
+        at_first = accuracy(run.model.eval(), run)
+    run.model.train()
+    run.train(steps, loss, constant=kind == "simsiam")
+    with torch.no_grad(), run.probe.paused():
+        learned = accuracy(run.model.eval(), run) > at_first
+    return Result(learned, bool(run.alarms), None, list(map(str, run.alarms)))
+
+
+def encoder(run: Run) -> nn.Module:
+    rng, setting = run.rng, run.setting
+    return setting.mlp(rng, 64, nn.ReLU) if rng.random() < 0.6 else setting.cnn(rng, 64, rng.random() < 0.5)
+
+
+def siamese(run: Run) -> nn.Module:
+    """SimSiam with the batch norm that its authors found it to need."""
+    model = networks.SelfSupervised(encoder(run), with_predictor=True)
+    norm = nn.BatchNorm1d(32, affine=False)
+    model.projector = nn.Sequential(nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32, bias=False), norm)
+    return model
+
+
+def accuracy(model: nn.Module, run: Run) -> float:
+    """Of the network, or of a linear probe of its encoder, on validation digits."""
+    digits = run.setting.digits
+    if not isinstance(model, networks.SelfSupervised):
+        outputs, labels = model(digits.validation), digits.validation_labels
+        if run.job.kind == "binary":
+            labels = labels % 2
+            outputs = torch.cat([-outputs, outputs], 1) if outputs.shape[1] == 1 else outputs
+        return float((outputs.argmax(1) == labels).double().mean())
+    train, test = (model.encoder(x).double() for x in (digits.images, digits.validation))
+    centre, size = train.mean(0), train.std(0) + 1e-6
+    train, test = ((x - centre) / size for x in (train, test))
+    targets = functional.one_hot(digits.labels, 10).double()
+    ridge = 1e-2 * len(train) * torch.eye(train.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(train.T @ train + ridge, train.T @ (targets - targets.mean(0)))
+    return float(((test @ weights).argmax(1) == digits.validation_labels).double().mean())
+
+
+# -- planted --------------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """Lets all but a few directions fade away."""
+
+    def __init__(self, width: int, kept: int) -> None:
+        super().__init__()
+        basis = torch.linalg.qr(torch.randn(width, width))[0][:, :kept]
+        self.register_buffer("projection", basis @ basis.T)
+        self.rest = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x @ self.projection
+        return kept + self.rest * (x - kept)
+
+
+def planted(run: Run) -> Result:
+    rng, kind, setting, steps = run.rng, run.job.kind, run.setting, PLANTED_STEPS
+    at = rng.randrange(400, 700)
+    if kind in ("simclr", "simsiam"):
+        run.batch = 128
+        run.watch(networks.SelfSupervised(encoder(run), with_predictor=kind == "simsiam"))
+        spreads = []
+        loss = run.similar(broken=True)
+
+        def measured(step: int) -> Tensor:
+            if step % 20 == 0:
+                spreads.append((step, spread_of(run.output_of_embedding())))
+            return loss(step)
+
+        run.train(steps, measured, constant=True)
+        spreads.append((steps, spread_of(run.output_of_embedding())))
+        took = spreads[-1][1] < COLLAPSED
+        since = next((s for s, value in reversed(spreads) if value >= COLLAPSED), 0)
+        return run.result(took, ("collapsed", "dead"), {"projector.1"}, min(since, steps) if took else 0)
+    if kind in ("dead", "scale"):
+        model = (
+            setting.mlp(rng, 10, nn.ReLU) if rng.random() < 0.5 else setting.cnn(rng, 10, rng.random() < 0.5)
+        )
+        run.watch(model)
+        named = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        name, layer = rng.choice(named[:-1])
+        behind = list(itertools.dropwhile(lambda pair: pair[0] != name, model.named_modules()))
+        rectifier = next(n for n, m in behind if isinstance(m, nn.ReLU))
+        norm = next((m for _, m in behind[:2] if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))), None)
+
+        def strike(step: int) -> None:
+            if step == at:
+                with torch.no_grad():
+                    if kind == "scale":
+                        layer.weight.mul_(30), layer.bias.mul_(30)
+                    else:
+                        (norm or layer).bias.sub_(1e3)
+
+        run.train(steps, run.classify, strike)
+        if kind == "scale":
+            return run.result(True, ("scale",), {name}, at)
+        rows = run.output(rectifier)
+        took = float((rows == rows[0]).all(0).double().mean()) >= 0.9
+        return run.result(took, ("dead",), {rectifier}, at)
+    if kind.startswith("bottleneck"):
+        kept = int(kind.split()[1])
+        bottleneck = Bottleneck(64, kept)
+        activation = nn.SiLU if setting.is_judged else nn.GELU
+        first = [nn.Linear(setting.pixels, 128), activation(), nn.Linear(128, 64)]
+        model = nn.Sequential(*first, bottleneck, nn.Linear(64, 64), activation(), nn.Linear(64, 10))
+        run.watch(model)
+
+        def fade(step: int) -> None:
+            bottleneck.rest = min(1.0, math.exp(-(step - at) / 60)) if step >= at else 1.0
+
+        run.train(steps, run.classify, fade)
+        return run.result(True, ("collapsed", "dead", "scale"), {"4", "5", "6"}, at)
+    activation = nn.Tanh if setting.is_judged else nn.GELU
+    run.watch(networks.stacked(setting.pixels, [48] * (8 if setting.is_judged else 6), 10, activation))
+
+    def decay(step: int) -> None:
+        if step >= at:
+            with torch.no_grad():
+                for module in run.model.modules():
+                    if isinstance(module, nn.Linear):
+                        module.weight.mul_(0.98)
+
+    run.train(steps, run.classify, decay)
+    last = [n for n, m in run.model.named_modules() if isinstance(m, nn.Linear)][-1]
+    layers = {n for n, m in run.model.named_modules() if isinstance(m, networks.WATCHED)}
+    return run.result(spread_of(run.output(last)) < COLLAPSED, ("collapsed", "dead"), layers, at)
+
+
+def spread_of(rows: Tensor) -> float:
+    rows = rows.double()
+    return float(rows.var(0, correction=0).sum() / rows.square().mean(0).sum().clamp(min=1e-300))
+
+
+# -- rates ----------------------------------------------------------------------------------------------------
+
+
+def jobs(setting: Setting, healthy_seeds: int, planted_seeds: int) -> Iterator[Job]:
+    """Seed by seed, so that whatever is done by the time it is stopped has some of each."""
+    ratio = max(healthy_seeds // max(planted_seeds, 1), 1)
+    done = 0
+    for seed in range(healthy_seeds):
+        yield from (Job(kind, setting.first + seed) for kind in HEALTHY)
+        if seed % ratio == 0 and done < planted_seeds:
+            yield from (Job(f"planted {kind}", setting.first + 5_000 + done) for kind in (*COMPLETE, *PARTIAL))
+            done += 1
+    for number in range(done, planted_seeds):
+        yield from (Job(f"planted {kind}", setting.first + 5_000 + number) for kind in (*COMPLETE, *PARTIAL))
+
+
+def rates(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for kind, own in results.items():
+        if kind.startswith("planted"):
+            took = [each for each in own if each.took]
+            delays = sorted(each.delay for each in took if each.delay is not None)
+            found[kind] = {
+                "runs": len(own),
+                "took": len(took),
+                "found": sum(each.found for each in took),
+                "median steps": delays[len(delays) // 2] if delays else None,
+                "most steps": delays[-1] if delays else None,
+            }
+        else:
+            learned = [each for each in own if each.took]
+            found[kind] = {
+                "runs": len(own),
+                "learned": len(learned),
+                "with an alarm": sum(e.found for e in learned),
+            }
+    return found
+
+
+def describe(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        f"  {kind}: {', '.join(f'{name} {value}' for name, value in own.items())}"
+        for kind, own in found.items()
+    ]
+    healthy_kinds = [own for kind, own in found.items() if not kind.startswith("planted")]
+    alarms, runs = (sum(own[key] for own in healthy_kinds) for key in ("with an alarm", "learned"))
+    lines.append(f"  healthy together: {alarms} of {runs} with an alarm")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=("calibration", "judged"), default="judged")
+    parser.add_argument("--healthy", type=int, default=125, help="seeds of each healthy kind")
+    parser.add_argument("--planted", type=int, default=20, help="seeds of each planted kind")
+    parser.add_argument("--steps", type=int, default=2000, help="of a healthy run")
+    parser.add_argument("--every", type=int, default=100, help="of the monitor")
+    parser.add_argument("--json", type=Path, help="file for the rates")
+    parser.add_argument("--only", nargs="+", help="kinds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    setting, start = Setting(options.set), time.perf_counter()
+    results: dict[str, list[Result]] = {}
+    for number, job in enumerate(jobs(setting, options.healthy, options.planted), 1):
+        kind = job.kind.removeprefix("planted ")
+        if options.only and job.kind not in options.only:
+            continue
+        run = Run(Job(kind, job.seed), setting, options.every)
+        result = planted(run) if job.kind.startswith("planted") else healthy(run, options.steps)
+        results.setdefault(job.kind, []).append(result)
+        is_missed = result.took and not result.found and job.kind.startswith("planted")
+        if is_missed or (result.found and not job.kind.startswith("planted")):
+            print(f"  {'missed' if is_missed else 'alarm in'} {job}: {result.alarms[:3]}", flush=True)
+        if number % 15 == 0:
+            save(options, results, start)
+    save(options, results, start)
+    return 0
+
+
+def save(options: argparse.Namespace, results: dict[str, list[Result]], start: float) -> None:
+    found = rates(results)
+    print(f"after {time.perf_counter() - start:.0f} s:\n{describe(found)}", flush=True)
+    if options.json:
+        content = {"set": options.set, "every": options.every, "steps": options.steps, "rates": found}
+        options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
