@@ -92,6 +92,13 @@ def test_few_directions_are_no_alarm_where_the_task_has_no_more():
     assert not alarms_of([reading(rank=20)] * 1 + [reading(rank=1.2)] * 2, every=50)  # the first plateau
 
 
+def test_a_slow_fall_is_seen_and_a_long_plateau_at_the_beginning_is_not_one():
+    falling = [reading(rank=each) for each in (8.3, 6.3, 3.8, 2.8, 2.4, 2.2, 2.0, 2.0, 2.0)]
+    assert kinds(alarms_of([*FINE, *falling])) == [(1500, "collapsed")]
+    plateau = [reading(rank=each) for each in (30, *[1.1] * 20, *[7] * 10)]
+    assert not alarms_of(plateau)
+
+
 def noise(seed, count=400, size=0.02):
     generator = random.Random(seed)
     return [generator.gauss(0, size) for _ in range(count)]

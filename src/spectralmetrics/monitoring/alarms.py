@@ -21,8 +21,8 @@ _NARROW = 4
 """In narrower layers, and in networks of fewer outputs, few directions are as many as the task has."""
 _FALLEN = 4.0
 """A spread that was never larger by this factor has not fallen."""
-_PAST = 6
-"""Readings that a rank is compared with."""
+_PAST, _LAG = 6, 3
+"""Readings that a rank is compared with: the last six, and the six before the last three, for slow falls."""
 _FEWEST_CHANGES, _MOST_CHANGES = 12, 64
 """Changes of the scale by which a jump is told."""
 _ROBUST = 1.4826
@@ -109,8 +109,9 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
         175,
         1.5,
         3,
-        "the effective rank is below this, and below the least of its last six readings by the factor and by"
-        " the robust deviations, in a layer and a network of 4 outputs or more",
+        "the effective rank is below this, and by the factor and the robust deviations below the least of its"
+        " last six readings, or of the six before the last three, in a layer and a network of 4 outputs or"
+        " more",
     ),
     AlarmRule(
         "scale",
@@ -242,7 +243,13 @@ def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) 
         return False
     if rule.statistic == "spread":
         return value < max(seen) / rule.factor
-    logarithms = [math.log(max(each, 1e-12)) for each in seen]
+    # Fewer readings do not say what a training is like that has just begun.
+    return any(_has_left(rule, value, past) for past in (seen[-_PAST:], seen[:_PAST]) if len(seen) >= _PAST)
+
+
+def _has_left(rule: AlarmRule, value: float, past: Sequence[float]) -> bool:
+    """Whether a rank is below the range of its own past by more than that range allows."""
+    logarithms = [math.log(max(each, 1e-12)) for each in past]
     middle = statistics.median(logarithms)
     deviation = _ROBUST * statistics.median(abs(each - middle) for each in logarithms)
     margin = max(math.log(rule.factor), rule.deviations * deviation)
@@ -252,7 +259,7 @@ def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) 
 def _remembered(rule: AlarmRule, seen: Sequence[float], value: float) -> list[float]:
     """The values that later ones are compared with."""
     if rule.statistic == "effective_rank":
-        return [*seen, value][-_PAST:]
+        return [*seen, value][-_PAST - _LAG :]
     if rule.statistic == "spread":
         return [max([*seen, value]), value]
     return [value] if rule.statistic == "non_finite" or value < rule.threshold else list(seen)
@@ -261,7 +268,7 @@ def _remembered(rule: AlarmRule, seen: Sequence[float], value: float) -> list[fl
 def _before(rule: AlarmRule, seen: Sequence[float]) -> float:
     if not seen:
         return math.nan
-    return min(seen) if rule.statistic == "effective_rank" else seen[-1]
+    return statistics.median(seen) if rule.statistic == "effective_rank" else seen[-1]
 
 
 # -- jumps of the scale ----------------------------------------------------------------------------------------
