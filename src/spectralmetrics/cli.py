@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _notes():
+            _import(getattr(options, "modules", ()))
             options.run(options)
     except BrokenPipeError:  # whoever was reading has seen enough
         sys.stderr.close()
@@ -50,6 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("spectralmetrics: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import what the user names, also from the current directory, where ``python -m`` looks, too."""
+    if modules and "" not in sys.path:
+        sys.path.insert(0, "")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"cannot import {module!r}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -374,6 +387,15 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
+    if name not in ("demo", "weights"):  # which read no run
+        parser.add_argument(
+            "--import",
+            dest="modules",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="import the module of a statistic of your own first; may be given several times",
+        )
     return parser
 
 

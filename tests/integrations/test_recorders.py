@@ -31,7 +31,7 @@ def rows(folder, stage, statistic, layer):
     return {
         row["epoch"]: row["value"]
         for row in read_records(folder)
-        if (row["stage"], row["statistic"], row["layer"]) == (stage, statistic, layer)
+        if (row["stage"], row["statistic"], row["layer"], row["step"]) == (stage, statistic, layer, None)
     }
 
 
@@ -51,7 +51,9 @@ def test_a_fit_of_lightning_is_kept(tmp_path):
     assert rows(run, "train", "rows", "model.0") == {0: 320, 1: 320, 2: 320}
     assert rows(run, "eval", "rows", "model.0") == {1: 160}  # and no epoch has the validation of another
     saturations = [
-        row for row in read_records(run) if (row["layer"], row["statistic"]) == ("model.0", "saturation")
+        row
+        for row in read_records(run)
+        if (row["layer"], row["statistic"], row["step"]) == ("model.0", "saturation", None)
     ]
     assert all(row["low"] <= row["value"] <= row["high"] for row in saturations)
     assert "model.0" in str(callback.probe.summary("eval"))

@@ -19,6 +19,7 @@ from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
+from spectralmetrics.probing.windows import load_remembered
 from spectralmetrics.tail import MEAN_LAYER
 
 _logger = logging.getLogger("spectralmetrics")
@@ -134,23 +135,38 @@ class Forwards:
         with self.probe._without(self._finished):
             yield self.probe
 
-    def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from what :meth:`unfinished` showed; the next window begins here."""
-        if state is not None:
-            self.probe.load_state_dict(state)
+    def load(self, state: dict[str, Any] | None, is_first: bool) -> None:
+        """Go on from what :meth:`unfinished` showed; the next window begins here.
 
-    def compute_step(self) -> dict[tuple[str, str], float]:
-        """(metric, layer) -> value at a step of training, of what was observed since the last such step."""
-        values = with_means(self.compute_window("train"))
+        Args:
+            state: what all processes saw together.
+            is_first: whether this process carries it on; the others take over what is remembered of it.
+        """
+        if state is not None and is_first:
+            self.probe.load_state_dict(state)
+        elif state is not None:
+            load_remembered(dict(state), "", self.probe._remembered, self.probe._steps)
+
+    def compute_step(self, keep: Callable[[], None]) -> dict[tuple[str, str], float]:
+        """(metric, layer) -> value at a step of training, of what was observed since the last such step.
+
+        Args:
+            keep: called while the probe holds that, and nothing else.
+        """
+        values = with_means(self.compute_window("train", keep))
         return {key: number for key, number in values.items() if self._each_layer or key[1] == MEAN_LAYER}
 
-    def compute_window(self, stage: Stage) -> dict[str, Tensor]:
+    def compute_window(self, stage: Stage, keep: Callable[[], None] | None = None) -> dict[str, Tensor]:
         """The values of what was observed since the last window; the stage goes on."""
         if stage in self._finished:
             return {}
-        with self.probe._only(_READER, stage), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the values of the whole stage say it
-            values = self.probe.compute(stage, LateBar("reading layers"))
+        others = [each for each in STAGES if each != stage] if keep else []
+        with self.probe._only(_READER, stage), self.probe._without(others):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the values of the whole stage say it
+                values = self.probe.compute(stage, LateBar("reading layers"))
+            if keep is not None and values:
+                keep()
         self.probe._windows.advance(_READER, stage)
         return values
 

@@ -11,6 +11,7 @@ from spectralmetrics.integrations.forwards import Forwards
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.recording import Recorder
+from spectralmetrics.recording.record import RecordKey
 
 MakesRecorder: TypeAlias = Callable[[LayerProbe], Recorder]
 _WRITERS = ("csv", "arrays")
@@ -35,7 +36,7 @@ class Keeping:
             )
         self._made_by = recorder
         self._was_open = False
-        self._recorder: Recorder | None = None
+        self.recorder: Recorder | None = None  # while it is open
         self.epoch = 0  # of the next record
 
     def open(self, forwards: Forwards, epoch: int | None = None) -> None:
@@ -51,19 +52,19 @@ class Keeping:
         """
         if self._made_by is None:
             return
-        if self._recorder is None:
+        if self.recorder is None:
             if callable(self._made_by):
                 made = self._made_by(forwards.probe)
                 if not isinstance(made, Recorder) or made.probe is not forwards.probe:
                     raise TypeError(f"expected recorder to return a Recorder of the probe, got {made!r}")
-                self._recorder = made
+                self.recorder = made
             else:
                 goes_on = self._was_open or epoch is not None
-                self._recorder = Recorder(
+                self.recorder = Recorder(
                     self._made_by, forwards.probe, _WRITERS, mode="resume" if goes_on else "create"
                 )
             self._was_open = True
-        self.epoch = self._recorder.next_epoch if epoch is None else epoch
+        self.epoch = self.recorder.next_epoch if epoch is None else epoch
 
     def __bool__(self) -> bool:
         """Whether anything is recorded."""
@@ -71,15 +72,27 @@ class Keeping:
 
     def record(self, forwards: Forwards) -> None:
         """Record an epoch, with the stages that have been observed since the last record."""
-        if self._recorder is None:
+        if self.recorder is None:
             return
-        if self.epoch >= self._recorder.next_epoch:  # or it was recorded before a crash
+        if self.epoch >= self.recorder.next_epoch:  # or it was recorded before a crash
             with forwards.unrecorded():
-                self._recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"))
+                self.recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"))
         self.epoch += 1
+
+    def record_step(self, step: int) -> None:
+        """Record what the probe holds, of the training within an epoch.
+
+        Args:
+            step: the number of optimiser steps so far.
+        """
+        if self.recorder is None:
+            return
+        last = self.recorder.last
+        if last is None or RecordKey(self.epoch, step).order > last.order:  # or it was recorded before a crash
+            self.recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"), step=step)
 
     def close(self) -> None:
         """Close the recorder."""
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+        if self.recorder is not None:
+            self.recorder.close()
+            self.recorder = None

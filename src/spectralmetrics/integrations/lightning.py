@@ -19,6 +19,8 @@ except ModuleNotFoundError as error:
 from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.values import with_means
+from spectralmetrics.integrations.watching import MakesMonitor, Watching
+from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.progress import LateBar
@@ -50,16 +52,21 @@ class LayerProbeCallback(Callback):
         generation: whether to observe what ``generate`` of a model of transformers runs.
         recorder: a directory for records and arrays, or a function from the probe to a
             :class:`~spectralmetrics.Recorder`. Each epoch of a fit becomes a record, with its last validation,
-            and so does a validation outside of a fit. A directory may hold records only if the fit goes on from
+            and so does a validation outside of a fit, and what each layer showed since the trainer last logged,
+            where it logs within an epoch. A directory may hold records only if the fit goes on from
             a checkpoint. The function is called at each fit or validation.
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
+        monitor: True for a :class:`~spectralmetrics.Monitor` of the training, or a function from the probe to
+            one: ``lambda probe: Monitor(probe, every=50, on_alarm="stop")``. Where it is to stop, the fit ends.
+            The recorder keeps its alarms.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
         probe: the :class:`~spectralmetrics.LayerProbe`, on the model while the trainer runs; None before.
+        monitor: the :class:`~spectralmetrics.Monitor` of the probe; None without one.
 
     Raises:
-        TypeError: for a recorder of another type; when the trainer starts, for what
+        TypeError: for a recorder or monitor of another type; when the trainer starts, for what
             :class:`~spectralmetrics.LayerProbe` and :class:`~spectralmetrics.Recorder` raise.
         ModuleNotFoundError: on import, without ``lightning``.
 
@@ -75,6 +82,7 @@ class LayerProbeCallback(Callback):
         generation: bool = False,
         recorder: str | Path | MakesRecorder | None = None,
         each_layer: bool = False,
+        monitor: bool | MakesMonitor = False,
         **arguments: Any,
     ) -> None:
         self.probe: LayerProbe | None = None
@@ -83,10 +91,16 @@ class LayerProbeCallback(Callback):
         self._each_layer = each_layer
         self._arguments = arguments
         self._keeping = Keeping(recorder)
+        self._watching = Watching(monitor)
         self._forwards: Forwards | None = None  # while the trainer runs
         self._saved: dict[str, Any] = {}
         self._step = 0  # of the optimizers, when the batch began
         self._loaders: list[dict[str, Tensor]] = []  # values of the loaders that an evaluation is through with
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """See the class."""
+        return self._watching.monitor
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the probe."""
@@ -97,10 +111,10 @@ class LayerProbeCallback(Callback):
         forwards = self._attach(pl_module)
         forwards.reset()
         # It holds what all processes saw together; one of them carries it on.
-        if trainer.is_global_zero:
-            forwards.load(self._saved.get("probe"))
+        forwards.load(self._saved.get("probe"), trainer.is_global_zero)
         epoch = None if trainer.ckpt_path is None else trainer.current_epoch
         self._keeping.open(forwards, self._saved.get("epoch", epoch))
+        self._watching.keep(self._keeping)
         self._saved = {}
 
     def on_train_batch_start(
@@ -117,12 +131,16 @@ class LayerProbeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look away; log the means over the layers if the trainer logs at this step."""
+        """Look away; at a step of the optimizer ask the monitor, and log and record if the trainer logs."""
         forwards = self._attach(pl_module)
         forwards.end(observes=False)
-        # As Lightning's own callbacks ask.
-        if trainer._logger_connector.should_update_logs and trainer.global_step != self._step:
-            self._hand_over(pl_module, "train", forwards.compute_step(), on_step=True, on_epoch=False)
+        step = trainer.global_step
+        if step == self._step:  # no optimizer stepped
+            return
+        trainer.should_stop = self._watching.step() or trainer.should_stop
+        if trainer._logger_connector.should_update_logs:  # as Lightning's own callbacks ask
+            values = forwards.compute_step(lambda: self._keeping.record_step(step))
+            self._hand_over(pl_module, "train", values, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the epoch's training forwards showed, and record it with the last validation."""
@@ -200,6 +218,7 @@ class LayerProbeCallback(Callback):
             self._forwards.end(observes=False)
             self.probe = self._forwards.probe
             self.probe.persistent()
+            self._watching.begin(self.probe)
         return self._forwards
 
     def _detach(self) -> None:

@@ -30,6 +30,8 @@ from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.values import with_means
+from spectralmetrics.integrations.watching import MakesMonitor, Watching
+from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.progress import LateBar
@@ -72,14 +74,17 @@ class LayerProbeCallback(TrainerCallback):
             are not in the data.
         recorder: a directory for records and arrays, or a function from the probe to a
             :class:`~spectralmetrics.Recorder`. Each epoch of a training becomes a record, with the evaluation
-            that follows it (of several data sets the last), and so does an evaluation outside of a training. A
-            directory may hold records only if training goes on from a checkpoint. The function is called at
-            each training or evaluation.
+            that follows it (of several data sets the last), and so does an evaluation outside of a training,
+            and what was observed since the trainer last logged, at steps at which it logs. A directory may hold
+            records only if training goes on from a checkpoint. The function is called at each of them.
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
+        monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
+            end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
         probe: the :class:`~spectralmetrics.LayerProbe`, on the model until :meth:`remove`.
+        monitor: the :class:`~spectralmetrics.Monitor` of the probe; None without one.
 
     Raises:
         TypeError: for a trainer of another type, or a mask that is no name; for what
@@ -105,6 +110,7 @@ class LayerProbeCallback(TrainerCallback):
         generation: bool = False,
         recorder: str | Path | MakesRecorder | None = None,
         each_layer: bool = False,
+        monitor: bool | MakesMonitor = False,
         **arguments: Any,
     ) -> None:
         if not isinstance(trainer, Trainer):
@@ -120,6 +126,7 @@ class LayerProbeCallback(TrainerCallback):
         self._generation = generation
         self._each_layer = each_layer
         self._keeping = Keeping(recorder)
+        self._watching = Watching(monitor)
         self._awaited = 0  # evaluations that belong to the epoch that has ended
         self._arguments = arguments
         self._evaluations = 0  # that run, one inside another
@@ -136,6 +143,11 @@ class LayerProbeCallback(TrainerCallback):
             if hasattr(trainer, name):  # the second is gone since 5.0
                 self._methods.surround(name, self._evaluating)
 
+    @property
+    def monitor(self) -> Monitor | None:
+        """See the class."""
+        return self._watching.monitor
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -150,15 +162,21 @@ class LayerProbeCallback(TrainerCallback):
             self._attach(model)
         elif self._forwards is not None:  # maybe after an attempt with a batch size that was too large
             self._forwards.reset()
+            self._watching.begin(self.probe)
         if self._forwards is not None:
             self._keeping.open(self._forwards, int(state.epoch or 0) if state.global_step else None)
+            self._watching.keep(self._keeping)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the means over the layers if the trainer logs at this step."""
-        if control.should_log and self._forwards is not None:
-            self._hand_over(self._forwards.compute_step(), "")
+        """Ask the monitor; log the means over the layers, and record, if the trainer logs at this step."""
+        if (forwards := self._forwards) is None:
+            return
+        control.should_training_stop = self._watching.step() or control.should_training_stop
+        if control.should_log:
+            values = forwards.compute_step(lambda: self._keeping.record_step(state.global_step))
+            self._hand_over(values, "")
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -226,6 +244,7 @@ class LayerProbeCallback(TrainerCallback):
         self._detach()
         self._forwards = Forwards(model, self._metrics, self._generation, self._each_layer, **self._arguments)
         self.probe = self._forwards.probe
+        self._watching.begin(self.probe)
         self._model = unwrap(model)
         if self._attention_mask is not None:
             self._masking = Masking(self.probe, self._model, self._attention_mask, self._decoder_attention_mask)

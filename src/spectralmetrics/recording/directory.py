@@ -19,7 +19,7 @@ from spectralmetrics.recording.lock import DirectoryLock
 from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
 from spectralmetrics.recording.record import Record, RecordKey
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.settings import Settings
+from spectralmetrics.recording.settings import MODULE, Settings
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import WRITERS
 
@@ -219,7 +219,7 @@ class RunDirectory:
     def _check_settings(self) -> None:
         for name, settings in self._statistics.items():
             recorded = self._manifest.statistics.get(name, settings)
-            for key in settings:
+            for key in settings.keys() - {MODULE}:  # a class may move
                 if recorded.get(key) != settings[key]:
                     raise ValueError(
                         f"expected {name!r} as it was recorded in {self.directory}, with"

@@ -104,6 +104,11 @@ class Recorder:
         self._is_open = True
 
     @property
+    def last(self) -> RecordKey | None:
+        """The epoch and step of the last record, no step at the end of an epoch; None without a record."""
+        return self._last
+
+    @property
     def next_epoch(self) -> int:
         """The epoch of the next record, unless it is given another."""
         return 0 if self._last is None or (ended := self._last.ended_epoch) is None else ended + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from spectralmetrics.metrics import statistics as all_statistics
 Settings: TypeAlias = dict[str, Any]
 """Of a metric, as JSON holds them; see :func:`describe`."""
 
+MODULE = "module"
+"""Under which :func:`describe` names the module of a statistic that is not of this package."""
 UNKNOWN = "settings not recorded"
 """Under which :func:`describe` names settings that JSON cannot hold."""
 
@@ -30,6 +33,8 @@ def describe(metric: Metric) -> Settings:
     if not isinstance(metric, SpectralMetric) or not (metric.takes_observations and metric.is_statistic):
         return {"class": type(metric).__name__}
     settings: Settings = {"metric": metric.short_name, "center": metric.center}
+    if not type(metric).__module__.startswith("spectralmetrics."):
+        settings[MODULE] = _module_of(type(metric))
     for name, parameter in inspect.signature(type(metric)).parameters.items():
         value = getattr(metric, name, parameter.default)
         if name in ("num_features", "gram_dtype", "nan_strategy", "folds") or value is parameter.empty:
@@ -43,6 +48,14 @@ def describe(metric: Metric) -> Settings:
     return settings
 
 
+def _module_of(kind: type) -> str:
+    """The module to import for a class; empty for one of a script, which cannot be imported by its name."""
+    if kind.__module__ != "__main__":
+        return kind.__module__
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    return "" if spec is None else str(spec.name)
+
+
 def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
     """The metrics of a run, by name, as far as they can be made from their settings."""
     metrics = {}
@@ -50,6 +63,16 @@ def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetri
         with contextlib.suppress(ValueError):
             metrics[name] = rebuild_statistic(name, recorded)
     return metrics
+
+
+def _how_to_import(module: str | None) -> str:
+    if module:
+        return f"import {module} first (on the command line: --import {module}), or pass a metric"
+    if module is None:  # up to 0.2.0 it was not recorded
+        return "import its module first (on the command line: --import MODULE), or pass a metric"
+    return (
+        "it was defined in the script that recorded it; put it into a module and import that, or pass a metric"
+    )
 
 
 def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
@@ -61,8 +84,9 @@ def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMe
     settings = {**recorded.get(name, {"metric": name})}
     kinds = all_statistics()
     short_name = settings.pop("metric", None)
+    module = settings.pop(MODULE, None)
     if name in recorded and short_name not in kinds:
-        raise ValueError(f"{name!r} was recorded by a class that is not imported: import it, or pass a metric")
+        raise ValueError(f"{name!r} was recorded by a class that is not imported: {_how_to_import(module)}")
     if short_name not in kinds:
         raise ValueError(f"expected statistics among {sorted(set(kinds) | set(recorded))}, got {name!r}")
     if unknown := settings.pop(UNKNOWN, None):
