@@ -234,7 +234,9 @@ class Recorder:
             raise TypeError(f"expected an Alarm, got {alarm!r}")
         self._check_open()
         run: Any = self._run
-        on_first_process(lambda: run.add_alarm(alarm))
+        _, error = on_first_process(lambda: run.add_alarm(alarm))
+        if error is not None:
+            raise error
 
     def drop_alarms(self, step: int) -> None:
         """Forget the alarms from a step on; called by a monitor that goes on from there.
@@ -247,7 +249,9 @@ class Recorder:
             raise ValueError(f"expected a step as an integer that is not negative, got {step!r}")
         self._check_open()
         run: Any = self._run
-        on_first_process(lambda: run.drop_alarms(int(step)))
+        _, error = on_first_process(lambda: run.drop_alarms(int(step)))
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Close the writers. What was added after the last record is not kept, and a warning says so."""
