@@ -17,6 +17,8 @@ NO_TABLE = [("nowhere", "expected a run with a records.csv, got nowhere")]
 NO_ARRAYS = [("nowhere", "expected a run recorded with the writer 'arrays', got nowhere")]
 UNKNOWN = [("red", "unrecognized arguments: --colour red")]
 # Command and its other arguments -> option, or name of an argument -> bad value and words.
+NO_MODULE = [("no.such", "cannot import 'no.such': No module named 'no'")]
+
 TABLE = {
     ("",): {"command": [("paint", "invalid choice: 'paint'"), ("", "required: COMMAND")]},
     ("demo",): {
@@ -31,6 +33,7 @@ TABLE = {
         "--threshold": SHARES,
         "--output": [("FILE/x", "FILE")],
         "--dpi": POSITIVE,
+        "--import": NO_MODULE,
         "--colour": UNKNOWN,
     },
     ("plot",): {"directories": NO_TABLE},
@@ -47,6 +50,7 @@ TABLE = {
             ("spectrum", "expected a statistic that is one number, got 'spectrum'"),
         ],
         "--threshold": SHARES,
+        "--import": NO_MODULE,
         "--colour": UNKNOWN,
     },
     ("summary",): {"directory": NO_ARRAYS},
@@ -61,6 +65,7 @@ TABLE = {
     ("compare", "RUN", "--epochs", "0", "1"): {
         "--stage": [("test", "expected a stage of epoch 0 of … got 'test'")],
         "--threshold": SHARES,
+        "--import": NO_MODULE,
         "--colour": UNKNOWN,
     },
     ("compare", "RUN"): {
@@ -79,10 +84,15 @@ TABLE = {
             ("spectrum", "expected statistics that are numbers, got 'spectrum'"),
         ],
         "--output": [("EMPTY", "Is a directory: EMPTY")],
+        "--import": NO_MODULE,
         "--colour": UNKNOWN,
     },
     ("recompute",): {"directory": NO_ARRAYS},
-    ("report", "RUN"): {"--output": [("EMPTY", "Is a directory: EMPTY")], "--colour": UNKNOWN},
+    ("report", "RUN"): {
+        "--output": [("EMPTY", "Is a directory: EMPTY")],
+        "--import": NO_MODULE,
+        "--colour": UNKNOWN,
+    },
     ("report",): {"directories": [("nowhere", "expected a run with a records.csv or arrays, got nowhere")]},
 }
 ROWS = [
