@@ -85,13 +85,14 @@ class Hooks:
         *,
         looks: bool = True,
         always_call: bool = False,
+        prepend: bool = False,
     ) -> None:
         """Have it shown what a module has put out, see :class:`Observer`.
 
-        ``always_call`` is that of ``torch.nn.Module.register_forward_hook``.
+        ``always_call`` and ``prepend`` are those of ``torch.nn.Module.register_forward_hook``.
         """
         hook = Observer(module, observe, select, looks=looks)
-        self._note(module, module.register_forward_hook(hook, always_call=always_call))
+        self._note(module, module.register_forward_hook(hook, always_call=always_call, prepend=prepend))
 
     @property
     def model(self) -> nn.Module | None:

@@ -28,7 +28,9 @@ from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
+from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.merging import STAGES, Agreement, Kept, Place, check_places, merge_places
+from spectralmetrics.probing.meshes import FirstOrLast, Meshes, has_dtensors
 from spectralmetrics.probing.observations import (
     FeatureMaps,
     Interpolation,
@@ -54,7 +56,7 @@ from spectralmetrics.probing.reading import (
     tell_readings,
     warn_of_nothing,
 )
-from spectralmetrics.probing.routing import Limits, Router
+from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag
@@ -244,7 +246,11 @@ class LayerProbe(nn.Module):
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         # Forwards are told apart where folds or a history keep them.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
-        self._router = Router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
+        meshes = Meshes(unwrap(model), set(selected), is_of_inputs)
+        self._steps.shares = meshes.shares
+        self._router = Router(
+            self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected), meshes
+        )
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._identity = Identity(chosen)
@@ -268,6 +274,10 @@ class LayerProbe(nn.Module):
             observe = Weakly(self._router.observe, name)
             if self.observe == "inputs":
                 self._hooks.before(module, observe, looks=True)
+            elif name not in selected and has_dtensors(module):
+                either = FirstOrLast(observe)
+                self._hooks.behind(module, either.first, prepend=True)
+                self._hooks.behind(module, either.last)
             else:
                 self._hooks.behind(module, observe, selected.get(name))
         self._watch_steps()
@@ -523,13 +533,17 @@ class LayerProbe(nn.Module):
 
         def describe() -> Catalogue:
             return Catalogue(
-                (("stages", *stages), *(described(name, metric) for name, metric in self._templates.items())),
+                (
+                    ("stages", *stages),
+                    *([] if self.budget is None else [("with a budget",)]),
+                    *(described(name, metric) for name, metric in self._templates.items()),
+                ),
                 {name: self._router.facts[name] for name in self._layers},
                 tuple(self._router.order),
                 {place: each.widths() for place, each in places.items()},
             )
 
-        return agree_on_layers(
+        agreement = agree_on_layers(
             group,
             describe,
             places,
@@ -539,6 +553,8 @@ class LayerProbe(nn.Module):
             takes_all=takes_all,
             keeps_own=keeps_own,
         )
+        self._steps.agree_on_plans(group)
+        return agreement
 
     def _guest(self, stage: str, layer: str) -> LayerMetrics:
         """The metrics of a layer of another process."""

@@ -1,0 +1,379 @@
+"""What the processes of a group run: models that PyTorch spreads, and the same model in one process."""
+
+import contextlib
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torchmetrics import Metric
+
+import spectralmetrics as sm
+from spectralmetrics.probing.observations import ObservationRule
+from spectralmetrics.probing.parts import part_of
+from spectralmetrics.probing.placement import bring, place
+from tests.distributed.engines.llama import KINDS, llama, loss_of, outputs, plan, rows, tokens, whole
+from tests.distributed.spread import assert_holds
+from tests.metrics.properties import assert_same
+
+LINEAR = (nn.Linear,)
+
+
+def mesh_of(world):
+    return init_device_mesh("cpu", (world,))
+
+
+def probed(
+    mesh,
+    metrics=None,
+    *,
+    is_before=False,
+    layers=LINEAR,
+    is_local=True,
+    sequence=False,
+    dtype=None,
+    **arguments,
+):
+    """A parallelised Llama and its probe, made before or after."""
+    model = llama(torch.float64 if dtype is None else dtype)
+    metrics = sm.SpectrumMetric() if metrics is None else metrics
+    if is_before:
+        probe = sm.LayerProbe(
+            model, metrics, layers=layers if isinstance(layers, list) else list(layers), **arguments
+        )
+    parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence))
+    if not is_before:
+        probe = sm.LayerProbe(
+            model, metrics, layers=layers if isinstance(layers, list) else list(layers), **arguments
+        )
+    return model, probe
+
+
+def alone(metrics, run, *, layers=LINEAR, **arguments):
+    """A probe of the whole model in this process, which merges with nobody, and what it has seen in a run."""
+    for metric in metrics:
+        metric.sync_on_compute = False
+    model = llama()
+    probe = sm.LayerProbe(
+        model, metrics, layers=layers if isinstance(layers, list) else list(layers), **arguments
+    )
+    run(model, probe)
+    return probe
+
+
+class Rows(Metric):
+    """Keeps the rows it is given, of this process."""
+
+    def __init__(self):
+        super().__init__(sync_on_compute=False)
+        self.rows = []
+
+    def update(self, rows):
+        self.rows.append(rows.clone())
+
+    def compute(self):
+        return torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
+
+
+def gathered(value):
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def tensor_parallel_equals_one_process(rank, world):
+    """Local and DTensor outputs, the probe made before and after; samples that do not divide evenly."""
+    mesh = mesh_of(world)
+    for is_local, is_before in itertools.product((True, False), repeat=2):
+        for samples, steps in ((5, 6), (1, 7)):
+            batches = [tokens(seed, samples, steps) for seed in range(2)]
+            model, probe = probed(mesh, is_local=is_local, is_before=is_before)
+            for batch in batches:
+                loss_of(model(batch)).backward()
+            assert_holds(probe, "train", rows(batches, LINEAR))
+
+
+def sequence_parallel_equals_one_process(rank, world):
+    """Norms and a row-parallel embedding, too, whose own reduction the probe must leave its mask."""
+    mesh = mesh_of(world)
+    for is_local, is_before in itertools.product((True, False), repeat=2):
+        for samples, steps in ((5, 2 * world),) if is_local else ((5, 2 * world), (1, 2 * world + 1)):
+            batches = [tokens(seed, samples, steps) for seed in range(2)]
+            model, probe = probed(mesh, is_local=is_local, is_before=is_before, sequence=True, layers=KINDS)
+            for batch in batches:
+                loss_of(model(batch)).backward()
+            assert_holds(probe, "train", rows(batches))
+
+
+def training_is_the_same_to_the_bit(rank, world):
+    mesh = mesh_of(world)
+    for is_local, sequence in ((True, False), (False, False), (True, True), (False, True)):
+        ends = []
+        for has_probe in (False, True):
+            model = llama(torch.float32)
+            parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence))
+            if has_probe:
+                probe = sm.LayerProbe(model, sm.SaturationMetric(), layers=list(KINDS), rows_per_feature=1)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+            for seed in range(3):
+                optimizer.zero_grad()
+                loss_of(model(tokens(seed, 4, 2 * world))).backward()
+                optimizer.step()
+            with torch.no_grad():
+                ends.append(
+                    [whole(each) for parameter in model.parameters() for each in (parameter, parameter.grad)]
+                )
+            ends[-1].append(torch.random.get_rng_state())
+        assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        assert len(probe.compute("train")) == len(probe.layers)
+
+
+def masks_and_labels(rank, world):
+    """What lies beside the model is for the whole batch, however it is divided."""
+    mesh = mesh_of(world)
+    steps = 2 * world
+    batches = [tokens(seed, 5, steps) for seed in range(3)]
+    generator = torch.Generator().manual_seed(3)
+    masks = [torch.rand(5, steps, generator=generator) < 0.7 for _ in batches]
+    of_steps = [torch.randint(-1, 3, (5, steps), generator=generator) for _ in batches]
+    of_samples = [torch.arange(5) % 3 for _ in batches]
+
+    for labels, sequence in itertools.product((of_steps, of_samples), (False, True)):
+        metrics = lambda: [sm.SpectrumMetric(), sm.LinearProbeMetric(3), sm.MaxAbsMetric()]  # noqa: E731
+
+        def run(model, probe, labels=labels):
+            for batch, mask, own in zip(batches, masks, labels, strict=True):
+                with probe.mask(mask), probe.labels(own), torch.no_grad():
+                    model(batch)
+
+        model, probe = probed(mesh, metrics(), sequence=sequence, is_local=not sequence, layers=KINDS)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run(model, probe)
+            found, expected = probe.compute("train"), alone(metrics(), run, layers=KINDS).compute()
+        assert any("labels of shape (5,)" in str(each.message) for each in told) == (
+            sequence and labels is of_samples
+        )
+        if sequence and labels is of_samples:  # outputs whose time is sharded have no mean of a sample here
+            divided = {key for key in expected if "linear_probe" in key and "norm" in key}
+            assert set(expected) - set(found) == divided
+            assert divided
+        else:
+            assert list(found) == list(expected)
+        for key, value in found.items():
+            assert_same(value, expected[key], 1e-9)
+        covariances = probe.covariances("train")
+        for name, covariance in alone(metrics(), run, layers=KINDS).covariances("train").items():
+            assert (covariances[name] - covariance).norm() < 1e-12 * covariance.norm()
+        with probe.merged():
+            counts = {int(probe["train", name]["spectrum"].count) for name in probe.layers}
+        assert counts == {sum(int(mask.sum()) for mask in masks)}
+
+
+def observations_of_whole_sequences(rank, world):
+    """The last step, means and flattened sequences of sharded features; refused where time is sharded."""
+    mesh = mesh_of(world)
+    steps = 2 * world
+    batches = [tokens(seed, 9, steps) for seed in range(4)]
+    masks = [torch.rand(9, steps, generator=torch.Generator().manual_seed(seed)) < 0.6 for seed in range(4)]
+    for sequences, has_mask, size in (
+        ("last", False, None),
+        ("mean", True, None),
+        ("last", True, 3),
+        ("flatten", False, None),
+        ("flatten", True, None),
+    ):
+
+        def run(model, probe, has_mask=has_mask):
+            for batch, mask in zip(batches, masks, strict=True):
+                with probe.mask(mask) if has_mask else contextlib.nullcontext(), torch.no_grad():
+                    model(batch)
+
+        arguments = {"sequences": sequences, "max_samples": size}
+        model, probe = probed(mesh, is_local=sequences == "last", **arguments)
+        run(model, probe)
+        expected = alone([sm.SpectrumMetric()], run, **arguments).covariances("train")
+        found = probe.covariances("train")
+        assert list(found) == list(expected)
+        for name, covariance in expected.items():
+            assert (found[name] - covariance).norm() <= 1e-12 * covariance.norm(), (sequences, name)
+    for sequences in ("last", "mean", "flatten"):
+        model, probe = probed(mesh, sequence=True, sequences=sequences, layers=["norm", "*wo"])
+        words = rf"'norm' is not observed.*sequences='{sequences}'.*\(Shard\(1\)\)"
+        with pytest.warns(UserWarning, match=words), torch.no_grad():
+            model(batches[0])
+        assert list(probe.covariances("train")) == [f"layers.{k}.attention.wo" for k in range(2)]
+
+
+def rows_are_drawn_before_they_travel(rank, world):
+    """As many as in one process, each a row of the whole, and none on two processes."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(3)]
+    expected = outputs(batches, KINDS)
+    for sequence in (False, True):
+        model, probe = probed(
+            mesh, {"rows": Rows(), "spectrum": sm.SpectrumMetric()}, sequence=sequence, is_local=False,
+            layers=KINDS, rows_per_feature=0.3, seed=4,
+        )  # fmt: skip
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        for name in probe.layers:
+            parts = gathered(probe["train", name]["rows"].compute())
+            found, everything = torch.cat(parts), torch.cat([each.flatten(0, -2) for each in expected[name]])
+            width = everything.shape[1]
+            each = min(-(-3 * width // 10), len(everything) // 3)
+            assert len(found) == 3 * each, name
+            assert max(map(len, parts)) - min(map(len, parts)) <= 3
+            distances = torch.cdist(found, everything, compute_mode="donot_use_mm_for_euclid_dist")
+            assert distances.min(1).values.max() < 1e-12
+            assert len(distances.min(1).indices.unique()) == len(found.unique(dim=0))
+        with probe.merged():
+            for name in ("layers.0.feed_forward.w1", "output"):
+                count = int(probe["train", name]["spectrum"].count)
+                assert count == 3 * min(
+                    -(-3 * len(probe["train", name]["spectrum"].compute()) // 10), 10 * world
+                )
+
+
+def folds_histories_and_marginals(rank, world):
+    """What belongs to one forward is in one fold on all processes, and is one row of a history."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(5)]
+
+    def new():
+        return [sm.SpectrumMetric(), sm.MaxAbsMetric(), sm.HistoryMetric(steps=8)]
+
+    def run(model, probe):
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+
+    expected = alone(new(), run, folds=2)
+    for sequence in (False, True):
+        model, probe = probed(mesh, new(), sequence=sequence, folds=2, is_local=not sequence)
+        run(model, probe)
+        values = probe.compute("train")
+        for key, value in expected.compute().items():
+            if "history" not in key:
+                assert_same(values[key], value, 1e-9)
+        for (key, own), its in zip(
+            probe.intervals("train").items(), expected.intervals().values(), strict=True
+        ):
+            assert "spectrum" in key
+            for one, other in zip(own, its, strict=True):
+                assert_same(one, other, 1e-9)
+        for mine, its in zip(probe.history("train").rows, expected.history("train").rows, strict=True):
+            assert mine[:4] == its[:4]
+            assert mine[4:] == pytest.approx(its[4:], rel=1e-9)
+
+
+class Fussy(sm.SpectralMetric):
+    """Fails in an update, on some process."""
+
+    fails = False
+
+    def statistic(self, spectrum):
+        return spectrum.eigenvalues.sum()
+
+    def observe(self, observations):
+        if Fussy.fails:
+            raise RuntimeError("no")
+        super().observe(observations)
+
+
+def each_process_has_another_fate(rank, world):
+    """Paused, full, failed and out of budget processes take part, and the others go on."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(12)]
+    unlucky = world - 1
+    for fate, sequence in itertools.product(("paused", "full", "failed", "budget", "merged"), (False, True)):
+        metrics = [Fussy()] if fate == "failed" else [sm.SpectrumMetric()]
+        arguments = {"budget": 1e-6 if rank == unlucky else 0.9} if fate == "budget" else {}
+        model, probe = probed(mesh, metrics, sequence=sequence, is_local=not sequence, folds=2, **arguments)
+        want = llama()(batches[-1]).detach()
+        if fate == "full" and rank == unlucky:
+            probe.max_samples = 12
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            for number, batch in enumerate(batches):
+                Fussy.fails = fate == "failed" and rank == unlucky and number == 4
+                if fate == "paused" and rank == unlucky and number in (0, 4, 5):
+                    with probe.paused():
+                        output = model(batch)
+                elif fate == "merged" and number == 3:
+                    with probe.merged():
+                        output = model(batch)
+                else:
+                    output = model(batch)
+                if fate == "budget" and number % 4 == 3:
+                    probe.compute("train")
+            assert (whole(output) - want).abs().max() < 1e-12
+            assert len(probe.compute("train")) == len(probe.layers)
+        with probe.merged():
+            counts = {
+                name: int(next(iter(probe["train", name].values(copy_state=False))).count)
+                for name in probe.layers
+            }
+        each = 5 * 2 * world
+        whole_ones = len(batches) * each
+        if fate == "budget":  # as many rows as a plan says, of as many features
+            assert len(set(counts.values())) <= 2
+            assert min(counts.values()) > 0
+            assert max(counts.values()) <= whole_ones
+        else:
+            (count,) = set(counts.values())
+            lost = {"paused": 3, "failed": 8, "full": 10, "merged": world}[fate]
+            own = each / world
+            assert abs(count - (whole_ones - lost * own)) <= (0 if fate != "full" else 3 * own)
+        probe.remove()
+
+
+def every_placement_of_rows(rank, world):
+    """Rows of all placements, along one dimension and, on four processes, along two."""
+    rule = ObservationRule()
+    meshes = [mesh_of(world)] + ([init_device_mesh("cpu", (2, 2))] if world == 4 else [])
+    for shape, mesh in itertools.product(((5, 6, 8), (1, 7, 9), (3, 1, 1), (2, 9)), meshes):
+        last = len(shape) - 1
+        every = [Replicate(), Partial(), Shard(0), Shard(last), *([Shard(1)] if last > 1 else [])]
+        full = torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64).reshape(shape) ** 1.5
+        expected = full.reshape(-1, shape[-1])
+        for placements in itertools.product(every, repeat=mesh.ndim):
+            plain = [Replicate() if isinstance(each, Partial) else each for each in placements]
+            values = distribute_tensor(full, mesh, plain)
+            size = 1
+            for dim, each in enumerate(placements):
+                size *= mesh.size(dim) if isinstance(each, Partial) else 1
+            if size > 1:
+                values = DTensor.from_local(
+                    values.to_local() / size, mesh, placements, shape=values.shape, stride=values.stride()
+                )
+            part = part_of(values)
+            placed = place(part, lambda each, _: rule.batch(None, each), rule)
+            for number in (None, 4):
+                own = bring(placed.observations(rule, None), placed, number, seed=3).rows()
+                found = torch.cat(gathered(own))
+                assert len(found) == (len(expected) if number is None else min(number, len(expected)))
+                nearest = torch.cdist(found, expected, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+                assert nearest.values.max() < 1e-6, placements
+                assert len(nearest.indices.unique()) == len(found), placements
+
+
+EVERYWHERE = [
+    every_placement_of_rows,
+    tensor_parallel_equals_one_process,
+    sequence_parallel_equals_one_process,
+    training_is_the_same_to_the_bit,
+    masks_and_labels,
+    observations_of_whole_sequences,
+    rows_are_drawn_before_they_travel,
+    folds_histories_and_marginals,
+    each_process_has_another_fate,
+]
+
+SCENARIOS = {2: EVERYWHERE, 4: EVERYWHERE}
