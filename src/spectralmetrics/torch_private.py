@@ -380,6 +380,14 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def group_named(name: str) -> Any:
+    """The process group of a name: ``torch.distributed.distributed_c10d._resolve_process_group``, 2.8 to 2.13.
+
+    Without it a compiled layer whose outputs are DTensors is left out, with words.
+    """
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
+
+
 # -- DTensors -------------------------------------------------------------------------------------------------
 
 

@@ -85,24 +85,25 @@ class Meshes:
 
     def concerns(self, output: Any) -> bool:
         """Whether a process that observes nothing has to take part in the forward of a layer all the same."""
-        return self.shares() or is_dtensor(output)
+        return self.shares() or isinstance(output, Part) or is_dtensor(output)
 
-    def part_of(self, name: str, module: nn.Module, values: Any, dims: FeatureDim | None) -> Part | None:
+    def part_of(self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None) -> Part | None:
         """What this process has of a layer's output; None if all of it is its own.
 
         Args:
             name: of the layer.
             module: the layer.
-            values: its output.
+            output: its output, or a part of a compiled layer's.
             dims: finds its features.
 
         Raises:
             LeftOut: where nothing tells how it is placed.
         """
-        if is_dtensor(values):
-            part = part_of(values)
+        values = output if isinstance(output, Part) else first_tensor(output)
+        if isinstance(values, Part) or is_dtensor(values):
+            part = values if isinstance(values, Part) else part_of(values)
             if name in self._selected:
-                self._check_form(name, values, part)
+                self._check_form(name, part)
             if part.splits:
                 self.active = True
             return part if part.splits else None
@@ -143,13 +144,13 @@ class Meshes:
             self._forms[name] = (chosen.device_mesh, chosen.placements)
         return chosen, None
 
-    def _check_form(self, name: str, values: Any, part: Part) -> None:
+    def _check_form(self, name: str, part: Part) -> None:
         """Have all processes agree, once, on the shape of what a function of the user's has returned."""
         if self._known.get(name) is not None or not part.splits:
             return
         self._known[name] = "own"
         for split in part.splits:
-            spans = [part.spans(dim) for dim in range(values.ndim)]
+            spans = [part.spans(dim) for dim in range(part.local.ndim)]
             fits = tuple(part.local.shape) == tuple(span.stop - span.start for span in spans)
             high, low = _extremes([hash(part.shape) % 2**40, not fits], part.local, split.group)
             if high != low or high[1]:
@@ -238,7 +239,7 @@ class FirstOrLast:
 
     def first(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """See :data:`.Observe`."""
-        self._is_seen = is_dtensor(first_tensor(output))
+        self._is_seen = isinstance(output, Part) or is_dtensor(first_tensor(output))
         if self._is_seen:
             self._observe(module, output, training, select)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.torch_private import masked_parts, waited
+from spectralmetrics.torch_private import group_named, masked_parts, waited
 
 
 class LeftOut(Exception):  # noqa: N818  # no error
@@ -139,6 +139,45 @@ def part_of(values: Any) -> Part:
     local, placements = masked_parts(local, values.placements)
     splits = [split_of(mesh.get_group(dim), each, values.ndim) for dim, each in enumerate(placements)]
     return Part(local, tuple(values.shape), tuple(values.stride()), tuple(s for s in splits if s.size > 1))
+
+
+PLACED = "placed "
+"""Begins the kind of a DTensor that has been taken apart."""
+
+
+def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
+    """Plain tensors that a part can be made from again, and how; traced by Dynamo.
+
+    The second tensor has no element: it tells the shape of the whole, which may be symbolic.
+    """
+    kinds = []
+    for placement in values.placements:
+        kind = type(placement).__name__
+        if kind not in ("Shard", "Replicate", "Partial"):
+            return [], f"a compiled layer whose output is placed as {kind} cannot be observed"
+        told = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
+        kinds.append(f"{kind}:{told}")
+    mesh = values.device_mesh
+    names = [mesh.get_group(dim).group_name for dim in range(len(kinds))]
+    local = values.detach().to_local()
+    return [local, local.new_empty((*values.shape, 0))], f"{PLACED}{','.join(kinds)} {','.join(names)}"
+
+
+def part_from(parts: Sequence[Tensor], kind: str) -> Part:
+    """What :func:`take_dtensor_apart` has taken apart."""
+    local, form = parts
+    kinds, names = kind.removeprefix(PLACED).split(" ")
+    splits = []
+    for each, name in zip(kinds.split(","), names.split(","), strict=True):
+        how, told = each.split(":")
+        group = group_named(name)
+        split = Split(group, dist.get_rank(group), dist.get_world_size(group))
+        if how == "Shard":
+            split = split._replace(dim=int(told) % local.ndim)
+        splits.append(split._replace(op=told) if how == "Partial" else split)
+    shape = tuple(form.shape[:-1])
+    stride = torch.empty(shape, device="meta").stride()
+    return Part(waited(local), shape, stride, tuple(split for split in splits if split.size > 1))
 
 
 def split_of(group: Any, placement: Any, ndim: int) -> Split:

@@ -25,7 +25,7 @@ from spectralmetrics.probing.layout import FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.meshes import At, Meshes
-from spectralmetrics.probing.observations import Batch, ObservationRule, first_tensor
+from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.parts import LeftOut, Part, first_rank
 from spectralmetrics.probing.placement import bring, place
 from spectralmetrics.probing.sampling import draw, sample_size
@@ -180,8 +180,7 @@ class Router:
         if select is not None:
             chosen, error = meshes.select(name, output, select)
         if meshes.active or type(chosen) is not Tensor:
-            values = first_tensor(chosen)
-            part = meshes.part_of(name, module, values, self._layout.dims.get(name))
+            part = meshes.part_of(name, module, chosen, self._layout.dims.get(name))
             if part is not None:
                 self._observe_part(of_layer, module, part, forward, has_grad, is_idle or error is not None)
                 if error is not None:

@@ -49,10 +49,10 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self):
+    def __init__(self, blocks):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
         self.norm, self.output = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens):
@@ -62,9 +62,9 @@ class Llama(nn.Module):
         return self.output(self.norm(x))
 
 
-def llama(dtype=torch.float64):
+def llama(dtype=torch.float64, blocks=BLOCKS):
     torch.manual_seed(0)
-    return Llama().to(dtype)
+    return Llama(blocks).to(dtype)
 
 
 KINDS = (nn.Linear, nn.RMSNorm, nn.Embedding)
@@ -74,14 +74,14 @@ def tokens(seed, samples=5, steps=6):
     return torch.randint(VOCABULARY, (samples, steps), generator=torch.Generator().manual_seed(seed))
 
 
-def plan(*, is_local=True, sequence=False):
+def plan(*, is_local=True, sequence=False, blocks=BLOCKS):
     """A plan for ``parallelize_module`` like torchtitan's, of tensor or also of sequence parallelism."""
     columns, rows = ColwiseParallel, RowwiseParallel
     between = Shard(1) if sequence else Replicate()
     found = {
         "output": columns(input_layouts=between, output_layouts=Replicate(), use_local_output=is_local),
     }
-    for number in range(BLOCKS):
+    for number in range(blocks):
         prefix = f"layers.{number}."
         for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
             found[prefix + name] = columns(use_local_output=is_local)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torchmetrics import Metric
 
 import spectralmetrics as sm
@@ -18,7 +18,7 @@ from spectralmetrics.probing.observations import ObservationRule
 from spectralmetrics.probing.parts import part_of
 from spectralmetrics.probing.placement import bring, place
 from tests.distributed.engines.llama import KINDS, llama, loss_of, outputs, plan, rows, tokens, whole
-from tests.distributed.spread import assert_holds
+from tests.distributed.spread import assert_holds, every_linear
 from tests.metrics.properties import assert_same
 
 LINEAR = (nn.Linear,)
@@ -364,6 +364,93 @@ def every_placement_of_rows(rank, world):
                 assert len(nearest.indices.unique()) == len(found), placements
 
 
+def compiled(mesh, is_local, sequence, is_before):
+    """One graph, and the same gradients to the bit as without a probe."""
+    layers = KINDS if sequence and not is_before else LINEAR
+    # PyTorch cannot multiply DTensors of symbolic shape.
+    batches = [tokens(seed, 5 + seed * is_local, 2 * mesh.size()) for seed in range(3)]
+    ends = []
+    for has_probe in (False, True):
+        torch.compiler.reset()
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        model = llama(blocks=1)
+        if has_probe and is_before:
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(layers))
+        parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence, blocks=1))
+        if has_probe and not is_before:
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(layers))
+        whole_model = torch.compile(model, backend=backend, fullgraph=True)
+        for batch in batches:
+            loss_of(whole_model(batch)).backward()
+        ends.append([whole(parameter.grad) for parameter in model.parameters()])
+        ends[-1].append(torch.tensor(len(graphs)))
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert_holds(probe, "train", rows(batches, layers, llama(blocks=1)))
+
+
+def compiled_llamas(rank, world):
+    mesh = mesh_of(world)
+    compiled(mesh, is_local=True, sequence=False, is_before=False)
+    compiled(mesh, is_local=False, sequence=True, is_before=False)
+    compiled(mesh, is_local=False, sequence=False, is_before=True)
+    compiled(mesh, is_local=True, sequence=True, is_before=False)
+
+
+def compiled_layers(rank, world):
+    """Local and DTensor outputs, and a function of the user's: one graph, the same training to the bit."""
+    mesh = mesh_of(world)
+    batches = [
+        torch.randn(size, 8, generator=torch.Generator().manual_seed(size)).double() for size in (5, 6, 7)
+    ]
+
+    def new():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+
+    expected = every_linear(new(), batches)
+
+    def from_local(output):
+        shape = torch.Size((*output.shape[:-1], 12))
+        return DTensor.from_local(output, mesh, [Shard(-1)], shape=shape, stride=(12, 1))
+
+    for is_local, is_before, select in (
+        (True, False, None),
+        (False, True, None),
+        (True, False, {"0": from_local}),
+    ):
+        ends = []
+        for has_probe in (False, True):
+            torch.compiler.reset()
+            graphs = []
+
+            def backend(graph, inputs, graphs=graphs):
+                graphs.append(graph)
+                return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+            model = new()
+            if has_probe and is_before:
+                probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR))
+            plan_of = {"0": ColwiseParallel(use_local_output=is_local), "2": RowwiseParallel()}
+            parallelize_module(model, mesh, plan_of)
+            if has_probe and not is_before:
+                probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR), select=select)
+            whole_model = torch.compile(model, backend=backend, fullgraph=True, dynamic=is_local)
+            optimizer = torch.optim.AdamW(model.parameters(), 0.0)
+            for batch in batches[: 3 if is_local else 1] if select is None else batches:
+                loss_of(whole_model(batch)).backward()
+                optimizer.step()
+            with torch.no_grad():
+                ends.append([whole(each) for p in model.parameters() for each in (p, p.grad)])
+            ends[-1].append(torch.tensor(len(graphs)))
+        assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        assert_holds(probe, "train", expected if is_local else every_linear(new(), batches[:1]))
+
+
 EVERYWHERE = [
     every_placement_of_rows,
     tensor_parallel_equals_one_process,
@@ -374,6 +461,10 @@ EVERYWHERE = [
     rows_are_drawn_before_they_travel,
     folds_histories_and_marginals,
     each_process_has_another_fate,
+    compiled_layers,
 ]
+LONG = [compiled_llamas]
 
-SCENARIOS = {2: EVERYWHERE, 4: EVERYWHERE}
+SCENARIOS = {"2": EVERYWHERE, "2-long": LONG, "4": EVERYWHERE}
+
+ALL = list(dict.fromkeys(scenario for some in SCENARIOS.values() for scenario in some))

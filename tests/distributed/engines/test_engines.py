@@ -17,7 +17,8 @@ from tests.distributed.engines import scenarios
 pytestmark = pytest.mark.xdist_group("engines")
 
 
-def process(rank, world, folder):
+def process(rank, group, folder):
+    world = int(group[0])
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.distributed's own
     warnings.filterwarnings("ignore", message=".*barrier.*")
@@ -29,7 +30,7 @@ def process(rank, world, folder):
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    for scenario in scenarios.SCENARIOS[world]:
+    for scenario in scenarios.SCENARIOS[group]:
         start = time.monotonic()
         try:
             scenario(rank, world)
@@ -41,14 +42,18 @@ def process(rank, world, folder):
     os._exit(0)
 
 
-GROUPS = [pytest.param(2), pytest.param(4, marks=pytest.mark.long)]
+GROUPS = [pytest.param(each, marks=() if each == "2" else pytest.mark.long) for each in scenarios.SCENARIOS]
 
 
 @pytest.fixture(scope="module", params=GROUPS, ids="processes-{}".format)
 def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"engines{request.param}")
     context = mp.start_processes(
-        process, args=(request.param, str(folder)), nprocs=request.param, join=False, start_method="fork"
+        process,
+        args=(request.param, str(folder)),
+        nprocs=int(request.param[0]),
+        join=False,
+        start_method="fork",
     )
     end = time.monotonic() + 400
     while time.monotonic() < end and any(each.exitcode is None for each in context.processes):
@@ -58,13 +63,13 @@ def finished(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("scenario", scenarios.EVERYWHERE, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize("scenario", scenarios.ALL, ids=lambda scenario: scenario.__name__)
 def test_scenario(finished, scenario):
-    world, folder = finished
-    if scenario not in scenarios.SCENARIOS[world]:
+    group, folder = finished
+    if scenario not in scenarios.SCENARIOS[group]:
         return
     failures = {path.name: path.read_text() for path in Path(folder).glob("*.failed")}
     own = [text for name, text in failures.items() if name.startswith(f"{scenario.__name__}.")]
     assert not own, own[0]
     passed = len(list(Path(folder).glob(f"{scenario.__name__}.*.passed")))
-    assert passed == world, f"not run to the end, after the failure of {list(failures)}"
+    assert passed == int(group[0]), f"not run to the end, after the failure of {list(failures)}"
