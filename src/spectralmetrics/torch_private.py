@@ -385,7 +385,8 @@ def group_named(name: str) -> Any:
 
     Without it a compiled layer whose outputs are DTensors is left out, with words.
     """
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    resolve: Any = _find("distributed.distributed_c10d._resolve_process_group")
+    return resolve(name)
 
 
 # -- DTensors -------------------------------------------------------------------------------------------------

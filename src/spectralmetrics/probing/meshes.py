@@ -6,6 +6,7 @@ import math
 import sys
 import weakref
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,7 @@ class Meshes:
         self._known: dict[
             str, _How | int
         ] = {}  # layer -> how its plain outputs are placed, or their whole width
-        self._forms: dict[str, tuple[Any, Any]] = {}  # of what was selected: mesh and placements
+        self._forms: dict[str, Part] = {}  # of what was selected, without its values
         self._has_looked = False
 
     def look(self, module: nn.Module | None = None) -> None:
@@ -129,19 +130,23 @@ class Meshes:
         """What a function of the user's makes of an output.
 
         Returns:
-            It and None. Where the function raises, what others expect of this process, a DTensor as it was the
-            last time whose part here is NaN, and the error.
+            It and None. Where the function raises, what others expect of this process, the part of a DTensor as
+            it was the last time, whose values are NaN, and the error.
         """
         try:
             chosen = function(output)
         except Exception as error:
-            if name not in self._forms or not isinstance(output, Tensor):
+            before = self._forms.get(name)
+            values = first_tensor(output)
+            if before is None or not isinstance(values, Tensor):
                 raise
-            mesh, placements = self._forms[name]
-            empty = torch.full_like(output, math.nan)
-            return torch.distributed.tensor.DTensor.from_local(empty, mesh, placements, run_check=False), error
-        if isinstance(output, Tensor) and is_dtensor(chosen) and chosen.to_local().shape == output.shape:
-            self._forms[name] = (chosen.device_mesh, chosen.placements)
+            sizes = zip(values.shape, before.shape, before.local.shape, strict=True)
+            shape = tuple(size if whole == local else whole for size, whole, local in sizes)
+            return replace(before, local=torch.full_like(values, math.nan), shape=shape), error
+        if is_dtensor(chosen):
+            part, values = part_of(chosen), first_tensor(output)
+            if isinstance(values, Tensor) and part.local.shape == values.shape:
+                self._forms[name] = replace(part, local=part.local.new_empty(()).expand(part.local.shape))
         return chosen, None
 
     def _check_form(self, name: str, part: Part) -> None:

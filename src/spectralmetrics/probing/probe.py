@@ -139,7 +139,9 @@ class LayerProbe(nn.Module):
             read of labels, are left out of these.
         select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
             (N, T, D) or ``(N, C, *spatial)``: of an LSTM's last hidden state, (N, D),
-            ``lambda out: out[1][0][-1]``.
+            ``lambda out: out[1][0][-1]``. With ``observe="inputs"`` it is called as the layer is. Where a model
+            is spread over processes in a way that PyTorch does not know of, it says so by what it returns:
+            ``lambda out: DTensor.from_local(out, mesh, [Shard(-1)])``.
         seed: of the draws, which leave the global random state alone.
         folds: with g > 1, every metric keeps its observations in g folds, see
             :class:`~spectralmetrics.SpectralMetric`, and :meth:`intervals` says how sure the values are. None
@@ -204,10 +206,6 @@ class LayerProbe(nn.Module):
         _check_budget(budget)
         if observe not in ("outputs", "inputs"):
             raise ValueError(f"expected observe among ('outputs', 'inputs'), got {observe!r}")
-        if observe == "inputs" and select:
-            raise ValueError(
-                f"expected no select with observe='inputs', got {select!r}: it chooses from outputs"
-            )
         self.observe = observe
         self.rule = ObservationRule(
             feature_maps, sequences, max_map_size, interpolation, of_inputs=observe == "inputs"
@@ -273,7 +271,9 @@ class LayerProbe(nn.Module):
         for name, module in chosen.items():
             observe = Weakly(self._router.observe, name)
             if self.observe == "inputs":
-                self._hooks.before(module, observe, looks=True)
+                function = selected.get(name)
+                chooses = None if function is None else _of_arguments(function)
+                self._hooks.before(module, observe, chooses, looks=True)
             elif name not in selected and has_dtensors(module):
                 either = FirstOrLast(observe)
                 self._hooks.behind(module, either.first, prepend=True)
@@ -1002,6 +1002,16 @@ class LayerProbe(nn.Module):
         elif self._is_persistent:
             missing_keys.append(prefix + "progress")  # saved from a probe that was not persistent
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+
+
+def _of_arguments(function: Select) -> Select:
+    """A function of a layer's arguments as one of both kinds of them together."""
+
+    def choose(arguments: Any) -> Any:
+        args, kwargs = arguments
+        return function(*args, **kwargs)
+
+    return choose
 
 
 def _check_budget(budget: float | None) -> None:

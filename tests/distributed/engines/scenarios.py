@@ -1,7 +1,10 @@
 """What the processes of a group run: models that PyTorch spreads, and the same model in one process."""
 
 import contextlib
+import copy
 import itertools
+import os
+import tempfile
 import warnings
 
 import pytest
@@ -17,7 +20,17 @@ import spectralmetrics as sm
 from spectralmetrics.probing.observations import ObservationRule
 from spectralmetrics.probing.parts import part_of
 from spectralmetrics.probing.placement import bring, place
-from tests.distributed.engines.llama import KINDS, llama, loss_of, outputs, plan, rows, tokens, whole
+from tests.distributed.engines.llama import (
+    KINDS,
+    VOCABULARY,
+    llama,
+    loss_of,
+    outputs,
+    plan,
+    rows,
+    tokens,
+    whole,
+)
 from tests.distributed.spread import assert_holds, every_linear
 from tests.metrics.properties import assert_same
 
@@ -451,6 +464,198 @@ def compiled_layers(rank, world):
         assert_holds(probe, "train", expected if is_local else every_linear(new(), batches[:1]))
 
 
+def plain_outputs_beside_tensor_parallelism(rank, world):
+    """Norms, a layer outside of the plan, activations of divided features, and what nothing tells."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 6) for seed in range(2)]
+    for is_before in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Linear(6, 4 * world), nn.ReLU(), nn.Linear(4 * world, 5), nn.GELU(), nn.LayerNorm(5),
+            nn.Linear(5, 3),
+        ).double()  # fmt: skip
+        inputs = [
+            torch.randn(7, 6, generator=torch.Generator().manual_seed(seed)).double() for seed in range(2)
+        ]
+        kinds = (nn.Linear, nn.ReLU, nn.GELU, nn.LayerNorm)
+        expected = rows(inputs, kinds, copy.deepcopy(model))
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds)) if is_before else None
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds))
+        for each in inputs:
+            model(each).square().mean().backward()
+        assert_holds(probe, "train", expected)
+    model = llama()
+    parallelize_module(model, mesh, {name: each for name, each in plan().items() if name != "output"})
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+    for batch in batches:
+        model(batch)
+    assert_holds(probe, "train", rows(batches))
+
+
+class Untold(nn.Module):
+    """Of its outputs nothing tells how they are placed."""
+
+    def forward(self, x):
+        return x[..., :3] + dist.get_rank()
+
+
+def unknown_placements_are_left_out_with_words(rank, world):
+    mesh = mesh_of(world)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 4 * world), nn.Linear(4 * world, 5), Untold(), nn.Linear(3, 3))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=["0", "2"])
+    with pytest.warns(UserWarning, match=r"'2' is not observed.*differ between the processes.*select="):
+        model(torch.randn(9, 6))
+    model(torch.randn(9, 6))  # said once
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert list(probe.compute("train")) == ["spectrum/train/0"]
+    # Zeros are alike everywhere, and tell nothing of what comes next.
+    model = nn.Sequential(nn.Linear(6, 4 * world), nn.Linear(4 * world, 5), nn.Linear(5, 4)).double()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=["2"])
+    model(torch.ones(2 * world, 6).double())
+    nn.init.ones_(model[2].weight)
+    model[2](torch.randn(4, 5).double() + rank)  # now each process has samples of its own
+    model[2](torch.randn(4, 5).double() + rank)
+    with probe.merged():
+        assert int(probe["train", "2"]["spectrum"].count) == 2 * world + 2 * 4 * world
+
+
+def select_says_what_nothing_tells(rank, world):
+    """A Megatron-style layer, of which each process holds some features, and what the user knows of it."""
+    mesh = mesh_of(world)
+    width = 2 * world + 1
+    chunk = -(-width // world)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, width), nn.Identity()).double()
+    inputs = [
+        torch.randn(size, 6, generator=torch.Generator().manual_seed(size)).double() for size in (5, 1, 8)
+    ]
+    expected = rows(inputs, LINEAR, copy.deepcopy(model))
+    mine = slice(rank * chunk, min((rank + 1) * chunk, width))
+    own = nn.Sequential(nn.Linear(6, mine.stop - mine.start)).double()
+    own[0].load_state_dict({name: value[mine] for name, value in model[0].state_dict().items()})
+    fails = []
+
+    def place_it(output):
+        if fails and fails.pop():
+            raise ValueError("not now")
+        shape = (*output.shape[:-1], width)
+        return DTensor.from_local(output, mesh, [Shard(-1)], shape=torch.Size(shape), stride=(width, 1))
+
+    probe = sm.LayerProbe(own, sm.SpectrumMetric(), select={"0": place_it})
+    for each in inputs:
+        own(each)
+    probe._identity._is_compared = True  # the weights are others on purpose
+    assert_holds(probe, "train", expected)
+    # Uneven parts without their shape: said on all, where they would not fit.
+    forgetful = sm.LayerProbe(
+        own, sm.SpectrumMetric(), select={"0": lambda output: DTensor.from_local(output, mesh, [Shard(-1)])}
+    )
+    with pytest.warns(UserWarning, match="give DTensor.from_local the shape and stride"):
+        own(inputs[0])
+    forgetful.remove()
+    # A function that fails on one process leaves its rows out, and does not keep the others waiting.
+    if rank == world - 1:
+        fails += [True]
+        with pytest.warns(UserWarning, match="ValueError: not now"):
+            own(inputs[0])
+    else:
+        own(inputs[0])
+    own(inputs[2])
+    probe.remove()
+    inputs_of = sm.LayerProbe(
+        own, sm.SpectrumMetric(), observe="inputs",
+        select={"0": lambda x: DTensor.from_local(x, mesh, [Replicate()])},
+    )  # fmt: skip
+    inputs_of._identity._is_compared = True
+    for each in inputs:
+        own(each)
+    assert_holds(inputs_of, "train", {"0": torch.cat(inputs)})
+
+
+def inputs_equal_one_process(rank, world):
+    """What layers take: divided features of row-parallel layers, replicated ones of column-parallel ones."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(2)]
+    expected = {}
+    for name, module in (model := llama()).named_modules():
+        if isinstance(module, nn.Linear):
+
+            def keep(module, args, name=name):
+                expected.setdefault(name, []).append(args[0].detach().flatten(0, -2))
+
+            module.register_forward_pre_hook(keep)
+    for batch in batches:
+        model(batch)
+    expected = {name: torch.cat(each) for name, each in expected.items()}
+    for is_local, sequence, is_before in ((True, False, False), (True, False, True), (False, True, False)):
+        model, probe = probed(mesh, is_local=is_local, sequence=sequence, is_before=is_before, observe="inputs")
+        for batch in batches:
+            loss_of(model(batch)).backward()
+        assert_holds(probe, "train", expected)
+
+
+def context_parallel_rows_add_up(rank, world):
+    """Each process has positions of its own of every sample: nothing is to be said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    full = torch.randn(3, 2 * world + 1, 6, generator=torch.Generator().manual_seed(2)).double()
+    probe = sm.LayerProbe(model, sm.SpectrumMetric())
+    own = full.tensor_split(world, 1)[rank]
+    model(own)
+    probe.pause()
+    assert_holds(probe, "train", rows([full], LINEAR, model))
+
+
+def tensor_parallel_and_fsdp(rank, world):
+    """Two by two: sums of all replicas, each layer whole; the probe before, between and after."""
+    if world != 4:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    replica = mesh["dp"].get_local_rank()
+    batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(2)]
+    for when, sequence in itertools.product(("before", "between", "after"), (False, True)):
+        model, layers = llama(), list(KINDS)
+        new = lambda model=model, layers=layers: sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers)  # noqa: E731
+        probe = new() if when == "before" else None
+        parallelize_module(model, mesh["tp"], plan(is_local=True, sequence=sequence))
+        probe = new() if when == "between" else probe
+        for block in model.layers:
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+        probe = new() if when == "after" else probe
+        for batch in batches[replica]:
+            loss_of(model(batch)).backward()
+        assert_holds(probe, "train", rows(batches[0] + batches[1]))
+        probe.remove()
+
+
+def fsdp_alone_adds_up(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(world)
+    batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(world)]
+    for is_before in (True, False):
+        model = llama()
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS)) if is_before else None
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+        for batch in batches[rank]:
+            loss_of(model(batch)).backward()
+        assert not probe._router.meshes.active
+        assert_holds(probe, "train", rows([batch for some in batches for batch in some]))
+
+
 EVERYWHERE = [
     every_placement_of_rows,
     tensor_parallel_equals_one_process,
@@ -461,10 +666,126 @@ EVERYWHERE = [
     rows_are_drawn_before_they_travel,
     folds_histories_and_marginals,
     each_process_has_another_fate,
+    plain_outputs_beside_tensor_parallelism,
+    unknown_placements_are_left_out_with_words,
+    select_says_what_nothing_tells,
+    inputs_equal_one_process,
+    context_parallel_rows_add_up,
+    tensor_parallel_and_fsdp,
+    fsdp_alone_adds_up,
     compiled_layers,
 ]
-LONG = [compiled_llamas]
 
-SCENARIOS = {"2": EVERYWHERE, "2-long": LONG, "4": EVERYWHERE}
+
+def transformers_llama(folder, **arguments):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **arguments)
+
+
+@contextlib.contextmanager
+def saved_llama(rank, world):
+    """The folder of a Llama with random weights, and the environment that a launcher makes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    told = [tempfile.mkdtemp() if rank == 0 else None]
+    if rank == 0:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(told[0])
+    dist.broadcast_object_list(told)
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield told[0]
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def tp_plan_of_transformers(rank, world):
+    """Never a DTensor among the outputs: planned, unplanned, embeddings, norms, the head."""
+    with saved_llama(rank, world) as folder:
+        model = transformers_llama(folder)
+        layers = [nn.Linear, nn.Embedding, type(model.model.norm)]
+        batches = [tokens(seed, 3, 5) for seed in range(2)]
+        expected = rows(batches, tuple(layers), model)
+        for sequences in ("timesteps", "mean"):
+            model = transformers_llama(folder, tp_plan="auto")
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers, sequences=sequences)
+            for batch in batches:
+                model(batch).logits.square().mean().backward()
+            if sequences == "timesteps":
+                assert_holds(probe, "eval", expected)
+            else:
+                assert len(probe.compute("eval")) == len(expected)
+
+
+def accelerate_with_fsdp2(rank, world):
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with saved_llama(rank, world) as folder:
+        batches = [[tokens(10 * each + seed, 3, 5) for seed in range(2)] for each in range(world)]
+        layers = [nn.Linear, nn.Embedding]
+        expected = rows(
+            [batch for some in batches for batch in some], tuple(layers), transformers_llama(folder)
+        )
+        for is_before in (True, False):
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=[LlamaDecoderLayer.__name__],
+            )
+            accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+            model = transformers_llama(folder).train()
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers) if is_before else None
+            optimizer = torch.optim.SGD(model.parameters(), 0.0)
+            model, optimizer = accelerator.prepare(model, optimizer)
+            probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers)
+            for batch in batches[rank]:
+                accelerator.backward(model(batch).logits.square().mean())
+                optimizer.step()
+            assert_holds(probe, "train", expected, 1e-6)
+            probe.remove()
+
+
+def parallelized_as_by_torchtitan(rank, world):
+    """Tensor parallel, checkpoints, each block compiled, FSDP2; the probe behind all that."""
+    if world != 4:
+        return
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    replica = mesh["dp"].get_local_rank()
+    batches = [[tokens(10 * each + seed, 4, 6) for seed in range(2)] for each in range(2)]
+    model = llama(blocks=1)
+    parallelize_module(model, mesh["tp"], plan(is_local=True, sequence=True, blocks=1))
+    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    model.layers[0].compile(backend="aot_eager")
+    for block in model.layers:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's own
+        for batch in batches[replica]:
+            loss_of(model(batch)).backward()
+    assert_holds(probe, "train", rows(batches[0] + batches[1], LINEAR, llama(blocks=1)))
+
+
+LONG = [compiled_llamas, tp_plan_of_transformers, accelerate_with_fsdp2]
+
+SCENARIOS = {"2": EVERYWHERE, "2-long": LONG, "4": [*EVERYWHERE, parallelized_as_by_torchtitan]}
 
 ALL = list(dict.fromkeys(scenario for some in SCENARIOS.values() for scenario in some))

@@ -22,6 +22,7 @@ def process(rank, group, folder):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.distributed's own
     warnings.filterwarnings("ignore", message=".*barrier.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
