@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-VOCABULARY, WIDTH, HEADS, INNER, BLOCKS = 40, 16, 2, 24, 2
+VOCABULARY, WIDTH, HEADS, INNER, BLOCKS = 40, 16, 4, 24, 2
 
 
 class Attention(nn.Module):

@@ -49,12 +49,13 @@ GROUPS = [pytest.param(each, marks=() if each == "2" else pytest.mark.long) for 
 @pytest.fixture(scope="module", params=GROUPS, ids="processes-{}".format)
 def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"engines{request.param}")
+    # What is forked knows of the device that other tests emulate, and transformers puts models there.
     context = mp.start_processes(
         process,
         args=(request.param, str(folder)),
         nprocs=int(request.param[0]),
         join=False,
-        start_method="fork",
+        start_method="spawn" if "long" in request.param else "fork",
     )
     end = time.monotonic() + 400
     while time.monotonic() < end and any(each.exitcode is None for each in context.processes):
