@@ -117,9 +117,10 @@ class Router:
                     self._observe_output(of_layer, module, output, select, has_grad, is_idle)
             except Exception as error:
                 is_news = not (of_layer.given_up or is_idle)
-                kind = "" if isinstance(error, LeftOut) else f"{type(error).__name__}: "
                 if not is_idle:
-                    of_layer.given_up = f"{kind}{error}"
+                    of_layer.given_up = (
+                        str(error) if isinstance(error, LeftOut) else f"{type(error).__name__}: {error}"
+                    )
                 if is_news:
                     tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
             finally:
