@@ -19,6 +19,11 @@ class LeftOut(Exception):  # noqa: N818  # no error
     """A layer is not to be observed."""
 
 
+def reason_of(error: Exception) -> str:
+    """Why a layer is not observed any more, in words."""
+    return str(error) if isinstance(error, LeftOut) else f"{type(error).__name__}: {error}"
+
+
 class Split(NamedTuple):
     """How one dimension of a device mesh divides a tensor; replicated without ``dim`` and ``op``.
 

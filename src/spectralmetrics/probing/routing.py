@@ -26,7 +26,7 @@ from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.meshes import At, Meshes
 from spectralmetrics.probing.observations import Batch, ObservationRule
-from spectralmetrics.probing.parts import LeftOut, Part, first_rank
+from spectralmetrics.probing.parts import LeftOut, Part, first_rank, reason_of
 from spectralmetrics.probing.placement import bring, place
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Steps
@@ -118,9 +118,7 @@ class Router:
             except Exception as error:
                 is_news = not (of_layer.given_up or is_idle)
                 if not is_idle:
-                    of_layer.given_up = (
-                        str(error) if isinstance(error, LeftOut) else f"{type(error).__name__}: {error}"
-                    )
+                    of_layer.given_up = reason_of(error)
                 if is_news:
                     tell(f"layer {name!r} is not observed any more in {of_layer.stage}: {of_layer.given_up}")
             finally:
