@@ -226,7 +226,10 @@ def observations_of_whole_sequences(rank, world):
 def rows_are_drawn_before_they_travel(rank, world):
     """As many as in one process, each a row of the whole, and none on two processes."""
     mesh = mesh_of(world)
-    batches = [tokens(seed, 5, 2 * world) for seed in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    # No word twice in a sample: behind the first attention no two rows are alike.
+    samples = [torch.randperm(VOCABULARY, generator=generator)[: 2 * world] for _ in range(15)]
+    batches = list(torch.stack(samples).split(5))
     expected = outputs(batches, KINDS)
     for sequence in (False, True):
         model, probe = probed(
@@ -245,7 +248,8 @@ def rows_are_drawn_before_they_travel(rank, world):
             assert max(map(len, parts)) - min(map(len, parts)) <= 3
             distances = torch.cdist(found, everything, compute_mode="donot_use_mm_for_euclid_dist")
             assert distances.min(1).values.max() < 1e-12
-            assert len(distances.min(1).indices.unique()) == len(found.unique(dim=0))
+            if name.startswith("layers.1"):
+                assert len(distances.min(1).indices.unique()) == len(found)
         with probe.merged():
             for name in ("layers.0.feed_forward.w1", "output"):
                 count = int(probe["train", name]["spectrum"].count)
