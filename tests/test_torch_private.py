@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed.tensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,6 +195,41 @@ def test_a_jagged_tensor_is_put_together_again(monkeypatch):
     assert torch_private.is_known(type(x))
     monkeypatch.setattr(torch_private, "_find", lambda path, default=None, root=None: default)
     assert len(torch_private.jagged(x.values(), x.offsets(), None, 1).unbind()) == 2
+
+
+def test_summands_of_an_embedding_have_no_words_of_others():
+    class Masked:
+        reduce_op = "sum"
+
+        def __init__(self, mask):
+            self.mask_buffer = type("Buffer", (), {"data": mask})()
+
+    mask = torch.tensor([True, False])
+    local = torch.ones(2, 3)
+    parts, placements = torch_private.masked_parts(local, [Masked(mask)])
+    assert parts.tolist() == [[0.0] * 3, [1.0] * 3]
+    assert [str(each) for each in placements] == ["P(sum)"]
+    assert local.sum() == 6  # the layer's own
+    other = torch.distributed.tensor.Replicate()
+    assert torch_private.masked_parts(local, [other]) == (local, [other])
+
+
+def test_a_tensor_whose_collective_runs_is_waited_for(tmp_path):
+    from torch.distributed._functional_collectives import all_reduce
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        group = torch.distributed.group.WORLD
+        running = all_reduce(torch.ones(3), "sum", group)
+        assert type(running) is not torch.Tensor
+        assert type(torch_private.waited(running)) is torch.Tensor
+        plain = torch.ones(3)
+        assert torch_private.waited(plain) is plain
+        assert torch_private.group_named(group.group_name) is group
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_children_and_compiled_modules():

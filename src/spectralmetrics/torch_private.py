@@ -416,6 +416,43 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def group_named(name: str) -> Any:
+    """The process group of a name: ``torch.distributed.distributed_c10d._resolve_process_group``, 2.8 to 2.13.
+
+    Without it a compiled layer whose outputs are DTensors is left out, with words.
+    """
+    resolve: Any = _find("distributed.distributed_c10d._resolve_process_group")
+    return resolve(name)
+
+
+# -- DTensors -------------------------------------------------------------------------------------------------
+
+
+def waited(local: Tensor) -> Tensor:
+    """A tensor whose collective has ended: ``AsyncCollectiveTensor.wait``, 2.8 to 2.13; any other as it is."""
+    if type(local) is not Tensor and hasattr(local, "wait"):
+        local = local.wait()
+    return local
+
+
+def masked_parts(local: Tensor, placements: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+    """A summand of a row-parallel embedding with the rows of other processes' words set to zero.
+
+    Its placement ``_MaskPartial``, 2.8 to 2.13, keeps in ``mask_buffer.data`` which words are others', until
+    the sum is taken: the layer's own reduction needs it after us. What follows is a plain sum. A placement
+    without that attribute is taken as it is.
+    """
+    found = []
+    for placement in placements:
+        mask = getattr(getattr(placement, "mask_buffer", None), "data", None)
+        if mask is not None:
+            mask = mask if mask.ndim == local.ndim else mask[..., None]
+            local = local.masked_fill(mask, 0)
+            placement = torch.distributed.tensor.Partial(placement.reduce_op)
+        found.append(placement)
+    return local, found
+
+
 # -- jagged tensors -------------------------------------------------------------------------------------------
 
 

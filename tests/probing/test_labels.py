@@ -515,6 +515,26 @@ def test_weights_say_nothing_of_inputs():
     assert (row.width, row.ceiling) == (64, 64)
 
 
-def test_inputs_take_no_select():
-    with pytest.raises(ValueError, match="expected no select with observe='inputs'"):
-        LayerProbe(nn.Linear(2, 2), observe="inputs", select={"Linear": lambda output: output})
+@pytest.mark.parametrize("compiles", [False, True])
+def test_select_of_inputs_is_called_as_the_layer_is(compiles):
+    class Gate(nn.Module):
+        def forward(self, x, *, gate):
+            return x * gate
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = Gate()
+
+        def forward(self, x):
+            return self.gate(x, gate=x[:, :1].sigmoid())
+
+    model = Model()
+    select = {"gate": lambda x, gate: gate}
+    probe = LayerProbe(model, layers=["gate"], observe="inputs", select=select)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
+    x = torch.randn(20, 3).double()
+    run(x)
+    torch.testing.assert_close(
+        probe.covariances("train")["gate"], x[:, :1].sigmoid().var(0, correction=0)[None]
+    )

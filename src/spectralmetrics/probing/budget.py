@@ -99,8 +99,14 @@ class Budget:
         self._last: tuple[_Account, float] | None = None
         self._pending: deque[tuple[_Account, Any, Any, float]] = deque()
 
-    def begins(self, stage: str) -> bool:
-        """A forward of the model begins, or of a layer that is run by itself; return whether to observe it."""
+    def begins(self, stage: str, number: int | None = None) -> bool:
+        """A forward of the model begins, or of a layer that is run by itself; return whether to observe it.
+
+        Args:
+            stage: of the forward.
+            number: of the forward since the last reset, where other processes share it. It decides together
+                with the plan, which then stays until the next one is given, see :meth:`follow`.
+        """
         now = self._now()
         self._collect()
         if self._last is not None:
@@ -108,7 +114,8 @@ class Budget:
             before.earn(now - at)
         account = self._stages[stage]
         self._last = account, now
-        return account.decide()
+        account.is_following = account.is_following or number is not None
+        return account.decide(number)
 
     def rows_per_feature(self, stage: str) -> float | None:
         """How many rows to draw for each feature; None: all."""
@@ -123,10 +130,14 @@ class Budget:
         """Keep to a plan until the next one is given, instead of making another at the end of each block.
 
         Processes that share layers must observe the same forwards: where they meet, one of them gives its
-        :meth:`plan` to all.
+        :meth:`propose` to all.
         """
         account = self._stages[stage]
         account.plan, account.is_following = plan, True
+
+    def propose(self, stage: str) -> Plan:
+        """The plan that this process' own times make likely, for forwards counted from the last reset."""
+        return self._stages[stage].propose()
 
     def spent(self, stage: str) -> Spent:
         """What has been taken so far."""
@@ -241,10 +252,13 @@ class _Account:
         self._paid += seconds
         self.cost += seconds
 
-    def decide(self) -> bool:
-        """Whether to observe the forward that begins."""
-        self._is_observing = self.plan.observes(self.number, self._seed)
+    def decide(self, number: int | None = None) -> bool:
+        """Whether to observe the forward that begins, of this number or the next one."""
+        self._is_observing = self.plan.observes(self.number if number is None else number, self._seed)
         return self._is_observing
+
+    def propose(self) -> Plan:
+        return self._next_plan()._replace(start=0)
 
     def _earned(self) -> float:
         """By each forward."""

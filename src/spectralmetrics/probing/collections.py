@@ -63,7 +63,7 @@ class LayerMetrics:
         collection: the metrics.
         number: of the layer.
         leaders: those that accumulate, one for each group that shares its sums.
-        forwards: of the layer since the last reset, observed or not.
+        forwards: of the layer since the last reset, observed or not; where others share them, paused ones, too.
         ran: forwards of the layer ever.
         samples: observed since the last reset.
         epoch: number of resets so far.
@@ -122,6 +122,11 @@ class LayerMetrics:
     def spectral_leaders(self) -> list[SpectralMetric]:
         """The leaders that are metrics of this package."""
         return self._spectral
+
+    @property
+    def folds(self) -> int:
+        """The most folds that a metric keeps."""
+        return max((metric.folds for metric in self._spectral), default=1)
 
     @property
     def sketch_size(self) -> int | None:
@@ -210,6 +215,17 @@ class LayerMetrics:
         for member in self.members:
             forget_value(member)
         self._link()
+
+    def pass_over(self, groups: dict[int, int]) -> None:
+        """Add nothing of a forward that others share, and keep to the fold that they go on with."""
+        for leader in self._spectral:
+            if leader.folds > 1 and id(leader) not in groups:
+                groups[id(leader)] = leader.deal()
+
+    def share_with(self, replica: tuple[int, int]) -> None:
+        """Have all processes that share the layer's forwards begin with one fold."""
+        for leader in self._spectral:
+            leader.replica = leader.replica or replica
 
     def has_data(self) -> bool:
         """Whether anything has been observed or counted."""

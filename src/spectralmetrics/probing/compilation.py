@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.probing.observations import first_tensor
+from spectralmetrics.probing.parts import PLACED, part_from, take_dtensor_apart
 from spectralmetrics.torch_private import (
     is_known,
     jagged,
@@ -75,6 +76,8 @@ def take_apart(output: Any) -> tuple[list[Tensor], str]:
         return parts, "packed"
     if values is None:
         return [], f"expected a floating tensor in the output, got {type(output).__name__}"
+    if type(values).__name__ == "DTensor":
+        return take_dtensor_apart(values)
     if not is_known(type(values)):
         return [], f"a compiled layer whose output is a {type(values).__name__} cannot be observed"
     if values.is_nested and values.layout == torch.jagged:
@@ -95,6 +98,8 @@ def put_together(parts: list[Tensor], kind: str) -> Any:
         return PackedSequence(*parts)
     if kind == "nothing":
         return None
+    if kind.startswith(PLACED):
+        return part_from(parts, kind)
     if kind.startswith("jagged "):
         values, offsets, *lengths = parts
         dim = int(kind.removeprefix("jagged "))

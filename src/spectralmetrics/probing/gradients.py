@@ -40,8 +40,10 @@ from spectralmetrics.probing.gradient_graph import (
 from spectralmetrics.probing.gradient_scale import unscaled
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.observations import first_tensor
+from spectralmetrics.probing.parts import LeftOut
 from spectralmetrics.probing.recomputation import Recomputed
-from spectralmetrics.probing.routing import LeftOut, Moment, Router
+from spectralmetrics.probing.routing import Router
+from spectralmetrics.probing.taking import Moment
 from spectralmetrics.torch_private import (
     base_of_view,
     in_backward,
@@ -118,7 +120,7 @@ class GradientRouter(Router):
             return None
         has_grad = torch.is_grad_enabled()
         moment = self._guard(stage, name, output, self._enter, module, output, has_grad)
-        return None if moment is None else Awaited(stage, name, moment)
+        return None if moment is None or moment.is_idle else Awaited(stage, name, moment)
 
     def attach(
         self,
@@ -167,7 +169,7 @@ class GradientRouter(Router):
         stride = None
         if packing is None and not values.is_nested and values.ndim:
             # What there is to say of layouts, masks and labels is said in the forward, as of any output.
-            batch = self._batch_of(of_layer, module, values, awaited.moment)
+            batch = self.rows.batch_of(of_layer, module, values, awaited.moment)
             stride = None if batch.guessed_dim is None else values.stride()
         region = None if whole is values else Region.of_view(values, whole)
         arrival = Arrival(weakref.ref(hook), awaited, Form(stride, packing, region))
@@ -192,7 +194,7 @@ class GradientRouter(Router):
             raise LeftOut(why)
         if limit is not None and of_layer.samples >= limit:
             return
-        self._take(of_layer, module, form.of(unscaled(gradient.detach(), self.scale)), awaited.moment)
+        self.rows.take(of_layer, module, form.of(unscaled(gradient.detach(), self.scale)), awaited.moment)
 
 
 def _is_split(module: nn.Module, values: Tensor) -> bool:

@@ -46,7 +46,7 @@ from spectralmetrics.torch_private import (
 
 _logger = logging.getLogger("spectralmetrics")
 
-Select = Callable[[Any], Any]
+Select = Callable[..., Any]
 Observe = Callable[[nn.Module, Any, bool, Select | None], None]
 """Takes a module, its output, its training flag, and what the output has yet to go through."""
 
@@ -72,9 +72,11 @@ class Hooks:
         finalizer.atexit = False  # at the end of the program there is nothing left to clean
         heed_hooks()
 
-    def before(self, module: nn.Module, observe: Observe, *, looks: bool = False) -> None:
+    def before(
+        self, module: nn.Module, observe: Observe, select: Select | None = None, *, looks: bool = False
+    ) -> None:
         """Have it told that a forward of a module begins, or, if it looks, be shown the arguments."""
-        hook = Entering(module, Observer(module, observe, looks=looks))
+        hook = Entering(module, Observer(module, observe, select, looks=looks))
         self._note(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def behind(
@@ -85,13 +87,14 @@ class Hooks:
         *,
         looks: bool = True,
         always_call: bool = False,
+        prepend: bool = False,
     ) -> None:
         """Have it shown what a module has put out, see :class:`Observer`.
 
-        ``always_call`` is that of ``torch.nn.Module.register_forward_hook``.
+        ``always_call`` and ``prepend`` are those of ``torch.nn.Module.register_forward_hook``.
         """
         hook = Observer(module, observe, select, looks=looks)
-        self._note(module, module.register_forward_hook(hook, always_call=always_call))
+        self._note(module, module.register_forward_hook(hook, always_call=always_call, prepend=prepend))
 
     def put(self, module: nn.Module, hook: Any) -> None:
         """Put a hook behind a module, an :class:`OwnHook` that is called with its arguments by name, too."""

@@ -156,6 +156,14 @@ def find_dims(
     return found
 
 
+def widths_around(model: nn.Module, name: str) -> list[list[int]]:
+    """The numbers of features of the layers around one, the closest first, in the groups of ``clues``."""
+    root = unwrap(model)
+    modules = {**named_modules(root), "": root}
+    around = _surroundings(name if name in modules else "", modules, False, {})
+    return [[clue.width for clue in group if clue.width is not None] for group in around]
+
+
 def _told(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] | None:
     """What the type of a layer says; ``"input"`` if dimensions stay where they are, None if it says nothing."""
     module = unwrap(module)

@@ -114,6 +114,8 @@ class Batch:
             channels first: only these can be interpolated.
         guessed_dim: the dimension of the output that was taken for the features, where nothing told for sure.
         was_flat: whether this is a sequence that came as (N·T, D).
+        order: the dimensions of the output in the order of those of ``values``, -1 for one that it has not; of
+            flattened tokens (0, 1, 1), or (1, 0, 1) where time is first.
     """
 
     kind: Literal["rows", "maps", "sequence"]
@@ -123,6 +125,7 @@ class Batch:
     is_feature_map: bool = False
     guessed_dim: int | None = None
     was_flat: bool = False
+    order: tuple[int, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -142,13 +145,17 @@ class Batch:
             shape = (steps, samples) if time_first else (samples, steps)
             values = values.unflatten(0, shape)
             values = values.transpose(0, 1) if time_first else values
-            return replace(self, kind="sequence", values=values, valid=mask.to(values.device), was_flat=True)
+            flat = (1, 0, 1) if time_first else (0, 1, 1)
+            valid = mask.to(values.device)
+            return replace(self, kind="sequence", values=values, valid=valid, was_flat=True, order=flat)
         if self.kind == "sequence":
+            order = self.order
             if values.shape[:2] == (steps, samples) and steps != samples:
                 values = values.transpose(0, 1)  # time first, although the layer's type does not tell
+                order = (*order[1::-1], *order[2:])
             elif values.shape[:2] != mask.shape:
                 return self
-            return replace(self, values=values, valid=mask.to(values.device))
+            return replace(self, values=values, valid=mask.to(values.device), order=order)
         if self.kind == "maps" and not self.is_feature_map and len(values) == samples:
             fitting = [dim for dim, size in enumerate(values.shape[2:], 1) if size == steps]
             if len(fitting) == 1:
@@ -185,7 +192,7 @@ class Batch:
             return _observe_maps(self, rule)
         if self.kind == "sequence":
             return _observe_sequence(self.values, self.valid, rule.sequences)
-        return Observations(self.values)
+        return Observations(self.values, valid=self.valid)
 
     def labelled(self) -> Observations | None:
         """The labelled observations: steps if each has a label, or else the mean of each sample."""
@@ -237,18 +244,23 @@ def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequen
 def _samples_first(values: Tensor, found: Found, takes_sequences: bool, time_first: bool) -> Batch:
     dim = found.dim
     guessed_dim = dim if found.is_guess else None
+    order = tuple(range(values.ndim))
     if values.ndim == 1:
-        return Batch("rows", values[None])
+        return Batch("rows", values[None], order=(-1, 0))
     if values.ndim == 2 and takes_sequences:
-        return Batch("sequence", values[None])  # an unbatched sequence (T, D)
+        return Batch("sequence", values[None], order=(-1, 0, 1))  # an unbatched sequence (T, D)
     if dim == 0:
-        values, dim = values[None], 1  # an unbatched map (C, *spatial)
+        values, dim, order = values[None], 1, (-1, *order)  # an unbatched map (C, *spatial)
     if values.ndim == 2:
-        return Batch("rows", values)
+        return Batch("rows", values, order=order)
     if values.ndim == 3 and dim == 2:
-        return Batch("sequence", values.transpose(0, 1) if time_first else values, guessed_dim=guessed_dim)
+        order = (1, 0, 2) if time_first else order
+        values = values.transpose(0, 1) if time_first else values
+        return Batch("sequence", values, guessed_dim=guessed_dim, order=order)
     is_feature_map = dim == 1 and values.ndim in (4, 5) and not found.is_guess
-    return Batch("maps", values.movedim(dim, 1), is_feature_map=is_feature_map, guessed_dim=guessed_dim)
+    order = (order[0], order[dim], *order[1:dim], *order[dim + 1 :])
+    values = values.movedim(dim, 1)
+    return Batch("maps", values, is_feature_map=is_feature_map, guessed_dim=guessed_dim, order=order)
 
 
 def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:

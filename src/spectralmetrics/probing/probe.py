@@ -31,14 +31,9 @@ from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
-from spectralmetrics.probing.merging import (
-    STAGES,
-    Agreement,
-    Kept,
-    Place,
-    check_places,
-    merge_places,
-)
+from spectralmetrics.probing.limits import Limits
+from spectralmetrics.probing.merging import STAGES, Agreement, Kept, Place, check_places, merge_places
+from spectralmetrics.probing.meshes import FirstOrLast, Meshes, has_dtensors
 from spectralmetrics.probing.observations import (
     FeatureMaps,
     Interpolation,
@@ -68,7 +63,7 @@ from spectralmetrics.probing.reading import (
     tell_readings,
     warn_of_nothing,
 )
-from spectralmetrics.probing.routing import Limits, Router
+from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag
@@ -151,7 +146,9 @@ class LayerProbe(nn.Module):
             read of labels, are left out of these.
         select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
             (N, T, D) or ``(N, C, *spatial)``: of an LSTM's last hidden state, (N, D),
-            ``lambda out: out[1][0][-1]``.
+            ``lambda out: out[1][0][-1]``. With ``observe="inputs"`` it is called as the layer is. Where a model
+            is spread over processes in a way that PyTorch does not know of, it says so by what it returns:
+            ``lambda out: DTensor.from_local(out, mesh, [Shard(-1)])``.
         seed: of the draws, which leave the global random state alone.
         folds: with g > 1, every metric keeps its observations in g folds, see
             :class:`~spectralmetrics.SpectralMetric`, and :meth:`intervals` says how sure the values are. None
@@ -217,10 +214,6 @@ class LayerProbe(nn.Module):
         if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
             raise TypeError(f"expected select to be a dict of patterns and functions, got {select!r}")
         _check_budget(budget)
-        if observe == "inputs" and select:
-            raise ValueError(
-                f"expected no select with observe='inputs', got {select!r}: it chooses from outputs"
-            )
         self.observe = observe
         self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation, observe)
         chosen = select_layers(model, layers, exclude)
@@ -257,8 +250,12 @@ class LayerProbe(nn.Module):
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         # Forwards are told apart where folds or a history keep them.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
+        meshes = Meshes(unwrap(model), set(selected), is_of_inputs)
+        self._steps.shares = meshes.shares
         router = GradientRouter if observe == "gradients" else Router
-        self._router = router(self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected))
+        self._router = router(
+            self._places, chosen, self.rule, self._limits, self._steps, layout, set(selected), meshes
+        )
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._windows = Windows(self._places)
@@ -285,7 +282,13 @@ class LayerProbe(nn.Module):
             if isinstance(self._router, GradientRouter):
                 self._hooks.put(module, GradientHook(self._router, name, module, selected.get(name)))
             elif self.observe == "inputs":
-                self._hooks.before(module, observe, looks=True)
+                function = selected.get(name)
+                chooses = None if function is None else _of_arguments(function)
+                self._hooks.before(module, observe, chooses, looks=True)
+            elif name not in selected and has_dtensors(module):
+                either = FirstOrLast(observe)
+                self._hooks.behind(module, either.first, prepend=True)
+                self._hooks.behind(module, either.last)
             else:
                 self._hooks.behind(module, observe, selected.get(name))
         self._watch_steps()
@@ -648,13 +651,17 @@ class LayerProbe(nn.Module):
             if error is not None:
                 raise error
             return Catalogue(
-                (("stages", *stages), *(described(name, metric) for name, metric in self._templates.items())),
+                (
+                    ("stages", *stages),
+                    *([] if self.budget is None else [("with a budget",)]),
+                    *(described(name, metric) for name, metric in self._templates.items()),
+                ),
                 {name: self._router.facts[name] for name in self._layers},
                 tuple(self._router.order),
                 {place: each.widths() for place, each in places.items()},
             )
 
-        return agree_on_layers(
+        agreement = agree_on_layers(
             group,
             describe,
             places,
@@ -664,6 +671,8 @@ class LayerProbe(nn.Module):
             takes_all=takes_all,
             keeps_own=keeps_own,
         )
+        self._steps.agree_on_plans(group)
+        return agreement
 
     def _guest(self, stage: str, layer: str) -> LayerMetrics:
         """The metrics of a layer of another process."""
@@ -986,7 +995,7 @@ class LayerProbe(nn.Module):
 
         Warns once of each layer whose steps it did not fit: padding was counted there.
         """
-        with self._router.masks.within(mask):
+        with self._router.rows.masks.within(mask):
             yield
 
     @contextlib.contextmanager
@@ -1016,7 +1025,7 @@ class LayerProbe(nn.Module):
         >>> sorted(probe.compute())
         ['linear_probe/train/0', 'linear_probe/train/2']
         """
-        with self._router.labels.within(labels):
+        with self._router.rows.labels.within(labels):
             yield
 
     def remove(self) -> None:
@@ -1147,6 +1156,16 @@ class LayerProbe(nn.Module):
         elif self._is_persistent:
             missing_keys.append(prefix + "progress")  # saved from a probe that was not persistent
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+
+
+def _of_arguments(function: Select) -> Select:
+    """A function of a layer's arguments as one of both kinds of them together."""
+
+    def choose(arguments: Any) -> Any:
+        args, kwargs = arguments
+        return function(*args, **kwargs)
+
+    return choose
 
 
 def _check_budget(budget: float | None) -> None:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from spectralmetrics.probing.budget import Budget
+from spectralmetrics.probing.budget import Budget, Plan
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
+from spectralmetrics.sums.merging import communication_device
 from spectralmetrics.torch_private import in_backward, is_inferring_shapes
 
 
@@ -44,12 +46,15 @@ class Steps:
     Attributes:
         stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback sets
             it, which knows more than the flag.
+        shares: says whether other processes share forwards of the model, and so must observe the same.
     """
 
     stage_of: Callable[[bool], str | None]
+    shares: Callable[[], bool]
 
     def __init__(self, every: int, seed: int, budget: Budget | None = None) -> None:
         self.stage_of = stage_by_flag
+        self.shares = _never
         self.every = every
         self.seed = seed
         self.budget = budget
@@ -73,7 +78,7 @@ class Steps:
         # In the place of what an interrupted forward, after which no hook is called, has left.
         is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
         if self.budget is not None:
-            is_seen = self.budget.begins(stage) and is_seen
+            is_seen = self._allows(stage, step) and is_seen
         # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
         counts = stage != "train" or torch.is_grad_enabled()
         self._thread.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
@@ -102,7 +107,7 @@ class Steps:
         current = self._current()
         if current is not None:
             return current.is_observed
-        if self.budget is not None and not self.budget.begins(stage):
+        if self.budget is not None and not self._allows(stage, forward):
             return False
         return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
 
@@ -123,6 +128,21 @@ class Steps:
         self.counts[stage] = 0
         self.epochs[stage] += 1
 
+    def agree_on_plans(self, group: Any) -> None:
+        """Have processes that share forwards follow the plan of the group's first; all call it together."""
+        if self.budget is None:
+            return
+        plans = [self.budget.propose(stage) for stage in self.counts]
+        told = [
+            number for plan in plans for number in (plan.every, plan.draws, round(1024 * plan.rows_per_feature))
+        ]
+        is_first = dist.get_rank(group) == 0
+        numbers = torch.tensor(told if is_first else [-1] * len(told), device=communication_device(group))
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+        if self.shares():
+            for stage, (every, draws, rows) in zip(self.counts, numbers.view(-1, 3).tolist(), strict=True):
+                self.budget.follow(stage, Plan(0, every, bool(draws), rows / 1024))
+
     def watch(self, model: nn.Module, hooks: Hooks) -> None:
         """Put hooks on the model, once. To be called after its layers have theirs."""
         if self._is_watching:
@@ -131,6 +151,12 @@ class Steps:
         hooks.before(model, self.enter)
         hooks.behind(model, self.leave, looks=False, always_call=True)
 
+    def _allows(self, stage: str, number: int) -> bool:
+        """Whether the budget allows to observe the forward that begins."""
+        assert self.budget is not None
+        # What others share goes by its number, which is theirs, too.
+        return self.budget.begins(stage, number) if self.shares() else self.budget.begins(stage)
+
     def _current(self) -> Forward | None:
         """The forward of the model that runs in this thread."""
         current: Forward | None = getattr(self._thread, "current", None)
@@ -138,11 +164,15 @@ class Steps:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
-        return state | {"stage_of": stage_by_flag}  # who knows better knows of the original
+        return state | {"stage_of": stage_by_flag, "shares": _never}  # who knows better knows of the original
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._thread = threading.local()
+
+
+def _never() -> bool:
+    return False
 
 
 def stage_by_flag(training: bool) -> str:

@@ -1,0 +1,44 @@
+"""How much of what layers put out is observed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.parts import LeftOut
+from spectralmetrics.sums.checks import check_positive_integer, check_seed
+
+
+@dataclass
+class Limits:
+    """How much of what a layer puts out is observed; see :class:`~spectralmetrics.LayerProbe`."""
+
+    max_samples: int | None = None
+    rows_per_feature: float | None = None
+    max_features: int = 8192
+    sketch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive_integer("max_features", self.max_features)
+        check_positive_integer("sketch_size", self.sketch_size, or_none=True)
+        check_positive_integer("max_samples", self.max_samples, or_none=True)
+        check_seed(self.seed)
+        rows = self.rows_per_feature
+        if rows is not None and not (isinstance(rows, numbers.Real) and 0 < rows < math.inf):
+            raise ValueError(f"expected rows_per_feature to be a positive number or None, got {rows!r}")
+
+    def check_width(self, of_layer: LayerMetrics, width: int) -> None:
+        """Keep a sketch of a layer that is too wide for a covariance, or leave it out."""
+        if width <= self.max_features or not of_layer.keeps_matrices or of_layer.is_sketched:
+            return
+        if self.sketch_size is None:
+            of_layer.too_wide = True
+            raise LeftOut(
+                f"{width} features exceed max_features={self.max_features}; their covariance would take"
+                f" {8 * width**2 / 2**30:.1f} GiB, a sketch (sketch_size=512)"
+                f" {8 * width * 512 / 2**30:.2g} GiB"
+            )
+        of_layer.sketch(self.sketch_size)

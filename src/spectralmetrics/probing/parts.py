@@ -1,0 +1,254 @@
+"""What one process has of a tensor that is spread over processes, and how some of its rows become whole."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spectralmetrics.torch_private import group_named, masked_parts, waited
+
+
+class LeftOut(Exception):  # noqa: N818  # no error
+    """A layer is not to be observed."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why a layer is not observed any more, in words."""
+    return str(error) if isinstance(error, LeftOut) else f"{type(error).__name__}: {error}"
+
+
+class Split(NamedTuple):
+    """How one dimension of a device mesh divides a tensor; replicated without ``dim`` and ``op``.
+
+    Attributes:
+        group: the processes along that dimension.
+        rank: number of this process in the group.
+        size: number of processes.
+        dim: dimension of the tensor that is sharded; None if none is.
+        op: how the tensors of these processes are yet to be reduced, such as ``"sum"``; empty if they are not.
+    """
+
+    group: Any
+    rank: int
+    size: int
+    dim: int | None = None
+    op: str = ""
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether all processes have the same."""
+        return self.dim is None and not self.op
+
+    def __str__(self) -> str:
+        return (
+            f"Shard({self.dim})" if self.dim is not None else f"Partial({self.op})" if self.op else "Replicate"
+        )
+
+
+class Span(NamedTuple):
+    """A range of one dimension, and the size of what was divided."""
+
+    start: int
+    stop: int
+    size: int
+
+    def of(self, number: int) -> int:
+        """The share of a number that belongs to this range; the shares of all ranges add up to it.
+
+        >>> [Span(k, k + 1, 3).of(5) for k in range(3)]
+        [1, 2, 2]
+        """
+        return number * self.stop // self.size - number * self.start // self.size if self.size else 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process has of a tensor.
+
+    Attributes:
+        local: what it has.
+        shape: of the whole tensor.
+        stride: likewise.
+        splits: how it is divided, in the order of the dimensions of the mesh; those of one process left out.
+    """
+
+    local: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    splits: tuple[Split, ...]
+
+    def travels(self, feature_dim: int) -> bool:
+        """Whether processes have to exchange something to get whole rows."""
+        return any(split.op or split.dim == feature_dim for split in self.splits)
+
+    def row_dims(self, feature_dim: int) -> list[int]:
+        """The dimensions that are sharded besides the features."""
+        return sorted({each.dim for each in self.splits if each.dim is not None} - {feature_dim})
+
+    def spans(self, dim: int, before: int | None = None) -> Span:
+        """The range of a dimension that this process has, after the splits before one of them.
+
+        Processes in turn have as many as divide evenly, rounded up, as long as there are some.
+        """
+        start, stop = 0, self.shape[dim]
+        for split in self.splits[:before]:
+            if split.dim == dim:
+                chunk = -(-(stop - start) // split.size)
+                start = min(start + chunk * split.rank, stop)
+                stop = min(start + chunk, stop)
+        return Span(start, stop, self.shape[dim])
+
+    def sizes(self, number: int) -> list[int]:
+        """The sizes of the shards of a split's dimension, of each process in its group."""
+        split = self.splits[number]
+        assert split.dim is not None
+        whole = self.spans(split.dim, number)
+        total = whole.stop - whole.start
+        chunk = -(-total // split.size)
+        return [max(0, min(chunk, total - chunk * index)) for index in range(split.size)]
+
+    def standing_in(self) -> Tensor:
+        """A tensor of the shape of the whole, on the same device, that takes no memory."""
+        return self.local.new_zeros(()).expand(self.shape)
+
+    def meta(self) -> Tensor:
+        """Shape and strides of the whole."""
+        return torch.empty_strided(self.shape, self.stride, device="meta", dtype=self.local.dtype)
+
+    def words(self) -> str:
+        """The placements as PyTorch writes them."""
+        return f"({', '.join(map(str, self.splits))})"
+
+
+def is_dtensor(values: Any) -> bool:
+    """Whether this is a DTensor; where nothing has imported these, there is none."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(values, tensors.DTensor)
+
+
+def part_of(values: Any) -> Part:
+    """What this process has of a DTensor.
+
+    Raises:
+        LeftOut: for a placement that is none of ``Shard``, ``Replicate`` and ``Partial``.
+    """
+    mesh = values.device_mesh
+    local = waited(values.to_local())
+    local, placements = masked_parts(local, values.placements)
+    splits = [split_of(mesh.get_group(dim), each, values.ndim) for dim, each in enumerate(placements)]
+    return Part(local, tuple(values.shape), tuple(values.stride()), tuple(s for s in splits if s.size > 1))
+
+
+PLACED = "placed "
+"""Begins the kind of a DTensor that has been taken apart."""
+
+
+def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
+    """Plain tensors that a part can be made from again, and how; traced by Dynamo.
+
+    The second tensor has no element: it tells the shape of the whole, which may be symbolic.
+    """
+    kinds = []
+    for placement in values.placements:
+        kind = type(placement).__name__
+        if kind not in ("Shard", "Replicate", "Partial"):
+            return [], f"a compiled layer whose output is placed as {kind} cannot be observed"
+        told = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
+        kinds.append(f"{kind}:{told}")
+    mesh = values.device_mesh
+    names = [mesh.get_group(dim).group_name for dim in range(len(kinds))]
+    local = values.detach().to_local()
+    return [local, local.new_empty((*values.shape, 0))], f"{PLACED}{','.join(kinds)} {','.join(names)}"
+
+
+def part_from(parts: Sequence[Tensor], kind: str) -> Part:
+    """What :func:`take_dtensor_apart` has taken apart."""
+    local, form = parts
+    kinds, names = kind.removeprefix(PLACED).split(" ")
+    splits = []
+    for each, name in zip(kinds.split(","), names.split(","), strict=True):
+        how, told = each.split(":")
+        group = group_named(name)
+        split = Split(group, dist.get_rank(group), dist.get_world_size(group))
+        if how == "Shard":
+            split = split._replace(dim=int(told) % local.ndim)
+        splits.append(split._replace(op=told) if how == "Partial" else split)
+    shape = tuple(form.shape[:-1])
+    stride = torch.empty(shape, device="meta").stride()
+    return Part(waited(local), shape, stride, tuple(split for split in splits if split.size > 1))
+
+
+def split_of(group: Any, placement: Any, ndim: int) -> Split:
+    """How a placement along a group of processes divides a tensor."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    kind = type(placement).__name__
+    if kind == "Shard":
+        return Split(group, rank, size, placement.dim % ndim)
+    if kind == "Replicate":
+        return Split(group, rank, size)
+    if kind == "Partial":
+        return Split(group, rank, size, op=placement.reduce_op)
+    raise LeftOut(f"its placement is {placement}; of a DTensor, Shard, Replicate and Partial can be observed")
+
+
+def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor:
+    """Some of the rows whole, of those of which each process of a group has some features or a summand.
+
+    One collective, of as many bytes as the rows take.
+
+    Args:
+        rows: (n, …, d), n the same on all processes.
+        split: between whom.
+        widths: the number of features d of each process; None where they are to be reduced.
+
+    Returns:
+        Shape (m, …, Σd) or (m, …, d), the m of all processes adding up to n.
+    """
+    number, size = len(rows), split.size
+    cuts = [own_of(number, split._replace(rank=rank)) for rank in range(size)]
+    counts = [cut.stop - cut.start for cut in cuts]
+    inner, item = rows.shape[1:-1], rows.element_size()
+    each = math.prod(inner) * item
+    incoming = [rows.shape[-1]] * size if widths is None else list(widths)
+    own = counts[split.rank]
+    sent = rows.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
+    received = sent.new_empty(own * each * sum(incoming))
+    sizes = [own * each * width for width in incoming]
+    dist.all_to_all_single(
+        received, sent, sizes, [count * each * rows.shape[-1] for count in counts], group=split.group
+    )
+    pieces = [
+        piece.view(rows.dtype).view(own, *inner, width)
+        for piece, width in zip(received.split(sizes), incoming, strict=True)
+    ]
+    return torch.cat(pieces, -1) if widths is not None else _reduced(torch.stack(pieces), split.op)
+
+
+def first_rank(part: Part) -> int:
+    """The first of the processes that share a tensor, by which they are known."""
+    rank = dist.get_rank()
+    return rank - sum(rank - dist.get_process_group_ranks(split.group)[0] for split in part.splits)
+
+
+def _reduced(pieces: Tensor, op: str) -> Tensor:
+    if op == "sum":
+        return pieces.sum(0)
+    if op == "avg":
+        return pieces.mean(0)
+    if op in ("max", "min"):
+        return pieces.amax(0) if op == "max" else pieces.amin(0)
+    if op == "product":
+        return pieces.prod(0)
+    raise LeftOut(f"its placement is Partial({op!r}), which is not known here")
+
+
+def own_of(number: int, split: Split) -> Span:
+    """The range of so many rows that is a process' own."""
+    return Span(number * split.rank // split.size, number * (split.rank + 1) // split.size, number)

@@ -1,0 +1,237 @@
+"""Outputs that are spread over processes: which rows of them each process observes, and how it gets them.
+
+Every process observes rows of full width that no other observes, so that plain sums are right under any way to
+spread a model. Of a replicated output each process takes its share. Where features are sharded, or sums are yet
+to be reduced, rows are drawn first and then travel: each process gets some of them whole. Shards of samples or
+positions stay where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.probing.observations import Batch, ObservationRule
+from spectralmetrics.probing.parts import LeftOut, Part, Span, exchange, own_of
+from spectralmetrics.probing.sampling import draw
+from spectralmetrics.sums import Observations
+
+
+class Placed(NamedTuple):
+    """What this process has of an output, as observations that have yet to travel.
+
+    Attributes:
+        batch: this process' part, with its part of the mask and the labels.
+        whole: the batch of all processes; its values say nothing but their shape.
+        part: as the layer has put it out.
+        feature_dim: the dimension of its features.
+        start: number of the first sample in ``batch``, or of the first token where these were flattened.
+        is_flat: whether tokens were flattened and are sharded as they are.
+        cuts: ranges of samples that this process was left with where samples have travelled.
+    """
+
+    batch: Batch
+    whole: Batch
+    part: Part
+    feature_dim: int
+    start: int = 0
+    is_flat: bool = False
+    cuts: tuple[Span, ...] = ()
+
+    def observations(self, rule: ObservationRule, remaining: int | None) -> Observations:
+        """The observations of this process' part, of the first samples that are not to be passed over."""
+        seen = self.batch.observations(rule)
+        if remaining is None or remaining >= self.whole.num_samples:
+            return seen
+        shape = seen.values.movedim(seen.feature_dim, -1).shape[:-1]
+        number, samples = math.prod(shape), self.whole.num_samples
+        if self.is_flat:
+            each = self.whole.values.shape[1]
+            sample = torch.arange(self.start, self.start + number, device=seen.values.device)
+            sample = sample % samples if self.whole.order[0] else sample // each
+        else:
+            each = max(number // max(self.batch.num_samples, 1), 1)
+            sample = torch.arange(number, device=seen.values.device) // each + self.start
+        keep = sample < remaining
+        return replace(seen, valid=keep if seen.valid is None else keep & seen.valid)
+
+    def share(self, number: int) -> int:
+        """How many of so many observations this process has, of those that it gets."""
+        for cut in self.cuts:
+            number = cut.of(number)
+        for dim in self.part.row_dims(self.feature_dim):
+            number = self.part.spans(dim).of(number)
+        for split in self.part.splits:
+            if split.op or split.is_replicated or split.dim == self.feature_dim:
+                number = Span(split.rank, split.rank + 1, split.size).of(number)
+        return number
+
+    def whole_width(self, observations: Observations) -> int:
+        """The width of observations once all their features have come together."""
+        if any(split.dim == self.feature_dim for split in self.part.splits):
+            return self.part.shape[self.feature_dim]
+        return observations.num_features
+
+
+def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRule) -> Placed:
+    """Make observations of what one process has.
+
+    Args:
+        part: of the output.
+        make: makes the batch of a tensor, with the mask and the labels or without; asked for the batch of the
+            whole, once, and for that of a part.
+        rule: what is an observation.
+
+    Raises:
+        LeftOut: for observations of whole samples that are divided along more than samples and features.
+    """
+    whole = make(part.standing_in(), True)
+    order = whole.order
+    feature_dim = order[1 if whole.kind == "maps" else -1]
+    sample_dim = order[0]
+    dims = set(part.row_dims(feature_dim))
+    how = _wholes(whole, rule)
+    if how and dims - ({sample_dim} if not whole.was_flat else set()):
+        raise LeftOut(
+            f"{how} needs whole samples, and its output {part.shape} is placed as {part.words()} with features"
+            f" in dimension {feature_dim}: samples are divided among processes. Take every position"
+            " (sequences='timesteps', feature_maps='positions'), or have `select` return whole samples"
+        )
+    batch, valid, labels, start = make(part.local, False), whole.valid, whole.labels, 0
+    if whole.was_flat and dims:
+        assert valid is not None
+        span = part.spans(0)
+        start, valid = span.start, _flat(valid, order)[span.start : span.stop]
+        labels = None if labels is None or labels.ndim == 1 else _flat(labels, order)[span.start : span.stop]
+    elif whole.was_flat:
+        batch = _unflattened(batch, whole)
+    elif batch.order != order:  # the mask told that time comes first
+        batch = replace(batch, values=batch.values.transpose(0, 1), order=order)
+    if not whole.was_flat:
+        start = part.spans(sample_dim).start if sample_dim in dims else 0
+        for dim in sorted(dims):
+            at, span = order.index(dim), part.spans(dim)
+            if valid is not None:
+                valid = valid.narrow(at - (whole.kind == "maps" and at > 0), span.start, span.stop - span.start)
+            if labels is not None:
+                needs_whole = at > 0 and labels.ndim == 1  # the mean of each sample
+                labels = None if needs_whole else labels.narrow(at, span.start, span.stop - span.start)
+    batch = replace(batch, valid=valid, labels=labels)
+    placed = Placed(batch, whole, part, feature_dim, start, whole.was_flat and bool(dims))
+    if part.travels(feature_dim) and _needs_features(how, part, feature_dim):
+        placed = _gathered(placed)
+    return placed
+
+
+def bring(observations: Observations, placed: Placed, size: int | None, seed: int) -> Observations:
+    """Whole rows of this process' own, of all that the processes have.
+
+    Args:
+        observations: of this process' part.
+        placed: where they come from.
+        size: how many to draw of those of all processes, before they travel; None: all.
+        seed: of the draws, the same on all processes that share rows.
+    """
+    part, features = placed.part, placed.feature_dim
+    values = observations.values.movedim(observations.feature_dim, -1)
+    is_empty = not values.shape[-1]
+    rows = values.new_empty((math.prod(values.shape[:-1]), 0)) if is_empty else values.flatten(0, -2)
+    flags = (observations.valid, observations.labels)
+    # Of shards of rows each process draws its share, of replicated ones from those that are its own.
+    spans = [*placed.cuts, *(part.spans(dim) for dim in part.row_dims(features))]
+    for split in part.splits:
+        if split.is_replicated:
+            spans.append(Span(split.rank, split.rank + 1, split.size))
+            rows, flags = _cut(rows, flags, own_of(len(rows), split))
+    if size is not None:
+        for span in spans:
+            size, seed = span.of(size), seed + 1_000_003 * span.start
+        rows, flags = _drawn(rows, flags, size, seed)
+    for number in reversed(range(len(part.splits))):
+        split = part.splits[number]
+        if split.op or split.dim == features:
+            flags = _cut(rows, flags, own_of(len(rows), split))[1]
+            rows = exchange(rows, split, part.sizes(number) if split.dim is not None else None)
+    valid, labels = flags
+    return replace(observations, values=rows, feature_dim=-1, valid=valid, labels=labels)
+
+
+def _wholes(whole: Batch, rule: ObservationRule) -> str:
+    """What needs whole samples: the argument of the probe that asks for it; empty if nothing does."""
+    if whole.kind == "sequence" and rule.sequences != "timesteps":
+        return f"sequences={rule.sequences!r}"
+    if whole.kind == "maps":
+        if rule.feature_maps != "positions":
+            return f"feature_maps={rule.feature_maps!r}"
+        size = rule.max_map_size
+        if whole.is_feature_map and size is not None and max(whole.values.shape[2:]) > size:
+            return f"max_map_size={size}"
+    return ""
+
+
+def _needs_features(how: str, part: Part, feature_dim: int) -> bool:
+    """Whether observations can only be made of whole features."""
+    if "'flatten'" in how:
+        return any(split.dim == feature_dim for split in part.splits)
+    is_linear = not how or "'mean'" in how or "'last'" in how or how.startswith("max_map_size")
+    return any(split.op and not (is_linear and split.op in ("sum", "avg")) for split in part.splits) and bool(
+        how
+    )
+
+
+def _gathered(placed: Placed) -> Placed:
+    """With whole samples, each on one process: they travel before anything is made of them."""
+    batch, part = placed.batch, placed.part
+    is_map = batch.kind == "maps"
+    values = batch.values.movedim(1, -1) if is_map else batch.values
+    flags, start = (batch.valid, batch.labels), placed.start
+    kept, cuts = list(part.splits), []
+    for number in reversed(range(len(part.splits))):
+        split = part.splits[number]
+        if split.op or split.dim == placed.feature_dim:
+            cut = own_of(len(values), split)
+            flags, start = _cut(values, flags, cut)[1], start + cut.start
+            values = exchange(values, split, part.sizes(number) if split.dim is not None else None)
+            kept.remove(split)
+            cuts.append(cut)
+    values = values.movedim(-1, 1) if is_map else values
+    valid, labels = flags
+    batch = replace(batch, values=values, valid=valid, labels=labels)
+    return placed._replace(batch=batch, part=replace(part, splits=tuple(kept)), start=start, cuts=tuple(cuts))
+
+
+def _unflattened(batch: Batch, whole: Batch) -> Batch:
+    """A batch of all tokens in the shape that the mask has given to the whole."""
+    samples, steps = whole.values.shape[:2]
+    is_time_first = whole.order[0] == 1
+    values = batch.values.unflatten(0, (steps, samples) if is_time_first else (samples, steps))
+    values = values.transpose(0, 1) if is_time_first else values
+    return replace(batch, kind="sequence", values=values, was_flat=True, order=whole.order)
+
+
+def _flat(flags: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Flags of samples and steps as they belong to flattened tokens."""
+    return (flags.mT if order[0] else flags).reshape(-1)
+
+
+_Flags = tuple[Tensor | None, Tensor | None]
+
+
+def _cut(rows: Tensor, flags: _Flags, span: Span) -> tuple[Tensor, _Flags]:
+    valid, labels = (None if each is None else each[span.start : span.stop] for each in flags)
+    return rows[span.start : span.stop], (valid, labels)
+
+
+def _drawn(rows: Tensor, flags: _Flags, number: int, seed: int) -> tuple[Tensor, _Flags]:
+    if number >= len(rows):
+        return rows, flags
+    if not number:
+        return _cut(rows, flags, Span(0, 0, len(rows)))
+    index = draw(Observations(torch.arange(len(rows), device=rows.device)[:, None]), number, seed).values[:, 0]
+    valid, labels = (None if each is None else each[index] for each in flags)
+    return rows.index_select(0, index), (valid, labels)

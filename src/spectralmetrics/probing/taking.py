@@ -1,0 +1,198 @@
+"""From a layer's output to its rows, drawn and limited, and from these to the metrics of the layer."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Container
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.doubts import doubt_of
+from spectralmetrics.probing.hooks import tell
+from spectralmetrics.probing.labelling import Labels
+from spectralmetrics.probing.layout import FeatureDim, Layout, dim_of
+from spectralmetrics.probing.limits import Limits
+from spectralmetrics.probing.masking import Masks
+from spectralmetrics.probing.meshes import At
+from spectralmetrics.probing.observations import Batch, ObservationRule
+from spectralmetrics.probing.parts import Part, first_rank
+from spectralmetrics.probing.placement import bring, place
+from spectralmetrics.probing.sampling import draw, sample_size
+from spectralmetrics.probing.steps import Steps
+from spectralmetrics.torch_private import is_fake
+
+
+class Moment(NamedTuple):
+    """What belongs to one forward of a layer besides its output.
+
+    Attributes:
+        forward: number of the forward, of the layer and since the last reset; decides which rows are drawn.
+        number: number of the model's forward for histories; None where no metric keeps one.
+        step: step of the optimiser.
+        groups: see :meth:`.Steps.groups`.
+        mask: laid beside the model.
+        labels: likewise.
+        is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
+    """
+
+    forward: int
+    number: int | None
+    step: int | None
+    groups: dict[int, int]
+    mask: Tensor | None
+    labels: Tensor | None
+    is_idle: bool = False
+
+
+class Rows:
+    """Hands the rows of outputs to the metrics of their layer and stage.
+
+    Args:
+        rule: what is an observation.
+        limits: how many of them; looked at in each forward.
+        steps: which forwards of the model.
+        layout: of sequences.
+        selected: layers of whose output a function of the user's returns a part.
+
+    Attributes:
+        masks: laid beside the model.
+        labels: likewise.
+    """
+
+    def __init__(
+        self, rule: ObservationRule, limits: Limits, steps: Steps, layout: Layout, selected: Container[str]
+    ) -> None:
+        self.masks = Masks()
+        self.labels = Labels()
+        self._rule = rule
+        self._limits = limits
+        self._steps = steps
+        self._layout = layout
+        self._told_layout: set[str] = set()
+        self._selected = selected
+
+    def take(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> None:
+        """Hand the rows of an output to the metrics."""
+        limits = self._limits
+        batch = self.batch_of(of_layer, module, output, moment)
+        if limits.max_samples is not None:
+            batch = batch.first(limits.max_samples - of_layer.samples)
+        if batch.values.numel() == 0:
+            return
+        of_layer.samples += batch.num_samples
+        labelled = batch.labelled()
+        observations = batch.observations(self._rule)
+        limits.check_width(of_layer, observations.num_features)
+        everything = None
+        if moment.number is not None:
+            everything = observations = replace(observations, forward=moment.number, step=moment.step)
+        size, seed = self._draws(of_layer, observations.num_features, batch, moment)
+        if size is not None:
+            observations = draw(observations, size, seed)
+            labelled = None if labelled is None else draw(labelled, size, seed)
+        of_layer.update(observations, labelled, moment.groups, batch.values, everything)
+
+    def take_part(
+        self, of_layer: LayerMetrics, module: nn.Module, part: Part, moment: Moment, is_idle: bool
+    ) -> None:
+        """Hand to the metrics what this process gets of an output that is spread over processes.
+
+        Args:
+            of_layer: whose output.
+            module: the layer.
+            part: what this process has of the output.
+            moment: what else belongs to the forward; its number says what is drawn.
+            is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
+        """
+        name, limits = of_layer.layer, self._limits
+        if is_fake(part.local):
+            return
+        dims = None
+        if name not in self._selected:
+            dims = self._layout.dims.get(name) or dim_of(module, of_inputs=self._rule.observe == "inputs")
+            dims = At(dims.find(part.meta()), dims.takes_sequences)
+
+        def make(values: Tensor, with_flags: bool) -> Batch:
+            if not with_flags:
+                return self._batch(name, module, values, None, dims)
+            return self.batch_of(of_layer, module, values, moment, dims)
+
+        placed = place(part, make, self._rule)
+        if placed.whole.labels is not None and placed.batch.labels is None:
+            self.labels.note(name, part.shape, fits=False)
+        remaining = None if limits.max_samples is None else max(limits.max_samples - of_layer.samples, 0)
+        labelled = placed.batch.labelled()
+        observations = placed.observations(self._rule, remaining)
+        width = placed.whole_width(observations)
+        limits.check_width(of_layer, width)
+        size, seed = self._draws(of_layer, width, placed.whole, moment)
+        if of_layer.folds > 1:
+            of_layer.share_with((first_rank(part), dist.get_world_size()))
+        everything = None
+        if moment.number is not None:
+            everything = bring(observations, placed, None, seed)
+            everything = observations = replace(everything, forward=moment.number, step=moment.step)
+            if size is not None:
+                observations = draw(everything, placed.share(size), seed)
+        else:
+            observations = bring(observations, placed, size, seed)
+        labelled = None if labelled is None else bring(labelled, placed, size, seed)
+        if is_idle:
+            of_layer.pass_over(moment.groups)
+            return
+        of_layer.samples += min(placed.whole.num_samples, sys.maxsize if remaining is None else remaining)
+        of_layer.update(observations, labelled, moment.groups, placed.batch.values, everything)
+
+    def _draws(
+        self, of_layer: LayerMetrics, width: int, batch: Batch, moment: Moment
+    ) -> tuple[int | None, int]:
+        """How many observations to draw of a batch, None for all, and the seed of the draws."""
+        rows_per_feature = self._rows_per_feature(of_layer.stage)
+        size = batch.limit(self._rule)
+        if rows_per_feature is not None:
+            size = min(sample_size(rows_per_feature, width), size or sys.maxsize)
+        where = f"{self._limits.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {moment.forward}"
+        return size, 0 if size is None else zlib.crc32(where.encode())
+
+    def _rows_per_feature(self, stage: str) -> float | None:
+        wanted, budget = self._limits.rows_per_feature, self._steps.budget
+        allowed = None if budget is None else budget.rows_per_feature(stage)
+        if allowed is None or wanted is None:
+            return wanted if allowed is None else allowed
+        return min(wanted, allowed)
+
+    def _batch(
+        self, name: str, module: nn.Module, output: Any, mask: Tensor | None, dims: FeatureDim | None = None
+    ) -> Batch:
+        is_selected, time_first = name in self._selected, name in self._layout.time_first
+        dims = self._layout.dims.get(name) if dims is None else dims
+        return self._rule.batch(None if is_selected else module, output, mask, time_first, dims)
+
+    def batch_of(
+        self,
+        of_layer: LayerMetrics,
+        module: nn.Module,
+        output: Any,
+        moment: Moment,
+        dims: FeatureDim | None = None,
+    ) -> Batch:
+        """The output with samples first, as its layer, its surroundings and the mask tell, and its labels."""
+        name = of_layer.layer
+        batch = self._batch(name, module, output, moment.mask, dims)
+        if moment.mask is self.masks.value:  # or it has been noted in the forward
+            self.masks.met(name, batch)
+        if name not in self._told_layout and (doubt := doubt_of(name, batch, self._layout, self._rule)):
+            self._told_layout.add(name)
+            tell(doubt)
+        if of_layer.takes_labels and moment.labels is not None:
+            batch = self.labels.join(name, batch, moment.labels, name in self._layout.time_first)
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What lies beside a model belongs to the original.
+        return {**self.__dict__, "masks": Masks(), "labels": Labels()}

@@ -1,0 +1,796 @@
+"""What the processes of a group run: models that PyTorch spreads, and the same model in one process."""
+
+import contextlib
+import copy
+import itertools
+import os
+import tempfile
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torchmetrics import Metric
+
+import spectralmetrics as sm
+from spectralmetrics.probing.observations import ObservationRule
+from spectralmetrics.probing.parts import part_of
+from spectralmetrics.probing.placement import bring, place
+from tests.distributed.engines.llama import (
+    KINDS,
+    VOCABULARY,
+    llama,
+    loss_of,
+    outputs,
+    plan,
+    rows,
+    tokens,
+    whole,
+)
+from tests.distributed.spread import assert_holds, every_linear
+from tests.metrics.properties import assert_same
+
+LINEAR = (nn.Linear,)
+
+
+def mesh_of(world):
+    return init_device_mesh("cpu", (world,))
+
+
+def probed(
+    mesh,
+    metrics=None,
+    *,
+    is_before=False,
+    layers=LINEAR,
+    is_local=True,
+    sequence=False,
+    dtype=None,
+    **arguments,
+):
+    """A parallelised Llama and its probe, made before or after."""
+    model = llama(torch.float64 if dtype is None else dtype)
+    metrics = sm.SpectrumMetric() if metrics is None else metrics
+    if is_before:
+        probe = sm.LayerProbe(
+            model, metrics, layers=layers if isinstance(layers, list) else list(layers), **arguments
+        )
+    parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence))
+    if not is_before:
+        probe = sm.LayerProbe(
+            model, metrics, layers=layers if isinstance(layers, list) else list(layers), **arguments
+        )
+    return model, probe
+
+
+def alone(metrics, run, *, layers=LINEAR, **arguments):
+    """A probe of the whole model in this process, which merges with nobody, and what it has seen in a run."""
+    for metric in metrics:
+        metric.sync_on_compute = False
+    model = llama()
+    probe = sm.LayerProbe(
+        model, metrics, layers=layers if isinstance(layers, list) else list(layers), **arguments
+    )
+    run(model, probe)
+    return probe
+
+
+class Rows(Metric):
+    """Keeps the rows it is given, of this process."""
+
+    def __init__(self):
+        super().__init__(sync_on_compute=False)
+        self.rows = []
+
+    def update(self, rows):
+        self.rows.append(rows.clone())
+
+    def compute(self):
+        return torch.cat(self.rows) if self.rows else torch.zeros(0, 1)
+
+
+def gathered(value):
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def tensor_parallel_equals_one_process(rank, world):
+    """Local and DTensor outputs, the probe made before and after; samples that do not divide evenly."""
+    mesh = mesh_of(world)
+    for is_local, is_before in itertools.product((True, False), repeat=2):
+        for samples, steps in ((5, 6), (1, 7)):
+            batches = [tokens(seed, samples, steps) for seed in range(2)]
+            model, probe = probed(mesh, is_local=is_local, is_before=is_before)
+            for batch in batches:
+                loss_of(model(batch)).backward()
+            assert_holds(probe, "train", rows(batches, LINEAR))
+
+
+def sequence_parallel_equals_one_process(rank, world):
+    """Norms and a row-parallel embedding, too, whose own reduction the probe must leave its mask."""
+    mesh = mesh_of(world)
+    for is_local, is_before in itertools.product((True, False), repeat=2):
+        for samples, steps in ((5, 2 * world),) if is_local else ((5, 2 * world), (1, 2 * world + 1)):
+            batches = [tokens(seed, samples, steps) for seed in range(2)]
+            model, probe = probed(mesh, is_local=is_local, is_before=is_before, sequence=True, layers=KINDS)
+            for batch in batches:
+                loss_of(model(batch)).backward()
+            assert_holds(probe, "train", rows(batches))
+
+
+def training_is_the_same_to_the_bit(rank, world):
+    mesh = mesh_of(world)
+    for is_local, sequence in ((True, False), (False, False), (True, True), (False, True)):
+        ends = []
+        for has_probe in (False, True):
+            model = llama(torch.float32)
+            parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence))
+            if has_probe:
+                probe = sm.LayerProbe(model, sm.SaturationMetric(), layers=list(KINDS), rows_per_feature=1)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+            for seed in range(3):
+                optimizer.zero_grad()
+                loss_of(model(tokens(seed, 4, 2 * world))).backward()
+                optimizer.step()
+            with torch.no_grad():
+                ends.append(
+                    [whole(each) for parameter in model.parameters() for each in (parameter, parameter.grad)]
+                )
+            ends[-1].append(torch.random.get_rng_state())
+        assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        assert len(probe.compute("train")) == len(probe.layers)
+
+
+def masks_and_labels(rank, world):
+    """What lies beside the model is for the whole batch, however it is divided."""
+    mesh = mesh_of(world)
+    steps = 2 * world
+    batches = [tokens(seed, 5, steps) for seed in range(3)]
+    generator = torch.Generator().manual_seed(3)
+    masks = [torch.rand(5, steps, generator=generator) < 0.7 for _ in batches]
+    of_steps = [torch.randint(-1, 3, (5, steps), generator=generator) for _ in batches]
+    of_samples = [torch.arange(5) % 3 for _ in batches]
+
+    for labels, sequence in itertools.product((of_steps, of_samples), (False, True)):
+        metrics = lambda: [sm.SpectrumMetric(), sm.LinearProbeMetric(3), sm.MaxAbsMetric()]  # noqa: E731
+
+        def run(model, probe, labels=labels):
+            for batch, mask, own in zip(batches, masks, labels, strict=True):
+                with probe.mask(mask), probe.labels(own), torch.no_grad():
+                    model(batch)
+
+        model, probe = probed(mesh, metrics(), sequence=sequence, is_local=not sequence, layers=KINDS)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run(model, probe)
+            found, expected = probe.compute("train"), alone(metrics(), run, layers=KINDS).compute()
+        assert any("labels of shape (5,)" in str(each.message) for each in told) == (
+            sequence and labels is of_samples
+        )
+        if sequence and labels is of_samples:  # outputs whose time is sharded have no mean of a sample here
+            divided = {key for key in expected if "linear_probe" in key and "norm" in key}
+            assert set(expected) - set(found) == divided
+            assert divided
+        else:
+            assert list(found) == list(expected)
+        for key, value in found.items():
+            assert_same(value, expected[key], 1e-9)
+        covariances = probe.covariances("train")
+        for name, covariance in alone(metrics(), run, layers=KINDS).covariances("train").items():
+            assert (covariances[name] - covariance).norm() < 1e-12 * covariance.norm()
+        with probe.merged():
+            counts = {int(probe["train", name]["spectrum"].count) for name in probe.layers}
+        assert counts == {sum(int(mask.sum()) for mask in masks)}
+
+
+def observations_of_whole_sequences(rank, world):
+    """The last step, means and flattened sequences of sharded features; refused where time is sharded."""
+    mesh = mesh_of(world)
+    steps = 2 * world
+    batches = [tokens(seed, 9, steps) for seed in range(4)]
+    masks = [torch.rand(9, steps, generator=torch.Generator().manual_seed(seed)) < 0.6 for seed in range(4)]
+    for sequences, has_mask, size in (
+        ("last", False, None),
+        ("mean", True, None),
+        ("last", True, 3),
+        ("flatten", False, None),
+        ("flatten", True, None),
+    ):
+
+        def run(model, probe, has_mask=has_mask):
+            for batch, mask in zip(batches, masks, strict=True):
+                with probe.mask(mask) if has_mask else contextlib.nullcontext(), torch.no_grad():
+                    model(batch)
+
+        arguments = {"sequences": sequences, "max_samples": size}
+        model, probe = probed(mesh, is_local=sequences == "last", **arguments)
+        run(model, probe)
+        expected = alone([sm.SpectrumMetric()], run, **arguments).covariances("train")
+        found = probe.covariances("train")
+        assert list(found) == list(expected)
+        for name, covariance in expected.items():
+            assert (found[name] - covariance).norm() <= 1e-12 * covariance.norm(), (sequences, name)
+    for sequences in ("last", "mean", "flatten"):
+        model, probe = probed(mesh, sequence=True, sequences=sequences, layers=["norm", "*wo"])
+        words = rf"'norm' is not observed.*sequences='{sequences}'.*\(Shard\(1\)\)"
+        with pytest.warns(UserWarning, match=words), torch.no_grad():
+            model(batches[0])
+        assert list(probe.covariances("train")) == [f"layers.{k}.attention.wo" for k in range(2)]
+
+
+def rows_are_drawn_before_they_travel(rank, world):
+    """As many as in one process, each a row of the whole, and none on two processes."""
+    mesh = mesh_of(world)
+    generator = torch.Generator().manual_seed(0)
+    # No word twice in a sample: behind the first attention no two rows are alike.
+    samples = [torch.randperm(VOCABULARY, generator=generator)[: 2 * world] for _ in range(15)]
+    batches = list(torch.stack(samples).split(5))
+    expected = outputs(batches, KINDS)
+    for sequence in (False, True):
+        model, probe = probed(
+            mesh, {"rows": Rows(), "spectrum": sm.SpectrumMetric()}, sequence=sequence, is_local=False,
+            layers=KINDS, rows_per_feature=0.3, seed=4,
+        )  # fmt: skip
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        for name in probe.layers:
+            parts = gathered(probe["train", name]["rows"].compute())
+            found, everything = torch.cat(parts), torch.cat([each.flatten(0, -2) for each in expected[name]])
+            width = everything.shape[1]
+            each = min(-(-3 * width // 10), len(everything) // 3)
+            assert len(found) == 3 * each, name
+            assert max(map(len, parts)) - min(map(len, parts)) <= 3
+            distances = torch.cdist(found, everything, compute_mode="donot_use_mm_for_euclid_dist")
+            assert distances.min(1).values.max() < 1e-12
+            if name.startswith("layers.1"):
+                assert len(distances.min(1).indices.unique()) == len(found)
+        with probe.merged():
+            for name in ("layers.0.feed_forward.w1", "output"):
+                count = int(probe["train", name]["spectrum"].count)
+                assert count == 3 * min(
+                    -(-3 * len(probe["train", name]["spectrum"].compute()) // 10), 10 * world
+                )
+
+
+def folds_histories_and_marginals(rank, world):
+    """What belongs to one forward is in one fold on all processes, and is one row of a history."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(5)]
+
+    def new():
+        return [sm.SpectrumMetric(), sm.MaxAbsMetric(), sm.HistoryMetric(steps=8)]
+
+    def run(model, probe):
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+
+    expected = alone(new(), run, folds=2)
+    for sequence in (False, True):
+        model, probe = probed(mesh, new(), sequence=sequence, folds=2, is_local=not sequence)
+        run(model, probe)
+        values = probe.compute("train")
+        for key, value in expected.compute().items():
+            if "history" not in key:
+                assert_same(values[key], value, 1e-9)
+        for (key, own), its in zip(
+            probe.intervals("train").items(), expected.intervals().values(), strict=True
+        ):
+            assert "spectrum" in key
+            for one, other in zip(own, its, strict=True):
+                assert_same(one, other, 1e-9)
+        for mine, its in zip(probe.history("train").rows, expected.history("train").rows, strict=True):
+            assert mine[:4] == its[:4]
+            assert mine[4:] == pytest.approx(its[4:], rel=1e-9)
+
+
+class Fussy(sm.SpectralMetric):
+    """Fails in an update, on some process."""
+
+    fails = False
+
+    def statistic(self, spectrum):
+        return spectrum.eigenvalues.sum()
+
+    def observe(self, observations):
+        if Fussy.fails:
+            raise RuntimeError("no")
+        super().observe(observations)
+
+
+def each_process_has_another_fate(rank, world):
+    """Paused, full, failed and out of budget processes take part, and the others go on."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(12)]
+    unlucky = world - 1
+    for fate, sequence in itertools.product(("paused", "full", "failed", "budget", "merged"), (False, True)):
+        metrics = [Fussy()] if fate == "failed" else [sm.SpectrumMetric()]
+        arguments = {"budget": 1e-6 if rank == unlucky else 0.9} if fate == "budget" else {}
+        model, probe = probed(mesh, metrics, sequence=sequence, is_local=not sequence, folds=2, **arguments)
+        want = llama()(batches[-1]).detach()
+        if fate == "full" and rank == unlucky:
+            probe.max_samples = 12
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            for number, batch in enumerate(batches):
+                Fussy.fails = fate == "failed" and rank == unlucky and number == 4
+                if fate == "paused" and rank == unlucky and number in (0, 4, 5):
+                    with probe.paused():
+                        output = model(batch)
+                elif fate == "merged" and number == 3:
+                    with probe.merged():
+                        output = model(batch)
+                else:
+                    output = model(batch)
+                if fate == "budget" and number % 4 == 3:
+                    probe.compute("train")
+            assert (whole(output) - want).abs().max() < 1e-12
+            assert len(probe.compute("train")) == len(probe.layers)
+        with probe.merged():
+            counts = {
+                name: int(next(iter(probe["train", name].values(copy_state=False))).count)
+                for name in probe.layers
+            }
+        each = 5 * 2 * world
+        whole_ones = len(batches) * each
+        if fate == "budget":  # as many rows as a plan says, of as many features
+            widths = {name: model.get_submodule(name).out_features for name in counts}
+            assert len(set(zip(widths.values(), counts.values(), strict=True))) == len(set(widths.values()))
+            assert min(counts.values()) > 0
+            assert max(counts.values()) <= whole_ones
+        else:
+            (count,) = set(counts.values())
+            lost = {"paused": 3, "failed": 8, "full": 10, "merged": world}[fate]
+            own = each / world
+            assert abs(count - (whole_ones - lost * own)) <= (0 if fate != "full" else 3 * own)
+        probe.remove()
+
+
+def every_placement_of_rows(rank, world):
+    """Rows of all placements, along one dimension and, on four processes, along two."""
+    rule = ObservationRule()
+    meshes = [mesh_of(world)] + ([init_device_mesh("cpu", (2, 2))] if world == 4 else [])
+    for shape, mesh in itertools.product(((5, 6, 8), (1, 7, 9), (3, 1, 1), (2, 9)), meshes):
+        last = len(shape) - 1
+        every = [Replicate(), Partial(), Shard(0), Shard(last), *([Shard(1)] if last > 1 else [])]
+        full = torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64).reshape(shape) ** 1.5
+        expected = full.reshape(-1, shape[-1])
+        for placements in itertools.product(every, repeat=mesh.ndim):
+            plain = [Replicate() if isinstance(each, Partial) else each for each in placements]
+            values = distribute_tensor(full, mesh, plain)
+            size = 1
+            for dim, each in enumerate(placements):
+                size *= mesh.size(dim) if isinstance(each, Partial) else 1
+            if size > 1:
+                values = DTensor.from_local(
+                    values.to_local() / size, mesh, placements, shape=values.shape, stride=values.stride()
+                )
+            part = part_of(values)
+            placed = place(part, lambda each, _: rule.batch(None, each), rule)
+            for number in (None, 4):
+                own = bring(placed.observations(rule, None), placed, number, seed=3).rows()
+                found = torch.cat(gathered(own))
+                assert len(found) == (len(expected) if number is None else min(number, len(expected)))
+                nearest = torch.cdist(found, expected, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+                assert nearest.values.max() < 1e-6, placements
+                assert len(nearest.indices.unique()) == len(found), placements
+
+
+def compiled(mesh, is_local, sequence, is_before):
+    """One graph, and the same gradients to the bit as without a probe."""
+    layers = KINDS if sequence and not is_before else LINEAR
+    # PyTorch cannot multiply DTensors of symbolic shape.
+    batches = [tokens(seed, 5 + seed * is_local, 2 * mesh.size()) for seed in range(3)]
+    ends = []
+    for has_probe in (False, True):
+        torch.compiler.reset()
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        model = llama(blocks=1)
+        if has_probe and is_before:
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(layers))
+        parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence, blocks=1))
+        if has_probe and not is_before:
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(layers))
+        whole_model = torch.compile(model, backend=backend, fullgraph=True)
+        for batch in batches:
+            loss_of(whole_model(batch)).backward()
+        ends.append([whole(parameter.grad) for parameter in model.parameters()])
+        ends[-1].append(torch.tensor(len(graphs)))
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert_holds(probe, "train", rows(batches, layers, llama(blocks=1)))
+
+
+def compiled_llamas(rank, world):
+    mesh = mesh_of(world)
+    compiled(mesh, is_local=True, sequence=False, is_before=False)
+    compiled(mesh, is_local=False, sequence=True, is_before=False)
+    compiled(mesh, is_local=False, sequence=False, is_before=True)
+    compiled(mesh, is_local=True, sequence=True, is_before=False)
+
+
+def compiled_layers(rank, world):
+    """Local and DTensor outputs, and a function of the user's: one graph, the same training to the bit."""
+    mesh = mesh_of(world)
+    batches = [
+        torch.randn(size, 8, generator=torch.Generator().manual_seed(size)).double() for size in (5, 6, 7)
+    ]
+
+    def new():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+
+    expected = every_linear(new(), batches)
+
+    def from_local(output):
+        shape = torch.Size((*output.shape[:-1], 12))
+        return DTensor.from_local(output, mesh, [Shard(-1)], shape=shape, stride=(12, 1))
+
+    for is_local, is_before, select in (
+        (True, False, None),
+        (False, True, None),
+        (True, False, {"0": from_local}),
+    ):
+        ends = []
+        for has_probe in (False, True):
+            torch.compiler.reset()
+            graphs = []
+
+            def backend(graph, inputs, graphs=graphs):
+                graphs.append(graph)
+                return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+            model = new()
+            if has_probe and is_before:
+                probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR))
+            plan_of = {"0": ColwiseParallel(use_local_output=is_local), "2": RowwiseParallel()}
+            parallelize_module(model, mesh, plan_of)
+            if has_probe and not is_before:
+                probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR), select=select)
+            whole_model = torch.compile(model, backend=backend, fullgraph=True, dynamic=is_local)
+            optimizer = torch.optim.AdamW(model.parameters(), 0.0)
+            for batch in batches[: 3 if is_local else 1] if select is None else batches:
+                loss_of(whole_model(batch)).backward()
+                optimizer.step()
+            with torch.no_grad():
+                ends.append([whole(each) for p in model.parameters() for each in (p, p.grad)])
+            ends[-1].append(torch.tensor(len(graphs)))
+        assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+        assert_holds(probe, "train", expected if is_local else every_linear(new(), batches[:1]))
+
+
+def plain_outputs_beside_tensor_parallelism(rank, world):
+    """Norms, a layer outside of the plan, activations of divided features, and what nothing tells."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 6) for seed in range(2)]
+    for is_before in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Linear(6, 4 * world), nn.ReLU(), nn.Linear(4 * world, 5), nn.GELU(), nn.LayerNorm(5),
+            nn.Linear(5, 3),
+        ).double()  # fmt: skip
+        inputs = [
+            torch.randn(7, 6, generator=torch.Generator().manual_seed(seed)).double() for seed in range(2)
+        ]
+        kinds = (nn.Linear, nn.ReLU, nn.GELU, nn.LayerNorm)
+        expected = rows(inputs, kinds, copy.deepcopy(model))
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds)) if is_before else None
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds))
+        for each in inputs:
+            model(each).square().mean().backward()
+        assert_holds(probe, "train", expected)
+    model = llama()
+    parallelize_module(model, mesh, {name: each for name, each in plan().items() if name != "output"})
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+    for batch in batches:
+        model(batch)
+    assert_holds(probe, "train", rows(batches))
+
+
+class Untold(nn.Module):
+    """Of its outputs nothing tells how they are placed."""
+
+    def forward(self, x):
+        return x[..., :1] * torch.arange(7) + dist.get_rank()
+
+
+def unknown_placements_are_left_out_with_words(rank, world):
+    mesh = mesh_of(world)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 4 * world), nn.Linear(4 * world, 5), Untold())
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=["0", "2"])
+    with pytest.warns(UserWarning, match=r"'2' is not observed.*differ between the processes.*select="):
+        model(torch.randn(9, 6))
+    model(torch.randn(9, 6))  # said once
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert list(probe.compute("train")) == ["spectrum/train/0"]
+    # Zeros are alike everywhere, and tell nothing of what comes next.
+    model = nn.Sequential(nn.Linear(6, 4 * world), nn.Linear(4 * world, 5), nn.Linear(5, 4)).double()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=["2"])
+    model(torch.ones(2 * world, 6).double())
+    nn.init.ones_(model[2].weight)
+    model[2](torch.randn(4, 5).double() + rank)  # now each process has samples of its own
+    model[2](torch.randn(4, 5).double() + rank)
+    with probe.merged():
+        assert int(probe["train", "2"]["spectrum"].count) == 2 * world + 2 * 4 * world
+
+
+def select_says_what_nothing_tells(rank, world):
+    """A Megatron-style layer, of which each process holds some features, and what the user knows of it."""
+    mesh = mesh_of(world)
+    width = 3 * world - 1
+    chunk = -(-width // world)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, width), nn.Identity()).double()
+    inputs = [
+        torch.randn(size, 6, generator=torch.Generator().manual_seed(size)).double() for size in (5, 1, 8)
+    ]
+    expected = rows(inputs, LINEAR, copy.deepcopy(model))
+    mine = slice(rank * chunk, min((rank + 1) * chunk, width))
+    own = nn.Sequential(nn.Linear(6, mine.stop - mine.start)).double()
+    own[0].load_state_dict({name: value[mine] for name, value in model[0].state_dict().items()})
+    fails = []
+
+    def place_it(output):
+        if fails and fails.pop():
+            raise ValueError("not now")
+        shape = (*output.shape[:-1], width)
+        return DTensor.from_local(output, mesh, [Shard(-1)], shape=torch.Size(shape), stride=(width, 1))
+
+    probe = sm.LayerProbe(own, sm.SpectrumMetric(), select={"0": place_it})
+    for each in inputs:
+        own(each)
+    probe._identity._is_compared = True  # the weights are others on purpose
+    assert_holds(probe, "train", expected)
+    # Uneven parts without their shape: said on all, where they would not fit.
+    forgetful = sm.LayerProbe(
+        own, sm.SpectrumMetric(), select={"0": lambda output: DTensor.from_local(output, mesh, [Shard(-1)])}
+    )
+    with pytest.warns(UserWarning, match="give DTensor.from_local the shape and stride"):
+        own(inputs[0])
+    forgetful.remove()
+    # A function that fails on one process leaves its rows out, and does not keep the others waiting.
+    if rank == world - 1:
+        fails += [True]
+        with pytest.warns(UserWarning, match="ValueError: not now"):
+            own(inputs[0])
+    else:
+        own(inputs[0])
+    own(inputs[2])
+    probe.remove()
+    inputs_of = sm.LayerProbe(
+        own, sm.SpectrumMetric(), observe="inputs",
+        select={"0": lambda x: DTensor.from_local(x, mesh, [Replicate()])},
+    )  # fmt: skip
+    inputs_of._identity._is_compared = True
+    for each in inputs:
+        own(each)
+    assert_holds(inputs_of, "train", {"0": torch.cat(inputs)})
+
+
+def inputs_equal_one_process(rank, world):
+    """What layers take: divided features of row-parallel layers, replicated ones of column-parallel ones."""
+    mesh = mesh_of(world)
+    batches = [tokens(seed, 5, 2 * world) for seed in range(2)]
+    expected = {}
+    for name, module in (model := llama()).named_modules():
+        if isinstance(module, nn.Linear):
+
+            def keep(module, args, name=name):
+                expected.setdefault(name, []).append(args[0].detach().flatten(0, -2))
+
+            module.register_forward_pre_hook(keep)
+    for batch in batches:
+        model(batch)
+    expected = {name: torch.cat(each) for name, each in expected.items()}
+    for is_local, sequence, is_before in ((True, False, False), (True, False, True), (False, True, False)):
+        model, probe = probed(mesh, is_local=is_local, sequence=sequence, is_before=is_before, observe="inputs")
+        for batch in batches:
+            loss_of(model(batch)).backward()
+        assert_holds(probe, "train", expected)
+
+
+def context_parallel_rows_add_up(rank, world):
+    """Each process has positions of its own of every sample: nothing is to be said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    full = torch.randn(3, 2 * world + 1, 6, generator=torch.Generator().manual_seed(2)).double()
+    probe = sm.LayerProbe(model, sm.SpectrumMetric())
+    own = full.tensor_split(world, 1)[rank]
+    model(own)
+    probe.pause()
+    assert_holds(probe, "train", rows([full], LINEAR, model))
+
+
+def tensor_parallel_and_fsdp(rank, world):
+    """Two by two: sums of all replicas, each layer whole; the probe before, between and after."""
+    if world != 4:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    replica = mesh["dp"].get_local_rank()
+    batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(2)]
+    for when, sequence in itertools.product(("before", "between", "after"), (False, True)):
+        model, layers = llama(), list(KINDS)
+        new = lambda model=model, layers=layers: sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers)  # noqa: E731
+        probe = new() if when == "before" else None
+        parallelize_module(model, mesh["tp"], plan(is_local=True, sequence=sequence))
+        probe = new() if when == "between" else probe
+        for block in model.layers:
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+        probe = new() if when == "after" else probe
+        for batch in batches[replica]:
+            loss_of(model(batch)).backward()
+        assert_holds(probe, "train", rows(batches[0] + batches[1]))
+        probe.remove()
+
+
+def fsdp_alone_adds_up(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(world)
+    batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(world)]
+    for is_before in (True, False):
+        model = llama()
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS)) if is_before else None
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+        for batch in batches[rank]:
+            loss_of(model(batch)).backward()
+        assert not probe._router.meshes.active
+        assert_holds(probe, "train", rows([batch for some in batches for batch in some]))
+
+
+EVERYWHERE = [
+    every_placement_of_rows,
+    tensor_parallel_equals_one_process,
+    sequence_parallel_equals_one_process,
+    training_is_the_same_to_the_bit,
+    masks_and_labels,
+    observations_of_whole_sequences,
+    rows_are_drawn_before_they_travel,
+    folds_histories_and_marginals,
+    each_process_has_another_fate,
+    plain_outputs_beside_tensor_parallelism,
+    unknown_placements_are_left_out_with_words,
+    select_says_what_nothing_tells,
+    inputs_equal_one_process,
+    context_parallel_rows_add_up,
+    tensor_parallel_and_fsdp,
+    fsdp_alone_adds_up,
+    compiled_layers,
+]
+
+
+def transformers_llama(folder, **arguments):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **arguments)
+
+
+@contextlib.contextmanager
+def saved_llama(rank, world):
+    """The folder of a Llama with random weights, and the environment that a launcher makes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    told = [tempfile.mkdtemp() if rank == 0 else None]
+    if rank == 0:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(told[0])
+    dist.broadcast_object_list(told)
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield told[0]
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def tp_plan_of_transformers(rank, world):
+    """Never a DTensor among the outputs: planned, unplanned, embeddings, norms, the head."""
+    with saved_llama(rank, world) as folder:
+        model = transformers_llama(folder)
+        layers = [nn.Linear, nn.Embedding, type(model.model.norm)]
+        batches = [tokens(seed, 3, 5) for seed in range(2)]
+        expected = rows(batches, tuple(layers), model)
+        for sequences in ("timesteps", "mean"):
+            model = transformers_llama(folder, tp_plan="auto")
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers, sequences=sequences)
+            for batch in batches:
+                model(batch).logits.square().mean().backward()
+            if sequences == "timesteps":
+                assert_holds(probe, "eval", expected)
+            else:
+                assert len(probe.compute("eval")) == len(expected)
+
+
+def accelerate_with_fsdp2(rank, world):
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with saved_llama(rank, world) as folder:
+        batches = [[tokens(10 * each + seed, 3, 5) for seed in range(2)] for each in range(world)]
+        layers = [nn.Linear, nn.Embedding]
+        expected = rows(
+            [batch for some in batches for batch in some], tuple(layers), transformers_llama(folder)
+        )
+        for is_before in (True, False):
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=[LlamaDecoderLayer.__name__],
+            )
+            accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+            model = transformers_llama(folder).train()
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers) if is_before else None
+            optimizer = torch.optim.SGD(model.parameters(), 0.0)
+            model, optimizer = accelerator.prepare(model, optimizer)
+            probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers)
+            for batch in batches[rank]:
+                accelerator.backward(model(batch).logits.square().mean())
+                optimizer.step()
+            assert_holds(probe, "train", expected, 1e-6)
+            probe.remove()
+
+
+def parallelized_as_by_torchtitan(rank, world):
+    """Tensor parallel, checkpoints, each block compiled, FSDP2; the probe behind all that."""
+    if world != 4:
+        return
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    replica = mesh["dp"].get_local_rank()
+    batches = [[tokens(10 * each + seed, 4, 6) for seed in range(2)] for each in range(2)]
+    model = llama(blocks=1)
+    parallelize_module(model, mesh["tp"], plan(is_local=True, sequence=True, blocks=1))
+    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    model.layers[0].compile(backend="aot_eager")
+    for block in model.layers:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's own
+        for batch in batches[replica]:
+            loss_of(model(batch)).backward()
+    assert_holds(probe, "train", rows(batches[0] + batches[1], LINEAR, llama(blocks=1)))
+
+
+LONG = [compiled_llamas, tp_plan_of_transformers, accelerate_with_fsdp2]
+
+SCENARIOS = {"2": EVERYWHERE, "2-long": LONG, "4": [*EVERYWHERE, parallelized_as_by_torchtitan]}
+
+ALL = list(dict.fromkeys(scenario for some in SCENARIOS.values() for scenario in some))
