@@ -38,6 +38,7 @@ def records(folder, stage, statistic, layer):
 def offline(tmp_path, monkeypatch):
     """W&B without a network, which leaves nothing but in the test's folder."""
     wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # what another test has set up
     for name, value in {"WANDB_SILENT": "true", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
