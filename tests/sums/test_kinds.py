@@ -30,7 +30,7 @@ from spectralmetrics.sums import (
 )
 from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.folds import InFolds
-from spectralmetrics.sums.merging import ForReader
+from spectralmetrics.sums.merging import ForReader, Largest
 from tests.sums.streams import (
     check_folds,
     check_history,
@@ -129,7 +129,8 @@ def exchanged(locals_, known=None, reader=None):
     sent = [next(process) for process in processes]
     while True:
         is_for_all = reader is None or not all(isinstance(each, ForReader) for each in sent)
-        total = torch.stack([each.as_subclass(torch.Tensor) for each in sent]).sum(0)
+        stacked = torch.stack([each.as_subclass(torch.Tensor) for each in sent])
+        total = stacked.amax(0) if isinstance(sent[0], Largest) else stacked.sum(0)
         collectives += 1
         sent = []
         for rank, process in enumerate(processes):

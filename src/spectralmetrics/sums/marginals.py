@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.measuring import measure
-from spectralmetrics.sums.merging import ForReader, agree
+from spectralmetrics.sums.merging import ForReader, Largest, agree_on_width
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
 from spectralmetrics.sums.sum import Intake
@@ -107,43 +107,38 @@ class Marginals(AboutOrigin):
     ) -> Generator[Tensor, Tensor | None, Marginals | None]:
         """See :class:`.Sum`.
 
-        What is exchanged adds up: of each process there is a row of its own for what does not, such as maxima.
-        The origin is that of one of them, moved by what others differ, so that features which are constant
-        everywhere keep a variance of exactly zero.
+        The origin is the mean of the process with most observations, so that features which are constant
+        everywhere keep a variance of exactly zero. Nothing of the width grows with the number of processes.
         """
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        header = torch.zeros(world_size, 3, dtype=torch.float64, device=self.count.device)
+        header[rank, 0], header[rank, 1], header[rank, 2] = self.num_features, known is None, self.count
+        told = yield header
+        assert told is not None
+        widths, is_unknown, counts = told.cpu().unbind(1)
+        if not is_unknown.any():
+            return known
+        width = agree_on_width(widths)
         if not width:
-            return known if width is None else None
+            return None
         mine = self if self.num_features else self.empty(width, self.count.device)
-        count = mine.count.to(torch.float64)
-        offset = mine.first / count.clamp(min=1)  # of the mean, whose digits it would lose in one number
-        table = torch.zeros(world_size, 3 * width + 1, dtype=torch.float64, device=offset.device)
-        table[rank] = torch.cat([count[None], mine.origin, offset, mine.largest])
-        about_mean = torch.cat([mine.squares() - mine.first * offset, mine.totals[2:].flatten()])
-        packed = [mine.non_finite.to(torch.float64)[None], table.flatten(), about_mean]
-        received = yield torch.cat(packed).as_subclass(ForReader)
+        mine = cast("Marginals", mine.plain())
+        mean = torch.full_like(mine.origin, -torch.inf)  # above none
+        if rank == int(counts.argmax()):
+            mean = mine.origin + mine.first / mine.count.clamp(min=1)
+        extremes = yield torch.stack([mine.largest, mean]).as_subclass(Largest)
+        assert extremes is not None
+        largest, origin = extremes
+        numbers = torch.stack([mine.count, mine.non_finite]).to(torch.float64)
+        received = yield torch.cat([numbers, _moved(mine, origin).flatten()]).as_subclass(ForReader)
         if received is None:
             return None
-        non_finite, table, sums = received.split([len(part) for part in packed])
-        counts, origins, offsets, largest = table.reshape(world_size, -1).split([1, width, width, width], dim=1)
-        total = counts.sum()
-        origin = origins[counts.argmax()]
-        origin = origin + (counts / total.clamp(min=1) * ((origins - origin) + offsets)).sum(0)
-        deviations = (origins - origin) + offsets  # (processes, D)
-        squares, *others = sums.reshape(3, width)
-        squares = squares + (counts * deviations.square()).sum(0)
-        return replace(
-            mine,
-            count=total.to(torch.int64),
-            non_finite=non_finite[0].to(torch.int64),
-            origin=origin,
-            totals=torch.stack([(counts * deviations).sum(0), squares, *others]),
-            largest=largest.amax(0),
-        )
+        count, non_finite = received[:2].to(torch.int64)
+        totals = received[2:].reshape(mine.totals.shape)
+        return replace(mine, count=count, non_finite=non_finite, origin=origin, totals=totals, largest=largest)
 
     def num_exchanged(self, num_features: int, world_size: int) -> int:
         """See :class:`.Sum`."""
-        return (3 * world_size + 3) * num_features
+        return 6 * num_features
 
     def magnitudes(self) -> Tensor:
         """The mean magnitude of each feature, shape (D,), float64."""

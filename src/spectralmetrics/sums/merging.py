@@ -37,6 +37,10 @@ class ForReader(Tensor):
     """What an exchange yields for whoever reads the result; other processes may receive None for it."""
 
 
+class Largest(Tensor):
+    """What an exchange yields to receive the largest of each number, and not the sum."""
+
+
 def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int | None = None) -> list[Any]:
     """Run exchanges in lockstep, one collective for all of them per step; return what each returns.
 
@@ -58,10 +62,11 @@ def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int |
         is_first = False
         summed = packed.as_subclass(Tensor)
         received = summed
+        op = dist.ReduceOp.MAX if isinstance(packed, Largest) else dist.ReduceOp.SUM
         if reader is None or not isinstance(packed, ForReader):
-            dist.all_reduce(summed, op=dist.ReduceOp.SUM, group=group)
+            dist.all_reduce(summed, op=op, group=group)
             continue
-        dist.reduce(summed, _global_rank(group, reader), op=dist.ReduceOp.SUM, group=group)
+        dist.reduce(summed, _global_rank(group, reader), op=op, group=group)
         if dist.get_rank(group) != reader:
             received = None  # what is there is of no use
         del packed, summed  # as large as all that is sent
@@ -70,7 +75,7 @@ def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int |
 def together(
     exchanges: Sequence[Exchange], device: torch.device | str = "cpu"
 ) -> Generator[Tensor, Tensor | None, list[Any]]:
-    """Several exchanges as one, whose yields are all of theirs in one tensor.
+    """Several exchanges as one, whose yields are all of theirs in one tensor that are reduced alike.
 
     Args:
         exchanges: may end after different numbers of yields.
@@ -89,10 +94,13 @@ def together(
     for index in range(len(exchanges)):
         advance(index, None, is_first=True)
     while waiting:
-        order = sorted(waiting)
+        # What is reduced in another way travels by itself.
+        largest = sorted(index for index, each in waiting.items() if isinstance(each, Largest))
+        order = largest or sorted(waiting)
         layout = [(waiting[index].shape, waiting[index].device) for index in order]
         # With anything in it that all must have, all get the whole.
-        kind = ForReader if all(isinstance(each, ForReader) for each in waiting.values()) else Tensor
+        is_for_reader = all(isinstance(waiting[index], ForReader) for index in order)
+        kind = Largest if largest else ForReader if is_for_reader else Tensor
         # The exchanges keep nothing that they have yielded, nor is it kept here.
         flat = [waiting.pop(index).as_subclass(Tensor).reshape(-1).to(device) for index in order]
         packed = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
