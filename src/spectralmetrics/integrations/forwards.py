@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.identity import is_first
 from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
@@ -201,7 +201,7 @@ class Forwards:
             for finding in self.probe.findings(stage):
                 if finding.severity == "problem" and finding[:3] not in self._told:
                     self._told.add(finding[:3])
-                    if not dist.is_initialized() or dist.get_rank() == 0:
+                    if is_first():
                         _logger.warning(str(finding))
         if stage in self._left_out and not values:
             message = f"all that ran in {stage} was generate(), which is observed with generation=True only"

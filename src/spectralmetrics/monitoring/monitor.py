@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch.distributed as dist
-
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.identity import is_first
 from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.probe import keep_history, read_window
 from spectralmetrics.sums.checks import check_positive_integer
@@ -161,7 +160,7 @@ class Monitor:
             if callable(self.on_alarm):
                 self.on_alarm(alarm)
                 continue
-            if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+            if is_first():
                 warnings.warn(str(alarm), UserWarning, stacklevel=3)
             self.should_stop = self.should_stop or self.on_alarm == "stop"
         return alarms

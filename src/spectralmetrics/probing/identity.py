@@ -164,5 +164,10 @@ def is_one_of_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return not is_one_of_several() or dist.get_rank() == 0
+
+
 def _key(rank: int) -> str:
     return f"spectralmetrics/probe/{rank}"

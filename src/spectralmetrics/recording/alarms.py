@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spectralmetrics.findings import Finding
 from spectralmetrics.monitoring import Alarm
-from spectralmetrics.recording.files import replacing, sweep
+from spectralmetrics.recording.files import read_table, replacing, sweep
 
 FILE_NAME = "alarms.csv"
 COLUMNS = ("step", *Finding._fields, "before")
@@ -25,19 +25,7 @@ def read_alarms(directory: Path) -> list[Alarm]:
     path = directory / FILE_NAME
     if not path.exists():
         return []
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
-    with io.StringIO(text, newline="") as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, [])
-            if tuple(header) != COLUMNS:
-                raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {','.join(header)!r}")
-            return [_alarm(cells, reader.line_num, path) for cells in reader]
-        except csv.Error as error:
-            raise ValueError(f"expected an alarm in line {reader.line_num} of {path}: {error}") from None
+    return read_table(path, "an alarm", _alarm, COLUMNS)
 
 
 def write_alarms(directory: Path, alarms: Iterable[Alarm]) -> None:
@@ -61,12 +49,9 @@ def _text(number: float) -> float | str:
     return "" if math.isnan(number) else number
 
 
-def _alarm(cells: list[str], line: int, path: Path) -> Alarm:
-    try:
-        step, stage, layer, kind, severity, message, *values = cells
-        value, low, high, before = (float(each) if each else math.nan for each in values)
-        if severity not in ("problem", "note"):
-            raise ValueError
-        return Alarm(int(step), Finding(stage, layer, kind, severity, message, value, low, high), before)  # type: ignore[arg-type]
-    except ValueError:
-        raise ValueError(f"expected an alarm in line {line} of {path}, got {','.join(cells)!r}") from None
+def _alarm(cells: list[str]) -> Alarm:
+    step, stage, layer, kind, severity, message, *values = cells
+    value, low, high, before = (float(each) if each else math.nan for each in values)
+    if severity not in ("problem", "note"):
+        raise ValueError
+    return Alarm(int(step), Finding(stage, layer, kind, severity, message, value, low, high), before)  # type: ignore[arg-type]

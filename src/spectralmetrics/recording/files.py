@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -65,3 +69,47 @@ def sweep(folder: Path, pattern: str) -> None:
     for path in folder.glob(f".{pattern}.tmp"):
         with contextlib.suppress(OSError):  # one that cannot be removed does no harm
             path.unlink()
+
+
+def read_table(
+    path: Path,
+    what: str,
+    parse: Callable[[list[str]], T],
+    columns: tuple[str, ...],
+    *earlier: tuple[str, ...],
+) -> list[T]:
+    """What the lines of a CSV file behind its header say.
+
+    Args:
+        path: of the file.
+        what: a line is, with its article.
+        parse: makes something of the cells of a line; raises a ValueError where it cannot.
+        columns: of the header.
+        earlier: other headers, which earlier releases wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such table, with the line.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
+    found = []
+    with io.StringIO(text, newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = tuple(next(reader, ()))
+            if header not in (columns, *earlier):
+                raise ValueError(f"expected {path} to begin with {','.join(columns)}, got {','.join(header)!r}")
+            for cells in reader:
+                try:
+                    if len(cells) != len(header):
+                        raise ValueError
+                    found.append(parse(cells))
+                except ValueError:
+                    line = f"line {reader.line_num} of {path}"
+                    raise ValueError(f"expected {what} in {line}, got {','.join(cells)!r}") from None
+        except csv.Error as error:
+            raise ValueError(f"expected {what} in line {reader.line_num} of {path}: {error}") from None
+    return found

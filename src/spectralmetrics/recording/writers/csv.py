@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.recording.files import replacing, sweep
+from spectralmetrics.recording.files import read_table, replacing, sweep
 from spectralmetrics.recording.record import COLUMNS, Record, RecordKey, Row
 from spectralmetrics.recording.writer import Writer
 
@@ -124,33 +123,14 @@ def read_rows(path: Path) -> list[Row]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no table of records.
     """
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
-    with io.StringIO(text, newline="") as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, None)
-            if header is None or tuple(header) not in (COLUMNS, *_EARLIER_COLUMNS):
-                first = ",".join(header or [])
-                raise ValueError(f"expected {path} to begin with {','.join(COLUMNS)}, got {first!r}")
-            return [_row(cells, len(header), reader.line_num, path) for cells in reader]
-        except csv.Error as error:
-            raise ValueError(f"expected a record in line {reader.line_num} of {path}: {error}") from None
+    return read_table(path, "a record", _row, COLUMNS, *_EARLIER_COLUMNS)
 
 
-def _row(cells: list[str], columns: int, line: int, path: Path) -> Row:
-    try:
-        epoch, stage, layer, statistic, value, *more = cells
-        if len(cells) != columns:
-            raise ValueError
-        low, high, step = (*more, "", "", "")[:3]
-        ends = _optional(low), _optional(high)
-        return Row(int(epoch), stage, layer, statistic, _number(value), *ends, int(step) if step else None)
-    except ValueError:
-        found = ",".join(cells)
-        raise ValueError(f"expected a record in line {line} of {path}, got {found!r}") from None
+def _row(cells: list[str]) -> Row:
+    epoch, stage, layer, statistic, value, *more = cells
+    low, high, step = (*more, "", "", "")[:3]
+    ends = _optional(low), _optional(high)
+    return Row(int(epoch), stage, layer, statistic, _number(value), *ends, int(step) if step else None)
 
 
 def _optional(text: str) -> float | None:
