@@ -1,0 +1,52 @@
+"""Tables of a run that have been damaged are refused, with the line."""
+
+import math
+
+import pytest
+
+from spectralmetrics import Alarm, Finding, read_records
+from spectralmetrics.recording.alarms import read_alarms, write_alarms
+
+RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"
+
+
+def records(folder, line):
+    (folder / "records.csv").write_text(RECORDS + line, newline="")
+    return list(read_records(folder))
+
+
+def alarms(folder, line):
+    finding = Finding("train", "a, \r b", "scale", "problem", "of one", 2.0)
+    write_alarms(folder, [Alarm(3, finding, math.nan)])
+    path = folder / "alarms.csv"
+    path.write_bytes(path.read_bytes() + line.encode())
+    return read_alarms(folder)
+
+
+LINES = {
+    records: ("a record in line 3", "1,eval,a,saturation,0.5,0.4,0.6,7"),
+    alarms: ("an alarm in line 4", "5,train,b,dead,problem,of two,0.9,,,0.1"),  # a name takes two lines
+}
+
+
+@pytest.mark.parametrize("read", LINES)
+def test_a_line_is_read(read, tmp_path):
+    assert len(read(tmp_path, LINES[read][1] + "\n")) == 2
+
+
+@pytest.mark.parametrize("change", ["{},8", "{},", "{first}", "x{}"], ids=["more", "empty", "fewer", "word"])
+@pytest.mark.parametrize("read", LINES)
+def test_a_damaged_line_is_quoted(read, change, tmp_path):
+    where, line = LINES[read]
+    damaged = change.format(line, first=line.rpartition(",")[0])
+    with pytest.raises(ValueError, match=rf"expected {where} of .*, got '{damaged}'"):
+        read(tmp_path, damaged + "\n")
+
+
+@pytest.mark.parametrize("read", LINES)
+def test_another_header(read, tmp_path):
+    read(tmp_path, "")
+    (path,) = tmp_path.glob("*.csv")
+    path.write_bytes(b"more," + path.read_bytes())
+    with pytest.raises(ValueError, match=r"to begin with .*, got 'more,"):
+        read_alarms(tmp_path) if read is alarms else read_records(tmp_path)
