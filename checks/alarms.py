@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import random
 import sys
 import time
@@ -398,17 +399,18 @@ def spread_of(rows: Tensor) -> float:
 # -- rates ----------------------------------------------------------------------------------------------------
 
 
-def jobs(setting: Setting, healthy_seeds: int, planted_seeds: int) -> Iterator[Job]:
+def jobs(setting: Setting, healthy_seeds: int, planted_seeds: int, skipped: int = 0) -> Iterator[Job]:
     """Seed by seed, so that whatever is done by the time it is stopped has some of each."""
+    first = setting.first + skipped
     ratio = max(healthy_seeds // max(planted_seeds, 1), 1)
     done = 0
     for seed in range(healthy_seeds):
-        yield from (Job(kind, setting.first + seed) for kind in HEALTHY)
+        yield from (Job(kind, first + seed) for kind in HEALTHY)
         if seed % ratio == 0 and done < planted_seeds:
-            yield from (Job(f"planted {kind}", setting.first + 5_000 + done) for kind in (*COMPLETE, *PARTIAL))
+            yield from (Job(f"planted {kind}", first + 5_000 + done) for kind in (*COMPLETE, *PARTIAL))
             done += 1
     for number in range(done, planted_seeds):
-        yield from (Job(f"planted {kind}", setting.first + 5_000 + number) for kind in (*COMPLETE, *PARTIAL))
+        yield from (Job(f"planted {kind}", first + 5_000 + number) for kind in (*COMPLETE, *PARTIAL))
 
 
 def rates(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
@@ -453,26 +455,45 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="of a healthy run")
     parser.add_argument("--every", type=int, default=100, help="of the monitor")
     parser.add_argument("--json", type=Path, help="file for the rates")
+    parser.add_argument("--skip", type=int, default=0, help="seeds that another process has done")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
     parser.add_argument("--only", nargs="+", help="kinds")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    setting, start = Setting(options.set), time.perf_counter()
+    start = time.perf_counter()
+    chosen = [
+        job
+        for job in jobs(Setting(options.set), options.healthy, options.planted, options.skip)
+        if not options.only or job.kind in options.only
+    ]
     results: dict[str, list[Result]] = {}
-    for number, job in enumerate(jobs(setting, options.healthy, options.planted), 1):
-        kind = job.kind.removeprefix("planted ")
-        if options.only and job.kind not in options.only:
-            continue
-        run = Run(Job(kind, job.seed), setting, options.every)
-        result = planted(run) if job.kind.startswith("planted") else healthy(run, options.steps)
-        results.setdefault(job.kind, []).append(result)
-        is_missed = result.took and not result.found and job.kind.startswith("planted")
-        if is_missed or (result.found and not job.kind.startswith("planted")):
-            print(f"  {'missed' if is_missed else 'alarm in'} {job}: {result.alarms[:3]}", flush=True)
-        if number % 15 == 0:
-            save(options, results, start)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers, prepare, (options,)) as pool:
+        for number, (job, result) in enumerate(pool.imap_unordered(train, chosen), 1):
+            results.setdefault(job.kind, []).append(result)
+            is_missed = result.took and not result.found and job.kind.startswith("planted")
+            if is_missed or (result.found and not job.kind.startswith("planted")):
+                print(f"  {'missed' if is_missed else 'alarm in'} {job}: {result.alarms[:3]}", flush=True)
+            if number % 15 == 0:
+                save(options, results, start)
+            if time.perf_counter() - start > options.seconds:
+                break
     save(options, results, start)
     return 0
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """What each process needs for its trainings."""
+    global _setting, _options
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    _setting, _options = Setting(options.set), options
+
+
+def train(job: Job) -> tuple[Job, Result]:
+    kind = job.kind.removeprefix("planted ")
+    run = Run(Job(kind, job.seed), _setting, _options.every)
+    return job, planted(run) if kind != job.kind else healthy(run, _options.steps)
 
 
 def save(options: argparse.Namespace, results: dict[str, list[Result]], start: float) -> None:

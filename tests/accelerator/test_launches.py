@@ -28,12 +28,20 @@ def steady(metric, rows):
     ("shape", "feature_dim"),
     [((2048, 1024), -1), ((8192, 1024), -1), ((3001, 64), -1), ((32, 64, 14, 14), 1), ((2, 3001, 8), -1)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_steady_update(emulated, shape, feature_dim, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "gram_dtype"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_a_steady_update(emulated, shape, feature_dim, dtype, gram_dtype):
     from spectralmetrics import Observations
 
     values = torch.randn(shape).to(dtype).to(emulated)
-    seen = steady(CovarianceMetric(), Observations(values, feature_dim))
+    seen = steady(CovarianceMetric(gram_dtype=gram_dtype), Observations(values, feature_dim))
     assert seen.launches <= 15, seen.operations
     assert seen.reads == 0
 

@@ -19,6 +19,7 @@ from spectralmetrics import (
     statistics,
 )
 from spectralmetrics.sums import accelerated, products_dtype
+from spectralmetrics.sums.precision import has_fast_float64
 from tests.accelerator.device import watching
 
 OURS = {
@@ -36,8 +37,8 @@ def batches(width=12, sizes=(40, 300, 7, 600, 33, 257, 513, 5), dtype=torch.floa
     return rows
 
 
-def both(new, device, rows):
-    here, there = new(gram_dtype=torch.float32, nan_strategy="ignore"), new(nan_strategy="ignore")
+def both(new, device, rows, gram_dtype=torch.float32):
+    here, there = (new(gram_dtype=gram_dtype, nan_strategy="ignore") for _ in range(2))
     for each in rows:
         here.update(each)
         there.update(each.to(device))
@@ -244,9 +245,10 @@ def test_sketches(accelerator):
     assert seen.reads == 0
 
 
-def test_products_are_float64_on_the_cpu_and_float32_elsewhere(accelerator):
+def test_products_are_float64_on_the_cpu_and_where_that_is_fast(accelerator, monkeypatch):
     assert products_dtype(torch.device("cpu")) == torch.float64
-    assert products_dtype(accelerator) == torch.float32
+    is_fast = accelerator.type == "cuda" and torch.cuda.get_device_capability(accelerator) in {(8, 0), (9, 0)}
+    assert products_dtype(accelerator) == (torch.float64 if is_fast else torch.float32)
     rows = torch.randn(300, 2)
     exact = CovarianceMetric(center=False)
     asked_for = CovarianceMetric(center=False, gram_dtype=torch.float64)
@@ -256,8 +258,37 @@ def test_products_are_float64_on_the_cpu_and_float32_elsewhere(accelerator):
         asked_for.update(each.to(accelerator))
         chosen.update(each.to(accelerator))
     assert_close(asked_for.compute(), exact.compute(), 1e-12)
-    assert not torch.allclose(chosen.compute().cpu(), exact.compute(), rtol=1e-10, atol=0)
+    assert torch.allclose(chosen.compute().cpu(), exact.compute(), rtol=1e-10, atol=0) == is_fast
     assert_close(chosen.compute(), exact.compute(), 1e-6)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_where_float64_is_fast(capability, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has_fast_float64.cache_clear()
+    try:
+        assert has_fast_float64(torch.device("cuda", 0)) == (capability[1] == 0 and capability[0] < 12)
+        assert not has_fast_float64(torch.device("cpu"))
+    finally:
+        has_fast_float64.cache_clear()
+
+
+@pytest.mark.parametrize("valid", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_float64_products_have_all_digits(accelerator, dtype, valid, monkeypatch):
+    monkeypatch.setattr("spectralmetrics.sums.accelerated._WIDTH_OF_ONE_FLOAT64_PRODUCT", 8)
+    monkeypatch.setattr("spectralmetrics.sums.accelerated._FLOAT64_WORKSPACE_BYTES", 8 * 20 * 100)
+    here, there = (CovarianceMetric(gram_dtype=torch.float64, nan_strategy="ignore") for _ in range(2))
+    for each in batches(20, [300] * 12, dtype, shift=1e4):
+        flags = torch.rand(300) < 0.7 if valid else None
+        here.update(Observations(each, valid=flags))
+        there.update(Observations(each.to(accelerator), valid=None if flags is None else flags.to(accelerator)))
+    assert int(there.count) == int(here.count)
+    assert int(there.non_finite) == int(here.non_finite)
+    spread = here.compute().diagonal().sqrt()
+    error = (there.compute().cpu() - here.compute()).abs()
+    assert (error <= 1e-12 * spread[:, None] * spread).all()
 
 
 def test_a_metric_that_was_saved_before_products_were_chosen_by_the_device():

@@ -1,10 +1,11 @@
-"""Rows into dense moments on an accelerator: float32 products, few launches, and nothing read.
+"""Rows into dense moments on an accelerator: few launches, and nothing read.
 
 Small kernels cost an accelerator the time that the host takes to launch them. While the origin stays, rows
 are centred, judged, masked and multiplied in at most 15 launches up to D = 1024. What depends on the origin
 alone is computed once, when it moves.
 
-A device without float64 (MPS) multiplies; the sums stay in the memory of the CPU.
+Products are float64 where the device multiplies float64 as fast as float32, and float32 elsewhere, see
+:func:`.products_dtype`. A device without float64 (MPS) multiplies; the sums stay in the memory of the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums import fused
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import (
@@ -25,8 +27,10 @@ from spectralmetrics.sums.precision import (
 
 # One product up to this width; wider ones leave out what lies below the diagonal.
 _WIDTH_OF_ONE_PRODUCT = 1024
+_WIDTH_OF_ONE_FLOAT64_PRODUCT = 512
 # Memory for centred rows, and for the products of so many rows each, which are summed in float64.
 _WORKSPACE_BYTES = 2**26
+_FLOAT64_WORKSPACE_BYTES = 2**27
 _PRODUCT_BYTES = 2**27
 
 
@@ -34,9 +38,9 @@ class Centring(NamedTuple):
     """What centring needs of sums whose origin stays, on the device of the rows.
 
     Attributes:
-        shift: −scale · origin, shape (D,), float32.
-        scale: a power of two that brings deviations near one, shape (), float32.
-        zero: shape (), float32.
+        shift: −scale · origin, shape (D,), of the dtype of the products.
+        scale: a power of two that brings deviations near one, shape (), likewise; 1 for float64.
+        zero: shape (), likewise.
         unit: 1 / scale, shape (), float64, on the device of the sums.
         weight: its square.
     """
@@ -47,14 +51,22 @@ class Centring(NamedTuple):
     unit: Tensor
     weight: Tensor
 
+    def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it is made for rows on this device and products of this dtype."""
+        return self.shift.device == device and self.shift.dtype == dtype
 
-def centring(moments: DenseSums, device: torch.device) -> Centring:
-    """How to centre rows of a device on the origin of sums, which float32 can hold exactly.
 
-    Deviations may grow 1e18 times beyond their present size before their squares overflow, which is said when
-    the sums are read.
+def centring(moments: DenseSums, device: torch.device, dtype: torch.dtype) -> Centring:
+    """How to centre rows of a device on the origin of sums.
+
+    float32 must be able to hold the origin exactly, if that is the dtype of the products. Deviations may then
+    grow 1e18 times beyond their present size before their squares overflow, which is said when the sums are
+    read.
     """
     with torch.inference_mode(False), torch.no_grad():
+        if dtype == torch.float64:
+            one = moments.origin.new_ones(())
+            return Centring(moments.origin.neg(), one, one.new_zeros(()), one, one)
         largest = moments.second.diagonal().amax() / moments.count.clamp(min=1)
         scale = power_of_two_scale(largest.sqrt().to(torch.float32))
         scale32, unit = scale.to(torch.float32), scale.reciprocal()
@@ -67,25 +79,49 @@ def add(moments: DenseSums, observations: Observations, centre: Centring) -> Non
     """Add observations to ``moments``, in place and about their origin.
 
     Args:
-        moments: the sums so far, on the device of the observations or in the memory of the CPU.
-        observations: on an accelerator, float32 or of half precision.
+        moments: the sums so far, on the device of the observations; with float32 products also in the memory
+            of the CPU.
+        observations: on an accelerator; of float32 or half precision, if the products are float32.
         centre: of these sums.
     """
     values, valid = observations.values.detach(), observations.valid
-    features = observations.num_features
-    moved = values.movedim(observations.feature_dim, -1)
+    dim, total = observations.feature_dim, observations.num_observations
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type):
-        products = features * min(features, _WIDTH_OF_ONE_PRODUCT) * 4
-        limit = min(_WORKSPACE_BYTES // (4 * features), ROWS_PER_FLOAT32_SUM * (_PRODUCT_BYTES // products))
-        limit = max(limit, ROWS_PER_FLOAT32_SUM)
-        total = observations.num_observations
+        limit = _rows_of_a_piece(observations.num_features, centre.shift.dtype)
+        if fused.takes(values):
+            for maps, chosen in fused.cut(fused.as_maps(values, dim), valid, limit):
+                _add_maps(moments, maps, chosen, centre)
+            return
+        moved = values.movedim(dim, -1)
         if total <= limit:
             _add_piece(moments, moved, valid, centre)
             return
-        rows = moved.reshape(-1, features)
+        rows = moved.reshape(-1, moved.shape[-1])
         for start in range(0, total, limit):
             chosen = None if valid is None else valid[start : start + limit]
             _add_piece(moments, rows[start : start + limit], chosen, centre)
+
+
+def _rows_of_a_piece(features: int, dtype: torch.dtype) -> int:
+    if dtype == torch.float64:
+        return max(_FLOAT64_WORKSPACE_BYTES // (8 * features), 1)
+    products = features * min(features, _WIDTH_OF_ONE_PRODUCT) * 4
+    limit = min(_WORKSPACE_BYTES // (4 * features), ROWS_PER_FLOAT32_SUM * (_PRODUCT_BYTES // products))
+    return max(limit, ROWS_PER_FLOAT32_SUM)
+
+
+def _add_maps(moments: DenseSums, maps: Tensor, valid: Tensor | None, centre: Centring) -> None:
+    """Add values of shape (samples, D, positions), in one pass before the products."""
+    samples, features, positions = maps.shape
+    total = samples * positions
+    rows = _workspace(total, features, centre)
+    number, sums = fused.centre(fused.judge(maps, valid), centre.shift, centre.scale, rows[:total])
+    home = moments.second.device
+    kept, left_out = number.to(home)
+    moments.count.add_(kept)
+    moments.non_finite.add_(left_out)
+    moments.first.addcmul_(sums.to(home), centre.unit)
+    _add_products(moments, rows, centre.weight)
 
 
 def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre: Centring) -> None:
@@ -96,10 +132,7 @@ def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre:
     kept = are_finite(values)
     if valid is not None:
         kept = kept & valid.reshape(kept.shape)
-    whole = total if total <= ROWS_PER_FLOAT32_SUM else -(-total // ROWS_PER_FLOAT32_SUM) * ROWS_PER_FLOAT32_SUM
-    rows = torch.empty((whole, features), dtype=torch.float32, device=values.device)
-    if whole > total:
-        rows[total:].zero_()
+    rows = _workspace(total, features, centre)
     # scale · (x − o): with a power of two it rounds where the difference alone does.
     scaled = torch.addcmul(centre.shift, values, centre.scale)
     torch.where(kept, scaled, centre.zero, out=rows[:total].view(values.shape))
@@ -116,8 +149,29 @@ def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre:
     _add_products(moments, rows, centre.weight)
 
 
+def _workspace(total: int, features: int, centre: Centring) -> Tensor:
+    """Memory for centred rows, of which those beyond ``total`` are zero."""
+    dtype, whole = centre.shift.dtype, total
+    if dtype == torch.float32 and total > ROWS_PER_FLOAT32_SUM:
+        whole = -(-total // ROWS_PER_FLOAT32_SUM) * ROWS_PER_FLOAT32_SUM
+    rows = torch.empty((whole, features), dtype=dtype, device=centre.shift.device)
+    if whole > total:
+        rows[total:].zero_()
+    return rows
+
+
+def _add_float64_products(moments: DenseSums, rows: Tensor) -> None:
+    """Add the products of rows (n, D) to the second moment."""
+    for start in range(0, rows.shape[1], _WIDTH_OF_ONE_FLOAT64_PRODUCT):
+        stop = start + _WIDTH_OF_ONE_FLOAT64_PRODUCT
+        moments.second[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+
+
 def _add_products(moments: DenseSums, rows: Tensor, weight: Tensor) -> None:
     """Add the products of scaled rows (n, D) to the second moment."""
+    if rows.dtype == torch.float64:
+        _add_float64_products(moments, rows)
+        return
     features = rows.shape[1]
     home = moments.second.device
     stacked = rows.unflatten(0, (-1, min(ROWS_PER_FLOAT32_SUM, len(rows))))  # (n, D) -> (n / 256, 256, D)

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums import fused
 from spectralmetrics.sums.measuring import Measured, measure, measured_last
 from spectralmetrics.sums.merging import ForReader, agree_on_width
 from spectralmetrics.sums.observations import Observations
@@ -147,15 +148,22 @@ class HistoryIntake(Intake):
                 device = sums.ring.device
                 origin = torch.zeros(observations.num_features, dtype=torch.float64, device=device)
                 found = measure(observations, origin)
-            row, end = _row(found), sums.ring[-1]
-            if forward == self._latest:
+            is_more = forward == self._latest
+            if not is_more:
+                self._latest = forward
+                sums.ring[:-1] = sums.ring[1:].clone()
+            step = -1 if observations.step is None else observations.step
+            end = sums.ring[-1]
+            if fused.takes(end):
+                fused.write_forward(*found, end, None if is_more else (forward, step))
+                return
+            row = _row(found)
+            if is_more:
                 end[_ADDED] += row[1:]
                 end[LARGEST] = torch.maximum(end[LARGEST], row[0])
                 return
-            self._latest = forward
-            sums.ring[:-1] = sums.ring[1:].clone()
             end[FORWARD] = forward
-            end[STEP] = -1 if observations.step is None else observations.step
+            end[STEP] = step
             end[LARGEST:] = row
 
     def meet(self, sums: ForwardHistory) -> None:

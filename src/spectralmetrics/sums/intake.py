@@ -12,6 +12,7 @@ from spectralmetrics.sums.accelerated import Centring
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.precision import has_fast_float64
 from spectralmetrics.sums.sum import Intake
 
 WAITING_ROWS = 2048
@@ -104,9 +105,11 @@ class DenseIntake(Intake):
         milestone = self._reaches_milestone()
         rounded = gram_dtype == torch.float32 and not is_float64
         recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
-        if rounded and not recentre and device.type != "cpu":
-            if self._centring is None or self._centring.shift.device != device:
-                self._centring = accelerated.centring(sums, device)
+        # float64 products are made where the sums are.
+        there = rounded or (gram_dtype == torch.float64 and sums.second.device == device)
+        if there and not recentre and device.type != "cpu":
+            if self._centring is None or not self._centring.serves(device, gram_dtype):
+                self._centring = accelerated.centring(sums, device, gram_dtype)
             accelerated.add(sums, observations, self._centring)
             return
         accumulate(sums, observations.to(sums.second.device), gram_dtype, recentre=recentre)
@@ -124,10 +127,12 @@ class DenseIntake(Intake):
 def products_dtype(device: torch.device) -> torch.dtype:
     """The dtype of products of rows on a device unless one is asked for.
 
-    float64 on the CPU. float32 on accelerators: most have little or no arithmetic in float64 (consumer GPUs
-    1/64 of that in float32), and sums are float64 all the same.
+    float64 on the CPU and where the device multiplies float64 as fast as float32, which is right to the last
+    digits and on an H100 even faster than float32 products whose sums are kept short. float32 on other
+    accelerators, which have little or no arithmetic in float64 (consumer GPUs 1/64 of that in float32); sums
+    are float64 all the same.
 
     >>> products_dtype(torch.device("cpu"))
     torch.float64
     """
-    return torch.float64 if device.type == "cpu" else torch.float32
+    return torch.float64 if device.type == "cpu" or has_fast_float64(device) else torch.float32

@@ -1,8 +1,8 @@
 """One pass over a batch that says what each feature does by itself.
 
-On the CPU this is compiled where it could be, see :mod:`~spectralmetrics.sums.compiled`; the same is done here
-in PyTorch everywhere else, in more passes. Nothing is read from a device. Observations that hold NaN or an
-infinity are counted and left out.
+On the CPU this is compiled where it could be, see :mod:`~spectralmetrics.sums.compiled`, and on GPUs fused, see
+:mod:`~spectralmetrics.sums.fused`; the same is done here in PyTorch everywhere else, in more passes. Nothing is
+read from a device. Observations that hold NaN or an infinity are counted and left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import compiled
+from spectralmetrics.sums import compiled, fused
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import has_float64, no_autocast
 
@@ -53,6 +53,8 @@ def measure(observations: Observations, origin: Tensor) -> Measured:
         values, dim = observations.rows().detach(), 1
     with torch.inference_mode(False), torch.no_grad(), no_autocast(values.device.type):
         parts = _measure_compiled if compiled.reads(values) else _measure_by_torch
+        if fused.takes(values) and origin.device == values.device:
+            parts = _measure_fused
         found = [_brought(part, origin) for part in parts(values, dim, valid, origin)]
         result = found[0] if len(found) == 1 else _sum_of(found)
     _LAST.found = weakref.ref(observations), result
@@ -92,6 +94,13 @@ def _measure_compiled(
             maps = piece.movedim(dim, 1).flatten(2)
         counts, totals = compiled.measure(maps, chosen, origin)
         yield counts, totals[:4], totals[4]
+
+
+def _measure_fused(
+    values: Tensor, dim: int, valid: Tensor | None, origin: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    counts, totals = fused.measure(fused.as_maps(values, dim), valid, origin)
+    yield counts, totals[:4], totals[4]
 
 
 def _measure_by_torch(

@@ -108,3 +108,22 @@ def has_float64(device: torch.device) -> bool:
     except TypeError:
         return False
     return True
+
+
+# P100, V100, A100, H100 and B200 by compute capability; MI200, MI300 and MI350 by architecture.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+_FAST_FLOAT64_BY_AMD = {"gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"}
+
+
+@functools.cache
+def has_fast_float64(device: torch.device) -> bool:
+    """Whether an accelerator multiplies float64 at half the speed of float32 or faster.
+
+    >>> has_fast_float64(torch.device("meta"))
+    False
+    """
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) in _FAST_FLOAT64
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] in _FAST_FLOAT64_BY_AMD

@@ -43,6 +43,7 @@ from spectralmetrics.sums.precision import (
 
 # Features of a product's block, whose result stays in the cache until it is added.
 _FEATURES_PER_PRODUCT = 4096
+_ROWS_ON_ACCELERATORS = 2048
 # Directions of the sketch in which the covariance is smaller than this many times the error of the products
 # tell more of the error than of the covariance.
 _TRUSTED = 100.0
@@ -280,8 +281,11 @@ class SketchIntake(DenseIntake):
         with torch.inference_mode(False), torch.no_grad():
             milestone = self._reaches_milestone()
             rows, valid = observations.rows().detach(), observations.valid
-            for start in range(0, len(rows), ROWS_PER_FLOAT32_SUM):
-                block = rows[start : start + ROWS_PER_FLOAT32_SUM]
+            size = ROWS_PER_FLOAT32_SUM
+            if gram_dtype == torch.float64 and rows.device.type != "cpu":  # which wants fewer, larger products
+                size = _ROWS_ON_ACCELERATORS
+            for start in range(0, len(rows), size):
+                block = rows[start : start + size]
                 chosen = are_finite(block)
                 offered: Tensor | int = len(block)
                 if valid is not None:

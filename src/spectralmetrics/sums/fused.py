@@ -1,0 +1,254 @@
+"""One pass over rows on a GPU in place of ten, by kernels in Triton, which CUDA builds of PyTorch bring along.
+
+PyTorch does the same elsewhere, see :mod:`~spectralmetrics.sums.measuring` and
+:mod:`~spectralmetrics.sums.accelerated`: a kernel for each operation, which writes what the next one reads.
+Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to have PyTorch do it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A program's tile, and how many programs keep a GPU busy.
+_TILE = 1024
+_PROGRAMS = 1024
+
+
+class Judged(NamedTuple):
+    """Which observations count.
+
+    Attributes:
+        maps: the values, (samples, features, positions).
+        kept: shape (samples * positions,), int8.
+        counts: of each program, those that count and those left out, shape (programs, 2), int64.
+    """
+
+    maps: Tensor
+    kept: Tensor
+    counts: Tensor
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device; None if they can.
+
+    >>> why_not(torch.device("cpu"))
+    'they are for GPUs'
+    """
+    if device.type != "cuda":
+        return "they are for GPUs"
+    if os.environ.get("SPECTRALMETRICS_COMPILED") == "0":
+        return "SPECTRALMETRICS_COMPILED=0 is set"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        row = torch.ones(2, 3, device=device)
+        row[0, 0] = torch.nan
+        counts, found = measure(as_maps(row, 1), None, torch.zeros(3, dtype=torch.float64, device=device))
+        if counts.tolist() != [1, 1] or found.sum().item() != 15.0:
+            return f"a trial gave {found.tolist()}"
+    except Exception as error:  # of a compiler, a driver or another version
+        return f"a trial ended with {type(error).__name__}: {error}"
+    return None
+
+
+def takes(values: Tensor) -> bool:
+    """Whether the kernels can read these values where they are."""
+    return (
+        values.device.type == "cuda"
+        and type(values) in (Tensor, torch.nn.Parameter)
+        and values.layout == torch.strided
+        and values.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        and not values.is_neg()
+        and values.numel() > 0
+        and why_not(values.device) is None
+    )
+
+
+def as_maps(values: Tensor, dim: int) -> Tensor:
+    """Values of any layout as (samples, features, positions), a view where there is one."""
+    if dim % values.ndim == values.ndim - 1:  # (..., D) -> (1, D, N)
+        return values.reshape(-1, values.shape[-1]).t()[None]
+    if values.ndim == 2:  # (D, N) -> (1, D, N)
+        return values[None]
+    return values.movedim(dim, 1).flatten(2)
+
+
+def cut(maps: Tensor, valid: Tensor | None, limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Pieces of about ``limit`` observations at most, and which of them are valid.
+
+    Args:
+        maps: shape (samples, features, positions).
+        valid: shape (samples * positions,), boolean; None if all count.
+        limit: at least 1.
+    """
+    done = 0
+    for some in maps.split(max(limit // maps.shape[2], 1)):
+        for piece in some.split(limit, 2) if some.shape[2] > limit else (some,):
+            number = piece.shape[0] * piece.shape[2]
+            yield piece, None if valid is None else valid[done : done + number]
+            done += number
+
+
+def judge(maps: Tensor, valid: Tensor | None) -> Judged:
+    """Which of some observations count.
+
+    Args:
+        maps: shape (samples, features, positions), in any memory layout.
+        valid: shape (samples * positions,), boolean; None if all count.
+    """
+    from spectralmetrics.sums import kernels
+
+    samples, features, positions = maps.shape
+    rows, width = _tile(maps)
+    rows, width = max(rows // 2, 1), 2 * width
+    chunks = -(-positions // rows)
+    kept = torch.empty(samples * positions, dtype=torch.int8, device=maps.device)
+    counts = torch.empty(samples * chunks, 2, dtype=torch.int64, device=maps.device)
+    flags = kept if valid is None else valid.to(maps.device).contiguous().view(torch.uint8)
+    with _on(maps.device):
+        kernels.judge[(samples * chunks,)](
+            maps, flags, kept, counts, features, positions, chunks, *_strides(maps),
+            valid is not None, rows, width,
+        )  # fmt: skip
+    return Judged(maps, kept, counts)
+
+
+def measure(maps: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """What each feature of some observations does by itself, as :func:`.compiled.measure` has it.
+
+    Args:
+        maps: shape (samples, features, positions), in any memory layout.
+        valid: shape (samples * positions,), boolean; None if all count.
+        origin: shape (features,), float64, on the same device.
+    """
+    from spectralmetrics.sums import kernels
+
+    judged = judge(maps, valid)
+    samples, features, positions = maps.shape
+    rows, width = _tile(maps)
+    chunks, chunk = _chunks(maps, rows, width)
+    programs = samples * chunks
+    parts = torch.empty(programs, 5, features, dtype=torch.float64, device=maps.device)
+    with _on(maps.device):
+        kernels.measure[(programs, -(-features // width))](
+            maps, judged.kept, origin.contiguous(), parts,
+            features, positions, chunks, chunk, *_strides(maps), rows, width,
+        )  # fmt: skip
+        return _finished(parts, judged.counts, 4, has_largest=True)
+
+
+def centre(judged: Judged, shift: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write rows of ``scale · x + shift``, zero for those left out.
+
+    Args:
+        judged: the observations.
+        shift: shape (features,), of the dtype of ``out``.
+        scale: shape (), likewise.
+        out: shape (samples * positions, features), float32 or float64, contiguous.
+
+    Returns:
+        How many rows count and how many are left out, shape (2,), int64, and the sum of the rows, shape
+        (features,), float64.
+    """
+    from spectralmetrics.sums import kernels
+
+    maps = judged.maps
+    samples, features, positions = maps.shape
+    rows, width = _tile(maps)
+    chunks, chunk = _chunks(maps, rows, width)
+    programs = samples * chunks
+    parts = torch.empty(programs, 1, features, dtype=torch.float64, device=maps.device)
+    with _on(maps.device):
+        kernels.centre[(programs, -(-features // width))](
+            maps, judged.kept, shift, scale, out, parts,
+            features, positions, chunks, chunk, *_strides(maps), rows, width,
+        )  # fmt: skip
+        counts, sums = _finished(parts, judged.counts, 1, has_largest=False)
+    return counts, sums[0]
+
+
+def write_forward(
+    counts: Tensor,
+    totals: Tensor,
+    largest: Tensor,
+    origin: Tensor,
+    row: Tensor,
+    numbers: tuple[int, int] | None,
+) -> None:
+    """Write a forward's row of a history.
+
+    Args:
+        counts: of the marginals, shape (2,), int64.
+        totals: shape (4, D), contiguous.
+        largest: shape (D,).
+        origin: shape (D,).
+        row: of the ring, shape (8,).
+        numbers: of the forward and the step of the optimiser; None where the row is of the same forward.
+    """
+    from spectralmetrics.sums import kernels
+
+    forward, step = numbers or (0, 0)
+    with _on(row.device):
+        kernels.write_forward[(1,)](
+            totals, largest, counts, origin, row, len(largest), forward, step, numbers is None, 1024
+        )
+
+
+def _finished(parts: Tensor, counts: Tensor, sums: int, has_largest: bool) -> tuple[Tensor, Tensor]:
+    from spectralmetrics.sums import kernels
+
+    programs, rows, features = parts.shape
+    out = torch.empty(rows, features, dtype=torch.float64, device=parts.device)
+    number = torch.empty(2, dtype=torch.int64, device=parts.device)
+    width = 32
+    kernels.finish[(-(-features // width), rows)](
+        parts, counts, out, number, features, programs, len(counts), sums, has_largest, width, 32
+    )
+    return number, out
+
+
+def _tile(maps: Tensor) -> tuple[int, int]:
+    """How many rows and features a program has in hand: more along what lies side by side in memory."""
+    _, features, positions = maps.shape
+    if maps.stride(1) == 1 or positions == 1:
+        width = min(64, _power_of_two(features))
+        return _TILE // width, width
+    rows = min(128, _power_of_two(positions))
+    return rows, _TILE // rows
+
+
+def _chunks(maps: Tensor, rows: int, width: int) -> tuple[int, int]:
+    """In how many chunks to cut the positions of a sample, and how long each is."""
+    samples, features, positions = maps.shape
+    wanted = max(_PROGRAMS // (samples * -(-features // width)), 1)
+    tiles = math.ceil(positions / wanted / rows)
+    return math.ceil(positions / (tiles * rows)), tiles * rows
+
+
+def _strides(maps: Tensor) -> tuple[int, int, int]:
+    sample, feature, position = maps.stride()
+    return sample, feature, position
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
