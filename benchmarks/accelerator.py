@@ -21,7 +21,6 @@ import time
 import warnings
 
 import torch
-import transformers
 from common import describe_machine, table, write_result
 from torch import nn
 
@@ -57,6 +56,8 @@ SETTLING_STEPS = 150  # of a budget, whose first observation is dear
 
 
 def gpt(tiny):
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=32_000,
         hidden_size=64 if tiny else 768,
@@ -69,12 +70,16 @@ def gpt(tiny):
 
 
 def vit(tiny):
+    import transformers
+
     config = transformers.ViTConfig(num_hidden_layers=2 if tiny else 12, num_labels=1000)
     images = torch.randn(2 if tiny else 64, 3, 224, 224)
     return transformers.ViTForImageClassification(config), labelled(images)
 
 
 def resnet(tiny):
+    import transformers
+
     config = transformers.ResNetConfig(depths=[1, 1, 1, 1] if tiny else [3, 4, 6, 3], num_labels=1000)
     images = torch.randn(2 if tiny else 128, 3, 224, 224)
     return transformers.ResNetForImageClassification(config), labelled(images)
@@ -221,9 +226,13 @@ def updates(options, device):
                         "error": float(error.max()),
                     }
                 )
-    cells = [[f"{each:.3g}" if isinstance(each, float) else each for each in row.values()] for row in results]
-    print(table(list(results[0]), cells), flush=True)
+    print(table_of_updates(results), flush=True)
     return results
+
+
+def table_of_updates(results):
+    cells = [[f"{each:.3g}" if isinstance(each, float) else each for each in row.values()] for row in results]
+    return table(list(results[0]), cells)
 
 
 def main():

@@ -7,7 +7,8 @@ import json
 import statistics
 from pathlib import Path
 
-from budget import HEADS, row_of
+import accelerator as gpu
+from budget import HEADS, SHORT_HEADS, row_of, short_row
 from common import RESULTS, table
 from matplotlib.figure import Figure
 
@@ -193,6 +194,25 @@ def budget(results):
     yield table(HEADS, map(row_of, results))
 
 
+def budget_short(results):
+    yield (
+        "## Budget of short trainings\n\nWhole runs from their first step on, eager and compiled: what the probe added, beside"
+        " what two runs of steps with the probe paused differed by, which says how well this machine can tell.\n"
+    )
+    yield table(SHORT_HEADS, map(short_row, results))
+
+
+def accelerator(results):
+    yield (
+        "## On a GPU\n\nWhat a probe adds to training steps in bfloat16 on an"
+        f" {results['device']}: a Llama of GPT-2's size (12 blocks of width 768, 16 sequences of 1,024 tokens). The host of this"
+        " machine takes 10 to 60 µs for a launch, so that much of this is time of the host.\n"
+    )
+    yield table(gpu.HEADS, map(gpu.row, results["steps"]))
+    yield "\nSingle updates, and the largest error of an entry as a share of the size of its summands:\n"
+    yield gpu.table_of_updates(results["updates"])
+
+
 def hook(results):
     yield (
         f"## Hook\n\nHost time of a hook (processor time), in microseconds per layer and forward: {results['layers']} linear layers of"
@@ -320,7 +340,20 @@ def main():
     )
     said = headline(steps["results"], updates["results"], hooks["results"])
     parts = [HEAD.format(headline=said, alternative=alternative, machine=processor(updates["machine"]))]
-    for write in (update, training_step, budget, hook, compute, merge, memory, folds, similarity, projection):
+    for write in (
+        update,
+        training_step,
+        accelerator,
+        budget,
+        budget_short,
+        hook,
+        compute,
+        merge,
+        memory,
+        folds,
+        similarity,
+        projection,
+    ):
         path = RESULTS / f"{write.__name__}.json"
         if path.exists():
             content = json.loads(path.read_text())

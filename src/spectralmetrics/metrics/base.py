@@ -92,8 +92,8 @@ class SpectralMetric(SumsMetric):
         center: False reads the second moment about zero instead of the covariance. Where the mean is more
             than 1e6 times the spread, only its first eigenvalue stands out of the round-off.
         gram_dtype: dtype of the products: ``torch.float64``, or ``torch.float32`` for speed. None chooses by
-            the device of the rows: float64 on the CPU, float32 on accelerators, most of which have little or
-            no arithmetic in float64. The sums are float64 in any case.
+            the device of the rows: float64 on the CPU and on GPUs that multiply it as fast as float32, and
+            float32 on other accelerators. The sums are float64 in any case.
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can judge by some what

@@ -25,9 +25,9 @@ from spectralmetrics.sums.precision import (
     power_of_two_scale,
 )
 
-# One product up to this width; wider ones leave out what lies below the diagonal.
+# One product up to this width; wider ones leave out what lies below the diagonal, in float64 in narrower parts.
 _WIDTH_OF_ONE_PRODUCT = 1024
-_WIDTH_OF_ONE_FLOAT64_PRODUCT = 512
+_WIDTH_OF_A_FLOAT64_PART = 512
 # Memory for centred rows, and for the products of so many rows each, which are summed in float64.
 _WORKSPACE_BYTES = 2**26
 _FLOAT64_WORKSPACE_BYTES = 2**27
@@ -162,8 +162,10 @@ def _workspace(total: int, features: int, centre: Centring) -> Tensor:
 
 def _add_float64_products(moments: DenseSums, rows: Tensor) -> None:
     """Add the products of rows (n, D) to the second moment."""
-    for start in range(0, rows.shape[1], _WIDTH_OF_ONE_FLOAT64_PRODUCT):
-        stop = start + _WIDTH_OF_ONE_FLOAT64_PRODUCT
+    features = rows.shape[1]
+    width = features if features <= _WIDTH_OF_ONE_PRODUCT else _WIDTH_OF_A_FLOAT64_PART
+    for start in range(0, features, width):
+        stop = start + width
         moments.second[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
 
 

@@ -247,7 +247,7 @@ def _power_of_two(number: int) -> int:
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device."""
-    if device.type != "cuda":
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         yield
         return
     with torch.cuda.device(device):
