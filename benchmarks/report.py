@@ -7,10 +7,11 @@ import json
 import statistics
 from pathlib import Path
 
-import accelerator as gpu
 from budget import HEADS, SHORT_HEADS, row_of, short_row
 from common import RESULTS, table
 from matplotlib.figure import Figure
+
+import accelerator as gpu
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
