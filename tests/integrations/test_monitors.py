@@ -1,5 +1,6 @@
 """Runs of both trainers end to end: steps in records, a monitor, a stop, a crash and a resumption, loggers."""
 
+import copy
 import sys
 
 import pytest
@@ -250,6 +251,41 @@ def test_a_training_of_transformers_end_to_end(tmp_path, offline, monkeypatch):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-100"))
     assert not SavedRun(run).alarms  # superseded: this time nothing was scaled
     assert [epoch for epoch, step, _ in records(run, "eval", "rows", layer)] == [0, 1, 2, 3, 4, 5]
+
+
+class FirstStep(TrainerCallback):
+    """What a monitor remembers when a training begins, or goes on."""
+
+    def __init__(self, of):
+        self.of, self.past = of, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.past is None:
+            self.past = copy.deepcopy(self.of.monitor._past)
+
+
+def test_a_training_of_transformers_goes_on_with_its_monitor(tmp_path):
+    told, pasts, saves = [], [], {"save_strategy": "steps", "save_steps": 60}
+    for folder in (None, str(tmp_path / "checkpoint-60")):
+        trainer = hf.make_trainer(
+            tmp_path, hf.Net(), per_device_train_batch_size=8, num_train_epochs=15, **saves
+        )
+        alarms = []
+        callback = transformers.LayerProbeCallback(
+            trainer,
+            monitor=lambda probe, alarms=alarms: monitor_of(probe, on_alarm=alarms.append),
+            layers="head",
+        )
+        trainer.add_callback(callback)
+        trainer.add_callback(Scaled(trainer.model.head, 50))
+        trainer.add_callback(first := FirstStep(callback))
+        trainer.train(resume_from_checkpoint=folder)
+        told.append([alarm.step for alarm in alarms])
+        pasts.append(first.past)
+    assert told == [[51], []]  # it is not told again
+    assert not pasts[0]
+    assert pasts[1]["step"] == 60
+    assert pasts[1]["layers"]["head"]
 
 
 def test_transformers_stop(tmp_path):

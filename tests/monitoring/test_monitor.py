@@ -165,7 +165,8 @@ def test_steps_that_the_user_tells_count():
     assert [alarm.step for alarm in found] == [1071]
 
 
-def test_saved_and_resumed_it_says_the_same(tmp_path):
+@pytest.mark.parametrize("how", ["whole", "sharded"])
+def test_saved_and_resumed_it_says_the_same(tmp_path, how):
     whole = network()
     expected = train(whole, Monitor(LayerProbe(whole), every=20, on_alarm=silent), 120, louder)
     run = tmp_path / "run"
@@ -175,7 +176,7 @@ def test_saved_and_resumed_it_says_the_same(tmp_path):
     recorder = Recorder(run, probe)
     monitor = Monitor(probe, every=20, on_alarm=silent, recorder=recorder)
     train(first, monitor, 50, louder)
-    states = copy.deepcopy((first.state_dict(), probe.state_dict()))
+    states = copy.deepcopy((first.state_dict(), (probe if how == "whole" else probe.sharded()).state_dict()))
     train(first, monitor, 50, louder, start=50)  # and then it was killed
     recorder.close()
     assert read_alarms(run) == expected
@@ -185,7 +186,7 @@ def test_saved_and_resumed_it_says_the_same(tmp_path):
     with Recorder(run, again, mode="resume") as recorder:
         resumed = Monitor(again, every=20, on_alarm=silent, recorder=recorder)
         second.load_state_dict(states[0])
-        again.load_state_dict(states[1])
+        (again if how == "whole" else again.sharded()).load_state_dict(states[1])
         train(second, resumed, 1, start=50)
         assert not read_alarms(run)  # superseded
         assert train(second, resumed, 69, louder, start=51) == expected

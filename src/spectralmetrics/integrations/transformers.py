@@ -80,6 +80,7 @@ class LayerProbeCallback(TrainerCallback):
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
             end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
+            What it remembers is saved in the trainer's checkpoints, and found again where they were written.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
@@ -166,6 +167,17 @@ class LayerProbeCallback(TrainerCallback):
         if self._forwards is not None:
             self._keeping.open(self._forwards, int(state.epoch or 0) if state.global_step else None)
             self._watching.keep(self._keeping)
+        if state.global_step:  # it goes on from a checkpoint, whose place no event tells
+            given = args.resume_from_checkpoint
+            folders = [Path(given)] if isinstance(given, str) and given else []
+            self._watching.load([*folders, _checkpoint(args, state)])
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save what the monitor remembers beside the trainer's state."""
+        if args.should_save and (folder := _checkpoint(args, state)).is_dir():
+            self._watching.save(folder)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -351,3 +363,8 @@ class LayerProbeCallback(TrainerCallback):
             # The handler, which is going through the list, has passed both places.
             callbacks.remove(self)
             callbacks.insert(first, self)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where a trainer saves itself at this step."""
+    return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeAlias
+
+import torch
+from torch import Tensor
 
 from spectralmetrics.integrations.keeping import Keeping
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.windows import load_remembered, save_remembered
 
 MakesMonitor: TypeAlias = Callable[[LayerProbe], Monitor]
+_FILE = "layer_probe_monitor.json"
 
 
 class Watching:
@@ -61,3 +67,21 @@ class Watching:
             return False
         self.monitor.step()
         return self.monitor.should_stop
+
+    def save(self, folder: Path) -> None:
+        """Put what the monitor remembers into a folder, for a training that goes on from there."""
+        if self.monitor is not None:
+            state: dict[str, Tensor] = {}
+            save_remembered(state, "", self.monitor.probe._remembered, self.monitor.probe._steps)
+            (folder / _FILE).write_bytes(bytes(state["remembered"].tolist()))
+
+    def load(self, folders: Iterable[Path]) -> None:
+        """Go on with what the first of the folders has that has any."""
+        if self.monitor is None:
+            return
+        for folder in folders:
+            if (folder / _FILE).is_file():
+                text = (folder / _FILE).read_bytes()
+                state = {"remembered": torch.tensor(list(text), dtype=torch.uint8)}
+                load_remembered(state, "", self.monitor.probe._remembered, self.monitor.probe._steps)
+                return

@@ -1123,7 +1123,7 @@ class LayerProbe(nn.Module):
             self._join_windows()
             return self._agree(STAGES, None, takes_all=True) if is_one_of_several() else None
 
-        return Sharded(self._places, agree, self._steps, self._router.order, self.reset)
+        return Sharded(self._places, agree, self._steps, self._router.order, self._remembered, self.reset)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._join_windows()

@@ -18,6 +18,7 @@ from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.merging import Agreement, Place
 from spectralmetrics.probing.processes import check_agreed
 from spectralmetrics.probing.steps import Steps
+from spectralmetrics.probing.windows import take_over
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import gather_objects
 
@@ -85,6 +86,7 @@ class Sharded:
         agree: gives what the processes agree on; None on a process by itself.
         steps: of the model.
         order: the layers that have run here, in the order of their first run; written to.
+        remembered: by readers of windows, the same on all processes; written to.
         reset: forgets all observations.
     """
 
@@ -94,12 +96,14 @@ class Sharded:
         agree: Callable[[], Agreement | None],
         steps: Steps,
         order: list[str],
+        remembered: dict[str, dict[str, Any]],
         reset: Callable[[], None],
     ) -> None:
         self._places = places
         self._agree = agree
         self._steps = steps
         self._order = order
+        self._remembered = remembered
         self._reset = reset
 
     def state_dict(self) -> dict[str, bytes]:
@@ -170,8 +174,10 @@ class Sharded:
                         leader._batches, leader._dealt = numbers
         own = {layer for _, layer in self._places}
         self._order[:] = [name for name in progress["order"] if name in own]
-        for kept, numbers in zip((self._steps.counts, self._steps.epochs), progress["steps"], strict=True):
+        for kept, numbers in zip(self._counted(), progress["steps"], strict=True):
             kept.update(numbers)
+        self._steps.step = progress.get("step")  # up to 0.2.0 it was not saved
+        take_over(progress.get("remembered", {}), self._remembered)
 
     def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
         """Sums of this process' layers: those it has loaded, and some that others have and cannot hold."""
@@ -217,8 +223,13 @@ class Sharded:
                 )
                 for place, each in self._places.items()
             },
-            "steps": (dict(self._steps.counts), dict(self._steps.epochs)),
+            "steps": tuple(map(dict, self._counted())),
+            "step": self._steps.step,
+            "remembered": self._remembered,
         }
+
+    def _counted(self) -> tuple[dict[str, int], ...]:
+        return self._steps.counts, self._steps.epochs, self._steps.forwards
 
 
 _BUCKETS = 64
@@ -309,10 +320,11 @@ def _together(told: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str,
         places[place] = (max(forwards), sum(samples), max(epochs), furthest)
     steps = [
         {stage: max(each["steps"][kind][stage] for each in told) for stage in told[0]["steps"][kind]}
-        for kind in range(2)
+        for kind in range(len(told[0]["steps"]))
     ]
     ran = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
-    return {"places": places, "steps": steps, "order": [name for name in order if name in ran]}
+    alike = {key: told[0][key] for key in ("step", "remembered")}
+    return {"places": places, "steps": steps, "order": [name for name in order if name in ran], **alike}
 
 
 def _bucket(place: Place) -> int:

@@ -234,7 +234,12 @@ def load_remembered(
         return
     loaded = json.loads(bytes(saved.tolist()))
     steps.step = loaded["step"]
-    for reader in {*remembered, *loaded["readers"]}:
+    take_over(loaded["readers"], remembered)
+
+
+def take_over(saved: Mapping[str, dict[str, Any]], remembered: dict[str, dict[str, Any]]) -> None:
+    """Remember what readers did when it was saved; those of which that says nothing begin anew."""
+    for reader in {*remembered, *saved}:
         own = remembered.setdefault(reader, {})
         own.clear()  # the reader has this very dict
-        own.update(loaded["readers"].get(reader, {}))
+        own.update(saved.get(reader, {}))
