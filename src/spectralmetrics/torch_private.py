@@ -385,6 +385,25 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return dict(getattr(module, "_modules", None) or module.named_children())
 
 
+def bare_copy(module: nn.Module, brought: Callable[[Any], Any]) -> nn.Module:
+    """A copy that shares what a module holds, without hooks and what was put in place of its forward.
+
+    ``_parameters``, ``_modules``, ``_compiled_call_impl`` and attributes with "hook" in their names, 2.8 to
+    2.13.
+
+    Args:
+        module: to copy, with its parts.
+        brought: what the copy has in place of each parameter.
+    """
+    copy: nn.Module = object.__new__(type(module))
+    state = module.__dict__ | {name: own for name, own in vars(nn.Module()).items() if "hook" in name}
+    state.pop("forward", None)
+    parameters = {name: each if each is None else brought(each) for name, each in module._parameters.items()}
+    parts = {name: each if each is None else bare_copy(each, brought) for name, each in module._modules.items()}
+    copy.__dict__.update(state, _parameters=parameters, _modules=parts, _compiled_call_impl=None)
+    return copy
+
+
 # -- torch.distributed ----------------------------------------------------------------------------------------
 
 _STAGE = "torch.distributed.pipelining.stage"

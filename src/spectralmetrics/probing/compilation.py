@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.parts import PLACED, part_from, take_dtensor_apart
+from spectralmetrics.probing.routed import Routed
 from spectralmetrics.torch_private import (
     is_known,
     jagged,
@@ -28,6 +29,9 @@ from spectralmetrics.torch_private import (
 # The operation is said to change this one tensor, and so is never left out, done twice, or put before another.
 TICKET = torch.zeros((), dtype=torch.int64, device="cpu").add_(0)
 CAN_BE_COMPILED = not missing_for_compiled()
+
+
+_ROUTED = "routed "  # begins the kind of what a module of experts is called with
 
 
 class SeesCompiled(Protocol):
@@ -68,6 +72,11 @@ class Unobservable:
 
 def take_apart(output: Any) -> tuple[list[Tensor], str]:
     """Plain tensors that an output can be made from again, and how; traced by Dynamo."""
+    if type(output) is Routed:
+        if not is_known(type(output.states)):
+            kind = type(output.states).__name__
+            return [], f"compiled experts whose tokens are a {kind} cannot be observed"
+        return [output.states.detach(), output.index.detach()], f"{_ROUTED}{output.cast}"
     values = first_tensor(output)
     if isinstance(values, PackedSequence):
         parts = [values.data.detach(), values.batch_sizes]
@@ -98,6 +107,8 @@ def put_together(parts: list[Tensor], kind: str) -> Any:
         return PackedSequence(*parts)
     if kind == "nothing":
         return None
+    if kind.startswith(_ROUTED):
+        return Routed(*parts, kind.removeprefix(_ROUTED))
     if kind.startswith(PLACED):
         return part_from(parts, kind)
     if kind.startswith("jagged "):

@@ -51,6 +51,7 @@ class Meshes:
             str, _How | int
         ] = {}  # layer -> how its plain outputs are placed, or their whole width
         self._forms: dict[str, Part] = {}  # of what was selected, without its values
+        self._experts: weakref.WeakKeyDictionary[nn.Module, tuple[Split, ...]] = weakref.WeakKeyDictionary()
         self._has_looked = False
 
     def look(self, module: nn.Module | None = None) -> None:
@@ -125,6 +126,46 @@ class Meshes:
             splits = [Split(group, dist.get_rank(group), dist.get_world_size(group), dim)]
             shape[dim] = how
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
+
+    def splits_of_experts(self, module: nn.Module, states: Tensor) -> tuple[Split, ...]:
+        """How what single experts put out is spread, by their weights and, once, by a checksum of the tokens.
+
+        Args:
+            module: of all experts.
+            states: the tokens that it gets.
+
+        Raises:
+            LeftOut: where the tokens of an expert are on other processes.
+        """
+        known = self._experts.get(module)
+        if known is not None:
+            return known
+        sharded: dict[str, set[int]] = {}
+        for each, parameter, dims in () if (model := self._model()) is None else _placed(model, module):
+            for dim in dims if each is module and parameter.ndim > 1 else ():
+                placed_in = getattr(parameter.placements[dim], "dim", None)
+                if placed_in is not None:
+                    sharded.setdefault(parameter.device_mesh.get_group(dim).group_name, set()).add(placed_in)
+        splits, is_certain = [], True
+        for group in self._groups:
+            alike, nonzero = _alike(states, group)
+            is_certain = is_certain and (nonzero or not alike)
+            dims_of = sharded.get(group.group_name, set())
+            if not alike and dims_of:
+                raise LeftOut(
+                    "its weights are sharded among processes that have other tokens, which travel inside the"
+                    " layer: what experts of other processes put out is not seen"
+                )
+            split = Split(group, dist.get_rank(group), dist.get_world_size(group))
+            if alike and not dims_of:
+                splits.append(split)
+            elif 0 not in dims_of and alike and not self._of_inputs:
+                splits.append(split._replace(op="sum"))
+            elif 0 not in dims_of and alike:
+                splits.append(split)
+        if is_certain:
+            self._experts[module] = tuple(splits)
+        return tuple(splits)
 
     def select(self, name: str, output: Any, function: Select) -> tuple[Any, Exception | None]:
         """What a function of the user's makes of an output.
@@ -225,6 +266,7 @@ class Meshes:
         # Of a copy nothing runs.
         self.active, self._has_looked, self._groups, self._selected = False, True, (), ()
         self._known, self._forms, self._sharded, self._of_inputs = {}, {}, weakref.WeakSet(), False
+        self._experts = weakref.WeakKeyDictionary()
         self._model = lambda: None  # type: ignore[assignment]
 
 
@@ -305,6 +347,13 @@ def _hash(values: Tensor) -> int:
     kinds: dict[int, torch.dtype] = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     whole = flat.view(kinds[flat.element_size()]).to(torch.int64)
     return int((whole * (torch.arange(len(whole), device=whole.device) % 8191 + 1)).sum()) % 2**62
+
+
+def _alike(values: Tensor, group: Any) -> tuple[bool, bool]:
+    """Whether all processes of a group have the same, and whether that is more than zeros; one collective."""
+    numbers = [_hash(values), hash(tuple(values.shape)) % 2**40, int(bool((values != 0).any()))]
+    high, low = _extremes(numbers, values, group)
+    return high[:2] == low[:2], bool(high[2])
 
 
 def _hash_weights(module: nn.Module) -> int:

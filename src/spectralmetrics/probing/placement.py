@@ -9,7 +9,7 @@ positions stay where they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.probing.observations import Batch, ObservationRule
-from spectralmetrics.probing.parts import LeftOut, Part, Span, exchange, own_of
+from spectralmetrics.probing.parts import LeftOut, Part, Span, Split, exchange, own_of
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.sums import Observations
 
@@ -126,6 +126,13 @@ def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRu
     if part.travels(feature_dim) and _needs_features(how, part, feature_dim):
         placed = _gathered(placed)
     return placed
+
+
+def placed_as(observations: Observations, splits: Sequence[Split]) -> Placed:
+    """Rows (n, D) of one process, of which others have the same, or other summands."""
+    values = observations.values
+    batch = Batch("rows", values)
+    return Placed(batch, batch, Part(values, tuple(values.shape), tuple(values.stride()), tuple(splits)), 1)
 
 
 def bring(observations: Observations, placed: Placed, size: int | None, seed: int) -> Observations:

@@ -22,6 +22,7 @@ from spectralmetrics.probing import saving
 from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
+from spectralmetrics.probing.experts import Expert, Watched, by_whole, select_probed
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_scale import check_scale
@@ -63,6 +64,7 @@ from spectralmetrics.probing.reading import (
     tell_readings,
     warn_of_nothing,
 )
+from spectralmetrics.probing.routed import Choose
 from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
@@ -216,12 +218,15 @@ class LayerProbe(nn.Module):
         _check_budget(budget)
         self.observe = observe
         self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation, observe)
-        chosen = select_layers(model, layers, exclude)
         functions = {
             module: function
             for pattern, function in (select or {}).items()
             for module in select_layers(model, pattern).values()
         }
+        if observe == "gradients":  # none arrives at a single expert
+            chosen = select_layers(model, layers, exclude)
+        else:
+            chosen = select_probed(model, layers, exclude, set(functions))
         if layers is None:
             _tell_unseen(model, chosen)
         # By module: a shared one may be chosen under one name and given a function under another.
@@ -277,7 +282,12 @@ class LayerProbe(nn.Module):
         super().__setattr__(name, value)
 
     def _watch(self, chosen: Mapping[str, nn.Module], selected: Mapping[str, Select]) -> None:
+        for whole, experts in by_whole(chosen).items():
+            observe = Weakly(self._router.observe_experts, Watched(experts))
+            self._hooks.before(whole, observe, Choose(whole), looks=True)
         for name, module in chosen.items():
+            if isinstance(module, Expert):
+                continue
             observe = Weakly(self._router.observe, name)
             if isinstance(self._router, GradientRouter):
                 self._hooks.put(module, GradientHook(self._router, name, module, selected.get(name)))

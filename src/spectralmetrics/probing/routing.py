@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectralmetrics.findings import is_untrained
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.compilation import Unobservable
+from spectralmetrics.probing.experts import Expert, Pairs, Watched
 from spectralmetrics.probing.facts import GradientFacts, LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import Layout
@@ -107,6 +108,23 @@ class Router:
             is_idle=is_idle,
         )
 
+    def observe_experts(
+        self, watched: Watched, module: nn.Module, output: Any, training: bool, select: Select | None
+    ) -> None:
+        """What the hook of a module of experts calls; see :meth:`observe`, with each expert as a layer."""
+        if in_backward() or self._is_observing():
+            return
+        shown: Iterable[tuple[str, Expert, Any]]
+        routed = output
+        try:
+            routed = output if select is None else select(output)
+            shown = list(watched.shown(module, routed, self.rows.masks, self.rows.labels))
+        except Exception as error:
+            why = routed if isinstance(routed, Unobservable) else Unobservable(reason_of(error))
+            shown = [(name, expert, why) for name, expert in watched.names.items()]
+        for name, expert, pairs in shown:
+            self.observe(name, expert, pairs, training, None)
+
     def _is_closed(self, name: str) -> bool:
         """Whether nothing can be added to the sums of a layer, which is said."""
         if self.is_merged:
@@ -188,6 +206,11 @@ class Router:
         if moment is None:
             return
         meshes, name = self.meshes, of_layer.layer
+        if isinstance(output, Pairs):
+            splits = meshes.splits_of_experts(output.calls.module, output.states) if meshes.active else ()
+            if splits or not moment.is_idle:
+                self.rows.take_pairs(of_layer, output, moment, splits)
+            return
         chosen, error = output, None
         if select is not None:
             chosen, error = meshes.select(name, output, select)
@@ -217,7 +240,7 @@ class Router:
             if name not in self.order:
                 self.order.append(name)
             self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
-            self.meshes.look(module)
+            self.meshes.look(module.whole if isinstance(module, Expert) else module)
         if of_layer.given_up or of_layer.too_wide:
             is_idle = True
         if limits.max_samples is not None and of_layer.samples >= limits.max_samples:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 from torch import nn
@@ -44,11 +45,31 @@ def select_layers(
     ['1', '2']
     """
     check_type("model", model, nn.Module)
-    modules = named_modules(unwrap(model))
-    chosen: set[str] = set().union(
-        *(_matches(modules, s) for s in _as_sequence(layers, default_layers(), modules))
-    )
-    dropped: set[str] = set().union(*(_matches(modules, s) for s in _as_sequence(exclude, (), modules)))
+    return select_among(model, named_modules(unwrap(model)), layers, exclude)
+
+
+def select_among(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    layers: Selectors | None,
+    exclude: Selectors | None,
+    parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, nn.Module]:
+    """The layers of :func:`select_layers`, of modules that are known already.
+
+    Args:
+        model: that they are part of.
+        modules: by qualified name.
+        layers: see :func:`select_layers`.
+        exclude: likewise.
+        parts: name -> names of the modules that are meant by it.
+    """
+
+    def matching(selectors: Selectors | None, default: Iterable[Selector]) -> set[str]:
+        names = {name for each in _as_sequence(selectors, default, modules) for name in _matches(modules, each)}
+        return {part for name in names for part in parts.get(name, (name,))}
+
+    chosen, dropped = matching(layers, default_layers()), matching(exclude, ())
     unwanted = {modules[name] for name in dropped}
     left: dict[str, nn.Module] = {}
     for name, module in modules.items():
@@ -127,7 +148,7 @@ def unseen_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> tuple[fl
 
 
 def _as_sequence(
-    selectors: Selectors | None, default: Iterable[Selector], modules: dict[str, nn.Module]
+    selectors: Selectors | None, default: Iterable[Selector], modules: Mapping[str, nn.Module]
 ) -> list[Selector]:
     if selectors is None:
         # A default type that the model does not have is no mistake.
@@ -137,7 +158,7 @@ def _as_sequence(
     return list(selectors)
 
 
-def _matches(modules: dict[str, nn.Module], selector: Selector) -> set[str]:
+def _matches(modules: Mapping[str, nn.Module], selector: Selector) -> set[str]:
     if isinstance(selector, str):
         found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
     elif isinstance(selector, type):
@@ -165,7 +186,7 @@ def _describe(selector: Selector) -> str:
     return selector.__name__ if isinstance(selector, type) else f"the callable {selector!r}"
 
 
-def _suggestion(modules: dict[str, nn.Module], selector: Selector) -> str:
+def _suggestion(modules: Mapping[str, nn.Module], selector: Selector) -> str:
     if isinstance(selector, type):
         types = sorted({type(module).__name__ for module in modules.values()})
         return f"; the model has {', '.join(types)}"

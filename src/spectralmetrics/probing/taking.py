@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.doubts import doubt_of
+from spectralmetrics.probing.experts import Pairs
 from spectralmetrics.probing.hooks import tell
 from spectralmetrics.probing.labelling import Labels
 from spectralmetrics.probing.layout import FeatureDim, Layout, dim_of
@@ -20,10 +22,11 @@ from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.meshes import At
 from spectralmetrics.probing.observations import Batch, ObservationRule
-from spectralmetrics.probing.parts import Part, first_rank
-from spectralmetrics.probing.placement import bring, place
+from spectralmetrics.probing.parts import Part, Split, first_rank
+from spectralmetrics.probing.placement import bring, place, placed_as
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Steps
+from spectralmetrics.sums import Observations
 from spectralmetrics.torch_private import is_fake
 
 
@@ -147,6 +150,61 @@ class Rows:
             return
         of_layer.samples += min(placed.whole.num_samples, sys.maxsize if remaining is None else remaining)
         of_layer.update(observations, labelled, moment.groups, placed.batch.values, everything)
+
+    def take_pairs(
+        self, of_layer: LayerMetrics, pairs: Pairs, moment: Moment, splits: Sequence[Split] = ()
+    ) -> None:
+        """Hand the rows that an expert puts out for its tokens to the metrics.
+
+        Args:
+            of_layer: whose tokens.
+            pairs: the tokens, of which some are drawn before the expert runs on them.
+            moment: what else belongs to the forward.
+            splits: how what the expert puts out is spread over processes.
+        """
+        if moment.is_idle and not any(split.op for split in splits):
+            of_layer.pass_over(moment.groups)
+            return
+        limits, width, tokens = self._limits, pairs.states.shape[-1], pairs.tokens
+        limits.check_width(of_layer, width)
+        valid = None
+        remaining = sys.maxsize
+        if limits.max_samples is not None:
+            remaining = max(limits.max_samples - of_layer.samples, 0)
+            valid = torch.arange(len(tokens), device=tokens.device) < remaining if splits else None
+            tokens = tokens if splits else tokens[:remaining]
+        labels = pairs.labels[tokens] if of_layer.takes_labels and pairs.labels is not None else None
+        seen = Observations(tokens[:, None], valid=valid, labels=labels)
+        size, seed = self._draws(of_layer, width, Batch("rows", seen.values), moment)
+        everything = None
+        if moment.number is None:
+            observations = self._put_out(pairs, seen, splits, size, seed)
+        else:
+            everything = self._put_out(pairs, seen, splits, None, seed)
+            everything = observations = replace(everything, forward=moment.number, step=moment.step)
+            if size is not None:
+                observations = draw(everything, placed_as(seen, splits).share(size), seed)
+        if splits and of_layer.folds > 1:
+            of_layer.share_with((first_rank(placed_as(seen, splits).part), dist.get_world_size()))
+        if moment.is_idle:
+            of_layer.pass_over(moment.groups)
+            return
+        of_layer.samples += min(len(tokens), remaining)
+        if observations.num_observations:
+            labelled = observations if labels is not None else None
+            of_layer.update(observations, labelled, moment.groups, pairs.states, everything)
+
+    def _put_out(
+        self, pairs: Pairs, seen: Observations, splits: Sequence[Split], size: int | None, seed: int
+    ) -> Observations:
+        """What an expert puts out for some of its tokens, whole; of inputs the tokens themselves."""
+        before = [split for split in splits if split.is_replicated]
+        behind = [split for split in splits if not split.is_replicated]
+        chosen = bring(seen, placed_as(seen, before), size, seed)
+        tokens = chosen.values[:, 0]
+        rows = pairs.states[tokens] if self._rule.observe == "inputs" else pairs.outputs(tokens)
+        found = replace(chosen, values=rows)
+        return bring(found, placed_as(found, behind), None, seed) if behind else found
 
     def _draws(
         self, of_layer: LayerMetrics, width: int, batch: Batch, moment: Moment

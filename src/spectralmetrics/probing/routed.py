@@ -1,0 +1,50 @@
+"""What a module of experts is called with: tokens, and to which experts each goes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Routed(NamedTuple):
+    """What a module of experts is called with.
+
+    Attributes:
+        states: (T, D).
+        index: (T, k), the experts of each token.
+        cast: name of the dtype that autocast computes in; empty without it.
+    """
+
+    states: Tensor
+    index: Tensor
+    cast: str
+
+
+class Choose:
+    """Takes out of the arguments of a module's forward what goes to which expert; traced by Dynamo."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._names = arguments_of(module)[:2]
+
+    def __call__(self, arguments: Any) -> Routed:
+        """What was given as positional and keyword arguments."""
+        args, kwargs = arguments
+        states, index = (
+            args[place] if place < len(args) else kwargs[name] for place, name in enumerate(self._names)
+        )
+        device = states.device.type
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return Routed(
+            states, index, str(torch.get_autocast_dtype(device)).removeprefix("torch.") if is_cast else ""
+        )
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The arguments of the forward of a module's type."""
+    try:
+        return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    except (TypeError, ValueError):  # not written in Python
+        return ()
