@@ -1,42 +1,17 @@
 """Real process groups (gloo). One group of each size runs all scenarios, since starting it is slow."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import traceback
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.distributed import records, scenarios, spread
+from tests.distributed import groups, records, scenarios, spread
 
 EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + records.SCENARIOS
 SCENARIOS = {1: EVERYWHERE, 2: EVERYWHERE + scenarios.ON_TWO, 3: EVERYWHERE, 4: EVERYWHERE}
-
-
-def process(rank, world, folder):
-    warnings.simplefilter("error")
-    # torch.distributed's own, on some platforms
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*barrier.*")
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    for scenario in SCENARIOS[world]:
-        try:
-            scenario(rank, world)
-            dist.barrier()
-        except BaseException:
-            Path(folder, f"{scenario.__name__}.{rank}.failed").write_text(traceback.format_exc())
-            os._exit(1)  # the others would wait for this one
-        Path(folder, f"{scenario.__name__}.{rank}.passed").touch()
-    dist.destroy_process_group()
 
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -49,26 +24,15 @@ GROUPS = [pytest.param(2), *(pytest.param(each, marks=pytest.mark.long) for each
 @pytest.fixture(scope="module", params=GROUPS, ids="processes-{}".format)
 def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"group{request.param}")
-    context = mp.start_processes(
-        process, args=(request.param, str(folder)), nprocs=request.param, join=False, start_method="spawn"
-    )
-    with contextlib.suppress(mp.ProcessExitedException):
-        context.join(timeout=300)
-    for worker in context.processes:
-        worker.kill()
+    groups.run(request.param, SCENARIOS[request.param], folder, method="spawn", timeout=300)
     return request.param, folder
 
 
 @pytest.mark.parametrize("scenario", EVERYWHERE + scenarios.ON_TWO, ids=lambda s: s.__name__)
 def test_scenario(finished, scenario):
     world, folder = finished
-    if scenario not in SCENARIOS[world]:
-        return
-    failures = {path.name: path.read_text() for path in Path(folder).glob("*.failed")}
-    own = [text for name, text in failures.items() if name.startswith(f"{scenario.__name__}.")]
-    assert not own, own[0]
-    passed = len(list(Path(folder).glob(f"{scenario.__name__}.*.passed")))
-    assert passed == world, f"not run to the end, after the failure of {list(failures)}"
+    if scenario in SCENARIOS[world]:
+        groups.assert_passed(folder, world, scenario)
 
 
 @pytest.mark.parametrize("world", [2])

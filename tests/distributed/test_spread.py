@@ -1,23 +1,20 @@
 """Groups of processes that end, or of other sizes than those before: kills, and saved states."""
 
-import datetime
 import errno
 import os
 import tempfile
 import time
-import traceback
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.probing import merging
+from tests.distributed import groups
 from tests.oracles import relative_error, two_pass_covariance
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -25,42 +22,14 @@ pytestmark = pytest.mark.xdist_group("processes")
 DIES = 7  # exit status of a process that is meant to
 
 
-def _process(rank, world, folder, function, arguments):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=40),
-    )
-    try:
-        function(rank, world, *arguments)
-        Path(folder, f"{rank}.passed").touch()
-        if not arguments or arguments[0] != "dies":
-            dist.barrier()
-    except BaseException:
-        Path(folder, f"{rank}.failed").write_text(traceback.format_exc())
-        os._exit(1)
-    os._exit(0)
-
-
 def run(function, world, *arguments, dying=()):
     """Run a function on processes of a fresh group; all must pass but those that are meant to die."""
     folder = tempfile.mkdtemp()
-    context = mp.start_processes(
-        _process, (world, folder, function, arguments), nprocs=world, join=False, start_method="fork"
+    codes = groups.run(
+        world, [function], folder, filters=groups.LENIENT, timeout=40, limit=120, arguments=arguments
     )
-    end = time.monotonic() + 120
-    while time.monotonic() < end and any(each.exitcode is None for each in context.processes):
-        time.sleep(0.02)
-    codes = [each.exitcode for each in context.processes]
-    for each in context.processes:
-        if each.is_alive():
-            each.kill()
-    failures = [path.read_text() for path in Path(folder).glob("*.failed")]
-    assert not failures, failures[0]
+    for text in groups.failures(folder).values():
+        raise AssertionError(text)
     assert codes == [DIES if rank in dying else 0 for rank in range(world)]
 
 

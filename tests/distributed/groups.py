@@ -1,0 +1,90 @@
+"""Groups of processes (gloo) on this machine; one start runs many scenarios, since starting is what costs."""
+
+import datetime
+import os
+import signal
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+STRICT = (
+    ("error", ""),
+    ("ignore", ".*barrier.*"),  # torch.distributed's own, on some platforms
+    ("ignore", "FSDP2-wrapped module"),
+)
+LENIENT = (("ignore", ""),)
+
+
+def _process(rank, world, folder, scenarios, filters, timeout, arguments):
+    for action, message in filters:
+        warnings.filterwarnings(action, message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.distributed's own, too
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    for scenario in scenarios:
+        start = time.monotonic()
+        try:
+            scenario(rank, world, *arguments)
+            if arguments[:1] != ("dies",):
+                dist.barrier()
+        except BaseException:
+            Path(folder, f"{scenario.__name__}.{rank}.failed").write_text(traceback.format_exc())
+            os._exit(1)  # the others would wait for this one
+        Path(folder, f"{scenario.__name__}.{rank}.passed").write_text(f"{time.monotonic() - start:.1f}")
+    os._exit(0)
+
+
+def run(world, scenarios, folder, *, method="fork", filters=STRICT, timeout=60, limit=400, arguments=()):
+    """Run functions of (rank, world) one after the other on each process of a fresh group; exit codes.
+
+    Args:
+        world: how many processes.
+        scenarios: the functions; the first that fails ends its process, and the others soon after.
+        folder: where the group meets, and notes what has passed and failed, with the seconds that it took.
+        method: ``"fork"`` is fast; ``"spawn"`` knows nothing of what other tests have done to torch.
+        filters: of warnings, action and message.
+        timeout: of collectives, in seconds.
+        limit: seconds after which what still runs is killed.
+        arguments: further ones of the functions; with ``"dies"`` as the first, some process is meant to.
+    """
+    context = mp.start_processes(
+        _process,
+        (world, str(folder), scenarios, filters, timeout, arguments),
+        nprocs=world,
+        join=False,
+        start_method=method,
+    )
+    end = time.monotonic() + limit
+    while time.monotonic() < end and any(each.exitcode is None for each in context.processes):
+        time.sleep(0.02)
+    codes = [each.exitcode for each in context.processes]
+    for each in context.processes:
+        if each.is_alive():
+            each.kill()
+    return codes
+
+
+def failures(folder):
+    """What failed in a group, by the name of the scenario and the rank."""
+    return {path.name: path.read_text() for path in Path(folder).glob("*.failed")}
+
+
+def assert_passed(folder, world, scenario):
+    """All processes have run a scenario to its end."""
+    failed = failures(folder)
+    own = [text for name, text in failed.items() if name.startswith(f"{scenario.__name__}.")]
+    assert not own, own[0]
+    passed = len(list(Path(folder).glob(f"{scenario.__name__}.*.passed")))
+    assert passed == world, f"not run to the end, after the failure of {list(failed)}"
