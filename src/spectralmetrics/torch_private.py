@@ -427,6 +427,25 @@ def is_inferring_shapes() -> bool:
     return False
 
 
+# Where it is since 2.10, and where it was in 2.8.
+_CONTEXT_PARALLEL = tuple(
+    f"torch.distributed.tensor.experimental.{each}" for each in ("_context_parallel._attention", "_attention")
+)
+
+
+def is_context_parallel() -> bool:
+    """Whether this runs inside ``torch.distributed.tensor.experimental.context_parallel``.
+
+    It puts a function of its own, which it notes in ``_replaced_functions``, in the place of the attention's,
+    2.8 to 2.13. Without that attribute each process' positions are taken for whole sequences.
+    """
+    for name in _CONTEXT_PARALLEL:
+        replaced = getattr(sys.modules.get(name), "_replaced_functions", None)
+        if replaced is not None:
+            return nn.functional.scaled_dot_product_attention in replaced
+    return False
+
+
 def default_store() -> Any:
     """The store by which the processes of the default group found each other; an AttributeError without one.
 

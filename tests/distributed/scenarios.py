@@ -675,20 +675,6 @@ def gradients_of_fully_sharded_training(rank, world):
     check_gradients(rank, world, wrap, (12, 6))
 
 
-def gradients_of_layers_that_are_split_are_left_out(rank, world):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    torch.manual_seed(1)
-    model = Captured(inplace=False)
-    plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
-    parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
-    probe = sm.LayerProbe(model, layers="first", observe="gradients")
-    with pytest.warns(UserWarning, match="'first' is not observed any more .* split over processes"):
-        model(random_rows(0, 12, 6, dtype=torch.float32)).sum().backward()
-    assert int(probe["train", "first"]["saturation"].count) == 0
-
-
 def hybrid_sharded_training_is_observed(rank, world):
     """Sharded in one dimension of the mesh and replicated in the other: each process' rows count once."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -1097,5 +1083,4 @@ EVERYWHERE = [
 ON_TWO = [
     fully_sharded_training_is_observed,
     gradients_of_fully_sharded_training,
-    gradients_of_layers_that_are_split_are_left_out,
 ]

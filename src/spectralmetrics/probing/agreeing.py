@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spectralmetrics.metrics.stream import group_object
+from spectralmetrics.probing.alike import Settings
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.identity import Identity, Weights, digest_of
@@ -27,12 +28,14 @@ class Catalogue(NamedTuple):
         order: those that have run, in the order of their first run.
         places: (stage, layer) -> columns of its sketches or None, and the width of each leader's sums, 0
             without data.
+        settings: of a probe that shares layers with other processes, see :class:`.Alike`; None for any other.
     """
 
     call: tuple[object, ...]
     layers: dict[str, LayerFacts]
     order: tuple[str, ...]
     places: dict[Place, tuple[int | None, tuple[int, ...]]]
+    settings: Settings | None = None
 
 
 def agree_on_layers(
@@ -72,7 +75,7 @@ def agree_on_layers(
     try:
         weights = identity.weights()
         catalogue = describe()
-        described = repr((catalogue.call, list(catalogue.layers.items()), catalogue.order, catalogue.places))
+        described = repr((list(catalogue.layers.items()), catalogue._replace(layers={})))
         digest = int.from_bytes(hashlib.sha256(described.encode()).digest()[:7], "little")
         changed = _note_reading(own.values(), group)
     except BaseException as raised:
@@ -114,7 +117,7 @@ def agree_on_layers(
                 places[place].sketch(sketch)
         else:
             places[place] = own[place]
-    return Agreement(
+    agreement = Agreement(
         group,
         places,
         widths,
@@ -125,6 +128,8 @@ def agree_on_layers(
         takes_all,
         *((own.keys(), places.keys() - common) if keeps_own else ()),
     )
+    agreement.settings = [each.settings for each in catalogues if each.settings is not None]
+    return agreement
 
 
 def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:

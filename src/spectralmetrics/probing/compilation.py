@@ -76,7 +76,7 @@ def take_apart(output: Any) -> tuple[list[Tensor], str]:
         if not is_known(type(output.states)):
             kind = type(output.states).__name__
             return [], f"compiled experts whose tokens are a {kind} cannot be observed"
-        return [output.states.detach(), output.index.detach()], f"{_ROUTED}{output.cast}"
+        return [output.states.detach(), output.experts.detach()], f"{_ROUTED}{output.cast}"
     values = first_tensor(output)
     if isinstance(values, PackedSequence):
         parts = [values.data.detach(), values.batch_sizes]
@@ -108,7 +108,8 @@ def put_together(parts: list[Tensor], kind: str) -> Any:
     if kind == "nothing":
         return None
     if kind.startswith(_ROUTED):
-        return Routed(*parts, kind.removeprefix(_ROUTED))
+        states, experts = parts
+        return Routed(states, experts, kind.removeprefix(_ROUTED))
     if kind.startswith(PLACED):
         return part_from(parts, kind)
     if kind.startswith("jagged "):

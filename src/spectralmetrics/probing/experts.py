@@ -176,7 +176,7 @@ class Calls:
         self.module = module
         self.states = routed.states.detach()
         self.labels: Tensor | None = None
-        self._index = routed.index.detach()
+        self._index = routed.experts.detach()
         self._cast = routed.cast
         self._bare: nn.Module | None = None
         self._by_expert: list[Tensor] | None = None
@@ -229,7 +229,7 @@ class Watched:
         self, module: nn.Module, routed: Routed, masks: Masks, labels: Labels
     ) -> Iterator[tuple[str, Expert, Pairs]]:
         """What each expert gets in a forward, with the name of its layer."""
-        routed = Routed(_plain(routed.states), _plain(routed.index), routed.cast)
+        routed = Routed(_plain(routed.states), _plain(routed.experts), routed.cast)
         calls = Calls(self._name, module, routed, masks, labels)
         for name, expert in self._experts.items():
             number = int(name.rpartition(".")[2])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from spectralmetrics.layers import kind_of
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.compilation import (
     CAN_BE_COMPILED,
@@ -40,7 +39,7 @@ from spectralmetrics.probing.gradient_graph import (
 from spectralmetrics.probing.gradient_scale import unscaled
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.observations import first_tensor
-from spectralmetrics.probing.parts import LeftOut
+from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.taking import Moment
@@ -109,18 +108,26 @@ class GradientRouter(Router):
             if awaited is UNKNOWN:
                 return UNKNOWN
         else:
-            awaited = None if self.paused else self._decide(name, module, output, training)
+            awaited = self._decide(name, module, output, training)
         if not torch.is_grad_enabled():
             self._recomputed.record(name, awaited)
         return awaited
 
     def _decide(self, name: str, module: nn.Module, output: Any, training: bool) -> Awaited | None:
+        is_idle = bool(self.paused)  # others that share the layer may wait for this process all the same
+        if is_idle and not self.meshes.concerns(output):
+            return None
         stage = self._steps.stage_of(training)
         if stage is None or self._passes(stage, name):
             return None
+        is_idle = is_idle or self._is_closed(name)
+        if is_idle and not self.meshes.concerns(output):
+            return None
         has_grad = torch.is_grad_enabled()
-        moment = self._guard(stage, name, output, self._enter, module, output, has_grad)
-        return None if moment is None or moment.is_idle else Awaited(stage, name, moment)
+        moment = self._guard(
+            stage, name, output, self._enter, module, output, has_grad, is_idle, is_idle=is_idle
+        )
+        return None if moment is None else Awaited(stage, name, moment)
 
     def attach(
         self,
@@ -164,8 +171,9 @@ class GradientRouter(Router):
         whole = values if select is None else _holding(values, base, output)
         if not whole.requires_grad:
             return
-        if hasattr(whole, "device_mesh") or _is_split(module, values):
-            raise LeftOut("gradients of a layer that is split over processes are not observed")
+        if is_dtensor(whole):
+            whole.register_hook(Arrival(weakref.ref(hook), awaited, Form()))
+            return
         stride = None
         if packing is None and not values.is_nested and values.ndim:
             # What there is to say of layouts, masks and labels is said in the forward, as of any output.
@@ -183,27 +191,33 @@ class GradientRouter(Router):
 
     def arrive(self, awaited: Awaited, gradient: Tensor, form: Form, why: str = "") -> None:
         """Observe a gradient, or leave the layer out and say why; nothing that happens here ends a backward."""
-        if not self.paused and not self._is_observing():
-            self._guard(awaited.stage, awaited.layer, gradient, self._arrive, awaited, gradient, form, why)
+        is_idle = bool(self.paused) or awaited.moment.is_idle or self._is_closed(awaited.layer)
+        if self._is_observing() or (is_idle and not self.meshes.concerns(gradient)):
+            return
+        self._guard(
+            awaited.stage, awaited.layer, gradient, self._arrive, awaited, gradient, form, why, is_idle=is_idle
+        )
 
     def _arrive(self, of_layer: LayerMetrics, awaited: Awaited, gradient: Tensor, form: Form, why: str) -> None:
         module, limit = self._modules[awaited.layer](), self._limits.max_samples
-        if module is None or of_layer.given_up or of_layer.too_wide or how_it_runs(gradient) != "run":
+        if module is None or how_it_runs(gradient) != "run":
             return
         if why:
             raise LeftOut(why)
-        if limit is not None and of_layer.samples >= limit:
+        moment, name, meshes = awaited.moment, awaited.layer, self.meshes
+        is_full = limit is not None and of_layer.samples >= limit
+        is_idle = bool(self.paused or self.is_merged or of_layer.given_up or of_layer.too_wide)
+        is_idle = is_idle or moment.is_idle or is_full
+        if is_idle and not meshes.concerns(gradient):
             return
-        self.rows.take(of_layer, module, form.of(unscaled(gradient.detach(), self.scale)), awaited.moment)
-
-
-def _is_split(module: nn.Module, values: Tensor) -> bool:
-    """Whether a process holds some of a layer's features only, as under tensor parallelism."""
-    if not any(hasattr(each, "device_mesh") for each in module.parameters(recurse=False)):
-        return False
-    kind, has_its_forward = kind_of(module)
-    width = kind.features_of(module, of_inputs=False) if kind is not None and has_its_forward else None
-    return width is not None and width not in values.shape
+        values = form.of(unscaled(gradient.detach(), self.scale))
+        if meshes.active or is_dtensor(values):
+            part = meshes.part_of(name, module, values, self._layout.dims.get(name))
+            if part is not None:
+                self.rows.take_part(of_layer, module, part, moment, is_idle)
+                return
+        if not is_idle:
+            self.rows.take(of_layer, module, values, moment)
 
 
 def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:
@@ -232,11 +246,19 @@ class GradientHook(OwnHook):
         layer: name of the module.
         module: that it will be put on.
         select: of the output; None takes the first floating tensor.
+        first: the first hook of the module, which has watched outputs that are DTensors.
     """
 
     def __init__(
-        self, router: GradientRouter, layer: str, module: nn.Module, select: Select | None = None
+        self,
+        router: GradientRouter,
+        layer: str,
+        module: nn.Module,
+        select: Select | None = None,
+        *,
+        first: FirstGradientHook | None = None,
     ) -> None:
+        self._first = first
         self._router = weakref.ref(router)
         self._layer = layer
         self._module = weakref.ref(module)
@@ -255,7 +277,8 @@ class GradientHook(OwnHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """See ``torch.nn.Module.register_forward_hook``; eager outputs stay as they are."""
         if not torch.compiler.is_compiling():
-            self._watch(module, (args, kwargs), output)
+            if self._first is None or not self._first.has_watched():
+                self.watch(module, (args, kwargs), output)
         elif CAN_BE_COMPILED and not is_exporting():
             return self._trace((args, kwargs), output)
         return None
@@ -273,7 +296,8 @@ class GradientHook(OwnHook):
             elif each() is not None:
                 self._held.append((each, earlier))
 
-    def _watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
+    def watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        """Have the gradients of an output of eager code observed."""
         router = self._router()
         if router is None:
             return
@@ -334,4 +358,34 @@ class GradientHook(OwnHook):
             router.arrive(awaited, gradient, Form())
 
 
+class FirstGradientHook(OwnHook):
+    """The first forward hook of a module with weights that are DTensors, which sees outputs that are.
+
+    What is behind it may hand out this process' part alone.
+    """
+
+    def __init__(self) -> None:
+        self._is_seen = False
+        self.last: weakref.ref[GradientHook] | None = None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """See ``torch.nn.Module.register_forward_hook``; while Dynamo traces, the last hook does all."""
+        if torch.compiler.is_compiling():
+            return
+        last = None if self.last is None else self.last()
+        self._is_seen = last is not None and is_dtensor(first_tensor(output))
+        if last is not None and self._is_seen:
+            last.watch(module, (args, kwargs), output)
+
+    def has_watched(self) -> bool:
+        """Whether the output of the forward that ends has been watched; asked once."""
+        is_seen, self._is_seen = self._is_seen, False
+        return is_seen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As an `Observer`.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
 skip_frames(GradientHook.__call__.__code__)
+skip_frames(FirstGradientHook.__call__.__code__)

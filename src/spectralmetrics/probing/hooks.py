@@ -96,9 +96,9 @@ class Hooks:
         hook = Observer(module, observe, select, looks=looks)
         self._note(module, module.register_forward_hook(hook, always_call=always_call, prepend=prepend))
 
-    def put(self, module: nn.Module, hook: Any) -> None:
+    def put(self, module: nn.Module, hook: Any, *, prepend: bool = False) -> None:
         """Put a hook behind a module, an :class:`OwnHook` that is called with its arguments by name, too."""
-        self._note(module, module.register_forward_hook(hook, with_kwargs=True))
+        self._note(module, module.register_forward_hook(hook, with_kwargs=True, prepend=prepend))
 
     @property
     def model(self) -> nn.Module | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import pickle
 import sys
 import weakref
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,16 +18,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.layers import kind_of
+from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.hooks import Observe, Select
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, Found, dim_of, widths_around
 from spectralmetrics.probing.observations import first_tensor
-from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
+from spectralmetrics.probing.parts import (
+    LeftOut,
+    Part,
+    Split,
+    is_dtensor,
+    part_of,
+    reason_of,
+    split_of,
+)
 from spectralmetrics.sums.merging import communication_device
+from spectralmetrics.torch_private import default_store
 
 _SAMPLES = 2**20  # elements of an output that are compared
 
 _UNKNOWN = -1
+
+_PROBES: Counter[tuple[str, ...]] = Counter()  # layers with functions that select -> probes so far
 
 _How = Literal["own", "replicated"]
 
@@ -35,13 +51,16 @@ class Meshes:
         model: that the layers are part of; not kept alive.
         selected: layers of which a function of the user's returns a part, or a DTensor.
         of_inputs: of what layers take, in place of what they put out.
+        alike: the settings that the processes of a layer must have in common.
 
     Attributes:
+        alike: likewise.
         active: whether some layer shares its forwards, so that each process takes part in every forward.
     """
 
-    def __init__(self, model: nn.Module, selected: Collection[str], of_inputs: bool) -> None:
+    def __init__(self, model: nn.Module, selected: Collection[str], of_inputs: bool, alike: Alike) -> None:
         self.active = False
+        self.alike = alike
         self._model = weakref.ref(model)
         self._selected = selected
         self._of_inputs = of_inputs
@@ -51,6 +70,11 @@ class Meshes:
             str, _How | int
         ] = {}  # layer -> how its plain outputs are placed, or their whole width
         self._forms: dict[str, Part] = {}  # of what was selected, without its values
+        self._heard: set[str] = set()  # layers of which all have told whether what selects failed
+        self._failed: dict[str, str] = {}  # layer -> why what selects failed in its first forward, somewhere
+        # The same on all processes, whatever other probes each of them has.
+        _PROBES[names := tuple(sorted(selected))] += 1
+        self._key = f"spectralmetrics/select/{zlib.crc32(repr(names).encode())}/{_PROBES[names]}"
         self._experts: weakref.WeakKeyDictionary[nn.Module, tuple[Split, ...]] = weakref.WeakKeyDictionary()
         self._has_looked = False
 
@@ -79,6 +103,17 @@ class Meshes:
         self._groups = tuple(groups.values())
         self.active = self.active or bool(groups)
 
+    def agree(self, name: str) -> None:
+        """Compare the settings of processes in the first forward of a layer, which all observe in any case.
+
+        Raises:
+            LeftOut: if they differ where layers are shared.
+        """
+        if self._groups:
+            self.alike.check(self._groups)
+        elif name in self._selected and is_one_of_several():  # with whom it is shared is not known yet
+            self._tell_store(f"{name}/settings", pickle.dumps(self.alike.settings()))
+
     def shares(self) -> bool:
         """Whether some layer shares its forwards, as far as can be known before it runs."""
         if not self._has_looked:
@@ -104,13 +139,16 @@ class Meshes:
         values = output if isinstance(output, Part) else first_tensor(output)
         if isinstance(values, Part) or is_dtensor(values):
             part = values if isinstance(values, Part) else part_of(values)
+            if not part.splits:
+                return None
+            self.active = True
+            self.alike.check([split.group for split in part.splits])
             if name in self._selected:
                 self._check_form(name, part)
-            if part.splits:
-                self.active = True
-            return part if part.splits else None
+            return part
         if not self._groups or name in self._selected or not isinstance(values, Tensor) or values.ndim < 1:
             return None
+        self.alike.check(self._groups)
         dim = (dims or dim_of(module, of_inputs=self._of_inputs)).find(values).dim
         how = self._known.get(name)
         if how is None:
@@ -140,6 +178,9 @@ class Meshes:
         known = self._experts.get(module)
         if known is not None:
             return known
+        if not self._groups:
+            return ()
+        self.alike.check(self._groups)
         sharded: dict[str, set[int]] = {}
         for each, parameter, dims in () if (model := self._model()) is None else _placed(model, module):
             for dim in dims if each is module and parameter.ndim > 1 else ():
@@ -170,29 +211,68 @@ class Meshes:
     def select(self, name: str, output: Any, function: Select) -> tuple[Any, Exception | None]:
         """What a function of the user's makes of an output.
 
+        Whether it fails in its first forward is told to all processes through their store: nobody can know then
+        which of them expect something of this one.
+
+        Raises:
+            LeftOut: where it has failed in the first forward on some process, for good.
+
         Returns:
             It and None. Where the function raises, what others expect of this process, the part of a DTensor as
             it was the last time, whose values are NaN, and the error.
         """
+        if name in self._failed:
+            raise LeftOut(self._failed[name])
         try:
             chosen = function(output)
         except Exception as error:
             before = self._forms.get(name)
             values = first_tensor(output)
             if before is None or not isinstance(values, Tensor):
+                if name not in self._heard and is_one_of_several():
+                    self._failed[name] = f"`select` failed in the first forward: {reason_of(error)}"
+                    self._tell_store(name, self._failed[name].encode())
                 raise
             sizes = zip(values.shape, before.shape, before.local.shape, strict=True)
             shape = tuple(size if whole == local else whole for size, whole, local in sizes)
             return replace(before, local=torch.full_like(values, math.nan), shape=shape), error
         if is_dtensor(chosen):
             part, values = part_of(chosen), first_tensor(output)
+            if name not in self._heard:
+                self._heard.add(name)
+                self._tell_store(name, b"")
+                self._hear_others(name, chosen.device_mesh.mesh.flatten().tolist())
             if isinstance(values, Tensor) and part.local.shape == values.shape:
                 self._forms[name] = replace(part, local=part.local.new_empty(()).expand(part.local.shape))
         return chosen, None
 
+    def _tell_store(self, name: str, told: bytes) -> None:
+        with contextlib.suppress(RuntimeError, AttributeError):  # a store that cannot, or none
+            default_store().set(f"{self._key}/{name}/{dist.get_rank()}", b"." + told)
+
+    def _hear(self, name: str, ranks: list[int]) -> dict[int, bytes]:
+        try:
+            store = default_store()
+            return {rank: store.get(f"{self._key}/{name}/{rank}")[1:] for rank in ranks}
+        except (RuntimeError, AttributeError):
+            return {}
+
+    def _hear_others(self, name: str, ranks: list[int]) -> None:
+        """Raise an error if a function of the user's has failed on one of these, or settings differ."""
+        try:
+            if not self._groups:
+                settings = self._hear(f"{name}/settings", ranks)
+                self.alike.compare({rank: pickle.loads(each) for rank, each in settings.items()})
+            told = self._hear(name, ranks)
+            if failures := [f"{why.decode()} on process {rank}" for rank, why in told.items() if why]:
+                raise LeftOut("; ".join(failures))
+        except LeftOut as error:
+            self._failed[name] = str(error)
+            raise
+
     def _check_form(self, name: str, part: Part) -> None:
         """Have all processes agree, once, on the shape of what a function of the user's has returned."""
-        if self._known.get(name) is not None or not part.splits:
+        if self._known.get(name) is not None:
             return
         self._known[name] = "own"
         for split in part.splits:
@@ -260,12 +340,14 @@ class Meshes:
         return span.stop - span.start == width < whole
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return {"alike": self.alike}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Of a copy nothing runs.
+        self.alike = state["alike"]
         self.active, self._has_looked, self._groups, self._selected = False, True, (), ()
         self._known, self._forms, self._sharded, self._of_inputs = {}, {}, weakref.WeakSet(), False
+        self._failed, self._heard, self._key = {}, set(), ""
         self._experts = weakref.WeakKeyDictionary()
         self._model = lambda: None  # type: ignore[assignment]
 

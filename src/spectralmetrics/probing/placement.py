@@ -95,7 +95,7 @@ def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRu
     feature_dim = order[1 if whole.kind == "maps" else -1]
     sample_dim = order[0]
     dims = set(part.row_dims(feature_dim))
-    how = _wholes(whole, rule)
+    how = how_of_wholes(whole, rule)
     if how and dims - ({sample_dim} if not whole.was_flat else set()):
         raise LeftOut(
             f"{how} needs whole samples, and its output {part.shape} is placed as {part.words()} with features"
@@ -168,7 +168,7 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
     return replace(observations, values=rows, feature_dim=-1, valid=valid, labels=labels)
 
 
-def _wholes(whole: Batch, rule: ObservationRule) -> str:
+def how_of_wholes(whole: Batch, rule: ObservationRule) -> str:
     """What needs whole samples: the argument of the probe that asks for it; empty if nothing does."""
     if whole.kind == "sequence" and rule.sequences != "timesteps":
         return f"sequences={rule.sequences!r}"

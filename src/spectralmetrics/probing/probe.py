@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import numbers
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -20,13 +22,14 @@ from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, S
 from spectralmetrics.metrics.base import REPEATED_INPUTS
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
+from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
 from spectralmetrics.probing.experts import Expert, Watched, by_whole, select_probed
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_scale import check_scale
-from spectralmetrics.probing.gradients import GradientHook, GradientRouter
+from spectralmetrics.probing.gradients import FirstGradientHook, GradientHook, GradientRouter
 from spectralmetrics.probing.history import History, Scales, scales_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
@@ -255,7 +258,9 @@ class LayerProbe(nn.Module):
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
         # Forwards are told apart where folds or a history keep them.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
-        meshes = Meshes(unwrap(model), set(selected), is_of_inputs)
+        others = {**vars(self.rule), "metrics": tuple(described(*each) for each in templates.items())}
+        self._alike = Alike(self._limits, self._steps, others)
+        meshes = Meshes(unwrap(model), set(selected), is_of_inputs, self._alike)
         self._steps.shares = meshes.shares
         router = GradientRouter if observe == "gradients" else Router
         self._router = router(
@@ -290,7 +295,12 @@ class LayerProbe(nn.Module):
                 continue
             observe = Weakly(self._router.observe, name)
             if isinstance(self._router, GradientRouter):
-                self._hooks.put(module, GradientHook(self._router, name, module, selected.get(name)))
+                first = FirstGradientHook() if name not in selected and has_dtensors(module) else None
+                last = GradientHook(self._router, name, module, selected.get(name), first=first)
+                if first is not None:
+                    first.last = weakref.ref(last)
+                    self._hooks.put(module, first, prepend=True)
+                self._hooks.put(module, last)
             elif self.observe == "inputs":
                 function = selected.get(name)
                 chooses = None if function is None else _of_arguments(function)
@@ -669,6 +679,7 @@ class LayerProbe(nn.Module):
                 {name: self._router.facts[name] for name in self._layers},
                 tuple(self._router.order),
                 {place: each.widths() for place, each in places.items()},
+                self._alike.settings() if self._router.meshes.active else None,
             )
 
         agreement = agree_on_layers(
@@ -682,6 +693,8 @@ class LayerProbe(nn.Module):
             keeps_own=keeps_own,
         )
         self._steps.agree_on_plans(group)
+        if agreement.settings and agreement.world == dist.get_world_size():
+            self._alike.renew(agreement.settings)
         return agreement
 
     def _guest(self, stage: str, layer: str) -> LayerMetrics:

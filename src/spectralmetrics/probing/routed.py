@@ -14,12 +14,12 @@ class Routed(NamedTuple):
 
     Attributes:
         states: (T, D).
-        index: (T, k), the experts of each token.
+        experts: (T, k), those of each token.
         cast: name of the dtype that autocast computes in; empty without it.
     """
 
     states: Tensor
-    index: Tensor
+    experts: Tensor
     cast: str
 
 

@@ -75,7 +75,7 @@ class Router:
         self._layout = layout
         self._selected = selected
         self.meshes = meshes
-        self.rows = Rows(rule, limits, steps, layout, selected)
+        self.rows = Rows(rule, limits, steps, layout, selected, meshes.alike)
         self.facts = {name: self._facts_of(name, module) for name, module in modules.items()}
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
 
@@ -90,10 +90,9 @@ class Router:
         stage = self._steps.stage_of(training)
         if stage is None or self._passes(stage, name):
             return
-        if not is_idle and self._is_closed(name):
-            if not self.meshes.concerns(output):
-                return
-            is_idle = True
+        is_idle = is_idle or self._is_closed(name)
+        if is_idle and not self.meshes.concerns(output):
+            return
         has_grad = torch.is_grad_enabled()
         self._guard(
             stage,
@@ -241,6 +240,7 @@ class Router:
                 self.order.append(name)
             self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
             self.meshes.look(module.whole if isinstance(module, Expert) else module)
+            self.meshes.agree(name)
         if of_layer.given_up or of_layer.too_wide:
             is_idle = True
         if limits.max_samples is not None and of_layer.samples >= limits.max_samples:

@@ -47,6 +47,8 @@ class Steps:
         stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback sets
             it, which knows more than the flag.
         shares: says whether other processes share forwards of the model, and so must observe the same.
+        agreed: one in how many, and the seed, as processes that share forwards have agreed; None goes by what
+            is set.
     """
 
     stage_of: Callable[[bool], str | None]
@@ -63,6 +65,7 @@ class Steps:
         self._is_watching = False
         self.forwards = {"train": 0, "eval": 0}  # ever
         self.step: int | None = None  # of the optimiser, as far as somebody tells
+        self.agreed: tuple[int, int] | None = None
         self._thread = threading.local()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
@@ -76,7 +79,8 @@ class Steps:
         step = self.counts[stage]
         self.counts[stage] += 1
         # In the place of what an interrupted forward, after which no hook is called, has left.
-        is_seen = is_observed(step, self.every, (self.seed, stage, self.epochs[stage]))
+        every, seed = self.agreed or (self.every, self.seed)
+        is_seen = is_observed(step, every, (seed, stage, self.epochs[stage]))
         if self.budget is not None:
             is_seen = self._allows(stage, step) and is_seen
         # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
@@ -109,7 +113,8 @@ class Steps:
             return current.is_observed
         if self.budget is not None and not self._allows(stage, forward):
             return False
-        return is_observed(forward, self.every, (self.seed, stage, layer, self.epochs[stage]))
+        every, seed = self.agreed or (self.every, self.seed)
+        return is_observed(forward, every, (seed, stage, layer, self.epochs[stage]))
 
     def passes(self) -> bool:
         """Whether the forward of the model that runs in this thread is not observed."""
@@ -119,7 +124,7 @@ class Steps:
     @property
     def leaves_out(self) -> bool:
         """Whether some forwards may not be observed."""
-        return self.every > 1 or self.budget is not None
+        return self.every > 1 or self.budget is not None or (self.agreed or (1,))[0] > 1
 
     def reset(self, stage: str) -> None:
         """Count a stage from the beginning, with other draws."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.doubts import doubt_of
 from spectralmetrics.probing.experts import Pairs
@@ -22,12 +23,12 @@ from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.masking import Masks
 from spectralmetrics.probing.meshes import At
 from spectralmetrics.probing.observations import Batch, ObservationRule
-from spectralmetrics.probing.parts import Part, Split, first_rank
-from spectralmetrics.probing.placement import bring, place, placed_as
+from spectralmetrics.probing.parts import LeftOut, Part, Split, first_rank
+from spectralmetrics.probing.placement import bring, how_of_wholes, place, placed_as
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums import Observations
-from spectralmetrics.torch_private import is_fake
+from spectralmetrics.torch_private import is_context_parallel, is_fake
 
 
 class Moment(NamedTuple):
@@ -61,6 +62,7 @@ class Rows:
         steps: which forwards of the model.
         layout: of sequences.
         selected: layers of whose output a function of the user's returns a part.
+        alike: the limits that count for what processes share.
 
     Attributes:
         masks: laid beside the model.
@@ -68,12 +70,19 @@ class Rows:
     """
 
     def __init__(
-        self, rule: ObservationRule, limits: Limits, steps: Steps, layout: Layout, selected: Container[str]
+        self,
+        rule: ObservationRule,
+        limits: Limits,
+        steps: Steps,
+        layout: Layout,
+        selected: Container[str],
+        alike: Alike,
     ) -> None:
         self.masks = Masks()
         self.labels = Labels()
         self._rule = rule
         self._limits = limits
+        self._alike = alike
         self._steps = steps
         self._layout = layout
         self._told_layout: set[str] = set()
@@ -83,6 +92,8 @@ class Rows:
         """Hand the rows of an output to the metrics."""
         limits = self._limits
         batch = self.batch_of(of_layer, module, output, moment)
+        if is_context_parallel():
+            batch = self._of_some_positions(of_layer.layer, batch)
         if limits.max_samples is not None:
             batch = batch.first(limits.max_samples - of_layer.samples)
         if batch.values.numel() == 0:
@@ -94,11 +105,25 @@ class Rows:
         everything = None
         if moment.number is not None:
             everything = observations = replace(observations, forward=moment.number, step=moment.step)
-        size, seed = self._draws(of_layer, observations.num_features, batch, moment)
+        size, seed = self._draws(of_layer, observations.num_features, batch, moment, limits)
         if size is not None:
             observations = draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
         of_layer.update(observations, labelled, moment.groups, batch.values, everything)
+
+    def _of_some_positions(self, name: str, batch: Batch) -> Batch:
+        """A batch where each process has some positions of each sample, and has nothing of whole samples."""
+        if batch.kind == "rows" or batch.is_feature_map:
+            return batch
+        if how := how_of_wholes(batch, self._rule):
+            raise LeftOut(
+                f"{how} needs whole samples, of which each process has some positions inside context_parallel."
+                " Take every position (sequences='timesteps', feature_maps='positions')"
+            )
+        if batch.labels is not None and batch.labels.ndim == 1:
+            self.labels.note(name, tuple(batch.values.shape), fits=False)
+            return replace(batch, labels=None)
+        return batch
 
     def take_part(
         self, of_layer: LayerMetrics, module: nn.Module, part: Part, moment: Moment, is_idle: bool
@@ -112,7 +137,7 @@ class Rows:
             moment: what else belongs to the forward; its number says what is drawn.
             is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
         """
-        name, limits = of_layer.layer, self._limits
+        name, limits = of_layer.layer, self._alike.limits
         if is_fake(part.local):
             return
         dims = None
@@ -133,7 +158,7 @@ class Rows:
         observations = placed.observations(self._rule, remaining)
         width = placed.whole_width(observations)
         limits.check_width(of_layer, width)
-        size, seed = self._draws(of_layer, width, placed.whole, moment)
+        size, seed = self._draws(of_layer, width, placed.whole, moment, limits)
         if of_layer.folds > 1:
             of_layer.share_with((first_rank(part), dist.get_world_size()))
         everything = None
@@ -165,7 +190,8 @@ class Rows:
         if moment.is_idle and not any(split.op for split in splits):
             of_layer.pass_over(moment.groups)
             return
-        limits, width, tokens = self._limits, pairs.states.shape[-1], pairs.tokens
+        limits = self._alike.limits if splits else self._limits
+        width, tokens = pairs.states.shape[-1], pairs.tokens
         limits.check_width(of_layer, width)
         valid = None
         remaining = sys.maxsize
@@ -175,7 +201,7 @@ class Rows:
             tokens = tokens if splits else tokens[:remaining]
         labels = pairs.labels[tokens] if of_layer.takes_labels and pairs.labels is not None else None
         seen = Observations(tokens[:, None], valid=valid, labels=labels)
-        size, seed = self._draws(of_layer, width, Batch("rows", seen.values), moment)
+        size, seed = self._draws(of_layer, width, Batch("rows", seen.values), moment, limits)
         everything = None
         if moment.number is None:
             observations = self._put_out(pairs, seen, splits, size, seed)
@@ -207,18 +233,18 @@ class Rows:
         return bring(found, placed_as(found, behind), None, seed) if behind else found
 
     def _draws(
-        self, of_layer: LayerMetrics, width: int, batch: Batch, moment: Moment
+        self, of_layer: LayerMetrics, width: int, batch: Batch, moment: Moment, limits: Limits
     ) -> tuple[int | None, int]:
         """How many observations to draw of a batch, None for all, and the seed of the draws."""
-        rows_per_feature = self._rows_per_feature(of_layer.stage)
+        rows_per_feature = self._rows_per_feature(of_layer.stage, limits.rows_per_feature)
         size = batch.limit(self._rule)
         if rows_per_feature is not None:
             size = min(sample_size(rows_per_feature, width), size or sys.maxsize)
-        where = f"{self._limits.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {moment.forward}"
+        where = f"{limits.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {moment.forward}"
         return size, 0 if size is None else zlib.crc32(where.encode())
 
-    def _rows_per_feature(self, stage: str) -> float | None:
-        wanted, budget = self._limits.rows_per_feature, self._steps.budget
+    def _rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
+        budget = self._steps.budget
         allowed = None if budget is None else budget.rows_per_feature(stage)
         if allowed is None or wanted is None:
             return wanted if allowed is None else allowed

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -60,6 +61,10 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.output(self.norm(x))
+
+
+def mesh_of(world):
+    return init_device_mesh("cpu", (world,))
 
 
 def llama(dtype=torch.float64, blocks=BLOCKS):

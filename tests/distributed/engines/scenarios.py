@@ -20,11 +20,13 @@ import spectralmetrics as sm
 from spectralmetrics.probing.observations import ObservationRule
 from spectralmetrics.probing.parts import part_of
 from spectralmetrics.probing.placement import bring, place
+from tests.distributed.engines import experts, settings, training
 from tests.distributed.engines.llama import (
     KINDS,
     VOCABULARY,
     llama,
     loss_of,
+    mesh_of,
     outputs,
     plan,
     rows,
@@ -35,10 +37,6 @@ from tests.distributed.spread import assert_holds, every_linear
 from tests.metrics.properties import assert_same
 
 LINEAR = (nn.Linear,)
-
-
-def mesh_of(world):
-    return init_device_mesh("cpu", (world,))
 
 
 def probed(
@@ -168,7 +166,8 @@ def masks_and_labels(rank, world):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             run(model, probe)
-            found, expected = probe.compute("train"), alone(metrics(), run, layers=KINDS).compute()
+            found, whole_one = probe.compute("train"), alone(metrics(), run, layers=KINDS)
+            expected = whole_one.compute()
         assert any("labels of shape (5,)" in str(each.message) for each in told) == (
             sequence and labels is of_samples
         )
@@ -181,7 +180,7 @@ def masks_and_labels(rank, world):
         for key, value in found.items():
             assert_same(value, expected[key], 1e-9)
         covariances = probe.covariances("train")
-        for name, covariance in alone(metrics(), run, layers=KINDS).covariances("train").items():
+        for name, covariance in whole_one.covariances("train").items():
             assert (covariances[name] - covariance).norm() < 1e-12 * covariance.norm()
         with probe.merged():
             counts = {int(probe["train", name]["spectrum"].count) for name in probe.layers}
@@ -309,7 +308,10 @@ def each_process_has_another_fate(rank, world):
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(12)]
     unlucky = world - 1
-    for fate, sequence in itertools.product(("paused", "full", "failed", "budget", "merged"), (False, True)):
+    fates = ("paused", "full", "failed", "budget", "merged")
+    everything = list(itertools.product(fates, (False, True)))
+    # On two processes each fate once, since it takes seconds.
+    for fate, sequence in everything if world > 2 else [everything[2 * k + k % 2] for k in range(5)]:
         metrics = [Fussy()] if fate == "failed" else [sm.SpectrumMetric()]
         arguments = {"budget": 1e-6 if rank == unlucky else 0.9} if fate == "budget" else {}
         model, probe = probed(mesh, metrics, sequence=sequence, is_local=not sequence, folds=2, **arguments)
@@ -679,6 +681,9 @@ EVERYWHERE = [
     tensor_parallel_and_fsdp,
     fsdp_alone_adds_up,
     compiled_layers,
+    *settings.SCENARIOS,
+    *training.SCENARIOS,
+    *experts.SCENARIOS,
 ]
 
 
@@ -688,21 +693,27 @@ def transformers_llama(folder, **arguments):
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **arguments)
 
 
-@contextlib.contextmanager
 def saved_llama(rank, world):
-    """The folder of a Llama with random weights, and the environment that a launcher makes."""
+    """The folder of a Llama with random weights, see :func:`saved`."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    return saved(LlamaForCausalLM, config, rank, world)
+
+
+@contextlib.contextmanager
+def saved(kind, config, rank, world):
+    """The folder of a model with random weights, and the environment that a launcher makes."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     told = [tempfile.mkdtemp() if rank == 0 else None]
     if rank == 0:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(told[0])
+        kind(config).save_pretrained(told[0])
     dist.broadcast_object_list(told)
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
     before = dict(os.environ)
@@ -732,6 +743,55 @@ def tp_plan_of_transformers(rank, world):
                 assert_holds(probe, "eval", expected)
             else:
                 assert len(probe.compute("eval")) == len(expected)
+
+
+def experts_of_transformers(rank, world):
+    """Its own tensor and expert parallelism: weights of each expert are cut, or each process has some."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    batches = [tokens(seed, 3, 5) for seed in range(2)]
+    with saved(MixtralForCausalLM, config, rank, world) as folder:
+
+        def new(**arguments):
+            return MixtralForCausalLM.from_pretrained(
+                folder, dtype=torch.float64, experts_implementation="eager", **arguments
+            )
+
+        expected = {}
+
+        def keep(module, args, output):
+            for number, weights in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+                chosen = args[0][(args[1] == number).any(1)]
+                expected.setdefault(f"model.layers.0.mlp.experts.{number}", []).append(
+                    experts.put_out(chosen, *weights)
+                )
+
+        plain = new()
+        plain.model.layers[0].mlp.experts.register_forward_hook(keep)
+        with torch.no_grad():
+            for batch in batches:
+                plain(batch)
+        expected = {name: torch.cat(each) for name, each in expected.items()}
+        for distributed in (
+            DistributedConfig(tp_size=world, tp_plan="auto"),
+            DistributedConfig(tp_size=world, ep_size=world),
+            DistributedConfig(tp_size=world, ep_size=world, ep_implementation="all_to_all"),
+        ):
+            model = new(distributed_config=distributed)
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="*.experts")
+            for batch in batches:
+                model(batch)
+            assert_holds(probe, "eval", expected)
+        # Tokens of other processes travel inside the layer.
+        model = new(distributed_config=DistributedConfig(fsdp_size=world, ep_size=world))
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="*.experts")
+        with pytest.warns(UserWarning, match="is not observed.*among processes that have other tokens"):
+            model(batches[rank])
 
 
 def accelerate_with_fsdp2(rank, world):
@@ -789,7 +849,7 @@ def parallelized_as_by_torchtitan(rank, world):
     assert_holds(probe, "train", rows(batches[0] + batches[1], LINEAR, llama(blocks=1)))
 
 
-LONG = [compiled_llamas, tp_plan_of_transformers, accelerate_with_fsdp2]
+LONG = [compiled_llamas, tp_plan_of_transformers, experts_of_transformers, accelerate_with_fsdp2]
 
 SCENARIOS = {"2": EVERYWHERE, "2-long": LONG, "4": [*EVERYWHERE, parallelized_as_by_torchtitan]}
 

@@ -1,0 +1,172 @@
+"""Experts whose weights are stacked in one parameter, spread by hand as transformers spreads its own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import spectralmetrics as sm
+from tests.distributed.engines.llama import mesh_of
+from tests.distributed.spread import assert_holds
+
+WIDTH, INNER, NUMBER = 6, 8, 4
+
+
+def put_out(states, up, down):
+    """What one expert puts out, from its weights."""
+    gate, value = (states @ up.T).chunk(2, -1)
+    return ((nn.functional.silu(gate) * value) @ down.T).detach()
+
+
+class Experts(nn.Module):
+    """As in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = NUMBER
+        self.gate_up_proj = nn.Parameter(torch.randn(NUMBER, 2 * INNER, WIDTH))
+        self.down_proj = nn.Parameter(torch.randn(NUMBER, WIDTH, INNER))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        found = torch.zeros_like(hidden_states)
+        for number in range(self.num_experts):
+            token, place = torch.where(top_k_index == number)
+            gate, value = (hidden_states[token] @ self.gate_up_proj[number].T).chunk(2, -1)
+            rows = (nn.functional.silu(gate) * value) @ self.down_proj[number].T
+            found.index_add_(0, token, rows * top_k_weights[token, place, None])
+        return found
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before = nn.Linear(WIDTH, WIDTH)
+        self.experts = Experts()
+
+    def forward(self, x, index):
+        return self.experts(self.before(x), index, torch.full(index.shape, 0.5, dtype=x.dtype))
+
+
+def inputs(seed, number=11):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(number, WIDTH, generator=generator).double()
+    return x, torch.stack([torch.randperm(NUMBER, generator=generator)[:2] for _ in range(number)])
+
+
+def rows(batches):
+    model, found = Mixture().double(), {}
+    for x, index in batches:
+        states = model.before(x).detach()
+        for number, weights in enumerate(zip(model.experts.gate_up_proj, model.experts.down_proj, strict=True)):
+            chosen = states[(index == number).any(1)]
+            found.setdefault(f"experts.{number}", []).append((chosen, put_out(chosen, *weights)))
+    return {name: tuple(map(torch.cat, zip(*each, strict=True))) for name, each in found.items()}
+
+
+def place(experts, mesh, how):
+    """Give a process some inner features of each expert, or some experts, and a forward that takes them."""
+    original = experts.forward
+
+    def shard(name, dim, values):
+        experts._parameters[name] = nn.Parameter(distribute_tensor(values.detach(), mesh, [Shard(dim)]))
+
+    if how == "tensor":
+        half = INNER // mesh.size()
+        # Each process has the same features of the gate and of the value.
+        gate, value = experts.gate_up_proj.detach().chunk(2, 1)
+        parts = zip(gate.split(half, 1), value.split(half, 1), strict=True)
+        shard("gate_up_proj", 1, torch.cat([each for pair in parts for each in pair], 1))
+        shard("down_proj", 2, experts.down_proj)
+    else:
+        experts.num_experts = NUMBER // mesh.size()
+        shard("gate_up_proj", 0, experts.gate_up_proj)
+        shard("down_proj", 0, experts.down_proj)
+    first = mesh.get_local_rank() * experts.num_experts if how == "experts" else 0
+
+    def forward(hidden_states, top_k_index, top_k_weights):
+        kept = dict(experts._parameters)
+        experts._parameters.update({name: each.to_local() for name, each in kept.items()})
+        try:
+            found = original(hidden_states, top_k_index - first, top_k_weights)
+        finally:
+            experts._parameters.update(kept)
+        dist.all_reduce(found)
+        return found
+
+    experts.forward = forward
+
+
+def experts_that_are_spread_equal_one_process(rank, world):
+    """Each expert's rows whole and once: cut experts, some experts, and the same ones on all processes."""
+    mesh, batches = mesh_of(world), [inputs(seed) for seed in range(2)]
+    expected = rows(batches)
+    for how in ("tensor", "experts", "copies"):
+        for observe in ("outputs", "inputs"):
+            model = Mixture().double()
+            if how == "copies":
+                parallelize_module(model, mesh, {"before": ColwiseParallel(output_layouts=Replicate())})
+            else:
+                place(model.experts, mesh, how)
+            probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts", observe=observe)
+            assert len(probe.layers) == (NUMBER // world if how == "experts" else NUMBER)
+            with torch.no_grad():
+                for x, index in batches:
+                    model(x, index)
+            assert_holds(probe, "train", {n: each[observe == "outputs"] for n, each in expected.items()})
+            probe.remove()
+    # Drawn before they run, and a process that is paused takes part.
+    for how in ("tensor", "copies"):
+        model = Mixture().double()
+        if how == "copies":
+            parallelize_module(model, mesh, {"before": ColwiseParallel(output_layouts=Replicate())})
+        else:
+            place(model.experts, mesh, how)
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts", rows_per_feature=0.5)
+        with torch.no_grad():
+            for number, (x, index) in enumerate(batches):
+                if rank == world - 1 and number == 1:
+                    probe.pause()
+                model(x, index)
+        probe.resume()
+        with probe.merged():
+            counts = [int(probe["train", name]["spectrum"].count) for name in probe.layers]
+        per_forward = [min(3, int((index == 0).sum())) for _, index in batches]
+        assert len(counts) == NUMBER
+        assert sum(per_forward) - per_forward[1] // world - 1 <= counts[0] < sum(per_forward)
+        probe.remove()
+
+
+def experts_that_each_process_makes_are_merged_by_name(rank, world):
+    batches = [inputs(seed) for seed in range(2)]
+    expected = {}
+    for each in range(world):
+        for name, (_, found) in rows(batches).items():
+            expected[f"of{each}.{name.rpartition('.')[2]}"] = found * (each + 1)
+    model = Mixture().double()
+    with torch.no_grad():
+        model.experts.down_proj.mul_(rank + 1)
+    holder = nn.ModuleDict({f"of{rank}": model.experts})
+    probe = sm.LayerProbe(holder, sm.SpectrumMetric(), layers="of*")
+    for x, index in batches:
+        model(x, index)
+    assert_holds(probe, "train", expected)
+
+
+def experts_that_count_from_zero_on_each_process_are_told(rank, world):
+    model = Mixture().double()
+    torch.manual_seed(rank)
+    nn.init.normal_(model.experts.gate_up_proj)
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts")
+    model(*inputs(0))
+    with pytest.warns(UserWarning, match=r"'experts.0' means different layers on different processes"):
+        probe.compute("train")
+
+
+SCENARIOS = [
+    experts_that_are_spread_equal_one_process,
+    experts_that_each_process_makes_are_merged_by_name,
+    experts_that_count_from_zero_on_each_process_are_told,
+]
