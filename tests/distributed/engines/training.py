@@ -42,7 +42,8 @@ def gradients_equal_one_process(rank, world):
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(2)]
     expected = gradients(batches)
-    for sequence, is_local, is_before in ((0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 0, 0)):
+    ways = ((0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 0, 0))
+    for sequence, is_local, is_before in ways if world == 2 else ways[1:3]:
         ends = []
         for has_probe in (False, True):
             model = llama()
@@ -158,9 +159,9 @@ def assert_same_training(rank, spread, befores, **arguments):
 
 
 def training_with_sharded_weights_is_the_same_to_the_bit(rank, world):
-    """FSDP2; on four processes replicated too, and beside tensor parallelism, eager and compiled."""
-    assert_same_training(rank, sharded_weights(mesh_of(world)), (True, False))
+    """FSDP2; on four processes also replicated, and beside tensor parallelism, eager and compiled."""
     if world != 4:
+        assert_same_training(rank, sharded_weights(mesh_of(world)), (True, False))
         return
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     assert_same_training(rank, sharded_weights(hybrid), (False,))
@@ -171,8 +172,10 @@ def training_with_sharded_weights_is_the_same_to_the_bit(rank, world):
         sharded_weights(mesh["dp"])(model)
 
     replica = mesh["dp"].get_local_rank()
-    assert_same_training(replica, both, (True, False))
-    assert_same_training(replica, both, (False,), compiles=True)
+    assert_same_training(replica, both, (True,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's own
+        assert_same_training(replica, both, (False,), compiles=True)
 
 
 class Between(nn.Module):
