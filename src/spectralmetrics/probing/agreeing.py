@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spectralmetrics.metrics.stream import group_object
-from spectralmetrics.probing.alike import Settings
+from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.identity import Identity, Weights, digest_of
@@ -45,6 +45,7 @@ def agree_on_layers(
     guest: Callable[[str, str], LayerMetrics],
     kept: Kept,
     identity: Identity,
+    alike: Alike,
     *,
     takes_all: bool = False,
     keeps_own: bool = False,
@@ -61,6 +62,7 @@ def agree_on_layers(
         guest: makes the metrics of a layer that this process does not have, or has no observations of.
         kept: what this process keeps of merged sums.
         identity: of this process' layers, compared with those of others once.
+        alike: the settings that processes must have in common where they share layers.
         takes_all: see :class:`Agreement`.
         keeps_own: whether each process keeps its own of layers that all have, which then need not fit together.
 
@@ -94,8 +96,8 @@ def agree_on_layers(
     if has_failed:
         gather_agreed(None, error, group)
     assert catalogue is not None
-    alike = high == -low
-    catalogues = [catalogue] * dist.get_world_size(group) if alike else gather_objects(catalogue, group)
+    is_same = high == -low
+    catalogues = [catalogue] * dist.get_world_size(group) if is_same else gather_objects(catalogue, group)
     common = set(catalogue.places).intersection(*(each.places for each in catalogues))
     _check(catalogues, common if keeps_own else ())
     if not keeps_own:
@@ -117,7 +119,10 @@ def agree_on_layers(
                 places[place].sketch(sketch)
         else:
             places[place] = own[place]
-    agreement = Agreement(
+    settings = [each.settings for each in catalogues if each.settings is not None]
+    if settings and dist.get_world_size(group) == dist.get_world_size():
+        alike.renew(settings)
+    return Agreement(
         group,
         places,
         widths,
@@ -128,8 +133,6 @@ def agree_on_layers(
         takes_all,
         *((own.keys(), places.keys() - common) if keeps_own else ()),
     )
-    agreement.settings = [each.settings for each in catalogues if each.settings is not None]
-    return agreement
 
 
 def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:

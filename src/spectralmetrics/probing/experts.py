@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.layers import register_layer
 from spectralmetrics.probing.labelling import Labels
 from spectralmetrics.probing.masking import Masks
-from spectralmetrics.probing.parts import LeftOut, is_dtensor, part_of
+from spectralmetrics.probing.parts import LeftOut, Span, Split, is_dtensor, own_of, part_of, sent_rows
 from spectralmetrics.probing.routed import Routed, arguments_of
+from spectralmetrics.probing.sampling import draw
 from spectralmetrics.probing.selection import Selectors, named_modules, select_among, unwrap
+from spectralmetrics.sums import Observations
 from spectralmetrics.torch_private import bare_copy, waited
 
 # What the second and the third argument of such a module's forward are called.
@@ -36,10 +39,10 @@ class Expert(nn.Module):
 
     Args:
         whole: the module of all experts; not kept alive.
-        index: of the expert, in the weights that this process has.
+        index: of the expert, in the weights that this process has; None if another process has it.
     """
 
-    def __init__(self, whole: nn.Module, index: int) -> None:
+    def __init__(self, whole: nn.Module, index: int | None) -> None:
         super().__init__()
         self._whole = weakref.ref(whole)
         self.index = index
@@ -71,7 +74,7 @@ class Expert(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
         """Its matrices, or, of weights that are sharded, all that there is; to tell it from others."""
         for each in _stacked(self.whole):
-            yield each if is_dtensor(each) else each.detach()[self.index]
+            yield each if is_dtensor(each) else each.detach()[self.index or 0]
 
 
 register_layer(Expert, dim=-1, in_features="width", out_features="width", ceiling=lambda expert: expert.ceiling)
@@ -87,6 +90,9 @@ def select_probed(
         layers: likewise; who names a module of experts means each of them, ``"*.experts.[0-3]"`` some.
         exclude: likewise.
         whole: modules that are not taken apart.
+
+    Returns:
+        Also the experts that other processes have: their module has to take part.
     """
     modules: dict[str, nn.Module] = {}
     parts: dict[str, list[str]] = {}
@@ -98,13 +104,20 @@ def select_probed(
     return select_among(model, modules, layers, exclude, parts)
 
 
-def by_whole(layers: Mapping[str, nn.Module]) -> dict[nn.Module, dict[str, Expert]]:
-    """Module of experts -> those that are probed, by the names of their layers."""
-    found: dict[nn.Module, dict[str, Expert]] = {}
+def by_whole(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Watched]:
+    """Module of experts -> those that are probed."""
+    found: dict[nn.Module, Watched] = {}
     for name, module in layers.items():
         if isinstance(module, Expert) and module.whole is not None:
-            found.setdefault(module.whole, {})[name] = module
+            watched = found.setdefault(module.whole, Watched(name.rpartition(".")[0]))
+            if not is_elsewhere(module):
+                watched.experts[name] = module
     return found
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether this is an expert that another process has."""
+    return isinstance(module, Expert) and module.index is None
 
 
 def _stacked(module: nn.Module | None) -> list[nn.Parameter]:
@@ -113,8 +126,8 @@ def _stacked(module: nn.Module | None) -> list[nn.Parameter]:
     return [each for each in own if each.ndim == 3 and not isinstance(each, nn.UninitializedParameter)]
 
 
-def _numbers(module: nn.Module) -> list[tuple[int, int]]:
-    """The number of each expert that this process has, and its index in the weights here; empty for none."""
+def _numbers(module: nn.Module) -> list[tuple[int, int | None]]:
+    """The number of each expert, and its index in the weights here, None where it has none; empty for none."""
     stacked = _stacked(module)
     if not stacked or len({len(each) for each in stacked}) > 1:
         return []
@@ -126,7 +139,8 @@ def _numbers(module: nn.Module) -> list[tuple[int, int]]:
     if is_dtensor(first) and 0 < number < len(first):  # experts are sharded, along the mesh's last dimension
         mesh: Any = first.device_mesh  # type: ignore[attr-defined]
         offset = mesh.get_local_rank(mesh.ndim - 1) * number
-        return [(offset + index, index) for index in range(number)]
+        here = range(offset, offset + number)
+        return [(each, each - offset if each in here else None) for each in range(len(first))]
     return [(index, index) for index in range(len(first))]
 
 
@@ -145,6 +159,11 @@ class Pairs:
     calls: Calls
     number: int
     index: int
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """How what the expert puts out is spread over processes."""
+        return self.calls.splits
 
     @property
     def tokens(self) -> Tensor:
@@ -174,9 +193,10 @@ class Calls:
 
     def __init__(self, name: str, module: nn.Module, routed: Routed, masks: Masks, labels: Labels) -> None:
         self.module = module
-        self.states = routed.states.detach()
+        self.splits: tuple[Split, ...] = ()
+        self.states = _plain(routed.states).detach()
         self.labels: Tensor | None = None
-        self._index = routed.experts.detach()
+        self._index = _plain(routed.experts).detach()
         self._cast = routed.cast
         self._bare: nn.Module | None = None
         self._by_expert: list[Tensor] | None = None
@@ -201,6 +221,41 @@ class Calls:
             self._by_expert = [tokens[start:end] for start, end in itertools.pairwise(ends)]
         return self._by_expert[number] if number < len(self._by_expert) else self._index.new_empty(0)
 
+    def travel(self, split: Split, number: int, size: int | None, seed: int) -> None:
+        """Have each process of a group get the tokens of its experts, of all that these have.
+
+        Args:
+            split: between whom.
+            number: of experts of each process.
+            size: how many to draw for each expert, of those of all processes; None: all.
+            seed: of the draws.
+        """
+        for each in self.splits:  # of what others have too, a process sends its share
+            own = own_of(len(self._index), each)
+            place = torch.arange(len(self._index), device=self._index.device)[:, None]
+            self._index = self._index.where((place >= own.start) & (place < own.stop), -1)
+        self.splits, self._by_expert, self.labels = (), None, None
+        tokens = [self.tokens_of(expert) for expert in range(number * split.size)]
+        if size is not None:
+            most, seed = Span(split.rank, split.rank + 1, split.size).of(size), seed + 1_000_003 * split.rank
+            tokens = [_drawn(each, most, seed + expert) for expert, each in enumerate(tokens)]
+        sent = torch.tensor([len(each) for each in tokens], device=self.states.device)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=split.group)
+        counts = received.tolist()  # of each process in turn, of each of our experts
+        rows = self.states[torch.cat(tokens)]
+        by_process = [
+            [sum(each[start : start + number]) for start in range(0, len(each), number)]
+            for each in (counts, sent.tolist())
+        ]
+        incoming, outgoing = by_process
+        self.states = sent_rows(rows, incoming, outgoing, split.group)
+        places = torch.arange(len(self.states), device=self.states.device).split(counts)
+        first = split.rank * number
+        nothing = self._index.new_empty(0)
+        self._by_expert = [nothing] * first
+        self._by_expert += [torch.cat(places[expert::number]) for expert in range(number)]
+
     def outputs(self, tokens: Tensor, index: int) -> Tensor:
         """See :meth:`Pairs.outputs`."""
         states = self.states[tokens]
@@ -218,27 +273,29 @@ class Watched:
     """The experts of one module that are probed, for its hook.
 
     Args:
-        experts: by the names of their layers; kept alive.
+        name: of the module.
+
+    Attributes:
+        name: likewise.
+        experts: those that this process has, by the names of their layers; kept alive.
+        forwards: of the module so far.
     """
 
-    def __init__(self, experts: Mapping[str, Expert]) -> None:
-        self._experts = dict(experts)
-        self._name = next(iter(experts)).rpartition(".")[0]
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.experts: dict[str, Expert] = {}
+        self.forwards = 0
 
-    def shown(
-        self, module: nn.Module, routed: Routed, masks: Masks, labels: Labels
-    ) -> Iterator[tuple[str, Expert, Pairs]]:
+    def shown(self, calls: Calls) -> list[tuple[str, Expert, Pairs]]:
         """What each expert gets in a forward, with the name of its layer."""
-        routed = Routed(_plain(routed.states), _plain(routed.experts), routed.cast)
-        calls = Calls(self._name, module, routed, masks, labels)
-        for name, expert in self._experts.items():
-            number = int(name.rpartition(".")[2])
-            yield name, expert, Pairs(calls.states, calls, number, expert.index)
+        return [
+            (name, expert, Pairs(calls.states, calls, int(name.rpartition(".")[2]), expert.index or 0))
+            for name, expert in self.experts.items()
+        ]
 
-    @property
-    def names(self) -> Mapping[str, Expert]:
-        """The experts by the names of their layers."""
-        return self._experts
+
+def _drawn(tokens: Tensor, number: int, seed: int) -> Tensor:
+    return draw(Observations(tokens[:, None]), number, seed).values[:, 0] if number else tokens[:0]
 
 
 def _plain(values: Tensor) -> Tensor:

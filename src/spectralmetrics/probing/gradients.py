@@ -1,15 +1,14 @@
 """Gradients with respect to what layers put out: taken as they arrive in backward, and passed on unchanged.
 
-A forward hook asks the router whether the gradients of this forward are wanted, and leaves something in
-autograd's graph that shows them, see :mod:`~spectralmetrics.probing.gradient_graph`.
+A forward hook, see :mod:`~spectralmetrics.probing.gradient_hooks`, asks the router whether the gradients of
+this forward are wanted, and leaves something in autograd's graph that shows them, see
+:mod:`~spectralmetrics.probing.gradient_graph`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 import weakref
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.compilation import (
-    CAN_BE_COMPILED,
-    TICKET,
-    Unobservable,
-    number_of,
-    see,
-)
-from spectralmetrics.probing.copies import OwnHook
-from spectralmetrics.probing.gradient_graph import (
-    Arrival,
-    Form,
-    OfBase,
-    Region,
-    Through,
-    gradient_token,
-    holds,
-    replaced,
-    tensors_in,
-)
+from spectralmetrics.probing.gradient_graph import Arrival, Form, OfBase, Region, tensors_in
 from spectralmetrics.probing.gradient_scale import unscaled
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.observations import first_tensor
@@ -43,18 +24,16 @@ from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.taking import Moment
-from spectralmetrics.torch_private import (
-    base_of_view,
-    in_backward,
-    is_exporting,
-    is_known,
-    skip_frames,
-)
+from spectralmetrics.torch_private import base_of_view, in_backward
 
-_IS_INPUT = "a compiled layer that returns its input, or a view of it, has no gradient of its own to observe"
-_NOT_REPLACED = "gradients of a compiled layer whose output is a {} are not observed"
-_NO_GRADIENT = "no gradient"
-_COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
+COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
+
+
+class Holds(Protocol):
+    """A hook on a layer, which is called with its outputs."""
+
+    def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
+        """Take an earlier hook off an output that is a leaf, and keep a handle of this one."""
 
 
 class Awaited(NamedTuple):
@@ -136,7 +115,7 @@ class GradientRouter(Router):
         output: Any,
         select: Select | None,
         arguments: Any,
-        hook: GradientHook,
+        hook: Holds,
     ) -> None:
         """Put hooks on an output of eager code, which is awaited.
 
@@ -160,7 +139,7 @@ class GradientRouter(Router):
         output: Any,
         select: Select | None,
         arguments: Any,
-        hook: GradientHook,
+        hook: Holds,
     ) -> None:
         selected = first_tensor(output if select is None else select(output))
         if selected is None:
@@ -227,165 +206,4 @@ def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:
         return values
     if base is not None and any(base is each or base is base_of_view(each) for each in found):
         return base
-    raise LeftOut(_COMPUTED)
-
-
-_Held: TypeAlias = list[tuple[weakref.ref[Tensor], RemovableHandle]]
-
-
-def _let_go(held: _Held) -> None:
-    for _, handle in held:
-        handle.remove()
-
-
-class GradientHook(OwnHook):
-    """A forward hook of one module, called with its arguments by name too, for a :class:`GradientRouter`.
-
-    Args:
-        router: not kept alive.
-        layer: name of the module.
-        module: that it will be put on.
-        select: of the output; None takes the first floating tensor.
-        first: the first hook of the module, which has watched outputs that are DTensors.
-    """
-
-    def __init__(
-        self,
-        router: GradientRouter,
-        layer: str,
-        module: nn.Module,
-        select: Select | None = None,
-        *,
-        first: FirstGradientHook | None = None,
-    ) -> None:
-        self._first = first
-        self._router = weakref.ref(router)
-        self._layer = layer
-        self._module = weakref.ref(module)
-        self._select = select
-        self._number = number_of(self)
-        self._pending: dict[int, Awaited | None] = {}  # of compiled forwards whose graph is there
-        self._latest: Awaited | None = None
-        self._held: _Held = []
-        weakref.finalize(self, _let_go, self._held).atexit = False
-
-    @property
-    def router(self) -> GradientRouter | None:
-        """The router, if it is there."""
-        return self._router()
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """See ``torch.nn.Module.register_forward_hook``; eager outputs stay as they are."""
-        if not torch.compiler.is_compiling():
-            if self._first is None or not self._first.has_watched():
-                self.watch(module, (args, kwargs), output)
-        elif CAN_BE_COMPILED and not is_exporting():
-            return self._trace((args, kwargs), output)
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # As an `Observer`.
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-    def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
-        """Take an earlier hook off an output that is a leaf, such as a parameter: it outlives its forwards."""
-        before, self._held[:] = list(self._held), [(weakref.ref(leaf), handle)]
-        for each, earlier in before:
-            if each() is leaf:
-                earlier.remove()
-            elif each() is not None:
-                self._held.append((each, earlier))
-
-    def watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """Have the gradients of an output of eager code observed."""
-        router = self._router()
-        if router is None:
-            return
-        awaited = router.expect(self._layer, module, output, module.training)
-        if awaited is not None and awaited is not UNKNOWN and torch.is_grad_enabled():
-            router.attach(awaited, module, output, self._select, arguments, self)
-
-    def _trace(self, arguments: Any, output: Any) -> Any:
-        """What Dynamo traces; see :meth:`.Observer.__call__`."""
-        values = first_tensor(output if self._select is None else self._select(output))
-        why = ""
-        if values is None or isinstance(values, PackedSequence):
-            why = _NOT_REPLACED.format(type(output).__name__)
-        elif not is_known(type(values)) or values.is_nested:
-            why = f"gradients of a compiled layer whose output is a {type(values).__name__} cannot be observed"
-        elif not (torch.is_grad_enabled() and values.requires_grad):
-            see([], TICKET, self._number, _NO_GRADIENT)
-            return None
-        else:
-            base = base_of_view(values)
-            for each in tensors_in(arguments):
-                if values is each or (base is not None and (base is each or base is base_of_view(each))):
-                    why = _IS_INPUT
-            if not why and not holds(output, values):
-                why = _COMPUTED if self._select is not None else _NOT_REPLACED.format(type(output).__name__)
-        if why or not isinstance(values, Tensor):
-            see([], TICKET, self._number, why)
-            return None
-        token = gradient_token(torch.empty(0, device="cpu"))
-        see([token], TICKET, self._number, "")
-        # Dynamo warns of what it does itself with any function of autograd; where warnings are errors, that
-        # would end the forward. It does this while it traces, and puts nothing into the graph for it.
-        with warnings.catch_warnings(action="ignore"):
-            through: Tensor = Through.apply(values, token, self._number)  # type: ignore[no-untyped-call]
-        return replaced(output, values, through)
-
-    def see_compiled(self, parts: list[Tensor], kind: str) -> None:
-        """A compiled forward runs, whose gradient will arrive with a token, the only part."""
-        router, module = self._router(), self._module()
-        if router is None or module is None:
-            return
-        output = Unobservable(kind) if kind and kind != _NO_GRADIENT else None
-        with torch.set_grad_enabled(kind != _NO_GRADIENT):
-            awaited = router.expect(self._layer, module, output, module.training)
-        if kind == _NO_GRADIENT or awaited is UNKNOWN:
-            return
-        self._latest = awaited
-        for token in parts:
-            number = int(token)
-            self._pending[number] = awaited
-            weakref.finalize(token, self._pending.pop, number, None).atexit = False
-
-    def arrive_compiled(self, gradient: Tensor, token: Tensor) -> None:
-        """The gradient of a compiled forward has arrived."""
-        # A checkpoint that is compiled with the model makes another token in backward: the last forward counts.
-        router, awaited = self._router(), self._pending.get(int(token), self._latest)
-        if router is not None and awaited is not None:
-            router.arrive(awaited, gradient, Form())
-
-
-class FirstGradientHook(OwnHook):
-    """The first forward hook of a module with weights that are DTensors, which sees outputs that are.
-
-    What is behind it may hand out this process' part alone.
-    """
-
-    def __init__(self) -> None:
-        self._is_seen = False
-        self.last: weakref.ref[GradientHook] | None = None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """See ``torch.nn.Module.register_forward_hook``; while Dynamo traces, the last hook does all."""
-        if torch.compiler.is_compiling():
-            return
-        last = None if self.last is None else self.last()
-        self._is_seen = last is not None and is_dtensor(first_tensor(output))
-        if last is not None and self._is_seen:
-            last.watch(module, (args, kwargs), output)
-
-    def has_watched(self) -> bool:
-        """Whether the output of the forward that ends has been watched; asked once."""
-        is_seen, self._is_seen = self._is_seen, False
-        return is_seen
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # As an `Observer`.
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-skip_frames(GradientHook.__call__.__code__)
-skip_frames(FirstGradientHook.__call__.__code__)
+    raise LeftOut(COMPUTED)

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.stream import stream_of
-from spectralmetrics.probing.alike import Settings
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.processes import (
@@ -87,9 +86,6 @@ class Agreement:
         takes_all: whether metrics of other groups are merged, too, and those that are else merged in none.
         own: layers of which this process reads its own sums.
         among: layers that are merged; None for all.
-
-    Attributes:
-        settings: of the processes that share layers with others, see :class:`.Alike`.
     """
 
     def __init__(
@@ -105,7 +101,6 @@ class Agreement:
         own: Collection[Place] = (),
         among: Container[Place] | None = None,
     ) -> None:
-        self.settings: Sequence[Settings] = ()
         self.own = own
         self._among = among
         self._takes_all = takes_all

@@ -231,6 +231,23 @@ def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor
     return torch.cat(pieces, -1) if widths is not None else _reduced(torch.stack(pieces), split.op)
 
 
+def sent_rows(rows: Tensor, incoming: Sequence[int], outgoing: Sequence[int], group: Any) -> Tensor:
+    """The rows (n, d) that processes have sent to this one, of each in turn; one collective.
+
+    Args:
+        rows: those for each process in turn.
+        incoming: how many come from each.
+        outgoing: how many go to each.
+        group: the processes.
+    """
+    each = rows.shape[1] * rows.element_size()
+    sent = rows.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
+    received = sent.new_empty(sum(incoming) * each)
+    sizes = [number * each for number in incoming], [number * each for number in outgoing]
+    dist.all_to_all_single(received, sent, *sizes, group=group)
+    return received.view(rows.dtype).view(-1, rows.shape[1])
+
+
 def first_rank(part: Part) -> int:
     """The first of the processes that share a tensor, by which they are known."""
     rank = dist.get_rank()

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -25,11 +24,12 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
-from spectralmetrics.probing.experts import Expert, Watched, by_whole, select_probed
+from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
+from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradient_scale import check_scale
-from spectralmetrics.probing.gradients import FirstGradientHook, GradientHook, GradientRouter
+from spectralmetrics.probing.gradients import GradientRouter
 from spectralmetrics.probing.history import History, Scales, scales_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
@@ -230,6 +230,10 @@ class LayerProbe(nn.Module):
             chosen = select_layers(model, layers, exclude)
         else:
             chosen = select_probed(model, layers, exclude, set(functions))
+        wholes = by_whole(chosen)
+        chosen = {name: module for name, module in chosen.items() if not is_elsewhere(module)}
+        if not chosen:
+            raise ValueError(f"expected `layers` to match a layer of this process, got {layers!r}")
         if layers is None:
             _tell_unseen(model, chosen)
         # By module: a shared one may be chosen under one name and given a function under another.
@@ -273,6 +277,9 @@ class LayerProbe(nn.Module):
         self._identity = Identity(chosen)
         self._hooks = Hooks(self, unwrap(model))
         try:
+            for whole, watched in wholes.items():
+                observe_them = Weakly(self._router.observe_experts, watched)
+                self._hooks.before(whole, observe_them, Choose(whole), looks=True)
             self._watch(chosen, selected)
         except BaseException:
             self.remove()
@@ -287,9 +294,6 @@ class LayerProbe(nn.Module):
         super().__setattr__(name, value)
 
     def _watch(self, chosen: Mapping[str, nn.Module], selected: Mapping[str, Select]) -> None:
-        for whole, experts in by_whole(chosen).items():
-            observe = Weakly(self._router.observe_experts, Watched(experts))
-            self._hooks.before(whole, observe, Choose(whole), looks=True)
         for name, module in chosen.items():
             if isinstance(module, Expert):
                 continue
@@ -689,12 +693,11 @@ class LayerProbe(nn.Module):
             self._guest,
             self._kept,
             self._identity,
+            self._alike,
             takes_all=takes_all,
             keeps_own=keeps_own,
         )
         self._steps.agree_on_plans(group)
-        if agreement.settings and agreement.world == dist.get_world_size():
-            self._alike.renew(agreement.settings)
         return agreement
 
     def _guest(self, stage: str, layer: str) -> LayerMetrics:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectralmetrics.findings import is_untrained
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.compilation import Unobservable
-from spectralmetrics.probing.experts import Expert, Pairs, Watched
+from spectralmetrics.probing.experts import Calls, Expert, Pairs, Watched
 from spectralmetrics.probing.facts import GradientFacts, LayerFacts, facts_of
 from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import Layout
@@ -22,6 +22,7 @@ from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.observations import ObservationRule
 from spectralmetrics.probing.parts import LeftOut, reason_of
+from spectralmetrics.probing.routed import Routed
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.taking import Moment, Rows
 from spectralmetrics.torch_private import in_backward
@@ -113,16 +114,36 @@ class Router:
         """What the hook of a module of experts calls; see :meth:`observe`, with each expert as a layer."""
         if in_backward() or self._is_observing():
             return
+        stage = self._steps.stage_of(training)
+        if stage is None:
+            return
         shown: Iterable[tuple[str, Expert, Any]]
         routed = output
         try:
             routed = output if select is None else select(output)
-            shown = list(watched.shown(module, routed, self.rows.masks, self.rows.labels))
+            shown = watched.shown(self._calls(watched, module, routed, stage))
         except Exception as error:
             why = routed if isinstance(routed, Unobservable) else Unobservable(reason_of(error))
-            shown = [(name, expert, why) for name, expert in watched.names.items()]
+            shown = [(name, expert, why) for name, expert in watched.experts.items()]
         for name, expert, pairs in shown:
             self.observe(name, expert, pairs, training, None)
+
+    def _calls(self, watched: Watched, module: nn.Module, routed: Routed, stage: str) -> Calls:
+        """What experts get in a forward, whose tokens may come from other processes; all of these call it."""
+        calls = Calls(watched.name, module, routed, self.rows.masks, self.rows.labels)
+        self.meshes.look(module)  # before anything else asks, since what FSDP2 shards is whole now
+        if how_it_runs(calls.states) != "run" or not self.meshes.shares():
+            return calls
+        with self.lock, undisturbed(calls.states):
+            spread = self.meshes.spread_of_experts(module, calls.states)
+            calls.splits = spread.splits
+            watched.forwards += 1
+            if spread.travels is not None and not self._steps.passes():
+                takes_all = any(place.takes_all_rows for place in self._places.values())
+                size, seed = self.rows.most(stage, calls.states.shape[-1], f"{watched.name} {watched.forwards}")
+                number = len(next(module.parameters(recurse=False))) // spread.travels.size
+                calls.travel(spread.travels, number, None if takes_all else size, seed)
+        return calls
 
     def _is_closed(self, name: str) -> bool:
         """Whether nothing can be added to the sums of a layer, which is said."""
@@ -206,13 +227,12 @@ class Router:
             return
         meshes, name = self.meshes, of_layer.layer
         if isinstance(output, Pairs):
-            splits = meshes.splits_of_experts(output.calls.module, output.states) if meshes.active else ()
-            if splits or not moment.is_idle:
-                self.rows.take_pairs(of_layer, output, moment, splits)
+            if output.splits or not moment.is_idle:
+                self.rows.take_pairs(of_layer, output, moment)
             return
         chosen, error = output, None
         if select is not None:
-            chosen, error = meshes.select(name, output, select)
+            chosen, error = meshes.selecting.select(name, output, select)
         if meshes.active or type(chosen) is not Tensor:
             part = meshes.part_of(name, module, chosen, self._layout.dims.get(name))
             if part is not None:

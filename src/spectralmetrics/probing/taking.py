@@ -176,17 +176,15 @@ class Rows:
         of_layer.samples += min(placed.whole.num_samples, sys.maxsize if remaining is None else remaining)
         of_layer.update(observations, labelled, moment.groups, placed.batch.values, everything)
 
-    def take_pairs(
-        self, of_layer: LayerMetrics, pairs: Pairs, moment: Moment, splits: Sequence[Split] = ()
-    ) -> None:
+    def take_pairs(self, of_layer: LayerMetrics, pairs: Pairs, moment: Moment) -> None:
         """Hand the rows that an expert puts out for its tokens to the metrics.
 
         Args:
             of_layer: whose tokens.
             pairs: the tokens, of which some are drawn before the expert runs on them.
             moment: what else belongs to the forward.
-            splits: how what the expert puts out is spread over processes.
         """
+        splits = pairs.splits
         if moment.is_idle and not any(split.op for split in splits):
             of_layer.pass_over(moment.groups)
             return
@@ -231,6 +229,13 @@ class Rows:
         rows = pairs.states[tokens] if self._rule.observe == "inputs" else pairs.outputs(tokens)
         found = replace(chosen, values=rows)
         return bring(found, placed_as(found, behind), None, seed) if behind else found
+
+    def most(self, stage: str, width: int, where: str) -> tuple[int | None, int]:
+        """How many rows to draw in one forward of a layer that processes share, None for all, and a seed."""
+        limits = self._alike.limits
+        rows_per_feature = self._rows_per_feature(stage, limits.rows_per_feature)
+        size = None if rows_per_feature is None else sample_size(rows_per_feature, width)
+        return size, zlib.crc32(f"{limits.seed} {stage} {where}".encode())
 
     def _draws(
         self, of_layer: LayerMetrics, width: int, batch: Batch, moment: Moment, limits: Limits

@@ -1,5 +1,7 @@
 """Experts whose weights are stacked in one parameter, spread by hand as transformers spreads its own."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -56,12 +58,13 @@ def inputs(seed, number=11):
     return x, torch.stack([torch.randperm(NUMBER, generator=generator)[:2] for _ in range(number)])
 
 
-def rows(batches):
+def rows(batches, masks=None):
     model, found = Mixture().double(), {}
-    for x, index in batches:
+    for place, (x, index) in enumerate(batches):
         states = model.before(x).detach()
         for number, weights in enumerate(zip(model.experts.gate_up_proj, model.experts.down_proj, strict=True)):
-            chosen = states[(index == number).any(1)]
+            is_chosen = (index == number).any(1)
+            chosen = states[is_chosen if masks is None else is_chosen & masks[place][:, 0]]
             found.setdefault(f"experts.{number}", []).append((chosen, put_out(chosen, *weights)))
     return {name: tuple(map(torch.cat, zip(*each, strict=True))) for name, each in found.items()}
 
@@ -84,9 +87,18 @@ def place(experts, mesh, how):
         experts.num_experts = NUMBER // mesh.size()
         shard("gate_up_proj", 0, experts.gate_up_proj)
         shard("down_proj", 0, experts.down_proj)
-    first = mesh.get_local_rank() * experts.num_experts if how == "experts" else 0
+    first = mesh.get_local_rank() * experts.num_experts if how != "tensor" else 0
+
+    def everywhere(values):
+        parts = [torch.empty_like(values) for _ in range(mesh.size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
 
     def forward(hidden_states, top_k_index, top_k_weights):
+        number, travels = len(hidden_states), how == "travelling"
+        if travels:
+            arguments = (hidden_states, top_k_index, top_k_weights)
+            hidden_states, top_k_index, top_k_weights = map(everywhere, arguments)
         kept = dict(experts._parameters)
         experts._parameters.update({name: each.to_local() for name, each in kept.items()})
         try:
@@ -94,7 +106,7 @@ def place(experts, mesh, how):
         finally:
             experts._parameters.update(kept)
         dist.all_reduce(found)
-        return found
+        return found[number * mesh.get_local_rank() :][:number] if travels else found
 
     experts.forward = forward
 
@@ -139,6 +151,41 @@ def experts_that_are_spread_equal_one_process(rank, world):
         probe.remove()
 
 
+def tokens_that_travel_to_experts_of_other_processes_are_seen(rank, world):
+    """Each process has tokens of its own and some experts, and may probe other experts than the others."""
+    mesh, batches = mesh_of(world), [inputs(seed, 6) for seed in range(2 * world)]
+    expected = rows(batches)
+    masks = [torch.rand(6, 1, generator=torch.Generator().manual_seed(seed)) < 0.7 for seed in range(2 * world)]
+    masked = rows(batches, masks)
+    for layers, observe, has_mask, most in (
+        ("experts", "outputs", True, None),
+        ("experts", "inputs", False, None),
+        (["experts.0", "experts.3", "before"], "outputs", False, None),
+        ("experts", "outputs", False, 0.5),
+    ):
+        model = Mixture().double()
+        place(model.experts, mesh, "travelling")
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers, observe=observe, rows_per_feature=most)
+        for number in range(2):
+            seed = rank + number * world
+            with probe.mask(masks[seed]) if has_mask else contextlib.nullcontext(), torch.no_grad():
+                model(*batches[seed])
+        found = {name: each[observe == "outputs"] for name, each in (masked if has_mask else expected).items()}
+        if most is not None:
+            with probe.merged():
+                counts = [int(probe["train", name]["spectrum"].count) for name in probe.layers]
+            assert len(counts) == NUMBER
+            assert 0 < max(counts) <= 2 * 3
+        elif layers != "experts":
+            chosen = {name: found[name] for name in ("experts.0", "experts.3")}
+            with torch.no_grad():
+                before = torch.cat([Mixture().double().before(x) for x, _ in batches])
+            assert_holds(probe, "train", {"before": before, **chosen})
+        else:
+            assert_holds(probe, "train", found)
+        probe.remove()
+
+
 def experts_that_each_process_makes_are_merged_by_name(rank, world):
     batches = [inputs(seed) for seed in range(2)]
     expected = {}
@@ -167,6 +214,7 @@ def experts_that_count_from_zero_on_each_process_are_told(rank, world):
 
 SCENARIOS = [
     experts_that_are_spread_equal_one_process,
+    tokens_that_travel_to_experts_of_other_processes_are_seen,
     experts_that_each_process_makes_are_merged_by_name,
     experts_that_count_from_zero_on_each_process_are_told,
 ]

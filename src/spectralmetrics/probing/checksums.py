@@ -1,0 +1,44 @@
+"""Whether processes have the same tensors, by checksums and one collective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spectralmetrics.probing.parts import is_dtensor
+from spectralmetrics.sums.merging import communication_device
+
+_SAMPLES = 2**20  # elements of a tensor that are compared
+
+
+def checksum(values: Tensor) -> int:
+    """A number that differs, in all likelihood, where some of the compared elements differ in any bit."""
+    flat = values.detach().reshape(-1)
+    flat = flat[:: max(len(flat) // _SAMPLES, 1)].contiguous()
+    kinds: dict[int, torch.dtype] = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    whole = flat.view(kinds[flat.element_size()]).to(torch.int64)
+    return int((whole * (torch.arange(len(whole), device=whole.device) % 8191 + 1)).sum()) % 2**62
+
+
+def are_alike(values: Tensor, group: Any) -> tuple[bool, bool]:
+    """Whether all processes of a group have the same, and whether that is more than zeros; one collective."""
+    numbers = [checksum(values), hash(tuple(values.shape)) % 2**40, int(bool((values != 0).any()))]
+    high, low = extremes(numbers, group)
+    return high[:2] == low[:2], bool(high[2])
+
+
+def checksum_of_weights(module: nn.Module) -> int:
+    """That of a module's own weights, but for DTensors, which differ between processes anyway."""
+    plain = [each for each in module.parameters(recurse=False) if not is_dtensor(each)]
+    return sum(checksum(each) for each in plain) % 2**62
+
+
+def extremes(numbers: list[int], group: Any) -> tuple[list[int], list[int]]:
+    """The largest of each number on the processes of a group, and the smallest."""
+    both = torch.tensor([*numbers, *(-each for each in numbers)], device=communication_device(group))
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    told = both.tolist()
+    return told[: len(numbers)], [-each for each in told[len(numbers) :]]
