@@ -26,7 +26,6 @@ import sysconfig
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -55,8 +54,8 @@ WARM_UP = 0.02
 """Share of the training in which the learning rate rises; then it falls to a tenth, along a cosine."""
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0)
 """Where models of the grid are measured."""
-PHASES = {"rate": 1e-3, "batch": 32, "longer": 4, "moments": 36}
-"""The runs that are followed closely: four times as many tokens, 36 moments evenly spaced in log(step)."""
+FOLLOWED = 36
+"""Moments of the runs that are followed closely for phases, evenly spaced in log(step)."""
 WORDS = 4096
 WINDOWS, PROBED = 1024, 32
 """Validation windows of the final loss; every 32nd of them also gives spectra and losses on the way."""
@@ -90,7 +89,7 @@ class Setting:
         """The numbers of steps after which the model is measured."""
         if self.kind == "grid":
             return sorted({round(share * self.steps) for share in SHARES})
-        several = PHASES["moments"] - 1
+        several = FOLLOWED - 1
         return sorted({0, *(round(self.steps ** (i / (several - 1))) for i in range(several))})
 
 
@@ -313,17 +312,15 @@ def measure(setting: Setting, corpus: Path, device: str) -> dict[str, Any]:
 # -- all runs ------------------------------------------------------------------------------------------------
 
 
-def settings(options: argparse.Namespace) -> Iterator[Setting]:
-    """Long runs first, so that no process is left with one at the end; then the grid, seed by seed."""
-    if not options.no_phases:
-        for seed in range(options.seeds):
-            for vocabulary in ("words", "characters"):
-                longer = options.tokens * PHASES["longer"]
-                yield Setting("phases", vocabulary, PHASES["rate"], PHASES["batch"], seed, longer)
-    for seed in range(options.seeds):
-        for batch in sorted(options.batches):
-            for rate in options.rates:
-                yield Setting("grid", "characters", rate, batch, seed, options.tokens)
+def settings(options: argparse.Namespace) -> list[Setting]:
+    """Seed by seed, so that a stop leaves whole grids; the runs with most steps first."""
+    return [
+        Setting(options.kind, vocabulary, rate, batch, seed, options.tokens)
+        for seed in range(options.seeds)
+        for vocabulary in options.vocabularies
+        for batch in sorted(options.batches)
+        for rate in options.rates
+    ]
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -355,17 +352,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**22, help="tokens that each model of the grid sees")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--no-phases", action="store_true", help="leave out the long runs")
+    parser.add_argument("--kind", choices=("grid", "phases"), default="grid", help="phases: followed closely")
+    parser.add_argument("--vocabularies", nargs="+", choices=("characters", "words"), default=["characters"])
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after so many seconds")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--corpus", type=Path, default=CORPUS)
     options = parser.parse_args()
     started = time.time()
-    if not options.corpus.exists():
-        write_corpus(options.corpus)
     keys = set(Setting.__dataclass_fields__)
     kept = [{key: value for key, value in run.items() if key in keys} for run in read(options.results)]
     missing = [setting for setting in settings(options) if asdict(setting) not in kept]
+    if not missing:
+        return
+    if not options.corpus.exists():
+        write_corpus(options.corpus)
     print(f"{len(missing)} runs of {options.corpus}, {options.corpus.stat().st_size} characters", flush=True)
     context = multiprocessing.get_context("spawn")
     deadline = started + options.seconds

@@ -13,6 +13,9 @@ What is asked was fixed before there were results:
 - **Phases.** Of RankMe of the last norm's output: the largest rise between two moments, a fall before it
   and a fall behind it, each by at least a tenth. Of the exponent the same with rise and fall exchanged.
 
+Added once there were results: what each of these predicts for a combination that is left out, and the phases
+of the grid's own runs at their twelve moments.
+
     python -m reproduction.language_report
 """
 
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from benchmarks.common import table
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -211,6 +215,42 @@ def primary_table(grid: Grid) -> str:
     )
 
 
+def left_out(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
+    """What a linear regression on all other combinations predicts for each."""
+    design = np.column_stack([np.ones(len(target)), *columns])
+    everyone = np.arange(len(target))
+    return np.array(
+        [
+            design[i] @ np.linalg.lstsq(design[everyone != i], target[everyone != i], rcond=None)[0]
+            for i in everyone
+        ]
+    )
+
+
+def predictions_table(grid: Grid) -> str:
+    """How far off the logarithm of the final loss is predicted, for a combination that is left out."""
+    statistic, of, _ = PRIMARY
+    target = np.log(grid.final)
+    rows = []
+    for name, with_settings, with_loss, with_statistic in (
+        ("nothing: the mean", False, False, False),
+        ("learning rate and batch size", True, False, False),
+        ("training loss", False, True, False),
+        (NAMES[statistic], False, False, True),
+        (f"training loss, {NAMES[statistic]}", False, True, True),
+        ("rate, batch, training loss", True, True, False),
+        (f"rate, batch, training loss, {NAMES[statistic]}", True, True, True),
+    ):
+        cells = []
+        for share in EARLY:
+            columns = [*grid.settings()] if with_settings else []
+            columns += [np.log(grid.loss(share))] if with_loss else []
+            columns += [grid.statistic(statistic, of, share)] if with_statistic else []
+            cells.append(f"{100 * np.sqrt(np.mean((left_out(columns, target) - target) ** 2)):.1f} %")
+        rows.append([name, *cells])
+    return table(["what is known", *(f"after {share:.0%}" for share in EARLY)], rows)
+
+
 def losses_table(grid: Grid) -> str:
     """Final validation loss of each combination: mean and range of the seeds."""
     batches = sorted(set(grid.batch))
@@ -259,46 +299,45 @@ def series(run: Run, statistic: str, of: str = "norm") -> list[float]:
     return [statistic_of(moment, statistic, of) for moment in run["moments"]]
 
 
-def phase_rows(runs: list[Run]) -> dict[tuple[str, str], list[tuple[Run, Phases]]]:
-    found: dict[tuple[str, str], list[tuple[Run, Phases]]] = defaultdict(list)
-    for run in runs:
-        if run["kind"] == "phases":
-            for statistic in ("rankme", "exponent"):
-                values = series(run, statistic)
-                if statistic == "exponent":
-                    values = [1 / value for value in values]
-                found[run["vocabulary"], statistic].append((run, phases_of(values)))
-    return found
+KINDS = {"grid": "grid", "phases": "followed closely"}
 
 
 def phases_table(runs: list[Run]) -> str:
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run["kind"], run["vocabulary"]].append(run)
     rows = []
-    for (vocabulary, statistic), found in sorted(phase_rows(runs).items()):
-        inverse = statistic == "exponent"
+    for ((kind, vocabulary), found), statistic in itertools.product(
+        sorted(groups.items()), ("rankme", "exponent")
+    ):
+        inverse = -1 if statistic == "exponent" else 1
+        seen = [phases_of([value**inverse for value in series(run, statistic)]) for run in found]
         cells = []
         for name in ("before", "rise", "behind"):
-            changes = [getattr(phases, name) for _, phases in found]
-            changes = [1 / (1 + change) - 1 for change in changes] if inverse else changes
-            middle = f"{statistics.mean(changes):+.0%} ({min(changes):+.0%} … {max(changes):+.0%})"
-            cells.append(middle.replace("-", "\N{MINUS SIGN}").replace(" ", "\N{NO-BREAK SPACE}"))
-        steps = [
-            " to ".join(f"{run['moments'][place]['step']:,}" for place in (phases.begin, phases.end))
-            for run, phases in found
-        ]
-        seen = sum(phases.seen for _, phases in found)
-        rows.append([vocabulary, NAMES[statistic], *cells, ", ".join(steps), f"{seen} of {len(found)}"])
-    return table(
-        [
-            "vocabulary",
-            "statistic",
-            "warm-up",
-            "entropy-seeking",
-            "compression-seeking",
-            "steps of the second",
-            "all three",
-        ],
-        rows,
-    )
+            changes = [(1 + getattr(phases, name)) ** inverse - 1 for phases in seen]
+            ends = f" ({min(changes):+.0%} … {max(changes):+.0%})" if len(changes) > 1 else ""
+            text = f"{statistics.median(changes):+.0%}{ends}"
+            cells.append(text.replace("-", "\N{MINUS SIGN}").replace(" ", "\N{NO-BREAK SPACE}"))
+        first = sum(phases.before <= -CHANGE and phases.rise >= CHANGE for phases in seen)
+        rows.append(
+            [
+                f"{KINDS[kind]}, {vocabulary}",
+                NAMES[statistic],
+                *cells,
+                f"{first} of {len(seen)}",
+                f"{sum(phases.seen for phases in seen)} of {len(seen)}",
+            ]
+        )
+    header = [
+        "runs",
+        "statistic",
+        "warm-up",
+        "entropy-seeking",
+        "compression-seeking",
+        "first two",
+        "all three",
+    ]
+    return table(header, rows)
 
 
 def runs_table(runs: list[Run]) -> str:
@@ -311,12 +350,12 @@ def runs_table(runs: list[Run]) -> str:
         losses = [number(run["validation_loss"]) for run in found]
         rows.append(
             [
-                "grid" if kind == "grid" else "followed closely",
+                KINDS[kind],
                 f"{vocabulary} ({found[0]['vocabulary_size']:,})",
                 str(len(found)),
                 f"{found[0]['parameters']:,}",
                 f"{found[0]['tokens'] / 1e6:.1f} million",
-                f"{min(losses):.3f} … {max(losses):.3f}",
+                f"{min(losses):.3f}" + (f" … {max(losses):.3f}" if len(losses) > 1 else ""),
                 f"{sum(run['seconds'] for run in found) / 60:.0f} min",
                 ", ".join(sorted({run["device"] for run in found})),
             ]
@@ -347,12 +386,14 @@ def draw(grid: Grid, runs: list[Run], path: Path) -> None:
     draw_correlations(plain, grid, given=False)
     draw_correlations(partial, grid, given=True)
     partial.sharey(plain)
-    for axis, (vocabulary, statistic) in zip(
-        lower.subplots(1, 4),
-        itertools.product(("characters", "words"), ("rankme", "exponent")),
-        strict=True,
+    partial.set_ylabel("")
+    upper.legend(
+        *plain.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower right", ncols=4
+    )
+    for axis, (kind, statistic) in zip(
+        lower.subplots(1, 4), itertools.product(KINDS, ("rankme", "exponent")), strict=True
     ):
-        draw_phases(axis, runs, vocabulary, statistic)
+        draw_phases(axis, [run for run in runs if run["kind"] == kind], kind, statistic)
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -361,6 +402,7 @@ def draw(grid: Grid, runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+viridis = colormaps["viridis"]
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -377,7 +419,7 @@ def draw_scatter(axis: Axes, grid: Grid) -> None:
             36,
             grid.rate[chosen],
             marker=marker,
-            cmap="viridis",
+            cmap=viridis,
             norm=norm,
             edgecolors="0.3",
             linewidths=0.5,
@@ -426,7 +468,6 @@ def draw_correlations(axis: Axes, grid: Grid, given: bool) -> None:
         title="Given the training loss" if given else "By itself",
     )
     axis.set_xticks(places, [f"{share:.0%}" for share in EARLY])
-    axis.legend(frameon=False, fontsize=8, loc="best")
 
 
 def error_bars(
@@ -446,20 +487,32 @@ def error_bars(
     )
 
 
-def draw_phases(axis: Axes, runs: list[Run], vocabulary: str, statistic: str) -> None:
+def draw_phases(axis: Axes, runs: list[Run], kind: str, statistic: str) -> None:
+    """The last hidden state's statistic over the tokens seen; the grid's runs in the colours of their rates."""
+    rates = [run["rate"] for run in runs]
+    norm = LogNorm(min(rates), max(rates)) if kind == "grid" else None
+    styles = {"characters": (BLUE, "-"), "words": (ORANGE, "--")}
     for run in runs:
-        if run["kind"] != "phases" or run["vocabulary"] != vocabulary:
-            continue
-        steps = [max(0.5, moment["step"]) for moment in run["moments"]]
+        tokens = [run["tokens"] * moment["step"] / run["steps"] for moment in run["moments"]]
+        colour, line = (viridis(norm(run["rate"])), "-") if norm else styles[run["vocabulary"]]
+        label = None if norm else f"{run['vocabulary']} ({run['vocabulary_size']:,})"
         axis.plot(
-            steps, series(run, statistic), color=BLUE if statistic == "rankme" else ORANGE, lw=1.2, alpha=0.8
+            [max(least_of(runs), each) for each in tokens],
+            series(run, statistic),
+            line,
+            color=colour,
+            label=label,
         )
     axis.set_xscale("log")
-    size = next(run["vocabulary_size"] for run in runs if run["vocabulary"] == vocabulary)
-    axis.set(
-        xlabel="step (the first point is before training)", title=f"{NAMES[statistic]}, {vocabulary} ({size:,})"
-    )
+    if kind != "grid":
+        axis.legend(frameon=False, fontsize=8)
+    axis.set(xlabel="tokens (the first point: before training)", title=f"{NAMES[statistic]}, {KINDS[kind]}")
     axis.grid(axis="y", color="0.92")
+
+
+def least_of(runs: list[Run]) -> float:
+    """Where 0 stands on a logarithmic axis: half of the first moment of training."""
+    return min(run["tokens"] * run["moments"][1]["step"] / run["steps"] for run in runs) / 2
 
 
 def main() -> None:
@@ -478,6 +531,7 @@ def main() -> None:
         (primary_table, grid),
         (correlations_table, grid),
         (moments_table, grid),
+        (predictions_table, grid),
         (phases_table, runs),
     ):
         text = make(of)
