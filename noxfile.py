@@ -158,11 +158,17 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def reproduction(session: nox.Session) -> None:
-    """Train what reproduction/*.json do not hold (delete them to train all), then figures and tables."""
+    """Train what reproduction/*.json* do not hold (delete them to train all), then figures and tables."""
     install(session, "test")
     session.run("python", "-m", "reproduction.measure", *session.posargs)
     session.run("python", "-m", "reproduction.labels")
     session.run("python", "-m", "reproduction.report")
+    grid = ("--tokens", "8388608", "--batches", "16", "32", "64")
+    session.run("python", "-m", "reproduction.language", *grid)
+    followed = ("--kind", "phases", "--vocabularies", "words", "characters")
+    setting = ("--rates", "1e-3", "--batches", "8", "--tokens", "524288")
+    session.run("python", "-m", "reproduction.language", *followed, *setting)
+    session.run("python", "-m", "reproduction.language_report")
 
 
 @nox.session

@@ -42,6 +42,7 @@ exclude_patterns = [
     "gallery/*.ipynb",  # for download; the pages are made from the examples themselves
     "guide/large_models_tables",
     "guide/observations_tables",
+    "language_models_tables",
     "published_picture_tables",
     "reference/metrics_table.md",
     "sg_execution_times.rst",
