@@ -1,9 +1,11 @@
 """What hatchling does for this package besides packing it.
 
-Compiles csrc/, where that is possible; PyTorch does the same work without it. Gives the links of the published
-README addresses that work outside the repository.
+Compiles csrc/, where that is possible; PyTorch does the same work without it. Why it was not possible pip shows
+only if it is asked to (-v), so that a note in the library's place keeps it for whoever asks the package. Gives
+the links of the published README addresses that work outside the repository.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -21,6 +23,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SOURCE = "csrc/accumulate.cpp"
 LIBRARY = "spectralmetrics/sums/_accumulate.so"
+NOTE = "spectralmetrics/sums/_accumulate.txt"  # read by src/spectralmetrics/sums/compiled.py
 OPTIONS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti"
 # Code comes first: what looks like a link in it is none.
 CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]*`|\]\((?!https?:|mailto:|#)(?P<path>[^)\s]+)\)", re.DOTALL)
@@ -34,17 +37,17 @@ class CompileHook(BuildHookInterface):
         if self.target_name != "wheel" or sys.platform != "linux" or platform.machine() != "x86_64":
             return
         self._folder = tempfile.mkdtemp()
-        library = Path(self._folder, "library.so")
+        library, note = Path(self._folder, "library.so"), Path(self._folder, "note.txt")
         try:
             self._compile(library)
-            if version == "editable":
-                self._put_into_tree(library)
+            self._put(version, library, LIBRARY, build_data)
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             self.app.display_warning(f"{error}\n{getattr(error, 'stderr', '')}")
             self.app.display_warning(f"{SOURCE} is not compiled: its work will be left to PyTorch")
+            note.write_text(f"{in_short(error)}\n", encoding="utf-8")
+            with contextlib.suppress(OSError):
+                self._put(version, note, NOTE, build_data)
             return
-        if version != "editable":
-            build_data["force_include"][str(library)] = LIBRARY
         build_data["pure_python"] = False
         # Nothing in the library depends on the version of Python.
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
@@ -61,12 +64,26 @@ class CompileHook(BuildHookInterface):
         if not library.exists():
             raise OSError(f"{shlex.join(command)} has written nothing")
 
-    def _put_into_tree(self, library: Path) -> None:
-        target = Path(self.root, "src", LIBRARY)
+    def _put(self, version: str, made: Path, path: str, build_data: dict[str, Any]) -> None:
+        """Put the library, or the note, into the wheel, or into the source tree in the place of either."""
+        if version != "editable":
+            build_data["force_include"][str(made)] = path
+            return
+        target = Path(self.root, "src", path)
         # A running process may have the old file mapped: the new one must be another.
         new = target.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(library, new)
+        shutil.copyfile(made, new)
         new.replace(target)
+        for other in {LIBRARY, NOTE} - {path}:
+            Path(self.root, "src", other).unlink(missing_ok=True)
+
+
+def in_short(error: Exception) -> str:
+    """An error in one line; of a compiler its name, its status and the first error that it has told."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return " ".join(str(error).split())
+    told = [line.strip() for line in error.stderr.splitlines() if "error" in line]
+    return ": ".join([f"{error.cmd[0]} returned exit status {error.returncode}", *told[:1]])
 
 
 class ReadmeHook(MetadataHookInterface):

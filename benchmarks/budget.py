@@ -17,13 +17,12 @@ together. The second paused arm over the first says how much the machine itself 
 wall stands that of the processor, which other programs on the same cores move less.
 """
 
-import argparse
 import statistics
 import time
 import warnings
 
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 from torch import nn
 from training_step import MODELS
 
@@ -207,7 +206,7 @@ def short_row(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.01, 0.03, 0.1])
     parser.add_argument("--blocks", type=int, default=12)

@@ -1,5 +1,6 @@
 """What all benchmarks share: the machine in words, tables, and where results go."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,8 +15,20 @@ from spectralmetrics.functional import compiled
 RESULTS = Path(__file__).parent / "results"
 
 
+class Parser(argparse.ArgumentParser):
+    """The options of a benchmark; says what it runs on before anything is measured."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, *arguments):
+        options = super().parse_args(*arguments)
+        print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), flush=True)
+        return options
+
+
 def describe_machine():
-    """Date, processor and versions, for the head of a result."""
+    """Date, processor, load, versions, and which sums run and why, for the head of a result."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -32,7 +45,9 @@ def describe_machine():
         "processor": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "",
         "compiled": compiled.instruction_set(),
+        "sums": compiled.describe(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "torchmetrics", "numpy")},
     }

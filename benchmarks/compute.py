@@ -6,12 +6,11 @@ Ours are read from one state, from sums to values, nothing kept from earlier cal
 covariance anew for most of its statistics.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
-from common import write_result
+from common import Parser, write_result
 from delve import metrics as delve
 from torchmetrics import MetricCollection
 
@@ -36,7 +35,7 @@ DELVES = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

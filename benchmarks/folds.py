@@ -5,11 +5,10 @@
 Each round times one arm after the other, for so many updates that every fold's waiting rows are added often.
 """
 
-import argparse
 import statistics
 
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 from torch.utils.benchmark import Timer
 
 import spectralmetrics as sm
@@ -46,7 +45,7 @@ def measure(width, count, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()

@@ -10,7 +10,6 @@ the rounds, with the least and the most. Time is the thread's own processor time
 anything, and other programs that share the machine do not count.
 """
 
-import argparse
 import logging
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ import warnings
 
 import delve
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 from torch import nn
 
 import spectralmetrics as sm
@@ -66,7 +65,7 @@ def mean_forward(model, rows, forwards):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--forwards", type=int, default=256)
     options = parser.parse_args()

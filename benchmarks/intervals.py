@@ -8,10 +8,8 @@ dealt to the folds in 32 batches. "Within one" counts a draw whose interval miss
 "Scatter" is the standard deviation of the plain value over the draws.
 """
 
-import argparse
-
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 
 import spectralmetrics as sm
 from spectralmetrics import functional as F  # noqa: N812
@@ -91,7 +89,7 @@ def measure(name, variances, ratio, draws):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--threads", type=int, default=1, help="of torch")

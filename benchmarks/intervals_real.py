@@ -8,11 +8,10 @@ for each fold. "Of all" is the value of all 5,000. "Scatter" is the standard dev
 draws: what another choice of digits would change.
 """
 
-import argparse
 import statistics
 
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 from torch.nn import functional
 
 import spectralmetrics as sm
@@ -160,7 +159,7 @@ def closing(model, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="networks")
     parser.add_argument("--draws", type=int, default=10, help="of digits, for each network and number")
     parser.add_argument("--epochs", type=int, default=2)

@@ -14,7 +14,6 @@ largest, kurtosis and skewness of each output, brought to the host), and OLMo-co
 (mean, standard deviation and largest magnitude, kept on the device). Delve has its cheapest statistic.
 """
 
-import argparse
 import logging
 import statistics
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 import delve
 import torch
 import training_step
-from common import table, write_result
+from common import Parser, table, write_result
 from torch import nn
 from torch.nn import functional
 
@@ -169,7 +168,7 @@ def measure(name, rounds, settle):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--models", default="gpt,resnet")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--settle", type=int, default=3)

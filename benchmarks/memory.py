@@ -6,12 +6,11 @@ Each width is measured in a process of its own: the peak of its resident memory 
 128 MB, less what it had before the metric was made. Needs Linux.
 """
 
-import argparse
 import multiprocessing
 from pathlib import Path
 
 import torch
-from common import write_result
+from common import Parser, write_result
 
 import spectralmetrics as sm
 
@@ -38,7 +37,7 @@ def measure(width, count, dtype, queue):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--bytes", type=int, default=128 * MEGABYTE, help="of a batch in float32")
     options = parser.parse_args()

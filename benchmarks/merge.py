@@ -7,7 +7,6 @@ The stock arm is what torchmetrics does for a metric with three states that are 
 state of each metric and adds them up.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchmetrics
-from common import write_result
+from common import Parser, write_result
 
 import spectralmetrics as sm
 
@@ -104,7 +103,7 @@ def process(rank, world, folder, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

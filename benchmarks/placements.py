@@ -23,7 +23,6 @@ multiplies it for Llama-3-8B and 70B, with the memory of the sums and the time o
 the speeds that the options say.
 """
 
-import argparse
 import math
 import os
 import tempfile
@@ -33,7 +32,7 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import table
+from common import Parser, table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -234,7 +233,7 @@ def paper(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=["measure", "experts", "paper"])
     parser.add_argument("--processes", type=int, nargs="+")
     parser.add_argument("--rows-per-feature", type=float, default=None)

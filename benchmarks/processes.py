@@ -8,7 +8,6 @@ what one process sends and receives in its collectives when all have seen the sa
 not run, but each collective is counted as it would be with them.
 """
 
-import argparse
 import ctypes
 import pickle
 import shutil
@@ -20,6 +19,7 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import Parser
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import spectralmetrics as sm
@@ -156,7 +156,7 @@ def traffic(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=["memory", "traffic"])
     parser.add_argument("--processes", type=int, nargs="+")
     parser.add_argument("--width", type=int, default=2048)

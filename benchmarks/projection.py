@@ -9,12 +9,11 @@ ranks. Three seeds. Writes a table, a picture and JSON; takes about fifteen minu
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
 import torch
-from common import write_result
+from common import Parser, write_result
 from torch import nn
 from torch.nn import functional
 
@@ -120,7 +119,7 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "projection.png")

@@ -9,7 +9,6 @@ table and the charts in view are there; the median of several loads, each in an 
 1280 x 900. Needs Chromium and the extra `test`.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 
 from spectralmetrics import functional, write_report
 from spectralmetrics.recording.writers.csv import format_rows
@@ -102,7 +101,7 @@ def time_to_interactive(browser, path, loads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="recorded runs to measure as well")
     parser.add_argument("--loads", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="folder in which the pages are left")

@@ -11,13 +11,12 @@ debiased value of all 1,000 validation digits at once is what batches are held a
 same batches stands beside it.
 """
 
-import argparse
 import statistics
 import time
 
 import cka as pytorch_cka
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 from torch import nn
 from training_step import resnet
 
@@ -139,7 +138,7 @@ def by_batches(batches=(8, 16, 32, 64, 128, 256)):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--threads", type=int, help="of torch; one where other programs keep the cores busy")

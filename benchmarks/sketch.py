@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import RESULTS, table, write_result
+from common import RESULTS, Parser, table, write_result
 from torch import nn
 
 import spectralmetrics as sm
@@ -197,7 +197,7 @@ def apart(part):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=("bounds", "wide", "language"))
     parser.add_argument("--inside", choices=("wide", "language"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -11,7 +11,6 @@ compiled step without a probe. The arms "gradients" observe gradients in the pla
 written only with all arms.
 """
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ import warnings
 
 import delve
 import torch
-from common import write_result
+from common import Parser, write_result
 from torch import nn
 
 import spectralmetrics as sm
@@ -140,7 +139,7 @@ def mean_step(model, inputs, arm, steps, folder, is_compiled):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside plain and delve")

@@ -8,14 +8,13 @@ stand scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product
 compiled accumulation, by PyTorch alone. Medians over rounds, with the quartiles of the ratio to ``syrk``.
 """
 
-import argparse
 import statistics
 import time
 import warnings
 
 import numpy as np
 import torch
-from common import write_result
+from common import Parser, write_result
 from delve.torch_utils import TorchCovarianceMatrix
 from scipy.linalg.blas import dsyrk, ssyrk
 from sklearn.decomposition import IncrementalPCA
@@ -80,7 +79,7 @@ def seconds_of(function, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=9)

@@ -8,6 +8,7 @@ from torch import nn
 import spectralmetrics
 from spectralmetrics import demo
 from spectralmetrics.cli import main
+from spectralmetrics.functional.compiled import describe
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,8 @@ def test_the_installed_program():
     command = [sys.executable, "-m", "spectralmetrics", "--version"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0
-    assert finished.stdout == f"spectralmetrics {spectralmetrics.__version__}\n"
+    said = [f"spectralmetrics {spectralmetrics.__version__}", f"sums in the memory of the CPU: {describe()}"]
+    assert finished.stdout.splitlines() == said
 
 
 def test_importing_the_package_imports_no_extra():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spectralmetrics import __version__
+from spectralmetrics.functional import compiled
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.recording.compare import describe_comparison
 from spectralmetrics.recording.draw import draw_run, draw_runs
@@ -26,6 +27,12 @@ from spectralmetrics.table import encodable
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]  # argparse prints the usage as well
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        _print(f"{parser.prog} {__version__}\nsums in the memory of the CPU: {compiled.describe()}")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "`spectralmetrics COMMAND --help` says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and which sums run")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_plot(commands)

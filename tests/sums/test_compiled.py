@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectralmetrics.sums import Moments, Observations, accumulate, compiled, empty_moments
+from spectralmetrics.sums.library import find
 
 pytestmark = pytest.mark.usefixtures("instructions")
 
@@ -259,20 +259,6 @@ def test_what_it_does_not_take(instructions, monkeypatch):
         assert not compiled.takes(moments, rows, torch.float64)
 
 
-def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    fresh = functools.cache(compiled._library.__wrapped__)
-    monkeypatch.setattr(compiled, "_INTERFACE_VERSION", -1)
-    assert fresh() is None
-
-
-def test_no_library_is_no_error(monkeypatch, tmp_path):
-    fresh = functools.cache(compiled._library.__wrapped__)
-    monkeypatch.setattr(compiled, "_LIBRARY", tmp_path / "none.so")
-    assert fresh() is None
-    (tmp_path / "none.so").write_text("not a library")
-    assert functools.cache(compiled._library.__wrapped__)() is None
-
-
 def test_the_environment_can_switch_it_off(instructions):
     if instructions is not None:
         pytest.skip("once is enough")
@@ -287,16 +273,16 @@ def test_the_environment_can_switch_it_off(instructions):
     reason="only built on Linux on x86-64, with a C++ compiler",
 )
 def test_it_has_been_built_where_it_can_be():
-    assert compiled._library() is not None
+    assert find().library is not None
 
 
-@pytest.mark.skipif(compiled._library() is None, reason="nothing is compiled")
+@pytest.mark.skipif(find().library is None, reason="nothing is compiled")
 def test_it_uses_the_instructions_that_the_processor_has():
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         flags = next(line for line in file if line.startswith("flags")).split()
     avx2 = {"avx2", "fma"} <= set(flags)
     avx512 = avx2 and {"avx512f", "avx512dq", "avx512vl", "avx512bw"} <= set(flags)
-    assert compiled._library().best_instructions() == avx2 + avx512
+    assert find().library.best_instructions() == avx2 + avx512
 
 
 @pytest.mark.skipif(not compiled.instruction_set(), reason="nothing is compiled here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import warnings
 import weakref
@@ -81,7 +82,7 @@ from spectralmetrics.probing.summary import (
     threshold_of,
 )
 from spectralmetrics.probing.windows import Windows, load_remembered, put_back, save_remembered, take_out
-from spectralmetrics.sums import Sum
+from spectralmetrics.sums import Sum, compiled
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
 T = TypeVar("T")
@@ -236,6 +237,7 @@ class LayerProbe(nn.Module):
             raise ValueError(f"expected `layers` to match a layer of this process, got {layers!r}")
         if layers is None:
             _tell_unseen(model, chosen)
+        _tell_fault()
         # By module: a shared one may be chosen under one name and given a function under another.
         selected = {name: functions[module] for name, module in chosen.items() if module in functions}
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
@@ -816,9 +818,12 @@ class LayerProbe(nn.Module):
         if budget is None:
             return ""
         spent = budget.spent(stage)
+        leaders = (leader for place in self._places.values() for leader in place.spectral_leaders)
+        on_cpu = any(leader.counts().device == HOST for leader in leaders)
+        sums = f", sums {compiled.describe()}" if on_cpu else ""
         return (
             f", observed {spent.observed} of {spent.forwards} forwards in {100 * spent.share:.2g} % of the time"
-            f" (budget {100 * budget.share:.4g} %)"
+            f" (budget {100 * budget.share:.4g} %){sums}"
         )
 
     @property
@@ -1208,6 +1213,13 @@ def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             f"{100 * share:.0f} % of the model's parameters lie in layers that are not probed by default:"
             f" {shown}; `layers` chooses any module by name or type"
         )
+
+
+@functools.cache
+def _tell_fault() -> None:
+    """Say once in a process that the compiled sums of the install are not there any more."""
+    if fault := compiled.fault():
+        tell(f"sums in the memory of the CPU take about twice as long as they could: {fault}")
 
 
 def read_probe(

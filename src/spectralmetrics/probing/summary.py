@@ -87,7 +87,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = text_table(self._heads(), [self._cells(row) for row in self.rows], left=("type",))
-        return "\n".join([*([self.title] if self.title else []), *self._problems(), *lines])
+        return "\n".join([*textwrap.wrap(self.title, WIDTH), *self._problems(), *lines])
 
     def _problems(self) -> list[str]:
         """A line for each problem, above the table."""

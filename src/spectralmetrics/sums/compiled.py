@@ -3,7 +3,7 @@
 Installing the package compiles ``csrc/`` if there is a C++ compiler, on Linux on x86-64; the library then
 serves observations in the memory of the CPU, on processors with AVX2 or AVX-512. Everything else is done by
 PyTorch, with the same results up to rounding. Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to have
-PyTorch do it all.
+PyTorch do it all. :func:`describe` says which of the two it is, and why.
 
 >>> from spectralmetrics.functional import compiled
 >>> compiled.instruction_set() in (None, "avx2", "avx512")
@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from spectralmetrics.sums.library import find, is_switched_off
 
 
 class DenseSums(Protocol):
@@ -40,9 +40,8 @@ class DenseSums(Protocol):
 
 
 InstructionSet = Literal["avx2", "avx512"]
+_NAMES: dict[InstructionSet, str] = {"avx2": "AVX2", "avx512": "AVX-512"}
 
-_LIBRARY = Path(__file__).with_name("_accumulate.so")
-_INTERFACE_VERSION = 3
 # Below so many multiplications another thread takes longer to wake than it helps.
 _LEAST_WORK_TO_SHARE = 2**20
 # The same of values whose marginals are measured, for each thread.
@@ -74,21 +73,8 @@ class _MarginalsJob(ctypes.Structure):
     )
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(_LIBRARY))
-        if library.interface_version() != _INTERFACE_VERSION:
-            return None  # built from other sources than these
-    except (OSError, AttributeError):
-        return None
-    library.workspace_bytes.restype = ctypes.c_int64
-    library.workspace_bytes.argtypes = [ctypes.c_void_p]
-    library.accumulate.restype = None
-    library.accumulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.measure.restype = None
-    library.measure.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    return library
+    return find().library
 
 
 @functools.cache
@@ -102,7 +88,7 @@ def _parallel() -> ctypes.c_void_p | None:
 
 @functools.cache
 def _best_instructions() -> int:
-    library = None if os.environ.get("SPECTRALMETRICS_COMPILED") == "0" else _library()
+    library = None if is_switched_off() else _library()
     return 0 if library is None else int(library.best_instructions())
 
 
@@ -119,6 +105,30 @@ def instruction_set() -> InstructionSet | None:
     sets: tuple[InstructionSet, ...] = get_args(InstructionSet)
     best = min(_best_instructions(), _allowed)
     return sets[best - 1] if best else None
+
+
+def describe() -> str:
+    """Says what sums up observations in the memory of the CPU, and why.
+
+    >>> with using(None):
+    ...     print(describe())
+    by PyTorch: `using(None)`
+    """
+    instructions = instruction_set()
+    if instructions is not None:
+        return f"compiled with {_NAMES[instructions]}"
+    if not _allowed:
+        why = "`using(None)`"
+    elif is_switched_off():
+        why = "SPECTRALMETRICS_COMPILED=0 is in the environment"
+    else:
+        why = find().why or "the processor has no AVX2 with FMA"
+    return f"by PyTorch: {why}"
+
+
+def fault() -> str:
+    """Says what has happened to the library that the install had made; empty if nothing has."""
+    return describe() if not is_switched_off() and find().is_broken else ""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""The library that installing the package compiles from ``csrc/``: where it is, or why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+LIBRARY = Path(__file__).with_name("_accumulate.so")
+NOTE = LIBRARY.with_suffix(".txt")  # in its place: why the install has compiled nothing
+INTERFACE_VERSION = 3
+_INSTALL_AGAIN = "install spectralmetrics again"
+
+
+class Found(NamedTuple):
+    """The library, or why there is none.
+
+    Attributes:
+        library: None where PyTorch does the sums.
+        why: there is none, in words.
+        is_broken: whether the install had made one that fits, and something has happened since.
+    """
+
+    library: ctypes.CDLL | None
+    why: str = ""
+    is_broken: bool = False
+
+
+@functools.cache
+def find() -> Found:
+    """The library beside the package, ready to be called, or why there is none."""
+    system, processor = sys.platform, platform.machine()
+    if (system, processor) != ("linux", "x86_64"):
+        return Found(None, f"they are compiled for Linux on x86-64 only, and this is {system} {processor}")
+    if not LIBRARY.exists():
+        if NOTE.exists():
+            note = NOTE.read_text(encoding="utf-8").strip()
+            return Found(None, f"nothing was compiled when the package was installed: {note}")
+        why = f"no compiled library beside the package ({LIBRARY})"
+        if _was_installed():
+            return Found(None, f"{why}, where the install had put one; {_INSTALL_AGAIN}", True)
+        return Found(None, why)
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        version = library.interface_version()
+    except (OSError, AttributeError) as error:
+        return Found(None, f"the compiled library cannot be loaded ({error}); {_INSTALL_AGAIN}", True)
+    if version != INTERFACE_VERSION:
+        why = f"interface version {version} and not {INTERFACE_VERSION}"
+        return Found(None, f"the compiled library is of other sources, {why}; {_INSTALL_AGAIN}", True)
+    library.workspace_bytes.restype = ctypes.c_int64
+    library.workspace_bytes.argtypes = [ctypes.c_void_p]
+    library.accumulate.restype = None
+    library.accumulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.measure.restype = None
+    library.measure.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return Found(library)
+
+
+def _was_installed() -> bool:
+    """Whether the package was installed with a library: only then is its wheel one of a platform."""
+    try:
+        wheel = importlib.metadata.distribution("spectralmetrics").read_text("WHEEL")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return "Root-Is-Purelib: false" in (wheel or "")
+
+
+def is_switched_off() -> bool:
+    """Whether the user has PyTorch do all."""
+    return os.environ.get("SPECTRALMETRICS_COMPILED") == "0"
