@@ -297,3 +297,5 @@ def test_values_that_are_not_finite_do_not_pass_for_zero(name, bad):
             OF_EIGENVALUES[name](values)
     with pytest.raises(ValueError, match="finite covariance"):
         F.determinant(torch.diag(values))
+    # All is finite here, and the sum of all entries is not.
+    assert F.eigenvalues(torch.full((2,), 1.5e308, dtype=torch.float64).diag()).isfinite().all()

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from spectralmetrics.sums import Moments, merge, rebase
 from spectralmetrics.sums.checks import check_real, check_type
-from spectralmetrics.sums.decomposition import symmetrise, without_round_off
+from spectralmetrics.sums.decomposition import without_round_off
 
 _BLOCK_VALUES = 2**21  # of float64, 16 MB
+_BLOCK_ROWS = 128  # of an upper triangle, at least, so that nearly half of a product is saved
 
 
 def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tensor:
@@ -87,10 +88,22 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
 
 def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]:
     """What a fold holds along directions that are fitted to the others, summed, and what these hold there."""
-    values, vectors = others.eigenvectors(center=center)
+    values, vectors = others.ascending_eigenvectors(center=center)
     about = others.mean() if center else torch.zeros_like(others.origin)
-    second = symmetrise(rebase(fold, about).second)
-    return _alike_where(values == 0, (second @ vectors).mul_(vectors).sum(0)), values
+    held = _squares_along(vectors, rebase(fold, about).second).flip(0)
+    return _alike_where(values == 0, held), values
+
+
+def _squares_along(vectors: Tensor, second: Tensor) -> Tensor:
+    """What second moments, of which only the upper triangle counts, hold along each column."""
+    found = vectors.new_zeros(vectors.shape[1])
+    step = max(_BLOCK_ROWS, len(second) // 4)
+    for start in range(0, len(second), step):
+        stop = start + step
+        rows = second[start:stop, start:].triu()
+        rows.diagonal().mul_(0.5)  # what lies beside it counts twice
+        found += (rows @ vectors[start:]).mul_(vectors[start:stop]).sum(0)
+    return found.mul_(2)
 
 
 def without_each(folds: Sequence[Moments], rest: Moments | None = None) -> Iterator[Moments]:

@@ -32,7 +32,7 @@ from spectralmetrics.functional.dimension import intrinsic_dimension
 from spectralmetrics.functional.held_out import sampling_margin
 from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.functional.together import Wanted, read_together
+from spectralmetrics.functional.together import Wanted
 from spectralmetrics.metrics.overrides import merged_as_in_compute
 from spectralmetrics.metrics.state import SumsMetric
 from spectralmetrics.sums import (
@@ -466,8 +466,21 @@ class SpectralMetric(SumsMetric):
                 " interval; make it with folds=8, say"
             )
 
+    def _read_counts(self) -> Sequence[int]:
+        """The values of :meth:`counts`, read once for all metrics that share these sums."""
+        self.flush()
+        live = self._revive()
+        if live is None:
+            counts: Sequence[int] = self.counts().tolist()
+            return counts
+        cache = live.stream.cache
+        if "counts" not in cache:
+            cache["counts"] = self.counts().tolist()
+        found: Sequence[int] = cache["counts"]
+        return found
+
     def _check_observed(self) -> None:
-        [(count, non_finite, in_range)] = read_together([self.counts()])
+        count, non_finite, in_range = self._read_counts()
         if non_finite and self.nan_strategy == "error":
             raise RuntimeError(
                 f"{type(self).__name__}: {non_finite} of {count + non_finite} observations hold NaN or"

@@ -26,6 +26,7 @@ class _Live(NamedTuple):
     sums: tuple[Sum, ...]
     anchor: Tensor
     stream: Stream
+    num_features: int
 
 
 def _state(name: str) -> Any:
@@ -42,8 +43,10 @@ def _state(name: str) -> Any:
         return value
 
     def write(metric: SumsMetric, value: Tensor) -> None:
-        metric.__dict__[name] = value
-        metric.__dict__["_live"] = None
+        own = metric.__dict__
+        if own.get(name) is not value:  # a collection gives its members what they have at every turn
+            own[name] = value
+            own["_live"] = None
 
     return property(read, write)
 
@@ -140,7 +143,8 @@ class SumsMetric(DealingMetric):
     def observe(self, observations: Observations) -> None:
         """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there."""
         count_update(self)
-        width = self.num_features
+        live: _Live | None = self.__dict__["_live"]
+        width = self.num_features if live is None else live.num_features
         if width is not None and observations.values.shape[observations.feature_dim] != width:
             self._check(observations, observations)
         self._take(observations)
@@ -342,5 +346,5 @@ class SumsMetric(DealingMetric):
             if sums[0].num_features == 0:
                 return None
             anchor = own[self._anchor_name()]
-            live = own["_live"] = _Live(sums, anchor, Stream.of(anchor))
+            live = own["_live"] = _Live(sums, anchor, Stream.of(anchor), sums[0].num_features)
         return live

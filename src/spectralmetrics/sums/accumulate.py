@@ -9,9 +9,7 @@ or squared make the sums infinite: that is said when they are read.
 from __future__ import annotations
 
 import functools
-import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from spectralmetrics.sums.checks import check_type
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
+from spectralmetrics.sums.workspace import workspace
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; an accelerator wants fewer, larger products.
@@ -28,9 +27,6 @@ _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
 _MINIMUM_ROWS_PER_PRODUCT = 2048
-# Memory of a thread for one role, kept between updates.
-_KEPT_WORKSPACE_BYTES = 2**26
-_KEPT = threading.local()
 
 
 def accumulate(
@@ -98,7 +94,7 @@ def accumulate(
         for piece, dim, start in _blocks(values, feature_dim, limit):
             chosen = None if valid is None else valid[start : start + piece.shape[0]]
             if recentre:
-                copy = _workspace(piece, "rows", piece.shape, dtype).copy_(piece)
+                copy = workspace(piece, "rows", piece.shape, dtype).copy_(piece)
                 _recentre(moments, _as_rows(copy, dim), chosen, rounded=values.dtype != torch.float64)
             if is_compiled:
                 _add_compiled(moments, piece, dim, chosen, gram_dtype)
@@ -134,30 +130,17 @@ def _as_rows(piece: Tensor, dim: int) -> Tensor:
     return piece if dim == -1 else piece.flatten(1).t()
 
 
-def _workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of any content, on a CPU the same again for the same role, since fresh pages are dear there."""
-    size = math.prod(shape)
-    if like.device.type != "cpu" or size * dtype.itemsize > _KEPT_WORKSPACE_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
-    name = f"{role}, {dtype}"
-    kept: Tensor | None = getattr(_KEPT, name, None)
-    if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=dtype, device="cpu")
-        setattr(_KEPT, name, kept)
-    return kept[:size].view(tuple(shape))
-
-
 def _add_compiled(
     moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, gram_dtype: torch.dtype
 ) -> None:
     if piece.dtype not in (torch.float32, torch.float64):
-        piece = _workspace(piece, "rows", piece.shape, torch.float32).copy_(piece)
+        piece = workspace(piece, "rows", piece.shape, torch.float32).copy_(piece)
     maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
     compiled.add(moments, maps, valid, gram_dtype, functools.partial(_bytes, piece))
 
 
 def _bytes(like: Tensor, size: int) -> Tensor:
-    return _workspace(like, "panels", (size,), torch.uint8)
+    return workspace(like, "panels", (size,), torch.uint8)
 
 
 def _centre(
@@ -167,7 +150,7 @@ def _centre(
 
     A row is judged before it is centred: one that overflows then is no NaN of the user's.
     """
-    work = _workspace(piece, "rows", piece.shape, dtype)
+    work = workspace(piece, "rows", piece.shape, dtype)
     origin = moments.origin.to(dtype)
     broadcast = origin if dim == -1 else origin[:, None, None]
     if piece.dtype == dtype and dim == -1:
@@ -267,11 +250,11 @@ def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
     """The product leftᵀ right in float64, of float32 sums over few rows each."""
     whole = left.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
     shape = (left.shape[1], right.shape[1])
-    total = _workspace(left, "summed products", shape, torch.float64)
+    total = workspace(left, "summed products", shape, torch.float64)
     if whole:
         # (n, b) -> (n / 256, b, 256), (n, w) -> (n / 256, 256, w)
         transposed = left[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM)).mT
-        pieces = _workspace(left, "product", (transposed.shape[0], *shape), torch.float32)
+        pieces = workspace(left, "product", (transposed.shape[0], *shape), torch.float32)
         torch.bmm(transposed, right[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM)), out=pieces)
         torch.sum(pieces, 0, dtype=torch.float64, out=total)
     if whole == left.shape[0]:

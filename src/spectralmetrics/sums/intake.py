@@ -38,6 +38,8 @@ class DenseIntake(Intake):
         self._accumulations = 0
         self._centring: Centring | None = None  # on an accelerator, while the origin stays
         self._buffer: Tensor | None = None  # (WAITING_ROWS, D), or as many as there is memory for
+        self._buffer_is_float64 = False
+        self._buffer_device: torch.device | None = None
         self._is_in_step = True  # with the buffers of other streams: all begin empty
         self.waiting = 0
 
@@ -71,18 +73,18 @@ class DenseIntake(Intake):
         dtype, dim = values.dtype, observations.feature_dim
         width = values.shape[dim]
         count = values.numel() // width
-        room = (
-            WAITING_ROWS if self.waiting_bytes is None else min(self.waiting_bytes // (8 * width), WAITING_ROWS)
-        )
+        room, buffer = WAITING_ROWS, self._buffer
+        if self.waiting_bytes is not None:
+            room = min(self.waiting_bytes // (8 * width), room)
         few = (count <= 256 or count <= min(width, WAITING_ROWS // 2)) and count <= room
         if not few or observations.valid is not None or not self._accumulations:
             return False
-        buffer = self._buffer
         if buffer is None:
             # In float32 half precision is exact.
             kept = dtype if dtype == torch.float64 else torch.float32
             buffer = self._buffer = torch.empty((room, width), dtype=kept, device=values.device)
-        elif (dtype == torch.float64) != (buffer.dtype == torch.float64) or buffer.device != values.device:
+            self._buffer_is_float64, self._buffer_device = dtype == torch.float64, values.device
+        elif (dtype == torch.float64) != self._buffer_is_float64 or self._buffer_device != values.device:
             return False
         # Buffers that were emptied together would be full together again, all in one step of a training.
         limit = room - int(self.phase * room * _WAITING_RANGE) if self._is_in_step else room

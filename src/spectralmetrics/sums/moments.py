@@ -38,6 +38,7 @@ from spectralmetrics.sums import decomposition
 from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,36 @@ class Moments(AboutOrigin):
     def eigenvalues(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
         # Without the passes that make it symmetric: the solver reads one triangle.
-        return decomposition.eigenvalues(self.upper_covariance(center=center))
+        return decomposition.eigenvalues(self._upper_in_workspace(center))
 
     def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
         """See :class:`.SpectralSum`."""
-        return decomposition.eigenvectors(self.upper_covariance(center=center))
+        return decomposition.eigenvectors(self._upper_in_workspace(center))
+
+    def ascending_eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
+        """See :func:`.decomposition.ascending_eigenvectors`."""
+        return decomposition.ascending_eigenvectors(self._upper_in_workspace(center))
+
+    def together_with(self, other: Moments) -> Moments:
+        """See :class:`.AboutOrigin`."""
+        # The same in two passes over the matrices.
+        origin = torch.where(self.count >= other.count, self.origin, other.origin)
+        (left, left_right, left_first), (right, right_right, right_first) = (
+            _shifts(each, origin) for each in (self, other)
+        )
+        second = self.second + other.second
+        return Moments(
+            count=self.count + other.count,
+            non_finite=self.non_finite + other.non_finite,
+            origin=origin,
+            first=left_first + right_first,
+            second=second.addmm_(torch.cat([left, right], 1), torch.cat([left_right, right_right])),
+        )
+
+    def _upper_in_workspace(self, center: bool) -> Tensor:
+        """As :meth:`upper_covariance`, in memory that this thread uses again."""
+        memory = workspace(self.second, "rows", self.second.shape, torch.float64)
+        return _upper_covariance(self, center, out=memory)
 
     def matrix(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -182,6 +208,10 @@ class _MomentsOfCovariance(Moments):
         return self.given if center else self.given.addr(self.origin, self.origin)
 
     def upper_covariance(self, *, center: bool = True) -> Tensor:
+        """The covariance as it was given."""
+        return self.covariance(center=center)
+
+    def _upper_in_workspace(self, center: bool) -> Tensor:
         """The covariance as it was given."""
         return self.covariance(center=center)
 
@@ -339,9 +369,15 @@ def upper_covariance(moments: Moments, *, center: bool = True, unbiased: bool = 
     >>> upper_covariance(moments)
     tensor([[1.]], dtype=torch.float64)
     """
+    return _upper_covariance(moments, center, unbiased)
+
+
+def _upper_covariance(
+    moments: Moments, center: bool, unbiased: bool = False, out: Tensor | None = None
+) -> Tensor:
     count = moments.count.to(torch.float64)
     offset = moments.first / count
-    upper = (moments.second / count).addr_(offset, offset, alpha=-1)
+    upper = torch.div(moments.second, count, out=out).addr_(offset, offset, alpha=-1)
     if not center:
         average = moments.origin + offset
         upper = upper.addr_(average, average)

@@ -1,0 +1,27 @@
+"""Memory that is needed again and again, kept by each thread."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Of a thread and for one role.
+_KEPT_WORKSPACE_BYTES = 2**26
+_KEPT = threading.local()
+
+
+def workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of any content, on a CPU the same again for the same role, since fresh pages are dear there."""
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size * dtype.itemsize > _KEPT_WORKSPACE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    name = f"{role}, {dtype}"
+    kept: Tensor | None = getattr(_KEPT, name, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=dtype, device="cpu")
+        setattr(_KEPT, name, kept)
+    return kept[:size].view(tuple(shape))
