@@ -645,6 +645,21 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     report.leave()
 
 
+def test_a_phone_shows_what_stands_out_without_scrolling(visit, runs):
+    report = visit("folds", width=390)
+    assert report.page.locator("#notes").text_content() == "Notes on 1 layer: see the table."
+    report.set("epoch", 0)
+    noted = {each.layer for each in summarise_run(runs / "folds", epoch=0).findings if each.severity == "note"}
+    assert len(noted) > 1
+    assert report.page.locator("#notes").text_content() == f"Notes on {len(noted)} layers: see the table."
+    for part in ("#outstanding-title", "#tail", "#notes"):
+        box = report.page.locator(part).bounding_box()
+        assert 0 < box["y"] < box["y"] + box["height"] < 664  # what a browser leaves of 844 pixels
+    report.page.locator("#notes a").click()
+    report.settle()
+    assert 0 <= report.page.locator("#table-title").bounding_box()["y"] < 664
+
+
 def test_the_page_opens_on_what_was_recorded_and_says_what_the_slider_does_not_move(browser, tmp_path):
     record_what_python_alone_knew(tmp_path)
     report = Visit(browser, write_report(tmp_path, tmp_path / "page.html"))

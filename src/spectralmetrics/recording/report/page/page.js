@@ -87,6 +87,9 @@ function updateControls() {
   byId("threshold").setAttribute("aria-valuetext", `${threshold} of the variance`);
   byId("layer-title").textContent = `Layer ${page.layers[current.layer] ?? "–"}`;
   byId("tail").textContent = tailWords();
+  const notes = countNotes();
+  byId("notes").hidden = !notes;
+  byId("notes").firstElementChild.textContent = `Notes on ${counted(notes, "layer")}: see the table.`;
   byId("statistic-note").textContent = page.fixedWords(current.statistic);
   page.runs.forEach((_, index) => { byId(`heat-box-${index}`).hidden = !current.runs[index]; });
 }
@@ -116,6 +119,15 @@ function problemWords(run, when) {
     .map(([layer, problem]) => `problem in ${layer}: ${problem}`);
   const more = found.length > 3 ? [`problems in ${counted(found.length - 3, "more layer")}`] : [];
   return [...found.slice(0, 3), ...more].map((each) => `${each}; `).join("");
+}
+
+// How many layers have a note beside their problem, which is told above.
+function countNotes() {
+  return visibleRuns(current).flatMap(({ run }) => {
+    const when = run.epochIndex(page.epochs[current.epoch]);
+    const where = (layer) => [current.stage, layer, when, current.threshold];
+    return page.layers.filter((_, layer) => (run.standsOut(...where(layer)) ?? "") !== run.problem(...where(layer)));
+  }).length;
 }
 
 function fill(select, names) {
