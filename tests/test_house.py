@@ -41,6 +41,7 @@ BESIDE = {
     "findings": {"functional", "metrics", "sums", "table", "tail"},
     "weights": {"functional", "metrics", "probing", "table", "torch_private"},
     "checkpoints": {"weights"},
+    "files": {"findings", "functional", "metrics", "probing", "recording", "sums", "table"},
     "__main__": {"cli"},
 }
 # Who may use what stands beside; the command line and the demo may use anything.

@@ -1,6 +1,7 @@
 """Streaming spectral metrics of neural-network features: which layers do work, while training runs."""
 
 from spectralmetrics import functional
+from spectralmetrics.files import Measurement, ReadError, measure, merge, moments_of
 from spectralmetrics.findings import FINDING_RULES, Finding, FindingRule
 from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.integrations.values import loggable
@@ -89,6 +90,7 @@ __all__ = [
     "LinearProbeMetric",
     "MarginalMetric",
     "MaxAbsMetric",
+    "Measurement",
     "Monitor",
     "Mover",
     "NeuralCollapseMetric",
@@ -97,6 +99,7 @@ __all__ = [
     "PCAProjection",
     "ParticipationRatioMetric",
     "PowerLawExponentMetric",
+    "ReadError",
     "ReceptiveField",
     "Record",
     "Recorder",
@@ -125,6 +128,9 @@ __all__ = [
     "layer_profile",
     "loggable",
     "low_saturation_tail",
+    "measure",
+    "merge",
+    "moments_of",
     "randomize_projections",
     "read_records",
     "receptive_fields",

@@ -135,6 +135,46 @@ def _run_weights(options: argparse.Namespace) -> None:
     _print(str(summary))
 
 
+def _run_measure(options: argparse.Namespace) -> None:
+    from spectralmetrics.files import ReadError, measure
+    from spectralmetrics.files.sources import files_of, numeric_order
+    from spectralmetrics.probing.progress import LateBar
+
+    paths = sorted({file for path in options.paths for file in files_of(path)}, key=numeric_order)
+    with _processes() as is_first:
+        try:
+            found = measure(
+                paths if len(options.paths) > 1 else options.paths[0],
+                column=options.column,
+                labels=options.labels,
+                center=not options.no_center,
+                folds=options.folds,
+                record=options.record,
+                progress=LateBar("reading rows") if is_first else None,
+            )
+        except ReadError as error:
+            if error.partial is not None and is_first:
+                _print(f"before the error:\n{error.partial}\n")
+            raise
+        if is_first:
+            _print(str(found))
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[bool]:
+    """Inside, the processes that ``torchrun`` has started are a group; yields whether this is the first."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()):
+        yield True
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
 def _run_summary(options: argparse.Namespace) -> None:
     summary = summarise_run(
         options.directory,
@@ -196,7 +236,7 @@ def _progress(description: str, total: int | None = None) -> Iterator[Callable[.
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="spectralmetrics",
-        description="Spectral metrics of neural-network features: demo, recorded runs, reports, weights.",
+        description="Spectral metrics of neural-network features: demo, runs, reports, weights, files.",
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
         "  spectralmetrics compare runs/demo --epochs 1 4\n"
         "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
@@ -212,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recompute(commands)
     _add_report(commands)
     _add_weights(commands)
+    _add_measure(commands)
     return parser
 
 
@@ -356,6 +397,35 @@ def _add_report(commands: Any) -> None:
     )
 
 
+def _add_measure(commands: Any) -> None:
+    measure = _add_command(
+        commands,
+        "measure",
+        _run_measure,
+        "statistics of embeddings that are in files",
+        "Print the dimension, effective rank and other statistics of the rows in .npy, .npz, .safetensors,"
+        " .parquet or .pt files, with intervals, and what stands out. Files are read in numeric order, some"
+        " rows at a time, and under torchrun by several processes. A recorded run can be reported and"
+        " compared.",
+        [
+            "spectralmetrics measure embeddings.npy",
+            "spectralmetrics measure shards/ --labels class --record runs/monday",
+            "spectralmetrics measure 'shards/*.parquet' --column embedding --no-center",
+            "torchrun --nproc-per-node 4 -m spectralmetrics measure shards/",
+        ],
+    )
+    measure.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder of files, or a glob")
+    measure.add_argument(
+        "--column", metavar="NAME", help="which holds the features, name or pattern (default: the only one)"
+    )
+    measure.add_argument("--labels", metavar="COLUMN|FILE", help="an integer for each row (default: none)")
+    measure.add_argument(
+        "--no-center", action="store_true", help="about zero: the effective rank is RankMe (default: the mean)"
+    )
+    measure.add_argument("--folds", type=_positive, default=8, help="for intervals; 1 for none (default: 8)")
+    measure.add_argument("--record", type=Path, metavar="DIR", help="write a run (default: none)")
+
+
 def _add_weights(commands: Any) -> None:
     weights = _add_command(
         commands,
@@ -394,7 +464,7 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    if name not in ("demo", "weights"):  # which read no run
+    if name not in ("demo", "weights", "measure"):  # which read no run
         parser.add_argument(
             "--import",
             dest="modules",

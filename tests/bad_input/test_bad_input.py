@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from tests.bad_input.of_files import ROWS_OF_FILES
 from tests.bad_input.of_functions import ROWS_OF_FUNCTIONS
 from tests.bad_input.of_metrics import ROWS_OF_METRICS
 from tests.bad_input.of_models import ROWS_OF_MODELS
@@ -16,7 +17,14 @@ from tests.bad_input.table import Given, quotes
 from tests.bad_input.world import World
 from tests.public import everything_public
 
-TABLE = [*ROWS_OF_FUNCTIONS, *ROWS_OF_METRICS, *ROWS_OF_MODELS, *ROWS_OF_RUNS, *ROWS_OF_PICTURES]
+TABLE = [
+    *ROWS_OF_FUNCTIONS,
+    *ROWS_OF_METRICS,
+    *ROWS_OF_MODELS,
+    *ROWS_OF_RUNS,
+    *ROWS_OF_PICTURES,
+    *ROWS_OF_FILES,
+]
 MODULES = ("", ".functional", ".metrics", ".monitoring", ".probing", ".projection", ".recording", ".plotting")
 
 # Arguments of which the table says nothing, and why.
@@ -86,6 +94,8 @@ EXEMPT = {
             "FindingRule(*",
             "PowerLawTail(*",
             "Weight[RS]*",
+            "Measurement(*",
+            "ReadError(*",
         ),
         "made by the package, and read by its user",
     ),

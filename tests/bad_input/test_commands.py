@@ -62,6 +62,20 @@ TABLE = {
         ],
         "--since": [("nowhere", "the following arguments are required: CHECKPOINT")],
     },
+    ("measure", "RUN/records.csv"): {
+        "--column": [("v", "got '.csv': pandas.read_csv")],
+        "--labels": [("no.npy", "expected a file of labels, found no 'no.npy'")],
+        "--no-center": [("", "got '.csv': pandas.read_csv")],
+        "--folds": POSITIVE,
+        "--record": [("RUN", "already holds records")],
+        "--colour": UNKNOWN,
+    },
+    ("measure",): {
+        "paths": [
+            ("nowhere", "expected a file, a folder or a glob, found no 'nowhere'"),
+            ("EMPTY", "expected files among"),
+        ]
+    },
     ("compare", "RUN", "--epochs", "0", "1"): {
         "--stage": [("test", "expected a stage of epoch 0 of … got 'test'")],
         "--threshold": SHARES,

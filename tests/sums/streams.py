@@ -20,7 +20,10 @@ class Batch:
     def __post_init__(self):
         if self.observations.labels is None:  # 0, 1, 2, or none; only sums of classes look at them
             labels = (7 * torch.arange(self.observations.num_observations) + self.number) % 4 - 1
-            object.__setattr__(self, "observations", dataclasses.replace(self.observations, labels=labels))
+            start = 1000 * self.number
+            object.__setattr__(
+                self, "observations", dataclasses.replace(self.observations, labels=labels, start=start)
+            )
 
     def of(self, label):
         """The same batch, of which only the rows of one class are valid; of all classes, if it is None."""
@@ -196,6 +199,25 @@ def check_history(sums, batches, error=1e-12):
         assert abs(row[5] - values.sum()) <= 1e-12 * scale * max(values.size, 1)
         assert abs(row[6] - (values**2).sum()) <= 1e-12 * scale**2 * max(values.size, 1)
         assert row[7] == (values != 0).sum()
+
+
+def check_numbered(sums, batches, error=None):
+    """The rows of the numbers with the smallest hashes, by splitmix64."""
+
+    def hashed(number):
+        mixed, whole = (number + 1) * 0x9E3779B97F4A7C15 % 2**64, 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % whole
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % whole
+        return ((mixed ^ (mixed >> 31)) >> 11) * 2.0**-53
+
+    found = {}
+    for batch in batches:
+        numbers = 1000 * batch.number + batch.kept().nonzero()[:, 0]
+        found |= dict(zip(map(hashed, numbers.tolist()), batch.rows(), strict=True))
+    expected = sorted(found)[: sums.capacity]
+    assert sums.keys[: len(expected)].tolist() == expected
+    assert not sums.keys[len(expected) :].isfinite().any()
+    assert all(torch.equal(row, found[key]) for row, key in zip(sums.rows, expected, strict=False))
 
 
 def check_reservoir(sums, batches, error=None):

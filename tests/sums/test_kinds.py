@@ -23,6 +23,7 @@ from spectralmetrics.sums import (
     empty_labelled,
     empty_marginals,
     empty_moments,
+    empty_numbered,
     empty_reservoir,
     empty_sketch,
     kinds,
@@ -37,6 +38,7 @@ from tests.sums.streams import (
     check_labelled,
     check_marginals,
     check_moments,
+    check_numbered,
     check_reservoir,
     check_sketch,
     stream,
@@ -73,6 +75,7 @@ KINDS = {
     "reservoir": Kind(
         lambda: empty_reservoir(20, 0, seed=3), check_reservoir, lambda: empty_reservoir(21, 0, seed=3), True
     ),
+    "numbered": Kind(lambda: empty_numbered(20, 0), check_numbered, lambda: empty_numbered(21, 0), True),
     "marginals": Kind(lambda: empty_marginals(0), check_marginals),
     "history": Kind(lambda: empty_history(8, 0), check_history, lambda: empty_history(6, 0)),
     "extremes, a toy": Kind(lambda: empty_extremes(0), check_extremes, is_exact=True),

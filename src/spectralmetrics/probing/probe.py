@@ -1297,6 +1297,20 @@ def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerN
     return list(zip(probe._judged(each for _, each in read), (each for each, _ in read), strict=True))
 
 
+def layer_by_hand(probe: LayerProbe, stage: str, layer: str, kind: str) -> LayerMetrics:
+    """The metrics of a layer whose rows come from no model, for whoever has them and calls ``update``.
+
+    Args:
+        probe: whose layer it is.
+        stage: ``"train"`` or ``"eval"``.
+        layer: its name.
+        kind: what stands for its type.
+    """
+    probe._router.facts[layer] = LayerFacts(kind, None)
+    probe._router.order.append(layer)
+    return probe._places[stage, layer]
+
+
 def _value_of(metric: Any) -> Any:
     return metric.read(HOST) if isinstance(metric, SpectralMetric) else metric.compute()
 

@@ -12,13 +12,19 @@ from typing import Any
 
 from spectralmetrics.findings import find, read_numbers
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.functional.relations import frechet_distance, subspace_overlap
+from spectralmetrics.functional.relations import (
+    MINIMUM_SAMPLES,
+    frechet_distance,
+    linear_cka,
+    subspace_overlap,
+)
 from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.probing.standing_out import UNKNOWN_LAYER
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import RecordKey, Row
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.arrays import SavedLayer
+from spectralmetrics.sums import Numbered
 from spectralmetrics.table import WIDTH, number, percent, plural, text_table
 from spectralmetrics.tail import MEAN_LAYER
 
@@ -50,6 +56,9 @@ def compare(
         - ``overlap_by_chance``: what random subspaces of these dimensions share on average, max(k, l) / D;
         - ``frechet_distance`` as a share of the total variance of both sides, tr Σ₁ + tr Σ₂: 0 for equal
           distributions, at most 1 where the means agree;
+        - ``linear_cka`` of up to 1,024 rows of the same numbers, also where the widths differ, if both runs are
+          of sources with as many rows, see :func:`~spectralmetrics.measure`: rows of one number are taken for
+          the same sample;
         - ``note``: why a value is missing, or ``""``.
 
         What a side lacks, or what cannot be compared because the widths differ, is None.
@@ -162,7 +171,7 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
         return _without(damaged[0])
     widths = len(first.mean), len(second.mean)
     if widths[0] != widths[1]:
-        return _without(f"widths {widths[0]} and {widths[1]}")
+        return _without(f"widths {widths[0]} and {widths[1]}") | _alignment(first, second)
     spectra = [first.spectrum(), second.spectrum()]
     variance = float(spectra[0].total_variance + spectra[1].total_variance)
     metric = IntrinsicDimensionMetric(threshold=threshold)
@@ -171,7 +180,7 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
         return _without("a sketch does not hold the share")
     bases = [s.eigenvectors[:, : int(size)] for s, size in zip(spectra, found, strict=True)]
     dimensions = [basis.shape[1] for basis in bases]
-    row = _without("")
+    row = _without("") | _alignment(first, second)
     if any(spectrum.sketch is not None for spectrum in spectra):
         row["note"] = "sketched: no Fréchet distance"
     elif variance > 0:
@@ -186,6 +195,15 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
     return row
 
 
+def _alignment(first: SavedLayer, second: SavedLayer) -> dict[str, float]:
+    """Linear CKA of rows that correspond; empty where none are known to."""
+    samples = [each for layer in (first, second) for each in layer.sums if isinstance(each, Numbered)]
+    if len(samples) < 2 or first.count + first.non_finite != second.count + second.non_finite:
+        return {}
+    left, right = samples[0].paired_with(samples[1])
+    return {"linear_cka": float(linear_cka(left, right))} if len(left) >= MINIMUM_SAMPLES else {}
+
+
 def _damage(layer: SavedLayer) -> str:
     try:
         _ = layer.sums
@@ -195,7 +213,7 @@ def _damage(layer: SavedLayer) -> str:
 
 
 def _without(note: str) -> dict[str, Any]:
-    return {"subspace_overlap": None, "overlap_by_chance": None, "frechet_distance": None, "note": note}
+    return {**dict.fromkeys((*_GEOMETRY, "linear_cka")), "note": note}
 
 
 _LAYER_WIDTH = 28
@@ -326,6 +344,8 @@ def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list
             lines += _first(f"Largest change of {statistic.replace('_', ' ')}: ", named)
         elif any(None not in pair for pair in pairs):
             lines += [f"No change of {statistic.replace('_', ' ')}."]
+    aligned = [f"{row['layer']} {number(row['linear_cka'])}" for row in rows if row["linear_cka"] is not None]
+    lines += _first("Linear CKA of rows of the same numbers: ", aligned)
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["note"]:

@@ -19,6 +19,7 @@ from spectralmetrics.sums.moments import (
     upper_covariance,
     variances,
 )
+from spectralmetrics.sums.numbered import Numbered, empty_numbered
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import full_precision, has_float64, no_autocast
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, kept_rows, offer
@@ -33,6 +34,7 @@ __all__ = [
     "Labelled",
     "Marginals",
     "Moments",
+    "Numbered",
     "Observations",
     "Reservoir",
     "Sketch",
@@ -48,6 +50,7 @@ __all__ = [
     "empty_labelled",
     "empty_marginals",
     "empty_moments",
+    "empty_numbered",
     "empty_reservoir",
     "empty_sketch",
     "first_fold",

@@ -292,8 +292,8 @@ def rebase(moments: Moments, origin: Tensor) -> Moments:
 def merge(left: Moments, right: Moments) -> Moments:
     """The moments of two disjoint sets of observations together; neither input is changed.
 
-    A side without observations contributes nothing, not even its origin, and the result's origin is one of
-    the two given: it is the same data summed in another order.
+    A side without observations contributes nothing, not even its origin or its width, and the result's origin
+    is one of the two given: it is the same data summed in another order.
 
     >>> from spectralmetrics.sums import Observations, accumulate
     >>> left, right = empty_moments(1), empty_moments(1)
@@ -304,6 +304,12 @@ def merge(left: Moments, right: Moments) -> Moments:
     """
     for name, side in (("left", left), ("right", right)):
         check_type(name, side, Moments)
+    if 0 in (left.num_features, right.num_features):
+        known, other = (left, right) if left.num_features else (right, left)
+        left_out = known.non_finite + other.non_finite
+        return Moments(
+            *(each.clone() for each in (known.count, left_out, known.origin, known.first, known.second))
+        )
     if left.num_features != right.num_features:
         raise ValueError(f"expected moments of one width, got {left.num_features} and {right.num_features}")
     return left.together_with(right)

@@ -22,6 +22,8 @@ class Observations:
         forward: number of the forward that put them out, for histories; None: each batch is one by itself, and
             -1: of none that a history is to hold.
         step: of the optimiser, that the forward belongs to; None if nobody said.
+        start: number of the first observation among all of its source, which are numbered one by one; None
+            where they are not.
 
     >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
     torch.Size([128, 3])
@@ -34,6 +36,7 @@ class Observations:
     labels: Tensor | None = None
     forward: int | None = None
     step: int | None = None
+    start: int | None = None
 
     @property
     def num_features(self) -> int:
@@ -55,8 +58,8 @@ class Observations:
                 length.
         """
         values, valid = self.values, self.valid
-        numbered = (self.feature_dim, self.group or 0, self.forward or 0, self.step or 0)
-        for name, number in zip(("feature_dim", "group", "forward", "step"), numbered, strict=True):
+        numbered = (self.feature_dim, self.group or 0, self.forward or 0, self.step or 0, self.start or 0)
+        for name, number in zip(("feature_dim", "group", "forward", "step", "start"), numbered, strict=True):
             if type(number) is not int and not isinstance(number, numbers.Integral):  # the first is faster
                 raise TypeError(f"expected {name} to be an integer, got {number!r}")
         if not isinstance(values, Tensor):

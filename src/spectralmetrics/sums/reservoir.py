@@ -63,7 +63,7 @@ class Reservoir(Sum):
         """See :class:`.Sum`."""
         return empty_reservoir(self.capacity, num_features, device, seed=self.seed)
 
-    def intake(self, gram_dtype: torch.dtype | None) -> SampleIntake:
+    def intake(self, gram_dtype: torch.dtype | None) -> Intake:
         """See :class:`.Sum`."""
         return SampleIntake()
 
@@ -114,14 +114,13 @@ class Reservoir(Sum):
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
-        yield "sample", self.rows
-        yield "sample_keys", self.keys
+        yield from zip(self.arrays, (self.rows, self.keys), strict=True)
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Reservoir:
         """See :class:`.Sum`."""
-        keys = read("sample_keys")
-        return cls(keys, read("sample"), keys.numel())
+        rows, keys = (read(name) for name in cls.arrays)
+        return cls(keys, rows, keys.numel())
 
 
 class SampleIntake(Intake):

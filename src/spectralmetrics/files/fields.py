@@ -1,0 +1,314 @@
+"""Columns of a file or of an object in memory, and which of them are features or labels."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEEDS_EXTRA = 'need {package}: pip install "spectralmetrics[files]"'
+
+
+class ReadError(ValueError):
+    """Raised where a file, or an item of an iterable, cannot be read as rows.
+
+    Attributes:
+        file: its name.
+        row: number of the first row that could not be read, from 0; None where that is not known.
+        partial: the :class:`~spectralmetrics.Measurement` of the rows that were read before; None if there
+            were none.
+    """
+
+    def __init__(self, file: str, problem: str, row: int | None = None) -> None:
+        super().__init__(file, problem, row)  # as it is pickled
+        self.file = file
+        self.problem = problem
+        self.row = row
+        self.partial: Any = None
+
+    def __str__(self) -> str:
+        where = repr(self.file) if self.row is None else f"row {self.row} of {self.file!r}"
+        return f"{where}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column.
+
+    Attributes:
+        shape: rows first: (N,) of numbers, (N, D) of vectors, or whatever else it is.
+        dtype: of what :attr:`read` returns; None if it holds no numbers.
+        described: the dtype as its file calls it.
+        read: (start, stop) -> these rows. Called with starts that never fall.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    described: str
+    read: Callable[[int, int], Tensor]
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating numbers."""
+        return self.dtype is not None and self.dtype.is_floating_point
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds integers."""
+        return not (self.dtype is None or self.is_floating or self.dtype.is_complex or self.dtype == torch.bool)
+
+    def __str__(self) -> str:
+        return f"{' x '.join(map(str, self.shape)) or 'one'} {self.described}"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one file or object.
+
+    Attributes:
+        name: of the file or object.
+        fields: by name, in their order; an object without columns has one field ``""``.
+        join: columns of numbers, by name -> the field of their rows as vectors.
+    """
+
+    name: str
+    fields: Mapping[str, Field]
+    join: Callable[[Sequence[str]], Field] | None = field(default=None)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are columns, and no rows in them."""
+        return bool(self.fields) and all(each.shape[:1] == (0,) for each in self.fields.values())
+
+    def features(self, column: str | None, labels: str | None) -> Field:
+        """The column of feature vectors.
+
+        Args:
+            column: its name, or a pattern as in ``fnmatch``; of columns of numbers a pattern for all. None: the
+                only candidate.
+            labels: name of the column of labels, which is no candidate.
+
+        Raises:
+            ReadError: if there is none, or there are several.
+        """
+        found = {name: each for name, each in self.fields.items() if name != labels}
+        if column is not None:
+            found = {name: each for name, each in found.items() if fnmatch.fnmatchcase(name, column)}
+            if not found:
+                raise ReadError(self.name, f"expected a column {column!r}, got {self.listed()}")
+        vectors = {name: each for name, each in found.items() if each.is_floating and len(each.shape) == 2}
+        if len(vectors) > 1:
+            raise ReadError(
+                self.name,
+                f"expected one column of features, got {self.listed(vectors)}; choose one with column=NAME"
+                " (--column NAME)",
+            )
+        if vectors:
+            return next(iter(vectors.values()))
+        numbers = [name for name, each in found.items() if each.is_floating and len(each.shape) == 1]
+        if numbers and self.join is not None:
+            return self.join(numbers)
+        raise ReadError(self.name, self._refusal(found))
+
+    def labels(self, name: str) -> Field:
+        """The column of labels.
+
+        Raises:
+            ReadError: if there is none, or it does not hold a number for each row.
+        """
+        if name not in self.fields:
+            raise ReadError(
+                self.name,
+                f"expected labels as a column {name!r} or a file of that name, got {self.listed()}",
+            )
+        found = self.fields[name]
+        if len(found.shape) != 1 or not (found.is_integer or found.is_floating):
+            raise ReadError(
+                self.name,
+                f"expected an integer label for each row in {name!r}, got {found}: number the classes",
+            )
+        return found
+
+    def listed(self, fields: Mapping[str, Field] | None = None) -> str:
+        """Some fields in words, all by default."""
+        chosen = self.fields if fields is None else fields
+        shown = [f"{name!r} ({each})" if name else f"one array ({each})" for name, each in chosen.items()]
+        more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
+        return (", ".join(shown[:12]) + more) if shown else "no columns"
+
+    def _refusal(self, fields: Mapping[str, Field]) -> str:
+        """Why none of these columns can be features, and what to do."""
+        if not fields:
+            return f"expected a column of features, got {self.listed()}"
+        words = f"expected floating rows of shape (N, D), got {self.listed(fields)}"
+        return f"{words}; {_advice(fields.values())}"
+
+
+def _advice(fields: Iterable[Field]) -> str:
+    kinds = {(each.dtype, len(each.shape)) for each in fields}
+    dtypes = {dtype for dtype, _ in kinds}
+    if any(dtype is not None and dtype.is_floating_point for dtype in dtypes):
+        ndims = {ndim for dtype, ndim in kinds if dtype is not None and dtype.is_floating_point}
+        if max(ndims) > 2:
+            return (
+                "rows.reshape(-1, rows.shape[-1]) makes every position a row, rows.mean(1) one of each sample"
+            )
+        return "give each observation a row, of one feature as rows[:, None]"
+    if torch.uint8 in dtypes:
+        return (
+            "of bits packed into bytes save np.unpackbits(rows, axis=1).astype(np.float16), of quantised ones"
+            " the numbers that they stand for"
+        )
+    if torch.int8 in dtypes:
+        return "save the numbers that quantised ones stand for: (rows * scale).astype(np.float16)"
+    if None in dtypes:
+        return "save numbers alone, such as np.stack(rows).astype(np.float32)"
+    return "integers are never features; save rows.astype(np.float32) if these are"
+
+
+EMPTY: Mapping[str, Field] = {"": Field((0, 0), torch.float32, "nothing", lambda a, b: torch.empty(0, 0))}
+"""The columns of a file without rows."""
+
+
+# -- in memory ------------------------------------------------------------------------------------------------
+
+
+def columns_of(value: Any, name: str) -> Columns | None:
+    """The columns of an object in memory; None for one that is no array, tensor, data frame or dict of these.
+
+    Args:
+        value: a tensor, an array, whatever gives one by ``__array__``, a data frame, or a dict of these.
+        name: what messages are to call it.
+    """
+    if isinstance(value, Tensor):
+        return Columns(name, {"": field_of_tensor(value)})
+    if isinstance(value, Mapping):
+        fields = {str(key): found for key, each in value.items() if (found := _field_of(each)) is not None}
+        return Columns(name, fields)
+    if hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a data frame
+        fields = {str(key): _field_of_series(value[key]) for key in value.columns}
+        return Columns(name, fields, lambda names: _joined([fields[each] for each in names]))
+    found = None if isinstance(value, list) else _field_of(value)
+    return None if found is None else Columns(name, {"": found})
+
+
+def _field_of(value: Any) -> Field | None:
+    if isinstance(value, Tensor):
+        return field_of_tensor(value)
+    if hasattr(value, "dtype") and hasattr(value, "to_numpy"):
+        return _field_of_series(value)
+    if hasattr(value, "__array__"):
+        return field_of_array(np.asarray(value))
+    if isinstance(value, list) and value:
+        if np.ndim(value[0]) == 0:
+            return field_of_array(np.asarray(value))
+        vectors = np.empty(len(value), object)
+        for index, each in enumerate(value):
+            vectors[index] = each
+        return _field_of_vectors(vectors)
+    return None
+
+
+def field_of_tensor(value: Tensor) -> Field:
+    """The field of a tensor."""
+    value = value.detach()
+    words = str(value.dtype).removeprefix("torch.")
+    dtype: torch.dtype | None = value.dtype
+    if value.layout != torch.strided or value.is_quantized:
+        words, dtype = f"{words} as {str(value.layout).removeprefix('torch.')}", None
+    return Field(tuple(value.shape), dtype, words, lambda a, b: value[a:b])
+
+
+def field_of_array(value: np.ndarray[Any, Any]) -> Field:
+    """The field of an array; one of objects that are vectors is one of lists."""
+    if value.dtype == object and value.ndim == 1:
+        return _field_of_vectors(value)
+    return Field(
+        value.shape, torch_dtype(value.dtype), describe(value.dtype), lambda a, b: as_tensor(value[a:b])
+    )
+
+
+def _field_of_series(series: Any) -> Field:
+    values = series.to_numpy()
+    if values.dtype == object and series.dtype != object:  # numbers with missing ones
+        values = series.to_numpy(dtype=np.float64, na_value=np.nan)
+    return field_of_array(values)
+
+
+def _field_of_vectors(values: np.ndarray[Any, Any]) -> Field:
+    lengths = [None if each is None else np.ndim(each) and len(each) for each in values]
+    width = next((length for length in lengths if length), None)
+    first = next((np.asarray(each) for each, length in zip(values, lengths, strict=True) if length), None)
+    if width is None or first is None or first.ndim != 1 or torch_dtype(first.dtype) is None:
+        return Field(values.shape, None, "objects", lambda a, b: torch.empty(0))
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = np.full((stop - start, width), np.nan, np.result_type(first.dtype, np.float16))
+        for index in range(start, stop):
+            if lengths[index] is not None:
+                if lengths[index] != width:
+                    raise ReadError("", ragged(width, lengths[index] or 0), index)
+                rows[index - start] = values[index]
+        return as_tensor(rows)
+
+    dtype = torch_dtype(first.dtype)
+    return Field((len(values), width), dtype, describe(first.dtype), read)
+
+
+def _joined(fields: Sequence[Field]) -> Field:
+    dtype = torch.float32 if all(each.dtype != torch.float64 for each in fields) else torch.float64
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.stack([each.read(start, stop).to(dtype) for each in fields], dim=1)
+
+    return Field((fields[0].shape[0], len(fields)), dtype, fields[0].described, read)
+
+
+def ragged(expected: int, found: int) -> str:
+    """What is wrong with a row of another width."""
+    return f"expected {expected} features as in the rows before, got {found}"
+
+
+# -- dtypes ---------------------------------------------------------------------------------------------------
+
+_BFLOAT16 = ("V2", "bfloat16")  # as numpy reads what ml_dtypes and JAX have saved, and as ml_dtypes calls it
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """The dtype of :func:`as_tensor`; None for what holds no numbers."""
+    if dtype.names is not None or dtype.subdtype is not None:
+        return None
+    if dtype.str.lstrip("|<=") in _BFLOAT16 or dtype.name == "bfloat16":
+        return torch.bfloat16
+    if dtype.kind == "f":
+        return {2: torch.float16, 4: torch.float32}.get(dtype.itemsize, torch.float64)
+    if dtype.kind in "iu":
+        signed = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(dtype.itemsize, torch.int64)
+        return torch.uint8 if dtype == np.uint8 else signed if dtype.kind == "i" else torch.int64
+    return {"b": torch.bool, "c": torch.complex128}.get(dtype.kind)
+
+
+def describe(dtype: np.dtype[Any]) -> str:
+    """The name of a dtype, without its order of bytes."""
+    if torch_dtype(dtype) == torch.bfloat16:
+        return "bfloat16"
+    return "objects" if dtype.hasobject else dtype.name
+
+
+def as_tensor(values: np.ndarray[Any, Any]) -> Tensor:
+    """The numbers of an array as a tensor: in the machine's order of bytes, and in a dtype that PyTorch has."""
+    dtype = values.dtype
+    wanted = torch_dtype(dtype)
+    if wanted is None:
+        raise TypeError(f"expected an array of numbers, got {describe(dtype)}")
+    if wanted == torch.bfloat16:
+        return torch.from_numpy(np.array(values, order="C").view(np.uint16)).view(torch.bfloat16)
+    kind = np.dtype(str(wanted).removeprefix("torch."))
+    if dtype != kind or not values.flags.writeable or not values.flags.c_contiguous:
+        values = np.array(values, dtype=kind, order="C")
+    return torch.from_numpy(values)

@@ -1,0 +1,311 @@
+"""Blocks of rows, with their labels and the fold that they belong to, one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.files.fields import Columns, Field, ReadError
+from spectralmetrics.files.label_source import is_file, labels_of, read_labels
+from spectralmetrics.files.sources import Part, parts_of
+
+_MOST_BYTES = 2**27
+"""Of a block, whatever its number of rows."""
+_BLOCKS_A_FOLD = 8
+"""Of rows in one piece so many blocks, from all over it, make a fold."""
+
+
+class Block(NamedTuple):
+    """Rows that are read together.
+
+    Attributes:
+        rows: shape (n, D), floating.
+        labels: shape (n,), int64, -1 where there is none; None without labels.
+        start: number of the first among all rows of the source.
+        group: what of this number is left after division by the number of folds is the fold.
+        done: rows that this process has come by so far, and of how many; the same where that is not known.
+    """
+
+    rows: Tensor
+    labels: Tensor | None
+    start: int
+    group: int
+    done: tuple[int, int]
+
+
+class _Opened(NamedTuple):
+    """A part of which the columns are known.
+
+    Attributes:
+        number: its place among those that are not empty.
+        name: in messages.
+        columns: all of it.
+        features: the rows; None if ``error`` says why there are none.
+        error: raised when the part's turn comes.
+    """
+
+    number: int
+    name: str
+    columns: Columns | None
+    features: Field | None
+    error: ReadError | None
+
+    @property
+    def num_rows(self) -> int:
+        return 0 if self.features is None else self.features.shape[0]
+
+
+class _Piece(NamedTuple):
+    """Rows of a part that are read together, and what is known of them before."""
+
+    part: _Opened
+    start: int
+    stop: int
+    group: int
+
+
+class Rows:
+    """What is read of a source, by this process among others that are given the same source.
+
+    Args:
+        source: see :func:`~spectralmetrics.measure`.
+        column: likewise.
+        labels: likewise.
+        folds: likewise.
+        block_rows: likewise.
+        rank: of this process.
+        world_size: how many there are; each takes some parts or, of fewer parts than processes, some blocks.
+
+    Attributes:
+        width: the number of features D; 0 if nothing has rows.
+        dtype: of the features, as the first part calls it.
+        unit: what is dealt to folds, in words.
+        num_parts: how many parts have been come by.
+        empty: names of parts without rows.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        column: str | None,
+        labels: Any,
+        folds: int,
+        block_rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._column = column
+        self._folds = folds
+        self._block_rows = block_rows
+        self._rank, self._world_size = rank, world_size
+        self.empty: list[str] = []
+        self.num_parts = 0
+        self._label_column, self._label_field = labels_of(labels)
+        self._label_name = str(labels) if isinstance(labels, (str, Path)) else "labels"
+        parts = parts_of(source)
+        if isinstance(parts, list):
+            parts = [each for each in parts if not is_file(each.name, labels)]
+        opened = self._open(parts)
+        self._known = list(opened) if isinstance(parts, list) else None
+        if self._known is None:
+            first = next(opened, None)
+            self._parts: Iterable[_Opened] = itertools.chain(() if first is None else (first,), opened)
+            known = [] if first is None else [first]
+        else:
+            self._parts = known = self._known
+        described = next((each.features for each in known if each.features is not None), None)
+        self.width = 0 if described is None else described.shape[1]
+        self.dtype = "" if described is None else described.described
+        self._like = next((each.name for each in known if each.features is not None), "")
+        self._by_part = self._known is None or len(self._known) >= folds
+        self.unit = "items" if self._known is None else "whole files" if self._by_part else "blocks"
+        # Rows before each part.
+        self._before = list(itertools.accumulate((each.num_rows for each in self._known or ()), initial=0))
+        if self._known is not None and all(each.error is None for each in self._known):
+            self._check_count(self._before[-1])
+
+    def num_classes(self) -> int:
+        """One more than the largest label; 0 without labels.
+
+        Raises:
+            ValueError: where labels are in columns of an iterable, which can be read but once.
+        """
+        if self._label_field is not None:
+            return self._largest(self._label_field, self._label_name) + 1
+        if self._label_column is None:
+            return 0
+        if self._known is None:
+            raise ValueError(
+                f"expected metrics with labels={self._label_column!r} of an iterable, which is read once:"
+                " metrics=[LinearProbeMetric(num_classes=10)], say"
+            )
+        largest = -1
+        for part in self._known:
+            if part.columns is not None and self._label_column in part.columns.fields:
+                largest = max(largest, self._largest(part.columns.labels(self._label_column), part.name))
+        return largest + 1
+
+    def _largest(self, field: Field, name: str) -> int:
+        size = field.shape[0]
+        found = (read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
+        return max((int(each.max()) for each in found), default=-1)
+
+    def __iter__(self) -> Iterator[Block]:
+        """The blocks of this process.
+
+        Raises:
+            ReadError: at a part or a row that cannot be read, after all that come before it.
+        """
+        pieces: Iterable[_Piece]
+        total: int | None
+        if self._known is None:
+            total, pieces = None, (piece for part in self._parts for piece in self._pieces(part, 0))
+        else:
+            pieces = list(self._plan(self._known))
+            total = sum(each.stop - each.start for each in pieces)
+        done = 0
+        for piece in pieces:
+            before = self._offset if self._known is None else self._before[piece.part.number]
+            for rows, labels in self._read(piece):
+                done += len(rows)
+                progress = done, done if total is None else total
+                yield Block(rows, labels, before + piece.start, piece.group, progress)
+        if self._known is None and self._label_field is not None:
+            self._check_count(self._offset)
+
+    _offset = 0  # rows of the parts that have been come by
+
+    # -- parts and pieces --------------------------------------------------------------------------------
+
+    def _open(self, parts: Iterable[Part]) -> Iterator[_Opened]:
+        for part in parts:
+            columns: Columns | None = None
+            features: Field | None = None
+            error: ReadError | None = None
+            try:
+                columns = part.columns()
+                if columns.is_empty:
+                    self.empty.append(part.name)
+                    continue
+                features = columns.features(self._column, self._label_column)
+                if features.shape[1] == 0:
+                    raise ReadError(part.name, f"expected at least one feature, got {features}")
+            except ReadError as raised:
+                features, error = None, raised
+            yield _Opened(self.num_parts, part.name, columns, features, error)
+            self.num_parts += 1
+
+    def _plan(self, parts: list[_Opened]) -> Iterator[_Piece]:
+        """The pieces of this process, where all parts are known."""
+        group = 0
+        for part in parts:
+            size = self._size(part)
+            count = max(math.ceil(part.num_rows / size), 1)
+            is_mine = len(parts) < self._world_size or part.number % self._world_size == self._rank
+            if is_mine:
+                yield from self._pieces(part, group)
+            group += count
+
+    def _pieces(self, part: _Opened, group: int) -> Iterator[_Piece]:
+        """The pieces of a part that are this process', numbered from a number on unless a part is one group."""
+        if self._known is None and part.number % self._world_size != self._rank:
+            self._offset += part.num_rows
+            return
+        if part.features is None:
+            yield _Piece(part, 0, 0, 0)
+            return
+        size = self._size(part)
+        by_block = self._known is not None and len(self._known) < self._world_size
+        for number, start in enumerate(range(0, part.num_rows, size)):
+            if not by_block or (group + number) % self._world_size == self._rank:
+                stop = min(start + size, part.num_rows)
+                yield _Piece(part, start, stop, part.number if self._by_part else group + number)
+        if self._known is None:
+            self._offset += part.num_rows
+
+    def _size(self, part: _Opened) -> int:
+        """Rows of a piece."""
+        size = self._block_rows
+        if self._known is not None and not self._by_part:
+            size = min(size, math.ceil(self._before[-1] / (_BLOCKS_A_FOLD * self._folds)))
+        if part.features is not None and part.features.dtype is not None:
+            size = min(size, _MOST_BYTES // (part.features.shape[1] * part.features.dtype.itemsize))
+        return max(size, 1)
+
+    # -- reading -----------------------------------------------------------------------------------------
+
+    def _read(self, piece: _Piece) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The rows of a piece; up to the first that cannot be read, and then an error."""
+        part = piece.part
+        if part.error is not None or part.features is None:
+            raise part.error or ReadError(part.name, "expected rows")
+        if part.features.shape[1] != self.width:
+            raise ReadError(
+                part.name,
+                f"expected {self.width} features as in {self._like!r}, got {part.features.shape[1]}",
+                0,
+            )
+        failed: ReadError | None = None
+        stop = piece.stop
+        try:
+            rows = _read(part.features, part.name, piece.start, stop)
+        except ReadError as error:
+            if error.row is None or error.row <= piece.start:
+                raise
+            failed, stop = error, error.row
+            rows = _read(part.features, part.name, piece.start, stop)
+        yield rows, self._labels(part, piece.start, stop)
+        if failed is not None:
+            raise failed
+
+    def _labels(self, part: _Opened, start: int, stop: int) -> Tensor | None:
+        if self._label_field is not None:
+            before = self._offset if self._known is None else self._before[part.number]
+            if before + stop > self._label_field.shape[0]:
+                self._check_count(before + stop, "more than ")
+            return read_labels(self._label_field, self._label_name, before + start, before + stop)
+        if self._label_column is None or part.columns is None:
+            return None
+        field = part.columns.labels(self._label_column)
+        if field.shape[0] != part.num_rows:
+            raise ReadError(
+                part.name,
+                f"expected a label for each of {part.num_rows} rows in {self._label_column!r}, got"
+                f" {field.shape[0]}",
+            )
+        return read_labels(field, part.name, start, stop)
+
+    def _check_count(self, rows: int, more: str = "") -> None:
+        if self._label_field is None or (not more and self._label_field.shape[0] == rows):
+            return
+        raise ValueError(
+            f"expected a label for each row, got {self._label_field.shape[0]} labels in {self._label_name!r}"
+            f" and {more}{rows} rows"
+        )
+
+
+def _read(field: Field, name: str, start: int, stop: int) -> Tensor:
+    try:
+        rows = field.read(start, stop)
+    except ReadError as error:
+        error.file = error.file or name
+        raise
+    except Exception as error:  # whatever damaged data brings about in whichever library
+        raise ReadError(name, f"cannot be read: {error}", start) from error
+    if rows.dtype.itemsize == 1:  # of eight bits; nothing is calculated in these
+        rows = rows.to(torch.float32)
+    return rows
+
+
+def warn_of_empty(rows: Rows) -> None:
+    """Name the files without rows."""
+    if rows.empty:
+        named = ", ".join(map(repr, rows.empty))
+        warnings.warn(f"skipped, for there are no rows in them: {named}", UserWarning, stacklevel=4)
