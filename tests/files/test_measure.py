@@ -265,7 +265,8 @@ def test_rows_that_correspond_are_compared_by_cka(tmp_path, capsys):
     assert abs(found["d"]) < 0.05
     assert found["e"] is None
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert f"Linear CKA of rows of the same numbers: embeddings {found['b']:.3f}" in capsys.readouterr().out
+    assert f"Linear CKA of rows of the same numbers: embeddings {found['b']:.3f}\n" in capsys.readouterr().out
+    assert "so that they do not correspond" in sm.describe_comparison(tmp_path / "a", tmp_path / "d")
 
 
 def test_shards_that_a_shell_has_sorted_are_read_in_numeric_order(tmp_path, capsys):

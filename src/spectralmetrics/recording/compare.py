@@ -219,6 +219,7 @@ def _without(note: str) -> dict[str, Any]:
 _LAYER_WIDTH = 28
 _CELL = 8
 _NOTE_WIDTH = 24
+_UNRELATED = 0.05  # linear CKA below which rows have nothing in common
 _NAMED = 3  # layers in one line of the answer
 _GEOMETRY = {"subspace_overlap": "overlap", "overlap_by_chance": "chance", "frechet_distance": "Fréchet"}
 
@@ -344,7 +345,12 @@ def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list
             lines += _first(f"Largest change of {statistic.replace('_', ' ')}: ", named)
         elif any(None not in pair for pair in pairs):
             lines += [f"No change of {statistic.replace('_', ' ')}."]
-    aligned = [f"{row['layer']} {number(row['linear_cka'])}" for row in rows if row["linear_cka"] is not None]
+    aligned = [
+        f"{row['layer']} {number(row['linear_cka'])}"
+        + ("" if row["linear_cka"] > _UNRELATED else ", so that they do not correspond")
+        for row in rows
+        if row["linear_cka"] is not None
+    ]
     lines += _first("Linear CKA of rows of the same numbers: ", aligned)
     reasons: dict[str, list[str]] = {}
     for row in rows:

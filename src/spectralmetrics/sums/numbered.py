@@ -29,7 +29,7 @@ class Numbered(Reservoir):
     >>> for start in (50, 0):
     ...     sums.intake(None).add(sums, Observations(rows[start : start + 50], start=start), 0)
     >>> sums.rows.flatten()
-    tensor([69., 86.,  6., 92.], dtype=torch.float64)
+    tensor([53., 33., 94.,  2.], dtype=torch.float64)
     """
 
     states: ClassVar[dict[str, str]] = {"rows": "numbered_rows", "keys": "numbered_keys"}
