@@ -155,6 +155,7 @@ def test_labels_must_agree(tmp_path):
         (tmp_path / "halves.npy", ValueError, "expected one column of integer labels"),
         (tmp_path / "none.npy", FileNotFoundError, "expected a file of labels, found no"),
         ("class", ValueError, "expected labels as a column 'class' or a file of that name, got one array"),
+        (np.arange(100) * 10**8, ValueError, "expected labels that number few classes .* got 9900000000"),
         (np.ones((100, 2), int), TypeError, "expected labels as integers of shape"),
     ]:
         with pytest.raises(error, match=words):

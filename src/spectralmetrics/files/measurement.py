@@ -45,6 +45,8 @@ LAYER = "embeddings"
 _STAGE = "eval"
 _WIDEST = 8192
 _SKETCH_SIZE = 512
+_MOST_OF_CLASSES = 2**32
+"""Bytes for the sums of each class."""
 _SAMPLE = 1024
 """Rows that a run keeps."""
 _IN_SUMMARY = ("intrinsic_dimension", "saturation")
@@ -164,12 +166,18 @@ def measure(
         if labels is not None:
             raise ValueError("expected no labels with sums, which hold none, got some")
         templates = _templates(metrics, sums.num_features, 0, center, max(len(sums.folds), 1))
-        return _Measuring(templates, f"{type(sums).__name__.lower()}", record).of_sums(sums)
+        return _Measuring(templates, sums.num_features, type(sums).__name__.lower(), record).of_sums(sums)
 
     def prepare() -> tuple[Rows, dict[str, Metric]]:
         where = (dist.get_rank(), dist.get_world_size()) if groups else (0, 1)
         rows = Rows(source, column, labels, folds, block_rows, *where)
         classes = rows.num_classes() if metrics is None else 0
+        size = 8 * folds * classes * rows.width
+        if size > _MOST_OF_CLASSES:
+            raise ValueError(
+                f"expected labels that number few classes from 0 on, got {classes - 1} among them: the sums of"
+                f" classes would take {size / 2**30:.1f} GiB; number the classes anew, or give metrics"
+            )
         templates = _templates(metrics, rows.width, classes, center, folds)
         wants = [n for n, each in templates.items() if isinstance(each, SpectralMetric) and each.needs_labels]
         if wants and labels is None:
@@ -177,7 +185,7 @@ def measure(
         return rows, templates
 
     rows, templates = agreed(prepare, groups)
-    return _Measuring(templates, rows.dtype, record).of_rows(rows, progress)
+    return _Measuring(templates, rows.width, rows.dtype, record).of_rows(rows, progress)
 
 
 class _Measuring:
@@ -185,24 +193,25 @@ class _Measuring:
 
     Args:
         templates: its metrics.
+        width: the number of features.
         kind: what takes the place of the layer's type.
         record: see :func:`measure`.
     """
 
-    def __init__(self, templates: dict[str, Metric], kind: str, record: str | Path | None) -> None:
+    def __init__(self, templates: dict[str, Metric], width: int, kind: str, record: str | Path | None) -> None:
         model = nn.ModuleDict({LAYER: nn.Identity()})
         self._probe = LayerProbe(model.eval(), templates, layers=LAYER)
         self._probe.remove()
         self._place = layer_by_hand(self._probe, _STAGE, LAYER, kind)
         if record is not None:
-            self._keep_sample()
+            self._keep_sample(max(min(_SAMPLE, _SAMPLE * _WIDEST // max(width, 1)), 64))
         self._recorder = None if record is None else Recorder(record, self._probe, ["csv", "arrays"])
 
-    def _keep_sample(self) -> None:
+    def _keep_sample(self, size: int) -> None:
         """Keep rows that ``compare`` pairs by their numbers with those of another run."""
         for leader in self._place.spectral_leaders:
             if leader.takes_observations and not leader.needs_labels:
-                leader.accumulate_also([empty_numbered(_SAMPLE, 0)])
+                leader.accumulate_also([empty_numbered(size, 0)])
                 return
 
     def of_rows(self, rows: Rows, progress: Progress | None) -> Measurement:
