@@ -13,7 +13,6 @@ The second table is that of single updates: the time of the host, that of the de
 an entry as a share of the size of its summands. ``--tiny`` is a trial on any device.
 """
 
-import argparse
 import copy
 import gc
 import statistics
@@ -21,7 +20,7 @@ import time
 import warnings
 
 import torch
-from common import describe_machine, table, write_result
+from common import Parser, table, write_result
 from torch import nn
 
 import spectralmetrics as sm
@@ -236,7 +235,7 @@ def table_of_updates(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -247,7 +246,7 @@ def main():
     warnings.simplefilter("ignore")
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    print(name, describe_machine())
+    print(name)
     results = {"device": name, "updates": updates(options, device), "steps": []}
     for model in options.models:
         # Compiling two convolutional networks of 224 x 224 takes longer than it teaches.

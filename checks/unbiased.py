@@ -3,10 +3,10 @@
     python -m pip install dimensionality
     python checks/unbiased.py [--draws 200]
 
-Gaussian rows of width 192 with known spectra, at n = D/8, D/2 and 2D. Theirs averages over all rows that differ
-("row" of Chun et al., ICLR 2026), and needs all rows at once; ours over pairs of folds, from sums. Then rows that
-come six to an input and resemble each other: folds hold whole inputs, which theirs is not told of. Printed are
-the mean over the draws relative to the truth, and the spread of a draw.
+Gaussian rows of width 192 with known spectra, at n = D/8, D/2 and 2D. Theirs averages over all rows that
+differ ("row" of Chun et al., ICLR 2026), and needs all rows at once; ours over pairs of folds, from sums. Then
+rows that come six to an input and resemble each other: folds hold whole inputs, which theirs is not told of.
+Printed are the mean over the draws relative to the truth, and the spread of a draw.
 """
 
 import argparse

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spectralmetrics import __version__
 from spectralmetrics.functional import compiled
 from spectralmetrics.functional.dimension import check_threshold
@@ -21,6 +23,7 @@ from spectralmetrics.recording.recompute import recompute, summarise_run
 from spectralmetrics.recording.report import write_report
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.csv import format_rows
+from spectralmetrics.sums import fused
 from spectralmetrics.table import encodable
 
 
@@ -31,7 +34,10 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        _print(f"{parser.prog} {__version__}\nsums in the memory of the CPU: {compiled.describe()}")
+        lines = [f"{parser.prog} {__version__}", f"sums in the memory of the CPU: {compiled.describe()}"]
+        if torch.cuda.is_available():
+            lines.append(f"sums on GPUs: {fused.describe(torch.device('cuda', torch.cuda.current_device()))}")
+        _print("\n".join(lines))
         parser.exit()
 
 

@@ -16,7 +16,7 @@ from spectralmetrics import LayerProbe
 from spectralmetrics.cli import main
 from spectralmetrics.functional import compiled as public
 from spectralmetrics.probing import probe as probing
-from spectralmetrics.sums import compiled, library
+from spectralmetrics.sums import compiled, fused, library
 
 ROOT = Path(__file__).parents[2]
 REASONS = (
@@ -163,3 +163,14 @@ def test_the_install_leaves_a_note_in_the_place_of_the_library(version, tmp_path
     assert "no-compiler" in missing["_accumulate.txt"]
     assert re.fullmatch(r"\S+ returned exit status 1: error: bad\n", failed["_accumulate.txt"])
     assert made == {"_accumulate.so": "library"}
+
+
+def test_version_says_what_runs_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("SPECTRALMETRICS_COMPILED", "0")
+    fused.why_not.cache_clear()
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    fused.why_not.cache_clear()
+    assert "sums on GPUs: by PyTorch: SPECTRALMETRICS_COMPILED=0 is set" in capsys.readouterr().out

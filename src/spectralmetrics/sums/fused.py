@@ -11,12 +11,13 @@ import contextlib
 import functools
 import importlib.util
 import math
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from spectralmetrics.sums.library import is_switched_off
 
 # A program's tile, and how many programs keep a GPU busy.
 _TILE = 1024
@@ -46,7 +47,7 @@ def why_not(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return "they are for GPUs"
-    if os.environ.get("SPECTRALMETRICS_COMPILED") == "0":
+    if is_switched_off():
         return "SPECTRALMETRICS_COMPILED=0 is set"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -59,6 +60,16 @@ def why_not(device: torch.device) -> str | None:
     except Exception as error:  # of a compiler, a driver or another version
         return f"a trial ended with {type(error).__name__}: {error}"
     return None
+
+
+def describe(device: torch.device) -> str:
+    """What computes the sums on a device, in words.
+
+    >>> describe(torch.device("cpu"))
+    'by PyTorch: they are for GPUs'
+    """
+    reason = why_not(device)
+    return "kernels in Triton" if reason is None else f"by PyTorch: {reason}"
 
 
 def takes(values: Tensor) -> bool:
