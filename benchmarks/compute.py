@@ -1,21 +1,27 @@
 """All scalar statistics of one layer beside one ``eigvalsh`` and beside Delve's five, interleaved in one run.
 
-    python benchmarks/compute.py [--widths 128 256 512 1024 2048] [--rounds 7]
+    python benchmarks/compute.py [--widths 128 256 512 1024 2048] [--rounds 7] [--folds 8] [--clock wall]
 
 Ours are read from one state, from sums to values, nothing kept from earlier calls; Delve decomposes the
 covariance anew for most of its statistics.
+
+After that a record of a network with the 21 widths of ResNet-18: what a recorder reads of a probe with folds,
+the seven statistics and their intervals of all layers, beside one `eigvalsh` per fold and layer. Beside that
+stands one `eigh` of each: what is held out of a fold is looked at along the eigenvectors of the others.
 """
 
 import statistics
-import time
 
 import torch
-from common import Parser, write_result
+from common import CLOCKS, Parser, write_result
 from delve import metrics as delve
+from torch import nn
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
+from spectralmetrics.probing.probe import read_probe
 
+WIDTHS = [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5 + [1000]  # of ResNet-18
 SEVEN = (
     sm.SaturationMetric,
     sm.IntrinsicDimensionMetric,
@@ -34,16 +40,78 @@ DELVES = (
 )
 
 
+def decaying(width, rows):
+    return torch.randn(rows, width) @ torch.diag(torch.logspace(0, -2, width))
+
+
+def tell(what, seconds):
+    """Print a line for each arm: its median time, and the ratios to the first arm."""
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, next(iter(seconds.values())), strict=True)]
+        print(
+            f"{what}  {name:<22} {1e3 * statistics.median(values):>9.2f}"
+            f"  {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})",
+            flush=True,
+        )
+
+
+def record(folds, rounds, clock):
+    """Seconds of a record of ResNet-18, and of the decompositions alone."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(width, width) for width in WIDTHS)
+    probe = sm.LayerProbe(layers, [kind() for kind in SEVEN], folds=folds)
+    covariances = {
+        width: torch.cov(decaying(width, 2 * width).double().T, correction=0) for width in set(WIDTHS)
+    }
+
+    def show():
+        for layer, width in zip(layers, WIDTHS, strict=True):
+            layer(decaying(width, 2 * width))
+
+    def ours():
+        show()  # new rows: nothing that was read is still valid
+        start = clock()
+        with read_probe(probe) as read:
+            seconds = clock() - start
+        assert len(read.values) == len(SEVEN) * len(WIDTHS) == len(read.intervals)
+        return seconds
+
+    def alone(decompose):
+        start = clock()
+        for width in WIDTHS:
+            for _ in range(folds):
+                decompose(covariances[width])
+        return clock() - start
+
+    arms = {
+        "one eigvalsh each": lambda: alone(torch.linalg.eigvalsh),
+        "one eigh each": lambda: alone(torch.linalg.eigh),
+        "a record": ours,
+    }
+    with torch.no_grad():
+        for _ in range(folds):
+            show()
+        seconds = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, function in arms.items():
+                seconds[name].append(function())
+    probe.remove()
+    return seconds
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folds", type=int, default=8)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
+    clock = CLOCKS[options.clock]
     results = []
     print(f"{'D':>5}  {'arm':<22} {'ms':>9}  of one eigvalsh (least … most)")
     for width in options.widths:
         torch.manual_seed(0)
-        rows = torch.randn(2 * width, width) @ torch.diag(torch.logspace(0, -2, width))
+        rows = decaying(width, 2 * width)
         collection = MetricCollection([kind() for kind in SEVEN])
         collection.update(rows)
         covariance = torch.cov(rows.double().T, correction=0)
@@ -52,20 +120,20 @@ def main():
             # The clock starts with nothing computed yet, and no row waiting to be added.
             collection.update(row)
             int(next(iter(collection.values(copy_state=False))).count)
-            start = time.perf_counter()
+            start = clock()
             collection.compute()
-            return time.perf_counter() - start
+            return clock() - start
 
         def one(covariance=covariance):
-            start = time.perf_counter()
+            start = clock()
             torch.linalg.eigvalsh(covariance)
-            return time.perf_counter() - start
+            return clock() - start
 
         def theirs(covariance=covariance):
-            start = time.perf_counter()
+            start = clock()
             for statistic in DELVES:
                 statistic(covariance)
-            return time.perf_counter() - start
+            return clock() - start
 
         arms = {"one eigvalsh": one, "ours, seven": ours, "Delve, five": theirs}
         seconds = {name: [] for name in arms}
@@ -74,15 +142,13 @@ def main():
         for _ in range(options.rounds):
             for name, function in arms.items():
                 seconds[name].append(function())
-        for name, values in seconds.items():
-            ratios = [value / base for value, base in zip(values, seconds["one eigvalsh"], strict=True)]
-            print(
-                f"{width:>5}  {name:<22} {1e3 * statistics.median(values):>9.2f}"
-                f"  {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})",
-                flush=True,
-            )
+        tell(f"{width:>5}", seconds)
         results.append({"width": width, "seconds": seconds})
+    print(f"a record of {len(WIDTHS)} layers with {options.folds} folds, of one eigvalsh per fold and layer")
+    seconds = record(options.folds, options.rounds, clock)
+    tell(f"{'all':>5}", seconds)
     write_result("compute", results)
+    write_result("compute_record", {"folds": options.folds, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What is observed of outputs with many positions: feature maps are interpolated, all else is drawn from."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe
+from spectralmetrics.probing.sampling import draw
 
 # Layer, shape of its input, dimension of the features.
 DRAWN = {
@@ -79,6 +82,16 @@ class TestDrawn:
             )
         probe, rows, samples, _ = self.observe(situation, max_map_size=3, feature_maps="flatten")
         assert probe["train", "0"].covariance.num_features == rows.size // samples
+
+
+def test_draws_are_one_of_each_arc_of_a_ring_that_a_seed_turns():
+    for total, number, seed in ((16, 8, 3), (1000, 7, 2**31), (12345, 4096, 0), (5, 4, 9)):
+        rows = torch.arange(total, dtype=torch.float64)[:, None]
+        bounds = torch.arange(number + 1) * total // number
+        chances = torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        places = (chances * bounds.diff()).long() + bounds[:-1]
+        expected = (places + zlib.crc32(seed.to_bytes(8, "big"))) % total
+        assert draw(sm.Observations(rows), number, seed).values[:, 0].tolist() == expected.tolist()
 
 
 def test_draws_leave_the_random_state_alone_and_come_from_the_seed():

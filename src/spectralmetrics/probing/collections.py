@@ -72,6 +72,7 @@ class LayerMetrics:
         is_sketched: whether it turned out so wide that sketches are kept.
         transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
         before_update: called before observations are added.
+        needs_more_than_rows: whether metrics take labels, groups or numbers of forwards, or are of others.
     """
 
     def __init__(self, stage: str, layer: str, collection: MetricCollection, number: int) -> None:
@@ -113,6 +114,9 @@ class LayerMetrics:
         self._whole = [_takes_all_rows(leader) for leader in self.leaders]
         self.takes_all_rows = any(self._whole)
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
+        self.needs_more_than_rows = (
+            not self._is_direct or self.takes_labels or self.takes_all_rows or self.folds > 1
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would hold the sums twice; its members are linked again by its first update.
@@ -198,6 +202,9 @@ class LayerMetrics:
         """
         if self.before_update is not None:
             self.before_update()
+        if len(self.members) == 1 and not self.needs_more_than_rows:
+            self._spectral[0].observe(observations)
+            return
         if not self._is_direct:
             rows = observations.rows()
             rows = rows if observations.valid is None else rows[observations.valid]

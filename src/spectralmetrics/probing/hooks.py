@@ -231,13 +231,17 @@ def tell(message: str) -> None:
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
     """Whether a model is run, is transformed by ``torch.func``, or is traced or planned."""
-    if is_tracing() or isinstance(output, torch.fx.Proxy):
+    if type(output) is Tensor:
+        values = output
+    else:
+        if isinstance(output, torch.fx.Proxy):
+            return "traced"
+        found = first_tensor(output)
+        if found is None:
+            return "traced" if is_tracing() else "run"
+        values = found.data if isinstance(found, PackedSequence) else found
+    if is_tracing():
         return "traced"
-    values = output if type(output) is Tensor else first_tensor(output)
-    if isinstance(values, PackedSequence):
-        values = values.data
-    if values is None:
-        return "run"
     if is_transformed(values):
         return "transformed"
     return "traced" if is_fake(values) or is_inferring_shapes() else "run"
@@ -255,7 +259,7 @@ class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a 
     """
 
     def __init__(self, output: Any) -> None:
-        device = output.device.type if isinstance(output, Tensor) else "cpu"
+        device = output.device.type if isinstance(output, Tensor) and not output.is_cpu else "cpu"
         self._device = device if device == "cpu" or torch.amp.is_autocast_available(device) else "cpu"
         self._stack: contextlib.ExitStack | None = None
 

@@ -112,7 +112,9 @@ class Meshes:
 
     def concerns(self, output: Any) -> bool:
         """Whether a process that observes nothing has to take part in the forward of a layer all the same."""
-        return self.shares() or isinstance(output, Part) or is_dtensor(output)
+        if not self._has_looked and is_one_of_several():
+            self.look()
+        return self.active or (type(output) is not Tensor and (isinstance(output, Part) or is_dtensor(output)))
 
     def part_of(self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None) -> Part | None:
         """What this process has of a layer's output; None if all of it is its own.

@@ -31,6 +31,12 @@ T = TypeVar("T")
 _NOT_MEASURING = contextlib.nullcontext()
 
 
+class _Thread(threading.local):
+    """What each thread knows for itself: whether it observes."""
+
+    observing = False
+
+
 class Router:
     """Turns what layers put out into observations, and hands them to the metrics of the layer and stage.
 
@@ -68,7 +74,7 @@ class Router:
         self.paused = 0
         self.is_merged = False
         self.lock = threading.RLock()
-        self._thread = threading.local()
+        self._thread = _Thread()
         self._places = places
         self._rule = rule
         self._limits = limits
@@ -83,9 +89,9 @@ class Router:
     def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """What the hooks call; nothing that happens here may end a forward."""
         # In backward this is a checkpoint's recomputation, and the forward has been counted.
-        if in_backward() or self._is_observing():
+        if in_backward() or self._thread.observing:
             return
-        is_idle = bool(self.paused)
+        is_idle = self.paused > 0
         if is_idle and not self.meshes.concerns(output):
             return
         stage = self._steps.stage_of(training)
@@ -153,7 +159,7 @@ class Router:
 
     def _is_observing(self) -> bool:
         """Whether `select` or a metric of another library runs, where the model is not the user's run."""
-        return getattr(self._thread, "observing", False)
+        return self._thread.observing
 
     def _guard(
         self,
@@ -222,6 +228,8 @@ class Router:
         has_grad: bool,
         is_idle: bool,
     ) -> None:
+        if select is None and not (is_idle or self.meshes.active) and self.rows.take_again(of_layer, output):
+            return
         moment = self._enter(of_layer, module, output, has_grad, is_idle)
         if moment is None:
             return
@@ -305,4 +313,4 @@ class Router:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.RLock()
-        self._thread = threading.local()
+        self._thread = _Thread()

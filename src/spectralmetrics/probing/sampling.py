@@ -7,7 +7,9 @@ import hashlib
 import math
 import threading
 import zlib
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +32,20 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     if total <= number:
         return observations
     device = observations.values.device
-    starts, lengths = _arcs(total, number, device)
     dtype = torch.float64 if has_float64(device) else torch.float32
     chances = torch.rand(number, generator=_generator(device, seed), device=device, dtype=dtype)
+    turn = zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total  # of the ring
+    if device.type == "cpu":
+        # The same numbers as below in a third of the time, which is most of what a small layer takes.
+        bounds, sizes = _host_arcs(total, number)
+        places = (chances.numpy() * sizes).astype(np.int64)
+        places += bounds
+        places += turn
+        places %= total
+        return observations.take(torch.from_numpy(places))
+    starts, lengths = _arcs(total, number, device)
     index = chances.mul_(lengths).to(torch.int64).add_(starts)
-    # The host turns the ring: each of these is a kernel to launch on an accelerator.
-    index.add_(zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total).remainder_(total)
+    index.add_(turn).remainder_(total)  # each of these is a kernel to launch on an accelerator
     return observations.take(index)
 
 
@@ -84,6 +94,13 @@ def _arcs(total: int, number: int, device: torch.device) -> tuple[Tensor, Tensor
         bounds = torch.arange(number + 1, device=device, dtype=torch.int64) * total // number
         dtype = torch.float64 if has_float64(device) else torch.float32
         return bounds[:-1], bounds.diff().to(dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _host_arcs(total: int, number: int) -> tuple[Any, Any]:
+    """As :func:`_arcs`, for numpy."""
+    starts, lengths = _arcs(total, number, torch.device("cpu"))
+    return starts.numpy(), lengths.numpy()
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

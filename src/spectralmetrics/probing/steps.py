@@ -35,6 +35,12 @@ class Forward:
     groups: dict[int, int] = field(default_factory=dict)
 
 
+class _Thread(threading.local):
+    """The forward of the model that runs in each thread."""
+
+    current: Forward | None = None
+
+
 class Steps:
     """Counts the forwards of a model and says which are observed.
 
@@ -66,7 +72,7 @@ class Steps:
         self.forwards = {"train": 0, "eval": 0}  # ever
         self.step: int | None = None  # of the optimiser, as far as somebody tells
         self.agreed: tuple[int, int] | None = None
-        self._thread = threading.local()
+        self._thread = _Thread()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of the model begins."""
@@ -118,7 +124,7 @@ class Steps:
 
     def passes(self) -> bool:
         """Whether the forward of the model that runs in this thread is not observed."""
-        current = self._current()
+        current = self._thread.current
         return current is not None and not current.is_observed
 
     @property
@@ -164,8 +170,7 @@ class Steps:
 
     def _current(self) -> Forward | None:
         """The forward of the model that runs in this thread."""
-        current: Forward | None = getattr(self._thread, "current", None)
-        return current
+        return self._thread.current
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
@@ -173,7 +178,7 @@ class Steps:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._thread = threading.local()
+        self._thread = _Thread()
 
 
 def _never() -> bool:

@@ -16,7 +16,7 @@ from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.doubts import doubt_of
 from spectralmetrics.probing.experts import Pairs
-from spectralmetrics.probing.hooks import tell
+from spectralmetrics.probing.hooks import how_it_runs, tell
 from spectralmetrics.probing.labelling import Labels
 from spectralmetrics.probing.layout import FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
@@ -25,9 +25,11 @@ from spectralmetrics.probing.meshes import At
 from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.parts import LeftOut, Part, Split, first_rank
 from spectralmetrics.probing.placement import bring, how_of_wholes, place, placed_as
+from spectralmetrics.probing.plain import Plain
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums import Observations
+from spectralmetrics.sums.observations import plain_observations
 from spectralmetrics.torch_private import is_context_parallel, is_fake
 
 
@@ -86,6 +88,7 @@ class Rows:
         self._steps = steps
         self._layout = layout
         self._told_layout: set[str] = set()
+        self._plain: dict[str, Plain | None] = {}  # layer -> what its last output was like
         self._selected = selected
 
     def take(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> None:
@@ -101,11 +104,13 @@ class Rows:
         of_layer.samples += batch.num_samples
         labelled = batch.labelled()
         observations = batch.observations(self._rule)
+        limit = batch.limit(self._rule)
+        self._plain[of_layer.layer] = Plain.of(output, batch, observations, limit)
         limits.check_width(of_layer, observations.num_features)
         everything = None
         if moment.number is not None:
             everything = observations = replace(observations, forward=moment.number, step=moment.step)
-        size, seed = self._draws(of_layer, observations.num_features, batch, moment, limits)
+        size, seed = self._draws(of_layer, observations.num_features, limit, moment.forward, limits)
         if size is not None:
             observations = draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
@@ -124,6 +129,39 @@ class Rows:
             self.labels.note(name, tuple(batch.values.shape), fits=False)
             return replace(batch, labels=None)
         return batch
+
+    def take_again(self, of_layer: LayerMetrics, output: Any) -> bool:
+        """Take an output like the last one of its layer in few steps, where all of its rows are observations.
+
+        Does what counting the forward and :meth:`take` would do.
+
+        Returns:
+            Whether it did; where anything else is to be looked at, nothing is done.
+        """
+        plain, limits = self._plain.get(of_layer.layer), self._limits
+        if (
+            plain is None
+            or type(output) is not Tensor
+            or not of_layer.forwards  # since the last reset, when more is looked at than rows
+            or of_layer.needs_more_than_rows
+            or of_layer.given_up
+            or of_layer.too_wide
+            or self._steps.leaves_out
+            or self.masks.value is not None
+            or limits.max_samples is not None
+            or limits.max_features < plain.width
+            or how_it_runs(output) != "run"
+            or not plain.is_like(output)
+        ):
+            return False
+        forward = of_layer.forwards
+        of_layer.forwards += 1
+        of_layer.ran += 1
+        of_layer.samples += plain.shape[0]
+        observations = plain_observations(output.detach(), plain.dim)
+        size, seed = self._draws(of_layer, plain.width, plain.limit, forward, limits)
+        of_layer.update(observations if size is None else draw(observations, size, seed))
+        return True
 
     def take_part(
         self, of_layer: LayerMetrics, module: nn.Module, part: Part, moment: Moment, is_idle: bool
@@ -158,7 +196,7 @@ class Rows:
         observations = placed.observations(self._rule, remaining)
         width = placed.whole_width(observations)
         limits.check_width(of_layer, width)
-        size, seed = self._draws(of_layer, width, placed.whole, moment, limits)
+        size, seed = self._draws(of_layer, width, placed.whole.limit(self._rule), moment.forward, limits)
         if of_layer.folds > 1:
             of_layer.share_with((first_rank(part), dist.get_world_size()))
         everything = None
@@ -199,7 +237,7 @@ class Rows:
             tokens = tokens if splits else tokens[:remaining]
         labels = pairs.labels[tokens] if of_layer.takes_labels and pairs.labels is not None else None
         seen = Observations(tokens[:, None], valid=valid, labels=labels)
-        size, seed = self._draws(of_layer, width, Batch("rows", seen.values), moment, limits)
+        size, seed = self._draws(of_layer, width, None, moment.forward, limits)
         everything = None
         if moment.number is None:
             observations = self._put_out(pairs, seen, splits, size, seed)
@@ -238,15 +276,17 @@ class Rows:
         return size, zlib.crc32(f"{limits.seed} {stage} {where}".encode())
 
     def _draws(
-        self, of_layer: LayerMetrics, width: int, batch: Batch, moment: Moment, limits: Limits
+        self, of_layer: LayerMetrics, width: int, limit: int | None, forward: int, limits: Limits
     ) -> tuple[int | None, int]:
         """How many observations to draw of a batch, None for all, and the seed of the draws."""
         rows_per_feature = self._rows_per_feature(of_layer.stage, limits.rows_per_feature)
-        size = batch.limit(self._rule)
+        if rows_per_feature is None and limit is None:
+            return None, 0
+        size = sys.maxsize if limit is None else limit
         if rows_per_feature is not None:
-            size = min(sample_size(rows_per_feature, width), size or sys.maxsize)
-        where = f"{limits.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {moment.forward}"
-        return size, 0 if size is None else zlib.crc32(where.encode())
+            size = min(sample_size(rows_per_feature, width), size)
+        where = f"{limits.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {forward}"
+        return size, zlib.crc32(where.encode())
 
     def _rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
         budget = self._steps.budget

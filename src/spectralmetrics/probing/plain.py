@@ -1,0 +1,49 @@
+"""Outputs whose rows are taken as they are, remembered so that the next one like it takes few steps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.probing.observations import Batch
+from spectralmetrics.sums import Observations
+
+
+class Plain(NamedTuple):
+    """What an output was like that was taken as it is, without a change of its layout or its values.
+
+    Attributes:
+        shape: of the output.
+        dtype: of the output.
+        dim: dimension of its features.
+        width: number of its features.
+        limit: how many observations to draw at most; None for all.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    dim: int
+    width: int
+    limit: int | None
+
+    @classmethod
+    def of(cls, output: Any, batch: Batch, observations: Observations, limit: int | None) -> Plain | None:
+        """What an output was like; None for one that was not taken as it is, or as one might guess."""
+        if type(output) is not Tensor or output.is_nested or batch.guessed_dim is not None:
+            return None
+        is_as_it_was = batch.values.shape == output.shape and batch.order == tuple(range(output.ndim))
+        if not is_as_it_was or observations.values is not batch.values or observations.valid is not None:
+            return None
+        return cls(output.shape, output.dtype, observations.feature_dim, observations.num_features, limit)
+
+    def is_like(self, output: Any) -> bool:
+        """Whether an output would be taken in the same way."""
+        return (
+            type(output) is Tensor
+            and not output.is_nested
+            and output.layout == torch.strided
+            and output.dtype == self.dtype
+            and output.shape == self.shape
+        )
