@@ -232,6 +232,21 @@ def test_a_tensor_whose_collective_runs_is_waited_for(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_a_bare_copy_shares_weights_and_has_no_hooks():
+    model, calls = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *arguments: calls.append(1))
+        module.register_forward_pre_hook(lambda *arguments: calls.append(1))
+    model[0].forward = lambda x: x  # what parallel styles do
+    model.compile(backend="eager")
+    copy = torch_private.bare_copy(model, lambda parameter: parameter)
+    rows = torch.randn(3, 2)
+    assert torch.equal(copy(rows), nn.functional.linear(rows, model[0].weight, model[0].bias).relu())
+    assert not calls
+    assert copy[0].weight is model[0].weight
+    assert len(model[0]._forward_hooks) == 1
+
+
 def test_children_and_compiled_modules():
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_module("nothing", None)

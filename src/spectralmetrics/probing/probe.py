@@ -126,7 +126,9 @@ class LayerProbe(nn.Module):
             ``"train"`` or ``"eval"``.
         layers: which layers, by glob pattern on their qualified names, module type, callable
             ``(name, module) -> bool``, or a sequence of these; by default linear, convolutional and recurrent
-            layers and multi-head attention. See :func:`~spectralmetrics.probing.select_layers`.
+            layers and multi-head attention. See :func:`~spectralmetrics.probing.select_layers`. The name of a
+            module of experts whose weights are stacked in one parameter, such as Mixtral's, means each of them:
+            they are layers ``….experts.0``, ``….experts.1``, and so on.
         exclude: taken away from these, likewise.
         feature_maps: what is an observation of feature maps ``(N, C, *spatial)``: ``"positions"``, every kernel
             position, (N·positions, C); ``"mean"``, ``"max"`` or ``"median"`` of each map, (N, C) (of an even

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -129,6 +130,14 @@ def experts_that_are_spread_equal_one_process(rank, world):
                     model(x, index)
             assert_holds(probe, "train", {n: each[observe == "outputs"] for n, each in expected.items()})
             probe.remove()
+    # FSDP2, with tokens of its own on each process.
+    model, own = Mixture().double(), [inputs(10 + seed) for seed in range(world)]
+    fully_shard(model.experts, mesh=mesh)
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts")
+    fully_shard(model, mesh=mesh)
+    model(*own[rank]).sum().backward()
+    assert_holds(probe, "train", {name: found for name, (_, found) in rows(own).items()})
+    probe.remove()
     # Drawn before they run, and a process that is paused takes part.
     for how in ("tensor", "copies"):
         model = Mixture().double()
