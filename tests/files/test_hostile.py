@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -140,6 +141,10 @@ def test_nothing_was_read():
     assert caught.value.partial is None
     with pytest.raises(sm.ReadError, match="row 0 of 'item 1': expected 8 features as in 'item 0', got 3"):
         sm.measure(iter([VALUES, VALUES[:, :3]]))
+    ragged = pandas.DataFrame({"v": [*VALUES.tolist(), [1.0] * 5]})
+    with pytest.raises(sm.ReadError, match=r"row 100 of 'the array': expected 8 features .* got 5") as caught:
+        sm.measure(ragged)
+    assert int(caught.value.partial.sums.num_observations) == 100
     with pytest.raises(TypeError, match="got list; of pairs of rows and labels give the rows alone"):
         sm.measure(iter([[VALUES, torch.ones(100)]]))
 

@@ -156,6 +156,7 @@ def test_columns_of_numbers_are_features_and_integers_never(tmp_path):
     import pandas
 
     frame = pandas.read_parquet(path)
+    frame["text"], frame["count"] = "words", pandas.array([1, None, 3] * 100, dtype="Int64")
     assert_measures(sm.measure(frame, column="f[0-3]"), values)
     assert_measures(sm.measure(frame, labels="target"), values)
 

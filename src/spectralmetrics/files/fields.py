@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class Columns:
 
     name: str
     fields: Mapping[str, Field]
-    join: Callable[[Sequence[str]], Field] | None = field(default=None)
+    join: Callable[[Sequence[str]], Field] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -234,10 +234,12 @@ def field_of_array(value: np.ndarray[Any, Any]) -> Field:
 
 
 def _field_of_series(series: Any) -> Field:
+    kind = getattr(series.dtype, "kind", "O")
     values = series.to_numpy()
-    if values.dtype == object and series.dtype != object:  # numbers with missing ones
+    if values.dtype == object and kind in "iuf":  # some are missing
         values = series.to_numpy(dtype=np.float64, na_value=np.nan)
-    return field_of_array(values)
+    found = field_of_array(values)
+    return replace(found, dtype=torch.int64, described="int64") if kind in "iu" else found
 
 
 def _field_of_vectors(values: np.ndarray[Any, Any]) -> Field:

@@ -19,7 +19,7 @@ _AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class Numbered(Reservoir):
-    """At most m rows of :attr:`.Observations.start` and what follows it; rows without numbers are passed over.
+    """At most m rows of observations that say their ``start``; those without numbers are passed over.
 
     The key of a row is a hash of its number: of two sources with as many rows, rows of the same numbers are
     kept, whatever they are and however they came.
