@@ -252,16 +252,15 @@ def predictions_table(grid: Grid) -> str:
 
 
 def losses_table(grid: Grid) -> str:
-    """Final validation loss of each combination: mean and range of the seeds."""
+    """Final validation loss of each combination: mean and half the range of the seeds."""
     batches = sorted(set(grid.batch))
     rows = []
     for rate in sorted(set(grid.rate)):
         cells = []
         for batch in batches:
             losses = [number(run["validation_loss"]) for run in grid.combinations.get((rate, batch), [])]
-            cells.append(
-                f"{statistics.mean(losses):.3f} ± {(max(losses) - min(losses)) / 2:.3f}" if losses else ""
-            )
+            half = f" ± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
+            cells.append(f"{statistics.mean(losses):.3f}{half}" if losses else "")
         rows.append([f"{rate:g}", *cells])
     return table(["learning rate", *(f"batch of {batch:.0f}" for batch in batches)], rows)
 

@@ -22,7 +22,7 @@ def python_blocks(page):
 
 # Their cells train networks. The build of the site runs them as well.
 LONG = {"index", "accelerators", "choosing", "collapse", "integrations", "resuming", "summary"}
-LONG |= {"low_rank", "pretraining", "self_supervised"}
+LONG |= {"embeddings", "low_rank", "pretraining", "self_supervised"}
 RUN = [
     pytest.param(page, marks=[pytest.mark.long] * (page.stem in LONG), id=str(page.relative_to(ROOT)))
     for page in PAGES
