@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks.common import table
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from reproduction.language import RESULTS, read
@@ -401,7 +401,8 @@ def draw(grid: Grid, runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-viridis = colormaps["viridis"]
+# Without the brightest end, which the site's dark mode turns into the darkest.
+viridis = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
