@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import table, write_result
+from common import Parser, table, write_result
 
 import spectralmetrics as sm
 
@@ -154,7 +154,7 @@ def disk(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=50)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rows", type=int, default=100_000, help="of the parts `file` and `disk`")
