@@ -473,6 +473,13 @@ def folds_equal_one_process(rank, world):
                     for mine, its in zip(interval, one.interval(), strict=True):
                         assert_same(mine, its, 1e-7 if far else 1e-9)
                 assert sum(folded.fold_count.tolist()) == len(parts[rank])  # this process' own again
+            unbiased = sm.ParticipationRatioMetric(unbiased=True, folds=3)
+            one = sm.ParticipationRatioMetric(unbiased=True, folds=3, sync_on_compute=False)
+            for batch in batches[rank]:
+                unbiased.update(batch)
+            for fold, rows in enumerate(of_folds):
+                one.update(sm.Observations(rows, group=fold))
+            assert_same(unbiased.compute(), one.compute(), 1e-9 if far else 1e-12)
 
 
 def intervals_of_a_probe_take_few_collectives(rank, world):
