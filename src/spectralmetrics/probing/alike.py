@@ -57,7 +57,8 @@ class Alike:
         """The limits that count for what processes share; how many samples is each process' own matter."""
         if self._agreed is None:
             return self._limits
-        return replace(self._agreed, max_samples=self._limits.max_samples)
+        self._agreed.max_samples = self._limits.max_samples
+        return self._agreed
 
     def settings(self) -> dict[str, Hashable]:
         """As they are set now."""
@@ -104,7 +105,7 @@ class Alike:
             return
         self._is_told = False
         self._take_over()
-        self._results.clear()
+        self._results = dict.fromkeys(self._results, "")
 
     def _compare(self, groups: Sequence[Any]) -> str:
         own = self.settings()

@@ -389,6 +389,8 @@ def compiled(mesh, is_local, sequence, is_before):
     layers = KINDS if sequence and not is_before else LINEAR
     # PyTorch cannot multiply DTensors of symbolic shape.
     batches = [tokens(seed, 5 + seed * is_local, 2 * mesh.size()) for seed in range(3)]
+    generator = torch.Generator().manual_seed(3)
+    masks = [torch.rand(batch.shape, generator=generator) < 0.7 for batch in batches]
     ends = []
     for has_probe in (False, True):
         torch.compiler.reset()
@@ -405,12 +407,21 @@ def compiled(mesh, is_local, sequence, is_before):
         if has_probe and not is_before:
             probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(layers))
         whole_model = torch.compile(model, backend=backend, fullgraph=True)
-        for batch in batches:
-            loss_of(whole_model(batch)).backward()
+        for batch, mask in zip(batches, masks, strict=True):
+            with probe.mask(mask) if has_probe else contextlib.nullcontext():
+                loss_of(whole_model(batch)).backward()
         ends.append([whole(parameter.grad) for parameter in model.parameters()])
         ends[-1].append(torch.tensor(len(graphs)))
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
-    assert_holds(probe, "train", rows(batches, layers, llama(blocks=1)))
+    expected = outputs(batches, layers, llama(blocks=1))
+    assert_holds(
+        probe,
+        "train",
+        {
+            name: torch.cat([each[mask] for each, mask in zip(found, masks, strict=True)])
+            for name, found in expected.items()
+        },
+    )
 
 
 def compiled_llamas(rank, world):
