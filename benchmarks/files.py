@@ -52,7 +52,7 @@ def by_measure(source, folds=8, gram_dtype=None):
 
 
 def by_numpy(source):
-    """The covariance by sums of `numpy.cov`, as people write it."""
+    """Sums of `numpy.cov`, as people write it; what differs between means of blocks is lost."""
     count, total = 0, 0
     for rows in source:
         count += len(rows)
