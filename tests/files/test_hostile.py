@@ -122,6 +122,12 @@ def test_safetensors_and_parquet(tmp_path):
     lists[7123] = lists[7123][:5]
     pq.write_table(pa.table({"v": lists}), tmp_path / "ragged.parquet", row_group_size=3000)
     pq.write_table(pa.table({"v": [["a"]], "w": [{"x": 1.0}]}), tmp_path / "text.parquet")
+    words = pa.array(["a", "b"]).dictionary_encode()
+    pq.write_table(pa.table({"v": lists[:2], "kind": words}), tmp_path / "words.parquet")
+    with pytest.raises(
+        sm.ReadError, match=r"expected an integer label for each row in 'kind'.* number the classes"
+    ):
+        sm.measure(tmp_path / "words.parquet", labels="kind")
     damaged(lambda path: pq.write_table(pa.table({"v": lists[:7000]}), path))(tmp_path / "cut.parquet")
     for name, kept, words in [
         ("cut.safetensors", 100, "cannot be read as .safetensors"),
@@ -147,6 +153,14 @@ def test_nothing_was_read():
     assert int(caught.value.partial.sums.num_observations) == 100
     with pytest.raises(TypeError, match="got list; of pairs of rows and labels give the rows alone"):
         sm.measure(iter([[VALUES, torch.ones(100)]]))
+
+
+def test_rows_that_leave_nothing_to_read():
+    with pytest.raises(RuntimeError, match="the observations overflow"):
+        sm.measure(VALUES.double() * 1e200)
+    measured = sm.measure(VALUES * torch.nan)
+    assert measured.values == measured.intervals == {}
+    assert "100 rows with NaN or infinities left out" in str(measured)
 
 
 def test_labels_must_agree(tmp_path):

@@ -96,6 +96,7 @@ def test_one_array_is_dealt_by_blocks_from_all_over_it():
         (rows().numpy().astype(np.longdouble), "longdouble"),
         (rows().numpy().astype(np.float16), "float16"),
         (rows().bfloat16().view(torch.int16).numpy().view("V2"), "bfloat16"),
+        (np.asfortranarray(rows().bfloat16().view(torch.int16).numpy().view("V2")), "bfloat16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

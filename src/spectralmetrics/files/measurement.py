@@ -147,6 +147,7 @@ def measure(
         ModuleNotFoundError: for Parquet or safetensors without the extra ``spectralmetrics[files]``.
         TypeError, ValueError: for an argument out of range, a source of another kind or without rows, or a
             number of labels other than that of the rows.
+        RuntimeError: if the rows overflow the range of the sums.
 
     >>> rows = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
     >>> measured = measure(rows, folds=4)
@@ -263,10 +264,15 @@ class _Measuring:
         with self._probe.merged():
             sums = [each for each in self._place.sums(with_left_out=True) if isinstance(each, SpectralSum)]
             if not sums:
+                for leader in self._place.spectral_leaders:
+                    leader.check_range()
                 return None
-            with read_probe(self._probe) as reading:
-                values = {name: value for (name, *_), value in reading.values.items()}
-                intervals = {name: ends for (name, *_), ends in reading.intervals.items()}
+            values: dict[str, Tensor] = {}
+            intervals: dict[str, Interval] = {}
+            if int(sums[0].num_observations):
+                with read_probe(self._probe) as reading:
+                    values = {name: value for (name, *_), value in reading.values.items()}
+                    intervals = {name: ends for (name, *_), ends in reading.intervals.items()}
             reads_spectrum = self._place.keeps_matrices or isinstance(sums[0], Sketch)
             statistic = _IN_SUMMARY[0] if reads_spectrum else next(iter(self._probe.statistics))
             summary = self._probe.summary(_STAGE, statistic)

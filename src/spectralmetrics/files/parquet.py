@@ -69,7 +69,7 @@ def _dtype_of_arrow(kind: Any) -> torch.dtype | None:
     names = {"halffloat": "float16", "float": "float32", "double": "float64"}
     try:
         return torch_dtype(np.dtype(names.get(str(kind), str(kind))))
-    except TypeError:
+    except (TypeError, ValueError):
         return None
 
 

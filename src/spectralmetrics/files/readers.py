@@ -95,15 +95,25 @@ def _npy(path: Path) -> Columns:
     def read(start: int, stop: int) -> Tensor:
         if stop > whole:
             raise ReadError(str(path), f"is cut off: it holds {whole} of {shape[0]} rows", whole)
-        if is_fortran and len(shape) > 1:
-            rows = np.memmap(path, dtype, "r", offset, shape, "F")[start:stop]
-        else:
-            size = dtype.itemsize * int(np.prod(shape[1:]))
-            rows = np.memmap(path, dtype, "r", offset + start * size, (stop - start, *shape[1:]))
-        return as_tensor(rows)
+        if is_fortran and len(shape) == 2:
+            return as_tensor(_of_columns(path, offset, shape, dtype, start, stop))
+        size = dtype.itemsize * int(np.prod(shape[1:]))
+        return as_tensor(np.memmap(path, dtype, "r", offset + start * size, (stop - start, *shape[1:])))
 
     field = Field(shape, torch_dtype(dtype), describe(dtype), read)
     return Columns(str(path), {"": field} if not shape or shape[0] else EMPTY)
+
+
+def _of_columns(
+    path: Path, offset: int, shape: Sequence[int], dtype: np.dtype[Any], start: int, stop: int
+) -> np.ndarray[Any, Any]:
+    """Rows of a matrix that lies column by column: mapped, much of the file would count as memory in use."""
+    columns = np.empty((shape[1], (stop - start) * dtype.itemsize), np.uint8)
+    with path.open("rb") as file:
+        for index, column in enumerate(columns):
+            file.seek(offset + (index * shape[0] + start) * dtype.itemsize)
+            file.readinto(column.data)
+    return columns.view(dtype).T
 
 
 def _whole_rows(size: int, shape: Sequence[int], dtype: np.dtype[Any], is_fortran: bool) -> int:

@@ -16,7 +16,7 @@ from spectralmetrics.files.fields import Columns, Field, ReadError
 from spectralmetrics.files.label_source import is_file, labels_of, read_labels
 from spectralmetrics.files.sources import Part, parts_of
 
-_MOST_BYTES = 2**27
+_MOST_BYTES = 2**25
 """Of a block, whatever its number of rows."""
 _BLOCKS_A_FOLD = 8
 """Of rows in one piece so many blocks, from all over it, make a fold."""

@@ -65,7 +65,8 @@ def files_of(path: str | Path) -> list[Path]:
         if not found:
             kinds = sorted({each.suffix for each in Path(text).iterdir() if each.suffix})
             raise FileNotFoundError(
-                f"expected files among {', '.join(READERS)} in {text!r}, got {', '.join(kinds) or 'none'}"
+                f"expected files among {', '.join(READERS)} in {text!r}, got {', '.join(kinds) or 'none'}; a"
+                f" glob such as '{text}/**/*.npy' looks into the folders below"
             )
     elif os.path.lexists(text):
         found = [Path(text)]
