@@ -140,6 +140,7 @@ def benchmarks(session: nox.Session) -> None:
     scripts = (
         "update",
         "training_step",
+        "arithmetic",
         "budget",
         "sketch",
         "hook",

@@ -4,8 +4,10 @@
 
 Each round runs the arms in turn: steps without a probe, steps with exact sums in float64 and in float32,
 compiled and by PyTorch, and scipy's `dsyrk` and `ssyrk` of the rows that the probed layers put out in one step.
-A ratio is the time that a step takes longer than the same round's plain step, over that round's products.
-Reported are medians over rounds, with the quartiles of the ratios.
+The first ratio of an arm is the time that its steps take longer than the same round's plain steps, over that
+round's products: all that a probe costs, what it does to caches included. The second is the time that passes in
+the hooks alone over the products, which other programs on the same cores disturb less. Medians over rounds,
+with the quartiles of the first ratio.
 
 With `--clock processor` the time is that of the processor, on all threads, for machines that others use:
 nothing here waits for anything, but what threads of a library spin counts.
@@ -21,6 +23,7 @@ import torch
 import training_step
 from common import CLOCKS, Parser, table, write_result
 from scipy.linalg.blas import dsyrk, ssyrk
+from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.functional import compiled
@@ -81,6 +84,44 @@ def seconds_of(function, clock):
     return (clock() - start) / repeats
 
 
+class Timed:
+    """A hook that adds up the time it takes."""
+
+    def __init__(self, hook, clock, total):
+        self.hook, self.clock, self.total = hook, clock, total
+
+    def __call__(self, *arguments):
+        start = self.clock()
+        result = self.hook(*arguments)
+        self.total[0] += self.clock() - start
+        return result
+
+
+def mean_step(model, inputs, settings, steps, clock):
+    """Seconds of a step, and of the hooks in it."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    targets = torch.arange(len(inputs)) % 10
+    probe = None if settings is None else sm.LayerProbe(model, max_map_size=None, **settings)
+    in_hooks = [0.0]
+    for module in model.modules():
+        for number, hook in module._forward_hooks.items():
+            module._forward_hooks[number] = Timed(hook, clock, in_hooks)
+
+    def run(number):
+        for _ in range(number):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+    run(training_step.UNTIMED_STEPS)
+    in_hooks[0], start = 0.0, clock()
+    run(steps)
+    seconds = (clock() - start) / steps
+    if probe is not None:
+        probe.remove()
+    return seconds, in_hooks[0] / steps
+
+
 def measure(name, rounds, clock):
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
@@ -93,15 +134,13 @@ def measure(name, rounds, clock):
             settings = training_step.ARMS[ARMS.get(arm, "plain")]
             time.sleep(PAUSE_SECONDS)
             with compiled.using(None if "PyTorch" in arm else compiled.instruction_set()):
-                steps[arm].append(
-                    training_step.mean_step(model, inputs, settings, STEPS[name], "", False, clock=clock)
-                )
+                steps[arm].append(mean_step(model, inputs, settings, STEPS[name], clock))
         for kind, run in alone.items():
             times[kind].append(seconds_of(run, clock))
     ratios = {
         arm: [
-            (with_sums - plain) / product
-            for with_sums, plain, product in zip(
+            ((with_sums - plain) / product, in_hooks / product)
+            for (with_sums, in_hooks), (plain, _), product in zip(
                 steps[arm], steps["plain"], times[arm.split()[-1]], strict=True
             )
         ]
@@ -114,16 +153,17 @@ def cells(result):
     def milliseconds(values):
         return f"{1e3 * statistics.median(values):.1f}"
 
-    def spread(values):
-        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        return f"{middle:.2f} ({low:.2f} … {high:.2f})"
+    def spread(pairs):
+        added, in_hooks = zip(*pairs, strict=True)
+        low, middle, high = statistics.quantiles(added, n=4) if len(added) > 1 else added * 3
+        return f"{middle:.2f} ({low:.2f} … {high:.2f}), {statistics.median(in_hooks):.2f}"
 
     times = result["seconds of products"]
     return [
         result["model"],
-        milliseconds(result["seconds per step"]["plain"]),
+        milliseconds([seconds for seconds, _ in result["seconds per step"]["plain"]]),
         f"{milliseconds(times['float64'])} / {milliseconds(times['float32'])}",
-        *(spread(values) for values in result["ratios"].values()),
+        *(spread(pairs) for pairs in result["ratios"].values()),
     ]
 
 

@@ -220,7 +220,48 @@ def hook(results):
         f" width {results['width']}, {results['rows']} rows, one thread; median, least and most of the rounds. Sampled draws"
         " half of the rows.\n"
     )
-    yield table(["hook", "µs"], [[name, spread(values, 1)] for name, values in results["microseconds"].items()])
+    hooks = results["microseconds"]
+    heads = {"of an empty one": "a hook that does nothing", "of Delve's": "Delve"}
+    rows = [
+        [
+            name,
+            spread(values, 1),
+            *(f"{statistics.median(ratios(values, hooks[beside])):.2f}" for beside in heads.values()),
+        ]
+        for name, values in hooks.items()
+    ]
+    yield table(["hook", "µs", *heads], rows)
+
+
+def arithmetic(results):
+    yield (
+        "## Beside the arithmetic\n\nTime that exact sums add to a training step, over that of the symmetric products alone"
+        " (OpenBLAS' `dsyrk` or `ssyrk` on the rows that the layers put out in one step); then the time in the hooks alone"
+        f" over the same. Median of the rounds; time of the {results['clock']}.\n"
+    )
+    rows = [
+        [
+            each["model"],
+            *(
+                ", ".join(f"{statistics.median(values):.2f}" for values in zip(*pairs, strict=True))
+                for pairs in each["ratios"].values()
+            ),
+        ]
+        for each in results["models"]
+    ]
+    yield table(["model", *results["models"][0]["ratios"]], rows)
+
+
+def compute_record(results):
+    yield (
+        f"### A record\n\nWhat a recorder reads of ResNet-18's 21 layers with {results['folds']} folds, seven statistics and"
+        " their intervals, over one `eigvalsh` per fold and layer. Intervals need the eigenvectors of all folds but one: `eigh`"
+        " alone takes most of it.\n"
+    )
+    base, *others = results["seconds"].items()
+    yield table(
+        ["arm", "of one eigvalsh each"], [[name, spread(ratios(each, base[1]))] for name, each in others]
+    )
 
 
 def compute(results):
@@ -344,11 +385,13 @@ def main():
     for write in (
         update,
         training_step,
+        arithmetic,
         accelerator,
         budget,
         budget_short,
         hook,
         compute,
+        compute_record,
         merge,
         memory,
         folds,

@@ -104,7 +104,7 @@ def base_of(arm):
     return "compiled, plain" if arm.startswith("compiled") else "plain"
 
 
-def mean_step(model, inputs, arm, steps, folder, is_compiled, clock=time.perf_counter):
+def mean_step(model, inputs, arm, steps, folder, is_compiled):
     runs = model
     if is_compiled:
         torch.compiler.reset()
@@ -126,10 +126,10 @@ def mean_step(model, inputs, arm, steps, folder, is_compiled, clock=time.perf_co
 
     for _ in range(UNTIMED_STEPS):
         step()
-    start = clock()
+    start = time.perf_counter()
     for _ in range(steps):
         step()
-    seconds = (clock() - start) / steps
+    seconds = (time.perf_counter() - start) / steps
     if arm == "delve":
         for module in model.modules():
             module._forward_hooks.clear()
