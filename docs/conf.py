@@ -1,15 +1,20 @@
 """Sphinx settings; `python -m nox -s docs` builds the site into docs/_build/html."""
 
+import html
 import inspect
 import os
 import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 import torch
+from docutils import nodes
+from furo.navigation import get_navigation_tree
+from sphinx.util.docutils import SphinxDirective
 from torch import nn
 
 import spectralmetrics
@@ -19,6 +24,7 @@ from spectralmetrics.demo import load_digits
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+import inventories  # noqa: E402
 import metric_pages  # noqa: E402
 
 project = "spectralmetrics"
@@ -30,6 +36,7 @@ version = release
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",
     "sphinx.ext.viewcode",
@@ -44,6 +51,7 @@ exclude_patterns = [
     "guide/observations_tables",
     "language_models_tables",
     "published_picture_tables",
+    "reference/functional_table.md",
     "reference/metrics_table.md",
     "sg_execution_times.rst",
 ]
@@ -62,10 +70,15 @@ nb_output_stderr = "remove-warn"
 html_theme = "furo"
 html_title = "spectralmetrics"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 EXTRA = HERE / "_build" / "extra"  # copied as it is
 EXTRA.mkdir(parents=True, exist_ok=True)
 html_extra_path = [str(EXTRA)]
 html_css_files = ["custom.css"]
+
+# Where the documentation of other libraries cannot be reached, the names that ours uses are known all the same.
+intersphinx_mapping = inventories.mapping(HERE / "_build" / "inventories")
+intersphinx_timeout = 5
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -115,8 +128,9 @@ warnings.filterwarnings("ignore", message=".*FigureCanvasAgg is non-interactive.
 
 
 def write_reference(app):
-    """The pages of the metrics, from the classes themselves, so that a new one has a page."""
+    """The pages of metrics and functions, from the code itself, so that a new one has a page."""
     metric_pages.write_pages(HERE / "reference")
+    metric_pages.write_function_pages(HERE / "reference")
 
 
 def write_example_report(app):
@@ -163,6 +177,35 @@ def public_bases(app, name, obj, options, bases):
         bases[index] = base
 
 
+class Guides(SphinxDirective):
+    """The guides of a path, as a list and in the menu; each line is `page: what it is for`."""
+
+    has_content = True
+
+    def run(self):
+        """See Sphinx."""
+        pages = [line.partition(": ")[::2] for line in self.content if line.strip()]
+        menu = ["```{toctree}", ":hidden:", "", *(page for page, _ in pages), "```", ""]
+        return self.parse_text_to_nodes(
+            "\n".join([*menu, *(f"- [](<{page}.md>): {why}" for page, why in pages)])
+        )
+
+
+def describe(app, page, template, context, doctree):
+    """The first paragraph of a page, as search engines and previews show it."""
+    paragraph = doctree and next(doctree.findall(nodes.paragraph), None)
+    if paragraph is None or 'name="description"' in context.get("metatags", ""):
+        return
+    words = textwrap.shorten(paragraph.astext(), 160, placeholder=" …")
+    context["metatags"] += f'<meta name="description" content="{html.escape(words)}">\n'
+
+
+def shorten_menu(app, page, template, context, doctree):
+    """Give the menu two levels, so that it ends above the fold; tables lead to what lies deeper."""
+    tree = context["toctree"](collapse=False, titles_only=True, maxdepth=2, includehidden=True)
+    context["furo_navigation_tree"] = get_navigation_tree(tree)
+
+
 CALLBACKS = (
     spectralmetrics.integrations.lightning.LayerProbeCallback,
     spectralmetrics.integrations.transformers.LayerProbeCallback,
@@ -191,6 +234,9 @@ def list_options(app, what, name, obj, options, lines):
 
 def setup(app):
     """Called by Sphinx."""
+    app.add_directive("guides", Guides)
+    app.connect("html-page-context", describe)
+    app.connect("html-page-context", shorten_menu, priority=900)  # after the theme
     app.connect("builder-inited", write_reference)
     app.connect("builder-inited", write_example_report)
     app.connect("autodoc-skip-member", skip_member)

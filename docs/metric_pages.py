@@ -1,4 +1,4 @@
-"""A page of the reference for each metric, and the table of them all, made from the classes at build time.
+"""A page of the reference for each metric and function, and the tables of them all, made at build time.
 
 A new statistic has its page without a line here: what it is from its docstring, and a picture of how its value
 changes with the spectrum. A metric whose ``update`` or constructor asks for more gets a picture if what it asks
@@ -10,14 +10,16 @@ import inspect
 import logging
 import re
 from io import StringIO
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import torchmetrics
 
 import spectralmetrics
-from spectralmetrics import metrics
+from spectralmetrics import functional, metrics
 
+HERE = Path(__file__).parent
 logger = logging.getLogger(__name__)
 
 OVER_SPECTRA = """\
@@ -54,6 +56,39 @@ axis.set_xticks([0, 6, 12], ["0.2", "2.6", "5"])
 _ = axis.set_xlabel("noise around the centres of three classes")
 """
 
+BEHIND_RELU = """\
+import torch
+from spectralmetrics import {name}
+
+torch.manual_seed(0)
+metric = {name}({arguments})
+values = []
+for lowest in torch.linspace(0, -6, 13):
+    biases = lowest * torch.linspace(0, 1, 32)  # of 32 units with a ReLU
+    metric.update(torch.relu(torch.randn(2000, 32) + biases))
+    values.append(metric.compute())
+    metric.reset()
+figure, axis = metric.plot(values)
+axis.set_xticks([0, 4, 8, 12], ["0", "−2", "−4", "−6"])
+_ = axis.set_xlabel("the lowest bias of 32 units with a ReLU; the highest is 0")
+"""
+
+OVER_MEANS = """\
+import torch
+from spectralmetrics import {name}
+
+torch.manual_seed(0)
+metric = {name}({arguments})
+values = []
+for mean in torch.linspace(0, 3, 13):
+    metric.update(torch.randn(2000, 32) + mean)
+    values.append(metric.compute())
+    metric.reset()
+figure, axis = metric.plot(values)
+axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
+_ = axis.set_xlabel("mean of 32 features, in standard deviations")
+"""
+
 ONCE = """\
 import torch
 from spectralmetrics import {name}
@@ -63,6 +98,16 @@ metric = {name}({arguments})
 metric.update(torch.randn(2000, 12) @ torch.randn(12, 12))
 figure, axis = metric.plot()
 """
+
+TEMPLATES = {
+    "DeadFeaturesMetric": BEHIND_RELU,
+    "DormantFeaturesMetric": BEHIND_RELU,
+    "ZeroShareMetric": BEHIND_RELU,
+    "MaxAbsMetric": OVER_MEANS,
+    "SignalToNoiseMetric": OVER_MEANS,
+    "SpreadMetric": OVER_MEANS,
+}
+"""The code for metrics that do not change with the spectrum."""
 
 DRAWINGS = {
     "EigenspaceEmbeddingMetric": """\
@@ -103,6 +148,8 @@ axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
 _ = axis.set_xlabel("noise added to one side")
 """,
 }
+
+CODE = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 ARGUMENTS = {"num_classes": "num_classes=3"}
 """What a constructor may ask for, and what it gets."""
@@ -156,6 +203,7 @@ def drawing(metric):
         return None
     takes_labels = "labels" in inspect.signature(metric.update).parameters
     template = OVER_NOISE if takes_labels else ONCE if "plot" in vars(metric) else OVER_SPECTRA
+    template = TEMPLATES.get(name, template)
     arguments = PREFERRED.get(name, ", ".join(ARGUMENTS[each] for each in asked))
     return template.format(name=name, arguments=arguments)
 
@@ -176,10 +224,30 @@ def draw(metric, code):
         plt.close("all")
 
 
-def summary(metric):
+def summary(item):
     """The first paragraph of a docstring, in Markdown."""
-    paragraph = (inspect.getdoc(metric) or "").split("\n\n")[0].replace("\n", " ")
-    return re.sub(r":math:`(.*?)`", r"$\1$", paragraph)
+    paragraph = (inspect.getdoc(item) or "").split("\n\n")[0].replace("\n", " ")
+    paragraph = re.sub(r"`(.*?) <(http.*?)>`_", r"[\1](\2)", paragraph)
+    paragraph = re.sub(r":func:`(\w+)`", r"{func}`~spectralmetrics.functional.\1`", paragraph)
+    formula = re.compile(r":math:`(.*?)`")
+    return formula.sub(lambda found: f"${found[1].replace('|', chr(92) + 'vert ')}$", paragraph)
+
+
+def used_in(name):
+    """Links from a page of a metric to the examples and the guides whose code has its name."""
+    examples = [
+        f"[](../../gallery/{path.stem})"
+        for path in sorted((HERE.parent / "examples").glob("plot_*.py"))
+        if re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))
+    ]
+    guides = [
+        f"[](../../{path.relative_to(HERE)})"
+        for path in sorted([*HERE.glob("*.md"), *HERE.glob("guide/*.md")])
+        for code in ["\n".join(CODE.findall(path.read_text(encoding="utf-8")))]
+        if re.search(rf"\b{name}\b", code)
+    ]
+    found = [("Examples", examples), ("Guides", guides)]
+    return [f"- {title}: {', '.join(links)}" for title, links in found if links]
 
 
 def page(short_name, metric, code, picture):
@@ -200,11 +268,14 @@ def page(short_name, metric, code, picture):
         title = f"{metric.__name__} drawn by the code below"
         image = [f"```{{image}} images/{short_name}.svg", f":alt: {title}", "```"]
         lines += ["## A picture", "", *image, "", "```python", code.rstrip(), "```", ""]
-    if registered and hasattr(spectralmetrics.functional, short_name):
-        lines += [f"Without a state: {{func}}`spectralmetrics.functional.{short_name}`.", ""]
+    function = FUNCTIONS.get(short_name, short_name)
+    if hasattr(functional, function):
+        lines += [f"Without a state: {{func}}`spectralmetrics.functional.{function}`.", ""]
     if registered:
         base = "{class}`~spectralmetrics.metrics.SpectralMetric`"
         lines += [f"`update`, `reset`, `interval` and the other arguments are those of {base}.", ""]
+    if used := used_in(metric.__name__):
+        lines += ["## Where it is used", "", *used, ""]
     lines += ["What is normal, and what to try: [](../../guide/choosing.md).", ""]
     return "\n".join(lines)
 
@@ -235,3 +306,62 @@ def write_pages(reference):
     names = [f"metrics/{short_name}" for short_name in found]
     toctree = ["```{toctree}", ":hidden:", "", *names, "```"]
     write(reference / "metrics_table.md", "\n".join([*table, "", *toctree, ""]))
+
+
+PARTS = {
+    "dimension": "From eigenvalues",
+    "power_law": "From eigenvalues",
+    "dispersion": "From a covariance",
+    "held_out": "How sure a value is",
+    "labels": "With labels",
+    "marginals": "Of each feature by itself",
+    "relations": "Between layers and between distributions",
+    "decomposition": "Covariances, their spectra and sums",
+    "accumulate": "Covariances, their spectra and sums",
+    "moments": "Covariances, their spectra and sums",
+    "observations": "Covariances, their spectra and sums",
+    "spectrum": "Covariances, their spectra and sums",
+}
+"""Module of a function -> the heading under which it stands."""
+
+
+FUNCTIONS = {
+    "spectrum": "eigenvalues",
+    "covariance_trace": "trace",
+    "covariance_determinant": "determinant",
+    "rms": "root_mean_square",
+    "linear_probe": "ridge_explained_variance",
+}
+"""Short name of a statistic -> its function, where that has another name."""
+
+
+def function_page(name, item):
+    """The text of a page of a function, or of a class that functions take."""
+    is_class = inspect.isclass(item)
+    lines = [f"# {name}", "", "```{eval-rst}"]
+    lines += [f".. auto{'class' if is_class else 'function'}:: spectralmetrics.functional.{name}"]
+    lines += ["   :members:"] if is_class else []
+    lines += ["```", ""]
+    names = {FUNCTIONS.get(short_name, short_name): metric for short_name, metric in documented().items()}
+    if metric := names.get(name):
+        lines += [f"Of data that come in batches: {{class}}`{path_of(metric)}`.", ""]
+    return "\n".join(lines)
+
+
+def write_function_pages(reference):
+    """A page for each public name of ``spectralmetrics.functional``, and the tables of them all."""
+    folder = reference / "functional"
+    for old in folder.glob("*.md"):
+        if old.stem not in functional.__all__:
+            old.unlink()
+    tables = {title: [] for title in PARTS.values()}
+    for name in functional.__all__:
+        item = getattr(functional, name)
+        write(folder / f"{name}.md", function_page(name, item))
+        title = PARTS.get(item.__module__.split(".")[-1], "Others")
+        tables.setdefault(title, []).append(f"| [{name}](functional/{name}.md) | {summary(item)} |")
+    lines = []
+    for title, rows in tables.items():
+        lines += [f"## {title}", "", "| name | what it is |", "|---|---|", *rows, ""]
+    lines += ["```{toctree}", ":hidden:", "", *(f"functional/{name}" for name in functional.__all__), "```", ""]
+    write(reference / "functional_table.md", "\n".join(lines))

@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, page by page, and no link within it is broken."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def python_blocks(page):
 
 
 # Their cells train networks. The build of the site runs them as well.
-LONG = {"index", "accelerators", "choosing", "collapse", "integrations", "resuming", "summary"}
+LONG = {"accelerators", "choosing", "collapse", "integrations", "resuming", "summary"}
 LONG |= {"embeddings", "low_rank", "pretraining", "self_supervised"}
 RUN = [
     pytest.param(page, marks=[pytest.mark.long] * (page.stem in LONG), id=str(page.relative_to(ROOT)))
@@ -60,3 +61,57 @@ def test_links_within_the_repository(page):
         if "gallery" in target.parts:
             continue  # made by the build, which refuses broken ones
         assert target.exists() or target.with_suffix(".md").exists(), link
+
+
+GUIDES = re.compile(r"^```\{guides\}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_every_page_stands_in_one_path_of_the_menu():
+    folders = (DOCS, DOCS / "guide", DOCS / "reference")
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES if page.parent in folders}
+    listed = [
+        (page.parent / f"{line.partition(': ')[0]}.md").resolve()
+        for page, text in pages.items()
+        for block in GUIDES.findall(text)
+        for line in block.splitlines()
+    ]
+    no_pages = {DOCS / "README.md", DOCS / "index.md"}
+    no_pages |= {DOCS / "reference" / f"{made}_table.md" for made in ("functional", "metrics")}
+    assert sorted(listed) == sorted(p for p in pages if p not in no_pages and not GUIDES.search(pages[p]))
+
+
+def load(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quoted(page):
+    """The block quotes of a page, each on one line."""
+    blocks = page.read_text(encoding="utf-8").split("\n\n")
+    return [" ".join(block[2:].replace("\n> ", " ").split()) for block in blocks if block.startswith("> ")]
+
+
+def test_every_warning_is_explained():
+    """As the code says them: a message that is new or reworded needs its entry on the page."""
+    explained = quoted(DOCS / "reference" / "warnings.md")
+    messages = load("warning_messages").Reader().messages()
+    assert len(messages) > 50
+    assert sorted(messages.keys() - set(explained)) == []
+    assert sorted(set(explained) - messages.keys()) == []
+
+
+def test_the_reader_of_warnings_finds_them_all(tmp_path):
+    (tmp_path / "one.py").write_text(
+        "PLAIN = 'a constant'\n"
+        "def _warn(message):\n    warnings.warn(message)\n"
+        "def why(x) -> str:\n    return f'it is {x}'\n"
+        "def f(n):\n"
+        "    words = 'few' if n else 'none'\n"
+        "    warnings.warn(f'{n} of {words}: {n.x}{n.y}')\n"
+        "    _warn(PLAIN)\n    _warn(why(n))\n    raise LeftOut('left ' 'out')\n"
+    )
+    found = load("warning_messages").Reader(tmp_path).messages()
+    assert set(found) == {"… of few: …", "… of none: …", "a constant", "it is …", "left out"}

@@ -109,3 +109,23 @@ def test_labels_are_given_where_they_are_asked_for(own_statistics):
 def test_what_cannot_be_drawn_has_no_picture(own_statistics):
     plain, *_ = own_statistics
     assert metric_pages.draw(plain, "raise ValueError") is None
+
+
+def test_every_function_has_a_page_and_a_row(tmp_path):
+    metric_pages.write_function_pages(tmp_path)
+    names = metric_pages.functional.__all__
+    assert {path.stem for path in (tmp_path / "functional").glob("*.md")} == set(names)
+    table = (tmp_path / "functional_table.md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith("| [")]
+    assert len(rows) == len(names)
+    assert {row.count("|") for row in rows} == {3}  # no formula divides a row
+    assert "## Others" not in table
+    saturation = (tmp_path / "functional" / "saturation.md").read_text(encoding="utf-8")
+    assert "{class}`spectralmetrics.metrics.SaturationMetric`" in saturation
+
+
+def test_a_page_leads_to_what_uses_its_metric():
+    examples, guides = metric_pages.used_in("EffectiveRankMetric")
+    assert "[](../../gallery/plot_metrics_by_hand)" in examples
+    assert "[](../../guide/collapse.md)" in guides
+    assert metric_pages.used_in("NoSuchMetric") == []

@@ -25,6 +25,16 @@ def test_it_is_short():
     assert len(TEXT.splitlines()) <= 120
 
 
+def test_the_site_begins_with_it():
+    index = (README.parent / "docs" / "index.md").read_text(encoding="utf-8")
+    assert index.startswith("```{include} ../README.md\n:relative-docs: docs/\n")
+    marker = re.search(r"^:end-before: (.*)$", index, re.MULTILINE)[1]
+    shown, rest = TEXT.split(marker)
+    assert "## Quick start" in shown
+    assert len(rest.splitlines()) < 15
+    assert re.findall(r"\]\((?!http|docs/)([^)]+)\)", shown) == []  # nothing that the site does not have
+
+
 def test_the_quick_start_prints_what_it_shows(capsys):
     (code,), (shown,) = blocks("python"), blocks("text")
     random = torch.get_rng_state()
@@ -52,10 +62,7 @@ def test_versions_are_those_that_pip_asks_for():
     project = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bounds = dict(re.match(r"(\w+)>=([\d.]+)", each).groups() for each in project["dependencies"])
     assert list(bounds) == ["torch", "torchmetrics", "numpy", "scipy"]
-    for page in (README, README.parent / "docs" / "index.md"):
-        assert f"torch ≥ {bounds['torch']} and torchmetrics ≥ {bounds['torchmetrics']}" in page.read_text(
-            "utf-8"
-        )
+    assert f"torch ≥ {bounds['torch']} and torchmetrics ≥ {bounds['torchmetrics']}" in TEXT
     installing = (README.parent / "docs" / "guide" / "installing.md").read_text(encoding="utf-8")
     said = ", ".join(f"{name} {bound}" for name, bound in bounds.items())
     assert f"{said} and Python {project['requires-python'].removeprefix('>=')}, or newer" in " ".join(
