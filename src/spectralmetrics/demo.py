@@ -208,7 +208,7 @@ def run(
 
 
 def describe_labels(explained: Mapping[str, Tensor]) -> str:
-    """Where the digits can be read off by a line, from the held-out R² of each layer.
+    """Says at which layer a line can read the digits, from the held-out R² of each layer.
 
     >>> explained = {"conv1": torch.tensor(0.4), "conv2": torch.tensor(0.88), "head": torch.tensor(0.9)}
     >>> describe_labels(explained)[:64]

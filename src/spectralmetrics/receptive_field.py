@@ -27,7 +27,7 @@ Extent: TypeAlias = tuple[float, ...]
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """What one position of a layer's output sees of the input, in input positions along each spatial axis.
+    """The part of the input that one position of a layer's output sees, in positions along each spatial axis.
 
     Attributes:
         smallest: along the path through the network that sees least.

@@ -249,7 +249,7 @@ def participation_interval(products: Tensor, num_features: int) -> tuple[Tensor,
 
 
 def sampling_margin(values: Sequence[Tensor]) -> Tensor:
-    r"""How far a statistic may lie from its value for other draws of the data, with a confidence of 95 %.
+    r"""The margin of a statistic for another draw of the data, with a confidence of 95 %.
 
     .. math:: t_{g-1} \sqrt{\frac{g-1}{g} \sum_i (\theta_i - \bar\theta)^2}
 

@@ -53,7 +53,7 @@ def ridge_explained_variance(
 
 
 def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tensor:
-    r"""As :func:`ridge_explained_variance`, each fold scored by the regression on the others.
+    r"""The same as :func:`ridge_explained_variance`, with each fold scored by the regression on the others.
 
     One minus the squared errors of all folds over the squares about the mean label of all observations: what
     cross-validated predictions have as :math:`R^2`. Folds without observations are passed over.
@@ -104,7 +104,7 @@ def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tens
 
 
 def neural_collapse(covariance: Tensor, class_means: Tensor, class_counts: Tensor) -> Tensor:
-    r"""How far the features vary within classes beside how far the classes lie apart (NC1).
+    r"""The variance of features within classes, relative to the distance between classes (NC1).
 
     .. math:: \operatorname{tr}(\Sigma_W \Sigma_B^+) / K
 

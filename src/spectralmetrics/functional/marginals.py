@@ -35,7 +35,7 @@ def root_mean_square(second_moments: Tensor) -> Tensor:
 
 
 def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
-    r"""The share of the features' energy that is not in their mean.
+    r"""The share of the features' mean square that varies between observations.
 
     .. math:: \operatorname{tr} \Sigma / E\|x\|^2
 
@@ -61,7 +61,7 @@ def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
 
 
 def signal_to_noise(mean: Tensor, variances: Tensor) -> Tensor:
-    r"""How large the mean of the features is beside their spread.
+    r"""The squared mean of the features divided by their variance.
 
     .. math:: \|\mu\|^2 / \operatorname{tr} \Sigma
 

@@ -136,7 +136,7 @@ class Spectrum:
         raise ValueError(f"expected {kind.described} beside the moments; none was kept")
 
     def has(self, kind: type[Sum]) -> bool:
-        """Whether there is a sum of another kind for :meth:`part`."""
+        """True if :meth:`part` has a sum of another kind."""
         return any(isinstance(each, kind) for each in (self._sums, *self._others))
 
     @property
@@ -176,22 +176,22 @@ class Spectrum:
 
     @property
     def magnitudes(self) -> Tensor:
-        """Of marginals, the mean magnitude of each feature, shape (D,), float64."""
+        """The mean magnitude of each feature, from marginals, shape (D,), float64."""
         return self._kept("magnitudes", lambda: self.part(Marginals).magnitudes())
 
     @property
     def largest(self) -> Tensor:
-        """Of marginals, the largest magnitude of each feature, shape (D,), float64."""
+        """The largest magnitude of each feature, from marginals, shape (D,), float64."""
         return self._kept("largest", lambda: self.part(Marginals).largest)
 
     @property
     def zero_shares(self) -> Tensor:
-        """Of marginals, the share of the values of each feature that are zero, shape (D,), float64."""
+        """The share of zeros among the values of each feature, from marginals, shape (D,), float64."""
         return self._kept("zero_shares", lambda: self.part(Marginals).zero_shares())
 
     @property
     def square_sum(self) -> Tensor:
-        """Of a sketch, an estimate of the sum of squared eigenvalues, shape (), float64."""
+        """An estimate of the sum of squared eigenvalues, from a sketch, shape (), float64."""
         sketch = self.sketch
         assert sketch is not None
         return self._kept("square_sum", lambda: sketch.square_sum(center=self.center))

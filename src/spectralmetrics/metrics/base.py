@@ -452,7 +452,7 @@ class SpectralMetric(SumsMetric):
 
     @property
     def keeps_interval(self) -> bool:
-        """Whether there is an :meth:`interval`."""
+        """True if there is an :meth:`interval`."""
         return self.has_interval and (self.folds > 1 or self.sketch_size is not None)
 
     # -- checks ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from spectralmetrics.sums.checks import check_positive_integer
 
 
 class HistoryMetric(MarginalMetric):
-    r"""What each of the last forwards did: scale, mean, largest magnitude, zeros, and rows left out.
+    r"""Scale, mean, largest magnitude, zeros and rows left out, of each recent forward.
 
     In a probe, :meth:`.LayerProbe.history` gives the table of all layers. Every row of a forward counts, also
     where the probe draws some of them for other metrics. By hand, each ``update`` is a forward.

@@ -85,7 +85,7 @@ class LabelledMetric(SpectralMetric):
 
 
 class LinearProbeMetric(LabelledMetric):
-    """How much of the labels' variance a linear regression on the features explains.
+    """The share of the labels' variance that a linear regression on the features explains.
 
     A ridge regression of one-hot labels with an intercept, from sums alone, see
     :func:`~spectralmetrics.functional.ridge_explained_variance`. With ``folds`` each fold is scored by the
@@ -141,7 +141,7 @@ class LinearProbeMetric(LabelledMetric):
 
 
 class NeuralCollapseMetric(LabelledMetric):
-    r"""How far the features vary within classes beside how far the classes lie apart (NC1).
+    r"""The variance of features within classes, relative to the distance between classes (NC1).
 
     :math:`\operatorname{tr}(\Sigma_W \Sigma_B^+) / K`, see :func:`~spectralmetrics.functional.neural_collapse`.
     ``compute`` returns a tensor of shape (), float64; it falls to 0 where the features of a class become one

@@ -59,7 +59,7 @@ class MarginalMetric(SpectralMetric):
 
     @property
     def can_read_matrix(self) -> bool:
-        """Whether a sum that keeps a covariance serves as well."""
+        """True if a sum that keeps a covariance serves as well."""
         return {"mean", "variances", "second_moments"} >= set(self.parts) and not self.other_sums()
 
     def reading(self, other: SpectralMetric) -> MarginalMetric:
@@ -126,7 +126,7 @@ class RootMeanSquareMetric(MarginalMetric):
 
 
 class SpreadMetric(MarginalMetric):
-    r"""The share of the features' energy that is not in their mean.
+    r"""The share of the features' mean square that varies between observations.
 
     .. math:: \frac{\operatorname{tr} \Sigma}{E \|x\|^2}
 
@@ -156,7 +156,7 @@ class SpreadMetric(MarginalMetric):
 
 
 class SignalToNoiseMetric(MarginalMetric):
-    r"""How large the mean of the observations is beside their spread.
+    r"""The squared mean of the observations divided by their variance.
 
     .. math:: \frac{\|\mu\|^2}{\operatorname{tr} \Sigma}
 
@@ -270,7 +270,7 @@ class DeadFeaturesMetric(MarginalMetric):
 
 
 class DormantFeaturesMetric(MarginalMetric):
-    r"""The share of features that are next to inactive, beside the average of their layer.
+    r"""The share of features that are nearly inactive, compared with the average of their layer.
 
     Feature j counts if :math:`E|x_j| \le \tau \frac{1}{D} \sum_k E|x_k|` (`arXiv:2302.12902
     <https://arxiv.org/abs/2302.12902>`_). ``compute`` returns a tensor of shape (), float64, between 0 and 1.
@@ -307,7 +307,7 @@ class DormantFeaturesMetric(MarginalMetric):
 
 
 class OutlierFeaturesMetric(MarginalMetric):
-    r"""How much few features stand out of their layer: the kurtosis of the features' scales.
+    r"""The kurtosis of the features' scales: large if a few features dominate their layer.
 
     .. math:: \frac{\frac{1}{D} \sum_j E[x_j^2]^2}{\left(\frac{1}{D} \sum_j E[x_j^2]\right)^2}
 

@@ -21,7 +21,7 @@ _FORWARDS = 256
 
 @runtime_checkable
 class AlarmRecorder(Protocol):
-    """What keeps alarms; a :class:`~spectralmetrics.Recorder` does."""
+    """Keeps alarms, as a :class:`~spectralmetrics.Recorder` does."""
 
     def add_alarm(self, alarm: Alarm) -> None:
         """Keep an alarm."""

@@ -441,7 +441,7 @@ class LayerProbe(nn.Module):
         return as_text(self._read(stage, _value_of, progress=progress))
 
     def intervals(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Interval]:
-        """Of each value an interval that is expected to hold that of unlimited data.
+        """Intervals expected to contain the values for unlimited data.
 
         See :meth:`.SpectralMetric.interval`.
 
@@ -751,7 +751,7 @@ class LayerProbe(nn.Module):
             return summary_of(rows, found_out, metric, threshold=threshold, where=where)
 
     def findings(self, stage: str = "eval") -> list[Finding]:
-        """What stands out in the layers of one stage: problems first, then notes, each in forward order.
+        """Findings in the layers of one stage: problems first, then notes, each in forward order.
 
         The kinds of findings, their thresholds and the sums that they need are in
         :data:`~spectralmetrics.FINDING_RULES`. A finding whose sums the probe does not keep is absent.
@@ -844,7 +844,7 @@ class LayerProbe(nn.Module):
         self._steps.step = None if step is None else int(step)
 
     def history(self, stage: str = "train") -> History:
-        """What each layer did in each of the last forwards; of a :class:`~spectralmetrics.HistoryMetric`.
+        """Each layer in each recent forward, as a :class:`~spectralmetrics.HistoryMetric` keeps it.
 
         Merged across processes by the number of the forward; all processes call it. In training mode, forwards
         without gradients, such as rollouts, are not in it.
@@ -871,7 +871,7 @@ class LayerProbe(nn.Module):
         return History.of_sums(stage, {layer: each for layer, each in found if each is not None})
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
-        """What is kept of a layer's observations: the spectral sum, then others; empty for nothing.
+        """The sums of a layer's observations: the spectral sum, then others; empty for nothing.
 
         The tensors are the states themselves. Inside :meth:`merged` they are those of all processes.
         """
@@ -1072,7 +1072,7 @@ class LayerProbe(nn.Module):
         self.remove()
 
     def persistent(self, mode: bool = True) -> None:
-        """Whether ``state_dict`` holds observations and sampling progress, so that an epoch can resume."""
+        """Have ``state_dict`` hold observations and sampling progress, so that an epoch can resume."""
         for of_layer in self._places.values():
             for metric in of_layer.members:
                 metric.persistent(False)
@@ -1144,7 +1144,7 @@ class LayerProbe(nn.Module):
     # -- saving ------------------------------------------------------------------------------------------
 
     def sharded(self) -> Sharded:
-        """What all processes have observed, for ``torch.distributed.checkpoint``.
+        """The observations of all processes, for ``torch.distributed.checkpoint``.
 
         ``dcp.save({"probe": probe.sharded()}, checkpoint_id=folder)`` saves it, and
         ``dcp.load({"probe": probe.sharded()}, checkpoint_id=folder)`` loads it on any number of processes, also

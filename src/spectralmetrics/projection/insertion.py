@@ -21,7 +21,7 @@ _NAME = "pca_projection"
 
 
 class ProjectionRow(NamedTuple):
-    """What one projection of a model does.
+    """One projection of a model: its layer, width and dimension.
 
     Attributes:
         name: qualified name of the layer that the projection was inserted behind, as a

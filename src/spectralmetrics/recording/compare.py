@@ -237,7 +237,7 @@ def describe_comparison(
     stage: str = "eval",
     threshold: float = 0.99,
 ) -> str:
-    """What :func:`~spectralmetrics.compare` finds, as text of at most 100 columns.
+    """The result of :func:`~spectralmetrics.compare` as text of at most 100 columns.
 
     Args:
         left: directory of a run.

@@ -96,7 +96,7 @@ _allowed = len(get_args(InstructionSet))
 
 
 def instruction_set() -> InstructionSet | None:
-    """What the compiled accumulation uses on this machine; None where PyTorch does all.
+    """The instructions that the compiled sums use on this machine; None where PyTorch does all.
 
     >>> with using(None):
     ...     print(instruction_set())

@@ -55,7 +55,7 @@ class Sum(ABC):
         """The same kind with the same settings, of no observations of this width."""
 
     def settings(self) -> tuple[object, ...]:
-        """What must agree for two of them to be added or shared."""
+        """Settings that must agree for two sums to be added or shared."""
         return ()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class Sum(ABC):
 
     @abstractmethod
     def intake(self, gram_dtype: torch.dtype | None) -> Intake:
-        """What adds observations to this sum, and remembers what that needs between batches.
+        """Adds observations to this sum, and remembers between batches what that needs.
 
         Args:
             gram_dtype: dtype of products; None: float64 on the CPU, float32 on accelerators.
@@ -122,7 +122,7 @@ class Sum(ABC):
         return self
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
-        """What a run keeps, by the names in :attr:`arrays`, one tensor in memory at a time."""
+        """The tensors that a run keeps, by the names in :attr:`arrays`, one in memory at a time."""
         yield from ()
 
     @classmethod
@@ -168,7 +168,7 @@ class SpectralSum(Sum):
 
     @abstractmethod
     def in_range(self) -> Tensor:
-        """Whether no square of an observation has overflowed, shape (), boolean."""
+        """True if no square of an observation has overflowed, shape (), boolean."""
 
     @abstractmethod
     def mean(self) -> Tensor:
