@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from look import browser
+from PIL import Image
 
 from spectralmetrics import write_report
 
@@ -27,6 +28,7 @@ def main(run: str) -> None:
         box = page.locator(LAST).bounding_box()
         height = box["y"] + box["height"] + 40
         page.screenshot(path=TARGET, full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
+    Image.open(TARGET).quantize(128).save(TARGET, optimize=True)
 
 
 if __name__ == "__main__":

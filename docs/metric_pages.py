@@ -355,7 +355,7 @@ def write_function_pages(reference):
         if old.stem not in functional.__all__:
             old.unlink()
     tables = {title: [] for title in PARTS.values()}
-    for name in functional.__all__:
+    for name in sorted(functional.__all__, key=lambda each: inspect.isclass(getattr(functional, each))):
         item = getattr(functional, name)
         write(folder / f"{name}.md", function_page(name, item))
         title = PARTS.get(item.__module__.split(".")[-1], "Others")
