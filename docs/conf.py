@@ -53,7 +53,6 @@ exclude_patterns = [
     "published_picture_tables",
     "reference/functional_table.md",
     "reference/metrics_table.md",
-    "sg_execution_times.rst",
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -103,6 +102,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "thumbnail_size": (880, 616),
     "show_signature": False,
+    "write_computation_times": False,
     "abort_on_example_error": True,
 }
 # One thread: small convolutions are no faster with several, and sums come out the same on every machine.

@@ -1,6 +1,6 @@
 """
-Compressing a network by what goes into its layers
-==================================================
+Compress a network by what goes into its layers
+===============================================
 
 The cheapest way to make a linear layer smaller is to cut its weight to low rank. Which directions of the
 weight can go depends on what the layer is fed with. ``LayerProbe(model, observe="inputs")`` collects what

@@ -1,6 +1,6 @@
 """
-Finding a low-saturation tail
-=============================
+Find a low-saturation tail
+==========================
 
 A convolutional network whose first layers shrink the image early soon sees all of it at once. The layers behind
 that point tend to add little. This example finds them, compares the place with the receptive field, and asks

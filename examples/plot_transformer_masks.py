@@ -1,6 +1,6 @@
 """
-Leaving padding out: a transformer on sequences of different lengths
-====================================================================
+Leave padding out of a transformer
+==================================
 
 A transformer classifies handwritten digits from the sequence of their columns that hold ink. A one has few of
 them, a zero many, so the sequences of a batch are padded to a common length. The transformer's attention

@@ -2,7 +2,7 @@
 What does a tail do to the rest of the network?
 ===============================================
 
-Some networks end in layers that add little, see `Finding a low-saturation tail <plot_tail_detection.html>`_.
+Some networks end in layers that add little, see `Find a low-saturation tail <plot_tail_detection.html>`_.
 This example trains one network with such a tail and one without, records both, and compares the runs.
 """
 
