@@ -2,7 +2,7 @@
 How wide should the layers of a regression be?
 ==============================================
 
-A fully connected network predicts the progression of diabetes from ten measurements of 442 people. Three widths
+A fully connected network predicts the progression of diabetes from ten measurements of 442 people. Six widths
 of its hidden layers are compared: how many of their directions do the layers use, and does the width pay on
 people that the network has not seen?
 """
@@ -13,7 +13,6 @@ from sklearn.datasets import load_diabetes
 from torch import nn
 
 from spectralmetrics import IntrinsicDimensionMetric, LayerProbe, SaturationMetric, layer_profile
-from spectralmetrics.plotting import plot_profile
 
 # %%
 # The data
@@ -55,7 +54,7 @@ def train(width: int) -> nn.Module:
     return model.eval()
 
 
-models = {width: train(width) for width in (8, 32, 128)}
+models = {width: train(width) for width in (4, 8, 16, 32, 64, 128)}
 
 # %%
 # Looking at the layers
@@ -64,18 +63,21 @@ models = {width: train(width) for width in (8, 32, 128)}
 # The trained networks predict the validation people while a probe is attached. It observes the outputs of the
 # linear layers, before the ReLU. The output layer has a width of one and nothing to tell, so it is left out.
 
-profiles, losses = {}, {}
+dimensions, losses = {}, {}
 for width, model in models.items():
     metrics = [SaturationMetric(), IntrinsicDimensionMetric()]
     with LayerProbe(model, metrics, exclude="output") as probe, torch.no_grad():
-        losses[width] = nn.functional.mse_loss(model(validation_inputs), validation_targets).item()
+        validation_loss = nn.functional.mse_loss(model(validation_inputs), validation_targets).item()
     values = probe.compute("eval")
-    profiles[f"width {width}"] = layer_profile(values, "saturation", "eval")
-    dimensions = layer_profile(values, "intrinsic_dimension", "eval")
-    training_loss = nn.functional.mse_loss(model(inputs[:300]), targets[:300])
-    print(f"width {width}: training loss {training_loss:.3f}, validation loss {losses[width]:.3f}")
-    for layer, dimension in dimensions.items():
-        print(f"    {layer} uses {int(dimension)} of {width} directions")
+    dimensions[width] = layer_profile(values, "intrinsic_dimension", "eval")
+    saturation = layer_profile(values, "saturation", "eval")
+    with torch.no_grad():
+        training_loss = nn.functional.mse_loss(model(inputs[:300]), targets[:300]).item()
+    losses[width] = training_loss, validation_loss
+    print(f"width {width}: training loss {training_loss:.3f}, validation loss {validation_loss:.3f}")
+    for layer, dimension in dimensions[width].items():
+        share = float(saturation[layer])
+        print(f"    {layer} uses {int(dimension)} of {width} directions, saturation {share:.2f}")
 
 # %%
 # Were 142 people enough?
@@ -96,20 +98,27 @@ for layer, dimension in layer_profile(probe.compute("eval"), "intrinsic_dimensio
 # The result
 # ----------
 
+widths = list(models)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-plot_profile(profiles, title="Saturation on validation data", ax=left)
-right.bar([str(width) for width in losses], list(losses.values()), color="#0072B2")
-right.set_xlabel("width of the hidden layers")
-right.set_ylabel("mean squared error")
-right.set_title("Validation loss", fontsize=10)
-right.spines[["top", "right"]].set_visible(False)
+for layer, marker in (("hidden1", "o"), ("hidden2", "s")):
+    left.plot(widths, [int(dimensions[width][layer]) for width in widths], marker=marker, label=layer)
+left.plot(widths, widths, ":", color="#666666", label="all directions")
+left.set(ylabel="directions in use", ylim=(0, 30))
+for name, column, style in (("training", 0, "s--"), ("validation", 1, "o-")):
+    right.plot(widths, [losses[width][column] for width in widths], style, label=name)
+right.set(ylabel="mean squared error", ylim=0)
+for axis in (left, right):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, map(str, widths))
+    axis.set_xlabel("width of the hidden layers")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
 plt.show()
 
 # %%
-# The wider the layers, the smaller the share of their directions that they use. The number of directions grows,
-# but more slowly than the width. In the first layer it cannot grow beyond ten, whatever the width, because the
-# layer's output is a linear function of ten measurements. It stays below ten, since some of the measurements go
-# together.
+# Over all, wider layers use a smaller share of their directions. The number of directions grows, but more
+# slowly than the width. In the first layer it cannot grow beyond ten, whatever the width, because the layer's
+# output is a linear function of ten measurements. It stays below ten, since some measurements go together.
 #
 # The validation loss does not fall along with the saturation. The widest network has the largest here, and by
 # far the smallest training loss: it has begun to learn its 300 people by heart.

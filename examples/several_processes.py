@@ -15,7 +15,8 @@ def train_and_look() -> None:
     own = slice(dist.get_rank(), None, dist.get_world_size())
     inputs, targets = torch.tensor(pixels[own] / 16, dtype=torch.float32), torch.tensor(digits[own])
 
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
+    hidden = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU()]
+    model = nn.Sequential(*hidden, nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.Adam(parallel.parameters(), 1e-3)
     for _ in range(20):
