@@ -109,7 +109,9 @@ def by_whole(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Watched]:
     found: dict[nn.Module, Watched] = {}
     for name, module in layers.items():
         if isinstance(module, Expert) and module.whole is not None:
-            watched = found.setdefault(module.whole, Watched(name.rpartition(".")[0]))
+            whole, _, number = name.rpartition(".")
+            watched = found.setdefault(module.whole, Watched(whole))
+            watched.number = max(watched.number, int(number) + 1)
             if not is_elsewhere(module):
                 watched.experts[name] = module
     return found
@@ -185,14 +187,18 @@ class Calls:
 
     Args:
         name: of the module.
+        number: of experts, as far as any is asked for.
         module: the module.
         routed: what it is called with.
         masks: laid beside the model.
         labels: likewise.
     """
 
-    def __init__(self, name: str, module: nn.Module, routed: Routed, masks: Masks, labels: Labels) -> None:
+    def __init__(
+        self, name: str, number: int, module: nn.Module, routed: Routed, masks: Masks, labels: Labels
+    ) -> None:
         self.module = module
+        self._number = number
         self.splits: tuple[Split, ...] = ()
         self.states = _plain(routed.states).detach()
         self.labels: Tensor | None = None
@@ -200,14 +206,14 @@ class Calls:
         self._cast = routed.cast
         self._bare: nn.Module | None = None
         self._by_expert: list[Tensor] | None = None
-        number, shape = len(self.states), tuple(self.states.shape)
+        length, shape = len(self.states), tuple(self.states.shape)
         if masks.value is not None:
-            fits = masks.value.numel() == number
+            fits = masks.value.numel() == length
             masks.note(name, shape, fits=fits)
             if fits:
                 self._index = self._index.where(masks.value.reshape(-1, 1).to(self._index.device), -1)
         if labels.value is not None:
-            fits = labels.value.numel() == number
+            fits = labels.value.numel() == length
             labels.note(name, shape, fits=fits)
             self.labels = labels.value.reshape(-1).to(self.states.device) if fits else None
 
@@ -215,11 +221,11 @@ class Calls:
         """(n,), the tokens of an expert, in their order; one reading of the device for all experts."""
         if self._by_expert is None:
             ordered, order = self._index.reshape(-1).sort(stable=True)
-            most = int(ordered[-1]) + 2 if len(ordered) else 1
-            ends = torch.searchsorted(ordered, torch.arange(most, device=ordered.device)).tolist()
+            numbers = torch.arange(self._number + 1, device=ordered.device, dtype=ordered.dtype)
+            ends = torch.searchsorted(ordered, numbers).tolist()
             tokens = order // self._index.shape[1]
             self._by_expert = [tokens[start:end] for start, end in itertools.pairwise(ends)]
-        return self._by_expert[number] if number < len(self._by_expert) else self._index.new_empty(0)
+        return self._by_expert[number]
 
     def travel(self, split: Split, number: int, size: int | None, seed: int) -> None:
         """Have each process of a group get the tokens of its experts, of all that these have.
@@ -235,18 +241,20 @@ class Calls:
             place = torch.arange(len(self._index), device=self._index.device)[:, None]
             self._index = self._index.where((place >= own.start) & (place < own.stop), -1)
         self.splits, self._by_expert, self.labels = (), None, None
+        self._number = number * split.size
         tokens = [self.tokens_of(expert) for expert in range(number * split.size)]
         if size is not None:
             most, seed = Span(split.rank, split.rank + 1, split.size).of(size), seed + 1_000_003 * split.rank
             tokens = [_drawn(each, most, seed + expert) for expert, each in enumerate(tokens)]
-        sent = torch.tensor([len(each) for each in tokens], device=self.states.device)
+        lengths = [len(each) for each in tokens]
+        sent = torch.tensor(lengths, device=self.states.device)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=split.group)
         counts = received.tolist()  # of each process in turn, of each of our experts
         rows = self.states[torch.cat(tokens)]
         by_process = [
             [sum(each[start : start + number]) for start in range(0, len(each), number)]
-            for each in (counts, sent.tolist())
+            for each in (counts, lengths)
         ]
         incoming, outgoing = by_process
         self.states = sent_rows(rows, incoming, outgoing, split.group)
@@ -278,11 +286,13 @@ class Watched:
     Attributes:
         name: likewise.
         experts: those that this process has, by the names of their layers; kept alive.
+        number: of experts, as far as any is asked for.
         forwards: of the module so far.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.number = 0
         self.experts: dict[str, Expert] = {}
         self.forwards = 0
 

@@ -136,7 +136,7 @@ class Router:
 
     def _calls(self, watched: Watched, module: nn.Module, routed: Routed, stage: str) -> Calls:
         """What experts get in a forward, whose tokens may come from other processes; all of these call it."""
-        calls = Calls(watched.name, module, routed, self.rows.masks, self.rows.labels)
+        calls = Calls(watched.name, watched.number, module, routed, self.rows.masks, self.rows.labels)
         self.meshes.look(module)  # before anything else asks, since what FSDP2 shards is whole now
         if how_it_runs(calls.states) != "run" or not self.meshes.shares():
             return calls
