@@ -12,26 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from spectralmetrics.files.choosing import WIDEST, metrics_for
 from spectralmetrics.files.fields import ReadError
 from spectralmetrics.files.reading import Block, Rows, warn_of_empty
 from spectralmetrics.findings import Finding
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import (
-    CovarianceTraceMetric,
-    EffectiveRankMetric,
     Interval,
-    IntrinsicDimensionMetric,
-    LinearProbeMetric,
-    MarginalMetric,
-    NeuralCollapseMetric,
-    ParticipationRatioMetric,
-    SaturationMetric,
     SpectralMetric,
-    SpreadMetric,
-    StableRankMetric,
 )
 from spectralmetrics.probing import LayerProbe, Summary
-from spectralmetrics.probing.collections import LayerMetrics, Metrics, named_metrics
+from spectralmetrics.probing.collections import LayerMetrics, Metrics
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.probe import layer_by_hand, read_probe
 from spectralmetrics.probing.processes import agreed, gather_agreed
@@ -43,8 +34,6 @@ from spectralmetrics.table import number, text_table
 LAYER = "embeddings"
 """The name of the layer in records, the same for all sources, so that ``compare`` pairs those of two runs."""
 _STAGE = "eval"
-_WIDEST = 8192
-_SKETCH_SIZE = 512
 _MOST_OF_CLASSES = 2**32
 """Bytes for the sums of each class."""
 _SAMPLE = 1024
@@ -166,7 +155,7 @@ def measure(
     if (sums := _sums_of(source)) is not None:
         if labels is not None:
             raise ValueError("expected no labels with sums, which hold none, got some")
-        templates = _templates(metrics, sums.num_features, 0, center, max(len(sums.folds), 1))
+        templates = metrics_for(metrics, sums.num_features, 0, center, max(len(sums.folds), 1))
         return _Measuring(templates, sums.num_features, type(sums).__name__.lower(), record).of_sums(sums)
 
     def prepare() -> tuple[Rows, dict[str, Metric]]:
@@ -179,7 +168,7 @@ def measure(
                 f"expected labels that number few classes from 0 on, got {classes - 1} among them: the sums of"
                 f" classes would take {size / 2**30:.1f} GiB; number the classes anew, or give metrics"
             )
-        templates = _templates(metrics, rows.width, classes, center, folds)
+        templates = metrics_for(metrics, rows.width, classes, center, folds)
         wants = [n for n, each in templates.items() if isinstance(each, SpectralMetric) and each.needs_labels]
         if wants and labels is None:
             raise ValueError(f"expected labels for {wants[0]!r}, got None: labels='label', say")
@@ -205,7 +194,7 @@ class _Measuring:
         self._probe.remove()
         self._place = layer_by_hand(self._probe, _STAGE, LAYER, kind)
         if record is not None:
-            self._keep_sample(max(min(_SAMPLE, _SAMPLE * _WIDEST // max(width, 1)), 64))
+            self._keep_sample(max(min(_SAMPLE, _SAMPLE * WIDEST // max(width, 1)), 64))
         self._recorder = None if record is None else Recorder(record, self._probe, ["csv", "arrays"])
 
     def _keep_sample(self, size: int) -> None:
@@ -296,48 +285,6 @@ def _add(place: LayerMetrics, block: Block) -> None:
         place.samples += len(block.rows)
         place.forwards += 1
         place.update(observations, labelled)
-
-
-def _templates(
-    metrics: Metrics | None, width: int, classes: int, center: bool, folds: int
-) -> dict[str, Metric]:
-    """The metrics by name, with these folds where they can have any."""
-    named = _defaults(width, classes, center) if metrics is None else named_metrics(metrics)
-    found: dict[str, Metric] = {}
-    for name, metric in named.items():
-        if isinstance(metric, SpectralMetric) and metric.takes_observations:
-            metric = metric.with_folds(1 if metric.sketch_size is not None else folds)
-            if not (center or metric.needs_labels or isinstance(metric, MarginalMetric)):
-                metric.center = False
-            kept = metric.prototypes[0]
-            if width > _WIDEST and isinstance(kept, SpectralSum) and kept.keeps_products:
-                raise ValueError(
-                    f"expected at most {_WIDEST} features for {name!r}, whose covariance would take"
-                    f" {8 * width**2 / 2**30:.1f} GiB, got {width}; give it sketch_size={_SKETCH_SIZE}"
-                )
-        found[name] = metric
-    return found
-
-
-def _defaults(width: int, classes: int, center: bool) -> dict[str, Metric]:
-    if width > _WIDEST:
-        kinds = (IntrinsicDimensionMetric, SaturationMetric, ParticipationRatioMetric, StableRankMetric)
-        return named_metrics([kind(center=center, sketch_size=_SKETCH_SIZE) for kind in kinds])
-    found: list[Metric] = [
-        kind(center=center, nan_strategy="ignore")  # the findings say how many rows were left out
-        for kind in (
-            IntrinsicDimensionMetric,
-            SaturationMetric,
-            EffectiveRankMetric,
-            ParticipationRatioMetric,
-            StableRankMetric,
-            CovarianceTraceMetric,
-        )
-    ]
-    found.append(SpreadMetric(nan_strategy="ignore"))
-    if classes > 1:
-        found += [kind(classes, nan_strategy="ignore") for kind in (LinearProbeMetric, NeuralCollapseMetric)]
-    return named_metrics(found)
 
 
 def _sums_of(source: Any) -> SpectralSum | None:

@@ -1,0 +1,78 @@
+"""The metrics of rows of some width: those of the user, or a choice of them."""
+
+from __future__ import annotations
+
+from torchmetrics import Metric
+
+from spectralmetrics.metrics import (
+    CovarianceTraceMetric,
+    EffectiveRankMetric,
+    IntrinsicDimensionMetric,
+    LinearProbeMetric,
+    MarginalMetric,
+    NeuralCollapseMetric,
+    ParticipationRatioMetric,
+    SaturationMetric,
+    SpectralMetric,
+    SpreadMetric,
+    StableRankMetric,
+)
+from spectralmetrics.probing.collections import Metrics, named_metrics
+from spectralmetrics.sums import SpectralSum
+
+WIDEST = 8192
+"""The most features of which a covariance is kept."""
+_SKETCH_SIZE = 512
+
+
+def metrics_for(
+    metrics: Metrics | None, width: int, classes: int, center: bool, folds: int
+) -> dict[str, Metric]:
+    """The metrics by name, with these folds where they can have any.
+
+    Args:
+        metrics: of the user; None: a choice for this width.
+        width: the number of features.
+        classes: the number of classes; 0 without labels.
+        center: see :func:`~spectralmetrics.measure`.
+        folds: likewise.
+
+    Raises:
+        ValueError: for a metric whose covariance would be too large.
+    """
+    named = _defaults(width, classes, center) if metrics is None else named_metrics(metrics)
+    found: dict[str, Metric] = {}
+    for name, metric in named.items():
+        if isinstance(metric, SpectralMetric) and metric.takes_observations:
+            metric = metric.with_folds(1 if metric.sketch_size is not None else folds)
+            if not (center or metric.needs_labels or isinstance(metric, MarginalMetric)):
+                metric.center = False
+            kept = metric.prototypes[0]
+            if width > WIDEST and isinstance(kept, SpectralSum) and kept.keeps_products:
+                raise ValueError(
+                    f"expected at most {WIDEST} features for {name!r}, whose covariance would take"
+                    f" {8 * width**2 / 2**30:.1f} GiB, got {width}; give it sketch_size={_SKETCH_SIZE}"
+                )
+        found[name] = metric
+    return found
+
+
+def _defaults(width: int, classes: int, center: bool) -> dict[str, Metric]:
+    if width > WIDEST:
+        kinds = (IntrinsicDimensionMetric, SaturationMetric, ParticipationRatioMetric, StableRankMetric)
+        return named_metrics([kind(center=center, sketch_size=_SKETCH_SIZE) for kind in kinds])
+    found: list[Metric] = [
+        kind(center=center, nan_strategy="ignore")  # the findings say how many rows were left out
+        for kind in (
+            IntrinsicDimensionMetric,
+            SaturationMetric,
+            EffectiveRankMetric,
+            ParticipationRatioMetric,
+            StableRankMetric,
+            CovarianceTraceMetric,
+        )
+    ]
+    found.append(SpreadMetric(nan_strategy="ignore"))
+    if classes > 1:
+        found += [kind(classes, nan_strategy="ignore") for kind in (LinearProbeMetric, NeuralCollapseMetric)]
+    return named_metrics(found)
