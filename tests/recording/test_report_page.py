@@ -14,6 +14,7 @@ from torch import nn
 from spectralmetrics import (
     CovarianceDeterminantMetric,
     EffectiveRankMetric,
+    HistoryMetric,
     IntrinsicDimensionMetric,
     LayerProbe,
     PowerLawExponentMetric,
@@ -27,8 +28,9 @@ from spectralmetrics import (
 from spectralmetrics.recording import summarise_run
 from spectralmetrics.recording.report.encode import pack
 from spectralmetrics.recording.report.write import SCRIPTS
+from spectralmetrics.recording.saved import SavedRun
 from tests.recording.browser import Visit, chromium
-from tests.recording.runs import read_csv
+from tests.recording.runs import make_model, read_csv
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -472,6 +474,35 @@ def test_beside_others_a_run_without_arrays_is_shown_at_its_own_threshold(visit,
     wanted = expected(read_csv(runs / "plain"), "saturation", "eval", 2)
     found = {row["layer"]: row["saturation"] for row in report.table() if row["run"] == "plain"}
     assert found == {layer: wanted[layer] for layer in NAMES}
+
+
+def test_a_history_forward_by_forward(visit, runs):
+    model = make_model()
+    metrics = [SaturationMetric(), HistoryMetric(steps=900)]
+    writers = ["csv", "history"]
+    with LayerProbe(model, metrics) as probe, Recorder(runs / "history", probe, writers) as recorder:
+        for epoch in range(2):
+            for step in range(250):
+                probe.step = 250 * epoch + step
+                model(torch.randn(4, 6) * (10.0 if step == 77 else 1.0))
+            recorder.record()
+    rows = SavedRun(runs / "history").history["train"]
+    assert len(rows) == 500 * 3
+    report = visit("history")
+    report.page.select_option("#stage", label="train")
+    report.settle()
+    drawn = "(id) => { const each = document.getElementById(id).data[0]; return [each.z, each.text]; }"
+    z, text = report.page.evaluate(drawn, "forwards-0")
+    assert [len(row) for row in z] == [250] * 3  # two forwards in a column
+    for layer in range(3):
+        of_layer = [row.rms for row in rows if row.layer == str(layer)]
+        assert 10 ** z[layer][38] == pytest.approx(max(of_layer[76:78]), rel=1e-9)
+    assert text[1][38].startswith("1, forward 76 to 77, step 76 to 77: root mean square ")
+    report.page.select_option("#quantity", "zero_share")
+    report.settle()
+    z, _ = report.page.evaluate(drawn, "forwards-0")
+    assert z == [[0] * 250] * 3
+    assert visit("first").page.is_hidden("#forwards-section")
 
 
 def test_the_table_sorts(visit):

@@ -5,7 +5,9 @@ import math
 import pytest
 
 from spectralmetrics import Alarm, Finding, read_records
+from spectralmetrics.probing.history import HistoryRow
 from spectralmetrics.recording.alarms import read_alarms, write_alarms
+from spectralmetrics.recording.writers.history import read_history
 
 RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"
 
@@ -23,7 +25,14 @@ def alarms(folder, line):
     return read_alarms(folder)
 
 
+def forwards(folder, line):
+    names = ",".join(("epoch", "stage", *HistoryRow._fields))
+    (folder / "history.csv").write_text(f"{names}\r\n0,train,7,,a,4,0.5,0.1,2.0,0.0,1\r\n{line}", newline="")
+    return read_history(folder).get("train", [])
+
+
 LINES = {
+    forwards: ("a forward in line 3", "1,train,8,3,a,4,0.5,0.1,2.0,0.0,1"),
     records: ("a record in line 3", "1,eval,a,saturation,0.5,0.4,0.6,7"),
     alarms: ("an alarm in line 4", "5,train,b,dead,problem,of two,0.9,,,0.1"),  # a name takes two lines
 }
@@ -49,4 +58,4 @@ def test_another_header(read, tmp_path):
     (path,) = tmp_path.glob("*.csv")
     path.write_bytes(b"more," + path.read_bytes())
     with pytest.raises(ValueError, match=r"to begin with .*, got 'more,"):
-        read_alarms(tmp_path) if read is alarms else read_records(tmp_path)
+        {alarms: read_alarms, records: read_records, forwards: read_history}[read](tmp_path)

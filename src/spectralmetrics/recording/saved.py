@@ -17,6 +17,7 @@ from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.history import HistoryRow
 from spectralmetrics.probing.keys import Key, as_text, from_text
 from spectralmetrics.recording.alarms import read_alarms
 from spectralmetrics.recording.manifest import Manifest, read_manifest
@@ -24,6 +25,7 @@ from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
 from spectralmetrics.recording.settings import Settings, rebuild_metrics
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_layers, saved_records
 from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
+from spectralmetrics.recording.writers.history import read_history
 from spectralmetrics.sums import Marginals
 from spectralmetrics.tail import MEAN_LAYER
 
@@ -61,6 +63,11 @@ class SavedRun:
     def alarms(self) -> list[Alarm]:
         """What a monitor said while the run was recorded."""
         return read_alarms(self.directory)
+
+    @cached_property
+    def history(self) -> dict[str, list[HistoryRow]]:
+        """Stage -> what each layer did in each forward that was recorded; none without the writer "history"."""
+        return read_history(self.directory)
 
     @property
     def has_table(self) -> bool:

@@ -15,6 +15,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.probing.standing_out import UNKNOWN_LAYER
 from spectralmetrics.recording.record import RecordKey
 from spectralmetrics.recording.report.encode import MISSING
+from spectralmetrics.recording.report.forwards import QUANTITIES, of_history
 from spectralmetrics.recording.report.spectra import Bounds, Thresholds, bounds, points, positions, slider
 from spectralmetrics.recording.report.words import Known, Words
 from spectralmetrics.recording.saved import Failures, SavedRun
@@ -94,6 +95,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
                 "epochs": list(axes.epochs),
                 "facts": facts,
                 "alarms": list(map(str, run.alarms)),
+                "history": {stage: of_history(rows, layers) for stage, rows in run.history.items()},
                 "arrays": arrays,
                 **content,
                 **words.content(),
@@ -110,6 +112,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
         "threshold": thresholds.index(recorded[0] if recorded else DEFAULT_THRESHOLD),
         # What was recorded, saturation before others.
         "statistic": next((name for name in [*shares, *chosen] if name in own), next(iter(chosen), None)),
+        "quantities": QUANTITIES,
         "stages": stages,
         "layers": layers,
         "runs": found,

@@ -6,13 +6,17 @@ import csv
 import io
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from spectralmetrics.probing.history import History, HistoryRow
-from spectralmetrics.recording.files import replacing, sweep
+from spectralmetrics.recording.files import read_table, replacing, sweep
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import ForwardHistory
+
+T = TypeVar("T")
 
 FILE_NAME = "history.csv"
 HISTORY_COLUMNS = ("epoch", "stage", *HistoryRow._fields)
@@ -64,7 +68,7 @@ class HistoryWriter(Writer):
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
         """See :class:`Writer`."""
-        return max((int(line[0]) for line in _lines(directory)[1:]), default=None)
+        return max(_read(directory, lambda cells: int(cells[0])), default=None)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
@@ -79,26 +83,42 @@ class HistoryWriter(Writer):
         if after is None:
             path.unlink(missing_ok=True)
             return
-        head, *lines = _lines(directory) or [[]]
-        kept = [line for line in lines if int(line[0]) <= after]
+        lines = _read(directory, lambda cells: (int(cells[0]), cells))
+        kept = [cells for epoch, cells in lines if epoch <= after]
         if len(kept) < len(lines):
             text = io.StringIO(newline="")
-            csv.writer(text).writerows([head, *kept])
+            csv.writer(text).writerows([HISTORY_COLUMNS, *kept])
             with replacing(path) as file:
                 file.write(text.getvalue().encode())
 
 
-def _lines(directory: Path) -> list[list[str]]:
+def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
+    """Stage -> the rows of a run's ``history.csv``, each forward of a layer once; none without one.
+
+    Args:
+        directory: of the run.
+
+    Raises:
+        ValueError: for a file that is none of a recorder's, or damaged.
+    """
+    found: dict[str, dict[tuple[int, str], HistoryRow]] = {}
+    for stage, row in _read(directory, _stage_and_row):
+        # A history reaches back beyond the record before it: the forwards in both are the same ones.
+        found.setdefault(stage, {})[row.forward, row.layer] = row
+    return {stage: list(rows.values()) for stage, rows in found.items()}
+
+
+def _read(directory: Path, parse: Callable[[list[str]], T]) -> list[T]:
     path = directory / FILE_NAME
-    if not path.exists():
-        return []
-    with io.StringIO(path.read_bytes().decode(), newline="") as file:
-        lines = list(csv.reader(file))
-    if lines and tuple(lines[0]) != HISTORY_COLUMNS:
-        raise ValueError(
-            f"expected {path} to begin with {','.join(HISTORY_COLUMNS)}, got {','.join(lines[0])!r}"
-        )
-    return lines
+    return read_table(path, "a forward", parse, HISTORY_COLUMNS) if path.exists() else []
+
+
+def _stage_and_row(cells: list[str]) -> tuple[str, HistoryRow]:
+    epoch, stage, forward, step, layer, observations, *values, left_out = cells
+    int(epoch)
+    rms, mean, most, zeros = (math.nan if cell == "" else float(cell) for cell in values)
+    when = int(forward), int(step) if step else None
+    return stage, HistoryRow(*when, layer, int(observations), rms, mean, most, zeros, int(left_out))
 
 
 def _is_missing(value: object) -> bool:

@@ -201,6 +201,57 @@ function heatFigure(state, run, width) {
   };
 }
 
+// Layers by forwards: scales as powers of ten, shares as they are.
+function forwardsFigure(state, run, width) {
+  const found = run.history[page.stages[state.stage]];
+  const title = page.quantities[state.quantity];
+  if (!found) return { isEmpty: "no history of this stage", traces: [], layout: { height: 120 }, label: "No history of this stage." };
+  const names = nameAxis(found.layers.map((layer) => page.layers[layer]), heatHeight(found.layers.length) - 60, width < 500 ? 16 : 22);
+  const isShare = state.quantity === "zero_share";
+  const values = found.layers.map((_, row) => found.forwards.map((_, column) => at(found[state.quantity], row, column)));
+  const words = (ends) => (ends[0] === ends[1] ? `${ends[0]}` : `${ends[0]} to ${ends[1]}`);
+  const when = found.forwards.map((ends, column) => {
+    const steps = found.steps[column];
+    return `forward ${words(ends)}${steps[0] < 0 ? "" : `, step ${words(steps)}`}`;
+  });
+  const every = Math.ceil(found.forwards.length / Math.max(2, Math.floor((width - 200) / 48)));
+  const ticks = found.forwards.map((_, column) => column).filter((column) => column % every === 0);
+  const hasSteps = found.steps.every((steps) => steps[0] >= 0);
+  const chosen = found.layers.indexOf(state.layer);
+  return {
+    traces: [{
+      type: "heatmap",
+      z: values.map((row) => row.map((value) => {
+        const z = isShare ? value : Math.log10(value);
+        return Number.isFinite(z) ? z : null;
+      })),
+      text: values.map((row, place) =>
+        row.map((value, column) => escaped(`${named(run)}${page.layers[found.layers[place]]}, ${when[column]}: ${title} ${shown(value)}`)),
+      ),
+      hoverinfo: "text",
+      colorscale: "Viridis",
+      ...(isShare ? { zmin: 0, zmax: 1 } : {}),
+      ygap: found.layers.length <= 40 ? 1 : 0,
+      colorbar: { thickness: 10, len: 1, outlinewidth: 0, xpad: 4, ...(isShare ? {} : { tickprefix: "10<sup>", ticksuffix: "</sup>" }) },
+    }],
+    layout: {
+      height: heatHeight(found.layers.length),
+      margin: { l: names.pixels, r: 10, t: 10, b: 44 },
+      xaxis: axis({
+        title: hasSteps ? "step" : "forward", tickmode: "array", tickvals: ticks,
+        ticktext: ticks.map((column) => String((hasSteps ? found.steps : found.forwards)[column][0])),
+        range: [-0.5, found.forwards.length - 0.5], showgrid: false, tickangle: 0,
+      }),
+      yaxis: axis({ ...names, pixels: undefined, range: [found.layers.length - 0.5, -0.5], showgrid: false }),
+      shapes: chosen < 0 ? [] : [["white", 4], ["black", 1.5]].map(([color, line]) => ({
+        type: "rect", x0: -0.5, x1: found.forwards.length - 0.5, y0: chosen - 0.5, y1: chosen + 0.5, line: { color, width: line },
+      })),
+    },
+    label: `Heat map of the ${title} of ${counted(found.layers.length, "layer")} in ${counted(found.forwards.length, "column")} of forwards, run ${run.name}.`,
+    click: (point) => choose({ layer: found.layers[point.y] }),
+  };
+}
+
 function heatHeight(layers) {
   return Math.min(Math.max(layers * 17 + 60, 220), 640);
 }

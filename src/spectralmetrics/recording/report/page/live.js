@@ -8,6 +8,7 @@ const PAUSE = 3000;
 function kept() {
   return {
     statistic: current.statistic,
+    quantity: current.quantity,
     stage: page.stages[current.stage],
     layer: page.layers[current.layer],
     epoch: current.epoch === page.epochs.length - 1 ? undefined : page.epochs[current.epoch], // or the newest
@@ -43,6 +44,7 @@ function restored(state, found) {
     layer: place(page.layers, found.layer) ?? state.layer,
     epoch: place(page.epochs, found.epoch) ?? state.epoch,
     threshold: place(page.thresholds, found.threshold) ?? state.threshold,
+    quantity: found.quantity in page.quantities ? found.quantity : state.quantity,
     runs: page.runs.map((run) => runs.get(run.name) ?? true),
   };
 }

@@ -36,11 +36,17 @@ function charts() {
     isHidden: !current.runs[index],
     figure: () => heatFigure(current, run, byId(`heat-${index}`).clientWidth),
   }));
+  const forwards = page.runs.map((run, index) => ({
+    element: byId(`forwards-${index}`),
+    isHidden: !current.runs[index] || !run.hasHistory,
+    figure: () => forwardsFigure(current, run, byId(`forwards-${index}`).clientWidth),
+  }));
   return [
     { element: byId("profile"), figure: () => profileFigure(current, width("profile")), hint: byId("profile-hint") },
     ...heats.filter((heat) => !heat.isHidden),
     { element: byId("spectrum"), figure: () => spectrumFigure(current), hint: byId("spectrum-hint") },
     { element: byId("history"), figure: () => historyFigure(current), hint: byId("history-hint") },
+    ...forwards.filter((each) => !each.isHidden),
     { element: byId("scalars"), figure: () => scalarsFigure(current), hint: byId("scalars-hint") },
   ];
 }
@@ -80,7 +86,7 @@ function draw({ element, figure, hint }) {
 function updateControls() {
   const epoch = page.epochs[current.epoch];
   const threshold = page.thresholds[current.threshold];
-  for (const id of ["statistic", "stage", "layer", "epoch", "threshold"]) byId(id).value = String(current[id]);
+  for (const id of ["statistic", "stage", "layer", "epoch", "threshold", "quantity"]) byId(id).value = String(current[id]);
   byId("epoch-shown").textContent = String(epoch);
   byId("epoch").setAttribute("aria-valuetext", `${page.unit} ${epoch}`);
   byId("threshold-shown").textContent = page.hasArrays ? String(threshold) : "–";
@@ -91,7 +97,10 @@ function updateControls() {
   byId("notes").hidden = !notes;
   byId("notes").firstElementChild.textContent = `Notes on ${counted(notes, "layer")}: see the table.`;
   byId("statistic-note").textContent = page.fixedWords(current.statistic);
-  page.runs.forEach((_, index) => { byId(`heat-box-${index}`).hidden = !current.runs[index]; });
+  page.runs.forEach((run, index) => {
+    byId(`heat-box-${index}`).hidden = !current.runs[index];
+    byId(`forwards-box-${index}`).hidden = !current.runs[index] || !run.hasHistory;
+  });
 }
 
 function tailWords() {
@@ -147,12 +156,14 @@ function makeControls() {
   byId("subtitle").textContent = page.runs.length > 1 ? `${page.runs.length} runs, ${layers}` : `${page.runs[0].name}, ${layers}`;
   fill(byId("statistic"), page.statistics.map((name) => [name, name]));
   fill(byId("stage"), page.stages.map((name, index) => [index, name || "no stage"]));
+  fill(byId("quantity"), Object.entries(page.quantities));
+  byId("forwards-section").hidden = !page.runs.some((run) => run.hasHistory);
   fill(byId("layer"), page.layers.map((name, index) => [index, name]));
   byId("epoch").max = page.epochs.length - 1;
   byId("threshold").max = page.thresholds.length - 1;
   byId("threshold").disabled = !page.hasArrays;
   byId("epoch").disabled = page.epochs.length < 2;
-  byId("statistic").addEventListener("change", (event) => choose({ statistic: event.target.value }));
+  for (const id of ["statistic", "quantity"]) byId(id).addEventListener("change", (event) => choose({ [id]: event.target.value }));
   for (const id of ["stage", "layer"]) byId(id).addEventListener("change", (event) => choose({ [id]: Number(event.target.value) }));
   for (const id of ["epoch", "threshold"]) byId(id).addEventListener("input", (event) => choose({ [id]: Number(event.target.value) }));
   makeRuns();
@@ -212,19 +223,21 @@ function makeRuns() {
       label.append(box, swatch, run.name);
       byId("runs").append(label);
     }
-    const holder = document.createElement("div");
-    holder.id = `heat-box-${index}`;
-    if (several) {
-      const title = document.createElement("h3");
-      title.textContent = run.name;
-      holder.append(title);
+    for (const kind of ["heat", "forwards"]) {
+      const holder = document.createElement("div");
+      holder.id = `${kind}-box-${index}`;
+      if (several) {
+        const title = document.createElement("h3");
+        title.textContent = run.name;
+        holder.append(title);
+      }
+      const chart = document.createElement("div");
+      chart.id = `${kind}-${index}`;
+      chart.className = "chart";
+      chart.setAttribute("role", "img");
+      holder.append(chart);
+      byId(kind).append(holder);
     }
-    const chart = document.createElement("div");
-    chart.id = `heat-${index}`;
-    chart.className = "chart";
-    chart.setAttribute("role", "img");
-    holder.append(chart);
-    byId("heat").append(holder);
   });
 }
 
@@ -258,6 +271,7 @@ async function start() {
     layer: 0,
     epoch: page.epochs.length - 1,
     threshold: page.threshold,
+    quantity: "rms",
     runs: page.runs.map(() => true),
   };
   const before = recall();

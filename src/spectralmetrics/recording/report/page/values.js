@@ -9,6 +9,7 @@ class Run {
     Object.assign(this, content);
     this.page = page;
     this.hasArrays = "dimensions" in this.arrays;
+    this.hasHistory = Object.keys(this.history).length > 0;
   }
 
   // A run that has ended goes on showing its last epoch.

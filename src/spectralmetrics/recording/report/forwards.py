@@ -1,0 +1,52 @@
+"""What a page shows forward by forward, of the ``history.csv`` of a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spectralmetrics.probing.history import HistoryRow
+
+QUANTITIES = {"rms": "root mean square", "max_abs": "largest magnitude", "zero_share": "share of zeros"}
+MOST_COLUMNS = 400
+"""Of the picture; more forwards than these share some."""
+
+
+def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, Any]:
+    """Layers by forwards; of several forwards in one column the largest value.
+
+    Args:
+        rows: of a stage.
+        layers: of the page, in its order.
+
+    Returns:
+        ``"layers"``, places in the page's list; ``"forwards"`` and ``"steps"``, the first and the last of each
+        column, steps -1 where nobody told them; and for each of :data:`QUANTITIES` an array (layer, column),
+        NaN where nothing was observed.
+    """
+    present = {row.layer for row in rows}
+    shown = [place for place, layer in enumerate(layers) if layer in present]
+    of_layer = {layers[place]: index for index, place in enumerate(shown)}
+    steps = {row.forward: -1 if row.step is None else row.step for row in rows}
+    forwards = sorted(steps)
+    size = -(-len(forwards) // MOST_COLUMNS)
+    place = {forward: index for index, forward in enumerate(forwards)}
+    columns = -(-len(forwards) // max(size, 1))
+    ends = [(forwards[at * size], forwards[min((at + 1) * size, len(forwards)) - 1]) for at in range(columns)]
+    found: dict[str, Any] = {
+        "layers": shown,
+        "forwards": [list(each) for each in ends],
+        "steps": [[steps[first], steps[last]] for first, last in ends],
+    }
+    for name in QUANTITIES:
+        values = np.full((len(shown), columns * size), np.nan)
+        for row in rows:
+            if row.layer in of_layer:
+                values[of_layer[row.layer], place[row.forward]] = getattr(row, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of columns without a value
+            found[name] = np.nanmax(values.reshape(len(shown), columns, size), axis=2)
+    return found
