@@ -132,7 +132,11 @@ class Weakly:
     def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """See :data:`Observe`."""
         owner = self._owner()
-        if owner is not None:
+        if owner is None:
+            return
+        if len(self._arguments) == 1:  # without unpacking, which takes longer than all else here
+            self._function(owner, self._arguments[0], module, output, training, select)
+        else:
             self._function(owner, *self._arguments, module, output, training, select)
 
 

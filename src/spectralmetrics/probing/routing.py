@@ -200,8 +200,11 @@ class Router:
 
     def _passes(self, stage: str, name: str) -> bool:
         """Whether a forward is not observed. Counts it in few steps: nothing of it is in any cache."""
+        current = self._steps.running.current
+        if current is None or current.is_observed or self.is_merged:
+            return False
         of_layer = self._places[stage, name]
-        if self.is_merged or not of_layer.forwards or not self._steps.passes():
+        if not of_layer.forwards:
             return False
         with self.lock:
             of_layer.forwards += 1

@@ -53,6 +53,7 @@ class Steps:
         stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback sets
             it, which knows more than the flag.
         shares: says whether other processes share forwards of the model, and so must observe the same.
+        running: the forward of the model that runs in this thread.
         agreed: one in how many, and the seed, as processes that share forwards have agreed; None goes by what
             is set.
     """
@@ -72,7 +73,7 @@ class Steps:
         self.forwards = {"train": 0, "eval": 0}  # ever
         self.step: int | None = None  # of the optimiser, as far as somebody tells
         self.agreed: tuple[int, int] | None = None
-        self._thread = _Thread()
+        self.running = _Thread()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of the model begins."""
@@ -80,7 +81,7 @@ class Steps:
             return
         stage = self.stage_of(training)
         if stage is None:
-            self._thread.current = None
+            self.running.current = None
             return
         step = self.counts[stage]
         self.counts[stage] += 1
@@ -91,13 +92,13 @@ class Steps:
             is_seen = self._allows(stage, step) and is_seen
         # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
         counts = stage != "train" or torch.is_grad_enabled()
-        self._thread.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
+        self.running.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
         self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
         if not in_backward():
-            self._thread.current = None
+            self.running.current = None
 
     def groups(self) -> dict[int, int]:
         """The groups of the forward of the model that runs in this thread; of its own for a call outside."""
@@ -124,7 +125,7 @@ class Steps:
 
     def passes(self) -> bool:
         """Whether the forward of the model that runs in this thread is not observed."""
-        current = self._thread.current
+        current = self.running.current
         return current is not None and not current.is_observed
 
     @property
@@ -170,15 +171,15 @@ class Steps:
 
     def _current(self) -> Forward | None:
         """The forward of the model that runs in this thread."""
-        return self._thread.current
+        return self.running.current
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
+        state = {name: value for name, value in self.__dict__.items() if name != "running"}
         return state | {"stage_of": stage_by_flag, "shares": _never}  # who knows better knows of the original
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._thread = _Thread()
+        self.running = _Thread()
 
 
 def _never() -> bool:

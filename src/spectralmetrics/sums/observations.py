@@ -134,5 +134,6 @@ def plain_observations(values: Tensor, feature_dim: int = -1) -> Observations:
     """
     made = object.__new__(Observations)
     # A frozen dataclass sets each field by a call; those that are not set have their defaults by the class.
-    made.__dict__.update(values=values, feature_dim=feature_dim)
+    fields = made.__dict__
+    fields["values"], fields["feature_dim"] = values, feature_dim
     return made
