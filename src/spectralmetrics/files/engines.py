@@ -11,7 +11,7 @@ _ROWS = 65536
 
 
 def moments_of(rows: Any) -> Moments:
-    """The moments of the rows of one partition, for :func:`~spectralmetrics.merge`.
+    """The moments of the rows of one partition, for :func:`~spectralmetrics.functional.merge`.
 
     Sums of partitions are merged exactly, in any order and in any tree; partitions may be empty. They are
     small (8·D² bytes), can be pickled, and :func:`~spectralmetrics.measure` reads them.
