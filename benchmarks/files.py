@@ -96,7 +96,8 @@ def synthetic(gigabytes, width):
     for name in ARMS:
         amount = gigabytes / 100 if name == "IncrementalPCA" else gigabytes
         command = [sys.executable, __file__, "--arm", name, "--gigabytes", str(amount), "--width", str(width)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = json.loads(output.splitlines()[-1])  # what it runs on comes first
         amount = max(int(amount * 1e9 / (2 * width * BLOCK)), 1) * 2 * width * BLOCK / 1e9
         found |= {"arm": name, "gigabytes": amount, "rate": amount / found["seconds"]}
         results.append(found)

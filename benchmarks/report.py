@@ -316,6 +316,45 @@ def folds(results):
     yield table(headings, rows)
 
 
+def marginals(results):
+    yield (
+        "## Marginals and a history\n\nWhat needs no matrix, beside loggers as others write them: added to a training step with"
+        " all linear or convolutional layers watched, in one thread, by processor time. The first column is beside the"
+        " fastest step, which other programs disturb least, then median and quartiles of the rounds.\n"
+    )
+    rows = []
+    for name, result in results.items():
+        for arm, shares in result["added"].items():
+            low, middle, high = statistics.quantiles(shares, n=4)
+            cells = [f"{100 * each:.1f}" for each in (result["least"][arm], middle)]
+            rows.append([MODELS.get(name, name), arm, *cells, f"{100 * low:.1f} … {100 * high:.1f}"])
+    yield table(["model", "arm", "least, %", "median, %", "quartiles, %"], rows)
+
+
+def files(results):
+    made = results["synthetic"]
+    yield (
+        f"## Embeddings in files\n\n`measure` of float16 rows of width 768 that are generated as they are read,"
+        f" {made[0]['gigabytes']:.3g} GB of them (`IncrementalPCA`: a hundredth); the time is that of generating, too.\n"
+    )
+    rows = [
+        [
+            each["arm"],
+            f"{each['rate']:.3f}",
+            f"{each['gigabytes'] / each['processor']:.3f}",
+            f"{each['peak']:.2f}",
+        ]
+        for each in made
+    ]
+    yield table(["arm", "GB/s", "GB per second of processor time", "peak memory, GB"], rows)
+    disk = results["disk"]
+    yield (
+        f"\nA file of {disk['gigabytes']:.2f} GB: the disk alone reads {disk['disk']:.2f} GB/s, `measure`"
+        f" {disk['measure']:.2f} GB/s; the command takes {results['file']['command']:.1f} s, `numpy.load` and `numpy.cov`"
+        f" {results['file']['numpy']:.1f} s.\n"
+    )
+
+
 def memory(results):
     yield (
         "## Memory\n\nOf the state, and at the peak of an update above it, with a batch of 128 MB in float32, whose"
@@ -393,6 +432,8 @@ def main():
         compute,
         compute_record,
         merge,
+        marginals,
+        files,
         memory,
         folds,
         similarity,
