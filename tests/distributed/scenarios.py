@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -479,7 +480,9 @@ def folds_equal_one_process(rank, world):
                 unbiased.update(batch)
             for fold, rows in enumerate(of_folds):
                 one.update(sm.Observations(rows, group=fold))
-            assert_same(unbiased.compute(), one.compute(), 1e-9 if far else 1e-12)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # with so few rows it may lie at its limit
+                assert_same(unbiased.compute(), one.compute(), 1e-9 if far else 1e-12)
 
 
 def intervals_of_a_probe_take_few_collectives(rank, world):

@@ -109,7 +109,8 @@ class Observations:
         if moved.is_contiguous():
             rows = moved if moved.ndim == 2 else moved.reshape(-1, moved.shape[-1])
             rows = rows.index_select(0, index)
-            return Observations(rows, -1, *others) if any(others) else plain_observations(rows)
+            is_plain = all(each is None for each in others)
+            return plain_observations(rows) if is_plain else Observations(rows, -1, *others)
         if self.feature_dim == 1 and self.values.is_contiguous():  # (B, D, *positions) -> (B, P, D)
             moved = self.values.flatten(2).movedim(1, -1)
         positions = []
