@@ -15,7 +15,7 @@ from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 LAYERS = 3
 ROWS = 2 * (LAYERS + 1) * 2 + 1
-KILLS = 25
+KILLS = 12
 
 
 def record_for_ever(directory, writers, started):

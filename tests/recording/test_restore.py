@@ -66,8 +66,6 @@ def pictures(directory):
             pytest.param(writers, drawn, marks=pytest.mark.long)
             for writers, drawn in [
                 (["csv", "arrays", "plot"], 0),
-                (["csv", "plot"], 3),
-                (["arrays", "plot"], 0),
                 (["arrays", "plot"], 3),
             ]
         ),
