@@ -20,20 +20,11 @@ import time
 import warnings
 
 import torch
-from common import Parser, table, write_result
+from common import MARGINALS, Parser, table, write_result
 from torch import nn
 
 import spectralmetrics as sm
 
-MARGINALS = [
-    sm.RootMeanSquareMetric,
-    sm.SpreadMetric,
-    sm.MaxAbsMetric,
-    sm.ZeroShareMetric,
-    sm.DeadFeaturesMetric,
-    sm.DormantFeaturesMetric,
-    sm.OutlierFeaturesMetric,
-]
 ARMS = {
     "no hook": None,
     "a hook that does nothing": "empty",

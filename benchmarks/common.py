@@ -10,9 +10,19 @@ from pathlib import Path
 
 import torch
 
+import spectralmetrics as sm
 from spectralmetrics.functional import compiled
 
 RESULTS = Path(__file__).parent / "results"
+MARGINALS = [  # the metrics that need no matrix
+    sm.RootMeanSquareMetric,
+    sm.SpreadMetric,
+    sm.MaxAbsMetric,
+    sm.ZeroShareMetric,
+    sm.DeadFeaturesMetric,
+    sm.DormantFeaturesMetric,
+    sm.OutlierFeaturesMetric,
+]
 # That of the processor, on all threads, is for machines that others use.
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 

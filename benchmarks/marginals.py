@@ -25,7 +25,7 @@ from pathlib import Path
 import delve
 import torch
 import training_step
-from common import Parser, table, write_result
+from common import MARGINALS, Parser, table, write_result
 from torch import nn
 from torch.nn import functional
 
@@ -35,15 +35,6 @@ from spectralmetrics.functional import compiled
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checks.first_movers import Block
 
-MARGINALS = [
-    sm.RootMeanSquareMetric,
-    sm.SpreadMetric,
-    sm.MaxAbsMetric,
-    sm.ZeroShareMetric,
-    sm.DeadFeaturesMetric,
-    sm.DormantFeaturesMetric,
-    sm.OutlierFeaturesMetric,
-]
 WATCHED = (nn.Linear, nn.Conv2d)
 
 

@@ -22,82 +22,74 @@ from spectralmetrics import functional, metrics
 HERE = Path(__file__).parent
 logger = logging.getLogger(__name__)
 
-OVER_SPECTRA = """\
+HEAD = """\
 import torch
 from spectralmetrics import {name}
 
 torch.manual_seed(0)
 metric = {name}({arguments})
-values = []
-for decay in torch.linspace(0, 3, 13):
-    variances = torch.arange(1.0, 33.0) ** -decay  # of 32 features
-    metric.update(torch.randn(2000, 32) * variances.sqrt())
-    values.append(metric.compute())
-    metric.reset()
-figure, axis = metric.plot(values)
-axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
-_ = axis.set_xlabel("$a$, where the $i$-th variance is $1 / i^a$")
 """
 
-OVER_NOISE = """\
-import torch
-from spectralmetrics import {name}
 
-torch.manual_seed(0)
-metric = {name}({arguments})
-centres, labels = torch.randn(3, 32), torch.randint(3, (2000,))  # three classes, 32 features
-values = []
-for noise in torch.linspace(0.2, 5, 13):
-    metric.update(centres[labels] + noise * torch.randn(2000, 32), labels)
-    values.append(metric.compute())
-    metric.reset()
-figure, axis = metric.plot(values)
-axis.set_xticks([0, 6, 12], ["0.2", "2.6", "5"])
-_ = axis.set_xlabel("noise around the centres of three classes")
-"""
+def series(loop, batch, ticks, label, before=""):
+    """Code that plots a metric's value for 13 settings of the data, one after the other.
 
-BEHIND_RELU = """\
-import torch
-from spectralmetrics import {name}
+    Args:
+        loop: over what.
+        batch: the lines that update the metric.
+        ticks: place on the axis -> what it is called.
+        label: of the axis.
+        before: lines that go before the loop.
+    """
+    indented = "".join(f"    {line}\n" for line in batch)
+    places, names = list(ticks), ", ".join(f'"{each}"' for each in ticks.values())
+    return (
+        f"{HEAD}{before}values = []\n"
+        f"for {loop}:\n{indented}    values.append(metric.compute())\n    metric.reset()\n"
+        f"figure, axis = metric.plot(values)\naxis.set_xticks({places}, [{names}])\n"
+        f'_ = axis.set_xlabel("{label}")\n'
+    )
 
-torch.manual_seed(0)
-metric = {name}({arguments})
-values = []
-for lowest in torch.linspace(0, -6, 13):
-    biases = lowest * torch.linspace(0, 1, 32)  # of 32 units with a ReLU
-    metric.update(torch.relu(torch.randn(2000, 32) + biases))
-    values.append(metric.compute())
-    metric.reset()
-figure, axis = metric.plot(values)
-axis.set_xticks([0, 4, 8, 12], ["0", "−2", "−4", "−6"])
-_ = axis.set_xlabel("the lowest bias of 32 units with a ReLU; the highest is 0")
-"""
 
-OVER_MEANS = """\
-import torch
-from spectralmetrics import {name}
+OVER_SPECTRA = series(
+    "decay in torch.linspace(0, 3, 13)",
+    [
+        "variances = torch.arange(1.0, 33.0) ** -decay  # of 32 features",
+        "metric.update(torch.randn(2000, 32) * variances.sqrt())",
+    ],
+    {0: "0", 4: "1", 8: "2", 12: "3"},
+    "$a$, where the $i$-th variance is $1 / i^a$",
+)
+OVER_NOISE = series(
+    "noise in torch.linspace(0.2, 5, 13)",
+    ["metric.update(centres[labels] + noise * torch.randn(2000, 32), labels)"],
+    {0: "0.2", 6: "2.6", 12: "5"},
+    "noise around the centres of three classes",
+    "centres, labels = torch.randn(3, 32), torch.randint(3, (2000,))  # three classes, 32 features\n",
+)
+BEHIND_RELU = series(
+    "lowest in torch.linspace(0, -6, 13)",
+    [
+        "biases = lowest * torch.linspace(0, 1, 32)  # of 32 units with a ReLU",
+        "metric.update(torch.relu(torch.randn(2000, 32) + biases))",
+    ],
+    {0: "0", 4: "−2", 8: "−4", 12: "−6"},
+    "the lowest bias of 32 units with a ReLU; the highest is 0",
+)
+OVER_MEANS = series(
+    "mean in torch.linspace(0, 3, 13)",
+    ["metric.update(torch.randn(2000, 32) + mean)"],
+    {0: "0", 4: "1", 8: "2", 12: "3"},
+    "mean of 32 features, in standard deviations",
+)
 
-torch.manual_seed(0)
-metric = {name}({arguments})
-values = []
-for mean in torch.linspace(0, 3, 13):
-    metric.update(torch.randn(2000, 32) + mean)
-    values.append(metric.compute())
-    metric.reset()
-figure, axis = metric.plot(values)
-axis.set_xticks([0, 4, 8, 12], ["0", "1", "2", "3"])
-_ = axis.set_xlabel("mean of 32 features, in standard deviations")
-"""
-
-ONCE = """\
-import torch
-from spectralmetrics import {name}
-
-torch.manual_seed(0)
-metric = {name}({arguments})
+ONCE = (
+    HEAD
+    + """\
 metric.update(torch.randn(2000, 12) @ torch.randn(12, 12))
 figure, axis = metric.plot()
 """
+)
 
 TEMPLATES = {
     "DeadFeaturesMetric": BEHIND_RELU,

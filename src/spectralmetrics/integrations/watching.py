@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
-from torch import Tensor
-
 from spectralmetrics.integrations.keeping import Keeping
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.windows import load_remembered, save_remembered
+from spectralmetrics.probing.windows import memory, take_over
 
 MakesMonitor: TypeAlias = Callable[[LayerProbe], Monitor]
 _FILE = "layer_probe_monitor.json"
@@ -71,17 +69,13 @@ class Watching:
     def save(self, folder: Path) -> None:
         """Put what the monitor remembers into a folder, for a training that goes on from there."""
         if self.monitor is not None:
-            state: dict[str, Tensor] = {}
-            save_remembered(state, "", self.monitor.probe._remembered, self.monitor.probe._steps)
-            (folder / _FILE).write_bytes(bytes(state["remembered"].tolist()))
+            probe = self.monitor.probe
+            text = json.dumps(memory(probe._remembered, probe._steps))
+            (folder / _FILE).write_text(text, encoding="utf-8")
 
     def load(self, folders: Iterable[Path]) -> None:
         """Go on with what the first of the folders has that has any."""
-        if self.monitor is None:
-            return
-        for folder in folders:
-            if (folder / _FILE).is_file():
-                text = (folder / _FILE).read_bytes()
-                state = {"remembered": torch.tensor(list(text), dtype=torch.uint8)}
-                load_remembered(state, "", self.monitor.probe._remembered, self.monitor.probe._steps)
-                return
+        found = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
+        if self.monitor is not None and found is not None:
+            probe = self.monitor.probe
+            take_over(json.loads(found.read_text(encoding="utf-8")), probe._remembered, probe._steps)

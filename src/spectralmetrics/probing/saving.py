@@ -18,7 +18,7 @@ from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.merging import Agreement, Place
 from spectralmetrics.probing.processes import check_agreed
 from spectralmetrics.probing.steps import Steps
-from spectralmetrics.probing.windows import take_over
+from spectralmetrics.probing.windows import memory, take_over
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import gather_objects
 
@@ -176,8 +176,7 @@ class Sharded:
         self._order[:] = [name for name in progress["order"] if name in own]
         for kept, numbers in zip(self._counted(), progress["steps"], strict=True):
             kept.update(numbers)
-        self._steps.step = progress.get("step")  # up to 0.2.0 it was not saved
-        take_over(progress.get("remembered", {}), self._remembered)
+        take_over(progress["memory"], self._remembered, self._steps)
 
     def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
         """Sums of this process' layers: those it has loaded, and some that others have and cannot hold."""
@@ -224,8 +223,7 @@ class Sharded:
                 for place, each in self._places.items()
             },
             "steps": tuple(map(dict, self._counted())),
-            "step": self._steps.step,
-            "remembered": self._remembered,
+            "memory": memory(self._remembered, self._steps),
         }
 
     def _counted(self) -> tuple[dict[str, int], ...]:
@@ -323,8 +321,8 @@ def _together(told: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str,
         for kind in range(len(told[0]["steps"]))
     ]
     ran = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
-    alike = {key: told[0][key] for key in ("step", "remembered")}
-    return {"places": places, "steps": steps, "order": [name for name in order if name in ran], **alike}
+    order = [name for name in order if name in ran]
+    return {"places": places, "steps": steps, "order": order, "memory": told[0]["memory"]}
 
 
 def _bucket(place: Place) -> int:

@@ -221,7 +221,7 @@ def save_remembered(
 ) -> None:
     """Put into a state dict what readers of windows remember, and the step of the optimiser."""
     if remembered:
-        text = json.dumps({"step": steps.step, "readers": remembered}).encode()
+        text = json.dumps(memory(remembered, steps)).encode()
         destination[prefix + "remembered"] = torch.tensor(list(text), dtype=torch.uint8)
 
 
@@ -230,16 +230,19 @@ def load_remembered(
 ) -> None:
     """Take out of a state dict what readers of windows remember; those of which it says nothing begin anew."""
     saved = state_dict.pop(prefix + "remembered", None)
-    if saved is None:
-        return
-    loaded = json.loads(bytes(saved.tolist()))
-    steps.step = loaded["step"]
-    take_over(loaded["readers"], remembered)
+    if saved is not None:
+        take_over(json.loads(bytes(saved.tolist())), remembered, steps)
 
 
-def take_over(saved: Mapping[str, dict[str, Any]], remembered: dict[str, dict[str, Any]]) -> None:
-    """Remember what readers did when it was saved; those of which that says nothing begin anew."""
-    for reader in {*remembered, *saved}:
+def memory(remembered: Mapping[str, Any], steps: Steps) -> dict[str, Any]:
+    """What readers of windows remember and the step of the optimiser, as JSON can hold it."""
+    return {"step": steps.step, "readers": remembered}
+
+
+def take_over(saved: Mapping[str, Any], remembered: dict[str, dict[str, Any]], steps: Steps) -> None:
+    """Go on with what :func:`memory` gave; readers of which it says nothing begin anew."""
+    steps.step = saved["step"]
+    for reader in {*remembered, *saved["readers"]}:
         own = remembered.setdefault(reader, {})
         own.clear()  # the reader has this very dict
-        own.update(saved.get(reader, {}))
+        own.update(saved["readers"].get(reader, {}))

@@ -145,16 +145,9 @@ def measure(maps: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor,
     from spectralmetrics.sums import kernels
 
     judged = judge(maps, valid)
-    samples, features, positions = maps.shape
-    rows, width = _tile(maps)
-    chunks, chunk = _chunks(maps, rows, width)
-    programs = samples * chunks
-    parts = torch.empty(programs, 5, features, dtype=torch.float64, device=maps.device)
+    grid, parts, sizes = _cut(maps, 5)
     with _on(maps.device):
-        kernels.measure[(programs, -(-features // width))](
-            maps, judged.kept, origin.contiguous(), parts,
-            features, positions, chunks, chunk, *_strides(maps), rows, width,
-        )  # fmt: skip
+        kernels.measure[grid](maps, judged.kept, origin.contiguous(), parts, *sizes)
         return _finished(parts, judged.counts, 4, has_largest=True)
 
 
@@ -174,16 +167,9 @@ def centre(judged: Judged, shift: Tensor, scale: Tensor, out: Tensor) -> tuple[T
     from spectralmetrics.sums import kernels
 
     maps = judged.maps
-    samples, features, positions = maps.shape
-    rows, width = _tile(maps)
-    chunks, chunk = _chunks(maps, rows, width)
-    programs = samples * chunks
-    parts = torch.empty(programs, 1, features, dtype=torch.float64, device=maps.device)
+    grid, parts, sizes = _cut(maps, 1)
     with _on(maps.device):
-        kernels.centre[(programs, -(-features // width))](
-            maps, judged.kept, shift, scale, out, parts,
-            features, positions, chunks, chunk, *_strides(maps), rows, width,
-        )  # fmt: skip
+        kernels.centre[grid](maps, judged.kept, shift, scale, out, parts, *sizes)
         counts, sums = _finished(parts, judged.counts, 1, has_largest=False)
     return counts, sums[0]
 
@@ -238,12 +224,17 @@ def _tile(maps: Tensor) -> tuple[int, int]:
     return rows, _TILE // rows
 
 
-def _chunks(maps: Tensor, rows: int, width: int) -> tuple[int, int]:
-    """In how many chunks to cut the positions of a sample, and how long each is."""
+def _cut(maps: Tensor, sums: int) -> tuple[tuple[int, int], Tensor, tuple[int, ...]]:
+    """How programs share maps: their grid, room for the sums of each, and what a kernel is told of it."""
     samples, features, positions = maps.shape
-    wanted = max(_PROGRAMS // (samples * -(-features // width)), 1)
-    tiles = math.ceil(positions / wanted / rows)
-    return math.ceil(positions / (tiles * rows)), tiles * rows
+    rows, width = _tile(maps)
+    blocks = -(-features // width)
+    wanted = max(_PROGRAMS // (samples * blocks), 1)
+    chunk = math.ceil(positions / wanted / rows) * rows
+    chunks = math.ceil(positions / chunk)
+    programs = samples * chunks
+    parts = torch.empty(programs, sums, features, dtype=torch.float64, device=maps.device)
+    return (programs, blocks), parts, (features, positions, chunks, chunk, *_strides(maps), rows, width)
 
 
 def _strides(maps: Tensor) -> tuple[int, int, int]:

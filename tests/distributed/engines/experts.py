@@ -112,17 +112,22 @@ def place(experts, mesh, how):
     experts.forward = forward
 
 
+def spread_mixture(mesh, how):
+    model = Mixture().double()
+    if how == "copies":
+        parallelize_module(model, mesh, {"before": ColwiseParallel(output_layouts=Replicate())})
+    else:
+        place(model.experts, mesh, how)
+    return model
+
+
 def experts_that_are_spread_equal_one_process(rank, world):
     """Each expert's rows whole and once: cut experts, some experts, and the same ones on all processes."""
     mesh, batches = mesh_of(world), [inputs(seed) for seed in range(2)]
     expected = rows(batches)
     for how in ("tensor", "experts", "copies"):
         for observe in ("outputs", "inputs"):
-            model = Mixture().double()
-            if how == "copies":
-                parallelize_module(model, mesh, {"before": ColwiseParallel(output_layouts=Replicate())})
-            else:
-                place(model.experts, mesh, how)
+            model = spread_mixture(mesh, how)
             probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts", observe=observe)
             assert len(probe.layers) == (NUMBER // world if how == "experts" else NUMBER)
             with torch.no_grad():
@@ -140,11 +145,7 @@ def experts_that_are_spread_equal_one_process(rank, world):
     probe.remove()
     # Drawn before they run, and a process that is paused takes part.
     for how in ("tensor", "copies"):
-        model = Mixture().double()
-        if how == "copies":
-            parallelize_module(model, mesh, {"before": ColwiseParallel(output_layouts=Replicate())})
-        else:
-            place(model.experts, mesh, how)
+        model = spread_mixture(mesh, how)
         probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts", rows_per_feature=0.5)
         with torch.no_grad():
             for number, (x, index) in enumerate(batches):

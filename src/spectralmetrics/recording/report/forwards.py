@@ -34,7 +34,7 @@ def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, A
     forwards = sorted(steps)
     size = -(-len(forwards) // MOST_COLUMNS)
     place = {forward: index for index, forward in enumerate(forwards)}
-    columns = -(-len(forwards) // max(size, 1))
+    columns = -(-len(forwards) // size)
     ends = [(forwards[at * size], forwards[min((at + 1) * size, len(forwards)) - 1]) for at in range(columns)]
     found: dict[str, Any] = {
         "layers": shown,

@@ -148,6 +148,13 @@ function ceilingLines(state, layers, values) {
   }));
 }
 
+// White around black is seen on every colour.
+function outline(x0, x1, y0, y1) {
+  return [["white", 4], ["black", 1.5]].map(([color, width]) => ({ type: "rect", x0, x1, y0, y1, line: { color, width } }));
+}
+
+const COLOURBAR = { thickness: 10, len: 1, outlinewidth: 0, xpad: 4 };
+
 function heatFigure(state, run, width) {
   const layers = layersOf(state);
   const kind = page.kind(state.statistic);
@@ -157,9 +164,6 @@ function heatFigure(state, run, width) {
   );
   const epoch = run.epochIndex(page.epochs[state.epoch]);
   const chosen = layers.indexOf(state.layer);
-  // White around black is seen on every colour.
-  const outline = (x0, x1, y0, y1) =>
-    [["white", 4], ["black", 1.5]].map(([color, width]) => ({ type: "rect", x0, x1, y0, y1, line: { color, width } }));
   const isEmpty = rows.every((row) => row.every((value) => value === undefined));
   const shapes = [];
   if (epoch >= 0) shapes.push(...outline(epoch - 0.5, epoch + 0.5, -0.5, layers.length - 0.5));
@@ -181,7 +185,7 @@ function heatFigure(state, run, width) {
       ...(kind === "share" ? { zmin: 0, zmax: 1 } : {}),
       xgap: run.epochs.length <= 30 ? 1 : 0,
       ygap: layers.length <= 40 ? 1 : 0,
-      colorbar: { thickness: 10, len: 1, outlinewidth: 0, xpad: 4 },
+      colorbar: COLOURBAR,
     }],
     layout: {
       height: heatHeight(layers.length),
@@ -232,7 +236,7 @@ function forwardsFigure(state, run, width) {
       colorscale: "Viridis",
       ...(isShare ? { zmin: 0, zmax: 1 } : {}),
       ygap: found.layers.length <= 40 ? 1 : 0,
-      colorbar: { thickness: 10, len: 1, outlinewidth: 0, xpad: 4, ...(isShare ? {} : { tickprefix: "10<sup>", ticksuffix: "</sup>" }) },
+      colorbar: { ...COLOURBAR, ...(isShare ? {} : { tickprefix: "10<sup>", ticksuffix: "</sup>" }) },
     }],
     layout: {
       height: heatHeight(found.layers.length),
@@ -243,9 +247,7 @@ function forwardsFigure(state, run, width) {
         range: [-0.5, found.forwards.length - 0.5], showgrid: false, tickangle: 0,
       }),
       yaxis: axis({ ...names, pixels: undefined, range: [found.layers.length - 0.5, -0.5], showgrid: false }),
-      shapes: chosen < 0 ? [] : [["white", 4], ["black", 1.5]].map(([color, line]) => ({
-        type: "rect", x0: -0.5, x1: found.forwards.length - 0.5, y0: chosen - 0.5, y1: chosen + 0.5, line: { color, width: line },
-      })),
+      shapes: chosen < 0 ? [] : outline(-0.5, found.forwards.length - 0.5, chosen - 0.5, chosen + 0.5),
     },
     label: `Heat map of the ${title} of ${counted(found.layers.length, "layer")} in ${counted(found.forwards.length, "column")} of forwards, run ${run.name}.`,
     click: (point) => choose({ layer: found.layers[point.y] }),

@@ -31,22 +31,17 @@ function update() {
 
 function charts() {
   const width = (id) => byId(id).clientWidth;
-  const heats = page.runs.map((run, index) => ({
-    element: byId(`heat-${index}`),
-    isHidden: !current.runs[index],
-    figure: () => heatFigure(current, run, byId(`heat-${index}`).clientWidth),
-  }));
-  const forwards = page.runs.map((run, index) => ({
-    element: byId(`forwards-${index}`),
-    isHidden: !current.runs[index] || !run.hasHistory,
-    figure: () => forwardsFigure(current, run, byId(`forwards-${index}`).clientWidth),
-  }));
+  const ofRuns = (kind, figure, has = () => true) =>
+    page.runs
+      .map((run, index) => ({ run, element: byId(`${kind}-${index}`), isShown: current.runs[index] && has(run) }))
+      .filter(({ isShown }) => isShown)
+      .map(({ run, element }) => ({ element, figure: () => figure(current, run, element.clientWidth) }));
   return [
     { element: byId("profile"), figure: () => profileFigure(current, width("profile")), hint: byId("profile-hint") },
-    ...heats.filter((heat) => !heat.isHidden),
+    ...ofRuns("heat", heatFigure),
     { element: byId("spectrum"), figure: () => spectrumFigure(current), hint: byId("spectrum-hint") },
     { element: byId("history"), figure: () => historyFigure(current), hint: byId("history-hint") },
-    ...forwards.filter((each) => !each.isHidden),
+    ...ofRuns("forwards", forwardsFigure, (run) => run.hasHistory),
     { element: byId("scalars"), figure: () => scalarsFigure(current), hint: byId("scalars-hint") },
   ];
 }
