@@ -1,14 +1,15 @@
 """How often a monitor finds a collapse, and how often it raises an alarm in a training that is healthy.
 
-    python checks/alarms.py --set calibration              # the networks and data that the rules were chosen on
-    python checks/alarms.py --set judged --json rates.json # others, run once the rules were frozen
+    python checks/alarms.py --set calibration        # the networks and data that the rules were chosen on
+    python checks/alarms.py --runs checks/alarms.jsonl --seconds 0   # the rates of others, as they were run
 
 Collapses are made on purpose: SimCLR without negatives and SimSiam without stop-gradient (counted where the
 embedding has collapsed in the end), a layer of dead rectifiers, a layer scaled by 30; partial ones are a
 bottleneck that grows, to 2 and to 8 of 64 directions, and a deep network whose weights fade. One is found if
 there is an alarm of its kind at its layer, after its step. A healthy run, with any schedule, dropout, weight
 decay and optimizer, is to have no alarm at all; it counts if it has learned. Rates are printed as the work goes
-on, with their counts, and written as JSON. The process can be stopped at any time.
+on, with their counts. ``--runs`` is a file with a line for each run: what is there is not run again, so that
+the work can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -399,9 +400,8 @@ def spread_of(rows: Tensor) -> float:
 # -- rates ----------------------------------------------------------------------------------------------------
 
 
-def jobs(setting: Setting, healthy_seeds: int, planted_seeds: int, skipped: int = 0) -> Iterator[Job]:
+def jobs(first: int, healthy_seeds: int, planted_seeds: int) -> Iterator[Job]:
     """Seed by seed, so that whatever is done by the time it is stopped has some of each."""
-    first = setting.first + skipped
     ratio = max(healthy_seeds // max(planted_seeds, 1), 1)
     done = 0
     for seed in range(healthy_seeds):
@@ -413,9 +413,10 @@ def jobs(setting: Setting, healthy_seeds: int, planted_seeds: int, skipped: int 
         yield from (Job(f"planted {kind}", first + 5_000 + number) for kind in (*COMPLETE, *PARTIAL))
 
 
-def rates(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
+def rates(results: dict[Job, Result]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for kind, own in results.items():
+    for kind in sorted({job.kind for job in results}):
+        own = [result for job, result in results.items() if job.kind == kind]
         if kind.startswith("planted"):
             took = [each for each in own if each.took]
             delays = sorted(each.delay for each in took if each.delay is not None)
@@ -454,31 +455,36 @@ def main() -> int:
     parser.add_argument("--planted", type=int, default=20, help="seeds of each planted kind")
     parser.add_argument("--steps", type=int, default=2000, help="of a healthy run")
     parser.add_argument("--every", type=int, default=100, help="of the monitor")
-    parser.add_argument("--json", type=Path, help="file for the rates")
-    parser.add_argument("--skip", type=int, default=0, help="seeds that another process has done")
+    parser.add_argument("--runs", type=Path, help="JSON lines: a run each, read and added to")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
     parser.add_argument("--only", nargs="+", help="kinds")
     options = parser.parse_args()
     start = time.perf_counter()
-    chosen = [
-        job
-        for job in jobs(Setting(options.set), options.healthy, options.planted, options.skip)
-        if not options.only or job.kind in options.only
-    ]
-    results: dict[str, list[Result]] = {}
+    done: dict[Job, Result] = {}
+    if options.runs and options.runs.exists():
+        for line in options.runs.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            done[Job(entry.pop("kind"), entry.pop("seed"))] = Result(**entry)
+    wanted = jobs(Setting(options.set).first, options.healthy, options.planted)
+    chosen = [job for job in wanted if not options.only or job.kind in options.only]
+    results = {job: done[job] for job in chosen if job in done}
+    missing = [job for job in chosen if job not in done] if options.seconds > 0 else []
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.workers, prepare, (options,)) as pool:
-        for number, (job, result) in enumerate(pool.imap_unordered(train, chosen), 1):
-            results.setdefault(job.kind, []).append(result)
+        for number, (job, result) in enumerate(pool.imap_unordered(train, missing), 1):
+            if time.perf_counter() - start > options.seconds:
+                break
+            results[job] = result
+            if options.runs:
+                with options.runs.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**job._asdict(), **result._asdict()}) + "\n")
             is_missed = result.took and not result.found and job.kind.startswith("planted")
             if is_missed or (result.found and not job.kind.startswith("planted")):
                 print(f"  {'missed' if is_missed else 'alarm in'} {job}: {result.alarms[:3]}", flush=True)
             if number % 15 == 0:
-                save(options, results, start)
-            if time.perf_counter() - start > options.seconds:
-                break
-    save(options, results, start)
+                print(f"after {time.perf_counter() - start:.0f} s:\n{describe(rates(results))}", flush=True)
+    print(f"together:\n{describe(rates(results))}", flush=True)
     return 0
 
 
@@ -494,14 +500,6 @@ def train(job: Job) -> tuple[Job, Result]:
     kind = job.kind.removeprefix("planted ")
     run = Run(Job(kind, job.seed), _setting, _options.every)
     return job, planted(run) if kind != job.kind else healthy(run, _options.steps)
-
-
-def save(options: argparse.Namespace, results: dict[str, list[Result]], start: float) -> None:
-    found = rates(results)
-    print(f"after {time.perf_counter() - start:.0f} s:\n{describe(found)}", flush=True)
-    if options.json:
-        content = {"set": options.set, "every": options.every, "steps": options.steps, "rates": found}
-        options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,13 +43,20 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/spectralmetrics")
 ENOUGH = 0.95
 # Of each room the tests that are to notice, beside its doctests.
+# A room is a folder, or a file by its name.
 _OF_ALL = ("tests/accelerator", "tests/bad_input/test_bad_input.py", "tests/test_surface.py")
+_MEANING = ("tests/test_findings.py", "tests/monitoring")
 TESTS = {
     "sums": ("tests/sums", "tests/functional", "tests/metrics", *_OF_ALL),
     "functional": ("tests/functional", "tests/metrics", *_OF_ALL),
     "metrics": ("tests/metrics", *_OF_ALL),
     "probing": ("tests/probing", *_OF_ALL),
     "projection": ("tests/test_projection.py", "tests/probing/test_sketches.py", *_OF_ALL),
+    "files": ("tests/files", *_OF_ALL),
+    "monitoring": (*_MEANING, *_OF_ALL),
+    "findings.py": (*_MEANING, *_OF_ALL),
+    "weights.py": ("tests/test_weights.py", *_OF_ALL),
+    "recording": ("tests/recording", *_OF_ALL),
 }
 ELSEWHERE = ("tests/probing/test_compilation.py", "tests/distributed/test_processes.py")
 OPTIONS = ("-k", "not torchrun")
@@ -93,7 +100,8 @@ def draw(number: int, seed: int, rooms: Sequence[str]) -> list[Mutant]:
     """
     places: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
     for room in rooms:
-        for path in sorted((ROOT / SOURCE / room).rglob("*.py")):
+        where = ROOT / SOURCE / room
+        for path in [where] if where.is_file() else sorted(where.rglob("*.py")):
             text = path.read_text(encoding="utf-8")
             lines = [line.strip() for line in text.splitlines()]
             file = path.relative_to(ROOT / SOURCE).as_posix()
@@ -200,17 +208,17 @@ def main() -> int:
             finally:
                 copies.put(copy)
 
-        def run(mutant: Mutant) -> tuple[bool, int, float]:
+        def run(mutant: Mutant) -> tuple[int | None, int, float]:
             map_ = maps[mutant.room]
             original = (ROOT / SOURCE / mutant.file).read_text(encoding="utf-8")
             tests = map_.tests_of(f"spectralmetrics/{mutant.file}", original, mutant.line)
             seconds = 3 * sum(map_.seconds[each] for each in tests) + 60
             copy, start = copies.get(), time.perf_counter()
             try:
-                noticed = copy.notices(SOURCE / mutant.file, mutant.text, tests, OPTIONS, seconds)
+                status = copy.try_out(SOURCE / mutant.file, mutant.text, tests, OPTIONS, seconds)
             finally:
                 copies.put(copy)
-            return noticed, len(tests), time.perf_counter() - start
+            return status, len(tests), time.perf_counter() - start
 
         with ThreadPoolExecutor(options.workers) as pool:
             rooms = sorted({each.room for each in wanted})
@@ -223,12 +231,12 @@ def main() -> int:
                 if map_.failed:
                     print("and fail without any change:", *map_.failed, sep="\n")
                     return 2
-            for number, (mutant, (noticed, tests, took)) in enumerate(
+            for number, (mutant, (status, tests, took)) in enumerate(
                 zip(wanted, pool.map(run, wanted), strict=True), 1
             ):
-                outcome = "noticed" if noticed else "SURVIVED"
+                outcome = {0: "SURVIVED", None: "noticed by no end"}.get(status, "noticed")
                 print(f"{number}/{len(wanted)} {outcome}, {tests} tests, {took:.0f} s: {mutant}", flush=True)
-                if not noticed:
+                if status == 0:
                     survivors.append(mutant)
     share = 1 - len(survivors) / max(before, 1)
     if survivors:

@@ -142,19 +142,19 @@ class Copy:
             raise RuntimeError(f"pytest could not run {' '.join(paths)}")
         return Map(tuple(elsewhere), *found)
 
-    def notices(
+    def try_out(
         self, file: Path, text: str, tests: Sequence[str], options: Sequence[str], seconds: float
-    ) -> bool:
-        """Whether one of the tests fails when a file has this text, or does not come to an end in this time."""
+    ) -> int | None:
+        """The exit status of the tests when a file has this text; None for no end in this time, or a crash."""
         path = self.folder / file
         original = path.read_bytes()
         path.write_text(text, encoding="utf-8")
         try:
             files = dict.fromkeys(map(_file_of, tests))
-            status = self._run([*options, *files], _Chosen(list(tests)), seconds)
+            status: int | None = self._run([*options, *files], _Chosen(list(tests)), seconds)
             if status == pytest.ExitCode.NO_TESTS_COLLECTED:
                 raise RuntimeError(f"pytest has found none of the tests of {file}, such as {tests[0]}")
-            return status != 0
+            return status
         finally:
             path.write_bytes(original)
 

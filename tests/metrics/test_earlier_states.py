@@ -1,4 +1,4 @@
-"""States that 0.1.0 has saved load, give the values that they gave there, and go on."""
+"""States that earlier releases have saved load, give the values that they gave there, and go on."""
 
 import json
 from pathlib import Path
@@ -7,21 +7,54 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmetrics import EigenspaceEmbeddingMetric, LayerProbe, SaturationMetric
+from spectralmetrics import (
+    CovarianceTraceMetric,
+    EigenspaceEmbeddingMetric,
+    LayerProbe,
+    LinearCKAMetric,
+    SaturationMetric,
+)
 
 DATA = Path(__file__).parent.parent / "data"
 
 
-@pytest.fixture(scope="module")
-def saved():
-    states = torch.load(DATA / "state-0.1.0.pt", weights_only=True)
-    return states, json.loads((DATA / "state-0.1.0.json").read_text())
+def read(release):
+    states = torch.load(DATA / f"state-{release}.pt", weights_only=True)
+    return states, json.loads((DATA / f"state-{release}.json").read_text())
+
+
+@pytest.fixture(params=["0.1.0", "0.2.0"])
+def saved(request):
+    return read(request.param)
 
 
 METRICS = {
     "saturation": lambda: SaturationMetric(threshold=0.9),
     "embedding": lambda: EigenspaceEmbeddingMetric(num_components=2, max_samples=8),
 }
+OF_0_2_0 = {
+    "with folds": lambda: CovarianceTraceMetric(folds=3),
+    "sketched": lambda: CovarianceTraceMetric(sketch_size=2),
+}
+
+
+@pytest.mark.parametrize("name", OF_0_2_0)
+def test_folds_and_sketches(name):
+    states, expected = read("0.2.0")
+    metric = OF_0_2_0[name]()
+    metric.load_state_dict(states[name])
+    assert metric.compute().item() == pytest.approx(expected[name], rel=1e-13)
+    if name == "with folds":
+        assert [float(each) for each in metric.interval()] == pytest.approx(expected["interval"], rel=1e-12)
+    metric.update(torch.randn(6, 4))
+    assert int(metric.count) == 18
+
+
+def test_linear_cka():
+    states, expected = read("0.2.0")
+    metric = LinearCKAMetric()
+    metric.load_state_dict(states["cka"])
+    assert metric.compute().item() == pytest.approx(expected["cka"], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -1,6 +1,7 @@
 """What earlier releases wrote goes on working: ``tests/data`` was made by the release that its names say."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import spectralmetrics as sm
 from spectralmetrics import (
     EigenspaceEmbeddingMetric,
     IntrinsicDimensionMetric,
@@ -21,12 +23,18 @@ from spectralmetrics.cli import main
 from tests.recording.runs import read_csv
 
 DATA = Path(__file__).parents[1] / "data"
-RELEASES = ("0.1.0",)
+ADDED = {"0.1.0": ",low,high,step", "0.2.0": ",step"}  # columns, since
+RELEASES = tuple(ADDED)
 
 
 @pytest.fixture(params=RELEASES)
-def run(request, tmp_path):
-    return Path(shutil.copytree(DATA / f"run-{request.param}", tmp_path / "run"))
+def release(request):
+    return request.param
+
+
+@pytest.fixture
+def run(release, tmp_path):
+    return Path(shutil.copytree(DATA / f"run-{release}", tmp_path / "run"))
 
 
 def make_model():
@@ -55,16 +63,18 @@ def test_its_samples_are_embedded(run):
     assert [row["value"].shape for row in rows] == [(6, 2)] * 3 * 2 * 2
 
 
-def test_it_is_resumed(run):
-    before = (run / "records.csv").read_text()
+def test_it_is_resumed(run, release):
+    before, added = (run / "records.csv").read_text(), ADDED[release]
     model = make_model()
     with make_probe(model) as probe, Recorder(run, probe, ["csv", "arrays"], mode="resume") as recorder:
         assert recorder.next_epoch == 3
         model(torch.randn(24, 5))
         recorder.record()
     after = (run / "records.csv").read_text().splitlines()
-    assert after[0] == before.splitlines()[0] + ",low,high,step"
-    assert after[1 : len(before.splitlines())] == [f"{line},,," for line in before.splitlines()[1:]]
+    assert after[0] == before.splitlines()[0] + added
+    assert after[1 : len(before.splitlines())] == [
+        line + "," * added.count(",") for line in before.splitlines()[1:]
+    ]
     assert {row["epoch"] for row in recompute(run)} == {0, 1, 2, 3}
     with pytest.raises(ValueError, match=r"threshold=0.9, got threshold=0.5"):
         Recorder(run, LayerProbe(model, SaturationMetric(threshold=0.5)), mode="resume")
@@ -93,3 +103,27 @@ def test_a_state_dict_with_inserted_projections(release):
     torch.testing.assert_close(
         model.eval()(torch.tensor(expected["input"])), torch.tensor(expected["output"]), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_run_with_folds_labels_and_a_sketch(tmp_path):
+    run = Path(shutil.copytree(DATA / "run-with-folds-0.2.0", tmp_path / "run"))
+    recorded = {
+        tuple(row[key] for key in ("epoch", "stage", "layer", "statistic")): row
+        for row in read_csv(run)
+        if row["statistic"] != "accuracy"
+    }
+    with pytest.warns(UserWarning, match="sketch"):
+        rebuilt = recompute(run)
+    assert len(rebuilt) == 3 * 2 * (5 + 3)  # of two layers, and means
+    for row in rebuilt:
+        old = recorded[str(row["epoch"]), row["stage"], row["layer"], row["statistic"]]
+        if (row["layer"], row["statistic"]) == ("mean", "intrinsic_dimension"):
+            assert (old["value"], row["value"]) == ("nan", 3)  # since 0.3.0 of the layers that have a value
+            continue
+        for key in ("value", "low", "high"):
+            before = float(old[key] or "nan")
+            after = math.nan if row[key] is None else row[key]
+            assert after == pytest.approx(before, rel=1e-12, nan_ok=True), (row, old)
+    assert "(4-12)" in str(sm.summarise_run(run, stage="train"))
+    with pytest.warns(UserWarning, match="sketch"):
+        assert sm.write_report(run, tmp_path / "report.html").stat().st_size > 50_000

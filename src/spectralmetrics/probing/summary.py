@@ -126,7 +126,8 @@ class Summary:
         value = number(row.value)
         if not math.isnan(row.low):
             ends: tuple[float, ...] = (row.low, row.high)
-            if isinstance(row.value, int):  # and so are its ends, but for one that is unknown
+            counts = isinstance(row.value, int) or (math.isnan(row.value) and all(map(float.is_integer, ends)))
+            if counts:  # and so are its ends, but for one that is unknown
                 ends = tuple(end if math.isnan(end) else int(end) for end in ends)
             value += f" ({'-'.join(map(number, ends))})"
         numbers = [str(each) for each in (row.width, row.ceiling, row.observations)]
