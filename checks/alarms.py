@@ -465,7 +465,8 @@ def main() -> int:
     if options.runs and options.runs.exists():
         for line in options.runs.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            done[Job(entry.pop("kind"), entry.pop("seed"))] = Result(**entry)
+            job = Job(entry.pop("kind"), entry.pop("seed"))
+            done[job] = Result(**entry)
     wanted = jobs(Setting(options.set).first, options.healthy, options.planted)
     chosen = [job for job in wanted if not options.only or job.kind in options.only]
     results = {job: done[job] for job in chosen if job in done}
