@@ -242,6 +242,29 @@ def test_tied_experts_and_quantised_tensors(tmp_path):
     assert "int8" in found.skipped["packed.weight"]
 
 
+def test_values_that_are_no_weights_are_skipped_in_models_as_in_checkpoints(tmp_path):
+    class Held(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    packed = torch.randint(0, 255, (64, 1), dtype=torch.uint8)  # as 4-bit layers hold them
+    phases = torch.randn(6, 5, dtype=torch.complex64)
+    dense = torch.randn(6, 5).relu()
+    model = nn.Sequential(*map(Held, (packed, phases, dense.to_sparse(), dense)))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for found, end in (
+        (sm.weight_spectra(model), ""),
+        (checkpoint_spectra(tmp_path / "model.pt"), ".weight"),
+    ):
+        assert [row.layer for row in found.rows] == ["2", "3"]
+        assert found.rows[0].value == pytest.approx(found.rows[1].value, nan_ok=True)
+        assert found.skipped == {
+            f"0{end}": "it holds uint8: packed or quantised weights",
+            f"1{end}": "it holds complex64",
+        }
+
+
 def test_an_earlier_checkpoint(tmp_path, capsys):
     model = nn.Sequential(nn.Linear(30, 20))
     torch.save(model.state_dict(), tmp_path / "before.pt")

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.weights import WeightMatrix, WeightSummary, summarise_weights, without_wrappers
+from spectralmetrics.weights import (
+    WeightMatrix,
+    WeightSummary,
+    summarise_weights,
+    why_no_numbers,
+    without_wrappers,
+)
 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "weights")
 _OPTIMISERS = ("optim", "optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "lr_schedulers")
@@ -256,6 +262,4 @@ def _reason(tensor: _Stored) -> str:
         return "it is empty"
     if tensor.dtype is None:
         return "PyTorch has no such dtype"
-    if not (tensor.dtype.is_floating_point or tensor.dtype in (torch.qint8, torch.quint8, torch.qint32)):
-        return f"it holds {str(tensor.dtype).removeprefix('torch.')}: packed or quantised weights"
-    return ""
+    return why_no_numbers(tensor.dtype)

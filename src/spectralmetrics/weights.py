@@ -57,6 +57,8 @@ class WeightMatrix(NamedTuple):
             weight = weight.full_tensor()
         if weight.is_quantized:
             weight = weight.dequantize()
+        if weight.layout != torch.strided:
+            weight = weight.to_dense()
         if self.expert is not None:
             weight = weight[self.expert]
         if self.inputs_first:
@@ -238,14 +240,26 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
                 continue
             seen.add(id(parameter))
             layer = name if own == "weight" else f"{prefix}{own}"
-            if parameter.is_meta:
-                skipped[layer] = "it is on the meta device"
+            if reason := "it is on the meta device" if parameter.is_meta else why_no_numbers(parameter.dtype):
+                skipped[layer] = reason
                 continue
             bring = _bringing(parameter)
             stacked = parameter.ndim == 3 and not isinstance(module, (*_TRANSPOSED, *_CONVOLUTIONS))
             for expert in range(parameter.shape[0]) if stacked else (None,):
                 row = layer if expert is None else f"{layer}.{expert}"
                 yield WeightMatrix(row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first)
+
+
+def why_no_numbers(dtype: torch.dtype) -> str:
+    """Why the values of a dtype are no weights that can be read; empty if they are.
+
+    >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8)
+    ('', 'it holds uint8: packed or quantised weights')
+    """
+    if dtype.is_floating_point or dtype in (torch.qint8, torch.quint8, torch.qint32):
+        return ""
+    words = f"it holds {str(dtype).removeprefix('torch.')}"
+    return words if dtype.is_complex else f"{words}: packed or quantised weights"
 
 
 def _is_conv1d(module: nn.Module) -> bool:
