@@ -163,6 +163,52 @@ def test_rows_that_leave_nothing_to_read():
     assert "100 rows with NaN or infinities left out" in str(measured)
 
 
+def test_what_is_masked_is_missing():
+    masked = np.ma.array(VALUES.numpy().copy(), mask=False)
+    masked.data[[3, 50], 2] = 1e6
+    masked[[3, 50], 2] = np.ma.masked
+    classes = np.ma.array(np.arange(100) % 3, mask=False)
+    classes.data[7] = 10**6
+    classes[7] = np.ma.masked
+    measured = sm.measure(masked, labels=classes)
+    kept = np.delete(np.arange(100), [3, 50])
+    labels = np.where(np.arange(100) == 7, -1, np.arange(100) % 3)[kept]
+    expected = sm.measure(VALUES[kept], labels=labels, folds=1)
+    assert int(measured.sums.num_observations) == 98
+    assert int(measured.sums.num_left_out) == 2
+    for name in ("effective_rank", "covariance_trace", "neural_collapse"):
+        assert float(measured.values[name]) == pytest.approx(float(expected.values[name]), rel=1e-9)
+    assert int(sm.moments_of(masked).count) == 98
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    frame = pandas.DataFrame(np.ones((9, 3)), columns=["a", "b", "a"])
+    for source in (frame, frame.set_axis([1, "1", "b"], axis=1), {1: VALUES, "1": VALUES}):
+        with pytest.raises(sm.ReadError, match=r"of different names, got several called '[a1]'"):
+            sm.measure(source)
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array(list(VALUES.numpy()))
+    parquet.write_table(pyarrow.Table.from_arrays([column] * 2, names="aa"), tmp_path / "a.parquet")
+    with pytest.raises(sm.ReadError, match="expected columns of different names, got several called 'a'"):
+        sm.measure(tmp_path / "a.parquet")
+
+
+def test_vectors_of_several_dtypes_keep_their_digits():
+    vectors = list(VALUES.double().numpy() + 1e-9)
+    vectors[0] = np.zeros(8, int)
+    vectors[1] = vectors[1].astype(np.float16)
+    measured = sm.measure(pandas.Series(vectors), folds=1)
+    expected = sm.measure(np.stack(vectors), folds=1)
+    assert measured.sums.covariance().equal(expected.sums.covariance())
+
+
+def test_numbers_in_names_of_files_are_decimal(tmp_path):
+    for name in ("9².npy", "1²3.npy", "²².npy"):
+        np.save(tmp_path / name, VALUES)
+    assert int(sm.measure(tmp_path).sums.num_observations) == 300
+
+
 def test_labels_must_agree(tmp_path):
     np.save(tmp_path / "x.npy", VALUES)
     np.save(tmp_path / "few.npy", np.arange(99))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,13 +189,23 @@ def columns_of(value: Any, name: str) -> Columns | None:
     if isinstance(value, Tensor):
         return Columns(name, {"": field_of_tensor(value)})
     if isinstance(value, Mapping):
+        check_names(name, map(str, value))
         fields = {str(key): found for key, each in value.items() if (found := _field_of(each)) is not None}
         return Columns(name, fields)
     if hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a data frame
+        check_names(name, map(str, value.columns))
         fields = {str(key): _field_of_series(value[key]) for key in value.columns}
         return Columns(name, fields, lambda names: _joined([fields[each] for each in names]))
     found = None if isinstance(value, list) else _field_of(value)
     return None if found is None else Columns(name, {"": found})
+
+
+def check_names(name: str, columns: Iterable[str]) -> None:
+    """Raise a ReadError for several columns of one name, of which only one could be read."""
+    if twice := [column for column, number in Counter(columns).items() if number > 1]:
+        raise ReadError(
+            name, f"expected columns of different names, got several called {twice[0]!r}; rename all but one"
+        )
 
 
 def _field_of(value: Any) -> Field | None:
@@ -203,7 +214,7 @@ def _field_of(value: Any) -> Field | None:
     if hasattr(value, "dtype") and hasattr(value, "to_numpy"):
         return _field_of_series(value)
     if hasattr(value, "__array__"):
-        return field_of_array(np.asarray(value))
+        return field_of_array(np.asanyarray(value))
     if isinstance(value, list) and value:
         if np.ndim(value[0]) == 0:
             return field_of_array(np.asarray(value))
@@ -225,12 +236,22 @@ def field_of_tensor(value: Tensor) -> Field:
 
 
 def field_of_array(value: np.ndarray[Any, Any]) -> Field:
-    """The field of an array; one of objects that are vectors is one of lists."""
-    if value.dtype == object and value.ndim == 1:
-        return _field_of_vectors(value)
-    return Field(
-        value.shape, torch_dtype(value.dtype), describe(value.dtype), lambda a, b: as_tensor(value[a:b])
-    )
+    """The field of an array; one of objects that are vectors is one of lists. What is masked is missing."""
+    if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in "iuf":
+        is_float = value.dtype.kind == "f"
+
+        def read(start: int, stop: int) -> Tensor:
+            part = value[start:stop]
+            return as_tensor((part if is_float else part.astype(np.float64)).filled(np.nan))
+    else:
+        value = np.asarray(value)
+        if value.dtype == object and value.ndim == 1:
+            return _field_of_vectors(value)
+
+        def read(start: int, stop: int) -> Tensor:
+            return as_tensor(value[start:stop])
+
+    return Field(value.shape, torch_dtype(value.dtype), describe(value.dtype), read)
 
 
 def _field_of_series(series: Any) -> Field:
@@ -249,8 +270,12 @@ def _field_of_vectors(values: np.ndarray[Any, Any]) -> Field:
     if width is None or first is None or first.ndim != 1 or torch_dtype(first.dtype) is None:
         return Field(values.shape, None, "objects", lambda a, b: torch.empty(0))
 
+    # Vectors of several floating dtypes lose no digits.
+    floating = {each.dtype for each in values if isinstance(each, np.ndarray) and each.dtype.kind == "f"}
+    common = np.result_type(*floating) if floating else first.dtype
+
     def read(start: int, stop: int) -> Tensor:
-        rows = np.full((stop - start, width), np.nan, np.result_type(first.dtype, np.float16))
+        rows = np.full((stop - start, width), np.nan, np.result_type(common, np.float16))
         for index in range(start, stop):
             if lengths[index] is not None:
                 if lengths[index] != width:
@@ -258,8 +283,7 @@ def _field_of_vectors(values: np.ndarray[Any, Any]) -> Field:
                 rows[index - start] = values[index]
         return as_tensor(rows)
 
-    dtype = torch_dtype(first.dtype)
-    return Field((len(values), width), dtype, describe(first.dtype), read)
+    return Field((len(values), width), torch_dtype(common), describe(common), read)
 
 
 def _joined(fields: Sequence[Field]) -> Field:

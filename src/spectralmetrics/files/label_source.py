@@ -44,7 +44,7 @@ def labels_of(labels: Any) -> tuple[str | None, Field | None]:
                 str(path), f"expected one column of integer labels of shape (N,), got {columns.listed()}"
             )
         return None, columns.fields[candidates[0]]
-    field = field_of_tensor(labels) if isinstance(labels, Tensor) else field_of_array(np.asarray(labels))
+    field = field_of_tensor(labels) if isinstance(labels, Tensor) else field_of_array(np.asanyarray(labels))
     if len(field.shape) != 1 or not (field.is_integer or field.is_floating):
         raise TypeError(
             f"expected labels as integers of shape (N,), the name of a column or a file, got {field}"

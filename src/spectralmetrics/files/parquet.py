@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.files.fields import EMPTY, NEEDS_EXTRA, Columns, Field, as_tensor, ragged, torch_dtype
+from spectralmetrics.files.fields import (
+    EMPTY,
+    NEEDS_EXTRA,
+    Columns,
+    Field,
+    as_tensor,
+    check_names,
+    ragged,
+    torch_dtype,
+)
 from spectralmetrics.files.in_order import AT_A_TIME, InOrder, RowError
 
 _BUFFER = 2**20
@@ -26,6 +35,7 @@ def parquet_columns(path: Path) -> Columns:
         rows, schema = file.metadata.num_rows, file.schema_arrow
     if not rows:
         return Columns(str(path), EMPTY)
+    check_names(str(path), schema.names)
     types = {each.name: getattr(each.type, "storage_type", each.type) for each in schema}
 
     def batches(names: Sequence[str], size: int = AT_A_TIME) -> Iterator[list[Any]]:

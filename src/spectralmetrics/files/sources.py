@@ -88,7 +88,7 @@ def numeric_order(path: str | Path) -> list[tuple[tuple[int, int, str], ...]]:
     """
     return [
         tuple(
-            (0, int(each), each) if each.isdigit() else (1, 0, each)
+            (0, int(each), each) if each.isdecimal() else (1, 0, each)
             for each in re.split(r"(\d+)", part)
             if each
         )
