@@ -71,9 +71,12 @@ namespace {
 constexpr int64_t chunk_rows = 256;        // a panel of so many rows fits the first cache
 constexpr int64_t packed_at_once = 32;     // rows; what a thread claims while packing
 constexpr int64_t block_panels = 24;       // panels that fit the second cache
+constexpr int64_t rows_ahead = 4;          // that are fetched while another one is packed
 constexpr int64_t features_by_rows = 256;  // up to here threads may have sums of their own
+constexpr int64_t most_by_rows = 512;      // and up to here, if the rows are enough for all threads
 constexpr int64_t chunks_per_slot = 4;     // that make such sums worth adding up
-constexpr int64_t most_slots = 48;         // bounds their memory
+constexpr int64_t most_slots = 48;
+constexpr int64_t most_sums_bytes = 1 << 25;  // of all such sums
 
 // Where an observation lies.
 struct Place {
@@ -105,7 +108,8 @@ struct Team {
     const Job *job;
     int64_t rows, chunks;
     int64_t panels, stride;  // of panels, in elements
-    int64_t slots;           // shares of the rows, each with sums of its own; 0 to share tiles instead
+    int64_t slots;           // shares of the rows, each but the first with sums of its own; 0 to share tiles
+    int64_t buffers;         // of packed rows
     Counter slot{0}, slots_done{0}, stripe{0};
     Counter kept{0}, lost{0}, overflowed{0};
     Chunk *states;
@@ -178,19 +182,22 @@ int64_t plan(const Job &job, Team &team) {
     team.panels = (job.features + lanes - 1) / lanes;
     team.stride = (chunk_rows + 1) * lanes;  // neighbouring panels fall into different sets of the cache
     team.packed_bytes = aligned(team.panels * team.stride * size);
-    team.slots = std::min({int64_t(job.threads), team.chunks / chunks_per_slot, most_slots});
-    if (team.slots < 2 || job.features > features_by_rows) team.slots = 0;
     team.sums_bytes = aligned((job.features + 1) * job.features * sizeof(double));
+    team.slots = std::min({int64_t(job.threads), team.chunks / chunks_per_slot, most_slots});
+    const int64_t sums = std::max<int64_t>(team.slots - 1, 0) * team.sums_bytes;
+    const int64_t widest = team.slots < job.threads ? features_by_rows : most_by_rows;
+    if (team.slots < 2 || job.features > widest || sums > most_sums_bytes) team.slots = 0;
     const int64_t states = team.slots ? 0 : team.chunks * sizeof(Chunk);
     const int64_t origin = aligned(team.panels * lanes * size);
-    const int64_t buffers = team.slots ? team.slots : 2;
+    // One thread has the next rows packed while others multiply; alone it stays within the second cache.
+    team.buffers = team.slots ? team.slots : job.threads > 1 ? 2 : 1;
     char *memory = static_cast<char *>(job.workspace);
     team.states = reinterpret_cast<Chunk *>(memory);
     team.high = memory + states;
     team.low = team.high + origin;
     team.packed = team.low + origin;
-    team.sums = team.packed + buffers * team.packed_bytes;
-    return states + 2 * origin + buffers * team.packed_bytes + team.slots * team.sums_bytes;
+    team.sums = team.packed + team.buffers * team.packed_bytes;
+    return states + 2 * origin + team.buffers * team.packed_bytes + (team.slots ? sums : 0);
 }
 
 // The origin as a number of the products' type and what that has rounded away.

@@ -29,8 +29,16 @@ struct Sums {
         return largest;
     }
 
+    INLINE static Vector converted(Loaded values) {
+#if VECTOR_BYTES == 64
+        // GCC 12 converts each half by itself.
+        if constexpr (sizeof(Real) > sizeof(Source)) return (Vector)_mm512_cvtps_pd((__m256)values);
+#endif
+        return __builtin_convertvector(values, Vector);
+    }
+
     INLINE static Vector centred(Loaded values, Vector high, Vector low) {
-        const Vector moved = __builtin_convertvector(values, Vector) - high;
+        const Vector moved = converted(values) - high;
         if constexpr (sizeof(Real) < sizeof(double)) return moved - low;  // in float64 it is zero
         return moved;
     }
@@ -77,6 +85,7 @@ struct Sums {
                 continue;
             }
             for (int64_t panel = 0; panel < whole; ++panel) {
+                __builtin_prefetch(from + rows_ahead * job.position_stride + panel * lanes);
                 const Vector values = centred(*(const Loaded *)(from + panel * lanes), high[panel], low[panel]);
                 most = larger(most, values);
                 *(Vector *)(to + panel * team.stride) = values;
@@ -208,6 +217,11 @@ struct Sums {
                                 double *sums, double weight) {
         const Real *left = packed + i / lanes * team.stride + i % lanes,
                    *right = packed + j / lanes * team.stride;
+        const int64_t features = team.job->features;
+        sums += i * features + j;
+        for (int r = 0; r < TILE_ROWS; ++r)
+            for (int c = 0; c < vectors * lanes; c += 64 / sizeof(double))
+                __builtin_prefetch(sums + r * features + c, 1);
         Vector tile[TILE_ROWS][vectors];
 #pragma GCC unroll 8
         for (int r = 0; r < TILE_ROWS; ++r)
@@ -223,8 +237,7 @@ struct Sums {
 #pragma GCC unroll 3
                 for (int v = 0; v < vectors; ++v) tile[r][v] += left[row * lanes + r] * columns[v];
         }
-        const int64_t features = team.job->features, height = features - i, width = features - j;
-        sums += i * features + j;
+        const int64_t height = features - i, width = features - j;
         if (height >= TILE_ROWS && width >= vectors * lanes) {
 #pragma GCC unroll 8
             for (int r = 0; r < TILE_ROWS; ++r)
@@ -275,14 +288,21 @@ struct Sums {
             sums[feature + lane] += total[0][lane] / scale;
     }
 
-    // Few features: each slot sums its share of the rows by itself, and the slots are added at last.
+    // Few features: each slot sums its share of the rows by itself, the first where the sums are. The others
+    // are added at last.
     TARGET static void work_by_rows(Team &team) {
         const int64_t features = team.job->features;
         for (int64_t slot; (slot = team.slot++) < team.slots; ++team.slots_done) {
             Real *packed = (Real *)(team.packed + slot * team.packed_bytes);
-            double *second = (double *)(team.sums + slot * team.sums_bytes),
-                   *first = second + features * features;
-            std::memset(second, 0, (features + 1) * features * sizeof(double));
+            double *second = team.job->second, *first = team.job->first;
+            if (slot) {
+                second = (double *)(team.sums + (slot - 1) * team.sums_bytes);
+                first = second + features * features;
+                for (int64_t row = 0; row <= features; ++row) {
+                    const int64_t begin = row < features ? row / lanes * lanes : 0;  // what tiles add to
+                    std::memset(second + row * features + begin, 0, (features - begin) * sizeof(double));
+                }
+            }
             const int64_t begin = team.chunks * slot / team.slots, end = team.chunks * (slot + 1) / team.slots;
             for (int64_t start = begin * chunk_rows; start < std::min(end * chunk_rows, team.rows);
                  start += chunk_rows) {
@@ -299,7 +319,7 @@ struct Sums {
         // A row of the second moment at a time; the last one is the first moment.
         for (int64_t row; (row = team.stripe++) <= features;) {
             double *to = row < features ? team.job->second + row * features : team.job->first;
-            for (int64_t slot = 0; slot < team.slots; ++slot) {
+            for (int64_t slot = 0; slot < team.slots - 1; ++slot) {
                 const double *from = (const double *)(team.sums + slot * team.sums_bytes) + row * features;
                 for (int64_t j = row < features ? row : 0; j < features; ++j) to[j] += from[j];
             }
@@ -314,7 +334,7 @@ struct Sums {
             products += std::min((block + 1) * block_panels, team.panels);
         for (int64_t chunk = 0; chunk < team.chunks; ++chunk) {
             Chunk &state = team.states[chunk];
-            Real *packed = (Real *)(team.packed + chunk % 2 * team.packed_bytes);
+            Real *packed = (Real *)(team.packed + chunk % team.buffers * team.packed_bytes);
             const int64_t start = chunk * chunk_rows, rows = std::min(team.rows - start, chunk_rows);
             const int64_t pieces = (rows + packed_at_once - 1) / packed_at_once;
             for (int64_t piece; (piece = state.packing++) < pieces; ++state.packed) {

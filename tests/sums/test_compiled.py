@@ -173,17 +173,18 @@ def test_float32_products_of_any_magnitude(magnitude, features):
 
 
 @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("features", [48, 520])
+@pytest.mark.parametrize("features", [48, 400, 520])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_the_number_of_threads(threads, features, gram_dtype):
-    rows = torch.randn(2000, features)
+    rows = torch.randn(2050, features)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         runs = []
         for _ in range(3):
             moments = empty_moments(features)
-            accumulate(moments, Observations(rows), gram_dtype, recentre=False)
+            for some in rows.split([50, 2000]):  # the second add to the sums of the first
+                accumulate(moments, Observations(some), gram_dtype, recentre=False)
             runs.append(moments)
     finally:
         torch.set_num_threads(before)
