@@ -17,7 +17,7 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.probing import merging
-from tests.distributed.scenarios import counted_collectives
+from tests.distributed.scenarios import counted_collectives, packed_size
 from tests.metrics.properties import assert_same
 
 
@@ -194,7 +194,7 @@ def what_no_writer_reads_does_not_travel(rank, world):
         kept.extend(size for name, size in seen if name == "reduce")
     # The sums of two layers, each to the process that reads it, and then to the first one.
     assert (len(numbers), len(whole)) == (2, 4)
-    assert max(numbers + whole) == 60 * 61 // 2 + 60 + 2
+    assert max(numbers + whole) == packed_size(60)
 
 
 def whatever_ends_a_record_is_raised_on_all(rank, world):

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.merging import ForReader, agree
+from spectralmetrics.sums.merging import Pieces, agree
 from spectralmetrics.sums.sum import SpectralSum
 
 MOST_BYTES = 2**25
@@ -74,7 +74,7 @@ class AboutOrigin(SpectralSum):
 
     def exchange(
         self, known: Self | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor | None, Self | None]:
+    ) -> Generator[Tensor | Pieces, Tensor | None, Self | None]:
         """See :class:`.Sum`."""
         width = yield from agree(self.num_features, known is not None, rank, world_size)
         if not width:
@@ -130,7 +130,7 @@ class AboutOrigin(SpectralSum):
 
 def exchange_about_origins(
     parts: Sequence[AboutOrigin], room: Callable[[], tuple[Any, Sequence[AboutOrigin]]]
-) -> Generator[Tensor, Tensor | None, Any]:
+) -> Generator[Tensor | Pieces, Tensor | None, Any]:
     """Add sums up across processes: agree on an origin for each, move them there, add what is additive.
 
     Nothing that is sent grows with the number of processes.
@@ -154,7 +154,7 @@ def exchange_about_origins(
     result: Any = None
     slots: Iterator[Slot] = iter(())
     for batch in _batches(pieces):
-        received = yield _packed(batch).as_subclass(ForReader)
+        received = yield batch
         if received is None:
             continue
         if result is None:
@@ -170,22 +170,15 @@ def exchange_about_origins(
     return result
 
 
-def _batches(pieces: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+def _batches(pieces: Iterator[Tensor]) -> Iterator[Pieces]:
     """Pieces, whole, as many together as fit into one collective."""
-    waiting: list[Tensor] = []
+    waiting = Pieces()
     for piece in pieces:
         if waiting and 8 * (sum(map(len, waiting)) + len(piece)) > MOST_BYTES:
             yield waiting
-            waiting = []
+            waiting = Pieces()
         waiting.append(piece)
     yield waiting
-
-
-def _packed(batch: list[Tensor]) -> Tensor:
-    """Pieces side by side, which are not kept."""
-    packed = torch.cat(batch)
-    batch.clear()
-    return packed
 
 
 def slot_of(tensor: Tensor) -> Slot:
@@ -197,7 +190,7 @@ def slot_of(tensor: Tensor) -> Slot:
     return tensor.numel(), put
 
 
-def rows_at_a_time(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix, some at a time."""
-    step = max(_ROWS_BYTES // (8 * max(columns, 1)), 1)
+def rows_at_a_time(rows: int, columns: int, most: int | None = None) -> list[slice]:
+    """The rows of a matrix, some at a time, and no more than ``most``."""
+    step = max(min(_ROWS_BYTES // (8 * max(columns, 1)), most or rows), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

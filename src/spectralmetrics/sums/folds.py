@@ -194,7 +194,7 @@ class Folds(InFolds):
 
     def exchange(
         self, known: Folds | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor | None, Folds | None]:
+    ) -> Generator[Any, Tensor | None, Folds | None]:
         """See :class:`.Sum`."""
         width = yield from agree(self.num_features, known is not None, rank, world_size)
         if not width:

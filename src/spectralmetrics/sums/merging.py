@@ -37,6 +37,10 @@ class ForReader(Tensor):
     """What an exchange yields for whoever reads the result; other processes may receive None for it."""
 
 
+class Pieces(list[Tensor]):
+    """Tensors that an exchange yields as one for whoever reads the result; emptied when they are sent."""
+
+
 class Largest(Tensor):
     """What an exchange yields to receive the largest of each number, and not the sum."""
 
@@ -82,7 +86,7 @@ def together(
         device: of what is yielded; each exchange receives its part where it sent it from.
     """
     results: list[Any] = [None] * len(exchanges)
-    waiting: dict[int, Tensor] = {}
+    waiting: dict[int, Tensor | Pieces] = {}
 
     def advance(index: int, received: Tensor | None, is_first: bool = False) -> None:
         exchange = exchanges[index]
@@ -97,12 +101,21 @@ def together(
         # What is reduced in another way travels by itself.
         largest = sorted(index for index, each in waiting.items() if isinstance(each, Largest))
         order = largest or sorted(waiting)
-        layout = [(waiting[index].shape, waiting[index].device) for index in order]
         # With anything in it that all must have, all get the whole.
-        is_for_reader = all(isinstance(waiting[index], ForReader) for index in order)
+        is_for_reader = all(isinstance(waiting[index], (ForReader, Pieces)) for index in order)
         kind = Largest if largest else ForReader if is_for_reader else Tensor
-        # The exchanges keep nothing that they have yielded, nor is it kept here.
-        flat = [waiting.pop(index).as_subclass(Tensor).reshape(-1).to(device) for index in order]
+        layout, flat = [], []
+        for index in order:
+            # The exchanges keep nothing that they have yielded, nor is it kept here.
+            sent = waiting.pop(index)
+            if isinstance(sent, Pieces):
+                layout.append((torch.Size([sum(map(len, sent))]), sent[0].device))
+                flat += [piece.to(device) for piece in sent]
+                sent.clear()
+            else:
+                layout.append((sent.shape, sent.device))
+                flat.append(sent.as_subclass(Tensor).reshape(-1).to(device))
+            del sent
         packed = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
         del flat
         received = yield packed.as_subclass(kind)

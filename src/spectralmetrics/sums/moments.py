@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
-from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time
+from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.workspace import workspace
@@ -92,13 +92,13 @@ class Moments(AboutOrigin):
         return rebase(self, origin)
 
     def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
-        """See :class:`.AboutOrigin`: the counts and the vector sum, then upper triangles of some rows each."""
+        """See :class:`.AboutOrigin`: the counts and the vector sum, then rows of the upper triangle."""
         left, right, first = _shifts(self, origin)
         counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
         yield torch.cat([counts, first])
-        for rows in rows_at_a_time(self.num_features, self.num_features):
+        for rows in _block_rows(self.num_features):
             block = torch.addmm(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
-            yield block.masked_select(_upper(block))
+            yield block.reshape(-1)
 
     def _slots(self) -> Iterator[Slot]:
         """See :class:`.AboutOrigin`."""
@@ -109,15 +109,7 @@ class Moments(AboutOrigin):
             self.first.copy_(numbers[2:])
 
         yield 2 + self.num_features, put_first
-        for rows in rows_at_a_time(self.num_features, self.num_features):
-            block = self.second[rows, rows.start :]
-            upper = _upper(block)
-
-            def put(numbers: Tensor, block: Tensor = block, upper: Tensor = upper) -> None:
-                block.masked_scatter_(upper, numbers)
-
-            height, width = block.shape
-            yield height * width - height * (height - 1) // 2, put
+        yield from (slot_of(self.second[rows, rows.start :]) for rows in _block_rows(self.num_features))
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -403,6 +395,9 @@ def _shifts(moments: Moments, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), moments.first + count * shift
 
 
-def _upper(block: Tensor) -> Tensor:
-    """Which elements of rows, of which those left of the diagonal have been cut off, lie above it or on it."""
-    return torch.ones(block.shape, dtype=torch.bool, device=block.device).triu_()
+def _block_rows(width: int) -> list[slice]:
+    """The rows that travel together, each from the diagonal of the first one on.
+
+    What they hold below the diagonal travels too, an eighth more at most from width 128 on.
+    """
+    return rows_at_a_time(width, width, most=min(max(width // 8, 16), 64))

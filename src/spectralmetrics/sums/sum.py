@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.observations import Observations
 
-Exchange: TypeAlias = Generator[Tensor, Any, Any]
+Exchange: TypeAlias = Generator[Any, Any, Any]
 """Yields what this process sends and receives the sum of what all sent; see :mod:`~.sums.merging`."""
 
 _KINDS: list[type[Sum]] = []
