@@ -567,9 +567,10 @@ def is_untrained(module: nn.Module) -> bool | None:
     >>> is_untrained(nn.Linear(64, 32)), is_untrained(nn.ReLU())
     (True, None)
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, _UNIFORM) or not isinstance(weight, Tensor):
+    if not isinstance(module, _UNIFORM):
         return None
+    # Not the attribute: what makes a parametrised weight may change its state whenever somebody reads it.
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:  # lazy, or emptied
         return None
     if type(weight.data) is not Tensor:  # sharded
