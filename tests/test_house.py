@@ -39,8 +39,9 @@ BESIDE = {
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
     "findings": {"functional", "metrics", "sums", "table", "tail"},
-    "weights": {"functional", "metrics", "probing", "table", "torch_private"},
-    "checkpoints": {"weights"},
+    "parameters": set(),
+    "weights": {"functional", "metrics", "parameters", "probing", "table", "torch_private"},
+    "checkpoints": {"parameters", "weights"},
     "files": {"findings", "functional", "metrics", "probing", "recording", "sums", "table"},
     "__main__": {"cli"},
 }

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import spectralmetrics as sm
+from spectralmetrics.checkpoints import checkpoint_spectra
 
 pytestmark = pytest.mark.filterwarnings("ignore:in (train|eval) there are fewer observations")
 
@@ -31,3 +32,31 @@ def test_reading_changes_no_weight_that_is_made_when_it_is_read():
     sm.weight_spectra(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_spectra_are_those_of_the_weights_that_the_model_computes_with(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(12, 9)),
+        parametrizations.spectral_norm(nn.Conv2d(2, 6, 3)),
+        nn.utils.weight_norm(nn.Linear(9, 7)),
+        prune.l1_unstructured(nn.Linear(8, 9), "weight", 0.7),
+    )
+    state = model.state_dict()
+    rows = {row.layer: row for row in sm.weight_spectra(model, ["stable_rank"], since=state).rows}
+    assert list(rows) == ["0", "1", "2", "3"]
+    model.eval()
+    for name, row in rows.items():
+        weight = model[int(name)].weight
+        assert row.value["stable_rank"] == pytest.approx(stable_rank(weight), rel=1e-6)
+        assert row.shape == tuple(weight.flatten(1).shape)
+    assert rows["3"].update["relative_size"] == 0
+    torch.save(state, tmp_path / "state.pt")
+    summary = checkpoint_spectra(tmp_path / "state.pt", ["stable_rank"])
+    assert {row.layer: row.value for row in summary.rows} == {
+        "3": rows["3"].value
+    }  # what no model need be there for
+    assert "load the model" in summary.skipped["0.parametrizations.weight.original1"]
+    assert "load the model" in summary.skipped["2.weight_v"]
+    assert summary.skipped["3.weight_mask"] == "it is the mask of '3.weight'"

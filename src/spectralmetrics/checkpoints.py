@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmetrics.parameters import weight_in
 from spectralmetrics.weights import (
     WeightMatrix,
     WeightSummary,
@@ -243,15 +245,37 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
             continue
         if tensor.storage is not None:
             seen[tensor.storage] = name
-        if reason := _reason(tensor):
+        if reason := _reason(tensor) or _part(name, stored):
             skipped[name] = reason
             continue
+        bring = tensor.bring
+        if f"{name.removesuffix('_orig')}_mask" in stored:
+            name = name.removesuffix("_orig")
+            bring = functools.partial(_pruned, _Lazily(stored), name)
         layer = name.removesuffix(".weight")
         if len(tensor.shape) == 3 and "expert" in name:
             for expert in range(tensor.shape[0]):
-                yield WeightMatrix(f"{layer}.{expert}", "", name, tensor.bring, expert)
+                yield WeightMatrix(f"{layer}.{expert}", "", name, bring, expert)
         else:
-            yield WeightMatrix(layer, "", name, tensor.bring)
+            yield WeightMatrix(layer, "", name, bring)
+
+
+def _pruned(stored: Mapping[str, Tensor], name: str) -> Tensor:
+    weight = weight_in(stored, name)
+    assert weight is not None
+    return weight
+
+
+def _part(name: str, stored: Mapping[str, _Stored]) -> str:
+    """Why a tensor is no weight by itself, but what one is made of; empty if it is one."""
+    own, _, end = name.rpartition("_")
+    if end == "mask" and f"{own}_orig" in stored:
+        return f"it is the mask of {own!r}"
+    made_of = {"g": ("v",), "v": ("g",), "orig": ("mask", "u")}.get(end, ())
+    is_part = any(f"{own}_{other}" in stored for other in made_of) and f"{own}_mask" not in stored
+    if is_part or "parametrizations" in name.split("."):
+        return "it is a part of a weight: load the model, and weight_spectra(model) reads the whole"
+    return ""
 
 
 def _reason(tensor: _Stored) -> str:

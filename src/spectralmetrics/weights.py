@@ -14,6 +14,7 @@ from spectralmetrics.functional import effective_rank, eigenvalues
 from spectralmetrics.functional.power_law import power_law_tail
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import statistics
+from spectralmetrics.parameters import weight_in, weights_of
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.table import import_pandas, number, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
@@ -233,19 +234,20 @@ def summarise_weights(
 def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> Iterator[WeightMatrix]:
     seen: set[int] = set()
     for name, module in modules.items():
+        if "parametrizations" in name.split("."):  # its parameters make the weight of the layer around it
+            continue
         prefix = "" if name == type(module).__name__ else f"{name}."
         inputs_first = isinstance(module, _TRANSPOSED) or _is_conv1d(module)
-        for own, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or is_lazy(parameter) or parameter.ndim < 2:
+        for own, parameter, bring in weights_of(module):
+            if id(parameter) in seen or is_lazy(parameter) or len(shape := bring().shape) < 2:
                 continue
             seen.add(id(parameter))
             layer = name if own == "weight" else f"{prefix}{own}"
             if reason := "it is on the meta device" if parameter.is_meta else why_no_numbers(parameter.dtype):
                 skipped[layer] = reason
                 continue
-            bring = _bringing(parameter)
-            stacked = parameter.ndim == 3 and not isinstance(module, (*_TRANSPOSED, *_CONVOLUTIONS))
-            for expert in range(parameter.shape[0]) if stacked else (None,):
+            stacked = len(shape) == 3 and not isinstance(module, (*_TRANSPOSED, *_CONVOLUTIONS))
+            for expert in range(shape[0]) if stacked else (None,):
                 row = layer if expert is None else f"{layer}.{expert}"
                 yield WeightMatrix(row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first)
 
@@ -266,10 +268,6 @@ def _is_conv1d(module: nn.Module) -> bool:
     """Whether this is the linear layer of GPT-2, whose weight is transposed."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-
-
-def _bringing(parameter: Tensor) -> Callable[[], Tensor]:
-    return lambda: parameter
 
 
 def without_wrappers(name: str) -> str:
@@ -321,9 +319,9 @@ def _update(
     readers: Mapping[str, Callable[[Tensor], float]],
 ) -> dict[str, float]:
     nothing = dict.fromkeys(("relative_size", *readers), math.nan)
-    if matrix.parameter not in before:
+    if (stored := weight_in(before, matrix.parameter)) is None:
         return nothing
-    earlier = matrix.of(before[matrix.parameter]).to(weight.device)
+    earlier = matrix.of(stored).to(weight.device)
     if earlier.shape != weight.shape:
         raise ValueError(
             f"expected {matrix.parameter!r} of shape {tuple(weight.shape)} in since, got {tuple(earlier.shape)}"

@@ -1,0 +1,62 @@
+"""The weights that modules compute with: parameters, or what is made of several of them.
+
+``torch.nn.utils`` has both ways: parametrisations, whose weights are made whenever they are read, and hooks,
+which make them before each forward, as those of pruning.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+    """The weights that a module computes with: name, a parameter that it is made of, and what brings it."""
+    if is_parametrized(module):
+        for own, chain in module.parametrizations.items():  # type: ignore[union-attr,operator]
+            for parameter in itertools.islice(chain.parameters(), 1):
+                yield own, parameter, functools.partial(_made, module, own, chain)
+    buffers = dict(module.named_buffers(recurse=False))
+    for name, parameter in module.named_parameters(recurse=False):
+        own = name.rpartition("_")[0] if name.endswith(("_orig", "_g", "_v")) else name
+        made = vars(module).get(own)  # which hooks of `torch.nn.utils` set before each forward
+        if not isinstance(made, Tensor):
+            yield name, parameter, functools.partial(_itself, parameter)
+        elif (mask := buffers.get(f"{own}_mask")) is not None:  # pruned
+            yield own, parameter, functools.partial(torch.mul, parameter, mask)
+        elif not name.endswith("_g"):
+            yield own, parameter, functools.partial(_itself, made)
+
+
+@torch.no_grad()
+def _made(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
+    """A parametrised weight, as in evaluation: in training mode, reading it may change what it is made of."""
+    modes = [(each, each.training) for each in chain.modules()]
+    chain.eval()
+    try:
+        weight: Tensor = getattr(module, name)
+    finally:
+        for each, mode in modes:
+            each.training = mode
+    return weight
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def weight_in(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """A weight in a state dict, pruned if it is; None if it is not there, or only what it is made of.
+
+    >>> weight_in({"0.weight_orig": torch.ones(2), "0.weight_mask": torch.eye(2)[0]}, "0.weight")
+    tensor([1., 0.])
+    """
+    if name in stored:
+        return stored[name]
+    parts = f"{name}_orig", f"{name}_mask"
+    return stored[parts[0]] * stored[parts[1]] if all(part in stored for part in parts) else None
