@@ -60,3 +60,15 @@ def test_spectra_are_those_of_the_weights_that_the_model_computes_with(tmp_path)
     assert "load the model" in summary.skipped["0.parametrizations.weight.original1"]
     assert "load the model" in summary.skipped["2.weight_v"]
     assert summary.skipped["3.weight_mask"] == "it is the mask of '3.weight'"
+
+
+def test_gradients_of_many_losses_at_once_leave_the_layer_observed():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    probe = sm.LayerProbe(model, observe="gradients")
+    x = torch.randn(8, 4)
+    output = model(x)
+    bases = torch.eye(output.numel()).unflatten(1, output.shape)
+    (jacobian,) = torch.autograd.grad(output, model[2].weight, bases, is_grads_batched=True)
+    torch.testing.assert_close(jacobian.unflatten(0, (8, 3))[:, 0, 0], torch.tanh(model[0](x)))
+    model(x).sum().backward()
+    assert [count(probe, layer) for layer in probe.layers] == [8, 8]

@@ -126,6 +126,10 @@ is_transformed: Callable[[Tensor], bool] = getattr(
     _functorch, "is_functorch_wrapped_tensor", lambda values: False
 )
 
+# `torch._C._functorch.is_legacy_batchedtensor`, 2.8 to 2.13: what arrives in a backward of many gradients at
+# once, `torch.autograd.grad(is_grads_batched=True)`. Without it the layer is left out with words.
+is_many_at_once: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda values: False)
+
 
 def outside_transforms() -> contextlib.AbstractContextManager[object]:
     """Inside, PyTorch does not know of the transforms that are under way.

@@ -24,7 +24,7 @@ from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.taking import Moment
-from spectralmetrics.torch_private import base_of_view, in_backward
+from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once
 
 COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
 
@@ -179,7 +179,7 @@ class GradientRouter(Router):
 
     def _arrive(self, of_layer: LayerMetrics, awaited: Awaited, gradient: Tensor, form: Form, why: str) -> None:
         module, limit = self._modules[awaited.layer](), self._limits.max_samples
-        if module is None or how_it_runs(gradient) != "run":
+        if module is None or how_it_runs(gradient) != "run" or is_many_at_once(gradient):
             return
         if why:
             raise LeftOut(why)
