@@ -1,5 +1,7 @@
 """Situations in which tools of this kind were reported to fail; docs/reported_situations.md lists them all."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -72,3 +74,28 @@ def test_gradients_of_many_losses_at_once_leave_the_layer_observed():
     torch.testing.assert_close(jacobian.unflatten(0, (8, 3))[:, 0, 0], torch.tanh(model[0](x)))
     model(x).sum().backward()
     assert [count(probe, layer) for layer in probe.layers] == [8, 8]
+
+
+def test_threads_have_each_their_own_mask():
+    model = nn.Sequential(nn.Linear(4, 6))
+    probe, together = sm.LayerProbe(model), threading.Barrier(2)
+    masks = [torch.ones(2, 5, dtype=torch.bool), torch.arange(5).expand(2, 5) < 1]
+    seen = []
+
+    def serve(mask):
+        for _ in range(5):
+            with probe.mask(mask):
+                together.wait(10)
+                model(torch.randn(2, 5, 4))
+                together.wait(10)
+        seen.append(mask)
+
+    threads = [threading.Thread(target=serve, args=(mask,)) for mask in masks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 2
+    assert count(probe) == 5 * (10 + 2)
+    model(torch.randn(2, 5, 4))  # and nothing is left of any
+    assert count(probe) == 5 * (10 + 2) + 10
