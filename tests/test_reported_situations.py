@@ -1,5 +1,6 @@
 """Situations in which tools of this kind were reported to fail; docs/reported_situations.md lists them all."""
 
+import sys
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import spectralmetrics as sm
 from spectralmetrics.checkpoints import checkpoint_spectra
+from spectralmetrics.recording import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:in (train|eval) there are fewer observations")
 
@@ -99,3 +101,14 @@ def test_threads_have_each_their_own_mask():
     assert count(probe) == 5 * (10 + 2)
     model(torch.randn(2, 5, 4))  # and nothing is left of any
     assert count(probe) == 5 * (10 + 2) + 10
+
+
+def test_a_program_without_a_terminal_records(tmp_path, monkeypatch):
+    pytest.importorskip("rich", reason="the extra `console` is not installed")
+    model = nn.Sequential(nn.Linear(4, 6)).eval()
+    with sm.Recorder(tmp_path, sm.LayerProbe(model), ["csv", "console"]) as recorder:
+        model(torch.randn(60, 4))
+        monkeypatch.setattr(sys, "stdout", None)
+        recorder.record()
+        monkeypatch.undo()
+    assert {row["layer"] for row in read_records(tmp_path)} == {"0", "mean"}

@@ -55,6 +55,8 @@ class ConsoleWriter(Writer):
         """See :class:`Writer`."""
         from rich.console import Console
 
+        if sys.stdout is None:  # a program without a terminal, such as pythonw or a service
+            return
         console = Console()
         tables = tables_of(record, self.max_layers, console.width)
         if console.is_jupyter:
