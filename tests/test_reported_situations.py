@@ -3,6 +3,7 @@
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -112,3 +113,71 @@ def test_a_program_without_a_terminal_records(tmp_path, monkeypatch):
         recorder.record()
         monkeypatch.undo()
     assert {row["layer"] for row in read_records(tmp_path)} == {"0", "mean"}
+
+
+VALUES = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+
+
+def covariance(measured):
+    return measured.sums.covariance().numpy()
+
+
+@pytest.mark.parametrize("index", ["float", "named", "several"])
+def test_the_index_of_a_data_frame_is_no_feature(index, tmp_path):
+    pandas = pytest.importorskip("pandas", reason="the extra `pandas` is not installed")
+    pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
+    times = np.linspace(0.0, 1e6, len(VALUES))
+    frame = pandas.DataFrame(VALUES, columns=list("abcdef"), index=times)
+    if index == "named":
+        frame.index.name = "time"
+    elif index == "several":
+        frame.index = pandas.MultiIndex.from_arrays([times, times[::-1]])
+    frame.to_parquet(tmp_path / "frame.parquet")
+    np.testing.assert_allclose(
+        covariance(sm.measure(tmp_path / "frame.parquet")), np.cov(VALUES.T, ddof=0), rtol=1e-9
+    )
+    if index == "named":  # who asks for it gets it
+        assert covariance(sm.measure(tmp_path / "frame.parquet", column="time")).shape == (1, 1)
+
+
+def test_what_an_array_masks_is_missing():
+    rows = np.ma.masked_array(VALUES.copy(), mask=np.zeros(VALUES.shape, bool))
+    rows.data[3, 2], rows.mask[3, 2] = 1e6, True
+    kept = np.delete(VALUES, 3, 0)
+    for measured in (sm.measure(rows).sums, sm.moments_of(rows)):
+        np.testing.assert_allclose(measured.covariance(), np.cov(kept.T, ddof=0), rtol=1e-9)
+    labels = np.ma.masked_array(np.arange(300) % 2, mask=np.arange(300) < 10)
+    labels.data[:10] = 77
+    found = sm.measure(rows, sm.NeuralCollapseMetric(2), labels=labels).values["neural_collapse"]
+    expected = sm.measure(VALUES[10:], sm.NeuralCollapseMetric(2), labels=np.arange(10, 300) % 2).values[
+        "neural_collapse"
+    ]
+    assert float(found) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+    folder = tmp_path / "run [1]"
+    folder.mkdir()
+    for name in ("a[0].npy", "a[1].npy", "b.npy"):
+        np.save(folder / name, VALUES)
+    for source, number in [
+        (folder, 3),
+        (folder / "a[0].npy", 1),
+        (f"{folder}/a*.npy", 2),
+        (f"{folder}/[!a]*.npy", 1),
+    ]:
+        assert int(sm.measure(source).sums.num_observations) == 300 * number
+
+
+def test_two_columns_of_one_name_are_told(tmp_path):
+    pandas = pytest.importorskip("pandas", reason="the extra `pandas` is not installed")
+    frame = pandas.DataFrame(VALUES, columns=list("abcdea"))
+    with pytest.raises(sm.ReadError, match="columns of different names, got 'a' twice: rename one"):
+        sm.measure(frame)
+    arrow = pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
+    __import__("pyarrow.parquet")
+    arrow.parquet.write_table(
+        arrow.table([VALUES[:, 0], VALUES[:, 1]], names=["a", "a"]), tmp_path / "twice.parquet"
+    )
+    with pytest.raises(sm.ReadError, match="columns of different names, got 'a' twice: rename one"):
+        sm.measure(tmp_path / "twice.parquet")

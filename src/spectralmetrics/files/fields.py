@@ -75,11 +75,13 @@ class Columns:
         name: of the file or object.
         fields: by name, in their order; an object without columns has one field ``""``.
         join: columns of numbers, by name -> the field of their rows as vectors.
+        index: names of columns that number or name the rows: no features unless they are asked for.
     """
 
     name: str
     fields: Mapping[str, Field]
     join: Callable[[Sequence[str]], Field] | None = None
+    index: frozenset[str] = frozenset()
 
     @property
     def is_empty(self) -> bool:
@@ -98,7 +100,9 @@ class Columns:
             ReadError: if there is none, or there are several.
         """
         found = {name: each for name, each in self.fields.items() if name != labels}
-        if column is not None:
+        if column is None:
+            found = {name: each for name, each in found.items() if name not in self.index}
+        else:
             found = {name: each for name, each in found.items() if fnmatch.fnmatchcase(name, column)}
             if not found:
                 raise ReadError(self.name, f"expected a column {column!r}, got {self.listed()}")

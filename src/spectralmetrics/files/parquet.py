@@ -72,7 +72,10 @@ def parquet_columns(path: Path) -> Columns:
         words = str(dtype).removeprefix("torch.")
         return Field((rows, len(names)), dtype, words, _in_order(path, rows, lambda: batches(names), rows_of))
 
-    return Columns(str(path), {name: field(name) for name in types}, join)
+    # pandas keeps the index of a frame as columns, and says which; of one that only counts it keeps a dict.
+    index = (schema.pandas_metadata or {}).get("index_columns", ())
+    names = frozenset(each for each in index if isinstance(each, str))
+    return Columns(str(path), {name: field(name) for name in types}, join, names)
 
 
 def _dtype_of_arrow(kind: Any) -> torch.dtype | None:

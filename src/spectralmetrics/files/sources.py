@@ -49,7 +49,7 @@ def parts_of(source: Any) -> list[Part] | Iterator[Part]:
     )
 
 
-def files_of(path: str | Path) -> list[Path]:
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """The files of a path in numeric order, ``shard-2`` before ``shard-10``.
 
     Args:
@@ -71,7 +71,10 @@ def files_of(path: str | Path) -> list[Path]:
     elif os.path.lexists(text):
         found = [Path(text)]
     else:
-        found = [Path(each) for each in glob.glob(text, recursive=True) if not os.path.isdir(each)]
+        # Folders that are there by their own names are no patterns, whatever is in these names.
+        folder = next((each for each in Path(text).parents if each.is_dir()), Path())
+        pattern = os.path.join(glob.escape(str(folder)), *Path(text).parts[len(folder.parts) :])
+        found = [Path(each) for each in glob.glob(pattern, recursive=True) if not os.path.isdir(each)]
     for each in found:
         if not each.exists():
             raise FileNotFoundError(f"expected a file, got {str(each)!r}, a link to nothing")
@@ -98,7 +101,7 @@ def numeric_order(path: str | Path) -> list[tuple[tuple[int, int, str], ...]]:
 
 def _one(source: Any, name: str) -> list[Part] | None:
     """The parts of a path or of an object in memory; None for anything else."""
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, os.PathLike)):
         return _once([Part(str(file), lambda file=file: read_columns(file)) for file in files_of(source)])  # type: ignore[misc]
     columns = columns_of(source, name)
     return None if columns is None else [Part(name, lambda: columns)]
