@@ -167,17 +167,3 @@ def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
         (f"{folder}/[!a]*.npy", 1),
     ]:
         assert int(sm.measure(source).sums.num_observations) == 300 * number
-
-
-def test_two_columns_of_one_name_are_told(tmp_path):
-    pandas = pytest.importorskip("pandas", reason="the extra `pandas` is not installed")
-    frame = pandas.DataFrame(VALUES, columns=list("abcdea"))
-    with pytest.raises(sm.ReadError, match="columns of different names, got 'a' twice: rename one"):
-        sm.measure(frame)
-    arrow = pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
-    __import__("pyarrow.parquet")
-    arrow.parquet.write_table(
-        arrow.table([VALUES[:, 0], VALUES[:, 1]], names=["a", "a"]), tmp_path / "twice.parquet"
-    )
-    with pytest.raises(sm.ReadError, match="columns of different names, got 'a' twice: rename one"):
-        sm.measure(tmp_path / "twice.parquet")
