@@ -62,7 +62,7 @@ from spectralmetrics.similarity import LayerSimilarity, Similarity
 from spectralmetrics.tail import layer_profile, low_saturation_tail
 from spectralmetrics.weights import WeightRow, WeightSummary, weight_spectra
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "DEFAULT_ALARMS",
