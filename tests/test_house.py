@@ -32,15 +32,14 @@ TOWER = (
 # What stands beside the tower, and the parts of it and of each other that it stands on.
 BESIDE = {
     "plotting": {"functional", "sums"},
-    "tail": set(),
     "layers": set(),
     "table": set(),
     "receptive_field": {"probing"},
     "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
     "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
-    "findings": {"functional", "metrics", "sums", "table", "tail"},
+    "findings": {"functional", "layers", "metrics", "sums", "table"},
     "parameters": set(),
-    "weights": {"functional", "metrics", "parameters", "probing", "table", "torch_private"},
+    "weights": {"functional", "layers", "metrics", "parameters", "probing", "table", "torch_private"},
     "checkpoints": {"parameters", "weights"},
     "files": {"findings", "functional", "metrics", "probing", "recording", "sums", "table"},
     "__main__": {"cli"},
@@ -48,10 +47,10 @@ BESIDE = {
 # Who may use what stands beside; the command line and the demo may use anything.
 USED_BY = {
     "metrics": {"plotting"},
-    "probing": {"findings", "plotting", "table", "tail", "layers"},
+    "probing": {"findings", "plotting", "table", "layers"},
     "monitoring": {"findings", "table"},
-    "recording": {"findings", "plotting", "table", "tail"},
-    "integrations": {"plotting", "tail"},
+    "recording": {"findings", "plotting", "table"},
+    "integrations": {"plotting"},
 }
 LEVELS = [level if isinstance(level, tuple) else (level,) for level in TOWER]
 

@@ -4,6 +4,7 @@ from spectralmetrics import functional
 from spectralmetrics.files import Measurement, ReadError, measure, merge, moments_of
 from spectralmetrics.findings import FINDING_RULES, Finding, FindingRule
 from spectralmetrics.functional import Observations, Spectrum
+from spectralmetrics.functional.tail import layer_profile, low_saturation_tail
 from spectralmetrics.integrations.values import loggable
 from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import (
@@ -59,7 +60,6 @@ from spectralmetrics.recording import (
     write_report,
 )
 from spectralmetrics.similarity import LayerSimilarity, Similarity
-from spectralmetrics.tail import layer_profile, low_saturation_tail
 from spectralmetrics.weights import WeightRow, WeightSummary, weight_spectra
 
 __version__ = "0.3.0"

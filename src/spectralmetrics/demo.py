@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spectralmetrics.functional.tail import MEAN_LAYER, layer_profile, low_saturation_tail
 from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric, SaturationMetric
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
@@ -24,7 +25,6 @@ from spectralmetrics.recording.directory import Mode
 from spectralmetrics.recording.record import Row
 from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.table import percent, plural
-from spectralmetrics.tail import MEAN_LAYER, layer_profile, low_saturation_tail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from spectralmetrics.functional import marginals as functional
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.tail import low_saturation_tail
+from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from spectralmetrics.metrics import EffectiveRankMetric, IntrinsicDimensionMetric
 from spectralmetrics.sums import Marginals
 from spectralmetrics.table import plural
-from spectralmetrics.tail import low_saturation_tail
 
 Severity: TypeAlias = Literal["problem", "note"]
 
@@ -33,10 +34,7 @@ _UNTRAINED_SPREAD = 1e-8
 """Deep networks begin with a small spread, since biases outweigh what varies, but not with a smaller one."""
 _KURTOSIS_WIDTH = 32
 """In narrower layers one large feature of a few is nothing that stands out."""
-_UNIFORM = (
-    nn.Linear,
-    *(getattr(nn, f"{kind}{rank}d") for kind in ("Conv", "ConvTranspose") for rank in (1, 2, 3)),
-)
+_UNIFORM = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 """Layers whose weights PyTorch draws uniformly between ±1/√(fan-in)."""
 _FEW = 0.02
 """Share of the width below which an effective rank is small."""
@@ -552,6 +550,23 @@ def all_but(share: float) -> str:
         return "100"
     digits = max(math.ceil(-math.log10(100 * share) - 0.1), 0)  # so that it is never rounded to 100 %
     return f"{100 - 100 * share:.{digits}f}"
+
+
+def true_ceiling(numbers: LayerNumbers) -> int:
+    """The most directions that a layer's weights allow; its width where that is unknown or refuted.
+
+    A dimension above the ceiling refutes it: weights that changed meanwhile, or a forward of the layer's own.
+
+    >>> numbers = LayerNumbers("conv", 128, 64, 1000, 0, dimension=(70.0, 70.0, 70.0))
+    >>> true_ceiling(numbers), true_ceiling(numbers._replace(dimension=(60.0, 60.0, 60.0)))
+    (128, 64)
+    """
+    return numbers.width if numbers.found > numbers.ceiling else numbers.ceiling
+
+
+def in_words(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """The messages of a layer's findings, problems first."""
+    return tuple(each.message for each in sorted(findings, key=order_of))
 
 
 def is_untrained(module: nn.Module) -> bool | None:

@@ -183,6 +183,15 @@ def is_time_first(module: nn.Module | None) -> bool | None:
     return None if batch_first is None else not batch_first
 
 
+def has_inputs_first(module: nn.Module) -> bool:
+    """Whether the weight of a layer has the inputs in its first dimension.
+
+    >>> has_inputs_first(nn.ConvTranspose1d(2, 3, 1)), has_inputs_first(nn.Conv1d(2, 3, 1))
+    (True, False)
+    """
+    return isinstance(module, TRANSPOSED_CONVOLUTIONS) or _name(type(module)) == _CONV1D
+
+
 def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
@@ -314,11 +323,13 @@ def _table() -> dict[type[nn.Module], LayerKind]:
     return {getattr(nn, name): kind for name, kind in table.items() if hasattr(nn, name)}
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: weakref.WeakKeyDictionary[type[nn.Module], LayerKind] = weakref.WeakKeyDictionary(_table())
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")  # the linear layer of GPT-2
 # Types of packages that need not be there, by module and name.
 _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
-    # The linear layer of GPT-2.
-    ("transformers.pytorch_utils", "Conv1D"): LayerKind(
+    _CONV1D: LayerKind(
         -1,
         in_features=lambda layer: len(layer.weight),
         out_features="nf",

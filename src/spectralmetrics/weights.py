@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from spectralmetrics.functional import effective_rank, eigenvalues
 from spectralmetrics.functional.power_law import power_law_tail
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, has_inputs_first
 from spectralmetrics.metrics import statistics
 from spectralmetrics.parameters import weight_in, weights_of
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 DEFAULT_STATISTICS = ("effective_rank", "stable_rank", "alpha")
 """Read unless told otherwise; ``"alpha"`` is the exponent of :func:`~.functional.power_law_tail`."""
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LOW_RANK = 0.02  # share of the narrower side
 _HEAVY, _RANDOM = 2.0, 6.0  # exponents between which the spectra of trained layers lie, see arXiv:1810.01075
 _FEWEST = 50  # singular values, below which alpha is not fitted
@@ -237,7 +236,7 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
         if "parametrizations" in name.split("."):  # its parameters make the weight of the layer around it
             continue
         prefix = "" if name == type(module).__name__ else f"{name}."
-        inputs_first = isinstance(module, _TRANSPOSED) or _is_conv1d(module)
+        inputs_first = has_inputs_first(module)
         for own, parameter, bring in weights_of(module):
             if id(parameter) in seen or is_lazy(parameter) or len(shape := bring().shape) < 2:
                 continue
@@ -246,7 +245,7 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
             if reason := "it is on the meta device" if parameter.is_meta else why_no_numbers(parameter.dtype):
                 skipped[layer] = reason
                 continue
-            stacked = len(shape) == 3 and not isinstance(module, (*_TRANSPOSED, *_CONVOLUTIONS))
+            stacked = len(shape) == 3 and not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
             for expert in range(shape[0]) if stacked else (None,):
                 row = layer if expert is None else f"{layer}.{expert}"
                 yield WeightMatrix(row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first)
@@ -262,12 +261,6 @@ def why_no_numbers(dtype: torch.dtype) -> str:
         return ""
     words = f"it holds {str(dtype).removeprefix('torch.')}"
     return words if dtype.is_complex else f"{words}: packed or quantised weights"
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of GPT-2, whose weight is transposed."""
-    kind = type(module)
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def without_wrappers(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
@@ -20,7 +21,6 @@ from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
 from spectralmetrics.probing.windows import load_remembered
-from spectralmetrics.tail import MEAN_LAYER
 
 _logger = logging.getLogger("spectralmetrics")
 

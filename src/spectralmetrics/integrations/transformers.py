@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
         'this callback needs transformers: pip install "spectralmetrics[transformers]"'
     ) from error
 
+from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.masking import Masking
@@ -36,7 +37,6 @@ from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
-from spectralmetrics.tail import MEAN_LAYER
 
 
 class LayerProbeCallback(TrainerCallback):

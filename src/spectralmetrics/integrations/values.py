@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralmetrics.tail import MEAN_LAYER, mean_over_layers, recorded_name
+from spectralmetrics.functional.tail import MEAN_LAYER, mean_over_layers, recorded_name
 
 
 def with_means(values: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:

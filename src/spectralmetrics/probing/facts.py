@@ -48,6 +48,10 @@ class GradientFacts(LayerFacts):
         return True
 
 
+UNKNOWN_LAYER = LayerFacts("", None)
+"""A layer of which nothing is known besides its data."""
+
+
 def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
     """The facts of a layer.
 

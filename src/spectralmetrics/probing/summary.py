@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from spectralmetrics.findings import Finding, LayerNumbers, find, has_eigenvalues, read_numbers
+from spectralmetrics.findings import (
+    Finding,
+    LayerNumbers,
+    find,
+    has_eigenvalues,
+    in_words,
+    read_numbers,
+    true_ceiling,
+)
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.standing_out import UNKNOWN_LAYER, in_words, true_ceiling
+from spectralmetrics.probing.facts import UNKNOWN_LAYER, LayerFacts
 from spectralmetrics.table import WIDTH, import_pandas, number, percent, text_table
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
+from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.sums import SpectralSum, full_precision, run_together
 from spectralmetrics.torch_private import in_backward, outside_transforms, untraced, untransformed
 
@@ -128,7 +129,7 @@ class PCAProjection(nn.Module):
         if self._spectrum is None:
             kept = self.covariance.sums[0]
             sums = kept if isinstance(kept, SpectralSum) and kept.num_features else None
-            if _several_processes() and not self._is_merged:
+            if is_one_of_several() and not self._is_merged:
                 with torch.inference_mode(False), torch.no_grad():
                     sums = run_together(self.covariance.exchanges())[0]
             if sums is None or int(sums.num_observations) == 0:
@@ -178,7 +179,7 @@ class PCAProjection(nn.Module):
             normal = torch.randn(width, rank, generator=generator, dtype=torch.float64, device=device)
             # Of a Gaussian matrix, Q is uniform on all subspaces of that rank.
             directions = torch.linalg.qr(normal).Q
-            if _several_processes():
+            if is_one_of_several():
                 told = [directions.cpu()]
                 dist.broadcast_object_list(told)
                 directions = told[0]
@@ -267,7 +268,7 @@ class PCAProjection(nn.Module):
             # Tensors made in inference mode could not be used where gradients are wanted.
             with outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 spectrum = self.spectrum()
-                if _several_processes() and not self._is_merged:
+                if is_one_of_several() and not self._is_merged:
                     # From here on a saved state is complete; training again starts a new one.
                     self.covariance.absorb([spectrum.sums])
                     self._is_merged = True
@@ -337,7 +338,3 @@ def _multiply(values: Tensor, matrix: Tensor, dim: int) -> Tensor:
     # (..., D, positions): the positions stay contiguous, as in the input
     product: Tensor = matrix.mT @ values.flatten(dim + 1)
     return product.reshape(*product.shape[:-1], *values.shape[dim + 1 :])
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -18,15 +18,15 @@ from spectralmetrics.functional.relations import (
     linear_cka,
     subspace_overlap,
 )
+from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
-from spectralmetrics.probing.standing_out import UNKNOWN_LAYER
+from spectralmetrics.probing.facts import UNKNOWN_LAYER
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import RecordKey, Row
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.arrays import SavedLayer
 from spectralmetrics.sums import Numbered
 from spectralmetrics.table import WIDTH, number, percent, plural, text_table
-from spectralmetrics.tail import MEAN_LAYER
 
 
 def compare(

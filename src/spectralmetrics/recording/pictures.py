@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectralmetrics.functional.tail import MEAN_LAYER, low_saturation_tail
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
 from spectralmetrics.recording.record import RecordKey, Row
 from spectralmetrics.recording.settings import Settings
 from spectralmetrics.table import percent
-from spectralmetrics.tail import MEAN_LAYER, low_saturation_tail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

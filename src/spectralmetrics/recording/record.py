@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.tail import MEAN_LAYER, mean_over_layers, recorded_name
 from spectralmetrics.metrics import Interval
 from spectralmetrics.metrics.stream import spectrum_of
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
-from spectralmetrics.tail import MEAN_LAYER, mean_over_layers, recorded_name
 
 
 class RecordKey(NamedTuple):

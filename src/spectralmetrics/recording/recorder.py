@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from spectralmetrics.functional.tail import MEAN_LAYER, recorded_name
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
@@ -33,7 +34,6 @@ from spectralmetrics.recording.settings import Settings, describe
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.sums.checks import is_integer
-from spectralmetrics.tail import MEAN_LAYER, recorded_name
 
 
 class Recorder:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
@@ -27,7 +28,6 @@ from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, sa
 from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
 from spectralmetrics.recording.writers.history import read_history
 from spectralmetrics.sums import Marginals
-from spectralmetrics.tail import MEAN_LAYER
 
 
 class SavedRun:

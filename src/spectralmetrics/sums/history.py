@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spectralmetrics.sums import fused
 from spectralmetrics.sums.measuring import Measured, measure, measured_last
-from spectralmetrics.sums.merging import ForReader, agree_on_width
+from spectralmetrics.sums.merging import ForReader, agree
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import Intake, Sum
 
@@ -95,15 +95,9 @@ class ForwardHistory(Sum):
         self, known: ForwardHistory | None, rank: int, world_size: int
     ) -> Generator[Tensor, Any, ForwardHistory | None]:
         """See :class:`.Sum`."""
-        header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
-        header[rank, 0] = self.num_features
-        header[rank, 1] = known is None
-        header = (yield header).cpu()
-        if not header[:, 1].any():
-            return known
-        width = agree_on_width(header[:, 0])
-        if width == 0:
-            return None
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.ring.device)
         # Which forwards the others have seen is not known, so that each process sends all of its own.
         rings = torch.zeros(world_size, *mine.ring.shape, dtype=torch.float64, device=mine.ring.device)

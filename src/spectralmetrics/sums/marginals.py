@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.measuring import measure
-from spectralmetrics.sums.merging import ForReader, Largest, agree_on_width
+from spectralmetrics.sums.merging import ForReader, Largest, agree_beside
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
 from spectralmetrics.sums.sum import Intake
@@ -110,16 +110,10 @@ class Marginals(AboutOrigin):
         The origin is the mean of the process with most observations, so that features which are constant
         everywhere keep a variance of exactly zero. Nothing of the width grows with the number of processes.
         """
-        header = torch.zeros(world_size, 3, dtype=torch.float64, device=self.count.device)
-        header[rank, 0], header[rank, 1], header[rank, 2] = self.num_features, known is None, self.count
-        told = yield header
-        assert told is not None
-        widths, is_unknown, counts = told.cpu().unbind(1)
-        if not is_unknown.any():
-            return known
-        width = agree_on_width(widths)
+        own = self.count.reshape(1)
+        width, counts = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
         if not width:
-            return None
+            return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.count.device)
         mine = cast("Marginals", mine.plain())
         mean = torch.full_like(mine.origin, -torch.inf)  # above none

@@ -172,10 +172,27 @@ def agree(
     Raises:
         ValueError: if the widths differ.
     """
-    header = torch.zeros(world_size, 2, dtype=torch.float64, device="cpu")
-    header[rank] = torch.tensor([num_features, not is_known], dtype=torch.float64, device="cpu")
+    width, _ = yield from agree_beside(num_features, is_known, rank, world_size, torch.empty(0, device="cpu"))
+    return width
+
+
+def agree_beside(
+    num_features: int, is_known: bool, rank: int, world_size: int, own: Tensor
+) -> Generator[Tensor, Tensor, tuple[int | None, Tensor]]:
+    """As :func:`agree`, and in the same step what each process has, shape (world_size, n), on the CPU.
+
+    Args:
+        num_features: see :func:`agree`.
+        is_known: likewise.
+        rank: likewise.
+        world_size: likewise.
+        own: what this process has, shape (n,).
+    """
+    header = torch.zeros(world_size, 2 + len(own), dtype=torch.float64, device="cpu")
+    header[rank, :2] = torch.tensor([num_features, not is_known], dtype=torch.float64, device="cpu")
+    header[rank, 2:] = own
     header = (yield header).cpu()
-    return agree_on_width(header[:, 0]) if header[:, 1].any() else None
+    return (agree_on_width(header[:, 0]) if header[:, 1].any() else None), header[:, 2:]
 
 
 def agree_on_width(widths: Tensor) -> int:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.sums.merging import ForReader, agree_on_width
+from spectralmetrics.sums.merging import ForReader, agree_beside
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
 from spectralmetrics.sums.sum import Intake, Sum
@@ -89,17 +89,11 @@ class Reservoir(Sum):
         The keys of all samples are shared first; then each row that is kept travels once, from the one process
         that has it.
         """
-        header = torch.zeros(world_size, 2 + self.capacity, dtype=torch.float64, device="cpu")
-        header[rank, 0] = self.num_features
-        header[rank, 1] = known is None
-        header[rank, 2:] = self.keys if self.num_features else torch.inf
-        header = (yield header).cpu()
-        if not header[:, 1].any():
-            return known
-        width = agree_on_width(header[:, 0])
-        if width == 0:
-            return None
-        smallest = torch.topk(header[:, 2:].flatten(), self.capacity, largest=False, sorted=True)
+        own = self.keys if self.num_features else torch.full((self.capacity,), torch.inf)
+        width, keys = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
+        if not width:
+            return known if width is None else None
+        smallest = torch.topk(keys.flatten(), self.capacity, largest=False, sorted=True)
         owner, place = smallest.indices // self.capacity, smallest.indices % self.capacity
         rows = torch.zeros(self.capacity, width, dtype=torch.float64, device=self.rows.device)
         if self.num_features:

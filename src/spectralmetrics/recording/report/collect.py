@@ -12,7 +12,8 @@ import torch
 
 from spectralmetrics.functional.dimension import Rule
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.probing.standing_out import UNKNOWN_LAYER
+from spectralmetrics.functional.tail import MEAN_LAYER
+from spectralmetrics.probing.facts import UNKNOWN_LAYER
 from spectralmetrics.recording.record import RecordKey
 from spectralmetrics.recording.report.encode import MISSING
 from spectralmetrics.recording.report.forwards import QUANTITIES, of_history
@@ -21,7 +22,6 @@ from spectralmetrics.recording.report.words import Known, Words
 from spectralmetrics.recording.saved import Failures, SavedRun
 from spectralmetrics.recording.settings import Settings
 from spectralmetrics.recording.writers.arrays import SavedLayer
-from spectralmetrics.tail import MEAN_LAYER
 
 Progress: TypeAlias = Callable[[str, int], None]
 Content: TypeAlias = dict[str, Any]

@@ -10,12 +10,19 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from spectralmetrics.findings import Finding, LayerNumbers, in_tail, of_layer, read_numbers
+from spectralmetrics.findings import (
+    Finding,
+    LayerNumbers,
+    in_tail,
+    in_words,
+    of_layer,
+    read_numbers,
+    true_ceiling,
+)
+from spectralmetrics.functional.tail import tail_start
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.standing_out import in_words, true_ceiling
 from spectralmetrics.recording.report.spectra import Bounds
 from spectralmetrics.recording.writers.arrays import SavedLayer
-from spectralmetrics.tail import tail_start
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.findings import LayerNumbers, find
+from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.table import encodable, number
-from spectralmetrics.tail import MEAN_LAYER
 
 if TYPE_CHECKING:
     from rich.console import Console
