@@ -91,7 +91,7 @@ class World:
         found["probe"] = (
             self.probe.layers,
             self.probe._router.paused,
-            self.probe._router.rows.masks.value,
+            self.probe._router.masks.value,
             len(self.probe._hooks),
         )
         found["similarity"] = [_plain(each) for each in (self.similarity._sums, self.similarity._counts)]

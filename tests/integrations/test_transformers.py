@@ -168,7 +168,7 @@ def test_a_failed_forward_does_not_leave_its_mask(tmp_path):
     mask = torch.stack([item["attention_mask"] for item in items])
     with pytest.raises(Exception, match="input_ids"):
         model(attention_mask=mask)
-    assert callback.probe._router.rows.masks.value is None
+    assert callback.probe._router.masks.value is None
 
 
 def test_an_evaluation_s_values_are_among_its_metrics(tmp_path):

@@ -899,12 +899,12 @@ class TestControls:
     @pytest.mark.parametrize(
         "part",
         [
-            "routing.how_it_runs",
-            "routing.undisturbed.__enter__",
-            "routing.ObservationRule.batch",
+            "core.how_it_runs",
+            "core.undisturbed.__enter__",
+            "core.ObservationRule.batch",
             "taking.Masks.met",
-            "taking.draw",
-            "routing.Steps.observes",
+            "core.draw",
+            "core.Steps.observes",
             "observations.Batch.observations",
             "collections.LayerMetrics.update",
         ],

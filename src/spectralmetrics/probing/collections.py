@@ -43,6 +43,9 @@ class Counts(NamedTuple):
     in_range: int
 
 
+Places: TypeAlias = Mapping[tuple[str, str], "LayerMetrics"]
+"""(stage, layer) -> its metrics."""
+
 Counted: TypeAlias = Mapping[int, Counts]
 """Of each leader, by its ``id``."""
 

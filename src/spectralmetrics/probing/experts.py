@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.layers import register_layer
-from spectralmetrics.probing.labelling import Labels
-from spectralmetrics.probing.masking import Masks
+from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.parts import LeftOut, Span, Split, is_dtensor, own_of, part_of, sent_rows
 from spectralmetrics.probing.routed import Routed, arguments_of
 from spectralmetrics.probing.sampling import draw

@@ -23,7 +23,7 @@ from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
-from spectralmetrics.probing.taking import Moment
+from spectralmetrics.probing.steps import Moment
 from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once
 
 COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
@@ -50,7 +50,7 @@ class Awaited(NamedTuple):
     moment: Moment
 
 
-UNKNOWN = Awaited("", "", Moment(0, None, None, {}, None, None))
+UNKNOWN = Awaited("", "", Moment(0, {}))
 
 
 class GradientRouter(Router):
@@ -80,33 +80,30 @@ class GradientRouter(Router):
             output: what it put out; None if only the compiler knows.
             training: the flag that tells the stage.
         """
-        if self._is_observing():
+        if self.thread.observing:
             return None
         if in_backward():  # a checkpoint's recomputation, whose gradients are those of the forward
             awaited: Awaited | None = self._recomputed.recorded(name, UNKNOWN)
             if awaited is UNKNOWN:
                 return UNKNOWN
         else:
-            awaited = self._decide(name, module, output, training)
+            awaited = self.observe(name, module, output, training, None)
         if not torch.is_grad_enabled():
             self._recomputed.record(name, awaited)
         return awaited
 
-    def _decide(self, name: str, module: nn.Module, output: Any, training: bool) -> Awaited | None:
-        is_idle = bool(self.paused)  # others that share the layer may wait for this process all the same
-        if is_idle and not self.meshes.concerns(output):
-            return None
-        stage = self._steps.stage_of(training)
-        if stage is None or self._passes(stage, name):
-            return None
-        is_idle = is_idle or self._is_closed(name)
-        if is_idle and not self.meshes.concerns(output):
-            return None
-        has_grad = torch.is_grad_enabled()
-        moment = self._guard(
-            stage, name, output, self._enter, module, output, has_grad, is_idle, is_idle=is_idle
-        )
-        return None if moment is None else Awaited(stage, name, moment)
+    def take(
+        self,
+        of_layer: LayerMetrics,
+        is_idle: bool,
+        module: nn.Module,
+        output: Any,
+        select: Select | None,
+        has_grad: bool,
+    ) -> Awaited | None:
+        """Count a forward, whose gradients arrive later; see :meth:`.Core.take`."""
+        moment = self.enter(of_layer, is_idle, module, output, has_grad)
+        return None if moment is None else Awaited(of_layer.stage, of_layer.layer, moment)
 
     def attach(
         self,
@@ -127,13 +124,13 @@ class GradientRouter(Router):
             arguments: of the layer's forward.
             hook: on the layer; once it is gone nothing is observed any more.
         """
-        self._guard(
-            awaited.stage, awaited.layer, output, self._attach, awaited, module, output, select, arguments, hook
-        )
+        where = awaited.stage, awaited.layer, output, False
+        self.guard(*where, self._attach, awaited, module, output, select, arguments, hook)
 
     def _attach(
         self,
         of_layer: LayerMetrics,
+        is_idle: bool,
         awaited: Awaited,
         module: nn.Module,
         output: Any,
@@ -156,7 +153,7 @@ class GradientRouter(Router):
         stride = None
         if packing is None and not values.is_nested and values.ndim:
             # What there is to say of layouts, masks and labels is said in the forward, as of any output.
-            batch = self.rows.batch_of(of_layer, module, values, awaited.moment)
+            batch = self.batch_of(of_layer, module, values, awaited.moment)
             stride = None if batch.guessed_dim is None else values.stride()
         region = None if whole is values else Region.of_view(values, whole)
         arrival = Arrival(weakref.ref(hook), awaited, Form(stride, packing, region))
@@ -171,32 +168,32 @@ class GradientRouter(Router):
     def arrive(self, awaited: Awaited, gradient: Tensor, form: Form, why: str = "") -> None:
         """Observe a gradient, or leave the layer out and say why; nothing that happens here ends a backward."""
         is_idle = bool(self.paused) or awaited.moment.is_idle or self._is_closed(awaited.layer)
-        if self._is_observing() or (is_idle and not self.meshes.concerns(gradient)):
+        if self.thread.observing or (is_idle and not self.meshes.concerns(gradient)):
             return
-        self._guard(
-            awaited.stage, awaited.layer, gradient, self._arrive, awaited, gradient, form, why, is_idle=is_idle
-        )
+        where = awaited.stage, awaited.layer, gradient, is_idle
+        self.guard(*where, self._arrive, awaited, gradient, form, why)
 
-    def _arrive(self, of_layer: LayerMetrics, awaited: Awaited, gradient: Tensor, form: Form, why: str) -> None:
-        module, limit = self._modules[awaited.layer](), self._limits.max_samples
+    def _arrive(
+        self, of_layer: LayerMetrics, is_idle: bool, awaited: Awaited, gradient: Tensor, form: Form, why: str
+    ) -> None:
+        module, limit = self.modules[awaited.layer](), self.limits.max_samples
         if module is None or how_it_runs(gradient) != "run" or is_many_at_once(gradient):
             return
         if why:
             raise LeftOut(why)
         moment, name, meshes = awaited.moment, awaited.layer, self.meshes
         is_full = limit is not None and of_layer.samples >= limit
-        is_idle = bool(self.paused or self.is_merged or of_layer.given_up or of_layer.too_wide)
-        is_idle = is_idle or moment.is_idle or is_full
+        is_idle = bool(is_idle or of_layer.given_up or of_layer.too_wide or is_full)
         if is_idle and not meshes.concerns(gradient):
             return
         values = form.of(unscaled(gradient.detach(), self.scale))
         if meshes.active or is_dtensor(values):
-            part = meshes.part_of(name, module, values, self._layout.dims.get(name))
+            part = meshes.part_of(name, module, values, self.layout.dims.get(name))
             if part is not None:
-                self.rows.take_part(of_layer, module, part, moment, is_idle)
+                self.take_part(of_layer, module, part, moment, is_idle)
                 return
         if not is_idle:
-            self.rows.take(of_layer, module, values, moment)
+            self.take_rows(of_layer, module, values, moment)
 
 
 def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:

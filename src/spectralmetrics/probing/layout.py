@@ -108,6 +108,18 @@ class FeatureDim:
         return Found(at[is_last], is_guess=any(clue.is_last is not is_last for clue in fitting))
 
 
+class At(FeatureDim):
+    """Features whose dimension has been found."""
+
+    def __init__(self, found: Found, takes_sequences: bool) -> None:
+        super().__init__(takes_sequences=takes_sequences)
+        self._found = found
+
+    def find(self, values: Tensor) -> Found:
+        """See :class:`.FeatureDim`."""
+        return self._found
+
+
 def dim_of(module: nn.Module, *, of_inputs: bool = False) -> FeatureDim:
     """Where the features of a layer are, by what it is itself.
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import zlib
 from dataclasses import dataclass
 
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.parts import LeftOut
+from spectralmetrics.probing.sampling import sample_size
+from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums.checks import check_positive_integer, check_seed
 
 
@@ -42,3 +46,24 @@ class Limits:
                 f" {8 * width * 512 / 2**30:.2g} GiB"
             )
         of_layer.sketch(self.sketch_size)
+
+    def draws(
+        self, of_layer: LayerMetrics, width: int, most: int | None, forward: int, steps: Steps
+    ) -> tuple[int | None, int]:
+        """How many observations of a forward to draw, None for all, and the seed of the draws.
+
+        Args:
+            of_layer: whose forward.
+            width: number of features.
+            most: how many at most; None for all.
+            forward: number of the forward.
+            steps: with the budget.
+        """
+        rows_per_feature = steps.rows_per_feature(of_layer.stage, self.rows_per_feature)
+        if rows_per_feature is None and most is None:
+            return None, 0
+        size = sys.maxsize if most is None else most
+        if rows_per_feature is not None:
+            size = min(sample_size(rows_per_feature, width), size)
+        where = f"{self.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {forward}"
+        return size, zlib.crc32(where.encode())

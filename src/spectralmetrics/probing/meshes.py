@@ -16,7 +16,7 @@ from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights, extremes
 from spectralmetrics.probing.hooks import Observe, Select
 from spectralmetrics.probing.identity import is_one_of_several
-from spectralmetrics.probing.layout import FeatureDim, Found, dim_of, widths_around
+from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
 from spectralmetrics.probing.selecting import Selecting
@@ -270,6 +270,16 @@ class Meshes:
         self._model = lambda: None  # type: ignore[assignment]
 
 
+class Alone:
+    """Stands for :class:`Meshes` where no other process shares a forward."""
+
+    active = False
+
+    def concerns(self, output: Any) -> bool:
+        """See :class:`Meshes`."""
+        return False
+
+
 class FirstOrLast:
     """Passes on what the first hook of a layer sees if it is a DTensor, or else what the last sees.
 
@@ -295,18 +305,6 @@ class FirstOrLast:
         is_seen, self._is_seen = self._is_seen, False
         if not is_seen:
             self._observe(module, output, training, select)
-
-
-class At(FeatureDim):
-    """Features whose dimension has been found."""
-
-    def __init__(self, found: Found, takes_sequences: bool) -> None:
-        super().__init__(takes_sequences=takes_sequences)
-        self._found = found
-
-    def find(self, values: Tensor) -> Found:
-        """See :class:`.FeatureDim`."""
-        return self._found
 
 
 def has_dtensors(module: nn.Module) -> bool:

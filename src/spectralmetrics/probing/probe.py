@@ -1028,7 +1028,7 @@ class LayerProbe(nn.Module):
 
         Warns once of each layer whose steps it did not fit: padding was counted there.
         """
-        with self._router.rows.masks.within(mask):
+        with self._router.masks.within(mask):
             yield
 
     @contextlib.contextmanager
@@ -1058,7 +1058,7 @@ class LayerProbe(nn.Module):
         >>> sorted(probe.compute())
         ['linear_probe/train/0', 'linear_probe/train/2']
         """
-        with self._router.rows.labels.within(labels):
+        with self._router.labels.within(labels):
             yield
 
     def remove(self) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from spectralmetrics.probing.budget import Budget, Plan
 from spectralmetrics.probing.hooks import Hooks, Select
@@ -35,10 +35,33 @@ class Forward:
     groups: dict[int, int] = field(default_factory=dict)
 
 
-class _Thread(threading.local):
-    """The forward of the model that runs in each thread."""
+class Moment(NamedTuple):
+    """What belongs to one forward of a layer besides its output.
+
+    Attributes:
+        forward: number of the forward, of the layer and since the last reset; decides which rows are drawn.
+        groups: see :meth:`Steps.groups`.
+        number: number of the model's forward for histories; None where no metric keeps one.
+        step: step of the optimiser.
+        mask: laid beside the model.
+        labels: likewise.
+        is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
+    """
+
+    forward: int
+    groups: dict[int, int]
+    number: int | None = None
+    step: int | None = None
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    is_idle: bool = False
+
+
+class Thread(threading.local):
+    """What each thread knows for itself: the forward that runs in it, and whether it observes."""
 
     current: Forward | None = None
+    observing = False
 
 
 class Steps:
@@ -53,7 +76,7 @@ class Steps:
         stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback sets
             it, which knows more than the flag.
         shares: says whether other processes share forwards of the model, and so must observe the same.
-        running: the forward of the model that runs in this thread.
+        thread: the forward of the model that runs in this thread.
         agreed: one in how many, and the seed, as processes that share forwards have agreed; None goes by what
             is set.
     """
@@ -73,7 +96,7 @@ class Steps:
         self.forwards = {"train": 0, "eval": 0}  # ever
         self.step: int | None = None  # of the optimiser, as far as somebody tells
         self.agreed: tuple[int, int] | None = None
-        self.running = _Thread()
+        self.thread = Thread()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of the model begins."""
@@ -81,7 +104,7 @@ class Steps:
             return
         stage = self.stage_of(training)
         if stage is None:
-            self.running.current = None
+            self.thread.current = None
             return
         step = self.counts[stage]
         self.counts[stage] += 1
@@ -92,13 +115,13 @@ class Steps:
             is_seen = self._allows(stage, step) and is_seen
         # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
         counts = stage != "train" or torch.is_grad_enabled()
-        self.running.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
+        self.thread.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
         self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """The forward that began last ends."""
         if not in_backward():
-            self.running.current = None
+            self.thread.current = None
 
     def groups(self) -> dict[int, int]:
         """The groups of the forward of the model that runs in this thread; of its own for a call outside."""
@@ -125,13 +148,20 @@ class Steps:
 
     def passes(self) -> bool:
         """Whether the forward of the model that runs in this thread is not observed."""
-        current = self.running.current
+        current = self.thread.current
         return current is not None and not current.is_observed
 
     @property
     def leaves_out(self) -> bool:
         """Whether some forwards may not be observed."""
         return self.every > 1 or self.budget is not None or (self.agreed or (1,))[0] > 1
+
+    def rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
+        """How many rows to draw for each feature, as wanted and as the budget allows; None for all."""
+        allowed = None if self.budget is None else self.budget.rows_per_feature(stage)
+        if allowed is None or wanted is None:
+            return wanted if allowed is None else allowed
+        return min(wanted, allowed)
 
     def reset(self, stage: str) -> None:
         """Count a stage from the beginning, with other draws."""
@@ -171,15 +201,15 @@ class Steps:
 
     def _current(self) -> Forward | None:
         """The forward of the model that runs in this thread."""
-        return self.running.current
+        return self.thread.current
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "running"}
+        state = {name: value for name, value in self.__dict__.items() if name != "thread"}
         return state | {"stage_of": stage_by_flag, "shares": _never}  # who knows better knows of the original
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.running = _Thread()
+        self.thread = Thread()
 
 
 def _never() -> bool:

@@ -6,121 +6,69 @@ import sys
 import zlib
 from collections.abc import Container, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectralmetrics.probing.alike import Alike
-from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.beside import Labels, Masks
+from spectralmetrics.probing.collections import LayerMetrics, Places
+from spectralmetrics.probing.core import Core
 from spectralmetrics.probing.doubts import doubt_of
 from spectralmetrics.probing.experts import Pairs
 from spectralmetrics.probing.hooks import how_it_runs, tell
-from spectralmetrics.probing.labelling import Labels
-from spectralmetrics.probing.layout import FeatureDim, Layout, dim_of
+from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.masking import Masks
-from spectralmetrics.probing.meshes import At
+from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.parts import LeftOut, Part, Split, first_rank
 from spectralmetrics.probing.placement import bring, how_of_wholes, place, placed_as
-from spectralmetrics.probing.plain import Plain
 from spectralmetrics.probing.sampling import draw, sample_size
-from spectralmetrics.probing.steps import Steps
+from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums import Observations
 from spectralmetrics.sums.observations import plain_observations
 from spectralmetrics.torch_private import is_context_parallel, is_fake
 
 
-class Moment(NamedTuple):
-    """What belongs to one forward of a layer besides its output.
-
-    Attributes:
-        forward: number of the forward, of the layer and since the last reset; decides which rows are drawn.
-        number: number of the model's forward for histories; None where no metric keeps one.
-        step: step of the optimiser.
-        groups: see :meth:`.Steps.groups`.
-        mask: laid beside the model.
-        labels: likewise.
-        is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
-    """
-
-    forward: int
-    number: int | None
-    step: int | None
-    groups: dict[int, int]
-    mask: Tensor | None
-    labels: Tensor | None
-    is_idle: bool = False
-
-
-class Rows:
-    """Hands the rows of outputs to the metrics of their layer and stage.
-
-    Args:
-        rule: what is an observation.
-        limits: how many of them; looked at in each forward.
-        steps: which forwards of the model.
-        layout: of sequences.
-        selected: layers of whose output a function of the user's returns a part.
-        alike: the limits that count for what processes share.
+class Rows(Core):
+    """Outputs of every kind as rows: whole, in part, or those of the tokens of an expert.
 
     Attributes:
         masks: laid beside the model.
         labels: likewise.
+        layout: of sequences.
+        selected: layers of whose output a function of the user's returns a part.
     """
+
+    meshes: Meshes
 
     def __init__(
         self,
+        places: Places,
         rule: ObservationRule,
         limits: Limits,
         steps: Steps,
+        meshes: Meshes,
         layout: Layout,
         selected: Container[str],
-        alike: Alike,
     ) -> None:
+        super().__init__(places, rule, limits, steps, meshes)
         self.masks = Masks()
         self.labels = Labels()
-        self._rule = rule
-        self._limits = limits
-        self._alike = alike
-        self._steps = steps
-        self._layout = layout
+        self.layout = layout
+        self.selected = selected
         self._told_layout: set[str] = set()
-        self._plain: dict[str, Plain | None] = {}  # layer -> what its last output was like
-        self._selected = selected
 
-    def take(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> None:
-        """Hand the rows of an output to the metrics."""
-        limits = self._limits
+    def _batch(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> Batch:
         batch = self.batch_of(of_layer, module, output, moment)
-        if is_context_parallel():
-            batch = self._of_some_positions(of_layer.layer, batch)
-        if limits.max_samples is not None:
-            batch = batch.first(limits.max_samples - of_layer.samples)
-        if batch.values.numel() == 0:
-            return
-        of_layer.samples += batch.num_samples
-        labelled = batch.labelled()
-        observations = batch.observations(self._rule)
-        limit = batch.limit(self._rule)
-        self._plain[of_layer.layer] = Plain.of(output, batch, observations, limit)
-        limits.check_width(of_layer, observations.num_features)
-        everything = None
-        if moment.number is not None:
-            everything = observations = replace(observations, forward=moment.number, step=moment.step)
-        size, seed = self._draws(of_layer, observations.num_features, limit, moment.forward, limits)
-        if size is not None:
-            observations = draw(observations, size, seed)
-            labelled = None if labelled is None else draw(labelled, size, seed)
-        of_layer.update(observations, labelled, moment.groups, batch.values, everything)
+        return self._of_some_positions(of_layer.layer, batch) if is_context_parallel() else batch
 
     def _of_some_positions(self, name: str, batch: Batch) -> Batch:
         """A batch where each process has some positions of each sample, and has nothing of whole samples."""
         if batch.kind == "rows" or batch.is_feature_map:
             return batch
-        if how := how_of_wholes(batch, self._rule):
+        if how := how_of_wholes(batch, self.rule):
             raise LeftOut(
                 f"{how} needs whole samples, of which each process has some positions inside context_parallel."
                 " Take every position (sequences='timesteps', feature_maps='positions')"
@@ -133,12 +81,12 @@ class Rows:
     def take_again(self, of_layer: LayerMetrics, output: Any) -> bool:
         """Take an output like the last one of its layer in few steps, where all of its rows are observations.
 
-        Does what counting the forward and :meth:`take` would do.
+        Does what counting the forward and :meth:`.Core.take_rows` would do.
 
         Returns:
             Whether it did; where anything else is to be looked at, nothing is done.
         """
-        plain, limits = self._plain.get(of_layer.layer), self._limits
+        plain, limits = self.plain.get(of_layer.layer), self.limits
         if (
             plain is None
             or type(output) is not Tensor
@@ -146,7 +94,7 @@ class Rows:
             or of_layer.needs_more_than_rows
             or of_layer.given_up
             or of_layer.too_wide
-            or self._steps.leaves_out
+            or self.steps.leaves_out
             or self.masks.value is not None
             or limits.max_samples is not None
             or limits.max_features < plain.width
@@ -159,7 +107,7 @@ class Rows:
         of_layer.ran += 1
         of_layer.samples += plain.shape[0]
         observations = plain_observations(output.detach(), plain.dim)
-        size, seed = self._draws(of_layer, plain.width, plain.limit, forward, limits)
+        size, seed = limits.draws(of_layer, plain.width, plain.limit, forward, self.steps)
         of_layer.update(observations if size is None else draw(observations, size, seed))
         return True
 
@@ -175,28 +123,28 @@ class Rows:
             moment: what else belongs to the forward; its number says what is drawn.
             is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
         """
-        name, limits = of_layer.layer, self._alike.limits
+        name, limits = of_layer.layer, self.meshes.alike.limits
         if is_fake(part.local):
             return
         dims = None
-        if name not in self._selected:
-            dims = self._layout.dims.get(name) or dim_of(module, of_inputs=self._rule.observe == "inputs")
+        if name not in self.selected:
+            dims = self.layout.dims.get(name) or dim_of(module, of_inputs=self.rule.observe == "inputs")
             dims = At(dims.find(part.meta()), dims.takes_sequences)
 
         def make(values: Tensor, with_flags: bool) -> Batch:
             if not with_flags:
-                return self._batch(name, module, values, None, dims)
+                return self._plain_batch(name, module, values, None, dims)
             return self.batch_of(of_layer, module, values, moment, dims)
 
-        placed = place(part, make, self._rule)
+        placed = place(part, make, self.rule)
         if placed.whole.labels is not None and placed.batch.labels is None:
             self.labels.note(name, part.shape, fits=False)
         remaining = None if limits.max_samples is None else max(limits.max_samples - of_layer.samples, 0)
         labelled = placed.batch.labelled()
-        observations = placed.observations(self._rule, remaining)
+        observations = placed.observations(self.rule, remaining)
         width = placed.whole_width(observations)
         limits.check_width(of_layer, width)
-        size, seed = self._draws(of_layer, width, placed.whole.limit(self._rule), moment.forward, limits)
+        size, seed = limits.draws(of_layer, width, placed.whole.limit(self.rule), moment.forward, self.steps)
         if of_layer.folds > 1:
             of_layer.share_with((first_rank(part), dist.get_world_size()))
         everything = None
@@ -226,7 +174,7 @@ class Rows:
         if moment.is_idle and not any(split.op for split in splits):
             of_layer.pass_over(moment.groups)
             return
-        limits = self._alike.limits if splits else self._limits
+        limits = self.meshes.alike.limits if splits else self.limits
         width, tokens = pairs.states.shape[-1], pairs.tokens
         limits.check_width(of_layer, width)
         valid = None
@@ -237,7 +185,7 @@ class Rows:
             tokens = tokens if splits else tokens[:remaining]
         labels = pairs.labels[tokens] if of_layer.takes_labels and pairs.labels is not None else None
         seen = Observations(tokens[:, None], valid=valid, labels=labels)
-        size, seed = self._draws(of_layer, width, None, moment.forward, limits)
+        size, seed = limits.draws(of_layer, width, None, moment.forward, self.steps)
         everything = None
         if moment.number is None:
             observations = self._put_out(pairs, seen, splits, size, seed)
@@ -264,43 +212,23 @@ class Rows:
         behind = [split for split in splits if not split.is_replicated]
         chosen = bring(seen, placed_as(seen, before), size, seed)
         tokens = chosen.values[:, 0]
-        rows = pairs.states[tokens] if self._rule.observe == "inputs" else pairs.outputs(tokens)
+        rows = pairs.states[tokens] if self.rule.observe == "inputs" else pairs.outputs(tokens)
         found = replace(chosen, values=rows)
         return bring(found, placed_as(found, behind), None, seed) if behind else found
 
     def most(self, stage: str, width: int, where: str) -> tuple[int | None, int]:
         """How many rows to draw in one forward of a layer that processes share, None for all, and a seed."""
-        limits = self._alike.limits
-        rows_per_feature = self._rows_per_feature(stage, limits.rows_per_feature)
+        limits = self.meshes.alike.limits
+        rows_per_feature = self.steps.rows_per_feature(stage, limits.rows_per_feature)
         size = None if rows_per_feature is None else sample_size(rows_per_feature, width)
         return size, zlib.crc32(f"{limits.seed} {stage} {where}".encode())
 
-    def _draws(
-        self, of_layer: LayerMetrics, width: int, limit: int | None, forward: int, limits: Limits
-    ) -> tuple[int | None, int]:
-        """How many observations to draw of a batch, None for all, and the seed of the draws."""
-        rows_per_feature = self._rows_per_feature(of_layer.stage, limits.rows_per_feature)
-        if rows_per_feature is None and limit is None:
-            return None, 0
-        size = sys.maxsize if limit is None else limit
-        if rows_per_feature is not None:
-            size = min(sample_size(rows_per_feature, width), size)
-        where = f"{limits.seed} {of_layer.stage} {of_layer.layer} {of_layer.epoch} {forward}"
-        return size, zlib.crc32(where.encode())
-
-    def _rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
-        budget = self._steps.budget
-        allowed = None if budget is None else budget.rows_per_feature(stage)
-        if allowed is None or wanted is None:
-            return wanted if allowed is None else allowed
-        return min(wanted, allowed)
-
-    def _batch(
+    def _plain_batch(
         self, name: str, module: nn.Module, output: Any, mask: Tensor | None, dims: FeatureDim | None = None
     ) -> Batch:
-        is_selected, time_first = name in self._selected, name in self._layout.time_first
-        dims = self._layout.dims.get(name) if dims is None else dims
-        return self._rule.batch(None if is_selected else module, output, mask, time_first, dims)
+        is_selected, time_first = name in self.selected, name in self.layout.time_first
+        dims = self.layout.dims.get(name) if dims is None else dims
+        return self.rule.batch(None if is_selected else module, output, mask, time_first, dims)
 
     def batch_of(
         self,
@@ -312,14 +240,14 @@ class Rows:
     ) -> Batch:
         """The output with samples first, as its layer, its surroundings and the mask tell, and its labels."""
         name = of_layer.layer
-        batch = self._batch(name, module, output, moment.mask, dims)
+        batch = self._plain_batch(name, module, output, moment.mask, dims)
         if moment.mask is self.masks.value:  # or it has been noted in the forward
             self.masks.met(name, batch)
-        if name not in self._told_layout and (doubt := doubt_of(name, batch, self._layout, self._rule)):
+        if name not in self._told_layout and (doubt := doubt_of(name, batch, self.layout, self.rule)):
             self._told_layout.add(name)
             tell(doubt)
         if of_layer.takes_labels and moment.labels is not None:
-            batch = self.labels.join(name, batch, moment.labels, name in self._layout.time_first)
+            batch = self.labels.join(name, batch, moment.labels, name in self.layout.time_first)
         return batch
 
     def __getstate__(self) -> dict[str, Any]:

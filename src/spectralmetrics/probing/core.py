@@ -1,0 +1,200 @@
+"""The core on one page: a hook, an observation, a metric.
+
+A forward hook shows :meth:`Core.observe` what its layer has put out. The rows of that are observations, which
+the metrics of the layer add to their sums. For a plain eager model this is all:
+
+>>> from spectralmetrics import SaturationMetric
+>>> from spectralmetrics.probing.collections import collect
+>>> layer = nn.Linear(4, 3)
+>>> metrics = LayerMetrics("train", "fc", collect({"saturation": SaturationMetric()}), 0)
+>>> core = Core({("train", "fc"): metrics}, ObservationRule(), Limits(), Steps(1, 0), Alone())
+>>> def hook(module, args, output):
+...     core.observe("fc", module, output, module.training, None)
+>>> handle = layer.register_forward_hook(hook)
+>>> output = layer(torch.randn(100, 4))
+>>> torch.equal(metrics.collection["saturation"].compute(), SaturationMetric()(output))
+True
+
+Everything else has a room of its own and joins at one seam, which :class:`~.routing.Router` fills:
+
+- ``steps``: stages, sampling and budgets; ``limits``: how many rows and features;
+- ``meshes``: processes that share the forwards of a layer;
+- ``_passes``: forwards that are not observed, in few steps; ``_measuring``: the time that others take;
+- ``take_again``: outputs like the last one, in few steps;
+- ``_begin``: what is looked at in the first forward of a layer;
+- ``_moment``: sampling, histories, folds, and what lies beside the model;
+- ``_route``: outputs that are selected, spread over processes, or of experts;
+- ``_batch``: layouts, masks, labels, context parallelism;
+- ``take``: gradients, which arrive later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectralmetrics.probing.collections import LayerMetrics, Places
+from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.limits import Limits
+from spectralmetrics.probing.meshes import Alone, Meshes
+from spectralmetrics.probing.observations import Batch, ObservationRule
+from spectralmetrics.probing.parts import reason_of
+from spectralmetrics.probing.plain import Plain
+from spectralmetrics.probing.sampling import draw
+from spectralmetrics.probing.steps import Moment, Steps
+from spectralmetrics.torch_private import in_backward
+
+
+class Core:
+    """Turns what layers put out into observations, and hands them to the metrics of the layer and stage.
+
+    Attributes:
+        places: (stage, layer) -> its metrics.
+        rule: what is an observation.
+        paused: how many times; 0 observes.
+        is_merged: whether the states are those of all processes, so that nothing can be added.
+        lock: held while anything is added or read.
+    """
+
+    def __init__(
+        self, places: Places, rule: ObservationRule, limits: Limits, steps: Steps, meshes: Meshes | Alone
+    ) -> None:
+        self.places, self.rule, self.limits, self.steps, self.meshes = places, rule, limits, steps, meshes
+        self.paused, self.is_merged = 0, False
+        self.lock, self.thread = threading.RLock(), steps.thread
+        self.plain: dict[str, Plain | None] = {}  # layer -> what its last output was like
+
+    def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> Any:
+        """What the hooks call; nothing that happens here may end a forward."""
+        # In backward this is a checkpoint's recomputation, and the forward has been counted.
+        if in_backward() or self.thread.observing:
+            return None
+        is_idle = self.paused > 0
+        if is_idle and not self.meshes.concerns(output):
+            return None
+        stage = self.steps.stage_of(training)
+        if stage is None or self._passes(stage, name):
+            return None
+        is_idle = is_idle or self._is_closed(name)
+        if is_idle and not self.meshes.concerns(output):
+            return None
+        has_grad = torch.is_grad_enabled()
+        return self.guard(stage, name, output, is_idle, self.take, module, output, select, has_grad)
+
+    def guard(
+        self, stage: str, name: str, values: Any, is_idle: bool, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Call a function of a layer's metrics, ``is_idle`` and other arguments; an error ends that layer.
+
+        ``is_idle`` says that this process only takes part in a forward that others observe.
+        """
+        of_layer = self.places[stage, name]
+        if not is_idle and self._is_closed(name):
+            return None
+        with self.lock:
+            self.thread.observing = True
+            try:
+                with self._measuring(stage, values), undisturbed(values):
+                    return function(of_layer, is_idle, *arguments)
+            except Exception as error:
+                is_news = not (of_layer.given_up or is_idle)
+                if not is_idle:
+                    of_layer.given_up = reason_of(error)
+                if is_news:
+                    tell(f"layer {name!r} is not observed any more in {stage}: {of_layer.given_up}")
+            finally:
+                self.thread.observing = False
+        return None
+
+    def take(
+        self, of_layer: LayerMetrics, is_idle: bool, module: nn.Module, output: Any, select: Any, has_grad: bool
+    ) -> Any:
+        """Hand what a layer has put out to its metrics."""
+        if select is None and not (is_idle or self.meshes.active) and self.take_again(of_layer, output):
+            return None
+        moment = self.enter(of_layer, is_idle, module, output, has_grad)
+        if moment is not None:
+            self._route(of_layer, module, output, select, moment)
+        return None
+
+    def enter(
+        self, of_layer: LayerMetrics, is_idle: bool, module: nn.Module, output: Any, has_grad: bool
+    ) -> Moment | None:
+        """Count a forward; None if it is not observed."""
+        how = how_it_runs(output)
+        if how != "run":
+            of_layer.transformed = of_layer.transformed or how == "transformed"
+            return None
+        forward, most = of_layer.forwards, self.limits.max_samples
+        of_layer.forwards += 1
+        of_layer.ran += 1
+        if not forward:
+            self._begin(of_layer, module)
+        is_full = most is not None and of_layer.samples >= most
+        is_idle = bool(is_idle or of_layer.given_up or of_layer.too_wide or is_full)
+        # Where others may share the forward, what follows depends on nothing but the seed, the stage and the
+        # number of the forward, until rows have travelled.
+        if is_idle and not self.meshes.concerns(output):
+            return None
+        return self._moment(of_layer, output, forward, has_grad, is_idle)
+
+    def take_rows(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> None:
+        """Hand the rows of an output to the metrics."""
+        limits = self.limits
+        batch = self._batch(of_layer, module, output, moment)
+        if limits.max_samples is not None:
+            batch = batch.first(limits.max_samples - of_layer.samples)
+        if batch.values.numel() == 0:
+            return
+        of_layer.samples += batch.num_samples
+        labelled, observations, limit = batch.labelled(), batch.observations(self.rule), batch.limit(self.rule)
+        self.plain[of_layer.layer] = Plain.of(output, batch, observations, limit)
+        limits.check_width(of_layer, observations.num_features)
+        everything = None
+        if moment.number is not None:
+            everything = observations = replace(observations, forward=moment.number, step=moment.step)
+        size, seed = limits.draws(of_layer, observations.num_features, limit, moment.forward, self.steps)
+        if size is not None:
+            observations = draw(observations, size, seed)
+            labelled = None if labelled is None else draw(labelled, size, seed)
+        of_layer.update(observations, labelled, moment.groups, batch.values, everything)
+
+    def _is_closed(self, name: str) -> bool:
+        """Whether nothing can be added to the sums of a layer, which is said."""
+        if self.is_merged:
+            tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
+        return self.is_merged
+
+    def take_again(self, of_layer: LayerMetrics, output: Any) -> bool:
+        """Take an output like the last one of its layer in few steps; return whether it did."""
+        return False
+
+    # -- seams, as a plain eager model needs them --------------------------------------------------------
+
+    def _passes(self, stage: str, name: str) -> bool:
+        return False
+
+    def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _begin(self, of_layer: LayerMetrics, module: nn.Module) -> None:
+        pass
+
+    def _moment(
+        self, of_layer: LayerMetrics, output: Any, forward: int, has_grad: bool, is_idle: bool
+    ) -> Moment | None:
+        return Moment(forward, {})
+
+    def _route(
+        self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None, moment: Moment
+    ) -> None:
+        self.take_rows(of_layer, module, output if select is None else select(output), moment)
+
+    def _batch(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> Batch:
+        return self.rule.batch(module, output)
