@@ -150,7 +150,7 @@ def check_labelled(sums, batches, error=1e-12):
     """The moments are those of the rows with a label, and each class has the mean of its rows."""
     labelled = [batch.of(None) for batch in batches]
     check_moments(sums, labelled, error)
-    for turn, fold in enumerate(sums.dense.folds):
+    for turn, fold in enumerate(sums.each):
         check_moments(fold, [batch for batch in labelled if batch.number % sums.number == turn], error)
     everything = rows_of(labelled).numpy().astype(np.longdouble)
     for label in range(sums.num_classes):

@@ -162,7 +162,7 @@ REQUIRED = {
         *("empty", "exchange", "intake", "merged", "num_features", "num_observations", "num_left_out"),
         *("in_range", "mean", "centred", "variances", "covariance", "eigenvalues", "eigenvectors"),
     },
-    InFolds: {"empty", "exchange", "intake", "merged", "total"},
+    InFolds: {"empty"},
     AboutOrigin: {
         *("empty", "intake", "num_features", "about", "squares"),
         *("covariance", "eigenvalues", "eigenvectors"),

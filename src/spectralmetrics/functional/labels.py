@@ -84,7 +84,7 @@ def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tens
     if len(present) < 2:
         return labelled.seconds.new_full((), torch.nan)
     errors = labelled.seconds.new_zeros(())
-    folds = labelled.dense.folds
+    folds = labelled.each
     for held, fitted in zip(present, without_each([folds[index] for index in present]), strict=True):
         others = [index for index in present if index != held]
         about = fitted.mean()

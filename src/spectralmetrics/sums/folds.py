@@ -1,4 +1,4 @@
-"""Dense moments of disjoint parts of the data, so that what is fitted to some can be judged by the others.
+"""Sums of disjoint parts of the data, so that what is fitted to some can be judged by the others.
 
 Groups of batches are dealt in turn to g sums: what one forward of a model has shown is a group, and so is a
 batch that belongs to none. A group is never divided, so that what belongs to one input stays together.
@@ -7,44 +7,66 @@ Whatever reads the sum reads all of them merged, unless it asks for the folds.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import exchange_about_origins
+from spectralmetrics.sums.about_origin import AboutOrigin, exchange_about_origins
 from spectralmetrics.sums.decomposition import symmetrise
-from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import agree
-from spectralmetrics.sums.moments import Moments, empty_moments, merge
+from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import Intake, SpectralSum
 
+S = TypeVar("S", bound=AboutOrigin)
 
-class InFolds(SpectralSum):
-    """Sums of g folds, each stacked in its first dimension, that are read of all folds together.
+
+class InFolds(SpectralSum, Generic[S]):
+    """A kind of sum about an origin, g times over, each tensor stacked in the first dimension.
+
+    A subclass is a frozen dataclass of the stacked tensors, with its states in the order of those of one fold.
+    What is read is that of all folds together.
 
     Attributes:
-        counts: shape (g,), int64; see :class:`~spectralmetrics.sums.Moments` for what each holds.
-        non_finites: shape (g,), int64.
-        seconds: shape (g, D, D), float64.
+        counts: number of finite observations of each fold, shape (g,), int64.
+        non_finites: number left out of each, shape (g,), int64.
+        origins: shape (g, D), float64.
     """
 
-    views: ClassVar[str]
-    """Name of a cached property that holds views of the tensors."""
+    of: ClassVar[type[AboutOrigin]]
+    """The kind of each fold."""
+    counts_batches: ClassVar[bool] = True
 
     counts: Tensor
     non_finites: Tensor
-    seconds: Tensor
+    origins: Tensor
+    _given: Any = None  # what a file said besides, which no longer holds once others are added
+
+    @classmethod
+    def stacked(cls, folds: Sequence[S]) -> Self:
+        """Folds of copies of these sums."""
+        names = zip(cls.states, cls.of.states, strict=True)
+        with torch.inference_mode(False):
+            return cls(**{name: torch.stack([getattr(fold, one) for fold in folds]) for name, one in names})
+
+    @cached_property  # to make five views takes as long as to add a small batch
+    def each(self) -> tuple[S, ...]:
+        """The sums of each fold; views of the tensors here."""
+        stacks = [getattr(self, name) for name in self.states]
+        with torch.inference_mode(False):
+            return tuple(
+                cast("S", self.of(**dict(zip(self.of.states, parts, strict=True))))
+                for parts in zip(*stacks, strict=True)
+            )
 
     @property
-    @abstractmethod
-    def total(self) -> Moments:
-        """The moments of all folds together."""
+    def total(self) -> S:
+        """All folds together."""
+        return reduce(lambda left, right: left.merged(right), self.each)
 
     @property
     def number(self) -> int:
@@ -54,7 +76,7 @@ class InFolds(SpectralSum):
     @property
     def num_features(self) -> int:
         """The width D of an observation."""
-        return self.seconds.shape[-1]
+        return self.origins.shape[-1]
 
     @property
     def num_observations(self) -> Tensor:
@@ -66,6 +88,16 @@ class InFolds(SpectralSum):
         """See :class:`.SpectralSum`."""
         return self.non_finites.sum()
 
+    def intake(self, gram_dtype: torch.dtype | None) -> Intake:
+        """See :class:`.Sum`."""
+        return FoldsIntake([fold.intake(gram_dtype) for fold in self.each])
+
+    def merged(self, other: Self) -> Self:
+        """See :class:`.Sum`."""
+        if other.number != self.number:
+            raise ValueError(f"expected a state with folds={self.number} to merge, got folds={other.number}")
+        return self.stacked([left.merged(right) for left, right in zip(self.each, other.each, strict=True)])
+
     def beside(self, other: Self) -> Self:
         """See :class:`.Sum`."""
         if other.settings() != self.settings():
@@ -76,19 +108,35 @@ class InFolds(SpectralSum):
         order[self.counts.to(order.device).argsort(stable=True)] = fullest
         return other.map(lambda tensor: tensor.index_select(0, order))
 
+    def exchange(
+        self, known: Self | None, rank: int, world_size: int
+    ) -> Generator[Any, Tensor | None, Self | None]:
+        """See :class:`.Sum`."""
+        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        if not width:
+            return known if width is None else None
+        mine = self if self.num_features else self.empty(width, self.counts.device)
+
+        def room() -> tuple[Self, Sequence[AboutOrigin]]:
+            merged = self.empty(width, self.counts.device)
+            return merged, merged.each
+
+        merged: Self | None = yield from exchange_about_origins(mine.each, room)
+        return merged
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of the views would be no views of the copy.
-        return {name: value for name, value in vars(self).items() if name != self.views}
+        return {name: value for name, value in vars(self).items() if name != "each"}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See :class:`.Sum`."""
         twin = super().with_tensors(tensors)
-        vars(twin).pop(self.views, None)  # views of the others
+        vars(twin).pop("each", None)  # views of the others
         return twin
 
     def in_range(self) -> Tensor:
         """See :class:`.SpectralSum`."""
-        return self.seconds.diagonal(dim1=-2, dim2=-1).isfinite().all()
+        return torch.stack([fold.in_range() for fold in self.each]).all()
 
     def mean(self) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -114,13 +162,13 @@ class InFolds(SpectralSum):
         """See :class:`.SpectralSum`."""
         return self.total.eigenvectors(center=center)
 
-    def matrix(self, *, center: bool = True) -> Tensor:
+    def matrix(self, *, center: bool = True) -> Tensor | None:
         """See :class:`.SpectralSum`."""
         return self.total.matrix(center=center)
 
 
 @dataclass(frozen=True)
-class Folds(InFolds):
+class Folds(InFolds[Moments]):
     """The moments of g folds, stacked.
 
     Attributes:
@@ -139,6 +187,7 @@ class Folds(InFolds):
     ([10, 10], 20)
     """
 
+    of: ClassVar[type[AboutOrigin]] = Moments
     states: ClassVar[dict[str, str]] = {
         "seconds": "fold_second_moment",
         "counts": "fold_count",
@@ -148,8 +197,6 @@ class Folds(InFolds):
     }
     additive: ClassVar[frozenset[str]] = frozenset({"counts", "non_finites", "firsts", "seconds"})
     arrays: ClassVar[tuple[str, ...]] = ("fold_covariances", "fold_means", "fold_counts", "fold_non_finites")
-    counts_batches: ClassVar[bool] = True
-    views: ClassVar[str] = "folds"
 
     counts: Tensor
     non_finites: Tensor
@@ -161,52 +208,19 @@ class Folds(InFolds):
         """See :class:`.Sum`."""
         return ("folds", self.number)
 
-    @cached_property  # to make five views takes as long as to add a small batch
+    @property
     def folds(self) -> tuple[Moments, ...]:
         """The moments of each fold; views of the tensors here."""
-        parts = (self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
-        with torch.inference_mode(False):
-            return tuple(Moments(*each) for each in zip(*parts, strict=True))
+        return self.each
 
     @property
     def total(self) -> Moments:
-        """The moments of all folds together."""
-        if self.num_features == 0:
-            nothing = empty_moments(0, self.seconds.device)
-            return replace(nothing, count=self.num_observations, non_finite=self.num_left_out)
-        return reduce(merge, self.folds)
+        """All folds together, of a run with all the digits that the recorded values have."""
+        return super().total if self._given is None else self._given
 
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Folds:
         """See :class:`.Sum`."""
         return empty_folds(self.number, num_features, device)
-
-    def intake(self, gram_dtype: torch.dtype | None) -> FoldsIntake:
-        """See :class:`.Sum`."""
-        return FoldsIntake([DenseIntake(gram_dtype) for _ in range(self.number)])
-
-    def merged(self, other: Folds) -> Folds:
-        """See :class:`.Sum`."""
-        if other.settings() != self.settings():
-            raise ValueError(f"expected a state with folds={self.number} to merge, got folds={other.number}")
-        home = self.seconds.device
-        other = other.map(lambda tensor: tensor.to(home))
-        return stack([left.merged(right) for left, right in zip(self.folds, other.folds, strict=True)])
-
-    def exchange(
-        self, known: Folds | None, rank: int, world_size: int
-    ) -> Generator[Any, Tensor | None, Folds | None]:
-        """See :class:`.Sum`."""
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
-        if not width:
-            return known if width is None else None
-        mine = self if self.num_features else self.empty(width, self.seconds.device)
-
-        def room() -> tuple[Folds, Sequence[Moments]]:
-            merged = self.empty(width, self.seconds.device)
-            return merged, merged.folds
-
-        merged: Folds | None = yield from exchange_about_origins(mine.folds, room)
-        return merged
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
@@ -220,11 +234,11 @@ class Folds(InFolds):
         width = self.num_features
         upper = torch.ones(width, width, dtype=torch.bool, device=self.seconds.device).triu_()
         uppers = self.seconds.new_empty(self.number, width * (width + 1) // 2)
-        for fold, row in zip(self.folds, uppers, strict=True):  # one by one: together they are half of the sums
+        for fold, row in zip(self.each, uppers, strict=True):  # one by one: together they are half of the sums
             row.copy_(fold.upper_covariance()[upper])
         yield "covariances", uppers.masked_fill_(self.counts[:, None] == 0, 0)
         del uppers
-        means = torch.stack([fold.mean() for fold in self.folds])
+        means = torch.stack([fold.mean() for fold in self.each])
         yield "means", torch.where(self.counts[:, None] > 0, means, 0)
         yield "counts", self.counts
         yield "non_finites", self.non_finites
@@ -243,19 +257,8 @@ class Folds(InFolds):
     def restored(cls, read: Callable[[str], Tensor]) -> Folds:
         """See :class:`.Sum`."""
         folds = cls.of_parts(*(read(name) for name in cls.arrays))
-        return _RestoredFolds(**vars(folds), given=Moments.restored(read))
-
-
-@dataclass(frozen=True)
-class _RestoredFolds(Folds):
-    """Folds whose total was kept beside them, with all the digits that the recorded values have."""
-
-    given: Moments
-
-    @property
-    def total(self) -> Moments:
-        """The moments of all folds together."""
-        return self.given
+        vars(folds)["_given"] = Moments.restored(read)  # kept beside them
+        return folds
 
 
 class FoldsIntake(Intake):
@@ -265,26 +268,25 @@ class FoldsIntake(Intake):
         parts: the intake of each fold.
     """
 
-    reaches_other_devices = True
-
-    def __init__(self, parts: Sequence[DenseIntake]) -> None:
+    def __init__(self, parts: Sequence[Intake]) -> None:
         self._parts = parts
+        self.reaches_other_devices = parts[0].reaches_other_devices
 
-    def add(self, sums: Folds, observations: Observations, batch: int) -> None:
+    def add(self, sums: InFolds[Any], observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
         for index, part in enumerate(self._parts):
             part.phase = (self.phase + index / len(self._parts)) % 1
         turn = (batch if observations.group is None else observations.group) % len(self._parts)
-        self._parts[turn].add(sums.folds[turn], observations, batch)
+        self._parts[turn].add(sums.each[turn], observations, batch)
 
-    def flush(self, sums: Folds) -> bool:
+    def flush(self, sums: InFolds[Any]) -> bool:
         """See :class:`.Intake`."""
-        flushed = [part.flush(fold) for part, fold in zip(self._parts, sums.folds, strict=True)]
+        flushed = [part.flush(fold) for part, fold in zip(self._parts, sums.each, strict=True)]
         return any(flushed)
 
-    def meet(self, sums: Folds) -> None:
+    def meet(self, sums: InFolds[Any]) -> None:
         """See :class:`.Intake`."""
-        for part, fold in zip(self._parts, sums.folds, strict=True):
+        for part, fold in zip(self._parts, sums.each, strict=True):
             part.meet(fold)
 
 
@@ -325,10 +327,4 @@ def stack(folds: Sequence[Moments]) -> Folds:
     >>> stack([empty_moments(3), empty_moments(3)]).number
     2
     """
-    with torch.inference_mode(False):
-        return Folds(
-            *(
-                torch.stack([getattr(fold, name) for fold in folds])
-                for name in ("count", "non_finite", "origin", "first", "second")
-            )
-        )
+    return Folds.stacked(folds)

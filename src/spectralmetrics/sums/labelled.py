@@ -8,24 +8,103 @@ Observations without a label, of a negative one, are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.folds import Folds, FoldsIntake, InFolds, empty_folds
-from spectralmetrics.sums.merging import ForReader, agree, together
-from spectralmetrics.sums.moments import Moments
+from spectralmetrics.sums.about_origin import AboutOrigin, Slot
+from spectralmetrics.sums.folds import Folds, InFolds
+from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
-from spectralmetrics.sums.sum import Exchange, Intake
+from spectralmetrics.sums.sum import Intake
 
 
 @dataclass(frozen=True)
-class Labelled(InFolds):
+class OfClasses(Moments):
+    """The moments of labelled observations, and their sums by class: one fold of :class:`Labelled`.
+
+    Attributes:
+        class_counts: shape (K,), int64.
+        class_origin: what the sums of the classes are about, shape (D,), float64.
+        class_firsts: shape (K, D), float64.
+        stray: number of labels of K and above, shape (), int64.
+    """
+
+    states: ClassVar[dict[str, str]] = {
+        **Moments.states,
+        "class_counts": "class_count",
+        "class_origin": "class_origin",
+        "class_firsts": "class_first_moment",
+        "stray": "stray_labels",
+    }
+
+    class_counts: Tensor
+    class_origin: Tensor
+    class_firsts: Tensor
+    stray: Tensor
+
+    def settings(self) -> tuple[object, ...]:
+        """See :class:`.Sum`."""
+        return (f"num_classes={len(self.class_counts)}",)
+
+    def class_sums(self, about: Tensor) -> Tensor:
+        """The sum of each class about a point (D,), shape (K, D), float64."""
+        numbers = self.class_counts.to(torch.float64)[:, None]
+        return self.class_firsts + numbers * (self.class_origin - about)
+
+    def empty(self, num_features: int, device: torch.device | str | None = None) -> OfClasses:
+        """See :class:`.Sum`."""
+        return _empty(len(self.class_counts), num_features, device)
+
+    def intake(self, gram_dtype: torch.dtype | None) -> LabelledIntake:  # type: ignore[override]
+        """See :class:`.Sum`."""
+        return LabelledIntake(super().intake(gram_dtype))
+
+    def merged(self, other: Self) -> Self:
+        """See :class:`.Sum`."""
+        merged = super().merged(other)
+        return replace(merged, stray=self.stray + other.stray.to(self.stray.device))
+
+    def together_with(self, other: Moments) -> OfClasses:
+        """See :class:`.AboutOrigin`."""
+        assert isinstance(other, OfClasses)
+        larger = self.class_counts.sum() >= other.class_counts.sum()
+        origin = torch.where(larger, self.class_origin, other.class_origin)
+        return OfClasses(
+            **vars(super().together_with(other)),
+            class_counts=self.class_counts + other.class_counts,
+            class_origin=origin,
+            class_firsts=self.class_sums(origin) + other.class_sums(origin),
+            stray=self.stray + other.stray,
+        )
+
+    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
+        """See :class:`.AboutOrigin`."""
+        yield from super()._pieces(origin)
+        counts = torch.cat([self.class_counts, self.stray[None]]).to(torch.float64)
+        yield torch.cat([counts, self.class_sums(origin).flatten()])
+
+    def _slots(self) -> Iterator[Slot]:
+        """See :class:`.AboutOrigin`."""
+        yield from super()._slots()
+        classes = len(self.class_counts)
+
+        def put(numbers: Tensor) -> None:
+            self.class_origin.copy_(self.origin)
+            self.class_counts.copy_(numbers[:classes])
+            self.stray.copy_(numbers[classes])
+            self.class_firsts.copy_(numbers[classes + 1 :].reshape(self.class_firsts.shape))
+
+        yield classes + 1 + self.class_firsts.numel(), put
+
+
+@dataclass(frozen=True)
+class Labelled(InFolds[OfClasses]):
     """The moments of g folds of labelled observations, and their sums by class.
 
     Attributes:
@@ -44,6 +123,7 @@ class Labelled(InFolds):
             [ 1.,  0.,  0.]], dtype=torch.float64))
     """
 
+    of: ClassVar[type[AboutOrigin]] = OfClasses
     states: ClassVar[dict[str, str]] = {
         "seconds": "labelled_second_moment",
         "counts": "labelled_count",
@@ -67,9 +147,7 @@ class Labelled(InFolds):
         "labelled_counts",
         "labelled_non_finites",
     )
-    counts_batches: ClassVar[bool] = True
     describes_layer: ClassVar[bool] = False
-    views: ClassVar[str] = "dense"
 
     counts: Tensor
     non_finites: Tensor
@@ -86,20 +164,15 @@ class Labelled(InFolds):
         """The number of classes K."""
         return self.class_counts.shape[-1]
 
-    @cached_property
+    @property
     def dense(self) -> Folds:
         """The moments, in folds; views of the tensors here."""
         return Folds(self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
 
     @property
-    def total(self) -> Moments:
-        """The moments of all folds together."""
-        return self.dense.total
-
-    @property
-    def folds(self) -> tuple[Moments, ...]:
-        """The moments of each fold; empty if there is one."""
-        return self.dense.folds if self.dense.number > 1 else ()
+    def folds(self) -> tuple[OfClasses, ...]:
+        """The sums of each fold; empty if there is one."""
+        return self.each if self.number > 1 else ()
 
     def class_means(self) -> Tensor:
         """The mean of each class in all folds, about the mean of all observations, shape (K, D), float64.
@@ -130,80 +203,15 @@ class Labelled(InFolds):
         """See :class:`.Sum`."""
         return empty_labelled(self.num_classes, num_features, device, folds=self.number)
 
-    def intake(self, gram_dtype: torch.dtype | None) -> LabelledIntake:
-        """See :class:`.Sum`."""
-        return LabelledIntake(self.dense.intake(gram_dtype))
-
-    def merged(self, other: Labelled) -> Labelled:
-        """See :class:`.Sum`."""
-        if other.settings() != self.settings():
-            raise ValueError(f"expected a state of {self.settings()} to merge, got one of {other.settings()}")
-        home = self.seconds.device
-        other = other.map(lambda tensor: tensor.to(home))
-        if not other.num_features:
-            return replace(
-                self, non_finites=self.non_finites + other.non_finites, strays=self.strays + other.strays
-            )
-        mine = self if self.num_features else self.empty(other.num_features, home)
-        dense = mine.dense.merged(other.dense)
-        larger = mine.class_counts.sum(1, keepdim=True) >= other.class_counts.sum(1, keepdim=True)  # (g, 1)
-        origins = torch.where(larger, mine.class_origins, other.class_origins)
-        return Labelled(
-            **vars(dense),
-            class_counts=mine.class_counts + other.class_counts,
-            class_origins=origins,
-            class_firsts=mine.class_sums(origins) + other.class_sums(origins),
-            strays=self.strays + other.strays,
-        )
-
-    def exchange(
-        self, known: Labelled | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor | None, Labelled | None]:
-        """See :class:`.Sum`."""
-        dense, classes = yield from together(
-            [
-                self.dense.exchange(None if known is None else known.dense, rank, world_size),
-                self._exchange_classes(known, rank, world_size),
-            ],
-            self.seconds.device,
-        )
-        if known is not None and classes is known:
-            return known
-        if dense is None or classes is None:
-            return None
-        return replace(self, **{name: getattr(dense, name) for name in Folds.states}, **classes)
-
-    def _exchange_classes(self, known: Labelled | None, rank: int, world_size: int) -> Exchange:
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
-        if not width:
-            return known if width is None else None
-        mine = self if self.num_features else self.empty(width, self.seconds.device)
-        # The sums of the classes, too, are moved to an origin that is agreed on.
-        numbers = mine.class_counts.sum(1, keepdim=True).to(torch.float64)  # (g, 1)
-        means = mine.class_firsts.sum(1) + numbers * mine.class_origins
-        sums = yield torch.cat([numbers, means], 1)
-        origins = sums[:, 1:] / sums[:, :1].clamp(min=1)
-        counts = torch.cat([mine.class_counts.flatten(), mine.strays]).to(torch.float64)
-        packed = torch.cat([counts, mine.class_sums(origins).flatten()])
-        received = yield packed.as_subclass(ForReader)
-        if received is None:
-            return None
-        class_counts, strays, firsts = received.split(
-            [mine.class_counts.numel(), len(mine.strays), mine.class_firsts.numel()]
-        )
-        return {
-            "class_counts": class_counts.reshape(mine.class_counts.shape).to(torch.int64),
-            "class_origins": origins,
-            "class_firsts": firsts.reshape(mine.class_firsts.shape).clone(),
-            "strays": strays.to(torch.int64),
-        }
-
     def in_range(self) -> Tensor:
         """Whether no square has overflowed and no label was out of range."""
         return super().in_range() & (self.strays.sum() == 0)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
+        if self._given is not None:  # made of sums again, what was read from a file would lose digits
+            yield from self._given.items()
+            return
         yield "class_counts", self.class_counts
         numbers = self.class_counts.to(torch.float64)[..., None]
         offsets = self.firsts / self.counts.clamp(min=1)[:, None]
@@ -215,81 +223,69 @@ class Labelled(InFolds):
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Labelled:
         """See :class:`.Sum`."""
-        counts, deviations, *parts = (read(name) for name in cls.arrays)
+        counts, deviations, *parts = arrays = [read(name) for name in cls.arrays]
         dense = Folds.of_parts(*parts)
-        given = dict(zip(cls.arrays, (counts, deviations, *parts), strict=True))
-        return _RestoredLabelled(
-            given=given,
+        restored = cls(
             **vars(dense),
             class_counts=counts,
             class_origins=dense.origins,
             class_firsts=counts.to(torch.float64)[..., None] * deviations,
             strays=torch.zeros_like(dense.counts),
         )
-
-
-@dataclass(frozen=True)
-class _RestoredLabelled(Labelled):
-    """Sums that were read from a file: made of sums again, what was read would lose digits."""
-
-    given: Mapping[str, Tensor]
-
-    def saved(self) -> Iterator[tuple[str, Tensor]]:
-        """What was read."""
-        yield from self.given.items()
+        vars(restored)["_given"] = dict(zip(cls.arrays, arrays, strict=True))
+        return restored
 
 
 class LabelledIntake(Intake):
-    """Adds labelled batches to the moments of a fold and to the sums of its classes.
+    """Adds labelled batches to moments and to the sums of their classes.
 
     Args:
         dense: of the moments.
     """
 
-    def __init__(self, dense: FoldsIntake) -> None:
+    def __init__(self, dense: DenseIntake) -> None:
         self._dense = dense
 
-    def add(self, sums: Labelled, observations: Observations, batch: int) -> None:
+    def add(self, sums: OfClasses, observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
         self._dense.phase = self.phase
-        labels = observations.labels
+        labels, classes = observations.labels, len(sums.class_counts)
         if labels is None:
             raise ValueError("expected observations with labels")
-        fold = (batch if observations.group is None else observations.group) % sums.number
-        known = (labels >= 0) & (labels < sums.num_classes)
+        known = (labels >= 0) & (labels < classes)
         valid = known if observations.valid is None else known & observations.valid
-        strays = (labels >= sums.num_classes).sum()
+        strays = (labels >= classes).sum()
         with torch.inference_mode(False), torch.no_grad():
             rows = observations.rows().detach()
             if rows.device.type == "cpu" and bool(valid.all()):
-                chosen = Observations(observations.values, observations.feature_dim, None, observations.group)
+                chosen = Observations(observations.values, observations.feature_dim)
             else:
-                chosen = Observations(rows, -1, valid, observations.group)
-            self._dense.add(sums.dense, chosen, batch)
-            sums.strays[fold].add_(strays)
-            self._add_classes(sums, fold, rows, labels, valid)
+                chosen = Observations(rows, -1, valid)
+            self._dense.add(sums, chosen, batch)
+            sums.stray.add_(strays)
+            self._add_classes(sums, rows, labels, valid)
 
-    def flush(self, sums: Labelled) -> bool:
+    def flush(self, sums: OfClasses) -> bool:
         """See :class:`.Intake`."""
-        return self._dense.flush(sums.dense)
+        return self._dense.flush(sums)
 
-    def meet(self, sums: Labelled) -> None:
+    def meet(self, sums: OfClasses) -> None:
         """See :class:`.Intake`."""
-        self._dense.meet(sums.dense)
+        self._dense.meet(sums)
 
     @staticmethod
-    def _add_classes(sums: Labelled, fold: int, rows: Tensor, labels: Tensor, valid: Tensor) -> None:
+    def _add_classes(sums: OfClasses, rows: Tensor, labels: Tensor, valid: Tensor) -> None:
         kept = valid & are_finite(rows)[:, 0]
-        origin = sums.class_origins[fold]
+        origin = sums.class_origin
         # The first rows give the origin; the sums are exact about any, as long as it lies near the data.
-        is_first = sums.class_counts[fold].sum() == 0
+        is_first = sums.class_counts.sum() == 0
         wide = torch.where(kept[:, None], rows, 0).to(torch.float64)
         mean = wide.sum(0) / kept.sum().clamp(min=1)
         origin.copy_(torch.where(is_first, mean, origin))
         centred = torch.where(kept[:, None], wide - origin, 0)
         place = torch.where(kept, labels, 0).to(torch.int64)
-        sums.class_firsts[fold].index_add_(0, place, centred)
-        sums.class_counts[fold].index_add_(0, place, kept.to(torch.int64))
+        sums.class_firsts.index_add_(0, place, centred)
+        sums.class_counts.index_add_(0, place, kept.to(torch.int64))
 
 
 def empty_labelled(
@@ -306,13 +302,16 @@ def empty_labelled(
     >>> empty_labelled(10, 3).class_firsts.shape
     torch.Size([1, 10, 3])
     """
-    dense = empty_folds(folds, num_features, device)
-    home = dense.counts.device
+    return Labelled.stacked([_empty(num_classes, num_features, device)] * folds)
+
+
+def _empty(num_classes: int, num_features: int, device: torch.device | str | None) -> OfClasses:
+    moments = empty_moments(num_features, device)
     with torch.inference_mode(False):
-        return Labelled(
-            **vars(dense),
-            class_counts=torch.zeros(folds, num_classes, dtype=torch.int64, device=home),
-            class_origins=torch.zeros(folds, num_features, dtype=torch.float64, device=home),
-            class_firsts=torch.zeros(folds, num_classes, num_features, dtype=torch.float64, device=home),
-            strays=torch.zeros(folds, dtype=torch.int64, device=home),
+        return OfClasses(
+            **vars(moments),
+            class_counts=moments.count.new_zeros(num_classes),
+            class_origin=torch.zeros_like(moments.origin),
+            class_firsts=moments.origin.new_zeros(num_classes, num_features),
+            stray=torch.zeros_like(moments.count),
         )

@@ -205,7 +205,7 @@ class SpectralSum(Sum):
 class Intake(ABC):
     """Adds observations to one sum, in place, and remembers what that needs between batches."""
 
-    reaches_other_devices: ClassVar[bool] = False
+    reaches_other_devices: bool = False
     """Whether observations may be on a device without float64 while the sum is in the memory of the CPU."""
     phase: float = 0.0
     """From 0 to 1; streams of different phase have their dear moments at different steps."""
