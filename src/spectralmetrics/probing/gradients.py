@@ -7,6 +7,8 @@ this forward are wanted, and leaves something in autograd's graph that shows the
 
 from __future__ import annotations
 
+import math
+import numbers
 import weakref
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.gradient_graph import Arrival, Form, OfBase, Region, tensors_in
-from spectralmetrics.probing.gradient_scale import unscaled
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.parts import LeftOut, is_dtensor
@@ -204,3 +205,31 @@ def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:
     if base is not None and any(base is each or base is base_of_view(each) for each in found):
         return base
     raise LeftOut(COMPUTED)
+
+
+def check_scale(scale: Any) -> None:
+    """Raise an error for what is no factor of a loss."""
+    if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
+        if not 0 < float(scale) < math.inf:
+            raise ValueError(f"expected gradient_scale to be a positive number, got {scale!r}")
+    elif not callable(getattr(scale, "get_scale", None)):
+        raise TypeError(f"expected gradient_scale to be a number or a GradScaler, got {type(scale).__name__}")
+
+
+def unscaled(gradient: Tensor, scale: Any) -> Tensor:
+    """A gradient without the factor of its loss, which is read now: a scaler changes it between steps.
+
+    >>> unscaled(torch.tensor([6.0, 8.0]), 2.0)
+    tensor([3., 4.])
+    """
+    if isinstance(scale, numbers.Real) and scale == 1:
+        return gradient
+    if isinstance(scale, numbers.Real):
+        factor: Any = float(scale)
+    elif isinstance(scale, torch.amp.GradScaler):  # whose factor is on a device, and not waited for
+        factor = scale.scale(torch.ones((), device=gradient.device))
+    else:
+        factor = scale.get_scale()
+    # What was scaled to fit into half precision may not fit without.
+    full = gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.to(torch.float32)
+    return full.div(factor)

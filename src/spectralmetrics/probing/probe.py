@@ -29,8 +29,7 @@ from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, sele
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
-from spectralmetrics.probing.gradient_scale import check_scale
-from spectralmetrics.probing.gradients import GradientRouter
+from spectralmetrics.probing.gradients import GradientRouter, check_scale
 from spectralmetrics.probing.history import History, Scales, scales_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several

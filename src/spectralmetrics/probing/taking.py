@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.core import Core
-from spectralmetrics.probing.doubts import doubt_of
 from spectralmetrics.probing.experts import Pairs
 from spectralmetrics.probing.hooks import how_it_runs, tell
 from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
@@ -243,7 +242,7 @@ class Rows(Core):
         batch = self._plain_batch(name, module, output, moment.mask, dims)
         if moment.mask is self.masks.value:  # or it has been noted in the forward
             self.masks.met(name, batch)
-        if name not in self._told_layout and (doubt := doubt_of(name, batch, self.layout, self.rule)):
+        if name not in self._told_layout and (doubt := _doubt_of(name, batch, self.layout, self.rule)):
             self._told_layout.add(name)
             tell(doubt)
         if of_layer.takes_labels and moment.labels is not None:
@@ -253,3 +252,34 @@ class Rows(Core):
     def __getstate__(self) -> dict[str, Any]:
         # What lies beside a model belongs to the original.
         return {**self.__dict__, "masks": Masks(), "labels": Labels()}
+
+
+def _doubt_of(name: str, batch: Batch, layout: Layout, rule: ObservationRule) -> str:
+    """What a user has to confirm of a layout; empty if nothing.
+
+    Args:
+        name: of the layer.
+        batch: its output, as it was taken.
+        layout: of sequences, as the model tells.
+        rule: what is an observation.
+    """
+    values = batch.values
+    if batch.guessed_dim is not None:
+        width = values.shape[2 if batch.kind == "sequence" else 1]
+        return (
+            f"nothing tells where the features of {name!r} are: dimension {batch.guessed_dim} of"
+            f" {values.ndim}, of size {width}, is taken. Call register_layer for its type, or give a"
+            " `select` for this layer, or batch_first=True if it is a sequence (N, T, D)"
+        )
+    if name not in layout.unsure:
+        return ""
+    if batch.was_flat:
+        taken = f"(N, T) = {tuple(values.shape[:2])}, flattened,"
+    elif batch.kind == "sequence" and batch.valid is None and rule.sequences != "timesteps":
+        taken = f"(N, T, D) = {tuple(values.shape)},"
+    else:
+        return ""
+    return (
+        f"the output of {name!r} is taken as {taken} but parts of this model have time first: give the"
+        " probe batch_first=True or False, or a `select` for this layer"
+    )
