@@ -18,8 +18,10 @@ wall stands that of the processor, which other programs on the same cores move l
 """
 
 import statistics
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from common import Parser, table, write_result
@@ -28,22 +30,8 @@ from training_step import MODELS
 
 import spectralmetrics as sm
 
-
-class Block(nn.Module):
-    """Attention and a wide layer with residual connections, by plain linear layers."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        parts = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.narrow(nn.functional.gelu(self.wide(self.norms[1](x))))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checks.first_movers import Block
 
 
 class SmallGPT(nn.Module):

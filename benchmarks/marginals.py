@@ -33,7 +33,7 @@ import spectralmetrics as sm
 from spectralmetrics.functional import compiled
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checks.first_movers import Block
+from checks.first_movers import Transformer
 
 WATCHED = (nn.Linear, nn.Conv2d)
 
@@ -78,20 +78,9 @@ class LikeOlmo(Logger):
         self.seen[name] = torch.stack([x.mean(), x.std(), x.abs().max()])
 
 
-class Gpt(nn.Module):
-    def __init__(self, width=256, depth=6, tokens=256):
-        super().__init__()
-        self.embedding = nn.Embedding(tokens, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens)
-
-    def forward(self, x):
-        return self.head(self.norm(self.blocks(self.embedding(x))))
-
-
 def gpt():
     tokens = torch.randint(0, 256, (4, 129))
-    model = Gpt()
+    model = Transformer(width=256, depth=6, tokens=256)
     return model, lambda: functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 

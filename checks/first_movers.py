@@ -27,8 +27,9 @@ STEPS, AFTER = 120, 10
 
 
 class Block(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, heads=2):
         super().__init__()
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -36,7 +37,8 @@ class Block(nn.Module):
     def forward(self, x):
         samples, steps, width = x.shape
         parts = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (part.view(samples, steps, 2, width // 2).transpose(1, 2) for part in parts)
+        heads = (samples, steps, self.heads, width // self.heads)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in parts)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).reshape(samples, steps, width))
         return x + self.down(functional.gelu(self.up(self.norm2(x))))

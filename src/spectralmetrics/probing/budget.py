@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -78,6 +79,12 @@ class Spent(NamedTuple):
     observed: int
 
 
+def _checked(share: Any) -> float:
+    if not (isinstance(share, numbers.Real) and 0 < float(share) < 1):
+        raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {share!r}")
+    return share  # type: ignore[return-value]  # a number of any kind
+
+
 class Budget:
     """Decides which forwards are observed, and how many rows of each, by the time that observing takes.
 
@@ -92,7 +99,7 @@ class Budget:
     """
 
     def __init__(self, share: float, seed: int, clock: Callable[[], float] | None = None) -> None:
-        self.share = share
+        self.share = _checked(share)
         self._seed = seed
         self._clock = clock
         self._stages = {stage: _Account(share, (seed, stage)) for stage in ("train", "eval")}

@@ -220,7 +220,7 @@ class LayerProbe(nn.Module):
             raise ValueError(f"expected batch_first to be True, False or None, got {batch_first!r}")
         if select is not None and not (isinstance(select, Mapping) and all(map(callable, select.values()))):
             raise TypeError(f"expected select to be a dict of patterns and functions, got {select!r}")
-        _check_budget(budget)
+        self._steps = Steps(every_n_steps, seed, None if budget is None else Budget(budget, seed))
         self.observe = observe
         self.rule = ObservationRule(feature_maps, sequences, max_map_size, interpolation, observe)
         functions = {
@@ -259,7 +259,6 @@ class LayerProbe(nn.Module):
             {_module_key(*place): of_layer.collection for place, of_layer in self._places.items()}
         )
         self._resets: list[str | None] = []  # to be done once states are no longer merged
-        self._steps = Steps(every_n_steps, seed, None if budget is None else Budget(budget, seed))
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         is_of_inputs = observe == "inputs"
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
@@ -357,7 +356,6 @@ class LayerProbe(nn.Module):
 
     @budget.setter
     def budget(self, budget: float | None) -> None:
-        _check_budget(budget)
         self._steps.budget = None if budget is None else Budget(budget, self.seed)
         self._watch_steps()
 
@@ -1198,11 +1196,6 @@ def _of_arguments(function: Select) -> Select:
         return function(*args, **kwargs)
 
     return choose
-
-
-def _check_budget(budget: float | None) -> None:
-    if budget is not None and not (isinstance(budget, numbers.Real) and 0 < budget < 1):
-        raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {budget!r}")
 
 
 def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
