@@ -199,7 +199,8 @@ _set_version: Callable[..., None] | None = _find("_C._autograd._unsafe_set_versi
 
 def keep_version(tensor: Tensor) -> None:
     """Have autograd take it that a tensor, said to be changed by an operation, has not been changed."""
-    if _set_version is not None:
+    # Some compilers hand over a copy, which in inference mode has no version.
+    if _set_version is not None and not tensor.is_inference():
         _set_version((tensor,), (1,))
 
 

@@ -209,6 +209,22 @@ def test_a_probe_for_every_evaluation_shares_its_graph(kind, in_place):
     assert num_graphs() - before <= 4
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_in_inference_mode(backend):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    probes = [
+        LayerProbe(model, [sm.SaturationMetric(), sm.HistoryMetric()]),
+        LayerProbe(model, observe="inputs"),
+    ]
+    gradients = LayerProbe(model, observe="gradients")
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    for rows in (3, 4, 5):
+        with torch.inference_mode(rows != 4):
+            run(torch.randn(rows, 8)).square().sum()
+    assert [count(probe, "2", "eval") for probe in probes] == [12, 12]
+    assert not gradients.sums("eval", "2")
+
+
 def test_the_layers_own_flag_is_read_at_every_run():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     probe = LayerProbe(model)
