@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import io
+import pickle
 import warnings
 import weakref
 
@@ -463,6 +464,17 @@ def test_nothing_that_happens_in_a_hook_ends_a_backward():
     assert len(told) == 2
     assert probe["train", "0"].Broken.kept == []
     assert all(each.grad is not None for each in model.parameters())
+
+
+def test_a_probe_can_be_pickled_while_gradients_are_awaited():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    probe = LayerProbe(model, sm.RootMeanSquareMetric(), observe="gradients")
+    rows = torch.randn(5, 4, requires_grad=True)
+    loss = checkpoint(model, rows, use_reentrant=True).square().sum()
+    pickle.dumps(probe)
+    loss.backward()
+    twin = pickle.loads(pickle.dumps(probe))
+    assert twin.compute() == probe.compute() != {}
 
 
 def test_the_graph_keeps_nothing_alive_and_shows_nothing_later():

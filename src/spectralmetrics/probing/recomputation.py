@@ -21,6 +21,9 @@ class Recomputed:
     def __init__(self) -> None:
         self._recorded: weakref.WeakKeyDictionary[Any, dict[str, deque[Any]]] = weakref.WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # what runs here does not run anywhere else
+
     def record(self, layer: str, awaited: Any) -> None:
         """Note what was decided, for all functions whose forward this thread runs."""
         for context, is_backward in _running():
