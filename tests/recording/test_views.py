@@ -4,9 +4,11 @@ import io
 
 import matplotlib
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+import spectralmetrics as sm
 from spectralmetrics import (
     EigenspaceEmbeddingMetric,
     Recorder,
@@ -118,6 +120,20 @@ class TestConsole:
         ]
         ConsoleWriter().write(Record(0, {}, rows))
         assert capsys.readouterr().out.count("Epoch 0") == 1
+
+    @pytest.mark.parametrize("metric", [sm.RootMeanSquareMetric, sm.HistoryMetric])
+    def test_without_a_spectrum_there_are_findings_and_no_summary(self, metric, tmp_path, capsys):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        rows = torch.randn(300, 8)
+        rows[0] = torch.nan
+        probe = sm.LayerProbe(model, metric(nan_strategy="ignore"))
+        with Recorder(tmp_path, probe, ["csv", "console", "plot", "report"]) as recorder:
+            model(rows)
+            recorder.record()
+        printed = capsys.readouterr().out
+        assert "problem: '0' in train: 1 row with NaN or infinities left out" in printed
+        assert "dimension" not in printed
+        assert (tmp_path / "report.html").exists() == (metric is sm.RootMeanSquareMetric)
 
     def test_names_are_no_markup(self, capsys):
         rows = [Row(0, "eval", "[/red]", "acc[top5]", 1.0), Row(0, "", "", "loss[bold]", 1.0)]

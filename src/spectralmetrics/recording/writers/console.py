@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
-from spectralmetrics.probing.summary import Summary, SummaryRow, summary_of, summary_rows
+from spectralmetrics.probing.summary import SummaryRow, summary_of, summary_rows
 from spectralmetrics.recording.record import Record, Row
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums.checks import check_positive_integer
@@ -63,11 +63,11 @@ class ConsoleWriter(Writer):
             for table in tables:
                 console.print(table)
             if (summary := self._summary(record)) is not None:
-                console.print(str(summary), markup=False, highlight=False)
+                console.print(summary, markup=False, highlight=False)
             return
         text = _render(tables, console)
         if (summary := self._summary(record)) is not None:
-            text += f"\n\n{encodable(str(summary))}"
+            text += f"\n\n{encodable(summary)}"
         bars = sys.modules.get("tqdm.std")
         active: Any = getattr(getattr(bars, "tqdm", None), "_instances", ())
         if len(active):
@@ -77,8 +77,8 @@ class ConsoleWriter(Writer):
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
-    def _summary(self, record: Record) -> Summary | None:
-        """What stands out, unless only means are to be shown."""
+    def _summary(self, record: Record) -> str | None:
+        """What stands out, unless only means are to be shown; without a spectrum the findings alone."""
         if self.max_layers is not None and len({layer for _, layer in record.sums}) > self.max_layers:
             return None
         stages = {stage for stage, _ in record.sums}
@@ -89,8 +89,10 @@ class ConsoleWriter(Writer):
         given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
         metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
         rows = [row for layer in layers for row in _rows_of(record, stage, layer, metric)]
-        findings = find("", [numbers for _, numbers in rows])
-        return summary_of(rows, findings, metric, threshold=metric.threshold, where=stage)
+        findings = find(stage, [numbers for _, numbers in rows])
+        if all(row.stands_out for row, _ in rows):  # no dimension can be read of any layer
+            return "\n".join(map(str, findings)) or None
+        return str(summary_of(rows, findings, metric, threshold=metric.threshold, where=stage))
 
 
 def _rows_of(

@@ -45,8 +45,10 @@ class ReportWriter(Writer):
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
         from spectralmetrics.recording.report.write import write_page  # which reads what the writers have kept
+        from spectralmetrics.recording.saved import SavedRun
 
-        write_page([self._directory], self._directory / FILE_NAME, refresh=self.refresh)
+        if SavedRun(self._directory).records:  # a history alone has no numbers to draw
+            write_page([self._directory], self._directory / FILE_NAME, refresh=self.refresh)
 
     def restore(self, record: Record) -> None:
         """See :class:`Writer`."""
