@@ -14,6 +14,7 @@ from spectralmetrics import (
     HistoryMetric,
     LayerProbe,
     MaxAbsMetric,
+    Monitor,
     Observations,
     RootMeanSquareMetric,
     SaturationMetric,
@@ -159,6 +160,71 @@ def test_what_one_state_says_another_takes_over():
         model(torch.randn(8, 4))
     assert second.history().forwards == [2, 3, 4, 5, 6]
     assert second.history().rows[:2] == first.history().rows[-2:]
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def numbers_of(probe, layer="body"):
+    return [(row.forward, row.observations) for row in probe.history().rows if row.layer == layer]
+
+
+def test_a_forward_has_one_row_whatever_runs_in_between():
+    model = Pair()
+    probe = LayerProbe(model, HistoryMetric(), observe="gradients")
+    first, second = model(torch.randn(3, 4)).sum(), model(torch.randn(5, 4)).sum()
+    first.backward(retain_graph=True)
+    second.backward()
+    first.backward()
+    assert numbers_of(probe) == [(0, 6), (1, 5)]
+
+
+def test_layers_that_run_by_themselves_and_in_the_model_are_told_apart():
+    """As where a loss asks for the whole model, and another one for its body alone."""
+    model = Pair()
+    probe = LayerProbe(model, HistoryMetric())
+    monitored = LayerProbe(model, HistoryMetric())
+    monitor = Monitor(monitored, every=1)
+    for rows in (10, 20, 30):
+        model(torch.randn(rows, 4))
+        model.body(torch.randn(rows + 1, 4))
+        model.body(torch.randn(rows + 2, 4))
+        monitor.step()
+    sizes = [10, 11, 12, 20, 21, 22, 30, 31, 32]
+    for each in (probe, monitored):
+        assert numbers_of(each) == list(enumerate(sizes))
+        assert [row.forward for row in each.history() if row.layer == "head"] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("way", ["state_dict", "sharded", "merge_state"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_probe_goes_on_with_the_numbers(way, whole):
+    model = Pair()
+    first = LayerProbe(model, HistoryMetric())
+    run = model if whole else model.body
+    for rows in (3, 4):
+        run(torch.randn(rows, 4))
+    second = LayerProbe(model, HistoryMetric())
+    if way == "merge_state":
+        second.merge_state(first)
+    elif way == "sharded":
+        second.sharded().load_state_dict(first.sharded().state_dict())
+    else:
+        first.persistent()
+        second.persistent()
+        second.load_state_dict(first.state_dict())
+    for rows in (5, 6):
+        run(torch.randn(rows, 4))
+        model(torch.randn(7, 4))
+    assert numbers_of(second) == numbers_of(first)
+    assert [rows for _, rows in numbers_of(second)] == [3, 4, 5, 7, 6, 7]
 
 
 def test_by_hand_each_update_is_a_forward():

@@ -67,7 +67,7 @@ class LayerMetrics:
         number: of the layer.
         leaders: those that accumulate, one for each group that shares its sums.
         forwards: of the layer since the last reset, observed or not; where others share them, paused ones, too.
-        ran: forwards of the layer ever.
+        ran: forwards of the layer ever; with a history, the number of the last one.
         samples: observed since the last reset.
         epoch: number of resets so far.
         given_up: why it is not observed until the next reset; empty if it is.

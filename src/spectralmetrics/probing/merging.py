@@ -347,4 +347,5 @@ def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
             leader.merge_state(its)
     own.samples += other.samples
     own.forwards += other.forwards
+    own.ran = max(own.ran, other.ran)
     own.share_states()

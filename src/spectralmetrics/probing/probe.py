@@ -1136,6 +1136,7 @@ class LayerProbe(nn.Module):
                 check_places(own, theirs)
             for own, theirs in pairs:
                 merge_places(own, theirs)
+            self._steps.go_beyond(other._steps)
             self._router.order += [name for name in other._router.order if name not in self._router.order]
 
     # -- saving ------------------------------------------------------------------------------------------

@@ -165,7 +165,10 @@ class Router(Rows):
         if of_layer.takes_all_rows:
             number = steps.forward()
             if number is None:  # the layer is run by itself
-                number = of_layer.ran if has_grad or of_layer.stage != "train" else -1
+                number = -1
+                if has_grad or of_layer.stage != "train":
+                    number = steps.alone_after(of_layer.ran, of_layer.stage)
+            of_layer.ran = number if number >= 0 else of_layer.ran
         beside = self.masks.value, self.labels.value
         return Moment(forward, steps.groups(), number, steps.step, *beside, is_idle)
 

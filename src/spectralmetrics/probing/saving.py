@@ -42,7 +42,7 @@ def save_progress(
     rows = [[p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran] for p in places]
     destination[prefix + "progress"] = torch.tensor(rows, dtype=torch.int64)
     destination[prefix + "forward_order"] = torch.tensor(list(order), dtype=torch.int64)
-    counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards)]
+    counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards, steps.alone)]
     destination[prefix + "steps"] = torch.tensor(counts, dtype=torch.int64)
 
 
@@ -69,7 +69,8 @@ def load_progress(
         place.given_up = "before it was saved" if given_up else ""
     if counts is not None:  # 0.1.0 counted the forwards of each layer alone
         # Up to 0.2.0 there were two rows.
-        for kept, numbers in zip((steps.counts, steps.epochs, steps.forwards), counts.tolist(), strict=False):
+        known = (steps.counts, steps.epochs, steps.forwards, steps.alone)
+        for kept, numbers in zip(known, counts.tolist(), strict=False):
             kept.update(zip(kept, numbers, strict=True))
     return [] if order is None else [int(index) for index in order.tolist()]
 
@@ -166,7 +167,7 @@ class Sharded:
         """Take over how far the layers were."""
         for place, of_layer in self._places.items():
             if place in progress["places"]:
-                of_layer.forwards, samples, of_layer.epoch, batches = progress["places"][place]
+                of_layer.forwards, samples, of_layer.epoch, of_layer.ran, batches = progress["places"][place]
                 of_layer.samples = -(-samples // world)
                 for name, numbers in batches.items():
                     leader = of_layer.leader_of.get(name)
@@ -218,6 +219,7 @@ class Sharded:
                     each.forwards,
                     each.samples,
                     each.epoch,
+                    each.ran,
                     {name: (leader._batches, leader._dealt) for name, leader in _named_leaders(each)},
                 )
                 for place, each in self._places.items()
@@ -227,7 +229,7 @@ class Sharded:
         }
 
     def _counted(self) -> tuple[dict[str, int], ...]:
-        return self._steps.counts, self._steps.epochs, self._steps.forwards
+        return self._steps.counts, self._steps.epochs, self._steps.forwards, self._steps.alone
 
 
 _BUCKETS = 64
@@ -308,20 +310,20 @@ def _moved(sums: Sum, device: torch.device | None) -> Sum:
 
 def _together(told: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
     """The progress of all processes: the furthest of each layer, so that nothing is drawn twice."""
-    places: dict[Place, tuple[int, int, int, dict[str, tuple[int, ...]]]] = {}
+    places: dict[Place, tuple[int, int, int, int, dict[str, tuple[int, ...]]]] = {}
     for place in dict.fromkeys(place for each in told for place in each["places"]):
         known = [each["places"][place] for each in told if place in each["places"]]
-        forwards, samples, epochs, batches = zip(*known, strict=True)
+        forwards, samples, epochs, ran, batches = zip(*known, strict=True)
         furthest = {
             name: tuple(map(max, zip(*(each[name] for each in batches), strict=True))) for name in batches[0]
         }
-        places[place] = (max(forwards), sum(samples), max(epochs), furthest)
+        places[place] = (max(forwards), sum(samples), max(epochs), max(ran), furthest)
     steps = [
         {stage: max(each["steps"][kind][stage] for each in told) for stage in told[0]["steps"][kind]}
         for kind in range(len(told[0]["steps"]))
     ]
-    ran = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
-    order = [name for name in order if name in ran]
+    seen = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
+    order = [name for name in order if name in seen]
     return {"places": places, "steps": steps, "order": order, "memory": told[0]["memory"]}
 
 

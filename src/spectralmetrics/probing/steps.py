@@ -94,6 +94,7 @@ class Steps:
         self.epochs = {"train": 0, "eval": 0}  # resets so far
         self._is_watching = False
         self.forwards = {"train": 0, "eval": 0}  # ever
+        self.alone = {"train": 0, "eval": 0}  # one more than the last number of a layer run by itself
         self.step: int | None = None  # of the optimiser, as far as somebody tells
         self.agreed: tuple[int, int] | None = None
         self.thread = Thread()
@@ -115,6 +116,7 @@ class Steps:
             is_seen = self._allows(stage, step) and is_seen
         # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
         counts = stage != "train" or torch.is_grad_enabled()
+        self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
         self.thread.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
         self.forwards[stage] += counts
 
@@ -135,6 +137,17 @@ class Steps:
         """
         current = self._current()
         return None if current is None else current.ever
+
+    def alone_after(self, number: int, stage: str) -> int:
+        """The number for histories of a forward of a layer by itself: later than all before it.
+
+        Args:
+            number: the least that it may be, one more than the layer's last.
+            stage: of the layer.
+        """
+        number = max(number, self.forwards[stage])
+        self.alone[stage] = max(self.alone[stage], number + 1)
+        return number
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """Whether to observe a forward of a layer; its number counts where the model itself is not run."""
@@ -169,6 +182,11 @@ class Steps:
             self.budget.reset(stage)
         self.counts[stage] = 0
         self.epochs[stage] += 1
+
+    def go_beyond(self, other: Steps) -> None:
+        """Number the next forwards for histories behind those that other steps have counted, too."""
+        for mine, its in ((self.forwards, other.forwards), (self.alone, other.alone)):
+            mine.update({stage: max(number, its[stage]) for stage, number in mine.items()})
 
     def agree_on_plans(self, group: Any) -> None:
         """Have processes that share forwards follow the plan of the group's first; all call it together."""
