@@ -167,3 +167,15 @@ def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
         (f"{folder}/[!a]*.npy", 1),
     ]:
         assert int(sm.measure(source).sums.num_observations) == 300 * number
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, of loaders, devices and intervals
+def test_a_trial_run_of_lightning_keeps_nothing(tmp_path):
+    pytest.importorskip("lightning.pytorch", reason="the extra `lightning` is not installed")
+    from spectralmetrics.integrations.lightning import LayerProbeCallback
+    from tests.integrations.lightning_module import Classifier, make_trainer
+
+    for settings in ({"fast_dev_run": True}, {"max_epochs": 2, "limit_train_batches": 2}):
+        callback = LayerProbeCallback(sm.SaturationMetric(), recorder=tmp_path / "run")
+        make_trainer(tmp_path, callback, **settings).fit(Classifier(0.1))
+    assert {row["epoch"] for row in read_records(tmp_path / "run")} == {0, 1}

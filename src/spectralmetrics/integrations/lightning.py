@@ -113,7 +113,7 @@ class LayerProbeCallback(Callback):
         # It holds what all processes saw together; one of them carries it on.
         forwards.load(self._saved.get("probe"), trainer.is_global_zero)
         epoch = None if trainer.ckpt_path is None else trainer.current_epoch
-        self._keeping.open(forwards, self._saved.get("epoch", epoch))
+        self._open(trainer, forwards, self._saved.get("epoch", epoch))
         self._watching.keep(self._keeping)
         self._saved = {}
 
@@ -183,7 +183,7 @@ class LayerProbeCallback(Callback):
         self._log(pl_module, "eval")
         if trainer.state.fn == "validate":
             forwards = self._attach(pl_module)
-            self._keeping.open(forwards)
+            self._open(trainer, forwards)
             self._keeping.record(forwards)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,6 +220,10 @@ class LayerProbeCallback(Callback):
             self.probe.persistent()
             self._watching.begin(self.probe)
         return self._forwards
+
+    def _open(self, trainer: Trainer, forwards: Forwards, epoch: int | None = None) -> None:
+        if not trainer.fast_dev_run:  # which keeps nothing: neither logs nor checkpoints
+            self._keeping.open(forwards, epoch)
 
     def _detach(self) -> None:
         self._keeping.close()
