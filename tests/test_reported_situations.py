@@ -179,3 +179,14 @@ def test_a_trial_run_of_lightning_keeps_nothing(tmp_path):
         callback = LayerProbeCallback(sm.SaturationMetric(), recorder=tmp_path / "run")
         make_trainer(tmp_path, callback, **settings).fit(Classifier(0.1))
     assert {row["epoch"] for row in read_records(tmp_path / "run")} == {0, 1}
+
+
+def test_a_model_that_fabric_has_wrapped_keeps_its_names():
+    fabric = pytest.importorskip("lightning.fabric", reason="the extra `lightning` is not installed")
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wrapped, _ = fabric.Fabric(accelerator="cpu", devices=1).setup(model, optimizer)
+    probe = sm.LayerProbe(wrapped)
+    wrapped(torch.randn(20, 8))
+    assert probe.layers == ["0", "2"] == sm.LayerProbe(model).layers
+    assert count(probe, "2") == 20

@@ -366,6 +366,9 @@ _WRAPPERS = (
         "ActivationWrapper",
         "_checkpoint_wrapped_module",
     ),
+    # Of Lightning's Fabric, 2.6, in either of its two packages.
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
 )
 
 WRAPPER_ATTRIBUTES = frozenset(attribute for *_, attribute in _WRAPPERS)
@@ -373,7 +376,7 @@ WRAPPER_ATTRIBUTES = frozenset(attribute for *_, attribute in _WRAPPERS)
 
 
 def wrapped_in(module: nn.Module) -> nn.Module | None:
-    """What a wrapper of PyTorch's own wraps; None for any other module, whatever its attributes are called."""
+    """What a wrapper wraps; None for any other module, whatever its attributes are called."""
     for defined_in, name, attribute in _WRAPPERS:
         kind = getattr(sys.modules.get(defined_in), name, None)
         if kind is not None and isinstance(module, kind):
