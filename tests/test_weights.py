@@ -173,7 +173,12 @@ def test_progress_layers_and_words():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((nn.ReLU(),), ValueError, "no layer of ReLU has a weight matrix"),
+        ((nn.ReLU(),), ValueError, "no layer of ReLU has a weight matrix$"),
+        (
+            (nn.Linear(4, 4, device="meta"),),
+            ValueError,
+            "no layer of Linear has a weight matrix; 'Linear': it is on the meta device: if its weights",
+        ),
         (("model",), TypeError, "expected model to be a torch.nn.Module, got str"),
         ((nn.Linear(4, 4), ["rank"]), ValueError, "expected statistics among .* got 'rank'"),
         (

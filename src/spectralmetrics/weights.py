@@ -29,6 +29,7 @@ _LOW_RANK = 0.02  # share of the narrower side
 _HEAVY, _RANDOM = 2.0, 6.0  # exponents between which the spectra of trained layers lie, see arXiv:1810.01075
 _FEWEST = 50  # singular values, below which alpha is not fitted
 _DATA_PARALLEL = "module"
+_AWAY = "it is on the meta device: if its weights are offloaded, read the checkpoint"
 
 
 class WeightMatrix(NamedTuple):
@@ -192,7 +193,8 @@ def weight_spectra(
     skipped: dict[str, str] = {}
     matrices = list(_of_modules(chosen, skipped))
     if not matrices:
-        raise ValueError(f"no layer of {type(model).__name__} has a weight matrix")
+        away = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:1])
+        raise ValueError(f"no layer of {type(model).__name__} has a weight matrix{away}")
     before = None if since is None else {without_wrappers(name): value for name, value in since.items()}
     return summarise_weights(matrices, statistics, before, skipped, progress)
 
@@ -242,7 +244,7 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
                 continue
             seen.add(id(parameter))
             layer = name if own == "weight" else f"{prefix}{own}"
-            if reason := "it is on the meta device" if parameter.is_meta else why_no_numbers(parameter.dtype):
+            if reason := _AWAY if parameter.is_meta else why_no_numbers(parameter.dtype):
                 skipped[layer] = reason
                 continue
             stacked = len(shape) == 3 and not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
