@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.parameters import weight_in
+from spectralmetrics.parameters import weight_in, why_no_numbers
 from spectralmetrics.weights import (
     WeightMatrix,
     WeightSummary,
     summarise_weights,
-    why_no_numbers,
     without_wrappers,
 )
 

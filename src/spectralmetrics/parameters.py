@@ -60,3 +60,15 @@ def weight_in(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
         return stored[name]
     parts = f"{name}_orig", f"{name}_mask"
     return stored[parts[0]] * stored[parts[1]] if all(part in stored for part in parts) else None
+
+
+def why_no_numbers(dtype: torch.dtype) -> str:
+    """Why the values of a dtype are no weights that can be read; empty if they are.
+
+    >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8)
+    ('', 'it holds uint8: packed or quantised weights')
+    """
+    if dtype.is_floating_point or dtype in (torch.qint8, torch.quint8, torch.qint32):
+        return ""
+    words = f"it holds {str(dtype).removeprefix('torch.')}"
+    return words if dtype.is_complex else f"{words}: packed or quantised weights"

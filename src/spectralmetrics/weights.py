@@ -15,7 +15,7 @@ from spectralmetrics.functional.power_law import power_law_tail
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, has_inputs_first
 from spectralmetrics.metrics import statistics
-from spectralmetrics.parameters import weight_in, weights_of
+from spectralmetrics.parameters import weight_in, weights_of, why_no_numbers
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.table import import_pandas, number, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
@@ -251,18 +251,6 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
             for expert in range(shape[0]) if stacked else (None,):
                 row = layer if expert is None else f"{layer}.{expert}"
                 yield WeightMatrix(row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first)
-
-
-def why_no_numbers(dtype: torch.dtype) -> str:
-    """Why the values of a dtype are no weights that can be read; empty if they are.
-
-    >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8)
-    ('', 'it holds uint8: packed or quantised weights')
-    """
-    if dtype.is_floating_point or dtype in (torch.qint8, torch.quint8, torch.qint32):
-        return ""
-    words = f"it holds {str(dtype).removeprefix('torch.')}"
-    return words if dtype.is_complex else f"{words}: packed or quantised weights"
 
 
 def without_wrappers(name: str) -> str:
