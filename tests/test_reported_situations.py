@@ -1,5 +1,7 @@
 """Situations in which tools of this kind were reported to fail; docs/reported_situations.md lists them all."""
 
+import copy
+import os
 import sys
 import threading
 
@@ -190,3 +192,96 @@ def test_a_model_that_fabric_has_wrapped_keeps_its_names():
     wrapped(torch.randn(20, 8))
     assert probe.layers == ["0", "2"] == sm.LayerProbe(model).layers
     assert count(probe, "2") == 20
+
+
+def test_counts_go_on_where_float32_ends():
+    labels = torch.arange(300) % 2
+    for metric, others in [
+        (sm.SaturationMetric(gram_dtype=torch.float32), ()),
+        (sm.RootMeanSquareMetric(), ()),
+        (sm.LinearProbeMetric(2), (labels,)),
+    ]:
+        metric.update(torch.from_numpy(VALUES), *others)
+        before = metric.compute()
+        for _ in range(32):
+            metric.merge_state(copy.deepcopy(metric))
+        torch.testing.assert_close(metric.compute(), before)
+        metric.update(torch.from_numpy(VALUES[:1]), *(each[:1] for each in others))
+        assert int(metric.count) == 300 * 2**32 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("constant", [0.1, 14.62, 999.3, -7e-9])
+def test_a_constant_feature_is_dead_whatever_its_digits(constant, dtype):
+    dead, dimension = sm.DeadFeaturesMetric(), sm.IntrinsicDimensionMetric()
+    for number in (7, 1000, 33, 5):
+        rows = torch.randn(number, 3).to(dtype)
+        rows[:, 1] = constant
+        for metric in (dead, dimension):
+            metric.update(rows)
+    assert float(dead.compute()) == pytest.approx(1 / 3)
+    assert int(dimension.compute()) == 2
+
+
+def test_small_features_are_not_constant():
+    rows = torch.randn(500, 4, dtype=torch.float64)
+    for scale in (1e-12, 1e-100):
+        dead, rank = sm.DeadFeaturesMetric(), sm.EffectiveRankMetric()
+        for metric in (dead, rank):
+            metric.update(scale * rows)
+        assert float(dead.compute()) == 0
+        assert float(rank.compute()) > 3.9
+
+
+class Watched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.metric = nn.Linear(4, 6), sm.SaturationMetric()
+        self.probe = sm.LayerProbe(self, layers=["layer"])
+
+    def forward(self, x):
+        output = self.layer(x)
+        self.metric.update(output)  # with its graph
+        return output
+
+
+def test_a_model_may_hold_its_probe_and_metrics():
+    model = Watched()
+    model(torch.randn(20, 4)).sum().backward()
+    copied = copy.deepcopy(model)
+    copied(torch.randn(20, 4))  # a copy has no hooks, and metrics of its own
+    model.half().float()(torch.randn(20, 4))
+    assert list(model.state_dict()) == ["layer.weight", "layer.bias"]
+    states = model.metric.metric_state.values()
+    assert {each.dtype for each in states if each.is_floating_point()} == {torch.float64}
+    assert (int(model.metric.count), count(model.probe, "layer")) == (40, 40)
+    assert (int(copied.metric.count), count(copied.probe, "layer")) == (40, 20)
+    assert not any(each.requires_grad for each in states)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
+def test_others_may_read_what_a_recorder_writes(tmp_path):
+    model, before = nn.Sequential(nn.Linear(4, 6)).eval(), os.umask(0o027)
+    try:
+        with sm.Recorder(tmp_path / "run", sm.LayerProbe(model), ["csv", "arrays", "report"]) as recorder:
+            model(torch.randn(60, 4))
+            recorder.record()
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert len(files) == 4
+
+
+def test_lists_that_are_slices_or_missing(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
+    __import__("pyarrow.parquet")
+    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(VALUES.ravel()), 6)
+    parts = {
+        "slice": lists.slice(40, 200),
+        "missing": arrow.array([None] * 99 + lists.to_pylist()[40:240], lists.type),
+    }
+    for name, column in parts.items():
+        arrow.parquet.write_table(arrow.table({"e": column}), tmp_path / f"{name}.parquet", row_group_size=50)
+        found = covariance(sm.measure(tmp_path / f"{name}.parquet"))
+        np.testing.assert_allclose(found, np.cov(VALUES[40:240].T, ddof=0), rtol=1e-9)
