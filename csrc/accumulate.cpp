@@ -157,6 +157,8 @@ namespace avx512 {
 #include "marginals.hpp"
 }  // namespace avx512
 
+#include "draw.hpp"
+
 template <typename Source>
 void measure_in_shares(const MarginalsJob &job, Parallel *parallel) {
     MarginalsTeam team;
@@ -227,7 +229,7 @@ void run(Team &team, Parallel *parallel) {
 extern "C" {
 
 // To be counted up with every change of what is declared here.
-PUBLIC int interface_version() { return 3; }
+PUBLIC int interface_version() { return 4; }
 
 PUBLIC int best_instructions() {
     // Not by __builtin_cpu_supports: linked with the run-time library of Zig it answers no to everything.
@@ -267,5 +269,18 @@ PUBLIC void measure(const MarginalsJob *job, Parallel *parallel) {
         measure_in_shares<double>(*job, parallel);
     else
         measure_in_shares<float>(*job, parallel);
+}
+
+// See draw.hpp: where the observations lie that are drawn.
+PUBLIC void draw_places(uint32_t seed, int64_t total, int64_t number, int64_t turn, int64_t *places) {
+    draw_from_arcs(seed, total, number, turn, [=](int64_t arc, int64_t place) { places[arc] = place; });
+}
+
+// The same observations themselves, of rows of so many bytes that lie side by side.
+PUBLIC void draw_rows(uint32_t seed, int64_t total, int64_t number, int64_t turn, const char *rows,
+                      int64_t bytes, char *drawn) {
+    draw_from_arcs(seed, total, number, turn, [=](int64_t arc, int64_t place) {
+        std::memcpy(drawn + arc * bytes, rows + place * bytes, bytes);
+    });
 }
 }

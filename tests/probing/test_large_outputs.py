@@ -10,6 +10,7 @@ from torch import nn
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe
 from spectralmetrics.probing.sampling import draw
+from spectralmetrics.sums import compiled
 
 # Layer, shape of its input, dimension of the features.
 DRAWN = {
@@ -85,61 +86,26 @@ class TestDrawn:
 
 
 def test_draws_are_one_of_each_arc_of_a_ring_that_a_seed_turns():
-    for total, number, seed in ((16, 8, 3), (1000, 7, 2**31), (12345, 4096, 0), (5, 4, 9)):
-        rows = torch.arange(total, dtype=torch.float64)[:, None]
+    cases = ((16, 8, 3), (1000, 7, 2**31), (12345, 4096, 0), (5, 4, 9), (700, 400, 2**40 + 1))
+    for total, number, seed in cases:
         bounds = torch.arange(number + 1) * total // number
         chances = torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         places = (chances * bounds.diff()).long() + bounds[:-1]
         expected = (places + zlib.crc32(seed.to_bytes(8, "big"))) % total
-        assert draw(sm.Observations(rows), number, seed).values[:, 0].tolist() == expected.tolist()
-
-
-def test_draws_leave_the_random_state_alone_and_come_from_the_seed():
-    values = []
-    for seed in (0, 0, 1):
-        model = nn.Linear(6, 6, bias=False)
-        nn.init.eye_(model.weight)
-        probe = LayerProbe(model, sm.CovarianceMetric(), max_map_size=3, seed=seed)
-        before = torch.get_rng_state()
-        model(noise(3, 10, 9, 6) + 1)
-        assert torch.equal(torch.get_rng_state(), before)
-        values += list(probe.compute().values())
-    torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
-    assert not torch.allclose(values[0], values[2], rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "layer", [nn.Conv2d(6, 4, 1), nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU()), nn.BatchNorm2d(6)]
-)
-def test_feature_maps_are_interpolated(layer):
-    model = nn.Sequential(layer)
-    probe = LayerProbe(model, sm.CovarianceMetric(), layers="0", max_map_size=5)
-    output = model(noise(3, 6, 9, 11)).detach()
-    small = nn.functional.interpolate(output, (5, 5), mode="bilinear")
-    expected = np.cov(rows_of(small, 1).double().numpy().T, bias=True)
-    np.testing.assert_allclose(probe.compute()["covariance/train/0"].numpy(), expected, rtol=1e-5, atol=1e-8)
-
-
-def test_maps_of_more_than_three_spatial_dimensions_are_drawn_from():
-    class Blocks(nn.Module):
-        def forward(self, x):
-            return x
-
-    sm.register_layer(Blocks, dim=1)
-    model = Blocks()
-    probe = LayerProbe(model, layers="Blocks", max_map_size=2)
-    model(noise(2, 4, 3, 3, 3, 3))
-    assert int(probe["train", "Blocks"].saturation.count) == 2 * 2**4
-
-
-def test_labels_are_those_of_whole_outputs():
-    model = nn.Conv1d(6, 4, 3)
-    probe = LayerProbe(model, [sm.SaturationMetric(), sm.LinearProbeMetric(2)], max_map_size=3)
-    series, labels = noise(20, 6, 90), torch.arange(20) % 2
-    with probe.labels(labels):
-        output = model(series).detach()
-    metric = sm.LinearProbeMetric(2)
-    metric.update(output.mean(2), labels)
-    assert float(probe.compute()["linear_probe/train/Conv1d"]) == pytest.approx(
-        float(metric.compute()), rel=1e-4
-    )
+        rows = torch.arange(2 * total).view(total, 2)
+        for values, dim in (
+            (rows.double(), -1),
+            (rows.bfloat16(), 1),
+            (rows.view(1, total, 2).float(), -1),
+            (rows.float().t().contiguous(), 0),
+            (rows.double().repeat(1, 2)[:, :2], -1),
+            (torch.complex(rows.double(), -rows.double()).conj().imag, -1),
+        ):
+            labels = torch.arange(total)
+            for instructions in (None, compiled.instruction_set()):
+                with compiled.using(instructions):
+                    drawn = draw(sm.Observations(values, dim), number, seed)
+                    labelled = draw(sm.Observations(values, dim, labels=labels), number, seed)
+                assert torch.equal(drawn.rows(), rows[expected].to(values.dtype))
+                assert torch.equal(labelled.rows(), drawn.rows())
+                assert torch.equal(labelled.labels, expected)

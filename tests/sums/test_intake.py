@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectralmetrics.sums import Observations, empty_moments
+from spectralmetrics.sums import Observations, accumulate, covariance, empty_moments, mean
 
 pytestmark = pytest.mark.usefixtures("instructions")
 F32, F64 = torch.float32, torch.float64
@@ -95,3 +95,31 @@ def test_a_batch_waits_if_it_is_small_or_no_larger_than_the_width(width, count, 
     assert (int(sums.count) == 2) == waits
     intake.flush(sums)
     assert int(sums.count) == 2 + count
+
+
+def test_rows_wait_whatever_their_memory_is_like():
+    rows = torch.randn(6, 4)
+    layouts = [
+        (rows, -1),
+        (rows.view(2, 3, 4), -1),
+        (rows.view(2, 3, 4), 2),
+        (rows.t().contiguous(), 0),
+        (rows.repeat(1, 2)[:, :4], -1),
+        (torch.complex(rows, -rows).conj().imag, -1),
+        (rows.double(), -1),
+        (rows.bfloat16(), -1),
+        (torch._efficientzerotensor((6, 4)), -1),
+    ]
+    for values, dim in layouts:
+        sums, alone = empty_moments(4), empty_moments(4)
+        intake = sums.intake(F64)
+        first = Observations(torch.ones(1, 4, dtype=torch.promote_types(values.dtype, torch.float32)))
+        intake.add(sums, first, 0)
+        for batch in range(1, 4):
+            intake.add(sums, Observations(values, dim), batch)
+        assert intake.waiting == 18
+        intake.flush(sums)
+        for each in (first, *[Observations(values, dim)] * 3):
+            accumulate(alone, each)
+        torch.testing.assert_close(covariance(sums), covariance(alone), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(mean(sums), mean(alone), rtol=1e-12, atol=1e-14)

@@ -48,16 +48,21 @@ class Stream:
     Attributes:
         cache: what has been read since the last observation: decompositions, see
             :class:`~.functional.Spectrum`.
-        merged: process group -> the sums of all processes, as they were exchanged since then; gone with the
-            group.
         noted: what somebody who reads the sums has left here since then.
     """
 
     def __init__(self) -> None:
         self.cache: dict[Any, Any] = {}
-        self.merged: MutableMapping[Any, list[Sum]] = weakref.WeakKeyDictionary()
+        self._merged: MutableMapping[Any, list[Sum]] | None = None
         self.noted: Any = None
         self._intakes: dict[type[Sum], Intake] = {}
+
+    @property
+    def merged(self) -> MutableMapping[Any, list[Sum]]:
+        """Process group -> the sums of all processes, as exchanged since then; gone with the group."""
+        if self._merged is None:
+            self._merged = weakref.WeakKeyDictionary()
+        return self._merged
 
     @staticmethod
     def of(anchor: Tensor) -> Stream:
@@ -115,6 +120,4 @@ class Stream:
         """Forget what has been read: there are more observations now."""
         if self.cache:
             self.cache = {}
-        if self.merged:
-            self.merged = weakref.WeakKeyDictionary()
-        self.noted = None
+        self._merged = self.noted = None

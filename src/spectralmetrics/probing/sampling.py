@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import Observations, has_float64
+from spectralmetrics.sums import Observations, compiled, has_float64
+from spectralmetrics.sums.observations import plain_observations
 
 _GENERATORS = threading.local()
+_MOST_BYTES = 2**18  # that one thread copies before others are worth a call
 
 
 def draw(observations: Observations, number: int, seed: int) -> Observations:
@@ -31,12 +33,17 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     total = observations.num_observations
     if total <= number:
         return observations
-    device = observations.values.device
+    values, device = observations.values, observations.values.device
+    turn = zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total  # of the ring
+    if device.type == "cpu" and compiled.is_there():
+        # The same numbers as below in few calls, which are most of what a small layer takes.
+        if observations.are_rows() and values.nbytes * number <= total * _MOST_BYTES and compiled.reads(values):
+            rows = values if values.ndim == 2 else values.view(total, -1)
+            return plain_observations(compiled.draw_rows(rows, number, seed, turn))
+        return observations.take(compiled.draw_places(total, number, seed, turn))
     dtype = torch.float64 if has_float64(device) else torch.float32
     chances = torch.rand(number, generator=_generator(device, seed), device=device, dtype=dtype)
-    turn = zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total  # of the ring
     if device.type == "cpu":
-        # The same numbers as below in a third of the time, which is most of what a small layer takes.
         bounds, sizes = _host_arcs(total, number)
         places = (chances.numpy() * sizes).astype(np.int64)
         places += bounds

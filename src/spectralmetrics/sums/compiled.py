@@ -163,6 +163,11 @@ def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
     )
 
 
+def is_there() -> bool:
+    """Whether there is a library, which may be used."""
+    return bool(min(_best_instructions(), _allowed))
+
+
 def reads(values: Tensor) -> bool:
     """Whether the library can read these values where they are.
 
@@ -170,7 +175,7 @@ def reads(values: Tensor) -> bool:
         values: observations of any shape; those of half precision have to be cast to float32 first.
     """
     return (
-        bool(min(_best_instructions(), _allowed))
+        is_there()
         # No subclass, which may hold its data elsewhere or not at all.
         and type(values) in (Tensor, torch.nn.Parameter)
         and values.device.type == "cpu"
@@ -289,3 +294,30 @@ def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tenso
     )
     library.measure(ctypes.byref(job), _parallel())
     return counts, memory[0]
+
+
+def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
+    """Where :func:`~spectralmetrics.probing.sampling.draw` draws, shape (number,), int64.
+
+    Args:
+        total: the number of observations.
+        number: how many to draw, at most ``total``.
+        seed: of ``torch.rand``.
+        turn: where the ring begins, below ``total``.
+    """
+    library = _library()
+    assert library is not None
+    places = torch.empty(number, dtype=torch.int64, device="cpu")
+    library.draw_places(seed & 0xFFFFFFFF, total, number, turn, places.data_ptr())
+    return places
+
+
+def draw_rows(rows: Tensor, number: int, seed: int, turn: int) -> Tensor:
+    """The rows at these places of a contiguous matrix that :func:`reads` accepts; see :func:`draw_places`."""
+    library = _library()
+    assert library is not None
+    total, width = rows.shape
+    drawn = torch.empty((number, width), dtype=rows.dtype, device="cpu")
+    size = width * rows.element_size()
+    library.draw_rows(seed & 0xFFFFFFFF, total, number, turn, rows.data_ptr(), size, drawn.data_ptr())
+    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from spectralmetrics.sums.sum import Intake
 
 WAITING_ROWS = 2048
 """Batches too small for a product worth its pass over the D x D sum wait in a buffer of so many rows."""
+_FEW_BYTES = 2**16  # that are copied without a call of PyTorch, which takes a few microseconds
 _WAITING_RANGE = 7 / 8  # by what share fewer the first of them may be
 
 
@@ -91,14 +93,13 @@ class DenseIntake(Intake):
         if self.waiting + count > limit:
             self.flush(sums)
             self._is_in_step = False
-        stop = self.waiting + count
-        target = buffer[self.waiting : stop]
-        if values.ndim == 2 and dim == -1:
-            target.copy_(values)
-        else:
-            moved = values.movedim(dim, -1)
-            target.view(moved.shape).copy_(moved)
-        self.waiting = stop
+        start, size = self.waiting, values.nbytes
+        self.waiting += count
+        if size <= _FEW_BYTES and dtype == buffer.dtype and dim == -1 and _lie_side_by_side(values):
+            ctypes.memmove(buffer.data_ptr() + start * width * values.itemsize, values.data_ptr(), size)
+            return True
+        moved = values.movedim(dim, -1)
+        buffer[start : self.waiting].view(moved.shape).copy_(moved)
         return True
 
     def _accumulate(self, sums: Any, observations: Observations) -> None:
@@ -124,6 +125,18 @@ class DenseIntake(Intake):
         # The first rows may be unlike the rest, and features drift in training: ever more seldom.
         self._accumulations += 1
         return self._accumulations <= 4 or self._accumulations.bit_count() == 1
+
+
+def _lie_side_by_side(values: Tensor) -> bool:
+    """Whether values are in the memory of the CPU, one after the other."""
+    return (
+        type(values) is Tensor
+        and values.is_cpu
+        and values.layout == torch.strided
+        and values.is_contiguous()
+        and not values.is_neg()
+        and not values._is_zerotensor()
+    )
 
 
 def products_dtype(device: torch.device) -> torch.dtype:

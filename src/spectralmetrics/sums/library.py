@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 LIBRARY = Path(__file__).with_name("_accumulate.so")
 NOTE = LIBRARY.with_suffix(".txt")  # in its place: why the install has compiled nothing
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 _INSTALL_AGAIN = "install spectralmetrics again"
 
 
@@ -59,6 +59,10 @@ def find() -> Found:
     library.accumulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.measure.restype = None
     library.measure.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    seed, number, address = ctypes.c_uint32, ctypes.c_int64, ctypes.c_void_p
+    library.draw_places.restype = library.draw_rows.restype = None
+    library.draw_places.argtypes = [seed, number, number, number, address]
+    library.draw_rows.argtypes = [seed, number, number, number, address, number, address]
     return Found(library)
 
 
