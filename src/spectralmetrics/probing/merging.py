@@ -345,7 +345,6 @@ def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
     for leader, its in zip(own.leaders, other.leaders, strict=True):
         if its.update_count:
             leader.merge_state(its)
-    own.samples += other.samples
-    own.forwards += other.forwards
+    own.samples, own.forwards = own.samples + other.samples, own.forwards + other.forwards
     own.ran = max(own.ran, other.ran)
     own.share_states()
