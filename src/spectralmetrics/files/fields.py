@@ -246,7 +246,7 @@ def field_of_array(value: np.ndarray[Any, Any]) -> Field:
 
         def read(start: int, stop: int) -> Tensor:
             part = value[start:stop]
-            return as_tensor((part if is_float else part.astype(np.float64)).filled(np.nan))
+            return as_tensor(np.ma.filled(part if is_float else part.astype(np.float64), np.nan))
     else:
         value = np.asarray(value)
         if value.dtype == object and value.ndim == 1:

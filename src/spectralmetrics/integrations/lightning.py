@@ -222,7 +222,7 @@ class LayerProbeCallback(Callback):
         return self._forwards
 
     def _open(self, trainer: Trainer, forwards: Forwards, epoch: int | None = None) -> None:
-        if not trainer.fast_dev_run:  # which keeps nothing: neither logs nor checkpoints
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which keeps nothing: neither logs nor checkpoints
             self._keeping.open(forwards, epoch)
 
     def _detach(self) -> None:
