@@ -1,6 +1,8 @@
 """Situations in which tools of this kind were reported to fail; docs/reported_situations.md lists them all."""
 
+import contextlib
 import copy
+import io
 import os
 import sys
 import threading
@@ -13,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import spectralmetrics as sm
 from spectralmetrics.checkpoints import checkpoint_spectra
+from spectralmetrics.cli import main
 from spectralmetrics.recording import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:in (train|eval) there are fewer observations")
@@ -285,3 +288,25 @@ def test_lists_that_are_slices_or_missing(tmp_path):
         arrow.parquet.write_table(arrow.table({"e": column}), tmp_path / f"{name}.parquet", row_group_size=50)
         found = covariance(sm.measure(tmp_path / f"{name}.parquet"))
         np.testing.assert_allclose(found, np.cov(VALUES[40:240].T, ddof=0), rtol=1e-9)
+
+
+def test_checkpoints_without_numbers_say_why(tmp_path, capsys):
+    for name, tensor, reason in [
+        ("meta", torch.empty(4, 4, device="meta"), "it was saved on the meta device, without its values"),
+        ("bits", torch.ones(4, 4).bool(), "it holds bool: packed or quantised weights"),
+    ]:
+        torch.save({"weight": tensor}, tmp_path / f"{name}.pt")
+        assert main(["weights", str(tmp_path / f"{name}.pt")]) == 2
+        assert f"'weight': {reason}" in capsys.readouterr().err
+
+
+def test_a_table_goes_to_any_stream(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 6)).eval()
+    with sm.Recorder(tmp_path / "run", sm.LayerProbe(model), ["csv", "arrays"]) as recorder:
+        model(torch.randn(60, 4))
+        recorder.record()
+    shown = io.StringIO()  # as the streams of notebooks, it takes text alone
+    with contextlib.redirect_stdout(shown):
+        assert main(["recompute", str(tmp_path / "run")]) == 0
+    assert main(["recompute", str(tmp_path / "run"), "--output", str(tmp_path / "table.csv")]) == 0
+    assert shown.getvalue().encode() == (tmp_path / "table.csv").read_bytes()

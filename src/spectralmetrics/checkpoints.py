@@ -34,12 +34,14 @@ class _Stored(NamedTuple):
         dtype: its dtype; None if PyTorch has none like it.
         storage: the same for tensors that share their memory; None if that cannot be told.
         bring: reads it.
+        is_meta: whether it was saved without its values.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     storage: object
     bring: Callable[[], Tensor]
+    is_meta: bool = False
 
 
 def checkpoint_spectra(
@@ -72,8 +74,9 @@ def checkpoint_spectra(
     skipped: dict[str, str] = {}
     matrices = list(_matrices(stored, skipped))
     if not matrices:
+        why = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:1])
         raise ValueError(
-            f"expected weight matrices in {str(path)!r}, got {len(stored)} tensors, none of them one"
+            f"expected weight matrices in {str(path)!r}, got {len(stored)} tensors, none of them one{why}"
         )
     before = None if since is None else _Lazily(read_checkpoint(Path(since)))
     return summarise_weights(matrices, statistics, before, skipped, progress)
@@ -195,7 +198,7 @@ def _pickled(path: Path) -> dict[str, _Stored]:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: {error}") from error
     return {
-        name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), _bringing(value))
+        name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), _bringing(value), value.is_meta)
         for name, value in _flat(_state_dict(content)).items()
     }
 
@@ -231,7 +234,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _storage_of(value: Tensor) -> object:
-    if value.layout != torch.strided or value.is_quantized:
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
         return None
     return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride()
 
@@ -283,6 +286,8 @@ def _reason(tensor: _Stored) -> str:
         return "it is no matrix"
     if 0 in tensor.shape:
         return "it is empty"
+    if tensor.is_meta:
+        return "it was saved on the meta device, without its values"
     if tensor.dtype is None:
         return "PyTorch has no such dtype"
     return why_no_numbers(tensor.dtype)

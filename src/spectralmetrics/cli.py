@@ -204,8 +204,12 @@ def _run_recompute(options: argparse.Namespace) -> None:
         )
     if options.output is None:
         sys.stdout.flush()
-        sys.stdout.buffer.write(format_rows(rows))
-        sys.stdout.buffer.flush()
+        table, buffer = format_rows(rows), getattr(sys.stdout, "buffer", None)
+        if buffer is None:  # a stream of text alone, such as that of a notebook
+            sys.stdout.write(table.decode())
+        else:
+            buffer.write(table)
+            buffer.flush()
     else:
         with replacing(options.output) as file:
             file.write(format_rows(rows))
