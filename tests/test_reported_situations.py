@@ -30,16 +30,24 @@ def count(probe, layer="0", stage="train"):
     return int(probe[stage, layer]["saturation"].count)
 
 
-def test_reading_changes_no_weight_that_is_made_when_it_is_read():
+@pytest.mark.parametrize("kind", ["linear", "GPT-2"])
+def test_reading_changes_no_weight_that_is_made_when_it_is_read(kind):
     # Each look at the weight of a spectral norm in training mode is one more power iteration.
-    model = nn.Sequential(nn.Linear(6, 8), parametrizations.spectral_norm(nn.Linear(8, 8)))
+    layer = nn.Linear(8, 8)
+    if kind == "GPT-2":
+        layer = pytest.importorskip("transformers.pytorch_utils", reason="needs transformers").Conv1D(8, 8)
+    model = nn.Sequential(nn.Linear(6, 8), parametrizations.spectral_norm(layer))
     nn.init.constant_(model[1].bias, 1e4)  # so that its small spread makes findings ask for its weights
+    plain = copy.deepcopy(model)
     probe = sm.LayerProbe(model)
-    model(torch.randn(400, 6))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        x = torch.randn(400, 6)
+        model(x)
+        plain(x)
     assert [each.kind for each in probe.findings("train") if each.layer == "1"] == ["collapsed"]
     probe.summary("train")
     sm.weight_spectra(model)
+    before = plain.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
 

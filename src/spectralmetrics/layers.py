@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import nn
 
 Features: TypeAlias = str | Callable[[Any], int]
@@ -207,8 +206,14 @@ def _of_convolution(layer: Any) -> int | None:
     return ceiling or None
 
 
-def _of_conv1d(layer: Any) -> int | None:  # its weight is (inputs, outputs)
-    return min(layer.weight.shape) if isinstance(layer.weight, torch.Tensor) else None
+def _inputs_of_conv1d(layer: Any) -> int:
+    # Not the attribute: what makes a parametrised weight may change its state whenever somebody reads it.
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")  # (inputs, outputs)
+    return int(getattr(layer, "nx", 0)) if weight is None else len(weight)
+
+
+def _of_conv1d(layer: Any) -> int | None:
+    return min(_inputs_of_conv1d(layer), layer.nf) or None
 
 
 def _dim_of_norm(layer: Any) -> int | Literal["input"]:
@@ -331,7 +336,7 @@ _CONV1D = ("transformers.pytorch_utils", "Conv1D")  # the linear layer of GPT-2
 _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
     _CONV1D: LayerKind(
         -1,
-        in_features=lambda layer: len(layer.weight),
+        in_features=_inputs_of_conv1d,
         out_features="nf",
         ceiling=_of_conv1d,
         is_default=True,
