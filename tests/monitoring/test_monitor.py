@@ -11,6 +11,7 @@ from spectralmetrics import (
     DEFAULT_ALARMS,
     HistoryMetric,
     LayerProbe,
+    MaxAbsMetric,
     Monitor,
     Recorder,
     SaturationMetric,
@@ -19,6 +20,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.recording.alarms import read_alarms
 from spectralmetrics.recording.saved import SavedRun
+from spectralmetrics.sums import Sketch
 
 
 def network():
@@ -150,6 +152,32 @@ def test_the_history_joins_and_is_there_once():
         Monitor(late)
     late.reset()
     Monitor(late)
+    model = network()
+    wide = LayerProbe(model, max_features=10, sketch_size=6)
+    model(torch.randn(40, 8))
+    wide.reset()
+    Monitor(wide)
+    model(torch.randn(40, 8))
+    assert [type(each) for each in wide.sums("train", "0")[:1]] == [Sketch]  # no covariance of any width
+
+
+def test_values_of_a_state_that_was_saved_without_a_monitor_are_there():
+    model = network()
+    before = LayerProbe(model)
+    before.persistent()
+    model(torch.cat([torch.randn(300, 8), torch.full((1, 8), torch.nan)]))
+    with pytest.warns(UserWarning, match="1 of '0'"):
+        expected = before.compute("train")
+    after = LayerProbe(model, [MaxAbsMetric(), SaturationMetric()])
+    Monitor(after)
+    after.persistent()
+    after.load_state_dict(before.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert after.compute("train") == expected
+    words = " ".join(str(each.message) for each in caught)
+    assert "1 of '0'" in words
+    assert "'max_abs' of '0' (it saw nothing)" in words
 
 
 def test_steps_that_the_user_tells_count():

@@ -89,13 +89,13 @@ class LayerMetrics:
         self.given_up = ""
         self.too_wide = False
         self.transformed = False
-        self.is_sketched = False
         self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # observations, since the sums were read
         self.keep(collection)
 
     def keep(self, collection: MetricCollection) -> None:
         """Keep these metrics from now on, which are empty; what others hold is forgotten."""
+        self.is_sketched = False
         self.collection = collection
         self.members = members(collection)
         self.leaders: list[Metric] = [
@@ -246,8 +246,8 @@ class LayerMetrics:
         for name, metric in self.readable().items():
             if not isinstance(metric, SpectralMetric) or metric.needs_labels:
                 continue
-            if dimension := metric.dimension_read():
-                count = counted[id(self.leader_of[name])].observations
+            count = counted[id(self.leader_of[name])].observations
+            if count and (dimension := metric.dimension_read()):
                 return count if count < 2 * dimension else 0
         return 0
 
@@ -310,7 +310,7 @@ class LayerMetrics:
         """Whether there is anything to compute; with several processes, once the states are merged."""
         plain = [metric for metric in self._spectral if not metric.needs_labels]
         if plain:
-            return all(counted[id(metric)].observations > 0 for metric in plain)
+            return any(counted[id(metric)].observations > 0 for metric in plain)
         if self._spectral:
             return any(counted[id(metric)].observations > 0 for metric in self._spectral)
         # Metrics of other libraries merge by themselves, on all processes or on none.

@@ -102,8 +102,10 @@ def read_layers(
         for name, metric in question.of(place).items():
             if not isinstance(metric, SpectralMetric):
                 continue
-            if _has_no_labels(place, name, metric, counted):
-                if place.is_sketched:
+            if _saw_nothing(place, name, counted):
+                if not metric.needs_labels:  # such as one that a loaded state did not have
+                    reading.failed.append(f"{name!r} of {place.layer!r} (it saw nothing)")
+                elif place.is_sketched:
                     reading.failed.append(f"{name!r} of {place.layer!r} (not read from sketches)")
                 else:
                     reading.unlabelled.append(name)
@@ -268,14 +270,14 @@ def _wanted(places: Sequence[LayerMetrics], question: Question, counted: Counted
         for place in places
         for name, metric in question.of(place).items()
         if isinstance(metric, SpectralMetric)
-        if counted[id(place.leader_of[name])].in_range and not _has_no_labels(place, name, metric, counted)
+        if counted[id(place.leader_of[name])].in_range and not _saw_nothing(place, name, counted)
         for each in metric.wanted(HOST)
     ]
 
 
-def _has_no_labels(place: LayerMetrics, name: str, metric: Metric, counted: Counted) -> bool:
-    needs_labels = isinstance(metric, SpectralMetric) and metric.needs_labels
-    return needs_labels and not counted[id(place.leader_of[name])].observations
+def _saw_nothing(place: LayerMetrics, name: str, counted: Counted) -> bool:
+    """Whether a metric of this package has no observations, as for want of labels, while others may have."""
+    return not counted[id(place.leader_of[name])].observations
 
 
 class _Steps:
@@ -355,7 +357,7 @@ def warn_of_nothing(
 
 def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
     """How many observations were not finite, where a metric wants that to be said."""
-    dropped = counted[id(place.spectral_leaders[0])].left_out if place.spectral_leaders else 0
+    dropped = max((counted[id(leader)].left_out for leader in place.spectral_leaders), default=0)
     strategies = {m.nan_strategy for m in place.members if isinstance(m, SpectralMetric)}
     if "error" in strategies:
         return Reading(refused=dropped)
