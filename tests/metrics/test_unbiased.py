@@ -195,6 +195,9 @@ def test_too_few_folds_leave_it_unknown(batches):
     metric = unbiased(torch.randn(10 * batches, 5), 8, 10)
     assert metric.compute().isnan() == (batches == 1)
     assert all(end.isnan() for end in metric.interval())
+    alone = unbiased(torch.randn(3, 5), 8, 1)  # no fold has two observations, and nothing is constant
+    assert alone.compute().isnan()
+    assert all(end.isnan() for end in alone.interval())
 
 
 def test_constant_features_fill_nothing():

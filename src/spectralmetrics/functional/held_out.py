@@ -169,7 +169,7 @@ def fold_products(folds: Sequence[Moments], center: bool = True) -> Tensor:
     r"""The traces :math:`\operatorname{tr} S_a` and products :math:`\operatorname{tr}(S_a S_b)` of folds.
 
     :math:`S_a` is the scatter of a fold about its own mean, or about zero, in units in which the traces add up
-    to one. Folds without a degree of freedom have none.
+    to one. Folds without a degree of freedom have a negative trace, and no products.
 
     Returns:
         Shape (g, 1 + g), float64: the trace of each fold, then its products with all.
@@ -186,9 +186,9 @@ def fold_products(folds: Sequence[Moments], center: bool = True) -> Tensor:
             left, right = left[:, :1], right[:1]
         corrections.append((left, right))
         diagonal = (fold.second.diagonal() + (left * right.T).sum(1)).clamp(min=0)
-        scales[index] = torch.where(count >= (2 if center else 1), diagonal.sum(), 0)
+        scales[index] = torch.where(count >= (2 if center else 1), diagonal.sum(), -1)
     traces = torch.stack(scales)
-    total = traces.sum()
+    total = traces.clamp(min=0).sum()
     unit = torch.where(total > 0, total, 1.0)
     factors = (traces > 0) / unit
     products = torch.zeros(len(folds), len(folds), dtype=torch.float64, device=device)
@@ -214,7 +214,7 @@ def participation_of_products(products: Tensor) -> Tensor:
     Args:
         products: of :func:`fold_products`.
     """
-    traces, products = products[:, 0], products[:, 1:]
+    traces, products = products[:, 0].clamp(min=0), products[:, 1:]
     apart = ~torch.eye(len(traces), dtype=torch.bool, device=traces.device)
     squares = (torch.outer(traces, traces) * apart).sum()
     return squares / (products * apart).sum()
@@ -223,7 +223,9 @@ def participation_of_products(products: Tensor) -> Tensor:
 def clipped_ratio(products: Tensor, num_features: int) -> Tensor:
     """As :func:`participation_of_products`, between 1 and D; 0 for features that are constant throughout."""
     ratio = participation_of_products(products).clamp(1, num_features)
-    return torch.where(products[:, 0].sum() > 0, ratio, 0)
+    traces = products[:, 0]
+    is_constant = ((traces >= 0).sum() > 1) & ~(traces > 0).any()
+    return torch.where(is_constant, 0, ratio)
 
 
 def participation_interval(products: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
