@@ -146,6 +146,16 @@ def test_arrays_alone_are_enough(run, tmp_path):
     assert without == sm.compare(run, run.parent / "first", epochs=(2, 2))
 
 
+def test_layers_of_which_only_marginals_were_kept(run, tmp_path, capsys):
+    marginals = record(tmp_path / "marginals", metrics=[sm.RootMeanSquareMetric(), sm.MaxAbsMetric()])
+    for other in (marginals, run):
+        rows = sm.compare(marginals, other)
+        assert all(row["note"] == "no covariance was kept" for row in rows)
+        assert all(row["rms_left"] > 0 and row["frechet_distance"] is None for row in rows)
+    assert main(["compare", str(marginals), "--epochs", "0", "1"]) == 0
+    assert "No covariance was kept: 0, 1, 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

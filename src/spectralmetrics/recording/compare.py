@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.findings import find, read_numbers
+from spectralmetrics.findings import find, has_eigenvalues, read_numbers
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.relations import (
     MINIMUM_SAMPLES,
@@ -173,6 +173,8 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
     if widths[0] != widths[1]:
         return _without(f"widths {widths[0]} and {widths[1]}") | _alignment(first, second)
     spectra = [first.spectrum(), second.spectrum()]
+    if not all(map(has_eigenvalues, spectra)):
+        return _without("no covariance was kept") | _alignment(first, second)
     variance = float(spectra[0].total_variance + spectra[1].total_variance)
     metric = IntrinsicDimensionMetric(threshold=threshold)
     found = [float(metric.value_of(spectrum)) for spectrum in spectra]
