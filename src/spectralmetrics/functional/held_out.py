@@ -97,12 +97,13 @@ def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]
 def _squares_along(vectors: Tensor, second: Tensor) -> Tensor:
     """What second moments, of which only the upper triangle counts, hold along each column."""
     found = vectors.new_zeros(vectors.shape[1])
+    turned = vectors.mT  # as the solver leaves them in memory: one after the other
     step = max(_BLOCK_ROWS, len(second) // 4)
     for start in range(0, len(second), step):
         stop = start + step
         rows = second[start:stop, start:].triu()
         rows.diagonal().mul_(0.5)  # what lies beside it counts twice
-        found += (rows @ vectors[start:]).mul_(vectors[start:stop]).sum(0)
+        found += (turned[:, start:] @ rows.mT).mul_(turned[:, start:stop]).sum(1)
     return found.mul_(2)
 
 

@@ -1,9 +1,9 @@
 """Rows into dense moments: centre, check, mask and multiply, in a bounded workspace.
 
 On the CPU this is compiled where it could be, see :mod:`~spectralmetrics.sums.compiled`; the same is done here
-in PyTorch everywhere else. Nothing here reads from the device: no branch and no shape depends on a value. Rows
-that hold NaN or an infinity are counted and left out. Rows that are finite and overflow when they are centred
-or squared make the sums infinite: that is said when they are read.
+in PyTorch everywhere else. Nothing here reads from an accelerator: no branch and no shape depends on a value
+there. Rows that hold NaN or an infinity are counted and left out. Rows that are finite and overflow when they
+are centred or squared make the sums infinite: that is said when they are read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from spectralmetrics.sums.workspace import workspace
 # centring and product; an accelerator wants fewer, larger products.
 _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
-# Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic.
-_MINIMUM_ROWS_PER_PRODUCT = 2048
+# Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic; of more, rows
+# leave the cache.
+_MINIMUM_ROWS_PER_PRODUCT = 1024
+# Float32 products of magnitudes between these need no scaling.
+_UNSCALED = 1.0, 2.0**50
 
 
 def accumulate(
@@ -82,7 +85,8 @@ def accumulate(
     # Half precision is exact in float32, and float64 rows keep their digits until they are centred.
     dtype = torch.float32 if fast and values.dtype != torch.float64 else torch.float64
     budget = _CPU_WORKSPACE_BYTES if values.device.type == "cpu" else _ACCELERATOR_WORKSPACE_BYTES
-    limit = max(budget // (features * gram_dtype.itemsize), _MINIMUM_ROWS_PER_PRODUCT)
+    fewest = _MINIMUM_ROWS_PER_PRODUCT if features <= 1024 else 2 * _MINIMUM_ROWS_PER_PRODUCT
+    limit = max(budget // (features * gram_dtype.itemsize), fewest)
     if valid is not None:  # its rows are enumerated with the features last
         values = observations.rows()
     is_compiled = compiled.takes(moments, values, gram_dtype)
@@ -98,7 +102,7 @@ def accumulate(
                 _recentre(moments, _as_rows(copy, dim), chosen, rounded=values.dtype != torch.float64)
             if is_compiled:
                 _add_compiled(moments, piece, dim, chosen, gram_dtype)
-            else:
+            elif recentre or chosen is not None or not _add_if_finite(moments, piece, dim, dtype, gram_dtype):
                 centred, finite = _centre(moments, piece, dim, dtype, exactly=recentre)
                 mask = _count(moments, finite, chosen)
                 (_add_in_float32 if fast else _add_in_float64)(moments, centred, mask)
@@ -141,6 +145,39 @@ def _add_compiled(
 
 def _bytes(like: Tensor, size: int) -> Tensor:
     return workspace(like, "panels", (size,), torch.uint8)
+
+
+def _add_if_finite(
+    moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, gram_dtype: torch.dtype
+) -> bool:
+    """Add rows that are all finite, in half of the passes; False if they may not be, or not on a CPU."""
+    if piece.device.type != "cpu" or dtype != gram_dtype:
+        return False
+    work = workspace(piece, "rows", piece.shape, dtype)
+    origin = moments.origin.to(dtype)
+    origin = origin if dim == -1 else origin[:, None, None]
+    if piece.dtype == dtype:
+        torch.sub(piece, origin, out=work)
+    else:
+        work.copy_(piece).sub_(origin)
+    rows = _as_rows(work, dim)
+    number = rows.shape[0]
+    if dtype == torch.float64:
+        first = rows.new_ones(number) @ rows
+        if not first.isfinite().all():  # of finite rows it may not be, and of others it is not
+            return False
+        _multiply_in_float64(moments, rows)
+    else:
+        least, most = torch.aminmax(work)
+        largest = torch.maximum(-least, most)
+        if not largest.isfinite():
+            return False
+        low, high = _UNSCALED
+        scale = None if low <= float(largest) <= high else power_of_two_scale(largest)
+        first = _multiply_in_float32(moments, rows, scale)
+    moments.first.add_(first)
+    moments.count.add_(number)
+    return True
 
 
 def _centre(
@@ -225,27 +262,47 @@ def _recentre(moments: DenseSums, rows: Tensor, valid: Tensor | None, rounded: b
 
 def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
     _clear(centred, mask)
+    _multiply_in_float64(moments, centred)
+    moments.first.add_(centred.sum(0))
+
+
+def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
     # Of wide rows MKL takes a third longer for fewer than 192 with AVX-512, and as long with AVX2.
     width = centred.shape[1]
     for start, stop in _block_rows(centred, 64 if width <= 512 else 128 if width < 1024 else 192):
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
-    moments.first.add_(centred.sum(0))
 
 
 def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
-    # Float64 rows keep their digits until they are centred and scaled.
     _clear(centred, mask)
     # Of a transposed view this would make a copy, row by row.
     least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
     scale = power_of_two_scale(torch.maximum(-least, most))
-    centred.mul_(scale.to(centred.dtype))
-    centred = centred.to(torch.float32)
-    weight = scale.square().reciprocal()
+    moments.first.add_(_multiply_in_float32(moments, centred, scale))
+
+
+def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | None) -> Tensor:
+    """Add the products of rows, multiplied by a power of two for that; return the sum of the rows."""
+    if scale is not None:
+        # Float64 rows keep their digits until they are centred and scaled.
+        centred = centred.mul_(scale.to(centred.dtype)).to(torch.float32)
+    weight = None if scale is None else scale.square().reciprocal()
     for start, stop in _block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
         # Added while it is in the cache; a product of all features would not be.
         product = _product_of_short_sums(centred[:, start:stop], centred[:, start:])
-        moments.second[start:stop, start:].add_(product.mul_(weight))
-    moments.first.add_(centred.sum(0, dtype=torch.float64).div_(scale))
+        moments.second[start:stop, start:].add_(product if weight is None else product.mul_(weight))
+    first = _sum_of_short_sums(centred)
+    return first if scale is None else first.div_(scale)
+
+
+def _sum_of_short_sums(rows: Tensor) -> Tensor:
+    """The sum of rows in float64, of float32 sums over few rows each; torch.sum takes four times as long."""
+    whole = rows.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
+    ones = rows.new_ones(ROWS_PER_FLOAT32_SUM)
+    total = (ones[: rows.shape[0] - whole] @ rows[whole:]).to(torch.float64)
+    if whole:
+        total += (ones @ rows[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM))).sum(0, dtype=torch.float64)
+    return total
 
 
 def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
