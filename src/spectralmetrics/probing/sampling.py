@@ -37,7 +37,7 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     turn = zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total  # of the ring
     if device.type == "cpu" and compiled.is_there():
         # The same numbers as below in few calls, which are most of what a small layer takes.
-        if observations.are_rows() and values.nbytes * number <= total * _MOST_BYTES and compiled.reads(values):
+        if _are_rows(observations) and values.nbytes * number <= total * _MOST_BYTES and compiled.reads(values):
             rows = values if values.ndim == 2 else values.view(total, -1)
             return plain_observations(compiled.draw_rows(rows, number, seed, turn))
         return observations.take(compiled.draw_places(total, number, seed, turn))
@@ -54,6 +54,20 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     index = chances.mul_(lengths).to(torch.int64).add_(starts)
     index.add_(turn).remainder_(total)  # each of these is a kernel to launch on an accelerator
     return observations.take(index)
+
+
+def _are_rows(observations: Observations) -> bool:
+    """Whether these are rows that lie side by side, with nothing that belongs to each."""
+    values = observations.values
+    return (
+        observations.valid is None
+        and observations.group is None
+        and observations.labels is None
+        and observations.forward is None
+        and observations.step is None
+        and observations.feature_dim in (-1, values.ndim - 1)
+        and values.is_contiguous()
+    )
 
 
 def sample_size(rows_per_feature: float, num_features: int) -> int:

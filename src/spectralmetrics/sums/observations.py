@@ -100,19 +100,6 @@ class Observations:
         """All observations as a matrix of shape (N, D); a view where the layout allows it."""
         return self.values.movedim(self.feature_dim, -1).reshape(-1, self.num_features)
 
-    def are_rows(self) -> bool:
-        """Whether these are rows that lie side by side, with nothing that belongs to each."""
-        return (
-            self.valid is None
-            and self.group is None
-            and self.labels is None
-            and self.forward is None
-            and self.step is None
-            and self.start is None
-            and self.feature_dim in (-1, self.values.ndim - 1)
-            and self.values.is_contiguous()
-        )
-
     def take(self, index: Tensor) -> Observations:
         """The observations at the positions ``index`` of :meth:`rows`, without building all rows."""
         valid = None if self.valid is None else self.valid[index]
