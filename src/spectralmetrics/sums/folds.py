@@ -136,7 +136,7 @@ class InFolds(SpectralSum, Generic[S]):
 
     def in_range(self) -> Tensor:
         """See :class:`.SpectralSum`."""
-        return torch.stack([fold.in_range() for fold in self.each]).all()
+        return torch.stack([fold.squares() for fold in self.each]).isfinite().all()
 
     def mean(self) -> Tensor:
         """See :class:`.SpectralSum`."""
