@@ -6,7 +6,7 @@ import pytest
 
 from spectralmetrics import Alarm, Finding, read_records
 from spectralmetrics.probing.history import HistoryRow
-from spectralmetrics.recording.alarms import read_alarms, write_alarms
+from spectralmetrics.recording.alarm_table import read_alarms, write_alarms
 from spectralmetrics.recording.writers.history import read_history
 
 RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"

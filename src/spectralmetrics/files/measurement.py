@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from spectralmetrics.files.blocks import Block, Rows, warn_of_empty
 from spectralmetrics.files.choosing import WIDEST, metrics_for
 from spectralmetrics.files.fields import ReadError
-from spectralmetrics.files.reading import Block, Rows, warn_of_empty
 from spectralmetrics.findings import Finding
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import (

@@ -13,8 +13,8 @@ from typing import Literal
 
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.processes import portable
-from spectralmetrics.recording.alarms import FILE_NAME as ALARMS
-from spectralmetrics.recording.alarms import read_alarms, write_alarms
+from spectralmetrics.recording.alarm_table import FILE_NAME as ALARMS
+from spectralmetrics.recording.alarm_table import read_alarms, write_alarms
 from spectralmetrics.recording.lock import DirectoryLock
 from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
 from spectralmetrics.recording.record import Record, RecordKey

@@ -20,7 +20,7 @@ from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.history import HistoryRow
 from spectralmetrics.probing.keys import Key, as_text, from_text
-from spectralmetrics.recording.alarms import read_alarms
+from spectralmetrics.recording.alarm_table import read_alarms
 from spectralmetrics.recording.manifest import Manifest, read_manifest
 from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
 from spectralmetrics.recording.settings import Settings, rebuild_metrics

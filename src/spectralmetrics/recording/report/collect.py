@@ -16,8 +16,8 @@ from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.probing.facts import UNKNOWN_LAYER
 from spectralmetrics.recording.record import RecordKey
 from spectralmetrics.recording.report.encode import MISSING
-from spectralmetrics.recording.report.forwards import QUANTITIES, of_history
 from spectralmetrics.recording.report.spectra import Bounds, Thresholds, bounds, points, positions, slider
+from spectralmetrics.recording.report.timeline import QUANTITIES, of_history
 from spectralmetrics.recording.report.words import Known, Words
 from spectralmetrics.recording.saved import Failures, SavedRun
 from spectralmetrics.recording.settings import Settings
