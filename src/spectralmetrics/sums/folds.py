@@ -28,8 +28,8 @@ S = TypeVar("S", bound=AboutOrigin)
 class InFolds(SpectralSum, Generic[S]):
     """A kind of sum about an origin, g times over, each tensor stacked in the first dimension.
 
-    A subclass is a frozen dataclass of the stacked tensors, with its states in the order of those of one fold.
-    What is read is that of all folds together.
+    A subclass is a frozen dataclass of the stacked tensors, with its states in the order of those of one fold,
+    which has no settings beside its tensors and travels in its pieces. All folds are read together.
 
     Attributes:
         counts: number of finite observations of each fold, shape (g,), int64.
