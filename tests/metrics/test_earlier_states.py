@@ -45,7 +45,8 @@ def test_folds_and_sketches(name):
     metric.load_state_dict(states[name])
     assert metric.compute().item() == pytest.approx(expected[name], rel=1e-13)
     if name == "with folds":
-        assert [float(each) for each in metric.interval()] == pytest.approx(expected["interval"], rel=1e-12)
+        # Releases of SciPy differ by 1e-11 in the quantiles that it is made of.
+        assert [float(each) for each in metric.interval()] == pytest.approx(expected["interval"], rel=1e-9)
     metric.update(torch.randn(6, 4))
     assert int(metric.count) == 18
 

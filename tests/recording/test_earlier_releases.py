@@ -123,7 +123,11 @@ def test_a_run_with_folds_labels_and_a_sketch(tmp_path):
         for key in ("value", "low", "high"):
             before = float(old[key] or "nan")
             after = math.nan if row[key] is None else row[key]
-            assert after == pytest.approx(before, rel=1e-12, nan_ok=True), (row, old)
+            # Releases of SciPy differ by 1e-11 in the quantiles that intervals are made of.
+            assert after == pytest.approx(before, rel=1e-12 if key == "value" else 1e-9, nan_ok=True), (
+                row,
+                old,
+            )
     assert "(4-12)" in str(sm.summarise_run(run, stage="train"))
     with pytest.warns(UserWarning, match="sketch"):
         assert sm.write_report(run, tmp_path / "report.html").stat().st_size > 50_000
