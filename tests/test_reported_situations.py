@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import os
+import subprocess
 import sys
 import threading
 
@@ -318,3 +319,33 @@ def test_a_table_goes_to_any_stream(tmp_path):
         assert main(["recompute", str(tmp_path / "run")]) == 0
     assert main(["recompute", str(tmp_path / "run"), "--output", str(tmp_path / "table.csv")]) == 0
     assert shown.getvalue().encode() == (tmp_path / "table.csv").read_bytes()
+
+
+RELOADED = """
+import sys
+import torch
+from torch import nn
+
+def use(package, backend):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    probe = package.LayerProbe(model)
+    return probe, torch.compile(model, backend=backend, fullgraph=True)
+
+import spectralmetrics as first
+probe, run = use(first, "eager")
+run(torch.randn(5, 3))
+for name in [name for name in sys.modules if name.partition(".")[0] == "spectralmetrics"]:
+    del sys.modules[name]
+import spectralmetrics as second
+assert second is not first
+again, run_again = use(second, "aot_eager")
+run_again(torch.randn(6, 3))
+run(torch.randn(5, 3))
+print(*(int(each["train", "0"]["saturation"].count) for each in (probe, again)))
+"""
+
+
+@pytest.mark.long
+def test_a_package_that_is_loaded_anew_observes_in_both_copies():
+    ran = subprocess.run([sys.executable, "-c", RELOADED], capture_output=True, text=True)
+    assert (ran.stdout, ran.returncode) == ("10 6\n", 0), ran.stderr

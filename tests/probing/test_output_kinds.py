@@ -120,6 +120,8 @@ def _fresh():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forward_goes_on_whatever_it_puts_out(kind, way):
     make, count = KINDS[kind]
+    if (kind, way) == ("sparse rows", "compiled") and torch.__version__ < (2, 9):
+        pytest.skip("the compiler of torch 2.8 aborts the process, without a probe too")
 
     def ended(is_probed, fullgraph):
         torch.compiler.reset()

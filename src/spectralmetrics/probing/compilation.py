@@ -149,10 +149,13 @@ def _see_no_batch(info: Any, in_dims: Any, *arguments: Any) -> tuple[None, None]
 # `torch.library.custom_op` would wrap it in Python for autograd, versions and aliases, which takes 9 times as
 # long as the call: here nothing has a gradient, nothing is changed and nothing comes back.
 _LIBRARY = torch.library.Library("spectralmetrics", "FRAGMENT")
-_LIBRARY.define("see(Tensor[] parts, Tensor(a!) ticket, Tensor number, str kind) -> ()", tags=TAGS)
-_LIBRARY.impl("see", _see, "CompositeExplicitAutograd")
-torch.library.register_fake("spectralmetrics::see", _see_nothing, lib=_LIBRARY)
-torch.library.register_vmap("spectralmetrics::see", _see_no_batch, lib=_LIBRARY)
+_NAME = "see"
+while hasattr(torch.ops.spectralmetrics, _NAME):  # a notebook that has loaded the package anew has two copies
+    _NAME += "_"
+_LIBRARY.define(f"{_NAME}(Tensor[] parts, Tensor(a!) ticket, Tensor number, str kind) -> ()", tags=TAGS)
+_LIBRARY.impl(_NAME, _see, "CompositeExplicitAutograd")
+torch.library.register_fake(f"spectralmetrics::{_NAME}", _see_nothing, lib=_LIBRARY)
+torch.library.register_vmap(f"spectralmetrics::{_NAME}", _see_no_batch, lib=_LIBRARY)
 
-see: Callable[[list[Tensor], Tensor, Tensor, str], None] = torch.ops.spectralmetrics.see.default
+see: Callable[[list[Tensor], Tensor, Tensor, str], None] = getattr(torch.ops.spectralmetrics, _NAME).default
 """Shows an observer what :func:`take_apart` has returned; compilers do not look inside."""
