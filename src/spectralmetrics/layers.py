@@ -86,6 +86,7 @@ def register_layer(
         TypeError: for anything but a subclass of ``torch.nn.Module``, or features or a ceiling of another type.
         ValueError: for another ``dim``, or a ``batch_first`` that is not True, False or None.
 
+    >>> import torch
     >>> class Shift(nn.Module):  # of (N, C, L)
     ...     def forward(self, series):
     ...         return series.roll(1, -1)
