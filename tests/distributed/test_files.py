@@ -30,4 +30,4 @@ def test_torchrun_prints_what_one_process_prints(tmp_path):
 
     alone = printed()
     assert "1,000 x 12 float32 in 10 parts, 4 folds of whole files" in alone
-    assert printed("-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone") == alone
+    assert printed("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone") == alone
