@@ -149,6 +149,7 @@ def benchmarks(session: nox.Session) -> None:
         "memory",
         "folds",
         "similarity",
+        "monitor",
         "report_page",
     )
     for script in (*scripts, "intervals", "intervals_real"):
