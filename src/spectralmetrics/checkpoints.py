@@ -17,6 +17,7 @@ from spectralmetrics.parameters import weight_in, why_no_numbers
 from spectralmetrics.weights import (
     WeightMatrix,
     WeightSummary,
+    first_reason,
     summarise_weights,
     without_wrappers,
 )
@@ -74,7 +75,7 @@ def checkpoint_spectra(
     skipped: dict[str, str] = {}
     matrices = list(_matrices(stored, skipped))
     if not matrices:
-        why = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:1])
+        why = first_reason(skipped)
         raise ValueError(
             f"expected weight matrices in {str(path)!r}, got {len(stored)} tensors, none of them one{why}"
         )

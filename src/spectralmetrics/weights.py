@@ -193,10 +193,18 @@ def weight_spectra(
     skipped: dict[str, str] = {}
     matrices = list(_of_modules(chosen, skipped))
     if not matrices:
-        away = "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:1])
-        raise ValueError(f"no layer of {type(model).__name__} has a weight matrix{away}")
+        raise ValueError(f"no layer of {type(model).__name__} has a weight matrix{first_reason(skipped)}")
     before = None if since is None else {without_wrappers(name): value for name, value in since.items()}
     return summarise_weights(matrices, statistics, before, skipped, progress)
+
+
+def first_reason(skipped: Mapping[str, str]) -> str:
+    """Why the first of what was skipped is none, for the end of an error; empty if nothing was.
+
+    >>> first_reason({"0.weight": "it is empty", "1.weight": "it is no matrix"})
+    "; '0.weight': it is empty"
+    """
+    return "".join(f"; {name!r}: {reason}" for name, reason in list(skipped.items())[:1])
 
 
 def summarise_weights(

@@ -174,10 +174,14 @@ def reads(values: Tensor) -> bool:
     Args:
         values: observations of any shape; those of half precision have to be cast to float32 first.
     """
+    return is_there() and is_in_memory(values)
+
+
+def is_in_memory(values: Tensor) -> bool:
+    """Whether values are in the memory of the CPU, at their address and strides."""
     return (
-        is_there()
         # No subclass, which may hold its data elsewhere or not at all.
-        and type(values) in (Tensor, torch.nn.Parameter)
+        type(values) in (Tensor, torch.nn.Parameter)
         and values.device.type == "cpu"
         and values.layout == torch.strided
         and not values.is_neg()

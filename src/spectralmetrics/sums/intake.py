@@ -11,7 +11,7 @@ from torch import Tensor
 from spectralmetrics.sums import accelerated
 from spectralmetrics.sums.accelerated import Centring
 from spectralmetrics.sums.accumulate import accumulate
-from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.compiled import DenseSums, is_in_memory
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import has_fast_float64
 from spectralmetrics.sums.sum import Intake
@@ -95,7 +95,8 @@ class DenseIntake(Intake):
             self._is_in_step = False
         start, size = self.waiting, values.nbytes
         self.waiting += count
-        if size <= _FEW_BYTES and dtype == buffer.dtype and dim == -1 and _lie_side_by_side(values):
+        is_copied = size <= _FEW_BYTES and dtype == buffer.dtype and dim == -1
+        if is_copied and is_in_memory(values) and values.is_contiguous():
             ctypes.memmove(buffer.data_ptr() + start * width * values.itemsize, values.data_ptr(), size)
             return True
         moved = values.movedim(dim, -1)
@@ -125,18 +126,6 @@ class DenseIntake(Intake):
         # The first rows may be unlike the rest, and features drift in training: ever more seldom.
         self._accumulations += 1
         return self._accumulations <= 4 or self._accumulations.bit_count() == 1
-
-
-def _lie_side_by_side(values: Tensor) -> bool:
-    """Whether values are in the memory of the CPU, one after the other."""
-    return (
-        type(values) is Tensor
-        and values.is_cpu
-        and values.layout == torch.strided
-        and values.is_contiguous()
-        and not values.is_neg()
-        and not values._is_zerotensor()
-    )
 
 
 def products_dtype(device: torch.device) -> torch.dtype:
