@@ -5,6 +5,7 @@ Those that look harder and take longer: mutants, properties, soak.
 """
 
 import functools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ import nox
 
 nox.options.sessions = ["lint", "typecheck", "tests"]
 nox.options.reuse_existing_virtualenvs = True
+# Tests start hundreds of processes: where none may keep what it compiled, each compiles all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 DEPENDENCIES = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
 OLDEST = [re.sub(r">=([0-9.]+).*", r"==\1", each) for each in DEPENDENCIES]
