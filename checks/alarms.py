@@ -38,16 +38,16 @@ COLLAPSED = 1e-3  # of the embedding's mean square: what varies, where it has co
 PLANTED_STEPS = 1200
 COMPLETE = ("simclr", "simsiam", "dead", "scale")
 PARTIAL = ("bottleneck 2", "bottleneck 8", "vanishing")
-HEALTHY = (
-    "mlp",
-    "plateau",
-    "cnn",
-    "cnn with batch norm",
-    "transformer",
-    "simsiam",
-    "binary",
-    "neural collapse",
-)
+HEALTHY = {  # of 1,000 runs; those that take longest are fewest
+    "mlp": 200,
+    "plateau": 150,
+    "cnn": 100,
+    "cnn with batch norm": 70,
+    "transformer": 90,
+    "simsiam": 40,
+    "binary": 200,
+    "neural collapse": 150,
+}
 
 
 class Job(NamedTuple):
@@ -400,17 +400,16 @@ def spread_of(rows: Tensor) -> float:
 # -- rates ----------------------------------------------------------------------------------------------------
 
 
-def jobs(first: int, healthy_seeds: int, planted_seeds: int) -> Iterator[Job]:
-    """Seed by seed, so that whatever is done by the time it is stopped has some of each."""
-    ratio = max(healthy_seeds // max(planted_seeds, 1), 1)
-    done = 0
-    for seed in range(healthy_seeds):
-        yield from (Job(kind, first + seed) for kind in HEALTHY)
-        if seed % ratio == 0 and done < planted_seeds:
-            yield from (Job(f"planted {kind}", first + 5_000 + done) for kind in (*COMPLETE, *PARTIAL))
-            done += 1
-    for number in range(done, planted_seeds):
-        yield from (Job(f"planted {kind}", first + 5_000 + number) for kind in (*COMPLETE, *PARTIAL))
+def jobs(first: int, healthy_runs: int, planted_seeds: int) -> Iterator[Job]:
+    """In turn, so that whatever is done by the time it is stopped has some of each."""
+    planned = [
+        *((Job(kind, first), math.ceil(healthy_runs * share / 1000)) for kind, share in HEALTHY.items()),
+        *((Job(f"planted {kind}", first + 5_000), planted_seeds) for kind in (*COMPLETE, *PARTIAL)),
+    ]
+    placed = [
+        (number / runs, job._replace(seed=job.seed + number)) for job, runs in planned for number in range(runs)
+    ]
+    return (job for _, job in sorted(placed, key=lambda pair: pair[0]))
 
 
 def rates(results: dict[Job, Result]) -> dict[str, dict[str, Any]]:
@@ -451,7 +450,7 @@ def describe(found: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=("calibration", "judged"), default="judged")
-    parser.add_argument("--healthy", type=int, default=125, help="seeds of each healthy kind")
+    parser.add_argument("--healthy", type=int, default=1000, help="healthy runs, of all kinds")
     parser.add_argument("--planted", type=int, default=20, help="seeds of each planted kind")
     parser.add_argument("--steps", type=int, default=2000, help="of a healthy run")
     parser.add_argument("--every", type=int, default=100, help="of the monitor")
