@@ -424,3 +424,14 @@ def test_of_a_single_observation_there_is_a_covariance_too():
     assert moments.covariance().abs().max() == 0
     with pytest.raises(ValueError, match="got 0"):
         moments_of_covariance(torch.zeros(2, 2), torch.tensor([3.0, 4.0]), 0)
+
+
+def test_moments_of_a_covariance_stay_those_about_another_origin():
+    mean = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    given = torch.eye(2, dtype=torch.float64) * 0.1
+    moments = moments_of_covariance(given, mean, 3)
+    assert not torch.equal(moments.second / 3, given)
+    assert torch.equal(moments.covariance(), given)  # with its last digit
+    moved = rebase(moments, torch.ones(2, dtype=torch.float64))
+    for center in (True, False):
+        torch.testing.assert_close(moved.covariance(center=center), moments.covariance(center=center))

@@ -92,8 +92,8 @@ class AboutOrigin(SpectralSum):
         """The sums of two disjoint sets of observations of one width, on one device; neither is changed."""
         # The origin of the larger side lies nearer to the common mean.
         origin = torch.where(self.count >= other.count, self.origin, other.origin)
-        plain: tuple[Any, Any] = (self.plain(), other.plain())
-        left, right = (each.about(origin) for each in plain)
+        left: Any
+        left, right = self.about(origin), other.about(origin)
         added = {name: getattr(left, name) + getattr(right, name) for name in self.additive}
         return cast("Self", replace(left, **added))
 
@@ -124,7 +124,9 @@ class AboutOrigin(SpectralSum):
     def variances(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
         offset = self.first / self.count
-        about_mean = (self.squares() / self.count - offset.square()).clamp_(min=0)
+        about_mean = self._given.get("variances")
+        if about_mean is None:
+            about_mean = (self.squares() / self.count - offset.square()).clamp_(min=0)
         return about_mean if center else about_mean + (self.origin + offset).square()
 
 
@@ -143,7 +145,6 @@ def exchange_about_origins(
     Returns:
         The result; None where it is for another process.
     """
-    parts = [cast("AboutOrigin", each.plain()) for each in parts]
     counts = torch.stack([each.count for each in parts]).to(torch.float64)[:, None]
     means = [each.count * each.origin + each.first for each in parts]
     # The origin need only lie near the data, so this mean may be rounded; what follows is exact about it.

@@ -44,7 +44,6 @@ class InFolds(SpectralSum, Generic[S]):
     counts: Tensor
     non_finites: Tensor
     origins: Tensor
-    _given: Any = None  # what a file said besides, which no longer holds once others are added
 
     @classmethod
     def stacked(cls, folds: Sequence[S]) -> Self:
@@ -215,8 +214,8 @@ class Folds(InFolds[Moments]):
 
     @property
     def total(self) -> Moments:
-        """All folds together, of a run with all the digits that the recorded values have."""
-        return super().total if self._given is None else self._given
+        """All folds together."""
+        return self._given.get("total") or super().total
 
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Folds:
         """See :class:`.Sum`."""
@@ -257,8 +256,7 @@ class Folds(InFolds[Moments]):
     def restored(cls, read: Callable[[str], Tensor]) -> Folds:
         """See :class:`.Sum`."""
         folds = cls.of_parts(*(read(name) for name in cls.arrays))
-        vars(folds)["_given"] = Moments.restored(read)  # kept beside them
-        return folds
+        return folds._as_given(total=Moments.restored(read))  # kept beside them
 
 
 class FoldsIntake(Intake):

@@ -209,7 +209,7 @@ class Labelled(InFolds[OfClasses]):
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
-        if self._given is not None:  # made of sums again, what was read from a file would lose digits
+        if self._given:  # made of sums again, what was read from a file would lose digits
             yield from self._given.items()
             return
         yield "class_counts", self.class_counts
@@ -232,8 +232,7 @@ class Labelled(InFolds[OfClasses]):
             class_firsts=counts.to(torch.float64)[..., None] * deviations,
             strays=torch.zeros_like(dense.counts),
         )
-        vars(restored)["_given"] = dict(zip(cls.arrays, arrays, strict=True))
-        return restored
+        return restored._as_given(**dict(zip(cls.arrays, arrays, strict=True)))
 
 
 class LabelledIntake(Intake):

@@ -17,9 +17,9 @@ that are not zero and the largest :math:`|x|`. On x86-64 the pass is compiled, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NoReturn, cast
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -115,7 +115,6 @@ class Marginals(AboutOrigin):
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.count.device)
-        mine = cast("Marginals", mine.plain())
         mean = torch.full_like(mine.origin, -torch.inf)  # above none
         if rank == int(counts.argmax()):
             mean = mine.origin + mine.first / mine.count.clamp(min=1)
@@ -136,7 +135,8 @@ class Marginals(AboutOrigin):
 
     def magnitudes(self) -> Tensor:
         """The mean magnitude of each feature, shape (D,), float64."""
-        return self.totals[2] / self.count
+        given: Tensor | None = self._given.get("magnitudes")
+        return self.totals[2] / self.count if given is None else given
 
     def zeros(self) -> Tensor:
         """The number of values of each feature that are zero, shape (D,), float64."""
@@ -171,38 +171,15 @@ class Marginals(AboutOrigin):
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Marginals:
         """See :class:`.Sum`."""
-        given = [read(name) for name in cls.arrays]
-        variances, mean, magnitudes, nonzeros, largest, count, non_finite = given
-        return _RestoredMarginals(
+        variances, mean, magnitudes, nonzeros, largest, count, non_finite = map(read, cls.arrays)
+        marginals = cls(
             count=count,
             non_finite=non_finite,
             origin=mean,
             totals=torch.stack([torch.zeros_like(mean), variances * count, magnitudes * count, nonzeros]),
             largest=largest,
-            given=dict(zip(cls.arrays, given, strict=True)),
         )
-
-
-@dataclass(frozen=True)
-class _RestoredMarginals(Marginals):
-    """Marginals that were read from a file, with all the digits that the recorded values have."""
-
-    given: Mapping[str, Tensor] | None = None
-
-    def plain(self) -> Marginals:
-        """See :class:`.Sum`."""
-        return Marginals(**{field.name: getattr(self, field.name) for field in fields(Marginals)})
-
-    def magnitudes(self) -> Tensor:
-        """As they were read."""
-        assert self.given is not None
-        return self.given["marginal_magnitudes"]
-
-    def variances(self, *, center: bool = True) -> Tensor:
-        """As they were read."""
-        assert self.given is not None
-        found = self.given["marginal_variances"]
-        return found if center else found + self.origin.square()
+        return marginals._as_given(variances=variances, magnitudes=magnitudes)
 
 
 class MarginalsIntake(Intake):

@@ -113,11 +113,14 @@ class Moments(AboutOrigin):
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
-        return covariance(self, center=center)
+        given: Tensor | None = self._given.get("covariance")
+        if given is None:
+            return covariance(self, center=center)
+        return given if center else given.addr(self.origin, self.origin)
 
     def upper_covariance(self, *, center: bool = True) -> Tensor:
         """As :meth:`covariance`, of which only the upper triangle is meaningful."""
-        return upper_covariance(self, center=center)
+        return self.covariance(center=center) if self._given else upper_covariance(self, center=center)
 
     def eigenvalues(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -150,6 +153,8 @@ class Moments(AboutOrigin):
 
     def _upper_in_workspace(self, center: bool) -> Tensor:
         """As :meth:`upper_covariance`, in memory that this thread uses again."""
+        if self._given:
+            return self.covariance(center=center)
         memory = workspace(self.second, "rows", self.second.shape, torch.float64)
         return _upper_covariance(self, center, out=memory)
 
@@ -175,37 +180,14 @@ class Moments(AboutOrigin):
     ) -> Moments:
         """As :func:`moments_of_covariance`, whatever the covariance holds: decomposing it says that."""
         mean = mean.to(torch.float64)
-        return _MomentsOfCovariance(
+        moments = Moments(
             count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
             non_finite=torch.as_tensor(non_finite, dtype=torch.int64, device=covariance.device),
             origin=mean,
             first=torch.zeros_like(mean),
             second=covariance * count,
-            given=covariance,
         )
-
-
-@dataclass(frozen=True)
-class _MomentsOfCovariance(Moments):
-    """Moments made of a covariance that was there: multiplied by n and divided again it would lose digits."""
-
-    given: Tensor
-
-    def plain(self) -> Moments:
-        """See :class:`.Sum`."""
-        return Moments(self.count, self.non_finite, self.origin, self.first, self.second)
-
-    def covariance(self, *, center: bool = True) -> Tensor:
-        """The covariance as it was given."""
-        return self.given if center else self.given.addr(self.origin, self.origin)
-
-    def upper_covariance(self, *, center: bool = True) -> Tensor:
-        """The covariance as it was given."""
-        return self.covariance(center=center)
-
-    def _upper_in_workspace(self, center: bool) -> Tensor:
-        """The covariance as it was given."""
-        return self.covariance(center=center)
+        return moments._as_given(covariance=covariance)
 
 
 def moments_of_covariance(

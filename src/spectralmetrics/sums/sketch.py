@@ -22,8 +22,8 @@ same on every machine and in every release, so that it need not be saved, and al
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -174,6 +174,9 @@ class Sketch(AboutOrigin):
 
     def covariance_image(self, *, center: bool = True) -> Tensor:
         r"""The image :math:`\Sigma\Omega` of the test matrix, shape (D, k), float64."""
+        given: Tensor | None = self._given.get("image")
+        if given is not None:
+            return given if center else given.addr(self.origin, self.combine(self.origin[None])[0])
         offset = self.first / self.count
         image = (self.image / self.count).addr_(offset, self.combine(offset[None])[0], alpha=-1)
         if not center:
@@ -210,7 +213,7 @@ class Sketch(AboutOrigin):
         # What is left out makes the approximation smaller and never larger, so that the bounds stay bounds.
         kept = values > torch.maximum(least, _TRUSTED * error)
         inverse = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0)
-        image = image.clone() if isinstance(self, _RestoredSketch) else image
+        image = image.clone() if self._given else image
         for part in parts:  # in place: the image may be as large as the memory
             image[part] = image[part] @ (vectors * inverse)
         factor = image
@@ -233,8 +236,8 @@ class Sketch(AboutOrigin):
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Sketch:
         """See :class:`.Sum`."""
-        image, variances, mean, count, non_finite, seed = given = [read(name) for name in cls.arrays]
-        return _RestoredSketch(
+        image, variances, mean, count, non_finite, seed = map(read, cls.arrays)
+        sketch = cls(
             count=count,
             non_finite=non_finite,
             origin=mean,
@@ -242,32 +245,8 @@ class Sketch(AboutOrigin):
             diagonal=variances * count,
             image=image * count,
             seed=int(seed),
-            given=dict(zip(cls.arrays, given, strict=True)),
         )
-
-
-@dataclass(frozen=True)
-class _RestoredSketch(Sketch):
-    """A sketch that was read from a file, with all the digits that the recorded values have."""
-
-    given: Mapping[str, Tensor] | None = None
-
-    def plain(self) -> Sketch:
-        """See :class:`.Sum`."""
-        names = (field.name for field in fields(Sketch))
-        return Sketch(**{name: getattr(self, name) for name in names})
-
-    def covariance_image(self, *, center: bool = True) -> Tensor:
-        """As it was read."""
-        assert self.given is not None
-        image = self.given["sketch_image"]
-        return image if center else image.addr(self.origin, self.combine(self.origin[None])[0])
-
-    def variances(self, *, center: bool = True) -> Tensor:
-        """As they were read."""
-        assert self.given is not None
-        found = self.given["sketch_variances"]
-        return found if center else found + self.origin.square()
+        return sketch._as_given(variances=variances, image=image)
 
 
 class SketchIntake(DenseIntake):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -39,6 +40,11 @@ class Sum(ABC):
     """Whether what is added depends on the number of the batch."""
     takes_all_rows: ClassVar[bool] = False
     """Whether a probe gives it every row of a forward, also where it draws some for others."""
+    _given: Mapping[str, Any] = MappingProxyType({})
+    """Values that a file has of sums that were restored from it: sums divided by n again would lose a digit.
+
+    It is no field of the dataclass, so that sums which are made of these, as when others are added, have none.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,8 +123,13 @@ class Sum(ABC):
         """About how many numbers an exchange of sums of this width has in memory at a time."""
         return sum(tensor.numel() for tensor in self.empty(num_features, "meta").tensors().values())
 
-    def plain(self) -> Sum:
+    def plain(self) -> Self:
         """The sum without what a file said of it besides, which no longer holds once others are added."""
+        return copy.copy(self)._as_given()
+
+    def _as_given(self, **values: Any) -> Self:
+        """This sum, which nobody else has yet, with the values that a file has of it."""
+        vars(self)["_given"] = values
         return self
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
