@@ -1,5 +1,7 @@
 """What a reader of a collection finds, inside `merged` too, and what modules that run several times show."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +40,57 @@ def test_every_member_reads_what_is_there_now(read):
         if read == "interval":
             expected = torch.stack(probe.intervals()["b/train/0"]).mean()
         torch.testing.assert_close(seen, expected)
+
+
+def test_a_member_that_a_reader_changes_is_changed_alone_and_until_the_next_observation():
+    model, probe = probed({"a": sm.SaturationMetric(), "b": sm.CovarianceTraceMetric()})
+    collection = probe["train", "0"]
+    model(torch.randn(50, 8))
+    add = lambda metric: metric.update(torch.randn(7, 6))  # noqa: E731
+    for change in (add, add, sm.SpectralMetric.reset):
+        member = collection["b"]
+        change(member)
+        assert int(member.count) != int(collection.a.count) == int(probe.sums("train", "0")[0].count)
+        model(torch.randn(50, 8))
+        assert int(member.count) == int(collection.a.count) == int(probe.sums("train", "0")[0].count)
+    assert int(member.count) == 200
+
+
+def test_members_keep_no_sums_alive_that_are_there_no_more():
+    model, probe = probed({"a": sm.SaturationMetric(), "b": sm.CovarianceTraceMetric()})
+    model(torch.randn(50, 8))
+    member = probe["train", "0"].b
+    member.compute()
+    seen = weakref.ref(member.second_moment)
+    probe["train", "0"].a.reset()
+    assert seen() is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "joining"),
+    [
+        (sm.RootMeanSquareMetric, lambda: sm.HistoryMetric(steps=4)),
+        (sm.SaturationMetric, lambda: sm.EigenspaceEmbeddingMetric(num_components=2, max_samples=8)),
+    ],
+)
+@pytest.mark.parametrize("state_of", [lambda probe: probe, LayerProbe.sharded], ids=["whole", "sharded"])
+def test_a_state_goes_to_whichever_metric_leads_now(kept, joining, state_of):
+    """What was saved by the name of a metric that leads no more is not lost."""
+    model, probe = probed(kept())
+    inputs = [torch.randn(30, 8), torch.randn(20, 8)]
+    model(inputs[0])
+    probe.persistent()
+    saved = state_of(probe).state_dict()
+    model(inputs[1])
+    probe.remove()
+    later = LayerProbe(model, [kept(), joining()])
+    state_of(later).load_state_dict(saved)
+    loaded = later["train", "0"][kept.short_name]
+    assert int(loaded.counts()[0]) == 30
+    model(inputs[1])
+    name = f"{kept.short_name}/train/0"
+    torch.testing.assert_close(later.compute()[name], probe.compute()[name], rtol=1e-13, atol=0)
+    assert loaded.compute() == later.compute()[name]
 
 
 @pytest.mark.parametrize("folds", [2, 4])

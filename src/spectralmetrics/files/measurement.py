@@ -241,7 +241,6 @@ class _Measuring:
         with contextlib.closing(self._recorder) if self._recorder else contextlib.nullcontext():
             [leader] = self._place.spectral_leaders
             leader.replace_sums([sums.map(torch.clone)])
-            self._place.share_states()
             found = self._read(lambda n: f"{n:,} x {sums.num_features}")
             if found is None:
                 raise ValueError("expected `source` to be the sums of some rows, got those of none")

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from spectralmetrics.metrics.overrides import OverriddenMetric
+from spectralmetrics.metrics.following import FollowingMetric
 from spectralmetrics.sums import Observations, first_fold
 from spectralmetrics.sums.repeats import Repeats
 
 
-class DealingMetric(OverriddenMetric):
+class DealingMetric(FollowingMetric):
     """A metric that deals groups of batches to folds in turn."""
 
     folds: int = 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from spectralmetrics.torch_private import untraced
@@ -47,18 +47,6 @@ def add_earlier(metric: Metric, earlier: dict[str, Any], updates: int) -> None:
     metric.__dict__["_update_count"] = updates / own + 1
     metric.merge_state(earlier)
     metric.__dict__["_update_count"] = updates + own
-
-
-def has_own_states(collection: MetricCollection) -> bool:
-    """Whether a reader has made copies of the states that the members of a group share."""
-    return bool(collection._state_is_copy)
-
-
-def share_group_states(collection: MetricCollection) -> None:
-    """Give the members of each compute group the states of its first."""
-    # torchmetrics does so in `update`, which a probe does not call, and not again while its flag says so.
-    collection._state_is_copy = False
-    collection._compute_groups_create_state_ref()
 
 
 def defaults(metric: Metric) -> dict[str, Any]:
@@ -134,6 +122,7 @@ class MergingMetric(Metric):
                 # A cached value would skip the merge on the processes that had no new rows, and the others
                 # would wait for them for ever.
                 self._computed = None
+            self.refresh()
             self._computing = True
             try:
                 value = stock(*args, **kwargs)
@@ -143,6 +132,9 @@ class MergingMetric(Metric):
             return value if self._value_shape is None else value.reshape(self._value_shape)
 
         return wrapped
+
+    def refresh(self) -> None:
+        """Forget the value that was computed of other states than those that are there now."""
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Merge the states across processes, as torchmetrics does; if that fails they are as they were."""
@@ -288,5 +280,5 @@ class OverriddenMetric(MergingMetric):
     def __getstate__(self) -> dict[str, Any]:
         # torchmetrics copies and pickles what is in the instance's dictionary.
         self.flush()
-        state: dict[str, Any] = super().__getstate__()
-        return {key: value for key, value in state.items() if key != "_live"}
+        state: dict[str, Any] = super().__getstate__() | {name: getattr(self, name) for name in self._defaults}
+        return {key: value for key, value in state.items() if key not in ("_live", "_leader")}

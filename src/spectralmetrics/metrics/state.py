@@ -7,7 +7,7 @@ What the sums are is told in :mod:`spectralmetrics.sums`, and what is read from 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.metrics.dealing import DealingMetric
+from spectralmetrics.metrics.following import state
 from spectralmetrics.metrics.overrides import count_update, defaults, drop_states, has_persistent_states
 from spectralmetrics.metrics.stream import Stream, group_object
 from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_float64, run_together
@@ -27,34 +28,6 @@ class _Live(NamedTuple):
     anchor: Tensor
     stream: Stream
     num_features: int
-
-
-def _state(name: str) -> Any:
-    """A state whose reader, whoever it is, finds the waiting rows added."""
-
-    def read(metric: SumsMetric) -> Tensor:
-        metric.flush()
-        value: Tensor | None = metric.__dict__.get(name)
-        if value is None:  # no state of this metric, but maybe of the sums that it keeps in folds
-            spectral = metric._current()[0] if "_prototypes" in metric.__dict__ else None
-            value = _of_all_folds(spectral, name) if isinstance(spectral, SpectralSum) else None
-            if value is None:
-                raise AttributeError(f"{type(metric).__name__!r} object has no attribute {name!r}")
-        return value
-
-    def write(metric: SumsMetric, value: Tensor) -> None:
-        own = metric.__dict__
-        if own.get(name) is not value:  # a collection gives its members what they have at every turn
-            own[name] = value
-            own["_live"] = None
-
-    return property(read, write)
-
-
-def _of_all_folds(sums: SpectralSum, name: str) -> Tensor | None:
-    if name == "count":  # what is asked for most needs no merge of matrices
-        return sums.num_observations
-    return sums.num_left_out if name == "non_finite" else sums.total.tensors().get(name)
 
 
 class SumsMetric(DealingMetric):
@@ -105,18 +78,31 @@ class SumsMetric(DealingMetric):
         """Have states of these names be read with the waiting rows added, by all metrics."""
         for name in names:
             if not isinstance(getattr(cls, name, None), property):
-                setattr(SumsMetric, name, _state(name))
+                setattr(SumsMetric, name, state(name))
 
     @property
     def prototypes(self) -> tuple[Sum, ...]:
         """The sums that are kept, empty and of width zero."""
         return self._prototypes
 
+    def state_names(self) -> list[str]:
+        """See :class:`FollowingMetric`."""
+        return [name for each in self._prototypes for name in each.states.values()]
+
+    def derived_state(self, name: str) -> Tensor | None:
+        """See :class:`FollowingMetric`; a metric that keeps folds has the states of one that keeps none."""
+        spectral = self._current()[0] if "_prototypes" in self.__dict__ else None
+        if not isinstance(spectral, SpectralSum):
+            return None
+        if name == "count":  # what is asked for most needs no merge of matrices
+            return spectral.num_observations
+        return spectral.num_left_out if name == "non_finite" else spectral.total.tensors().get(name)
+
     def accumulate_instead(self, sums: Sequence[Sum]) -> None:
         """Keep these sums, empty and of width zero, in place of all others."""
         was_persistent = has_persistent_states(self)
         self.reset()
-        drop_states(self, [name for name in defaults(self) if name != "configuration"])
+        drop_states(self, self.state_names())
         self._prototypes = ()
         self.accumulate_also(sums)
         self.persistent(was_persistent)
@@ -151,6 +137,7 @@ class SumsMetric(DealingMetric):
 
     def flush(self) -> None:
         """Add the rows that wait. Called by whoever reads a state."""
+        self.refresh()
         live: _Live | None = self.__dict__.get("_live")
         if live is None and "_prototypes" in self.__dict__:
             live = self._revive()
@@ -185,7 +172,7 @@ class SumsMetric(DealingMetric):
             live is None
             or live.anchor.device != observations.values.device
             or live.anchor.is_inference()
-            or self._is_synced
+            or self.is_borrowed()
         ):
             live, observations = self._meet(observations)
             if live.anchor.device != observations.values.device:
@@ -193,6 +180,7 @@ class SumsMetric(DealingMetric):
         own = self.__dict__
         live.stream.add(live.sums, observations, own["_batches"], own["gram_dtype"], self.phase, home)
         own["_batches"] += 1
+        own["_changes"] = self._changes + 1
 
     def _meet(self, observations: Observations) -> tuple[_Live, Observations]:
         """The state, allocated and writable, and the observations, on one device if theirs has float64."""
@@ -210,9 +198,8 @@ class SumsMetric(DealingMetric):
             if current.type == "cpu" and device.type != "cpu" and has_float64(device):
                 if self._pinned_device is None:
                     self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
-            elif live.anchor.is_inference() or self._is_synced:
-                # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place;
-                # merged sums are shared with the other metrics of a group.
+            elif live.anchor.is_inference() or self.is_borrowed():
+                # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place.
                 self.replace_sums([each.map(torch.clone) for each in self.sums])
         is_new = live is None
         live = self._revive()
@@ -225,6 +212,16 @@ class SumsMetric(DealingMetric):
         return live, observations.to(home)
 
     # -- merging -----------------------------------------------------------------------------------------
+
+    def sums_of(self, states: Mapping[str, Tensor]) -> list[Sum]:
+        """The sums that are kept, of saved states; kinds that were not kept then are empty."""
+        first, *others = self._prototypes
+        found = [first.with_tensors(states)]
+        width, home = found[0].num_features, states[self._anchor_name()].device
+        for each in others:
+            is_there = states.keys() >= each.tensors().keys()
+            found.append(each.with_tensors(states) if is_there else each.empty(width, home))
+        return found
 
     def replace_sums(self, sums: Sequence[Sum]) -> None:
         """Put other sums in the place of the states."""
@@ -305,10 +302,11 @@ class SumsMetric(DealingMetric):
         self.read_deals(saved, prefix, known)
         if prefix + "configuration" in saved:  # how this metric accumulates is not for a saved state to say
             saved[prefix + "configuration"] = defaults(self)["configuration"]
-        names = [name for each in self._prototypes for name in each.tensors()]
-        if not all(prefix + name in saved for name in names):
+        states = {name: saved[prefix + name] for name in defaults(self) if prefix + name in saved}
+        if not states.keys() >= self._prototypes[0].tensors().keys():
             return
-        loaded = [each.with_tensors({n: saved[prefix + n] for n in names}) for each in self._prototypes]
+        loaded = self.sums_of(states)
+        saved.update({prefix + name: each for sums in loaded for name, each in sums.tensors().items()})
         width = loaded[0].num_features
         if width and self._given_features not in (None, width):
             errors.append(
@@ -327,12 +325,12 @@ class SumsMetric(DealingMetric):
 
     def _current(self) -> tuple[Sum, ...]:
         """The sums without the rows that wait."""
-        own = self.__dict__
-        live: _Live | None = own.get("_live")
+        self.refresh()
+        live: _Live | None = self.__dict__.get("_live")
         if live is not None:
             return live.sums
-        prototypes: tuple[Sum, ...] = own["_prototypes"]
-        return tuple(each.with_tensors(own) for each in prototypes)
+        states = self.all_states()
+        return tuple(each.with_tensors(states) for each in self._prototypes)
 
     def _anchor_name(self) -> str:
         return next(iter(self._prototypes[0].states.values()))
@@ -345,6 +343,8 @@ class SumsMetric(DealingMetric):
             sums = self._current()
             if sums[0].num_features == 0:
                 return None
-            anchor = own[self._anchor_name()]
-            live = own["_live"] = _Live(sums, anchor, Stream.of(anchor), sums[0].num_features)
+            anchor = sums[0].tensors()[self._anchor_name()]
+            live = _Live(sums, anchor, Stream.of(anchor), sums[0].num_features)
+            if self._leader is None:  # which may replace them
+                own["_live"] = live
         return live

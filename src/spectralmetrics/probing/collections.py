@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import read_together
 from spectralmetrics.metrics import MarginalMetric, SpectralMetric
-from spectralmetrics.metrics.overrides import (
-    copy_metric,
-    forget_value,
-    has_own_states,
-    share_group_states,
-)
+from spectralmetrics.metrics.overrides import copy_metric
 from spectralmetrics.metrics.stream import spectrum_of, stream_of
 from spectralmetrics.sums import ForwardHistory, Observations, SpectralSum, Sum
 
@@ -107,11 +101,13 @@ class LayerMetrics:
             for names, leader in zip(collection.compute_groups.values(), self.leaders, strict=True)
             for name in names
         }
+        named = ((getattr(collection, name), leader) for name, leader in self.leader_of.items())
+        self._followers: list[tuple[Any, Any]] = [pair for pair in named if pair[0] is not pair[1]]
+        self._lead()
         for leader in self._spectral:
             # Layers that are alike would all be dear at the same step. The fractions of multiples of the golden
             # ratio lie as far apart as so many numbers can.
             leader.phase = self.number * _GOLDEN_RATIO % 1
-        self._linked: list[object] = []  # the sums that the members share, as objects
         # The collection's own update would read the states to share them, and rows could not wait.
         self.takes_labels = any(metric.needs_labels for metric in self._spectral)
         self._whole = [_takes_all_rows(leader) for leader in self.leaders]
@@ -121,9 +117,14 @@ class LayerMetrics:
             not self._is_direct or self.takes_labels or self.takes_all_rows or self.folds > 1
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy would hold the sums twice; its members are linked again by its first update.
-        return {**self.__dict__, "_linked": []}
+    def _lead(self) -> None:
+        """Have the other metrics of each group read the sums of its leader."""
+        for metric, leader in self._followers:
+            metric.follow(leader)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lead()
 
     @property
     def spectral_leaders(self) -> list[SpectralMetric]:
@@ -178,12 +179,10 @@ class LayerMetrics:
 
     def sketch(self, sketch_size: int) -> None:
         """Keep sketches from now on, in place of covariances; metrics that need labels see nothing then."""
-        for metric in self.members:
+        for metric in (*(each for each, _ in self._followers), *self.leaders):
             if isinstance(metric, SpectralMetric) and not metric.needs_labels:
                 metric.sketch_instead(sketch_size)
         self.is_sketched = True
-        self._linked = []
-        self.share_states()
 
     def update(
         self,
@@ -205,8 +204,9 @@ class LayerMetrics:
         """
         if self.before_update is not None:
             self.before_update()
-        if len(self.members) == 1 and not self.needs_more_than_rows:
-            self._spectral[0].observe(observations)
+        if not self.needs_more_than_rows:
+            for each in self._spectral:
+                each.observe(observations)
             return
         if not self._is_direct:
             rows = observations.rows()
@@ -222,9 +222,6 @@ class LayerMetrics:
         first = next((leader for leader in self._spectral if leader.folds > 1), None)
         if first is not None and inputs is not None and groups is not None and id(first) in groups:
             first.note(inputs, groups[id(first)])
-        for member in self.members:
-            forget_value(member)
-        self._link()
 
     def pass_over(self, groups: dict[int, int]) -> None:
         """Add nothing of a forward that others share, and keep to the fold that they go on with."""
@@ -283,15 +280,6 @@ class LayerMetrics:
         """The spectrum of :meth:`sums`, with the eigenvalues that have been read already; None without data."""
         return spectrum_of(self.sums(with_left_out=with_left_out))
 
-    def _link(self) -> None:
-        """Share states where a leader has replaced its own, or a reader has made copies of the members'."""
-        live = [leader.__dict__["_live"] for leader in self._spectral]
-        is_linked = len(live) == len(self._linked) and all(map(operator.is_, live, self._linked))
-        if len(self.members) > len(live) and (not is_linked or has_own_states(self.collection)):
-            self.share_states()
-            live = [leader.__dict__["_live"] for leader in self._spectral]
-        self._linked = live
-
     def reset(self) -> None:
         """Forget the observations."""
         with torch.inference_mode(False):  # states made inside could not be updated outside
@@ -301,10 +289,6 @@ class LayerMetrics:
         self.given_up = ""
         self.transformed = False
         self._has_lost = True
-
-    def share_states(self) -> None:
-        """Give the members of each group the sums of its leader."""
-        share_group_states(self.collection)
 
     def has_seen(self, counted: Counted) -> bool:
         """Whether there is anything to compute; with several processes, once the states are merged."""

@@ -181,14 +181,11 @@ class Agreement:
                 for leader, some in zip(self.leaders(place), sums, strict=True):
                     if all(each is not None for each in some):
                         leader.replace_sums(some)
-                self.places[place].share_states()
             yield
         finally:
             for leader, state in before:
                 for name, value in state.items():
                     setattr(leader, name, value)
-            for place in merged:
-                self.places[place].share_states()
 
     def read(
         self,
@@ -347,4 +344,3 @@ def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
             leader.merge_state(its)
     own.samples, own.forwards = own.samples + other.samples, own.forwards + other.forwards
     own.ran = max(own.ran, other.ran)
-    own.share_states()

@@ -1177,8 +1177,10 @@ class LayerProbe(nn.Module):
         self._windows.forget()
         load_remembered(state_dict, prefix, self._remembered, self._steps)
         for place, of_layer in self._places.items():
+            start = f"{prefix}metrics.{_module_key(*place)}."
+            saving.give_to_leaders(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
-                names = (key for key in state_dict if key.startswith(f"{prefix}metrics.{_module_key(*place)}."))
+                names = (key for key in state_dict if key.startswith(start))
                 if any(key.endswith(".sketch_image") for key in names):  # it had turned out wide
                     of_layer.sketch(self.sketch_size)
         order = saving.load_progress(state_dict, prefix, list(self._places.values()), self._steps)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.metrics.overrides import count_update
+from spectralmetrics.metrics.overrides import count_update, defaults
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.merging import Agreement, Place
 from spectralmetrics.probing.processes import check_agreed
@@ -73,6 +73,15 @@ def load_progress(
         for kept, numbers in zip(known, counts.tolist(), strict=False):
             kept.update(zip(kept, numbers, strict=True))
     return [] if order is None else [int(index) for index in order.tolist()]
+
+
+def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetrics) -> None:
+    """Name saved states after the metrics that lead now: where others have joined, it may have been another."""
+    for leader, *others in of_layer.collection.compute_groups.values():
+        for state in (*defaults(of_layer.leader_of[leader]), "draws", "deals") if others else ():
+            for name in others:
+                if (key := f"{prefix}{name}.{state}") in state_dict:
+                    state_dict.setdefault(f"{prefix}{leader}.{state}", state_dict.pop(key))
 
 
 class Sharded:
@@ -284,9 +293,9 @@ def _unpack(packed: _Packed, of_layer: LayerMetrics) -> None:
             raise ValueError(f"expected the sums of a metric of this probe for {where}, got those of {name!r}")
         prototypes = leader.prototypes
         wanted = [state for each in prototypes for state in each.tensors()]
-        if set(wanted) != set(states):
+        if not set(wanted) >= set(states) >= set(prototypes[0].tensors()):
             raise ValueError(f"expected the states {wanted} of {name!r} for {where}, got {list(states)}")
-        sums = [each.with_tensors(states) for each in prototypes]
+        sums = leader.sums_of(states)
         for own, saved in zip(prototypes, sums, strict=True):
             if own.settings() != saved.settings():
                 raise ValueError(
@@ -301,7 +310,6 @@ def _unpack(packed: _Packed, of_layer: LayerMetrics) -> None:
         for state, value in values.items():
             setattr(metric, state, value)
         count_update(metric)
-    of_layer.share_states()
 
 
 def _moved(sums: Sum, device: torch.device | None) -> Sum:

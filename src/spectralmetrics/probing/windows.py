@@ -15,7 +15,7 @@ import torch
 from torchmetrics import Metric
 
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.metrics.overrides import add_earlier, count_of_updates, forget_value
+from spectralmetrics.metrics.overrides import add_earlier, count_of_updates
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.steps import Steps
 
@@ -42,7 +42,7 @@ def take_out(place: LayerMetrics, *, to_merge: bool = False) -> Taken:
             leader.reset()
             if repeats is not None:  # whether inputs come again is known of all that was observed
                 leader._repeats = repeats
-    _share(place)
+    place.note_other_states()
     return taken
 
 
@@ -50,7 +50,7 @@ def put_back(place: LayerMetrics, taken: Taken) -> None:
     """Put what was taken out in the place of the states."""
     for leader, state, updates in taken:
         _set(leader, state, updates)
-    _share(place)
+    place.note_other_states()
 
 
 def merge_in(place: LayerMetrics, taken: Taken) -> None:
@@ -69,7 +69,7 @@ def merge_in(place: LayerMetrics, taken: Taken) -> None:
             earlier = _copied(leader.metric_state)
             _set(leader, state, updates)
             add_earlier(leader, earlier, before)
-    _share(place)
+    place.note_other_states()
 
 
 def _set(leader: Metric, state: Mapping[str, Any], updates: int) -> None:
@@ -81,13 +81,6 @@ def _set(leader: Metric, state: Mapping[str, Any], updates: int) -> None:
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """The same tensors; torchmetrics empties the lists among states in place."""
     return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
-
-
-def _share(place: LayerMetrics) -> None:
-    for member in place.members:
-        forget_value(member)
-    place.share_states()
-    place.note_other_states()
 
 
 class LayerWindow:

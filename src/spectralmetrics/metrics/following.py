@@ -1,0 +1,79 @@
+"""Metrics that read the states of another one, in the place of states of their own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spectralmetrics.metrics.overrides import OverriddenMetric, count_of_updates, forget_value
+
+
+def state(name: str) -> Any:
+    """A state whose reader, whoever it is, finds the waiting rows added."""
+
+    def read(metric: FollowingMetric) -> Tensor:
+        metric.flush()
+        value: Tensor | None = metric.all_states().get(name)
+        value = metric.derived_state(name) if value is None else value
+        if value is None:
+            raise AttributeError(f"{type(metric).__name__!r} object has no attribute {name!r}")
+        return value
+
+    def write(metric: FollowingMetric, value: Tensor) -> None:
+        own = metric.__dict__
+        if metric._leader is not None and metric._leader.__dict__.get(name) is value:
+            own.pop(name, None)
+        elif own.get(name) is not value:  # a collection gives its members what they have at every turn
+            own[name] = value
+            own["_live"] = None
+            own["_changes"] = metric._changes + 1
+
+    return property(read, write)
+
+
+class FollowingMetric(OverriddenMetric):
+    """A metric that may read the states of another one, its leader, which has all that it needs.
+
+    What changes this metric alone, such as an update, lasts until the leader's states change.
+    """
+
+    _leader: FollowingMetric | None = None
+    _changes = 0  # how often the states were replaced or added to
+    _seen = 0  # how often those of the leader had been, when this metric looked last
+
+    def follow(self, leader: FollowingMetric) -> None:
+        """Read the states of another metric from now on."""
+        self.__dict__.update(_leader=leader, _seen=-1)  # which does not make it a submodule
+
+    def refresh(self) -> None:
+        """Read the leader's states again, if these have changed."""
+        leader = self._leader
+        if leader is None or self._is_synced or self._seen == leader._changes:
+            return
+        self.__dict__["_seen"] = leader._changes
+        for name in self.state_names():
+            self.__dict__.pop(name, None)
+        forget_value(self)
+        count_of_updates(self, count_of_updates(leader))
+
+    @abstractmethod
+    def state_names(self) -> Iterable[str]:
+        """The states that a leader may have in the place of this metric."""
+
+    @abstractmethod
+    def derived_state(self, name: str) -> Tensor | None:
+        """The value of what is no state, but can be told from those that are; None if it cannot."""
+
+    def all_states(self) -> Mapping[str, Any]:
+        """The states by name, the leader's where this metric has none."""
+        return self.__dict__ if self._leader is None else ChainMap(self.__dict__, self._leader.__dict__)
+
+    def is_borrowed(self) -> bool:
+        """Whether other metrics have the same states: those of the leader, or what was merged for all."""
+        return self._is_synced or (
+            self._leader is not None and next(iter(self.state_names())) not in self.__dict__
+        )
