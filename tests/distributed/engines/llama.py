@@ -21,11 +21,13 @@ class Attention(nn.Module):
 
     def forward(self, x):
         samples, steps, _ = x.shape
+        # Heads come first: torch 2.8 multiplies DTensors that are sharded along the first dimension only.
         q, k, v = (
-            w(x).view(samples, steps, -1, WIDTH // HEADS).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
+            w(x).view(samples, steps, -1, WIDTH // HEADS).permute(2, 0, 1, 3)
+            for w in (self.wq, self.wk, self.wv)
         )
         weights = ((q @ k.transpose(-1, -2)) / (WIDTH // HEADS) ** 0.5).softmax(-1)
-        return self.wo((weights @ v).transpose(1, 2).reshape(samples, steps, -1))
+        return self.wo((weights @ v).permute(1, 2, 0, 3).reshape(samples, steps, -1))
 
 
 class FeedForward(nn.Module):
