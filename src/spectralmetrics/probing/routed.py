@@ -36,10 +36,16 @@ class Choose:
             args[place] if place < len(args) else kwargs[name] for place, name in enumerate(self._names)
         )
         device = states.device.type
-        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        is_cast = _can_cast(device) and torch.is_autocast_enabled(device)
         return Routed(
             states, index, str(torch.get_autocast_dtype(device)).removeprefix("torch.") if is_cast else ""
         )
+
+
+@torch.compiler.assume_constant_result
+def _can_cast(device_type: str) -> bool:
+    """Dynamo of torch 2.8 does not trace what it calls."""
+    return bool(torch.amp.is_autocast_available(device_type))
 
 
 def arguments_of(module: nn.Module) -> tuple[str, ...]:
