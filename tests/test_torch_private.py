@@ -192,7 +192,7 @@ def test_a_jagged_tensor_is_put_together_again(monkeypatch):
     for lengths in (None, torch.tensor([1, 1])):
         parts = torch_private.jagged(x.values(), x.offsets(), lengths, torch_private.jagged_dim(x)).unbind()
         assert [len(part) for part in parts] == ([2, 1] if lengths is None else [1, 1])
-    assert torch_private.is_known(type(x))
+    assert torch_private.is_known(x)
     monkeypatch.setattr(torch_private, "_find", lambda path, default=None, root=None: default)
     assert len(torch_private.jagged(x.values(), x.offsets(), None, 1).unbind()) == 2
 

@@ -504,12 +504,13 @@ def masked_parts(local: Tensor, placements: Sequence[Any]) -> tuple[Tensor, list
 
 # `torch.nested._internal.nested_tensor.NestedTensor`, 2.8 to 2.13. Without it compiled layers that put out
 # jagged tensors are left out.
-_KNOWN = (Tensor, nn.Parameter, _find("nested._internal.nested_tensor.NestedTensor", Tensor))
+_KNOWN = (Tensor, _find("nested._internal.nested_tensor.NestedTensor", Tensor))
 
 
-def is_known(kind: type) -> bool:
-    """Whether a class of tensors is one of PyTorch's own, of which compiled code may ask anything."""
-    return kind in _KNOWN
+def is_known(values: Tensor) -> bool:
+    """Whether the class of a tensor is one of PyTorch's own, of which compiled code may ask anything."""
+    # First, since the Dynamo of torch 2.8 fails to guard the type of a parameter that is made in the graph.
+    return isinstance(values, nn.Parameter) or type(values) in _KNOWN
 
 
 def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) -> Tensor:

@@ -134,6 +134,8 @@ def test_a_forward_goes_on_whatever_it_puts_out(kind, way):
 
     # In one graph, where PyTorch itself can do that.
     is_one = ended(False, True)[0] == "ended"
+    if not is_one and ended(False, False)[0] != "ended":
+        pytest.skip("PyTorch does not compile that without a probe, either")
     how, probe, told = ended(True, is_one)
     assert how == "ended"
     assert int(probe["train", "0"]["saturation"].count) == 3 * ROWS

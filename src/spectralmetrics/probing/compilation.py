@@ -74,8 +74,8 @@ class Unobservable:
 
 def take_apart(output: Any) -> tuple[list[Tensor], str]:
     """Plain tensors that an output can be made from again, and how; traced by Dynamo."""
-    if type(output) is Routed:
-        if not is_known(type(output.states)):
+    if isinstance(output, Routed):
+        if not is_known(output.states):
             kind = type(output.states).__name__
             return [], f"compiled experts whose tokens are a {kind} cannot be observed"
         return [output.states.detach(), output.experts.detach()], f"{_ROUTED}{output.cast}"
@@ -87,9 +87,9 @@ def take_apart(output: Any) -> tuple[list[Tensor], str]:
         return parts, "packed"
     if values is None:
         return [], f"expected a floating tensor in the output, got {type(output).__name__}"
-    if type(values).__name__ == "DTensor":
-        return take_dtensor_apart(values)
-    if not is_known(type(values)):
+    if not is_known(values):
+        if type(values).__name__ == "DTensor":
+            return take_dtensor_apart(values)
         return [], f"a compiled layer whose output is a {type(values).__name__} cannot be observed"
     if values.is_nested and values.layout == torch.jagged:
         nested: Any = values

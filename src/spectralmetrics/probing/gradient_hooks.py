@@ -119,7 +119,7 @@ class GradientHook(OwnHook):
         why = ""
         if values is None or isinstance(values, PackedSequence):
             why = _NOT_REPLACED.format(type(output).__name__)
-        elif not is_known(type(values)) or values.is_nested:
+        elif not is_known(values) or values.is_nested:
             why = f"gradients of a compiled layer whose output is a {type(values).__name__} cannot be observed"
         elif not (torch.is_grad_enabled() and values.requires_grad):
             see([], TICKET, self._number, _NO_GRADIENT)

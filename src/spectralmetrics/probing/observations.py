@@ -217,9 +217,11 @@ def first_tensor(output: Any) -> Tensor | PackedSequence | None:
 
 
 def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequence | None:
+    if output is None:  # of whose class the Dynamo of torch 2.8 can ask nothing
+        return None
     if isinstance(output, Tensor):
         # What is called on a subclass while a graph is traced may end it.
-        is_unknown = torch.compiler.is_compiling() and not is_known(type(output))
+        is_unknown = torch.compiler.is_compiling() and not is_known(output)
         return output if is_unknown or output.is_floating_point() else None
     if isinstance(output, PackedSequence):  # itself a tuple
         return output if output.data.is_floating_point() else None

@@ -28,6 +28,10 @@ class Choose:
 
     def __init__(self, module: nn.Module) -> None:
         self._names = arguments_of(module)[:2]
+        accelerator = torch.accelerator.current_accelerator()
+        devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+        # Told beforehand, since the Dynamo of torch 2.8 does not trace the question.
+        self._casting = tuple(each for each in devices if torch.amp.is_autocast_available(each))
 
     def __call__(self, arguments: Any) -> Routed:
         """What was given as positional and keyword arguments."""
@@ -36,16 +40,10 @@ class Choose:
             args[place] if place < len(args) else kwargs[name] for place, name in enumerate(self._names)
         )
         device = states.device.type
-        is_cast = _can_cast(device) and torch.is_autocast_enabled(device)
+        is_cast = device in self._casting and torch.is_autocast_enabled(device)
         return Routed(
             states, index, str(torch.get_autocast_dtype(device)).removeprefix("torch.") if is_cast else ""
         )
-
-
-@torch.compiler.assume_constant_result
-def _can_cast(device_type: str) -> bool:
-    """Dynamo of torch 2.8 does not trace what it calls."""
-    return bool(torch.amp.is_autocast_available(device_type))
 
 
 def arguments_of(module: nn.Module) -> tuple[str, ...]:
