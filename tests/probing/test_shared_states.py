@@ -1,5 +1,7 @@
 """What a reader of a collection finds, inside `merged` too, and what modules that run several times show."""
 
+import copy
+import pickle
 import weakref
 
 import pytest
@@ -54,6 +56,33 @@ def test_a_member_that_a_reader_changes_is_changed_alone_and_until_the_next_obse
         model(torch.randn(50, 8))
         assert int(member.count) == int(collection.a.count) == int(probe.sums("train", "0")[0].count)
     assert int(member.count) == 200
+
+
+def test_metrics_that_read_the_sums_of_another_are_made_when_somebody_asks():
+    metrics = [sm.SaturationMetric(), sm.CovarianceTraceMetric(), sm.StableRankMetric()]
+    model, probe = probed(metrics)
+    assert sum(isinstance(each, sm.SpectralMetric) for each in probe.modules()) == 2  # one in each stage
+    rows = model(torch.randn(50, 8)).detach()
+    collection = probe["train", "0"]
+    assert collection is probe["train", "0"]
+    for twin in (copy.deepcopy(probe), pickle.loads(pickle.dumps(probe))):
+        for name, metric in zip(("saturation", "covariance_trace", "stable_rank"), metrics, strict=True):
+            metric.reset()
+            torch.testing.assert_close(twin["train", "0"][name].compute(), metric(rows))
+        twin["train", "0"].update(torch.randn(7, 6))
+        assert [int(each.count) for each in twin["train", "0"].values()] == [57] * 3
+    assert [int(each.count) for each in collection.values()] == [50] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*sketch")
+def test_metrics_of_a_layer_that_turns_out_wide_read_its_sketch_whenever_they_were_made():
+    model, probe = probed([sm.CovarianceTraceMetric(), sm.StableRankMetric()], max_features=4, sketch_size=2)
+    early = probe["train", "0"]
+    model(torch.randn(50, 8))
+    late = copy.deepcopy(probe)["train", "0"]
+    for name in ("covariance_trace", "stable_rank"):
+        assert early[name].sketch_size == late[name].sketch_size == 2
+        assert early[name].compute() == late[name].compute() == probe.compute("train")[f"{name}/train/0"]
 
 
 def test_members_keep_no_sums_alive_that_are_there_no_more():

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.spectrum import Spectrum
@@ -37,6 +37,27 @@ class Counts(NamedTuple):
     in_range: int
 
 
+class Templates(NamedTuple):
+    """Metrics of which each layer keeps copies.
+
+    Attributes:
+        metrics: name -> metric.
+        groups: names of those that share their sums; the first of each keeps these.
+    """
+
+    metrics: Mapping[str, Metric]
+    groups: list[list[str]]
+
+    def leader(self, names: Sequence[str]) -> Metric:
+        """A metric without observations that keeps the sums of a group."""
+        leader: Metric = _fresh(self.metrics[names[0]])
+        if isinstance(leader, SpectralMetric):
+            have = {type(each) for each in leader.sums}
+            wanted = {type(each): each for name in names for each in _others(self.metrics[name])}
+            leader.accumulate_also([each for kind, each in wanted.items() if kind not in have])
+        return leader
+
+
 Places: TypeAlias = Mapping[tuple[str, str], "LayerMetrics"]
 """(stage, layer) -> its metrics."""
 
@@ -57,9 +78,10 @@ class LayerMetrics:
     Attributes:
         stage: ``"train"`` or ``"eval"``.
         layer: its name.
-        collection: the metrics.
         number: of the layer.
-        leaders: those that accumulate, one for each group that shares its sums.
+        kept: name -> the metrics that keep sums, one for each group that shares them.
+        leaders: the same in the order of the groups.
+        leader_of: name of any metric -> the one that keeps its sums.
         forwards: of the layer since the last reset, observed or not; where others share them, paused ones, too.
         ran: forwards of the layer ever; with a history, the number of the last one.
         samples: observed since the last reset.
@@ -72,7 +94,7 @@ class LayerMetrics:
         needs_more_than_rows: whether metrics take labels, groups or numbers of forwards, or are of others.
     """
 
-    def __init__(self, stage: str, layer: str, collection: MetricCollection, number: int) -> None:
+    def __init__(self, stage: str, layer: str, templates: Templates, number: int) -> None:
         self.stage = stage
         self.layer = layer
         self.number = number
@@ -85,46 +107,54 @@ class LayerMetrics:
         self.transformed = False
         self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # observations, since the sums were read
-        self.keep(collection)
+        self.keep(templates)
 
-    def keep(self, collection: MetricCollection) -> None:
-        """Keep these metrics from now on, which are empty; what others hold is forgotten."""
+    def keep(self, templates: Templates) -> None:
+        """Keep copies of these metrics from now on; what others hold is forgotten."""
         self.is_sketched = False
-        self.collection = collection
-        self.members = members(collection)
-        self.leaders: list[Metric] = [
-            getattr(collection, names[0]) for names in collection.compute_groups.values()
-        ]
+        self.templates = templates
+        self._collection: MetricCollection | None = None
+        self._followers: dict[str, Any] = {}  # those that keep no sums, once somebody has asked
+        self.leaders = [templates.leader(names) for names in templates.groups]
+        named = {names[0]: leader for names, leader in zip(templates.groups, self.leaders, strict=True)}
+        self.kept = nn.ModuleDict(dict(sorted(named.items())))
         self._spectral = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
         self.leader_of: dict[str, Metric] = {
-            name: leader
-            for names, leader in zip(collection.compute_groups.values(), self.leaders, strict=True)
-            for name in names
+            name: leader for names, leader in zip(templates.groups, self.leaders, strict=True) for name in names
         }
-        named = ((getattr(collection, name), leader) for name, leader in self.leader_of.items())
-        self._followers: list[tuple[Any, Any]] = [pair for pair in named if pair[0] is not pair[1]]
-        self._lead()
         for leader in self._spectral:
             # Layers that are alike would all be dear at the same step. The fractions of multiples of the golden
             # ratio lie as far apart as so many numbers can.
             leader.phase = self.number * _GOLDEN_RATIO % 1
-        # The collection's own update would read the states to share them, and rows could not wait.
         self.takes_labels = any(metric.needs_labels for metric in self._spectral)
         self._whole = [_takes_all_rows(leader) for leader in self.leaders]
         self.takes_all_rows = any(self._whole)
-        self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.members)
+        self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.leaders)
         self.needs_more_than_rows = (
             not self._is_direct or self.takes_labels or self.takes_all_rows or self.folds > 1
         )
 
-    def _lead(self) -> None:
-        """Have the other metrics of each group read the sums of its leader."""
-        for metric, leader in self._followers:
-            metric.follow(leader)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_collection": None, "_followers": {}}  # a copy makes its own
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lead()
+    @property
+    def collection(self) -> MetricCollection:
+        """All metrics; those that keep no sums are made when somebody asks first, and read what others keep."""
+        if self._collection is None:
+            for name, leader in self.leader_of.items():
+                if name not in self.kept:
+                    self._followers[name] = metric = _fresh(self.templates.metrics[name])
+                    if self.is_sketched and not metric.needs_labels:
+                        metric.sketch_instead(self.sketch_size)
+                    metric.follow(leader)
+            groups = [list(names) for names in self.templates.groups]
+            self._collection = MetricCollection({**self.leader_of, **self._followers}, compute_groups=groups)
+        return self._collection
+
+    @property
+    def members(self) -> list[Metric]:
+        """The metrics that there are so far; those that keep sums come last."""
+        return [*self._followers.values(), *self.leaders]
 
     @property
     def spectral_leaders(self) -> list[SpectralMetric]:
@@ -175,11 +205,11 @@ class LayerMetrics:
     @property
     def needs_labels(self) -> bool:
         """Whether all metrics need labels."""
-        return all(isinstance(metric, SpectralMetric) and metric.needs_labels for metric in self.members)
+        return all(isinstance(metric, SpectralMetric) and metric.needs_labels for metric in self.leaders)
 
     def sketch(self, sketch_size: int) -> None:
         """Keep sketches from now on, in place of covariances; metrics that need labels see nothing then."""
-        for metric in (*(each for each, _ in self._followers), *self.leaders):
+        for metric in self.members:
             if isinstance(metric, SpectralMetric) and not metric.needs_labels:
                 metric.sketch_instead(sketch_size)
         self.is_sketched = True
@@ -283,7 +313,8 @@ class LayerMetrics:
     def reset(self) -> None:
         """Forget the observations."""
         with torch.inference_mode(False):  # states made inside could not be updated outside
-            self.collection.reset()
+            for leader in self.leaders:
+                leader.reset()
         self.forwards = self.samples = 0
         self.epoch += 1
         self.given_up = ""
@@ -298,7 +329,7 @@ class LayerMetrics:
         if self._spectral:
             return any(counted[id(metric)].observations > 0 for metric in self._spectral)
         # Metrics of other libraries merge by themselves, on all processes or on none.
-        return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.members)
+        return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.leaders)
 
     def readable(self) -> dict[str, Metric]:
         """The metrics by name, those first whose eigenvectors bring the eigenvalues that the others read."""
@@ -313,11 +344,6 @@ def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[in
     if id(leader) not in groups:
         groups[id(leader)] = leader.deal()
     return replace(observations, group=groups[id(leader)])
-
-
-def members(collection: MetricCollection) -> list[Metric]:
-    """The metrics of a collection, without the sharing of states that ``values`` does."""
-    return [getattr(collection, str(name)) for name in collection.keys(keep_base=True)]
 
 
 def named_metrics(metrics: Metrics) -> dict[str, Metric]:
@@ -355,22 +381,18 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
     return dict(named)
 
 
-def collect(templates: Mapping[str, Metric]) -> MetricCollection:
-    """Clones in a collection whose groups are known from their settings instead of from the first data."""
-    templates = _sharing_matrices(templates)
-    groups = _groups(templates)
-    clones: dict[str, Metric | MetricCollection] = {}
-    for name, metric in templates.items():
-        with torch.inference_mode(False):  # see `LayerMetrics.reset`
-            clones[name] = clone = copy_metric(metric)
-            clone.reset()
-    for names in groups:
-        leader = clones[names[0]]
-        if isinstance(leader, SpectralMetric):
-            have = {type(each) for each in leader.sums}
-            wanted = {type(each): each for name in names for each in _others(templates[name])}
-            leader.accumulate_also([each for kind, each in wanted.items() if kind not in have])
-    return MetricCollection(clones, compute_groups=groups)
+def collect(metrics: Mapping[str, Metric]) -> Templates:
+    """What each layer keeps of metrics; their settings, and not the first data, say which share their sums."""
+    metrics = _sharing_matrices(metrics)
+    return Templates(metrics, _groups(metrics))
+
+
+def _fresh(metric: Metric) -> Any:
+    """A copy without observations."""
+    with torch.inference_mode(False):  # see `LayerMetrics.reset`
+        twin = copy_metric(metric)
+        twin.reset()
+    return twin
 
 
 def described(name: str, metric: Metric) -> tuple[object, ...]:

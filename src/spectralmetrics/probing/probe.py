@@ -250,13 +250,14 @@ class LayerProbe(nn.Module):
         self._names = list(templates)
         self._templates = templates
         self._layers = list(chosen)
+        kept = collect(templates)
         self._places = {
-            (stage, name): LayerMetrics(stage, name, collect(templates), number)
+            (stage, name): LayerMetrics(stage, name, kept, number)
             for stage in STAGES
             for number, name in enumerate(chosen)
         }
         self.metrics = nn.ModuleDict(
-            {_module_key(*place): of_layer.collection for place, of_layer in self._places.items()}
+            {_module_key(*place): of_layer.kept for place, of_layer in self._places.items()}
         )
         self._resets: list[str | None] = []  # to be done once states are no longer merged
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
@@ -469,7 +470,8 @@ class LayerProbe(nn.Module):
     @property
     def has_intervals(self) -> bool:
         """Whether there are :meth:`intervals`, of some layer at least."""
-        return any(_keeps_interval(metric) for of_layer in self._places.values() for metric in of_layer.members)
+        readable = (metric for place in self._places.values() for metric in place.readable().values())
+        return any(map(_keeps_interval, readable))
 
     def _read(
         self,
@@ -1071,9 +1073,7 @@ class LayerProbe(nn.Module):
     def persistent(self, mode: bool = True) -> None:
         """Have ``state_dict`` hold observations and sampling progress, so that an epoch can resume."""
         for of_layer in self._places.values():
-            for metric in of_layer.members:
-                metric.persistent(False)
-            for leader in of_layer.leaders:  # the others share its state
+            for leader in of_layer.leaders:
                 leader.persistent(mode)
         self._is_persistent = mode
 
@@ -1266,9 +1266,10 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
             key: [leader._pinned_device for leader in place.spectral_leaders]
             for key, place in probe._places.items()
         }
+        kept = collect(probe._templates)
         for key, place in probe._places.items():
-            place.keep(collect(probe._templates))
-            probe.metrics[_module_key(*key)] = place.collection
+            place.keep(kept)
+            probe.metrics[_module_key(*key)] = place.kept
             for leader in place.spectral_leaders if pinned[key] else ():
                 leader._pinned_device = pinned[key][0]
         if probe._is_persistent:

@@ -358,7 +358,8 @@ def warn_of_nothing(
 def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
     """How many observations were not finite, where a metric wants that to be said."""
     dropped = max((counted[id(leader)].left_out for leader in place.spectral_leaders), default=0)
-    strategies = {m.nan_strategy for m in place.members if isinstance(m, SpectralMetric)}
+    metrics = place.templates.metrics.values()
+    strategies = {metric.nan_strategy for metric in metrics if isinstance(metric, SpectralMetric)}
     if "error" in strategies:
         return Reading(refused=dropped)
     return Reading(left_out=dropped if "warn" in strategies else 0)

@@ -77,7 +77,7 @@ def load_progress(
 
 def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetrics) -> None:
     """Name saved states after the metrics that lead now: where others have joined, it may have been another."""
-    for leader, *others in of_layer.collection.compute_groups.values():
+    for leader, *others in of_layer.templates.groups:
         for state in (*defaults(of_layer.leader_of[leader]), "draws", "deals") if others else ():
             for name in others:
                 if (key := f"{prefix}{name}.{state}") in state_dict:
