@@ -172,7 +172,7 @@ class SumsMetric(DealingMetric):
             live is None
             or live.anchor.device != observations.values.device
             or live.anchor.is_inference()
-            or self.is_borrowed()
+            or (self._is_synced or self._leader is not None)  # the sums of others, it may be
         ):
             live, observations = self._meet(observations)
             if live.anchor.device != observations.values.device:

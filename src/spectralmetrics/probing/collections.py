@@ -81,6 +81,7 @@ class LayerMetrics:
         number: of the layer.
         kept: name -> the metrics that keep sums, one for each group that shares them.
         leaders: the same in the order of the groups.
+        spectral_leaders: those of them that are metrics of this package.
         leader_of: name of any metric -> the one that keeps its sums.
         forwards: of the layer since the last reset, observed or not; where others share them, paused ones, too.
         ran: forwards of the layer ever; with a history, the number of the last one.
@@ -118,15 +119,15 @@ class LayerMetrics:
         self.leaders = [templates.leader(names) for names in templates.groups]
         named = {names[0]: leader for names, leader in zip(templates.groups, self.leaders, strict=True)}
         self.kept = nn.ModuleDict(dict(sorted(named.items())))
-        self._spectral = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
+        self.spectral_leaders = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
         self.leader_of: dict[str, Metric] = {
             name: leader for names, leader in zip(templates.groups, self.leaders, strict=True) for name in names
         }
-        for leader in self._spectral:
+        for leader in self.spectral_leaders:
             # Layers that are alike would all be dear at the same step. The fractions of multiples of the golden
             # ratio lie as far apart as so many numbers can.
             leader.phase = self.number * _GOLDEN_RATIO % 1
-        self.takes_labels = any(metric.needs_labels for metric in self._spectral)
+        self.takes_labels = any(metric.needs_labels for metric in self.spectral_leaders)
         self._whole = [_takes_all_rows(leader) for leader in self.leaders]
         self.takes_all_rows = any(self._whole)
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.leaders)
@@ -157,29 +158,24 @@ class LayerMetrics:
         return [*self._followers.values(), *self.leaders]
 
     @property
-    def spectral_leaders(self) -> list[SpectralMetric]:
-        """The leaders that are metrics of this package."""
-        return self._spectral
-
-    @property
     def folds(self) -> int:
         """The most folds that a metric keeps."""
-        return max((metric.folds for metric in self._spectral), default=1)
+        return max((metric.folds for metric in self.spectral_leaders), default=1)
 
     @property
     def sketch_size(self) -> int | None:
         """The columns of the sketches that are kept for the width's sake; None where there are none."""
-        sizes = [metric.sketch_size for metric in self._spectral if not metric.needs_labels]
+        sizes = [metric.sketch_size for metric in self.spectral_leaders if not metric.needs_labels]
         return sizes[0] if self.is_sketched and sizes else None
 
     def widths(self) -> tuple[int | None, tuple[int, ...]]:
         """The columns of sketches, or None, and the width of the sums of each leader; 0 without data."""
-        return self.sketch_size, tuple(leader.sums[0].num_features for leader in self._spectral)
+        return self.sketch_size, tuple(leader.sums[0].num_features for leader in self.spectral_leaders)
 
     def note_reading(self, reader: Any) -> bool:
         """Note that somebody reads the sums; return whether they have changed since it did so before."""
         changed, self._has_lost = self._has_lost, False
-        for leader in self._spectral:
+        for leader in self.spectral_leaders:
             stream = stream_of(leader.sums)
             if stream is not None:
                 changed = changed or stream.noted is None or stream.noted() is not reader
@@ -193,13 +189,13 @@ class LayerMetrics:
     @property
     def keeps_matrices(self) -> bool:
         """Whether memory grows with the square of the width."""
-        kept = [metric.prototypes[0] for metric in self._spectral]
+        kept = [metric.prototypes[0] for metric in self.spectral_leaders]
         return any(isinstance(each, SpectralSum) and each.keeps_products for each in kept)
 
     @property
     def history(self) -> ForwardHistory | None:
         """What each of the last forwards did, where a metric keeps that."""
-        kept = [each for metric in self._spectral for each in metric.sums]
+        kept = [each for metric in self.spectral_leaders for each in metric.sums]
         return next((each for each in kept if isinstance(each, ForwardHistory)), None)
 
     @property
@@ -235,7 +231,7 @@ class LayerMetrics:
         if self.before_update is not None:
             self.before_update()
         if not self.needs_more_than_rows:
-            for each in self._spectral:
+            for each in self.spectral_leaders:
                 each.observe(observations)
             return
         if not self._is_direct:
@@ -249,24 +245,24 @@ class LayerMetrics:
                 leader.observe(_grouped(chosen, leader, groups))
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
-        first = next((leader for leader in self._spectral if leader.folds > 1), None)
+        first = next((leader for leader in self.spectral_leaders if leader.folds > 1), None)
         if first is not None and inputs is not None and groups is not None and id(first) in groups:
             first.note(inputs, groups[id(first)])
 
     def pass_over(self, groups: dict[int, int]) -> None:
         """Add nothing of a forward that others share, and keep to the fold that they go on with."""
-        for leader in self._spectral:
+        for leader in self.spectral_leaders:
             if leader.folds > 1 and id(leader) not in groups:
                 groups[id(leader)] = leader.deal()
 
     def share_with(self, replica: tuple[int, int]) -> None:
         """Have all processes that share the layer's forwards begin with one fold."""
-        for leader in self._spectral:
+        for leader in self.spectral_leaders:
             leader.replica = leader.replica or replica
 
     def has_data(self) -> bool:
         """Whether anything has been observed or counted."""
-        return bool(self.samples or self.forwards or any(leader.has_observed() for leader in self._spectral))
+        return bool(self.samples or self.forwards) or any(each.has_observed() for each in self.spectral_leaders)
 
     def too_few(self, counted: Counted) -> int:
         """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
@@ -280,7 +276,7 @@ class LayerMetrics:
 
     def repeats(self) -> bool:
         """Whether the same inputs have come in several folds."""
-        return any(leader.repeats() for leader in self._spectral)
+        return any(leader.repeats() for leader in self.spectral_leaders)
 
     def sums(self, *, with_left_out: bool = False) -> list[Sum]:
         """The sums of the metrics, each kind once, of exact products before others; empty without data.
@@ -291,7 +287,7 @@ class LayerMetrics:
         spectral: dict[type[Sum], SpectralSum] = {}
         others: dict[type[Sum], Sum] = {}
         # Exact products first, and more folds before fewer: they hold all that the others do.
-        for metric in sorted(self._spectral, key=lambda each: (each.gram_dtype == torch.float32, -each.folds)):
+        for metric in sorted(self.spectral_leaders, key=lambda m: (m.gram_dtype == torch.float32, -m.folds)):
             if not metric.takes_observations:
                 continue
             for each in metric.sums:
@@ -323,11 +319,11 @@ class LayerMetrics:
 
     def has_seen(self, counted: Counted) -> bool:
         """Whether there is anything to compute; with several processes, once the states are merged."""
-        plain = [metric for metric in self._spectral if not metric.needs_labels]
+        plain = [metric for metric in self.spectral_leaders if not metric.needs_labels]
         if plain:
             return any(counted[id(metric)].observations > 0 for metric in plain)
-        if self._spectral:
-            return any(counted[id(metric)].observations > 0 for metric in self._spectral)
+        if self.spectral_leaders:
+            return any(counted[id(metric)].observations > 0 for metric in self.spectral_leaders)
         # Metrics of other libraries merge by themselves, on all processes or on none.
         return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.leaders)
 

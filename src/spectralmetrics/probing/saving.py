@@ -260,8 +260,7 @@ class _Packed:
 
 
 def _named_leaders(of_layer: LayerMetrics) -> list[tuple[str, SpectralMetric]]:
-    found = {id(leader): name for name, leader in reversed(of_layer.leader_of.items())}
-    return [(found[id(leader)], leader) for leader in of_layer.spectral_leaders]
+    return [(name, leader) for name, leader in of_layer.kept.items() if isinstance(leader, SpectralMetric)]
 
 
 def _pack(of_layer: LayerMetrics) -> _Packed:
