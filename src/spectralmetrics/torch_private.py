@@ -502,8 +502,10 @@ def masked_parts(local: Tensor, placements: Sequence[Any]) -> tuple[Tensor, list
 # -- jagged tensors -------------------------------------------------------------------------------------------
 
 
-# `torch.nested._internal.nested_tensor.NestedTensor`, 2.8 to 2.13. Without it compiled layers that put out
-# jagged tensors are left out.
+# `torch.nested._internal.nested_tensor.NestedTensor`, 2.8 to 2.15, which imports it when the first one is made.
+# Without it compiled layers that put out jagged tensors are left out.
+with contextlib.suppress(ImportError):
+    importlib.import_module("torch.nested._internal.nested_tensor")
 _KNOWN = (Tensor, _find("nested._internal.nested_tensor.NestedTensor", Tensor))
 
 

@@ -16,6 +16,7 @@ STRICT = (
     ("error", ""),
     ("ignore", ".*barrier.*"),  # torch.distributed's own, on some platforms
     ("ignore", "FSDP2-wrapped module"),
+    ("ignore", "Guards may run slower on Python 3.13.0"),
 )
 LENIENT = (("ignore", ""),)
 
