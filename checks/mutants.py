@@ -2,6 +2,7 @@
 
     python checks/mutants.py                    # 300 changes, half an hour on two cores
     python checks/mutants.py --number 10 --seed 3 --rooms projection
+    python checks/mutants.py --keep FOLDER         # goes on where it was stopped: what was run is not run again
     python checks/mutants.py --again output.txt    # only those that survived there, after tests were added
 
 A place of the code is drawn, then one of the changes that can be made there: another operator, another number,
@@ -22,12 +23,15 @@ import ast
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
+import pickle
 import queue
 import random
 import re
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -167,6 +171,49 @@ def _without_line(mutant: Mutant) -> str:
     return re.escape(str(mutant)).replace(f":{mutant.line}\\\n", r":\d+\n", 1) + r"\n"
 
 
+class Kept:
+    """What is known from an earlier run, in a folder; nothing without one.
+
+    It is that of one state of the code: begin with an empty folder when that has changed.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._outcomes: dict[str, tuple[int | None, int, float]] = {}
+        self._lock = threading.Lock()
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "outcomes.jsonl").exists():
+            lines = (folder / "outcomes.jsonl").read_text(encoding="utf-8").splitlines()
+            self._outcomes = {mutant: tuple(outcome) for mutant, outcome in map(json.loads, lines)}
+
+    def map_of(self, room: str) -> Map | None:
+        """What the tests of a room run."""
+        if self._folder is None or not (path := self._folder / f"{room}.pickle").exists():
+            return None
+        found: Map = pickle.loads(path.read_bytes())
+        return found
+
+    def keep_map(self, room: str, map_: Map) -> None:
+        """Keep what the tests of a room run."""
+        if self._folder is not None and map_.seconds:
+            (self._folder / f"{room}.pickle").write_bytes(pickle.dumps(map_))
+
+    def outcome_of(self, mutant: Mutant) -> tuple[int | None, int, float] | None:
+        """The exit status of the tests, their number, and seconds."""
+        return self._outcomes.get(str(mutant))
+
+    def keep_outcome(
+        self, mutant: Mutant, outcome: tuple[int | None, int, float]
+    ) -> tuple[int | None, int, float]:
+        """Keep what became of a change, and return it."""
+        if self._folder is not None:
+            with self._lock, (self._folder / "outcomes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps([str(mutant), outcome]) + "\n")
+        return outcome
+
+
 def read_equivalent() -> dict[tuple[str, str, str], str]:
     """(file, line before, line after) -> why no test can notice it."""
     entries = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text(encoding="utf-8"))["mutant"]
@@ -181,6 +228,7 @@ def main() -> int:
     parser.add_argument("--rooms", nargs="+", choices=list(TESTS), default=list(TESTS), help="(default: all)")
     parser.add_argument("--workers", type=int, default=2, help="tests at the same time (default: 2)")
     parser.add_argument("--again", type=Path, help="what this has printed: run those that survived then")
+    parser.add_argument("--keep", type=Path, help="a folder for what each test runs, and for what was noticed")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -196,19 +244,26 @@ def main() -> int:
         print(*drawn, sep="\n")
         return 0
     survivors = []
+    kept = Kept(options.keep)
     with tempfile.TemporaryDirectory() as folder:
         copies: queue.Queue[Copy] = queue.Queue()
         for number in range(options.workers):
             copies.put(Copy(ROOT, Path(folder) / str(number)))
 
         def look(room: str) -> Map:
-            copy = copies.get()
-            try:
-                return copy.map([*TESTS[room], f"{SOURCE}/{room}"], ELSEWHERE, OPTIONS)
-            finally:
-                copies.put(copy)
+            map_ = kept.map_of(room)
+            if map_ is None:
+                copy = copies.get()
+                try:
+                    map_ = copy.map([*TESTS[room], f"{SOURCE}/{room}"], ELSEWHERE, OPTIONS)
+                finally:
+                    copies.put(copy)
+                kept.keep_map(room, map_)
+            return map_
 
         def run(mutant: Mutant) -> tuple[int | None, int, float]:
+            if (found := kept.outcome_of(mutant)) is not None:
+                return found
             map_ = maps[mutant.room]
             original = (ROOT / SOURCE / mutant.file).read_text(encoding="utf-8")
             tests = map_.tests_of(f"spectralmetrics/{mutant.file}", original, mutant.line)
@@ -218,7 +273,7 @@ def main() -> int:
                 status = copy.try_out(SOURCE / mutant.file, mutant.text, tests, OPTIONS, seconds)
             finally:
                 copies.put(copy)
-            return status, len(tests), time.perf_counter() - start
+            return kept.keep_outcome(mutant, (status, len(tests), time.perf_counter() - start))
 
         with ThreadPoolExecutor(options.workers) as pool:
             rooms = sorted({each.room for each in wanted})
@@ -229,7 +284,8 @@ def main() -> int:
                     flush=True,
                 )
                 if map_.failed:
-                    print("and fail without any change:", *map_.failed, sep="\n")
+                    print("and are left out, since they fail without any change:", *map_.failed, sep="\n")
+                if not map_.seconds:
                     return 2
             for number, (mutant, (status, tests, took)) in enumerate(
                 zip(wanted, pool.map(run, wanted), strict=True), 1

@@ -31,6 +31,7 @@ COPIED = (
     "examples",
     "csrc",
     "benchmarks",
+    "checks",
     "pyproject.toml",
     "CONTRIBUTING.md",
     "README.md",
@@ -55,7 +56,7 @@ class Map:
 
     Attributes:
         elsewhere: test files that run the code where it is not seen: in other processes, or traced.
-        seconds: node id -> of the test.
+        seconds: node id -> of the test, if it passed.
         lines: file -> line -> who runs it: node ids; test files, for what their fixtures run; "" for what runs
             when a module is imported.
         failed: node ids of the tests that did not pass.
@@ -236,7 +237,8 @@ class _Watching:
             }
             for file in data.measured_files()
         }
-        return dict(self.seconds), lines, self.failed
+        passed = {test: seconds for test, seconds in self.seconds.items() if test not in self.failed}
+        return passed, lines, self.failed
 
 
 class _Chosen:
