@@ -58,6 +58,24 @@ def test_a_member_that_a_reader_changes_is_changed_alone_and_until_the_next_obse
     assert int(member.count) == 200
 
 
+@pytest.mark.parametrize("way", ["update", "forward", "merge_state", "collection"])
+def test_members_that_are_all_given_the_same_rows_count_them_once(way):
+    model, probe = probed({"a": sm.SaturationMetric(), "b": sm.CovarianceTraceMetric()})
+    model(torch.randn(50, 8))
+    collection, rows = probe["train", "0"], torch.randn(7, 6)
+    for times in (1, 2):
+        if way == "collection":
+            collection(rows)
+        for metric in () if way == "collection" else collection.values():
+            given = type(metric)()
+            given.update(rows)
+            getattr(metric, way)(given if way == "merge_state" else rows)
+        assert int(collection.a.count) == int(collection.b.count) == 50 + 7 * times
+        assert collection.compute()["b"] == probe.compute()["b/train/0"]
+    model(torch.randn(50, 8))
+    assert int(collection.b.count) == 114
+
+
 def test_metrics_that_read_the_sums_of_another_are_made_when_somebody_asks():
     metrics = [sm.SaturationMetric(), sm.CovarianceTraceMetric(), sm.StableRankMetric()]
     model, probe = probed(metrics)

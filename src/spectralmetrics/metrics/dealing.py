@@ -68,7 +68,8 @@ class DealingMetric(FollowingMetric):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The value of one batch, which is added; see ``torchmetrics.Metric``."""
         before = self._repeats
-        value = super().forward(*args, **kwargs)  # resets between the two
+        with self.changed_by_user():
+            value = super().forward(*args, **kwargs)  # resets between the two
         if before is not None and before is not self._repeats:
             if self._repeats is not None:
                 before.merge(self._repeats)
@@ -91,7 +92,8 @@ class DealingMetric(FollowingMetric):
         self._rearranges = not (self._has_own_groups or has_groups)
         self._has_own_groups = self._has_own_groups or has_groups
         try:
-            super().merge_state(incoming_state)
+            with self.changed_by_user():
+                super().merge_state(incoming_state)
         finally:
             self._rearranges = False
         theirs: Repeats | None = getattr(incoming_state, "_repeats", None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,7 @@ def state(name: str) -> Any:
         return value
 
     def write(metric: FollowingMetric, value: Tensor) -> None:
+        metric.refresh()  # what is set now is to last
         own = metric.__dict__
         if metric._leader is not None and metric._leader.__dict__.get(name) is value:
             own.pop(name, None)
@@ -38,27 +40,40 @@ def state(name: str) -> Any:
 class FollowingMetric(OverriddenMetric):
     """A metric that may read the states of another one, its leader, which has all that it needs.
 
-    What changes this metric alone, such as an update, lasts until the leader's states change.
+    What changes this metric alone, such as an update, lasts until the leader's states change; an update of the
+    leader by the user leaves it, too, since each metric of a collection may be given the same rows.
     """
 
     _leader: FollowingMetric | None = None
     _changes = 0  # how often the states were replaced or added to
-    _seen = 0  # how often those of the leader had been, when this metric looked last
+    _by_user = 0  # how often of these by the user
+    _seen = (0, 0)  # both numbers of the leader, when this metric looked last
 
     def follow(self, leader: FollowingMetric) -> None:
         """Read the states of another metric from now on."""
-        self.__dict__.update(_leader=leader, _seen=-1)  # which does not make it a submodule
+        self.__dict__.update(_leader=leader, _seen=(-1, 0))  # which does not make it a submodule
 
     def refresh(self) -> None:
         """Read the leader's states again, if these have changed."""
         leader = self._leader
-        if leader is None or self._is_synced or self._seen == leader._changes:
+        if leader is None or self._is_synced or self._seen[0] == leader._changes:
             return
-        self.__dict__["_seen"] = leader._changes
-        for name in self.state_names():
-            self.__dict__.pop(name, None)
-        forget_value(self)
-        count_of_updates(self, count_of_updates(leader))
+        (changes, by_user), self.__dict__["_seen"] = self._seen, (leader._changes, leader._by_user)
+        if leader._changes - leader._by_user != changes - by_user:
+            for name in self.state_names():
+                self.__dict__.pop(name, None)
+        if self.is_borrowed():
+            forget_value(self)
+            count_of_updates(self, count_of_updates(leader))
+
+    @contextlib.contextmanager
+    def changed_by_user(self) -> Iterator[None]:
+        """Inside, those who follow this metric and have been changed alone stay as they are."""
+        before = self._changes - self._by_user
+        try:
+            yield
+        finally:
+            self.__dict__["_by_user"] = self._changes - before
 
     @abstractmethod
     def state_names(self) -> Iterable[str]:

@@ -160,7 +160,7 @@ class SumsMetric(DealingMetric):
 
     def _take_given(self, observations: Observations) -> None:
         """Add observations that fit, from the user."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self.changed_by_user():
             self._take(self.grouped(observations))
 
     def _take(self, observations: Observations) -> None:
