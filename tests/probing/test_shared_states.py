@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 
 import spectralmetrics as sm
@@ -261,3 +262,14 @@ def test_interval_ends_are_values_that_the_statistic_can_have():
     low, high = metric.interval()
     assert low == -torch.inf
     assert not high.isnan()
+
+
+@pytest.mark.filterwarnings("ignore:.*was called before:UserWarning")
+def test_a_metric_of_another_library_gives_the_value_of_what_was_put_back():
+    model, probe = probed({"sum": torchmetrics.SumMetric()})
+    total = model(torch.randn(50, 8)).sum()
+    metric = probe["train", "0"]["sum"]
+    torch.testing.assert_close(metric.compute(), total.detach())
+    with probe._without(["train"]):
+        assert metric.compute() == 0
+    torch.testing.assert_close(metric.compute(), total.detach())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralmetrics.metrics.overrides import OverriddenMetric, count_of_updates, forget_value
+from spectralmetrics.metrics.overrides import OverriddenMetric, count_of_updates
 
 
 def state(name: str) -> Any:
@@ -63,7 +63,6 @@ class FollowingMetric(OverriddenMetric):
             for name in self.state_names():
                 self.__dict__.pop(name, None)
         if self.is_borrowed():
-            forget_value(self)
             count_of_updates(self, count_of_updates(leader))
 
     @contextlib.contextmanager

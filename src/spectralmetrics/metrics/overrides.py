@@ -21,11 +21,6 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from spectralmetrics.torch_private import untraced
 
 
-def forget_value(metric: Metric) -> None:
-    """Forget the value that a metric has computed: its states have been changed without its ``update``."""
-    metric.__dict__["_computed"] = None
-
-
 def count_update(metric: Metric) -> None:
     """Note that a metric's states have been updated without its ``update``."""
     own = metric.__dict__  # `torch.nn.Module` looks for an attribute in many places
@@ -34,9 +29,9 @@ def count_update(metric: Metric) -> None:
 
 
 def count_of_updates(metric: Metric, new: int | None = None) -> int:
-    """How often a metric was updated, after setting it to a new number if one is given."""
+    """How often a metric was updated, after setting it to the number of other states if one is given."""
     if new is not None:
-        metric.__dict__["_update_count"] = new
+        metric.__dict__.update(_update_count=new, _computed=None)
     return int(metric.__dict__["_update_count"])
 
 
