@@ -36,7 +36,7 @@ def _find(path: str, default: Any = None, root: Any = torch) -> Any:
 
 # -- backward, tracing, modes ---------------------------------------------------------------------------------
 
-# `torch._C._current_graph_task_id`, 2.8 to 2.13, asked for at every hook. The public
+# `torch._C._current_graph_task_id`, 2.8 to 2.15, asked for at every hook. The public
 # `torch.utils.module_tracker.ModuleTracker.is_bw` stands in, which reads the same and takes longer; the tracker
 # is never entered, and puts no hooks anywhere.
 _TRACKER = ModuleTracker()
@@ -48,12 +48,12 @@ def in_backward() -> bool:
     return _task() != -1
 
 
-# Whether `torch.jit.trace` runs the model: `torch._C._is_tracing`, 2.8 to 2.13. The public
+# Whether `torch.jit.trace` runs the model: `torch._C._is_tracing`, 2.8 to 2.15. The public
 # `torch.jit.is_tracing` stands in, which asks for more.
 is_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 
-# `torch._C._len_torch_dispatch_stack` and `torch.utils._python_dispatch._disable_current_modes`, 2.8 to 2.13.
+# `torch._C._len_torch_dispatch_stack` and `torch.utils._python_dispatch._disable_current_modes`, 2.8 to 2.15.
 # Without them selective checkpointing records what a probe computes, and an ambient FakeTensorMode gets it.
 # How many listen to every operation, such as selective checkpointing or FakeTensorMode.
 num_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
@@ -66,21 +66,21 @@ def without_modes() -> contextlib.AbstractContextManager[Any]:
     return found
 
 
-# `torch._C._set_grad_enabled`, 2.8 to 2.13: a tenth of the time that `torch.set_grad_enabled` takes, which
+# `torch._C._set_grad_enabled`, 2.8 to 2.15: a tenth of the time that `torch.set_grad_enabled` takes, which
 # stands in.
 set_grad_enabled: Callable[[bool], Any] = _find("_C._set_grad_enabled", torch.set_grad_enabled)
 
 
 def is_fake(values: Tensor) -> bool:
     """Whether a tensor has a shape and no values: on the meta device, or planned by ``FakeTensorMode``."""
-    # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.13. Without it a model that is planned with fake
+    # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.15. Without it a model that is planned with fake
     # tensors is told to be not observed any more.
     if values.is_meta:
         return True
     return type(values) is not Tensor and isinstance(values, _find("_subclasses.fake_tensor.FakeTensor", ()))
 
 
-# `Tensor._base` and `Tensor._version`, 2.8 to 2.13; autograd's notes describe both. Without the first, nothing
+# `Tensor._base` and `Tensor._version`, 2.8 to 2.15; autograd's notes describe both. Without the first, nothing
 # is observed of gradients where a layer that works in place follows one that puts out a view.
 
 
@@ -118,7 +118,7 @@ class Version:
 
 # -- torch.func -----------------------------------------------------------------------------------------------
 
-# `torch._C._functorch` and `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`, 2.8 to 2.13.
+# `torch._C._functorch` and `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`, 2.8 to 2.15.
 # Without them what runs inside transforms of `torch.func` counts as any other forward, and the layer is left
 # out with words as soon as that fails.
 _functorch: Any = _find("_C._functorch")
@@ -126,7 +126,7 @@ is_transformed: Callable[[Tensor], bool] = getattr(
     _functorch, "is_functorch_wrapped_tensor", lambda values: False
 )
 
-# `torch._C._functorch.is_legacy_batchedtensor`, 2.8 to 2.13: what arrives in a backward of many gradients at
+# `torch._C._functorch.is_legacy_batchedtensor`, 2.8 to 2.15: what arrives in a backward of many gradients at
 # once, `torch.autograd.grad(is_grads_batched=True)`. Without it the layer is left out with words.
 is_many_at_once: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda values: False)
 
@@ -181,7 +181,7 @@ def untransformed(values: Tensor, dim: int) -> tuple[Tensor, int] | None:
 def is_exporting() -> bool:
     """Whether ``torch.export`` traces; Dynamo looks into this.
 
-    The flag itself, ``torch.compiler._is_exporting_flag``, 2.8 to 2.13: the public
+    The flag itself, ``torch.compiler._is_exporting_flag``, 2.8 to 2.15: the public
     ``torch.compiler.is_exporting()`` is the constant True for Dynamo in 2.8 to 2.11. Without the flag the
     public function answers.
     """
@@ -193,7 +193,7 @@ def is_exporting() -> bool:
 _HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
-# `torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))`, 2.8 to 2.13.
+# `torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))`, 2.8 to 2.15.
 _set_version: Callable[..., None] | None = _find("_C._autograd._unsafe_set_version_counter")
 
 
@@ -209,7 +209,7 @@ def missing_for_compiled() -> str:
     return "torch._C._autograd._unsafe_set_version_counter" if _set_version is None else ""
 
 
-# `torch._C._dynamo.eval_frame.set_code_exec_strategy` and `_FrameExecStrategy`, 2.8 to 2.13, do what
+# `torch._C._dynamo.eval_frame.set_code_exec_strategy` and `_FrameExecStrategy`, 2.8 to 2.15, do what
 # `torch.compiler.disable` does without importing Dynamo, sympy and the rest (1.2 to 2.3 s of CPU).
 _frames: Any = _find("_C._dynamo.eval_frame")
 
@@ -231,7 +231,7 @@ def skip_frames(code: CodeType) -> bool:
 def untraced(function: _Function) -> _Function:
     """As ``torch.compiler.disable``, which imports Dynamo where this does not.
 
-    Dynamo goes by the attributes ``_torchdynamo_disable`` and ``_torchdynamo_disable_msg``, 2.8 to 2.13.
+    Dynamo goes by the attributes ``_torchdynamo_disable`` and ``_torchdynamo_disable_msg``, 2.8 to 2.15.
     Without a way to skip the frames ``torch.compiler.disable`` is used.
     """
     if not skip_frames(function.__code__):
@@ -247,7 +247,7 @@ def heed_hooks() -> None:
 
     Unless it is told otherwise, Dynamo takes it that a module compiled without hooks never gets any, and that
     all instances of a class have the same: a model probed later, or beside another instance of its class, would
-    run the graph of the unprobed one. ``torch._dynamo.config.skip_nnmodule_hook_guards``, 2.8 to 2.13, tells it
+    run the graph of the unprobed one. ``torch._dynamo.config.skip_nnmodule_hook_guards``, 2.8 to 2.15, tells it
     otherwise, for all models of the process, at the cost of a comparison per module and call. What was compiled
     before is compiled anew when it runs next, once. Dynamo is not imported for it: it is told when somebody
     imports it. A release without the setting is taken to heed hooks.
@@ -270,7 +270,7 @@ def _have_hooks_heeded() -> None:
     if not ignores_hooks():
         return
     dynamo.config.skip_nnmodule_hook_guards = False
-    # `torch._dynamo.convert_frame.input_codes.seen` and `torch._dynamo.reset_code_caches`, 2.8 to 2.13. Without
+    # `torch._dynamo.convert_frame.input_codes.seen` and `torch._dynamo.reset_code_caches`, 2.8 to 2.15. Without
     # them all that was compiled is forgotten, which is right and may be slow once.
     compiled = _find("convert_frame.input_codes.seen", (None,), dynamo)
     if compiled:  # while hooks were ignored
@@ -337,7 +337,7 @@ def renumber(handle: RemovableHandle) -> None:
 
     PyTorch counts hooks up, and Dynamo guards a graph by the numbers of hooks that take keywords or are always
     called, and until 2.8 by all: each probe of a model would compile it anew. The handle goes by its attributes
-    ``id``, ``hooks_dict_ref`` and ``extra_dict_ref``, 2.8 to 2.13; without them the number stays.
+    ``id``, ``hooks_dict_ref`` and ``extra_dict_ref``, 2.8 to 2.15; without them the number stays.
     """
     try:
         dicts = [ref() for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
@@ -353,7 +353,7 @@ def renumber(handle: RemovableHandle) -> None:
     handle.id = number
 
 
-# Wrappers by the module that defines them, and the attribute that holds what they wrap, 2.8 to 2.13. Those of
+# Wrappers by the module that defines them, and the attribute that holds what they wrap, 2.8 to 2.15. Those of
 # compilation, sharding and checkpoints are private; where they have other names, names of layers begin with
 # these. What has not been imported wraps nothing.
 _WRAPPERS = (
@@ -388,7 +388,7 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """What is registered in a module, with what is None or registered twice.
 
-    ``_modules``, 2.8 to 2.13; ``named_children`` leaves these two out, and stands in.
+    ``_modules``, 2.8 to 2.15; ``named_children`` leaves these two out, and stands in.
     """
     return dict(getattr(module, "_modules", None) or module.named_children())
 
@@ -445,7 +445,7 @@ def is_context_parallel() -> bool:
     """Whether this runs inside ``torch.distributed.tensor.experimental.context_parallel``.
 
     It puts a function of its own, which it notes in ``_replaced_functions``, in the place of the attention's,
-    2.8 to 2.13. Without that attribute each process' positions are taken for whole sequences.
+    2.8 to 2.15. Without that attribute each process' positions are taken for whole sequences.
     """
     for name in _CONTEXT_PARALLEL:
         replaced = getattr(sys.modules.get(name), "_replaced_functions", None)
@@ -457,13 +457,13 @@ def is_context_parallel() -> bool:
 def default_store() -> Any:
     """The store by which the processes of the default group found each other; an AttributeError without one.
 
-    ``torch.distributed.distributed_c10d._get_default_store``, 2.8 to 2.13.
+    ``torch.distributed.distributed_c10d._get_default_store``, 2.8 to 2.15.
     """
     return torch.distributed.distributed_c10d._get_default_store()
 
 
 def group_named(name: str) -> Any:
-    """The process group of a name: ``torch.distributed.distributed_c10d._resolve_process_group``, 2.8 to 2.13.
+    """The process group of a name: ``torch.distributed.distributed_c10d._resolve_process_group``, 2.8 to 2.15.
 
     Without it a compiled layer whose outputs are DTensors is left out, with words.
     """
@@ -475,7 +475,7 @@ def group_named(name: str) -> Any:
 
 
 def waited(local: Tensor) -> Tensor:
-    """A tensor whose collective has ended: ``AsyncCollectiveTensor.wait``, 2.8 to 2.13; any other as it is."""
+    """A tensor whose collective has ended: ``AsyncCollectiveTensor.wait``, 2.8 to 2.15; any other as it is."""
     if type(local) is not Tensor and hasattr(local, "wait"):
         local = local.wait()
     return local
@@ -484,7 +484,7 @@ def waited(local: Tensor) -> Tensor:
 def masked_parts(local: Tensor, placements: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     """A summand of a row-parallel embedding with the rows of other processes' words set to zero.
 
-    Its placement ``_MaskPartial``, 2.8 to 2.13, keeps in ``mask_buffer.data`` which words are others', until
+    Its placement ``_MaskPartial``, 2.8 to 2.15, keeps in ``mask_buffer.data`` which words are others', until
     the sum is taken: the layer's own reduction needs it after us. What follows is a plain sum. A placement
     without that attribute is taken as it is.
     """
@@ -518,7 +518,7 @@ def is_known(values: Tensor) -> bool:
 def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) -> Tensor:
     """A nested tensor that looks into these values.
 
-    By ``torch.nested._internal.nested_tensor``, 2.8 to 2.13, since the public ``nested_tensor_from_jagged``,
+    By ``torch.nested._internal.nested_tensor``, 2.8 to 2.15, since the public ``nested_tensor_from_jagged``,
     which stands in, logs a warning of PyTorch's own in 2.13.
     """
     internal = _find("nested._internal.nested_tensor")
@@ -534,5 +534,5 @@ def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) ->
 
 
 def jagged_dim(values: Tensor) -> int:
-    """The ragged dimension of a jagged nested tensor: ``_ragged_idx``, 2.8 to 2.13; 1 where it is not told."""
+    """The ragged dimension of a jagged nested tensor: ``_ragged_idx``, 2.8 to 2.15; 1 where it is not told."""
     return int(getattr(values, "_ragged_idx", 1))
