@@ -119,13 +119,6 @@ def test_exporting_is_told_inside_dynamo():
         assert torch.equal(torch.export.export(Tells(), (x,), strict=strict).module()(x), x + 1)
 
 
-def test_a_version_is_kept():
-    ticket = torch.zeros((), dtype=torch.int64).add_(0)
-    ticket.add_(0)
-    torch_private.keep_version(ticket)
-    assert ticket._version == 1
-
-
 @pytest.mark.parametrize("decorate", [torch_private.untraced, None])
 def test_what_is_untraced_runs_and_dynamo_does_not_look_in(decorate, monkeypatch):
     if decorate is None:  # as in a release that has no such thing
@@ -263,7 +256,6 @@ GONE = {
     "is_transformed": lambda values: False,
     "_functorch": None,
     "_HAS_EXPORTING_FLAG": False,
-    "_set_version": None,
     "_frames": None,
     "_KNOWN": (torch.Tensor, nn.Parameter),
 }
@@ -285,18 +277,6 @@ def test_eager_models_are_observed_whatever_is_missing(name, monkeypatch):
     checkpoint(model, torch.randn(5, 3), use_reentrant=False).sum().backward()
     assert (count(probe, "0"), count(probe, "1")) == (10, 10)
     probe.remove()
-
-
-def test_a_compiled_model_without_what_it_needs_runs_and_is_told_of(monkeypatch):
-    monkeypatch.setattr(torch_private, "_set_version", None)
-    monkeypatch.setattr(hooks, "CAN_BE_COMPILED", not torch_private.missing_for_compiled())
-    model = nn.Sequential(nn.Linear(3, 4))
-    probe = LayerProbe(model)
-    torch.compile(model, backend="eager", fullgraph=True)(torch.randn(5, 3))
-    with pytest.warns(UserWarning, match="compiled models cannot be observed with torch .*_unsafe_set_version"):
-        assert probe.compute() == {}
-    model(torch.randn(5, 3))
-    assert count(probe, "0") == 5
 
 
 def test_dynamo_without_its_caches_forgets_everything(monkeypatch):

@@ -1,7 +1,7 @@
 """Every use of what PyTorch does not promise: the releases each was seen in, and what is done without it.
 
-Looked at in the sources of torch 2.8 and 2.13, and run there. Without a name that is missing, eager
-models are observed all the same; :func:`missing_for_compiled` says what a compiled model then lacks.
+Looked at in the sources of torch 2.8, 2.13 and 2.15, and run there. Without a name that is missing, models are
+observed all the same.
 """
 
 from __future__ import annotations
@@ -191,22 +191,6 @@ def is_exporting() -> bool:
 
 
 _HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
-
-
-# `torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))`, 2.8 to 2.15.
-_set_version: Callable[..., None] | None = _find("_C._autograd._unsafe_set_version_counter")
-
-
-def keep_version(tensor: Tensor) -> None:
-    """Have autograd take it that a tensor, said to be changed by an operation, has not been changed."""
-    # Some compilers hand over a copy, which in inference mode has no version.
-    if _set_version is not None and not tensor.is_inference():
-        _set_version((tensor,), (1,))
-
-
-def missing_for_compiled() -> str:
-    """The private name without which compiled models cannot be observed; empty if there is none missing."""
-    return "torch._C._autograd._unsafe_set_version_counter" if _set_version is None else ""
 
 
 # `torch._C._dynamo.eval_frame.set_code_exec_strategy` and `_FrameExecStrategy`, 2.8 to 2.15, do what

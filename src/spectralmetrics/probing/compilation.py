@@ -22,15 +22,12 @@ from spectralmetrics.torch_private import (
     is_known,
     jagged,
     jagged_dim,
-    keep_version,
-    missing_for_compiled,
     untraced,
     without_modes,
 )
 
 # The operation is said to change this one tensor, and so is never left out, done twice, or put before another.
 TICKET = torch.zeros((), dtype=torch.int64, device="cpu").add_(0)
-CAN_BE_COMPILED = not missing_for_compiled()
 
 
 _ROUTED = "routed "  # begins the kind of what a module of experts is called with
@@ -130,9 +127,6 @@ TAGS = tuple(
 
 @untraced
 def _see(parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str) -> None:
-    # Checkpoints save the ticket like any input, and check in backward that it has not been changed: nor has
-    # it.
-    keep_version(ticket)
     observer: SeesCompiled | None = observer_of(number)
     if observer is not None:
         observer.see_compiled(parts, kind)

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectralmetrics.probing.compilation import (
-    CAN_BE_COMPILED,
     TICKET,
     Unobservable,
     number_of,
@@ -87,7 +86,7 @@ class GradientHook(OwnHook):
         if not torch.compiler.is_compiling():
             if self._first is None or not self._first.has_watched():
                 self.watch(module, (args, kwargs), output)
-        elif CAN_BE_COMPILED and not is_exporting():
+        elif not is_exporting():
             return self._trace((args, kwargs), output)
         return None
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.probing.compilation import (
-    CAN_BE_COMPILED,
     TICKET,
     Unobservable,
     number_of,
@@ -163,7 +162,7 @@ class Observer(OwnHook):
         """See ``torch.nn.Module.register_forward_hook``."""
         if not torch.compiler.is_compiling():
             self._observe(module, output, module.training, self._select)
-        elif CAN_BE_COMPILED and not is_exporting():
+        elif not is_exporting():
             # Nothing else of the module or of us is looked at here: the graph would be guarded by it.
             # By the mode it is guarded in any case; while it runs, autograd works on what was traced, and the
             # mode does not tell any more.

@@ -18,7 +18,7 @@ from spectralmetrics.probing.collections import Counted, LayerMetrics, count_tog
 from spectralmetrics.probing.keys import Key
 from spectralmetrics.probing.observations import Observes
 from spectralmetrics.sums import SpectralSum
-from spectralmetrics.torch_private import ignores_hooks, missing_for_compiled
+from spectralmetrics.torch_private import ignores_hooks
 
 _OF_LEFT_OUT = "observations with NaN or infinite values were left out in {}: {}"
 HOST = torch.device("cpu")
@@ -345,8 +345,6 @@ def warn_of_nothing(
             "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
             " ignores hooks: set it to False and call torch.compiler.reset()"
         )
-    elif missing := missing_for_compiled():
-        reason = f"compiled models cannot be observed with torch {torch.__version__}, which has no {missing}"
     else:
         reason = (
             "no probed layer has run since the probe was made or reset; a model that is exported or"
