@@ -141,6 +141,7 @@ class TestDemo:
         assert error.count("\n") == 1
         assert "Traceback" not in error
 
+    @pytest.mark.long
     @pytest.mark.filterwarnings("ignore:in (train|eval) there are fewer observations")
     def test_same_seed_same_values(self, tmp_path, monkeypatch):
         whole = demo.load_digits

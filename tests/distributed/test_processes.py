@@ -35,6 +35,7 @@ def test_scenario(finished, scenario):
         groups.assert_passed(folder, world, scenario)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world", [2])
 def test_the_example_script_runs_under_torchrun(world, tmp_path):
     script = Path(__file__).parents[2] / "examples" / "several_processes.py"

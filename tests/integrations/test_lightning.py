@@ -113,6 +113,7 @@ def test_an_epoch_goes_on_from_a_checkpoint(tmp_path):
         assert logged(tmp_path / "second", key) == pytest.approx([float(values[key])], rel=1e-6)
 
 
+@pytest.mark.long
 def test_two_processes_log_what_all_data_show(tmp_path):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.integrations.lightning_module", str(tmp_path)],
