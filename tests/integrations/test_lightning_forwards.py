@@ -211,6 +211,7 @@ def test_a_layer_called_mean_keeps_its_own_value(tmp_path):
     assert found["effective_rank/eval/mean"] == pytest.approx((own + other) / 2)
 
 
+@pytest.mark.long
 def test_processes_that_run_layers_in_other_orders_log_the_same(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "tests.integrations.lightning_module", str(tmp_path), "experts"],
