@@ -201,7 +201,7 @@ def test_summands_of_an_embedding_have_no_words_of_others():
     local = torch.ones(2, 3)
     parts, placements = torch_private.masked_parts(local, [Masked(mask)])
     assert parts.tolist() == [[0.0] * 3, [1.0] * 3]
-    assert [each.reduce_op for each in placements] == ["sum"]
+    assert list(placements) == [torch.distributed.tensor.Partial("sum")]
     assert local.sum() == 6  # the layer's own
     other = torch.distributed.tensor.Replicate()
     assert torch_private.masked_parts(local, [other]) == (local, [other])

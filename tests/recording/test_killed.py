@@ -53,8 +53,8 @@ def test_killed_at_random_moments(writers, kills, tmp_path):
     interrupted = 0
     for kill in range(kills):
         started = context.Event()
-        # Every other one is killed near its first record, which also imports what writes it.
-        worker = context.Process(target=record_for_ever, args=(tmp_path, writers, kill % 2, started))
+        # One of three is killed near its first record, which also imports what writes it.
+        worker = context.Process(target=record_for_ever, args=(tmp_path, writers, kill % 3, started))
         worker.start()
         assert started.wait(60)
         time.sleep(moments.uniform(0.0, 0.25))
@@ -73,7 +73,7 @@ def test_killed_at_random_moments(writers, kills, tmp_path):
             with np.load(tmp_path / f"arrays/epoch-{epoch:06d}.npz", allow_pickle=False) as arrays:
                 assert len(arrays.files) == 2 * LAYERS * 5  # eigenvalues beside the sums
                 assert all(arrays[name] is not None for name in arrays.files)
-    assert seen >= kills // 2
+    assert seen > kills / 2
     print(f"{seen} records, {interrupted} of {kills} kills fell into a write")
 
     model = make_model(LAYERS)
