@@ -33,8 +33,30 @@ REASONS = (
 FAULTS = {"gone after install", "damaged", "stale"}  # what the install had made is not used
 
 
+def forget():
+    """All that is found out once for a process."""
+    found = (
+        library.find,
+        library.is_switched_off,
+        compiled._best_instructions,
+        fused.why_not,
+        probing._tell_fault,
+    )
+    for each in found:
+        each.cache_clear()
+
+
 @pytest.fixture
-def install(monkeypatch, tmp_path):
+def _afresh(monkeypatch):
+    """What the test finds out is of what it has patched, and no other test goes on with it."""
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path, _afresh):
     """A function that lets the package find its library in a state."""
     before = library.find()
     monkeypatch.delenv("SPECTRALMETRICS_COMPILED", raising=False)
@@ -46,10 +68,6 @@ def install(monkeypatch, tmp_path):
     real = importlib.metadata.distribution
     own = "spectralmetrics"
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: pure if name == own else real(name))
-
-    def forget():
-        for each in (library.find, compiled._best_instructions, probing._tell_fault):
-            each.cache_clear()
 
     def put(state):
         if state == "switched off":
@@ -72,9 +90,7 @@ def install(monkeypatch, tmp_path):
         if state == "old":
             library.find().library.best_instructions = lambda: 0
 
-    yield put
-    monkeypatch.undo()
-    forget()
+    return put
 
 
 @pytest.mark.parametrize("state", REASONS)
@@ -165,12 +181,22 @@ def test_the_install_leaves_a_note_in_the_place_of_the_library(version, tmp_path
     assert made == {"_accumulate.so": "library"}
 
 
+@pytest.mark.usefixtures("_afresh")
 def test_version_says_what_runs_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("SPECTRALMETRICS_COMPILED", "0")
-    fused.why_not.cache_clear()
     with pytest.raises(SystemExit):
         main(["--version"])
-    fused.why_not.cache_clear()
-    assert "sums on GPUs: by PyTorch: SPECTRALMETRICS_COMPILED=0 is set" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sums in the memory of the CPU: by PyTorch: SPECTRALMETRICS_COMPILED=0 is in the environment" in said
+    assert "sums on GPUs: by PyTorch: SPECTRALMETRICS_COMPILED=0 is set" in said
+
+
+@pytest.mark.usefixtures("_afresh")
+def test_what_is_said_later_is_what_was_done(monkeypatch):
+    monkeypatch.setenv("SPECTRALMETRICS_COMPILED", "0")
+    assert public.instruction_set() is None
+    monkeypatch.delenv("SPECTRALMETRICS_COMPILED")
+    assert public.instruction_set() is None
+    assert public.describe() == "by PyTorch: SPECTRALMETRICS_COMPILED=0 is in the environment"

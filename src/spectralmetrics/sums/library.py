@@ -75,6 +75,7 @@ def _was_installed() -> bool:
     return "Root-Is-Purelib: false" in (wheel or "")
 
 
+@functools.cache
 def is_switched_off() -> bool:
-    """Whether the user has PyTorch do all."""
+    """Whether the user has PyTorch do all. Read once: what is said later is what was done."""
     return os.environ.get("SPECTRALMETRICS_COMPILED") == "0"
