@@ -17,7 +17,7 @@ from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_c
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import Layout, find_layout
-from spectralmetrics.probing.observations import FeatureMaps, ObservationRule, Sequences
+from spectralmetrics.probing.rules import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.torch_private import ignores_hooks, in_backward
 

@@ -11,8 +11,8 @@ import torch
 import spectralmetrics as sm
 from spectralmetrics import Observations
 from spectralmetrics.sums import accelerated, accumulate, covariance, empty_moments, fused
-from spectralmetrics.sums.marginals import empty_marginals
 from spectralmetrics.sums.measuring import measure
+from spectralmetrics.sums.per_feature import empty_marginals
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

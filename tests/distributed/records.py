@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import spectralmetrics as sm
-from spectralmetrics.probing import merging
+from spectralmetrics.probing import exchange
 from tests.distributed.scenarios import counted_collectives, packed_size
 from tests.metrics.properties import assert_same
 
@@ -37,12 +37,12 @@ class Keeper(sm.Writer):
 @contextlib.contextmanager
 def limits(**values):
     """Inside, layers travel in batches of these limits."""
-    kept = {name: getattr(merging, name) for name in values}
-    vars(merging).update(values)
+    kept = {name: getattr(exchange, name) for name in values}
+    vars(exchange).update(values)
     try:
         yield
     finally:
-        vars(merging).update(kept)
+        vars(exchange).update(kept)
 
 
 def one_by_one():
@@ -213,20 +213,20 @@ def whatever_ends_a_record_is_raised_on_all(rank, world):
                 raise ArithmeticError("in the writer")
 
     model, probe = probe_of(outputs_of(rank, world), folds=2)
-    exchange = merging.Agreement.exchange
+    whole = exchange.Agreement.exchange
 
     def interrupted(self, batch, reader=None):
         if state["step"] == "travel" and rank == state["culprit"]:
             state["calls"] += 1
             if state["calls"] == state["at"]:
                 os.kill(os.getpid(), signal.SIGINT)
-        return exchange(self, batch, reader)
+        return whole(self, batch, reader)
 
     def stop(done, total):
         raise KeyboardInterrupt("enough")
 
     layers = 3 + world
-    merging.Agreement.exchange = interrupted
+    exchange.Agreement.exchange = interrupted
     try:
         with one_by_one(), sm.Recorder(folder, probe, ["csv", "arrays", Keeper(read)]) as recorder:
             observe(model, outputs_of(rank, world))
@@ -265,7 +265,7 @@ def whatever_ends_a_record_is_raised_on_all(rank, world):
             arrays = arrays_in(folder / "arrays" / "epoch-000000.npz")
             assert int(arrays["train/b/count"]) == sum(27 + each for each in range(world))
     finally:
-        merging.Agreement.exchange = exchange
+        exchange.Agreement.exchange = whole
 
 
 def an_interrupt_from_the_keyboard_waits_for_the_others(rank, world):
@@ -273,13 +273,13 @@ def an_interrupt_from_the_keyboard_waits_for_the_others(rank, world):
     if world == 1:
         return
     model, probe = probe_of(["a", "b"], [sm.SpectrumMetric(), sm.CovarianceTraceMetric()])
-    exchange = merging.Agreement.exchange
+    whole = exchange.Agreement.exchange
     state = {"culprit": None}
 
     def interrupted(self, batch, reader=None):
         if rank == state["culprit"]:
             os.kill(os.getpid(), signal.SIGINT)
-        return exchange(self, batch, reader)
+        return whole(self, batch, reader)
 
     calls = {
         "compute": probe.compute,
@@ -287,7 +287,7 @@ def an_interrupt_from_the_keyboard_waits_for_the_others(rank, world):
         "iter_merged": lambda: list(probe.iter_merged("train")),
     }
     handler = signal.getsignal(signal.SIGINT)
-    merging.Agreement.exchange = interrupted
+    exchange.Agreement.exchange = interrupted
     try:
         for name, call in calls.items():
             for culprit in range(world):
@@ -303,7 +303,7 @@ def an_interrupt_from_the_keyboard_waits_for_the_others(rank, world):
                 assert int(probe["train", "a"]["spectrum"].count) == count, name
                 assert len(probe.compute()) == 4
     finally:
-        merging.Agreement.exchange = exchange
+        exchange.Agreement.exchange = whole
 
 
 def groups_agree_on_errors(rank, world):

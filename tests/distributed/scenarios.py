@@ -14,7 +14,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
-from spectralmetrics.probing import merging
+from spectralmetrics.probing import exchange
 from spectralmetrics.recording.writers.csv import read_rows
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
@@ -1001,13 +1001,13 @@ def large_decompositions_are_shared(rank, world):
     metrics = [sm.SpectrumMetric(), sm.SaturationMetric()]
     generator = torch.Generator().manual_seed(rank)
     decomposed = []
-    original, threshold = torch.linalg.eigvalsh, merging._WORTH_SHARING
+    original, threshold = torch.linalg.eigvalsh, exchange._WORTH_SHARING
 
     def counting(matrix, *rest, **options):
         decomposed.extend([matrix.shape[-1]] * matrix[..., 0, 0].numel())
         return original(matrix, *rest, **options)
 
-    torch.linalg.eigvalsh, merging._WORTH_SHARING = counting, 0.0
+    torch.linalg.eigvalsh, exchange._WORTH_SHARING = counting, 0.0
     try:
         probe = sm.LayerProbe(model, metrics)
         with torch.no_grad():
@@ -1026,7 +1026,7 @@ def large_decompositions_are_shared(rank, world):
         assert probe.compute("eval").keys() == values.keys()
         assert not decomposed
     finally:
-        torch.linalg.eigvalsh, merging._WORTH_SHARING = original, threshold
+        torch.linalg.eigvalsh, exchange._WORTH_SHARING = original, threshold
 
 
 def a_monitor_says_the_same_everywhere(rank, world):

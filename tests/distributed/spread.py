@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import spectralmetrics as sm
-from spectralmetrics.probing import merging
+from spectralmetrics.probing import exchange
 from spectralmetrics.sums import about_origin
 from tests.distributed.scenarios import counted_collectives
 from tests.metrics.properties import assert_same
@@ -89,7 +89,7 @@ def experts_run_in_any_order(rank, world):
         del tokens[each]["e4"]  # no tokens anywhere
     if world > 2:
         tokens[1] = {}
-    threshold, merging._WORTH_SHARING = merging._WORTH_SHARING, 0.0  # each reads some
+    threshold, exchange._WORTH_SHARING = exchange._WORTH_SHARING, 0.0  # each reads some
     try:
         model = Experts(names).eval()
         probe = sm.LayerProbe(model, [sm.SpectrumMetric(), sm.CovarianceTraceMetric()])
@@ -106,7 +106,7 @@ def experts_run_in_any_order(rank, world):
             trace, spectrum = (values[f"{each}/eval/{name}"] for each in ("covariance_trace", "spectrum"))
             assert_same(spectrum.sum(), trace, 1e-9)
     finally:
-        merging._WORTH_SHARING = threshold
+        exchange._WORTH_SHARING = threshold
 
 
 def experts_of_each_process_reach_all(rank, world):
@@ -267,9 +267,9 @@ def large_layers_travel_by_themselves(rank, world):
                 setattr(room, name, kept[name])
 
     small = {
-        (merging, "_BATCH_BYTES"): 1,
-        (merging, "_KEPT_BYTES"): 0,
-        (merging, "_WORTH_SHARING"): 0.0,
+        (exchange, "_BATCH_BYTES"): 1,
+        (exchange, "_KEPT_BYTES"): 0,
+        (exchange, "_WORTH_SHARING"): 0.0,
         (about_origin, "MOST_BYTES"): 100,
         (about_origin, "_ROWS_BYTES"): 100,
     }
@@ -303,7 +303,7 @@ def what_one_process_raises_all_raise(rank, world):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(4, 6) if k == 0 else nn.Linear(6, 6) for k in range(world + 1)])
     probe = sm.LayerProbe(model, [sm.SpectrumMetric(), Fussy()])
-    threshold, merging._WORTH_SHARING = merging._WORTH_SHARING, 0.0
+    threshold, exchange._WORTH_SHARING = exchange._WORTH_SHARING, 0.0
     try:
         model(torch.randn(5 + rank, 4))
 
@@ -333,7 +333,7 @@ def what_one_process_raises_all_raise(rank, world):
         assert told == sorted(told)
         assert told[-1] == (world + 1, world + 1) or world == 1
     finally:
-        merging._WORTH_SHARING, Fussy.ranks = threshold, ()
+        exchange._WORTH_SHARING, Fussy.ranks = threshold, ()
 
 
 def a_metrics_own_group_is_heeded(rank, world):

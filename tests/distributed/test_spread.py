@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import spectralmetrics as sm
-from spectralmetrics.probing import merging
+from spectralmetrics.probing import exchange
 from tests.distributed import groups
 from tests.oracles import relative_error, two_pass_covariance
 
@@ -204,7 +204,7 @@ def dies_in_record(rank, world, _, folder, culprit):
         writer.dies = culprit == 0
     elif rank == culprit:
         # When the first process asks for sums, which it is about to write.
-        merging.Agreement.fetch = lambda self, *arguments: os._exit(DIES)
+        exchange.Agreement.fetch = lambda self, *arguments: os._exit(DIES)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
         recorder.record()

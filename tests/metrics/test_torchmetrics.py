@@ -20,7 +20,7 @@ from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Run
 
 import spectralmetrics as sm
 from spectralmetrics.metrics import overrides, stream
-from spectralmetrics.sums import Observations, decomposition, intake, marginals
+from spectralmetrics.sums import Observations, decomposition, intake, per_feature
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -464,7 +464,7 @@ class TestLifeCycle:
 
     @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))  # a generator cannot be on "meta"
     def test_after_a_reset_no_state_stays_where_the_rows_were(self, name, monkeypatch):
-        for kind in (intake.DenseIntake, marginals.MarginalsIntake):
+        for kind in (intake.DenseIntake, per_feature.MarginalsIntake):
             monkeypatch.setattr(kind, "meet", lambda *_: None)  # nothing can be read on "meta"
         metric = VARIANTS[name](nan_strategy="ignore")
         spoiled = random_rows(0, 20, 4)

@@ -19,7 +19,7 @@ from spectralmetrics import (
     RootMeanSquareMetric,
     SaturationMetric,
 )
-from spectralmetrics.probing.history import HistoryRow
+from spectralmetrics.probing.movers import HistoryRow
 
 
 def small_model():

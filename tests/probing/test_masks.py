@@ -10,7 +10,7 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe
-from spectralmetrics.probing.observations import ObservationRule
+from spectralmetrics.probing.rules import ObservationRule
 
 N, T, D = 3, 20, 8
 VALID = torch.arange(T) < torch.tensor([[20], [5], [11]])

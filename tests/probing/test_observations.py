@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from spectralmetrics.functional import Observations
-from spectralmetrics.probing.observations import ObservationRule, first_tensor
+from spectralmetrics.probing.rules import ObservationRule, first_tensor
 from spectralmetrics.probing.sampling import draw
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from spectralmetrics import Alarm, Finding, read_records
-from spectralmetrics.probing.history import HistoryRow
+from spectralmetrics.probing.movers import HistoryRow
 from spectralmetrics.recording.alarm_table import read_alarms, write_alarms
-from spectralmetrics.recording.writers.history import read_history
+from spectralmetrics.recording.writers.history_file import read_history
 
 RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"
 

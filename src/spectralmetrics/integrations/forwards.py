@@ -15,8 +15,8 @@ from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.identity import is_first
-from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag

@@ -10,7 +10,7 @@ from torch import Tensor
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics.marginals import MarginalMetric
 from spectralmetrics.plotting import plot_history
-from spectralmetrics.sums import ForwardHistory, Sum, empty_history, history
+from spectralmetrics.sums import ForwardHistory, Sum, empty_history, ring
 from spectralmetrics.sums.checks import check_positive_integer
 
 
@@ -65,7 +65,7 @@ class HistoryMetric(MarginalMetric):
         """Draw the scale of each forward; of a sequence, the last. See :meth:`SpectralMetric.plot`."""
         values = self.compute() if val is None else val
         table = values if isinstance(values, Tensor) else values[-1]
-        scales = (table[:, history.SQUARES] / (table[:, history.COUNT] * (self.num_features or 1))).sqrt()
-        pairs = list(zip(table[:, history.FORWARD].tolist(), scales.tolist(), strict=True))
+        scales = (table[:, ring.SQUARES] / (table[:, ring.COUNT] * (self.num_features or 1))).sqrt()
+        pairs = list(zip(table[:, ring.FORWARD].tolist(), scales.tolist(), strict=True))
         figure, axes = plot_history({"": pairs}, ax=ax)
         return figure, axes[0, 0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from spectralmetrics.findings import Finding, LayerNumbers, all_but
-from spectralmetrics.probing.history import Scales
+from spectralmetrics.probing.movers import Scales
 from spectralmetrics.table import plural
 
 AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "rms"]

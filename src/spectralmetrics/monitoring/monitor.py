@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.identity import is_first
-from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.probing.probe import keep_history, read_window
 from spectralmetrics.sums.checks import check_positive_integer
 

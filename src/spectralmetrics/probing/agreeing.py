@@ -12,9 +12,9 @@ import torch.distributed as dist
 from spectralmetrics.metrics.stream import group_object
 from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics
+from spectralmetrics.probing.exchange import Agreement, Kept, Place
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.identity import Identity, Weights, digest_of
-from spectralmetrics.probing.merging import Agreement, Kept, Place
 from spectralmetrics.probing.processes import gather_agreed
 from spectralmetrics.sums.merging import communication_device, gather_objects
 

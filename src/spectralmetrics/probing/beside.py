@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.probing.hooks import tell
-from spectralmetrics.probing.observations import Batch
+from spectralmetrics.probing.rules import Batch
 
 
 @dataclass(eq=False)

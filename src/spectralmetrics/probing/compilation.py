@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.parts import PLACED, part_from, take_dtensor_apart
 from spectralmetrics.probing.routed import Routed
+from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.torch_private import (
     is_known,
     jagged,

@@ -43,9 +43,9 @@ from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Alone, Meshes
-from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.parts import reason_of
 from spectralmetrics.probing.plain import Plain
+from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.torch_private import in_backward

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from spectralmetrics.probing.merging import Agreement, Place
+from spectralmetrics.probing.exchange import Agreement, Place
 from spectralmetrics.probing.processes import gather_agreed, interruptible, uninterrupted
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import communication_device

@@ -20,10 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.gradient_graph import Arrival, Form, OfBase, Region, tensors_in
 from spectralmetrics.probing.hooks import Select, how_it_runs
-from spectralmetrics.probing.observations import first_tensor
 from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
+from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.probing.steps import Moment
 from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once
 

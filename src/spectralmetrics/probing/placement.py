@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.parts import LeftOut, Part, Span, Split, exchange, own_of
+from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.sums import Observations
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.probing.observations import Batch
+from spectralmetrics.probing.rules import Batch
 from spectralmetrics.sums import Observations
 
 

@@ -25,26 +25,19 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
+from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place, check_places, merge_places
 from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
-from spectralmetrics.probing.history import History, Scales, scales_of
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.merging import STAGES, Agreement, Kept, Place, check_places, merge_places
 from spectralmetrics.probing.meshes import FirstOrLast, Meshes, has_dtensors
-from spectralmetrics.probing.observations import (
-    FeatureMaps,
-    Interpolation,
-    ObservationRule,
-    Observes,
-    Sequences,
-)
+from spectralmetrics.probing.movers import History, Scales, scales_of
 from spectralmetrics.probing.processes import (
     NO_GROUP,
     agreed,
@@ -69,6 +62,13 @@ from spectralmetrics.probing.reading import (
 )
 from spectralmetrics.probing.routed import Choose
 from spectralmetrics.probing.routing import Router
+from spectralmetrics.probing.rules import (
+    FeatureMaps,
+    Interpolation,
+    ObservationRule,
+    Observes,
+    Sequences,
+)
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag

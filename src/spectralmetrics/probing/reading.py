@@ -16,7 +16,7 @@ from spectralmetrics.functional.together import Progress, Wanted, decompose_toge
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.keys import Key
-from spectralmetrics.probing.observations import Observes
+from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
 from spectralmetrics.torch_private import ignores_hooks
 

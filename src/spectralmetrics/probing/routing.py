@@ -19,9 +19,9 @@ from spectralmetrics.probing.hooks import Select, how_it_runs, undisturbed
 from spectralmetrics.probing.layout import Layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
-from spectralmetrics.probing.observations import ObservationRule
 from spectralmetrics.probing.parts import LeftOut, reason_of
 from spectralmetrics.probing.routed import Routed
+from spectralmetrics.probing.rules import ObservationRule
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.probing.taking import Rows
 from spectralmetrics.torch_private import in_backward

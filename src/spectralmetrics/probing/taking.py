@@ -20,9 +20,9 @@ from spectralmetrics.probing.hooks import how_it_runs, tell
 from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
-from spectralmetrics.probing.observations import Batch, ObservationRule
 from spectralmetrics.probing.parts import LeftOut, Part, Split, first_rank
 from spectralmetrics.probing.placement import bring, how_of_wholes, place, placed_as
+from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums import Observations

@@ -18,15 +18,15 @@ from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.history import HistoryRow
 from spectralmetrics.probing.keys import Key, as_text, from_text
+from spectralmetrics.probing.movers import HistoryRow
 from spectralmetrics.recording.alarm_table import read_alarms
 from spectralmetrics.recording.manifest import Manifest, read_manifest
 from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
 from spectralmetrics.recording.settings import Settings, rebuild_metrics
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_layers, saved_records
 from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
-from spectralmetrics.recording.writers.history import read_history
+from spectralmetrics.recording.writers.history_file import read_history
 from spectralmetrics.sums import Marginals
 
 

@@ -3,10 +3,8 @@
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.decomposition import check_covariance, eigenvalues, eigenvectors, symmetrise
 from spectralmetrics.sums.folds import Folds, empty_folds, first_fold, stack
-from spectralmetrics.sums.history import ForwardHistory, empty_history
 from spectralmetrics.sums.intake import products_dtype
 from spectralmetrics.sums.labelled import Labelled, empty_labelled
-from spectralmetrics.sums.marginals import Marginals, empty_marginals
 from spectralmetrics.sums.merging import run_together, together
 from spectralmetrics.sums.moments import (
     Moments,
@@ -21,8 +19,10 @@ from spectralmetrics.sums.moments import (
 )
 from spectralmetrics.sums.numbered import Numbered, empty_numbered
 from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.per_feature import Marginals, empty_marginals
 from spectralmetrics.sums.precision import full_precision, has_float64, no_autocast
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, kept_rows, offer
+from spectralmetrics.sums.ring import ForwardHistory, empty_history
 from spectralmetrics.sums.sketch import Sketch, empty_sketch
 from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum, Sum, kinds
 

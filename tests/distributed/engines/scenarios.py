@@ -17,9 +17,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torchmetrics import Metric
 
 import spectralmetrics as sm
-from spectralmetrics.probing.observations import ObservationRule
 from spectralmetrics.probing.parts import part_of
 from spectralmetrics.probing.placement import bring, place
+from spectralmetrics.probing.rules import ObservationRule
 from tests.distributed.engines import experts, settings, training
 from tests.distributed.engines.llama import (
     KINDS,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spectralmetrics.probing.history import HistoryRow
+from spectralmetrics.probing.movers import HistoryRow
 
 QUANTITIES = {"rms": "root mean square", "max_abs": "largest magnitude", "zero_share": "share of zeros"}
 MOST_COLUMNS = 400

@@ -9,7 +9,7 @@ from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers.arrays import ArraysWriter
 from spectralmetrics.recording.writers.console import ConsoleWriter
 from spectralmetrics.recording.writers.csv import CSVWriter
-from spectralmetrics.recording.writers.history import HistoryWriter
+from spectralmetrics.recording.writers.history_file import HistoryWriter
 from spectralmetrics.recording.writers.plot import PlotWriter
 from spectralmetrics.recording.writers.report import ReportWriter
 from spectralmetrics.recording.writers.tensorboard import TensorBoardWriter

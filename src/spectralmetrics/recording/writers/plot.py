@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.plotting import literal, plot_covariance, plot_embedding, plot_layers, plot_spectrum
+from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.keys import from_text
-from spectralmetrics.probing.merging import STAGES
 from spectralmetrics.recording.files import sweep
 from spectralmetrics.recording.pictures import draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Record

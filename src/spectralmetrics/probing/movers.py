@@ -13,7 +13,7 @@ import numpy.typing as npt
 from spectralmetrics.plotting import Quantity, plot_history
 from spectralmetrics.sums import ForwardHistory
 from spectralmetrics.sums.checks import is_integer
-from spectralmetrics.sums.history import COUNT, FORWARD, LARGEST, LEFT_OUT, NONZERO, SQUARES, STEP, TOTAL
+from spectralmetrics.sums.ring import COUNT, FORWARD, LARGEST, LEFT_OUT, NONZERO, SQUARES, STEP, TOTAL
 from spectralmetrics.table import import_pandas
 
 if TYPE_CHECKING:

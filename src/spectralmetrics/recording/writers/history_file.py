@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from spectralmetrics.probing.history import History, HistoryRow
+from spectralmetrics.probing.movers import History, HistoryRow
 from spectralmetrics.recording.files import read_table, replacing, sweep
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
