@@ -145,10 +145,10 @@ def test_an_evaluation_inside_an_evaluation_or_a_training_step(tmp_path):
 
 @pytest.mark.long
 def test_an_attempt_that_ran_out_of_memory_does_not_count(tmp_path):
-    trainer = make_trainer(tmp_path, Net(largest=4), auto_find_batch_size=True, num_train_epochs=1)
+    trainer = make_trainer(tmp_path, Net(largest=13), auto_find_batch_size=True, num_train_epochs=1)
     trainer.add_callback(LayerProbeCallback(trainer, {"rows": Rows()}))
     trainer.train()
-    assert trainer._train_batch_size <= 4
+    assert trainer._train_batch_size == 12
     for layer in ("backbone", "head"):
         assert logged(trainer, f"rows/{layer}") == [TRAIN]
 
