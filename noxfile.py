@@ -35,7 +35,6 @@ ON_ANY_VERSION = (
 ON_ANY_BUT_TORCH = (
     "src/spectralmetrics/metrics",
     "tests/distributed/test_processes.py",
-    "tests/files",
     "tests/functional",
     "tests/metrics",
     "tests/probing/test_folds.py",

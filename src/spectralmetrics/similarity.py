@@ -14,12 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
+from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import Layout, find_layout
+from spectralmetrics.probing.limits import Limits
+from spectralmetrics.probing.meshes import Meshes, watch_outputs
+from spectralmetrics.probing.parts import LeftOut, ranks_of, reason_of, whole_of
 from spectralmetrics.probing.rules import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
-from spectralmetrics.torch_private import ignores_hooks, in_backward
+from spectralmetrics.probing.steps import Steps
+from spectralmetrics.torch_private import ignores_hooks, in_backward, is_context_parallel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,14 +72,28 @@ _Outputs: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
+class _Forward:
+    """One forward of a model.
+
+    Attributes:
+        outputs: of its layers.
+        ranks: the processes that share it, all with the same outputs; empty for this one alone.
+    """
+
+    outputs: _Outputs = field(default_factory=dict)
+    ranks: set[int] = field(default_factory=set)
+
+
+@dataclass
 class _Side:
     """One of the two models."""
 
     layers: list[str]
     layout: Layout
+    meshes: Meshes
     forward_order: list[str] = field(default_factory=list)
     times: Counter[str] = field(default_factory=Counter)  # that a layer was in a batch that counted
-    current: _Outputs | None = None  # while a forward runs
+    current: _Forward | None = None  # while a forward runs
 
 
 class LayerSimilarity:
@@ -93,6 +112,9 @@ class LayerSimilarity:
     two layers are then alike if they tell the same samples apart by what is where. Means forget the place, and
     are cheaper. A layer that runs several times in a forward has the features of all runs. A sample with NaN or
     infinities in any layer is left out of the whole batch and counted. A batch needs at least four samples.
+
+    Where processes share a forward, as under tensor and sequence parallelism, each layer's output is gathered
+    whole on all of them, and counted once.
 
     Args:
         model: any module; wrappers for compilation and ``DistributedDataParallel`` are looked through.
@@ -148,11 +170,12 @@ class LayerSimilarity:
                     " them; run and pass the model inside it"
                 )
         chosen = [select_layers(each, layers, exclude) for each in models]
+        alike = Alike(Limits(), Steps(1, 0), vars(self.rule))
         self._sides = [
-            _Side(list(names), find_layout(each, names, None, ()))
+            _Side(list(names), find_layout(each, names, None, ()), Meshes(unwrap(each), (), False, alike))
             for each, names in zip(models, chosen, strict=True)
         ]
-        self._waiting: tuple[int, _Outputs] | None = None  # of the model that has run first
+        self._waiting: tuple[int, _Forward] | None = None  # of the model that has run first
         self._paused = 0
         self._warned: set[str] = set()
         self._hooks = Hooks(self)
@@ -168,7 +191,7 @@ class LayerSimilarity:
         """Put hooks on one of the models: the first before its forward, the last behind its layers'."""
         self._hooks.before(model, Weakly(self._begin, index))
         for name, module in layers.items():
-            self._hooks.behind(module, Weakly(self._observe, index, name))
+            watch_outputs(self._hooks, module, Weakly(self._observe, index, name))
         self._hooks.behind(model, Weakly(self._end, index), looks=False)
 
     @property
@@ -245,14 +268,18 @@ class LayerSimilarity:
             is_off = is_off or how_it_runs(output) != "run"
         except Exception:
             is_off = True  # a tensor that nothing can be asked of must not end a forward
-        self._sides[index].current = None if is_off else {}
+        self._sides[index].current = None if is_off else _Forward()
 
     def _observe(
         self, index: int, name: str, module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
         """A layer has run, maybe by itself; nothing that happens here may end a forward."""
         side = self._sides[index]
-        if self._paused or side.current is None or in_backward():
+        if in_backward():
+            return
+        forward = None if self._paused else side.current
+        # Processes that share a layer gather its output together, whoever of them looks at it.
+        if forward is None and not side.meshes.concerns(output):
             return
         try:
             if how_it_runs(output) != "run":
@@ -260,24 +287,33 @@ class LayerSimilarity:
             if isinstance(output, Unobservable):
                 raise TypeError(output.why)
             with undisturbed(output):
-                layout = side.layout
-                batch = self.rule.batch(
-                    module, output, time_first=name in layout.time_first, dims=layout.dims[name]
-                )
+                side.meshes.look(module)
+                dims = side.layout.dims[name]
+                part = side.meshes.part_of(name, module, output, dims)
+                if part is not None:
+                    output = whole_of(part)
+                if forward is None:
+                    return
+                batch = self.rule.batch(module, output, time_first=name in side.layout.time_first, dims=dims)
+                if is_context_parallel() and batch.kind != "rows" and not batch.is_feature_map:
+                    raise LeftOut("each process has some positions of each sample inside context_parallel")
                 observations = batch.observations(self.rule)
                 products = gram(observations.rows())
                 finite = usable_samples(products)
                 if observations.valid is not None:
                     finite = finite & observations.valid
-                if name in side.current:
+                if name in forward.outputs:
                     # Features put side by side: their inner products add up.
-                    earlier = side.current[name]
+                    earlier = forward.outputs[name]
                     products, finite = products + earlier[0], finite & earlier[1]
-                side.current[name] = (products, finite)
+                forward.outputs[name] = (products, finite)
+                if part is not None:
+                    forward.ranks.update(ranks_of(part))
         except Exception as error:
             # It must not end a training run.
-            self._warn_once(f"layer {name!r} cannot be compared: {type(error).__name__}: {error}")
-            side.current.pop(name, None)
+            self._warn_once(f"layer {name!r} cannot be compared: {reason_of(error)}")
+            if forward is not None:
+                forward.outputs.pop(name, None)
             return
         if name not in side.forward_order:
             side.forward_order.append(name)
@@ -285,7 +321,7 @@ class LayerSimilarity:
     def _end(self, index: int, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """A forward of a model ends."""
         current, self._sides[index].current = self._sides[index].current, None
-        if not current:
+        if current is None or not current.outputs:
             return
         if len(self._sides) == 1:
             pair = [current]
@@ -302,10 +338,20 @@ class LayerSimilarity:
             pair = [current, self._waiting[1]] if index == 0 else [self._waiting[1], current]
             self._waiting = None
         try:
-            with undisturbed(next(iter(current.values()))[0]):
-                self._add(pair)
+            ranks = set().union(*(each.ranks for each in pair))
+            if not ranks or self._is_first(ranks):
+                with undisturbed(next(iter(current.outputs.values()))[0]):
+                    self._add([each.outputs for each in pair])
         except Exception as error:
             self._warn_once(f"a batch could not be compared and was left out: {type(error).__name__}: {error}")
+
+    def _is_first(self, ranks: set[int]) -> bool:
+        """Whether this process counts what these share, of which each has the same."""
+        try:
+            merged = set(dist.get_process_group_ranks(self.process_group))
+        except ValueError:  # this one is not among those that are merged
+            merged = set()
+        return dist.get_rank() == min(ranks & merged or ranks)
 
     def _add(self, pair: list[_Outputs]) -> None:
         sizes = [Counter(len(valid) for _, valid in side.values()).most_common(1)[0][0] for side in pair]

@@ -905,7 +905,7 @@ class TestControls:
             "taking.Masks.met",
             "core.draw",
             "core.Steps.observes",
-            "observations.Batch.observations",
+            "rules.Batch.observations",
             "collections.LayerMetrics.update",
         ],
     )

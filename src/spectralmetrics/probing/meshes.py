@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectralmetrics.layers import kind_of
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights, extremes
-from spectralmetrics.probing.hooks import Observe, Select
+from spectralmetrics.probing.hooks import Hooks, Observe, Select
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
@@ -310,6 +310,16 @@ class FirstOrLast:
 def has_dtensors(module: nn.Module) -> bool:
     """Whether a layer has a parameter that is a DTensor."""
     return bool(_dtensors(module))
+
+
+def watch_outputs(hooks: Hooks, module: nn.Module, observe: Observe) -> None:
+    """Have it shown what a layer puts out, before this becomes plain where the layer's weights are DTensors."""
+    if has_dtensors(module):
+        either = FirstOrLast(observe)
+        hooks.behind(module, either.first, prepend=True)
+        hooks.behind(module, either.last)
+    else:
+        hooks.behind(module, observe)
 
 
 def _dtensors(module: nn.Module) -> list[Any]:

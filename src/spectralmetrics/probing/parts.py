@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -246,6 +247,44 @@ def sent_rows(rows: Tensor, incoming: Sequence[int], outgoing: Sequence[int], gr
     sizes = [number * each for number in incoming], [number * each for number in outgoing]
     dist.all_to_all_single(received, sent, *sizes, group=group)
     return received.view(rows.dtype).view(-1, rows.shape[1])
+
+
+def whole_of(part: Part) -> Tensor:
+    """The whole tensor, on every process that has a part of it; a collective for each split of it."""
+    values = part.local
+    for number in reversed(range(len(part.splits))):
+        split = part.splits[number]
+        if split.op:
+            values = _reduced(torch.stack(_of_all(values, split, 0, [1] * split.size)), split.op)
+        elif split.dim is not None:
+            values = torch.cat(_of_all(values, split, split.dim, part.sizes(number)), split.dim)
+    return values
+
+
+def _of_all(values: Tensor, split: Split, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+    """What each process of a group has; they differ in the size of one dimension, if at all."""
+    rows = values[None] if split.op else values.movedim(dim, 0)
+    shape, item = rows.shape[1:], rows.element_size()
+    each = math.prod(shape) * item
+    sent = rows.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
+    incoming = [size * each for size in sizes]
+    received = sent.new_empty(sum(incoming))
+    # Rather than an all-gather, which takes no parts of several sizes.
+    dist.all_to_all_single(
+        received, sent.repeat(split.size), incoming, [len(sent)] * split.size, group=split.group
+    )
+    pieces = [
+        piece.view(rows.dtype).view(size, *shape)
+        for piece, size in zip(received.split(incoming), sizes, strict=True)
+    ]
+    return [piece[0] if split.op else piece.movedim(0, dim) for piece in pieces]
+
+
+def ranks_of(part: Part) -> list[int]:
+    """The processes that share a tensor."""
+    rank = dist.get_rank()
+    others = [[each - rank for each in dist.get_process_group_ranks(split.group)] for split in part.splits]
+    return sorted({rank + sum(offsets) for offsets in itertools.product(*others)})
 
 
 def first_rank(part: Part) -> int:

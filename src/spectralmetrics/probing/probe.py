@@ -36,7 +36,7 @@ from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.meshes import FirstOrLast, Meshes, has_dtensors
+from spectralmetrics.probing.meshes import Meshes, has_dtensors, watch_outputs
 from spectralmetrics.probing.movers import History, Scales, scales_of
 from spectralmetrics.probing.processes import (
     NO_GROUP,
@@ -312,12 +312,10 @@ class LayerProbe(nn.Module):
                 function = selected.get(name)
                 chooses = None if function is None else _of_arguments(function)
                 self._hooks.before(module, observe, chooses, looks=True)
-            elif name not in selected and has_dtensors(module):
-                either = FirstOrLast(observe)
-                self._hooks.behind(module, either.first, prepend=True)
-                self._hooks.behind(module, either.last)
+            elif name in selected:
+                self._hooks.behind(module, observe, selected[name])
             else:
-                self._hooks.behind(module, observe, selected.get(name))
+                watch_outputs(self._hooks, module, observe)
         self._watch_steps()
 
     def _watch_steps(self) -> None:

@@ -654,6 +654,60 @@ def tensor_parallel_and_fsdp(rank, world):
         probe.remove()
 
 
+def layers_that_processes_share_are_compared_whole(rank, world):
+    """Each forward counts once; also beside another model, which is whole everywhere."""
+    batches = [tokens(seed, 5 + seed, 2 * world) for seed in range(3)]
+    expected = sm.LayerSimilarity(model := llama(), layers=list(KINDS))
+    for batch in batches:
+        model(batch)
+    matrix, layers = expected.compute().matrix, expected.layers
+    mesh = mesh_of(world)
+    for is_local, sequence in itertools.product((True, False), repeat=2):
+        is_before = is_local == sequence
+        model = llama()
+        parallelize = lambda model=model, local=is_local, sequence=sequence: parallelize_module(  # noqa: E731
+            model, mesh, plan(is_local=local, sequence=sequence)
+        )
+        if not is_before:
+            parallelize()
+        with sm.LayerSimilarity(model, layers=list(KINDS)) as similarity:
+            if is_before:
+                parallelize()
+            for batch in batches[:-1]:
+                loss_of(model(batch)).backward()
+            # Whoever looks away takes part all the same; here it is the one that counts.
+            with similarity.paused() if rank == 0 else contextlib.nullcontext():
+                model(tokens(9, 5, 2 * world))
+            model(batches[-1])
+        found = similarity.compute()
+        assert found.layers == layers
+        assert found.count == sum(map(len, batches))
+        assert_same(found.matrix, matrix, 1e-9)
+    whole_model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, 6)).double()
+    with sm.LayerSimilarity(left := llama(), whole_model, layers=list(LINEAR)) as similarity:
+        for batch in batches:
+            left(batch), whole_model(batch)
+    expected = similarity.compute().matrix
+    parallelize_module(left := llama(), mesh, plan(is_local=True, sequence=False))
+    with sm.LayerSimilarity(left, whole_model, layers=list(LINEAR)) as similarity:
+        for batch in batches:
+            left(batch), whole_model(batch)
+    found = similarity.compute()
+    assert found.count == sum(map(len, batches))
+    assert_same(found.matrix, expected, 1e-9)
+    if world == 4:  # replicas with batches of their own
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model := llama(), mesh["tp"], plan(is_local=True, sequence=True))
+        # All processes, or one of each that share a forward.
+        for group in (None, mesh["dp"].get_group()):
+            with sm.LayerSimilarity(model, layers=list(KINDS), process_group=group) as similarity:
+                for batch in batches[mesh["dp"].get_local_rank() :: 2]:
+                    model(batch)
+            found = similarity.compute()
+            assert found.count == sum(map(len, batches))
+            assert_same(found.matrix, matrix, 1e-9)
+
+
 def fsdp_alone_adds_up(rank, world):
     from torch.distributed.fsdp import fully_shard
 
@@ -687,6 +741,7 @@ EVERYWHERE = [
     select_says_what_nothing_tells,
     inputs_equal_one_process,
     context_parallel_rows_add_up,
+    layers_that_processes_share_are_compared_whole,
     tensor_parallel_and_fsdp,
     fsdp_alone_adds_up,
     compiled_layers,

@@ -240,6 +240,10 @@ def context_parallel_of_torch(rank, world):
     with pytest.warns(UserWarning, match=words), cut, probe.labels(torch.arange(3) % 2):
         model(batch)
     assert int(probe["train", "up"]["linear_probe"].count) == 0
+    cut = context_parallel(mesh, buffers=[batch], buffer_seq_dims=[1])
+    words = r"'up' cannot be compared: each process has some positions of each sample"
+    with sm.LayerSimilarity(model, layers="up"), cut, pytest.warns(UserWarning, match=words):
+        model(batch)
 
 
 SCENARIOS = [
