@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectralmetrics.sums import Observations, compiled, empty_marginals
+from spectralmetrics.sums import Observations, compiled, empty_marginals, ring
 from spectralmetrics.sums.measuring import measure, measured_last
 
 LAYOUTS = {
@@ -116,6 +116,19 @@ def test_half_precision_neither_overflows_nor_rounds():
 
 
 @pytest.mark.usefixtures("instructions")
+def test_a_history_of_numbers_beyond_range_says_nothing():
+    history = ring.empty_history(3, 2)
+    intake = history.intake(None)
+    for forward, size in enumerate((1.0, 1e200, 1e308, 1e308, 2.0)):
+        values = torch.tensor([[size, -size]] * 3, dtype=torch.float64)
+        intake.add(history, Observations(values, forward=min(forward, 3)), 0)
+    rows = history.forwards()
+    assert rows[:, ring.FORWARD].tolist() == [1, 2, 3]
+    assert rows[:, ring.LARGEST].tolist() == [1e200, 1e308, 1e308]
+    assert rows[:, ring.COUNT].tolist() == [3, 3, 6]
+    assert not rows[:, ring.SQUARES].isfinite().any()
+
+
 def test_squares_that_overflow_are_told():
     sums = empty_marginals(2)
     sums.intake(None).add(

@@ -33,7 +33,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,7 +157,7 @@ class Core:
         limits.check_width(of_layer, observations.num_features)
         everything = None
         if moment.number is not None:
-            everything = observations = replace(observations, forward=moment.number, step=moment.step)
+            everything = observations = observations.of_forward(moment.number, moment.step)
         size, seed = limits.draws(of_layer, observations.num_features, limit, moment.forward, self.steps)
         if size is not None:
             observations = draw(observations, size, seed)

@@ -149,7 +149,7 @@ class Rows(Core):
         everything = None
         if moment.number is not None:
             everything = bring(observations, placed, None, seed)
-            everything = observations = replace(everything, forward=moment.number, step=moment.step)
+            everything = observations = everything.of_forward(moment.number, moment.step)
             if size is not None:
                 observations = draw(everything, placed.share(size), seed)
         else:
@@ -190,7 +190,7 @@ class Rows(Core):
             observations = self._put_out(pairs, seen, splits, size, seed)
         else:
             everything = self._put_out(pairs, seen, splits, None, seed)
-            everything = observations = replace(everything, forward=moment.number, step=moment.step)
+            everything = observations = everything.of_forward(moment.number, moment.step)
             if size is not None:
                 observations = draw(everything, placed_as(seen, splits).share(size), seed)
         if splits and of_layer.folds > 1:

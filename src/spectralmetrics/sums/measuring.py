@@ -49,6 +49,11 @@ def measure(observations: Observations, origin: Tensor) -> Measured:
     """
     values, valid = observations.values.detach(), observations.valid
     dim = observations.feature_dim % values.ndim
+    if valid is None and values.dtype in _NATIVE and origin.is_cpu and compiled.reads(values):  # in few steps
+        counts, totals = compiled.measure(_as_maps(values, dim), None, origin)
+        result = Measured(counts, totals[:4], totals[4], origin)
+        _LAST.found = weakref.ref(observations), result
+        return result
     if valid is not None or values.ndim == 1:  # its rows are enumerated with the features last
         values, dim = observations.rows().detach(), 1
     with torch.inference_mode(False), torch.no_grad(), no_autocast(values.device.type):
@@ -86,14 +91,20 @@ def _measure_compiled(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for piece, chosen in _pieces(values, dim, valid, None if values.dtype in _NATIVE else _CPU_PIECE_BYTES):
         piece = piece if piece.dtype in _NATIVE else piece.to(torch.float32)
-        if dim == piece.ndim - 1:  # (..., D) -> (1, D, N)
-            maps = piece.reshape(-1, piece.shape[-1]).t()[None]
-        elif piece.ndim == 2:  # (D, N) -> (1, D, N)
-            maps = piece[None]
-        else:  # (N, ..., D, ...) -> (N, D, positions)
-            maps = piece.movedim(dim, 1).flatten(2)
-        counts, totals = compiled.measure(maps, chosen, origin)
+        counts, totals = compiled.measure(_as_maps(piece, dim), chosen, origin)
         yield counts, totals[:4], totals[4]
+
+
+def _as_maps(values: Tensor, dim: int) -> Tensor:
+    """Values as (samples, features, positions), in the same memory where the layout allows it."""
+    if values.ndim == 2:
+        rows, columns = values.stride()
+        if dim:  # (N, D) -> (1, D, N)
+            return values.as_strided((1, values.shape[1], values.shape[0]), (0, columns, rows))
+        return values[None]  # (D, N) -> (1, D, N)
+    if dim == values.ndim - 1:  # (..., D) -> (1, D, N)
+        return values.reshape(-1, values.shape[-1]).t()[None]
+    return values.movedim(dim, 1).flatten(2)  # (N, ..., D, ...) -> (N, D, positions)
 
 
 def _measure_fused(

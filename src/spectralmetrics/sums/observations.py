@@ -120,6 +120,12 @@ class Observations:
         positions.append(index)
         return Observations(moved[tuple(reversed(positions))], -1, *others)
 
+    def of_forward(self, forward: int, step: int | None) -> Observations:
+        """The same observations, as those of a forward and a step."""
+        made = object.__new__(Observations)  # as plain_observations
+        made.__dict__.update(self.__dict__, forward=forward, step=step)
+        return made
+
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)

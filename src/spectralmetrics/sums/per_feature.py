@@ -201,8 +201,14 @@ class MarginalsIntake(Intake):
             found = measure(observations, sums.origin)
             sums.totals.add_(found.totals)
             torch.maximum(sums.largest, found.largest, out=sums.largest)
-            sums.count.add_(found.counts[0])
-            sums.non_finite.add_(found.counts[1])
+            if found.counts.is_cpu:  # numbers at hand are added faster than tensors
+                count, left_out = found.counts.tolist()
+                sums.count.add_(count)
+                if left_out:
+                    sums.non_finite.add_(left_out)
+            else:
+                sums.count.add_(found.counts[0])
+                sums.non_finite.add_(found.counts[1])
         if self._accumulations == 1:
             self.meet(sums)
 

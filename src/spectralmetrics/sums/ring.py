@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,11 +140,13 @@ class HistoryIntake(Intake):
                 device = sums.ring.device
                 origin = torch.zeros(observations.num_features, dtype=torch.float64, device=device)
                 found = measure(observations, origin)
-            is_more = forward == self._latest
-            if not is_more:
-                self._latest = forward
-                sums.ring[:-1] = sums.ring[1:].clone()
+            is_more, self._latest = forward == self._latest, forward
             step = -1 if observations.step is None else observations.step
+            if found.totals.is_cpu:
+                _write_in_memory(sums.ring, found, None if is_more else (forward, step))
+                return
+            if not is_more:
+                sums.ring[:-1] = sums.ring[1:].clone()
             end = sums.ring[-1]
             if fused.takes(end):
                 fused.write_forward(*found, end, None if is_more else (forward, step))
@@ -186,6 +189,32 @@ def _row(found: Measured) -> Tensor:
     # Σ x² = Σ (x − o)² + 2 o Σ (x − o) + n o²
     about_zero = (squares + found.origin * (2 * first + count * found.origin)).sum()
     return torch.stack([found.largest.amax(), count, left_out, total, about_zero, nonzero.sum()])
+
+
+def _write_in_memory(ring: Tensor, found: Measured, started: tuple[int, int] | None) -> None:
+    """Write a batch down by numpy, which takes a third of the time for so few numbers.
+
+    Args:
+        ring: shape (steps, 8).
+        found: of the batch.
+        started: the numbers of the forward and the step that begin with it; None for more of the last forward.
+    """
+    rows, origin = ring.numpy(), found.origin.numpy()
+    first, squares, _, nonzero = found.totals.numpy()
+    count, left_out = found.counts.tolist()
+    with np.errstate(all="ignore"):  # numbers beyond range become infinities, without a word as by PyTorch
+        moved = count * origin
+        total = (first + moved).sum()
+        about_zero = (squares + origin * (2 * first + moved)).sum()
+    added = (count, left_out, total, about_zero, nonzero.sum())
+    largest, end = found.largest.numpy().max(), rows[-1]
+    if started is None:
+        with np.errstate(all="ignore"):
+            end[_ADDED] += added
+        end[LARGEST] = max(end[LARGEST], largest)
+    else:
+        rows[:-1] = rows[1:]
+        rows[-1] = (*started, largest, *added)
 
 
 def _together(rows: Tensor, steps: int) -> Tensor:
