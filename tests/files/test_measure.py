@@ -1,5 +1,7 @@
 """The same rows give the same numbers, whatever they lie in."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -160,6 +162,37 @@ def test_columns_of_numbers_are_features_and_integers_never(tmp_path):
     frame["text"], frame["count"] = "words", pandas.array([1, None, 3] * 100, dtype="Int64")
     assert_measures(sm.measure(frame, column="f[0-3]"), values)
     assert_measures(sm.measure(frame, labels="target"), values)
+
+
+class Column:
+    """As pandas 2 has columns of numbers that know what is missing: objects, unless floats are asked for."""
+
+    dtype = SimpleNamespace(kind="f")
+
+    def __init__(self, values):
+        self.values = values
+
+    def to_numpy(self, dtype=object, na_value=None):
+        return np.array([na_value if each.isnan() else float(each) for each in self.values], dtype)
+
+
+class Frame:
+    to_numpy = None  # which is looked at, and not called
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+def test_columns_that_know_what_is_missing():
+    values = rows(300, 4).double()
+    holed = values.clone()
+    holed[7, 2] = torch.nan
+    measured = sm.measure(Frame({f"f{index}": Column(holed[:, index]) for index in range(4)}))
+    assert_measures(measured, values[torch.arange(300) != 7])
+    assert int(measured.sums.num_left_out) == 1
 
 
 def test_iterables_give_their_items(tmp_path):

@@ -106,6 +106,14 @@ def test_where_a_matrix_is_kept_it_is_read(options):
         assert probe.intervals("train").keys() == {"covariance_trace/train/0"}
 
 
+def test_a_history_holds_256_forwards_unless_another_number_is_asked_for():
+    metrics = sm.HistoryMetric(), sm.HistoryMetric(steps=3)
+    for metric in metrics:
+        for _ in range(300):
+            metric.update(torch.ones(2, 3))
+    assert [len(metric.compute()) for metric in metrics] == [256, 3]
+
+
 def test_a_run_keeps_them_and_recomputes(tmp_path):
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
     metrics = [sm.RootMeanSquareMetric(), sm.DormantFeaturesMetric(), sm.HistoryMetric(steps=4)]

@@ -9,6 +9,7 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe
+from spectralmetrics.probing.rules import ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.sums import compiled
 
@@ -109,3 +110,11 @@ def test_draws_are_one_of_each_arc_of_a_ring_that_a_seed_turns():
                 assert torch.equal(drawn.rows(), rows[expected].to(values.dtype))
                 assert torch.equal(labelled.rows(), drawn.rows())
                 assert torch.equal(labelled.labels, expected)
+
+
+def test_of_long_sequences_every_step_is_observed():
+    rule = ObservationRule(max_map_size=4)
+    for values in (noise(2, 30, 20), noise(60, 20)):
+        batch = rule.batch(nn.Linear(20, 20), values)
+        assert batch.limit(rule) is None
+    assert rule.batch(nn.Conv1d(20, 20, 1), noise(2, 20, 30)).limit(rule) == 2 * 4**2

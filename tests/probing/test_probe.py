@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from operator import methodcaller
 
 import pytest
 import torch
@@ -1060,3 +1061,21 @@ class TestDevices:
         for cast in (probe.half, probe.float, lambda: probe.to(torch.bfloat16)):
             cast()
             assert probe["train", "0"]["saturation"].second_moment.dtype == torch.float64
+
+
+# Called in C: no other line of this file is among the callers.
+READINGS = [methodcaller("compute", "train"), methodcaller("compute"), methodcaller("covariances", "train")]
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("read", READINGS, ids=str)
+def test_warnings_of_a_reading_name_the_line_of_the_user(read, has_run):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    probe = LayerProbe(model, sm.SaturationMetric())
+    if has_run:
+        model[0](torch.randn(3, 3))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        read(probe)
+    assert told or has_run
+    assert {each.filename for each in told} <= {__file__}
