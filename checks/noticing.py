@@ -94,7 +94,7 @@ def _file_of(test: str) -> str:
 
 
 def _what_runs(text: str, line: int) -> range:
-    """The lines that run where this one has a say: its statement, or the body of the function that it heads."""
+    """The lines that run where this one has a say: its statement, or the function that it heads."""
     inner: ast.stmt | None = None
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or line):
@@ -105,7 +105,7 @@ def _what_runs(text: str, line: int) -> range:
     if not body:
         return range(inner.lineno, (inner.end_lineno or line) + 1)
     if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return range(body[0].lineno, (inner.end_lineno or line) + 1)
+        return range(inner.lineno, (inner.end_lineno or line) + 1)
     return range(inner.lineno, body[0].lineno)
 
 

@@ -198,3 +198,15 @@ def test_it_has_no_moments():
     assert metric.moments is None
     assert sm.SaturationMetric().moments is None
     assert fed(sm.SaturationMetric, torch.randn(100, 20)).moments.num_features == 20
+
+
+def test_a_dimension_is_told_if_eigenvalues_have_been_read_and_are_all():
+    rows = torch.randn(200, 12) * torch.logspace(0, -3, 12)
+    metric, sketched = sm.SaturationMetric(threshold=0.9), sm.SaturationMetric(threshold=0.9, sketch_size=6)
+    for each in (metric, sketched):
+        each.update(rows)
+        assert each.dimension_read() == 0
+        each.compute()
+    expected = sm.IntrinsicDimensionMetric(threshold=0.9)
+    assert metric.dimension_read() == int(expected(rows)) > 1
+    assert sketched.dimension_read() == 0

@@ -1,6 +1,7 @@
 """Steps are forwards of the model: all calls of its layers inside an observed one are seen, or none."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe
 from spectralmetrics.probing.sampling import is_observed
+from spectralmetrics.probing.windows import memory, take_over
 
 
 def count(probe, layer="0", stage="train"):
@@ -179,3 +181,16 @@ def test_compiled_models():
         run(torch.randn(5, 3))
     assert count(probe) == 50
     torch.compiler.reset()
+
+
+def test_what_readers_of_windows_remember_is_taken_over():
+    steps = LayerProbe(nn.Linear(3, 2))._steps
+    steps.step = 17
+    saved = json.loads(json.dumps(memory({"one": {"a": 1}, "gone": {"b": 2}}, steps)))
+    steps.step = None
+    mine = {"one": {"a": 5, "c": 6}, "unsaid": {"d": 7}}
+    own = dict(mine)
+    take_over(saved, mine, steps)
+    assert steps.step == 17
+    assert mine == {"one": {"a": 1}, "unsaid": {}, "gone": {"b": 2}}
+    assert all(mine[name] is each for name, each in own.items())  # readers have these very dicts

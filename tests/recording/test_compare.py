@@ -1,6 +1,7 @@
 """What changed between runs and epochs, against the definitions applied by hand."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.cli import main
+from spectralmetrics.findings import Finding
+from spectralmetrics.monitoring import Alarm
 from spectralmetrics.recording import describe_comparison
+from spectralmetrics.recording.alarm_table import write_alarms
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 
@@ -303,3 +307,13 @@ class TestCommandLine:
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_alarms_beyond_the_first_are_counted(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    finding = Finding("train", "0", "dead", "problem", "its outputs are dead", 1.0)
+    for number, words in ((3, ""), (4, "and 1 more alarm of this run"), (6, "and 3 more alarms of this run")):
+        write_alarms(tmp_path / "copy", [Alarm(step, finding, 0.0) for step in range(number)])
+        lines = describe_comparison(tmp_path / "copy", epochs=(0, 2)).splitlines()
+        assert sum(line.startswith("alarm of this run: step") for line in lines) == 3
+        assert [line for line in lines if "more alarm" in line] == [words][: bool(words)]

@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 
 
 def intrinsic_dimension(
-    leading: Tensor, total: Tensor, num_features: int, threshold: float = 0.99, rule: Rule = "explained"
+    leading: Tensor, total: Tensor, num_features: int, threshold: float, rule: Rule = "explained"
 ) -> Estimate:
     """The bounds of the intrinsic dimension; its value is the upper one, which holds the share for certain.
 
@@ -71,7 +71,7 @@ def intrinsic_dimension(
 
 
 def saturation(
-    leading: Tensor, total: Tensor, num_features: int, threshold: float = 0.99, rule: Rule = "explained"
+    leading: Tensor, total: Tensor, num_features: int, threshold: float, rule: Rule = "explained"
 ) -> Estimate:
     """As :func:`intrinsic_dimension`, as a share of the width; shape (), float64.
 
