@@ -16,7 +16,7 @@ from spectralmetrics import (
     Spectrum,
     summarise_run,
 )
-from spectralmetrics.findings import find, is_untrained, read_numbers
+from spectralmetrics.findings import LayerNumbers, find, is_untrained, read_numbers
 from spectralmetrics.recording.compare import describe_comparison
 
 
@@ -152,6 +152,16 @@ def test_ceilings_tails_and_sketches():
     found = findings_of(wide, narrow, narrow, gaussian(n=3000, d=10))
     assert {("0", "at_ceiling", "note"), ("1", "in_tail", "note"), ("2", "in_tail", "note")} <= set(found)
     assert ("0", "sketched", "note") in findings_of(gaussian(d=256), sketch_size=16, max_features=100)
+
+
+def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least():
+    layer = LayerNumbers("a", 100, 100, 5000, 0, spread=1.0, kurtosis=1.0, is_sketched=True, has_interval=True)
+    for dimension, words in (
+        ((math.nan, 9, 100), "more than 8 directions: larger sketch"),
+        ((9, 9, 12), "sketched"),
+    ):
+        (found,) = find("train", [layer._replace(dimension=dimension)])
+        assert (found.kind, found.message) == ("sketched", words)
 
 
 def test_deep_networks_begin_with_small_spreads():

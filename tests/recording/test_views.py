@@ -254,3 +254,14 @@ class TestPictures:
         shown = {text.replace(r"\$", "$") for text in texts}
         assert any(f"eval {name} 0.5" in text for text in shown)
         assert f"{name}norm".replace("_", " ") in shown
+
+
+def test_what_is_not_drawn_is_said_where_drawing_was_asked_for(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 40))
+    probe = sm.LayerProbe(model, SaturationMetric(), max_features=20, sketch_size=8)
+    with Recorder(tmp_path, probe, ["csv", "arrays"]) as recorder:
+        model(torch.randn(100, 4))
+        recorder.record()
+    with pytest.warns(UserWarning, match="left out the spectrum of '1' in train.*a sketch") as told:
+        draw_run(tmp_path, statistics=["spectrum"], dpi=40)
+    assert [each.filename for each in told] == [__file__]

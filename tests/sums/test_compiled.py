@@ -172,6 +172,14 @@ def test_float32_products_of_any_magnitude(magnitude, features):
     assert_sums(moments, rows, torch.float32)
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_float32_products_of_rows_on_one_side_of_the_origin(sign):
+    rows = sign * torch.randn(300, 20).abs() * 1e25
+    moments = empty_moments(20)
+    accumulate(moments, Observations(rows), torch.float32, recentre=False)
+    assert_sums(moments, rows, torch.float32)
+
+
 @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("features", [48, 400, 520])
 @pytest.mark.parametrize("threads", [1, 2, 7])
