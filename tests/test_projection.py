@@ -402,6 +402,16 @@ class TestErrors:
         assert int(projection.covariance.count) == count
         assert projection.eval()(good).shape == good.shape
 
+    @pytest.mark.parametrize("dim", range(-3, 3))
+    def test_every_dimension_there_is(self, dim):
+        shape = [4, 5, 7]
+        shape[dim] = WIDTH
+        projection = PCAProjection(WIDTH, dim=dim)
+        values = torch.randn(shape)
+        assert projection(values) is values
+        with pytest.raises(ValueError, match=rf"has dimension {dim}, got shape"):
+            projection(values[(0,) * (3 - (-dim - 1 if dim < 0 else dim))])
+
     def test_rows_that_are_not_finite_are_left_out(self):
         values = correlated((100, WIDTH), 1)
         projection = PCAProjection(WIDTH, threshold=0.9)
