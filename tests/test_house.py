@@ -250,3 +250,16 @@ def test_groups_of_tests_stay_on_one_worker(request):
     """Where the plugin no longer marks them, what a group shares is made on every worker, unnoticed."""
     if hasattr(request.config, "workerinput"):
         assert request.node.nodeid.endswith("@here")
+
+
+def test_docstrings_begin_with_what_they_name():
+    """Not with a question: "Whether there is one" says less than "True if there is one"."""
+    questions = {"What", "Whether", "How", "Of", "Which", "Where", "Whose", "That", "Who", "Why", "When"}
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                words = (ast.get_docstring(node) or "").split()
+                if words and words[0] in questions:
+                    found.append(f"{path.name}: {' '.join(words[:8])}")
+    assert found == []

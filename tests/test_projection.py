@@ -378,6 +378,18 @@ class TestState:
         assert projection(values).dtype == torch.float64
 
 
+def test_where_features_are_is_asked_once():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = nn.Sequential(Odd())
+    insert_projections(model, layers=["0"])
+    with pytest.warns(UserWarning, match="features of '0' are: dimension 2 of 3 is taken, of size 6"):
+        model(torch.randn(4, 5, 6))
+    model(torch.randn(4, 5, 6))  # which would be an error
+
+
 class TestErrors:
     def test_evaluation_before_any_training(self):
         with pytest.raises(RuntimeError, match="has seen no training data"):

@@ -270,7 +270,7 @@ def _pruned(stored: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _part(name: str, stored: Mapping[str, _Stored]) -> str:
-    """Why a tensor is no weight by itself, but what one is made of; empty if it is one."""
+    """The reason why a tensor is no weight by itself, but what one is made of; empty if it is one."""
     own, _, end = name.rpartition("_")
     if end == "mask" and f"{own}_orig" in stored:
         return f"it is the mask of {own!r}"
@@ -282,7 +282,7 @@ def _part(name: str, stored: Mapping[str, _Stored]) -> str:
 
 
 def _reason(tensor: _Stored) -> str:
-    """Why a tensor is no matrix that can be read; empty if it is one."""
+    """The reason why a tensor is no matrix that can be read; empty if it is one."""
     if len(tensor.shape) < 2:
         return "it is no matrix"
     if 0 in tensor.shape:

@@ -80,7 +80,7 @@ class ResidualNetwork(nn.Module):
 
 
 def _completed(update: Callable[..., None]) -> Callable[[int, int], None]:
-    """What moves a bar of rich's."""
+    """Returns a function that moves a bar of rich's."""
     return lambda done, total: update(completed=done, total=total)
 
 

@@ -72,7 +72,7 @@ class Finding(NamedTuple):
 
 
 class FindingRule(NamedTuple):
-    """When there is a finding of a kind.
+    """A rule for findings of one kind.
 
     Attributes:
         kind: name of the finding.
@@ -244,7 +244,7 @@ _RULES = {(rule.kind, rule.severity, rule.statistic): rule for rule in FINDING_R
 
 
 class LayerNumbers(NamedTuple):
-    """What the rules read of one layer; numbers alone, so that one process can read them for all.
+    """The numbers of one layer that the rules read; one process can read them for all.
 
     Attributes:
         layer: its qualified name.
@@ -293,11 +293,11 @@ class LayerNumbers(NamedTuple):
 
     @property
     def is_dead(self) -> bool:
-        """Whether no feature varies."""
+        """True if no feature varies."""
         return self.dead == self.width
 
     def few_because(self) -> list[str]:
-        """Why there are too few observations to trust the numbers; empty if there are enough."""
+        """The reasons not to trust the numbers of so few observations; empty if there are enough."""
         reasons = []
         times = _RULES["few_observations", "note", "observations"].threshold
         if self.observations < times * max(self.found, 1):
@@ -316,7 +316,7 @@ class LayerNumbers(NamedTuple):
 def read_numbers(
     layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float, of_gradients: bool = False
 ) -> LayerNumbers:
-    """What the rules read of a layer.
+    """Reads the numbers of a layer that the rules need.
 
     Args:
         layer: its name.
@@ -355,7 +355,7 @@ def read_numbers(
 
 
 def has_eigenvalues(spectrum: Spectrum) -> bool:
-    """Whether there are eigenvalues to be read, or bounds of them: not so of marginals."""
+    """True if there are eigenvalues to be read, or bounds of them: not so of marginals."""
     return spectrum.sums.keeps_products or spectrum.sketch is not None
 
 
@@ -373,7 +373,7 @@ def find(
     layers: Sequence[LayerNumbers],
     is_untrained: Callable[[Sequence[str]], Mapping[str, bool | None]] = lambda layers: {},
 ) -> list[Finding]:
-    """What stands out in the layers of a network, problems first, then in forward order.
+    """Findings about the layers of a network: problems first, then in forward order.
 
     A rule whose sums a layer does not keep says nothing.
 
@@ -418,7 +418,7 @@ def of_layer(
     last: LayerNumbers,
     is_new: bool = False,
 ) -> Iterator[Finding]:
-    """What stands out of one layer, all but whether it is in the tail.
+    """Findings about one layer, but for the tail of low saturation.
 
     Args:
         stage: ``"train"`` or ``"eval"``.
@@ -570,7 +570,7 @@ def in_words(findings: Iterable[Finding]) -> tuple[str, ...]:
 
 
 def is_untrained(module: nn.Module) -> bool | None:
-    """Whether the weights of a layer are still as PyTorch gives them to a new one.
+    """True if the weights of a layer are still as PyTorch gives them to a new one.
 
     Linear and convolutional layers begin with weights that are uniform between ±1/√(fan-in), so that their
     biases outweigh what varies the more the deeper a network is. That is no collapse. A step of training takes

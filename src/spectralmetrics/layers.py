@@ -17,7 +17,7 @@ Features: TypeAlias = str | Callable[[Any], int]
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How layers of one type lay out what they take and put out.
+    """The layout of inputs and outputs of one type of layer.
 
     Attributes:
         dim: dimension of the features; ``"input"``: that of the layer's input, whatever it is; a function of
@@ -171,7 +171,7 @@ def ceiling_of(module: nn.Module) -> int | None:
 
 
 def is_time_first(module: nn.Module | None) -> bool | None:
-    """Whether a layer puts out (T, N, D): it says so, or the attention inside it does; None if nothing tells.
+    """True if a layer puts out (T, N, D), by its own flag or its attention's; None if nothing tells.
 
     >>> is_time_first(nn.LSTM(3, 4)), is_time_first(nn.Linear(3, 4))
     (True, None)
@@ -184,7 +184,7 @@ def is_time_first(module: nn.Module | None) -> bool | None:
 
 
 def has_inputs_first(module: nn.Module) -> bool:
-    """Whether the weight of a layer has the inputs in its first dimension.
+    """True if the weight of a layer has the inputs in its first dimension.
 
     >>> has_inputs_first(nn.ConvTranspose1d(2, 3, 1)), has_inputs_first(nn.Conv1d(2, 3, 1))
     (True, False)

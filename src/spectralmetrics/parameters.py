@@ -63,7 +63,7 @@ def weight_in(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 
 def why_no_numbers(dtype: torch.dtype) -> str:
-    """Why the values of a dtype are no weights that can be read; empty if they are.
+    """The reason why the values of a dtype are no weights that can be read; empty if they are.
 
     >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8)
     ('', 'it holds uint8: packed or quantised weights')

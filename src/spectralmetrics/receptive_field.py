@@ -1,4 +1,4 @@
-"""How much of the input a layer's outputs can depend on, read off one forward pass.
+"""Receptive fields of layers, read off one forward pass.
 
 A receptive field is followed through the operations themselves, so that any forward written in PyTorch will do,
 with skip connections and control flow: every tensor carries the extent of the input that one of its positions

@@ -346,7 +346,7 @@ class LayerSimilarity:
             self._warn_once(f"a batch could not be compared and was left out: {type(error).__name__}: {error}")
 
     def _is_first(self, ranks: set[int]) -> bool:
-        """Whether this process counts what these share, of which each has the same."""
+        """True if this process counts what these share, of which each has the same."""
         try:
             merged = set(dist.get_process_group_ranks(self.process_group))
         except ValueError:  # this one is not among those that are merged

@@ -25,7 +25,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _find(path: str, default: Any = None, root: Any = torch) -> Any:
-    """What is found under a dotted path from ``torch`` or another root; a default if nothing is."""
+    """The object under a dotted path from ``torch`` or another root; a default if there is none."""
     found = root
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -44,7 +44,7 @@ _task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: 0 if _TRAC
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward pass, where a checkpoint's recomputation calls hooks again."""
+    """True if this thread runs a backward pass, where a checkpoint's recomputation calls hooks again."""
     return _task() != -1
 
 
@@ -72,7 +72,7 @@ set_grad_enabled: Callable[[bool], Any] = _find("_C._set_grad_enabled", torch.se
 
 
 def is_fake(values: Tensor) -> bool:
-    """Whether a tensor has a shape and no values: on the meta device, or planned by ``FakeTensorMode``."""
+    """True if a tensor has a shape and no values: on the meta device, or planned by ``FakeTensorMode``."""
     # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.15. Without it a model that is planned with fake
     # tensors is told to be not observed any more.
     if values.is_meta:
@@ -112,7 +112,7 @@ class Version:
         self._version = self._twin._version
 
     def has_changed(self) -> bool:
-        """Whether there was a change since."""
+        """True if there was a change since."""
         return self._twin._version != self._version
 
 
@@ -179,7 +179,7 @@ def untransformed(values: Tensor, dim: int) -> tuple[Tensor, int] | None:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` traces; Dynamo looks into this.
+    """True if ``torch.export`` traces; Dynamo looks into this.
 
     The flag itself, ``torch.compiler._is_exporting_flag``, 2.8 to 2.15: the public
     ``torch.compiler.is_exporting()`` is the constant True for Dynamo in 2.8 to 2.11. Without the flag the
@@ -244,7 +244,7 @@ def heed_hooks() -> None:
 
 
 def ignores_hooks() -> bool:
-    """Whether compiled models would ignore hooks again, because somebody has set it so since."""
+    """True if compiled models would ignore hooks again, because somebody has set it so since."""
     # `torch._dynamo` would import it.
     return bool(_find("config.skip_nnmodule_hook_guards", False, sys.modules.get("torch._dynamo")))
 
@@ -360,7 +360,7 @@ WRAPPER_ATTRIBUTES = frozenset(attribute for *_, attribute in _WRAPPERS)
 
 
 def wrapped_in(module: nn.Module) -> nn.Module | None:
-    """What a wrapper wraps; None for any other module, whatever its attributes are called."""
+    """The module inside a wrapper; None for any other module, whatever its attributes are called."""
     for defined_in, name, attribute in _WRAPPERS:
         kind = getattr(sys.modules.get(defined_in), name, None)
         if kind is not None and isinstance(module, kind):
@@ -370,7 +370,7 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """What is registered in a module, with what is None or registered twice.
+    """The children of a module, with those that are None or registered twice.
 
     ``_modules``, 2.8 to 2.15; ``named_children`` leaves these two out, and stands in.
     """
@@ -404,7 +404,7 @@ _INFERENCES = ("_shape_inference", "_forward_metadata_inference")
 
 
 def is_inferring_shapes() -> bool:
-    """Whether a pipeline stage runs on uninitialised memory, to learn shapes; only frames tell.
+    """True if a pipeline stage runs on uninitialised memory, to learn shapes; only frames tell.
 
     >>> is_inferring_shapes()
     False
@@ -426,7 +426,7 @@ _CONTEXT_PARALLEL = tuple(
 
 
 def is_context_parallel() -> bool:
-    """Whether this runs inside ``torch.distributed.tensor.experimental.context_parallel``.
+    """True if this runs inside ``torch.distributed.tensor.experimental.context_parallel``.
 
     It puts a function of its own, which it notes in ``_replaced_functions``, in the place of the attention's,
     2.8 to 2.15. Without that attribute each process' positions are taken for whole sequences.
@@ -494,7 +494,7 @@ _KNOWN = (Tensor, _find("nested._internal.nested_tensor.NestedTensor", Tensor))
 
 
 def is_known(values: Tensor) -> bool:
-    """Whether the class of a tensor is one of PyTorch's own, of which compiled code may ask anything."""
+    """True if the class of a tensor is one of PyTorch's own, of which compiled code may ask anything."""
     # First, since the Dynamo of torch 2.8 fails to guard the type of a parameter that is made in the graph.
     return isinstance(values, nn.Parameter) or type(values) in _KNOWN
 

@@ -199,7 +199,7 @@ def weight_spectra(
 
 
 def first_reason(skipped: Mapping[str, str]) -> str:
-    """Why the first of what was skipped is none, for the end of an error; empty if nothing was.
+    """The reason why the first of what was skipped is none, for the end of an error; empty if nothing was.
 
     >>> first_reason({"0.weight": "it is empty", "1.weight": "it is no matrix"})
     "; '0.weight': it is empty"

@@ -149,7 +149,7 @@ def test_missing_rows_are_left_out_with_their_labels_and_counted(tmp_path):
 
 def test_columns_of_numbers_are_features_and_integers_never(tmp_path):
     pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
-    values = rows(300, 4).double()
+    values = rows(300, 4).double() + 1 / 3
     columns = {f"f{index}": values[:, index] for index in range(4)}
     labels = torch.arange(300) % 3
     path = save(tmp_path / "wide.parquet", id=torch.arange(300), **columns, target=labels.double())

@@ -53,6 +53,15 @@ def test_batches_of_spectra(name, shape):
     assert len(set(singly.tolist())) > 1 or len(singly) == 1
 
 
+def test_round_off_goes_by_the_width_and_not_by_the_batch():
+    spectrum = torch.zeros(1000, dtype=torch.float64)
+    spectrum[1:100], spectrum[0] = 4e-16, 1  # together less than so many values may be off by
+    for batch in (spectrum, spectrum[None], spectrum.expand(2, 3, -1)):
+        found = F.intrinsic_dimension(batch, threshold=1.0)
+        assert (found == 1).all()
+    assert F.intrinsic_dimension(torch.cat([spectrum, spectrum]), threshold=1.0) == 2
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 6, 6), (6, 6, 6), (2, 6, 6)])
 def test_batches_of_covariances(shape):
     factors = torch.randn(shape, dtype=torch.float64)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
+from spectralmetrics import LayerProbe
 from spectralmetrics.functional import Observations
+from spectralmetrics.probing.parts import Part
 from spectralmetrics.probing.rules import ObservationRule, first_tensor
 from spectralmetrics.probing.sampling import draw
 
@@ -354,3 +356,11 @@ class TestDraw:
 def test_bad_settings_are_quoted(setting, value):
     with pytest.raises(ValueError, match=f"{setting}.*got {value!r}"):
         ObservationRule(**{setting: value})
+
+
+def test_which_outputs_concern_a_process_that_observes_nothing():
+    meshes = LayerProbe(nn.Linear(3, 2))._router.meshes
+    values = torch.ones(4, 3)
+    assert not meshes.concerns(values)
+    assert not meshes.concerns((values, [values]))
+    assert meshes.concerns(Part(values, (4, 6), (6, 1), ()))

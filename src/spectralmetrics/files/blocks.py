@@ -72,7 +72,7 @@ class _Piece(NamedTuple):
 
 
 class Rows:
-    """What is read of a source, by this process among others that are given the same source.
+    """The rows that this process reads of a source, among processes that are given the same source.
 
     Args:
         source: see :func:`~spectralmetrics.measure`.

@@ -55,12 +55,12 @@ class Field:
 
     @property
     def is_floating(self) -> bool:
-        """Whether it holds floating numbers."""
+        """True if it holds floating numbers."""
         return self.dtype is not None and self.dtype.is_floating_point
 
     @property
     def is_integer(self) -> bool:
-        """Whether it holds integers."""
+        """True if it holds integers."""
         return not (self.dtype is None or self.is_floating or self.dtype.is_complex or self.dtype == torch.bool)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Columns:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are columns, and no rows in them."""
+        """True if there are columns, and no rows in them."""
         return bool(self.fields) and all(each.shape[:1] == (0,) for each in self.fields.values())
 
     def features(self, column: str | None, labels: str | None) -> Field:
@@ -147,7 +147,7 @@ class Columns:
         return (", ".join(shown[:12]) + more) if shown else "no columns"
 
     def _refusal(self, fields: Mapping[str, Field]) -> str:
-        """Why none of these columns can be features, and what to do."""
+        """The reason why none of these columns can be features, and what to do."""
         if not fields:
             return f"expected a column of features, got {self.listed()}"
         words = f"expected floating rows of shape (N, D), got {self.listed(fields)}"
@@ -300,7 +300,7 @@ def _joined(fields: Sequence[Field]) -> Field:
 
 
 def ragged(expected: int, found: int) -> str:
-    """What is wrong with a row of another width."""
+    """The message for a row of another width."""
     return f"expected {expected} features as in the rows before, got {found}"
 
 

@@ -67,5 +67,5 @@ class RowError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library says, in one line."""
+    """An error of another library, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

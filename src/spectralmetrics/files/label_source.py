@@ -53,7 +53,7 @@ def labels_of(labels: Any) -> tuple[str | None, Field | None]:
 
 
 def is_file(name: str, other: Any) -> bool:
-    """Whether two paths are one file."""
+    """True if two paths are one file."""
     if not isinstance(other, (str, Path)):
         return False
     return os.path.isfile(name) and os.path.isfile(other) and os.path.samefile(name, other)

@@ -42,7 +42,7 @@ _IN_SUMMARY = ("intrinsic_dimension", "saturation")
 
 
 class Measurement(NamedTuple):
-    """What :func:`measure` has found; printing it shows the summary, what stands out, and the values.
+    """The result of :func:`measure`; printing it shows the summary, the findings and the values.
 
     Attributes:
         values: statistic -> its value, on the CPU.
@@ -205,7 +205,7 @@ class _Measuring:
                 return
 
     def of_rows(self, rows: Rows, progress: Progress | None) -> Measurement:
-        """What the rows give."""
+        """Measures rows."""
         fault: ReadError | None = None
         error: BaseException | None = None
         with contextlib.closing(self._recorder) if self._recorder else contextlib.nullcontext():
@@ -237,7 +237,7 @@ class _Measuring:
         return found
 
     def of_sums(self, sums: SpectralSum) -> Measurement:
-        """What sums give that were made elsewhere."""
+        """Measures sums that were made elsewhere."""
         with contextlib.closing(self._recorder) if self._recorder else contextlib.nullcontext():
             [leader] = self._place.spectral_leaders
             leader.replace_sums([sums.map(torch.clone)])

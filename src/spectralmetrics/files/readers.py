@@ -117,7 +117,7 @@ def _of_columns(
 
 
 def _whole_rows(size: int, shape: Sequence[int], dtype: np.dtype[Any], is_fortran: bool) -> int:
-    """How many of the rows are in a file that may have been cut off."""
+    """The number of whole rows in a file that may have been cut off."""
     if not shape:
         return 1
     needed = dtype.itemsize * int(np.prod(shape[1:]))

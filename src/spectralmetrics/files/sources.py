@@ -1,4 +1,4 @@
-"""What a source of rows consists of: files in numeric order, objects in memory, items of an iterable."""
+"""Sources of rows: files in numeric order, objects in memory, items of an iterable."""
 
 from __future__ import annotations
 

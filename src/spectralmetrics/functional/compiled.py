@@ -1,4 +1,4 @@
-"""Where the compiled accumulation lived in 0.1.0; it is :mod:`spectralmetrics.sums.compiled`."""
+"""The name that the compiled accumulation had in 0.1.0; it is :mod:`spectralmetrics.sums.compiled`."""
 
 from spectralmetrics.sums.compiled import InstructionSet, describe, instruction_set, using
 

@@ -1,4 +1,4 @@
-r"""How many directions a spectrum fills: pure functions of eigenvalues.
+r"""The number of directions that a spectrum fills: pure functions of eigenvalues.
 
 Every function takes eigenvalues :math:`\lambda_i \ge 0` in its last dimension, in any order; negative ones
 are round-off and count as zero, NaN and infinite ones are a ValueError. A spectrum that is zero throughout

@@ -1,4 +1,4 @@
-r"""How widely features spread: traces and the determinant of a covariance."""
+r"""The spread of features: traces and the determinant of a covariance."""
 
 from __future__ import annotations
 

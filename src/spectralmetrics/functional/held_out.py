@@ -1,4 +1,4 @@
-r"""What some of the data say of the rest: held-out eigenvalues, and statistics without bias.
+r"""Statistics of folds: held-out eigenvalues, and values without bias.
 
 Directions that are fitted to few observations look too unequal on the same observations: the first ones take
 more than their share of the variance, the last ones less. On data that they were not fitted to they look too
@@ -62,7 +62,7 @@ def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tenso
 
 
 class LeftOut(NamedTuple):
-    """What is known of a spectrum by leaving out one fold at a time.
+    """A spectrum read with one fold left out at a time.
 
     Attributes:
         held_out: what directions fitted to the other folds hold, shape (D,), see :func:`held_out_eigenvalues`.
@@ -87,7 +87,7 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
 
 
 def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]:
-    """What a fold holds along directions that are fitted to the others, summed, and what these hold there."""
+    """Sums of a fold's variances along directions fitted to the others, and of the others' own."""
     values, vectors = others.ascending_eigenvectors(center=center)
     about = others.mean() if center else torch.zeros_like(others.origin)
     held = _squares_along(vectors, rebase(fold, about).second).flip(0)
@@ -95,7 +95,7 @@ def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]
 
 
 def _squares_along(vectors: Tensor, second: Tensor) -> Tensor:
-    """What second moments, of which only the upper triangle counts, hold along each column."""
+    """Second moments along each column; only the upper triangle of the matrix counts."""
     found = vectors.new_zeros(vectors.shape[1])
     turned = vectors.mT  # as the solver leaves them in memory: one after the other
     step = max(_BLOCK_ROWS, len(second) // 4)

@@ -1,4 +1,4 @@
-r"""What the features of a layer tell of labels: a linear regression, and how far the classes have collapsed."""
+r"""Statistics of labelled features: a linear regression, and neural collapse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""What each feature does by itself: scale, spread, and features that are dead, dormant or stand out.
+r"""Statistics of single features: scale, spread, and dead, dormant and outlier features.
 
 Everything is read of one number for each feature, shape (..., D): its variance, its mean square
 :math:`E[x_j^2]`, its mean magnitude :math:`E|x_j|`, its largest magnitude, or its share of zeros.

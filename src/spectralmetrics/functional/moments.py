@@ -1,4 +1,4 @@
-"""Where dense moments lived in 0.1.0; they are in :mod:`spectralmetrics.sums`."""
+"""The name that dense moments had in 0.1.0; they are in :mod:`spectralmetrics.sums`."""
 
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.decomposition import symmetrise

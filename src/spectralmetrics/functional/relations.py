@@ -1,4 +1,4 @@
-r"""How alike two layers are: by the directions they use, by their distributions, and by what they tell apart.
+r"""Similarity of two layers: of their directions, of their distributions, and of the samples they tell apart.
 
 Two layers whose units correspond, such as one layer at two epochs, can be compared direction by direction:
 :func:`subspace_overlap`, :func:`frechet_distance`. Two layers whose units do not correspond, such as those of
@@ -304,7 +304,7 @@ def u_centred(grams: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def usable_rows(rows: Tensor) -> Tensor:
-    """Which rows are finite and small enough for fourth powers in float64, shape (N,), boolean.
+    """Flags of rows that are finite and small enough for fourth powers in float64, shape (N,), boolean.
 
     >>> usable_rows(torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [float("inf"), 0.0]]))
     tensor([ True, False, False])

@@ -1,4 +1,4 @@
-r"""What is certain of a spectrum of which a sketch is known.
+r"""Bounds of statistics of a spectrum that a sketch stands for.
 
 A sketch gives leading eigenvalues :math:`\hat\lambda_i \le \lambda_i` and the trace :math:`T = \sum_i
 \lambda_i`. What they leave of it, :math:`\tau = T - \sum_i \hat\lambda_i`, is spread over the eigenvalues in

@@ -236,7 +236,7 @@ class Spectrum:
         return id(self._cache), self.center
 
     def knows(self, name: str, device: torch.device | None = None) -> bool:
-        """Whether ``"eigenvalues"``, ``"eigenvectors"`` or ``"variances"`` have been read, or brought."""
+        """True if ``"eigenvalues"``, ``"eigenvectors"`` or ``"variances"`` have been read, or brought."""
         return ((name, self.center) if device is None else (name, self.center, device)) in self._cache
 
     def matrix(self) -> Tensor | None:
@@ -262,7 +262,7 @@ class Spectrum:
             self.about(center=center).learn(name, home)
 
     def _kept(self, name: str, read: Callable[[], Tensor]) -> Tensor:
-        """What is read once of the sums, and once brought to where it goes."""
+        """A value that is read once of the sums, and brought once to each device."""
         if self._device is not None and self.home != self._device:
             brought: Tensor | None = self._cache.get((name, self.center, self._device))
             if brought is None:
@@ -315,7 +315,7 @@ class Spectrum:
         return max(len(self._sums.folds), 1)
 
     def held_out(self) -> Spectrum | None:
-        """What the directions fitted to some folds hold of the variance of the others; None with an empty fold.
+        """Held-out eigenvalues: variances of a fold along directions of the others; None with an empty fold.
 
         Its eigenvalues are those of
         :func:`~spectralmetrics.functional.held_out_eigenvalues`, and its covariance has them along the

@@ -1,4 +1,4 @@
-"""Which forwards of a trainer's model count, and in which stage."""
+"""The forwards of a trainer's model that count, and their stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger("spectralmetrics")
 
 Stage: TypeAlias = Literal["train", "eval"]
 _READER = "log"
-"""Who reads the windows between the steps at which a trainer logs."""
+"""The reader of the windows between the steps at which a trainer logs."""
 
 
 class Forwards:
@@ -98,7 +98,7 @@ class Forwards:
             self.probe.gradient_scale = scaler if engine is None else _EngineScale(engine)
 
     def is_empty(self, stage: Stage) -> bool:
-        """Whether nothing can be observed in a stage: no gradient arrives in an evaluation."""
+        """True if nothing can be observed in a stage: no gradient arrives in an evaluation."""
         return self.probe.observe == "gradients" and stage == "eval"
 
     def end(self, observes: bool = True) -> None:

@@ -67,7 +67,7 @@ class Keeping:
         self.epoch = self.recorder.next_epoch if epoch is None else epoch
 
     def __bool__(self) -> bool:
-        """Whether anything is recorded."""
+        """True if anything is recorded."""
         return self._made_by is not None
 
     def record(self, forwards: Forwards) -> None:

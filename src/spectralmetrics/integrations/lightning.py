@@ -199,7 +199,7 @@ class LayerProbeCallback(Callback):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been observed since the last values, by all processes, and the number of the next record."""
+        """The observations of all processes since the last values, and the number of the next record."""
         if self._forwards is None:
             return {}
         with self._forwards.unfinished() as probe, probe.merged():

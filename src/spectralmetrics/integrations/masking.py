@@ -1,4 +1,4 @@
-"""Which steps of which layers are padding in a model of Hugging Face: hooks that put a probe's masks in place.
+"""Masks of padding for models of Hugging Face, put in place by hooks.
 
 A model with one sequence has one mask. An encoder-decoder model has two: the encoder's layers see the source
 sequence, the decoder's the target, and the keys and values of cross-attention, which lie in the decoder, are
@@ -23,7 +23,7 @@ IGNORED_LABEL = -100  # what PyTorch's cross entropy and the collators of transf
 
 @dataclass
 class _Call:
-    """What is known while the model runs."""
+    """The masks and marks of one call of the model."""
 
     source: Tensor | None = None
     states: list[Tensor] = field(default_factory=list)  # what the encoder puts out, as the decoder gets it

@@ -366,5 +366,5 @@ class LayerProbeCallback(TrainerCallback):
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where a trainer saves itself at this step."""
+    """The folder in which a trainer saves itself at this step."""
     return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")

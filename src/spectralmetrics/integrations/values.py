@@ -1,4 +1,4 @@
-"""What a logger of another library can take of a probe's values."""
+"""A probe's values in the form that loggers of other libraries take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all statistics have in common: arguments, registration, what is read and what is checked.
+"""The base class of all statistics: arguments, registration, readings and checks.
 
 A statistic is a short subclass of :class:`SpectralMetric` that says how to read a number from a
 :class:`~spectralmetrics.functional.Spectrum`:
@@ -245,7 +245,7 @@ class SpectralMetric(SumsMetric):
         return self._shared_spectrum()
 
     def wanted(self, device: torch.device | None = None) -> list[Wanted]:
-        """What :meth:`read` will read, so that many metrics can be read together; not of an own ``compute``."""
+        """The decompositions that :meth:`read` needs, to be shared; none with an own ``compute``."""
         if type(self).compute is not SpectralMetric.compute:
             return []
         if self.needs_eigenvectors:
@@ -292,7 +292,7 @@ class SpectralMetric(SumsMetric):
         return Interval(low, high)
 
     def counts(self) -> Tensor:
-        """What there is to check before reading: observations, those left out, and whether none overflowed.
+        """Counts to check before reading: observations, those left out, and whether none overflowed.
 
         Shape (3,), int64, where the sums are.
         """
@@ -379,15 +379,15 @@ class SpectralMetric(SumsMetric):
         return value
 
     def is_clipped(self, device: torch.device | None = None) -> bool:
-        """Whether :meth:`read` gives a limit in the place of a value; see :meth:`clips`."""
+        """True if :meth:`read` gives a limit in the place of a value; see :meth:`clips`."""
         return type(self).clips is not SpectralMetric.clips and self.clips(self._shared_spectrum(device))
 
     def clips(self, spectrum: Spectrum) -> bool:
-        """Whether few observations gave a value beyond what is possible, in whose place there is the limit."""
+        """True if few observations gave a value beyond what is possible, in whose place there is the limit."""
         return False
 
     def misses(self, value: Tensor) -> bool:
-        """Whether a value says that a sketch was too small to tell."""
+        """True if a value says that a sketch was too small to tell."""
         return self.sketch_size is not None and self.counts_directions and bool(value.isnan().any())
 
     def interval(self) -> Interval:

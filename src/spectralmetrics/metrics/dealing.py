@@ -1,4 +1,4 @@
-"""Which fold the next batch goes to, and which folds of two metrics are merged."""
+"""Deals batches to folds, and pairs the folds of two metrics that are merged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DealingMetric(FollowingMetric):
         self._repeats.add(inputs, group % self.folds)
 
     def repeats(self) -> bool:
-        """Whether the same inputs have come in several folds, as far as this process has seen."""
+        """True if the same inputs have come in several folds, as far as this process has seen."""
         return self._repeats is not None and self._repeats.found()
 
     def reset(self) -> None:

@@ -87,7 +87,7 @@ class FollowingMetric(OverriddenMetric):
         return self.__dict__ if self._leader is None else ChainMap(self.__dict__, self._leader.__dict__)
 
     def is_borrowed(self) -> bool:
-        """Whether other metrics have the same states: those of the leader, or what was merged for all."""
+        """True if other metrics have the same states: those of the leader, or what was merged for all."""
         return self._is_synced or (
             self._leader is not None and next(iter(self.state_names())) not in self.__dict__
         )

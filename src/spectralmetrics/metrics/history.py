@@ -1,4 +1,4 @@
-"""What each of the last forwards did."""
+"""A history of the last forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the features of a layer tell of labels."""
+"""Metrics of labelled features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torchmetrics does not promise, overridden and used here and nowhere else.
+"""Private parts of torchmetrics, overridden and used here and nowhere else.
 
 Each override names the behaviour of torchmetrics that forces it, and has a test in ``TestWhatIsOverridden``
 that fails if that behaviour changes.
@@ -29,7 +29,7 @@ def count_update(metric: Metric) -> None:
 
 
 def count_of_updates(metric: Metric, new: int | None = None) -> int:
-    """How often a metric was updated, after setting it to the number of other states if one is given."""
+    """The number of updates of a metric, after setting it if a number is given."""
     if new is not None:
         metric.__dict__.update(_update_count=new, _computed=None)
     return int(metric.__dict__["_update_count"])
@@ -51,7 +51,7 @@ def defaults(metric: Metric) -> dict[str, Any]:
 
 
 def has_persistent_states(metric: Metric) -> bool:
-    """Whether any state is in the ``state_dict``."""
+    """True if any state is in the ``state_dict``."""
     return any(metric._persistent.values())
 
 
@@ -83,7 +83,7 @@ class MergingMetric(Metric):
 
     @property
     def update_called(self) -> bool:
-        """Whether rows have been offered since construction or reset."""
+        """True if rows have been offered since construction or reset."""
         # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
         # had. Whether there are observations is checked after the merge, with an error.
         return self._computing or self._update_count > 0
@@ -270,7 +270,7 @@ class OverriddenMetric(MergingMetric):
 
     @abstractmethod
     def has_observed(self) -> bool:
-        """Whether there are sums of a known width."""
+        """True if there are sums of a known width."""
 
     def __getstate__(self) -> dict[str, Any]:
         # torchmetrics copies and pickles what is in the instance's dictionary.

@@ -108,7 +108,7 @@ class SumsMetric(DealingMetric):
         self.persistent(was_persistent)
 
     def accumulation(self) -> list[object]:
-        """What changes what is accumulated: the products' dtype, an ``update`` of a subclass' own, the sums."""
+        """The settings of the accumulation: dtype of the products, a subclass' own ``update``, the sums."""
         update = type(self).update
         own = [] if self.takes_observations else [f"{update.__module__}.{update.__qualname__}"]
         return [self.gram_dtype, *own, *(setting for each in self._prototypes for setting in each.settings())]
@@ -253,7 +253,7 @@ class SumsMetric(DealingMetric):
             self.replace_sums([own.merged(other) for own, other in pairs])
 
     def exchanges(self, group: Any = None) -> list[Exchange]:
-        """What this metric exchanges with other processes, for :func:`~spectralmetrics.sums.run_together`."""
+        """The exchanges with other processes, for :func:`~spectralmetrics.sums.run_together`."""
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         mine = self.sums
         live = self._revive()
@@ -282,7 +282,7 @@ class SumsMetric(DealingMetric):
     # -- saving and moving -------------------------------------------------------------------------------
 
     def has_observed(self) -> bool:
-        """Whether there are sums of a known width."""
+        """True if there are sums of a known width."""
         return self._current()[0].num_features > 0
 
     def state_dict(  # type: ignore[override]  # torchmetrics' signature

@@ -1,4 +1,4 @@
-"""What belongs to the sums of a stream besides their numbers, whichever metrics share them."""
+"""The intakes and the cache of sums, whichever metrics share these."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def group_object(group: Any) -> Any:
 
 
 def stream_of(sums: Sequence[Sum]) -> Stream | None:
-    """What belongs to these sums besides their numbers; None while they have no width."""
+    """The stream of these sums; None while they have no width."""
     if not sums or not sums[0].num_features:
         return None
     return Stream.of(next(iter(sums[0].tensors().values())))

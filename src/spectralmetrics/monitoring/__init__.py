@@ -1,4 +1,4 @@
-"""What the numbers of a training mean over time, and when to say so."""
+"""Alarms over the time of a training."""
 
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, Alarm, AlarmRule
 from spectralmetrics.monitoring.monitor import AlarmRecorder, Monitor

@@ -47,7 +47,7 @@ class Alarm(NamedTuple):
 
 
 class AlarmRule(NamedTuple):
-    """When there is an alarm.
+    """A rule for alarms.
 
     Attributes:
         kind: of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
@@ -164,7 +164,7 @@ def judge(
 
 
 def enough(rules: Sequence[AlarmRule], numbers: LayerNumbers) -> bool:
-    """Whether a layer has the observations that the rules need."""
+    """True if a layer has the observations that the rules need."""
     return numbers.observations >= max((rule.min_observations for rule in rules), default=0)
 
 
@@ -232,7 +232,7 @@ _WORDS: dict[str, Callable[[LayerNumbers, float, float], str]] = {
 
 
 def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) -> bool:
-    """Whether a value is where it should not be, and was not."""
+    """True if a value is where it should not be, and was not."""
     if step < rule.first_step:
         return False
     if rule.statistic == "non_finite":
@@ -248,7 +248,7 @@ def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) 
 
 
 def _has_left(rule: AlarmRule, value: float, past: Sequence[float]) -> bool:
-    """Whether a rank is below the range of its own past by more than that range allows."""
+    """True if a rank is below the range of its own past by more than that range allows."""
     logarithms = [math.log(max(each, 1e-12)) for each in past]
     middle = statistics.median(logarithms)
     deviation = _ROBUST * statistics.median(abs(each - middle) for each in logarithms)

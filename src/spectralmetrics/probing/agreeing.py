@@ -1,4 +1,4 @@
-"""Which layers there are on several processes, in which order, and whether what they have fits together."""
+"""Agreement of several processes on their layers, the order of these, and the settings of their metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spectralmetrics.sums.merging import communication_device, gather_objects
 
 
 class Catalogue(NamedTuple):
-    """What one process tells the others.
+    """The layers of one process, as it tells the others.
 
     Attributes:
         call: what is asked for, and of which metrics; the same on all processes.
@@ -194,6 +194,6 @@ def _check(catalogues: Sequence[Catalogue], but: Container[Place]) -> None:
 
 
 def _note_reading(places: Iterable[LayerMetrics], group: Any) -> bool:
-    """Whether this process has other observations than when it was asked last."""
+    """True if this process has other observations than when it was asked last."""
     changed = [place.note_reading(group_object(group)) for place in places]
     return any(changed)

@@ -124,7 +124,7 @@ class Alike:
         return ""
 
     def _judge(self, of_processes: Mapping[int, Settings]) -> str:
-        """What differs and may not, in words; says what differs and may."""
+        """Settings that differ and may not, in words; warns of those that may."""
         allowed, differing = _differing(dict(sorted(of_processes.items())))
         for name, values in allowed.items():
             tell(f"processes that share layers differ in {_words({name: values})}: {_MAY_DIFFER[name]}")

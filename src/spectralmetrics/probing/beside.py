@@ -32,13 +32,13 @@ class _Laid:
 
 
 class _Thread(threading.local):
-    """What each thread has laid last."""
+    """The tensor that each thread has laid last."""
 
     laid: _Laid | None = None
 
 
 class Beside(ABC):
-    """What is valid now, and which outputs it did not fit.
+    """A tensor laid beside the model, such as a mask, and the outputs that it did not fit.
 
     Threads that run the model side by side have each what they laid themselves. One that laid nothing, such as
     those of ``nn.DataParallel``, has what another one laid last.
@@ -61,7 +61,7 @@ class Beside(ABC):
 
     @abstractmethod
     def complaint(self, value: Tensor, misses: str, *, fits_others: bool) -> str:
-        """What to say of a tensor that did not fit what these layers have put out, but maybe that of others."""
+        """The complaint about a tensor that fitted none of these layers' outputs."""
 
     @contextlib.contextmanager
     def within(self, value: Tensor) -> Iterator[None]:

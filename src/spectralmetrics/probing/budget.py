@@ -1,4 +1,4 @@
-"""How much of a training's time a probe may take, and which forwards it then observes.
+"""Budgets: the share of a training's time that a probe may take, and the forwards it then observes.
 
 Which forwards are observed does not depend on the time within a step of the training: one is drawn from each
 block of forwards. How long the next block is, and how many rows are drawn from each layer, is decided where a
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     rows_per_feature: float = 1.0
 
     def observes(self, number: int, seed: object) -> bool:
-        """Whether to observe a forward.
+        """Decides whether to observe a forward.
 
         Args:
             number: number of the forward in its stage, ``start`` or later.
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """What a probe with a budget has taken in one stage since the last reset.
+    """The time that a probe with a budget has taken in one stage since the last reset.
 
     Attributes:
         share: of the time between forwards, the probe's own time left out.
@@ -125,12 +125,12 @@ class Budget:
         return account.decide(number)
 
     def rows_per_feature(self, stage: str) -> float | None:
-        """How many rows to draw for each feature; None: all."""
+        """The number of rows to draw for each feature; None: all."""
         found = self._stages[stage].plan.rows_per_feature
         return None if found >= _ALL_ROWS_PER_FEATURE else found
 
     def plan(self, stage: str) -> Plan:
-        """What decides which forwards are observed now."""
+        """The plan by which forwards are observed now."""
         return self._stages[stage].plan
 
     def follow(self, stage: str, plan: Plan) -> None:
@@ -147,7 +147,7 @@ class Budget:
         return self._stages[stage].propose()
 
     def spent(self, stage: str) -> Spent:
-        """What has been taken so far."""
+        """The time taken so far."""
         self._collect()
         account = self._stages[stage]
         share = account.cost / account.time if account.time > 0 else 0.0
@@ -196,7 +196,7 @@ class Budget:
 
 
 class _Account:
-    """What one stage has earned and spent, in seconds, and its plan.
+    """The time that one stage has earned and spent, in seconds, and its plan.
 
     Attributes:
         plan: what decides which forwards are observed.
@@ -230,7 +230,7 @@ class _Account:
             self.plan = self._next_plan()
 
     def seen(self) -> tuple[int, int]:
-        """How many forwards there were, and how many of them were observed, the last one included."""
+        """The numbers of forwards and of observed ones, the last one included."""
         return self.forwards + self.is_met, self.observed + (self.is_met and self._is_observing)
 
     def earn(self, seconds: float) -> None:
@@ -260,7 +260,7 @@ class _Account:
         self.cost += seconds
 
     def decide(self, number: int | None = None) -> bool:
-        """Whether to observe the forward that begins, of this number or the next one."""
+        """Decides whether to observe the forward that begins, of this number or the next one."""
         self._is_observing = self.plan.observes(self.number if number is None else number, self._seed)
         return self._is_observing
 

@@ -1,4 +1,4 @@
-"""Whether processes have the same tensors, by checksums and one collective."""
+"""Comparison of tensors between processes, by checksums and one collective."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def checksum(values: Tensor) -> int:
 
 
 def are_alike(values: Tensor, group: Any) -> tuple[bool, bool]:
-    """Whether all processes of a group have the same, and whether that is more than zeros; one collective."""
+    """Compares a tensor between the processes of a group: alike, and more than zeros; one collective."""
     numbers = [checksum(values), hash(tuple(values.shape)) % 2**40, int(bool((values != 0).any()))]
     high, low = extremes(numbers, group)
     return high[:2] == low[:2], bool(high[2])
 
 
 def checksum_of_weights(module: nn.Module) -> int:
-    """That of a module's own weights, but for DTensors, which differ between processes anyway."""
+    """The checksum of a module's own weights, but for DTensors, which differ between processes anyway."""
     plain = [each for each in module.parameters(recurse=False) if not is_dtensor(each)]
     return sum(checksum(each) for each in plain) % 2**62
 

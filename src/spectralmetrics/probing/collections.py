@@ -24,7 +24,7 @@ Metrics: TypeAlias = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCo
 
 
 class Counts(NamedTuple):
-    """What there is to check before the sums of a metric are read.
+    """Counts to check before the sums of a metric are read.
 
     Attributes:
         observations: that were counted.
@@ -188,19 +188,19 @@ class LayerMetrics:
 
     @property
     def keeps_matrices(self) -> bool:
-        """Whether memory grows with the square of the width."""
+        """True if memory grows with the square of the width."""
         kept = [metric.prototypes[0] for metric in self.spectral_leaders]
         return any(isinstance(each, SpectralSum) and each.keeps_products for each in kept)
 
     @property
     def history(self) -> ForwardHistory | None:
-        """What each of the last forwards did, where a metric keeps that."""
+        """The history of the last forwards, where a metric keeps one."""
         kept = [each for metric in self.spectral_leaders for each in metric.sums]
         return next((each for each in kept if isinstance(each, ForwardHistory)), None)
 
     @property
     def needs_labels(self) -> bool:
-        """Whether all metrics need labels."""
+        """True if all metrics need labels."""
         return all(isinstance(metric, SpectralMetric) and metric.needs_labels for metric in self.leaders)
 
     def sketch(self, sketch_size: int) -> None:
@@ -261,7 +261,7 @@ class LayerMetrics:
             leader.replica = leader.replica or replica
 
     def has_data(self) -> bool:
-        """Whether anything has been observed or counted."""
+        """True if anything has been observed or counted."""
         return bool(self.samples or self.forwards) or any(each.has_observed() for each in self.spectral_leaders)
 
     def too_few(self, counted: Counted) -> int:
@@ -275,7 +275,7 @@ class LayerMetrics:
         return 0
 
     def repeats(self) -> bool:
-        """Whether the same inputs have come in several folds."""
+        """True if the same inputs have come in several folds."""
         return any(leader.repeats() for leader in self.spectral_leaders)
 
     def sums(self, *, with_left_out: bool = False) -> list[Sum]:
@@ -318,7 +318,7 @@ class LayerMetrics:
         self._has_lost = True
 
     def has_seen(self, counted: Counted) -> bool:
-        """Whether there is anything to compute; with several processes, once the states are merged."""
+        """True if there is anything to compute; with several processes, once the states are merged."""
         plain = [metric for metric in self.spectral_leaders if not metric.needs_labels]
         if plain:
             return any(counted[id(metric)].observations > 0 for metric in plain)
@@ -378,7 +378,7 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 
 def collect(metrics: Mapping[str, Metric]) -> Templates:
-    """What each layer keeps of metrics; their settings, and not the first data, say which share their sums."""
+    """Groups metrics by the sums that they can share; their settings decide, not the first data."""
     metrics = _sharing_matrices(metrics)
     return Templates(metrics, _groups(metrics))
 
@@ -392,7 +392,7 @@ def _fresh(metric: Metric) -> Any:
 
 
 def described(name: str, metric: Metric) -> tuple[object, ...]:
-    """What must agree between processes for their metrics of one name to be merged."""
+    """The settings that processes must have alike for their metrics of one name to be merged."""
     sums = metric.prototypes if isinstance(metric, SpectralMetric) else ()
     return (name, type(metric).__qualname__, *(setting for each in sums for setting in each.settings()))
 

@@ -1,4 +1,4 @@
-"""How the output of a compiled layer reaches its observer: plain tensors go through one opaque operation.
+"""The way of a compiled layer's output to its observer: plain tensors go through one opaque operation.
 
 Dynamo puts the operation into the user's graph, and guards that graph by nothing of the probe's but its
 presence: which observer is meant is a tensor, an input of the graph like a weight.
@@ -34,7 +34,7 @@ _ROUTED = "routed "  # begins the kind of what a module of experts is called wit
 
 
 class SeesCompiled(Protocol):
-    """What the operation calls."""
+    """The protocol of observers that the operation calls."""
 
     def see_compiled(self, parts: list[Tensor], kind: str) -> None:
         """Take what :func:`take_apart` has returned."""
@@ -99,7 +99,7 @@ def take_apart(output: Any) -> tuple[list[Tensor], str]:
 
 
 def put_together(parts: list[Tensor], kind: str) -> Any:
-    """What :func:`take_apart` has taken apart."""
+    """Undoes :func:`take_apart`."""
     if kind == "tensor":
         return parts[0]
     if kind == "packed":

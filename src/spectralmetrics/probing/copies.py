@@ -43,7 +43,7 @@ class _Way:
 
 
 class _Reduction(_Way):
-    """What the module's class says of it, without our hooks."""
+    """The module's own ``__reduce_ex__``, without our hooks."""
 
     def __call__(self, protocol: Any) -> Any:
         module = self.module
@@ -57,7 +57,7 @@ class _Reduction(_Way):
 
 
 class _DeepCopy(_Way):
-    """What the module's class makes of it, without our hooks; for classes that copy themselves."""
+    """The module's own ``__deepcopy__``, without our hooks; for classes that copy themselves."""
 
     def __call__(self, memo: Any) -> Any:
         module: Any = self.module

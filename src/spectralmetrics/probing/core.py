@@ -70,7 +70,7 @@ class Core:
         self.plain: dict[str, Plain | None] = {}  # layer -> what its last output was like
 
     def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> Any:
-        """What the hooks call; nothing that happens here may end a forward."""
+        """Observes an output; called by hooks, so that nothing here may end a forward."""
         # In backward this is a checkpoint's recomputation, and the forward has been counted.
         if in_backward() or self.thread.observing:
             return None
@@ -165,7 +165,7 @@ class Core:
         of_layer.update(observations, labelled, moment.groups, batch.values, everything)
 
     def _is_closed(self, name: str) -> bool:
-        """Whether nothing can be added to the sums of a layer, which is said."""
+        """True if nothing can be added to the sums of a layer, which is said."""
         if self.is_merged:
             tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
         return self.is_merged

@@ -48,7 +48,7 @@ _LARGE = ("total", "eigenvectors")  # what a decomposition leaves behind that is
 
 
 class Kept:
-    """What a process keeps of merged sums, so that reading them again is cheap.
+    """Merged sums that a process keeps, so that reading them again is cheap.
 
     Attributes:
         digest: of the agreement for which everything was read; empty while there is none.
@@ -73,7 +73,7 @@ class Kept:
 
 
 class Agreement:
-    """What the processes of a group have agreed on.
+    """The layers that the processes of a group have agreed on.
 
     Args:
         group: the process group.
@@ -121,7 +121,7 @@ class Agreement:
         return list(dict.fromkeys(layer for _, layer in self.places))
 
     def leaders(self, place: Place) -> list[SpectralMetric]:
-        """Whose sums are merged."""
+        """The metrics whose sums are merged."""
         return [
             leader
             for leader in self.places[place].spectral_leaders
@@ -195,7 +195,7 @@ class Agreement:
         *,
         is_held: bool = False,
     ) -> dict[Place, T]:
-        """What one process reads of each layer, on all of them.
+        """Has one process read each layer, and returns that on all of them.
 
         Args:
             read: of layers that hold merged sums; told how far it is.
@@ -255,7 +255,7 @@ class Agreement:
     def iterate(
         self, read: Callable[[LayerMetrics], T], lock: contextlib.AbstractContextManager[Any]
     ) -> Iterator[tuple[str, T]]:
-        """What each process reads of each layer that holds merged sums, in the agreed order.
+        """Yields what each process reads of each layer that holds merged sums, in the agreed order.
 
         Args:
             read: of one layer.
@@ -306,7 +306,7 @@ class Agreement:
                 self._kept.sums[place] = sums
 
     def _bytes(self, place: Place) -> int:
-        """What the sums of a layer take while they travel."""
+        """The bytes of a layer's sums while they travel."""
         return sum(
             8 * each.num_exchanged(width, self.world)
             for leader, width in zip(self.places[place].spectral_leaders, self._widths[place], strict=True)
@@ -315,7 +315,7 @@ class Agreement:
         )
 
     def _cost(self, place: Place) -> float:
-        """Of decompositions: D³ of a matrix, D·k² of a sketch."""
+        """The cost of decompositions: D³ of a matrix, D·k² of a sketch."""
         return sum(
             float(width) * min(width, leader.sketch_size or width) ** 2
             for leader, width in zip(self.places[place].spectral_leaders, self._widths[place], strict=True)

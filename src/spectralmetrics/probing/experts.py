@@ -117,7 +117,7 @@ def by_whole(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Watched]:
 
 
 def is_elsewhere(module: nn.Module) -> bool:
-    """Whether this is an expert that another process has."""
+    """True if this is an expert that another process has."""
     return isinstance(module, Expert) and module.index is None
 
 
@@ -163,7 +163,7 @@ class Pairs:
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """How what the expert puts out is spread over processes."""
+        """The placement of the expert's output."""
         return self.calls.splits
 
     @property
@@ -296,7 +296,7 @@ class Watched:
         self.forwards = 0
 
     def shown(self, calls: Calls) -> list[tuple[str, Expert, Pairs]]:
-        """What each expert gets in a forward, with the name of its layer."""
+        """The tokens of each expert in a forward, with the name of its layer."""
         return [
             (name, expert, Pairs(calls.states, calls, int(name.rpartition(".")[2]), expert.index or 0))
             for name, expert in self.experts.items()
@@ -308,7 +308,7 @@ def _drawn(tokens: Tensor, number: int, seed: int) -> Tensor:
 
 
 def _plain(values: Tensor) -> Tensor:
-    """What is replicated on all processes, as this one has it."""
+    """The plain tensor of a replicated DTensor."""
     if not is_dtensor(values):
         return values
     part = part_of(values)

@@ -1,4 +1,4 @@
-"""What a layer's type and weights say of its outputs before any data comes."""
+"""Facts about a layer's outputs that follow from its type and weights, without data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectralmetrics.layers import ceiling_of
 
 
 class LayerFacts(NamedTuple):
-    """What is known of a layer without its data.
+    """Facts about a layer, known without its data.
 
     Attributes:
         kind: name of its type.
@@ -23,7 +23,7 @@ class LayerFacts(NamedTuple):
 
     @property
     def of_gradients(self) -> bool:
-        """Whether gradients are observed, and not what the layer puts out or takes."""
+        """True if gradients are observed, and not what the layer puts out or takes."""
         return False
 
     def saved(self) -> dict[str, Any]:
@@ -32,13 +32,13 @@ class LayerFacts(NamedTuple):
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> LayerFacts:
-        """What was saved."""
+        """The facts that were saved."""
         kind = GradientFacts if saved.get("of_gradients", False) else LayerFacts
         return kind(saved["kind"], saved["ceiling"])
 
 
 class GradientFacts(LayerFacts):
-    """What is known of a layer whose gradients are observed."""
+    """Facts about a layer whose gradients are observed."""
 
     __slots__ = ()
 

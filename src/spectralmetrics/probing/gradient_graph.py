@@ -1,4 +1,4 @@
-"""What observes gradients from inside autograd's graph: hooks in eager code, operations in compiled code.
+"""Observers of gradients in autograd's graph: hooks in eager code, operations in compiled code.
 
 In eager code that is a hook on the output, and one on the tensor that it is a view of: whatever changes a view
 in place gives it another place in the graph, and hooks on the view are never called. In compiled code it is a
@@ -23,7 +23,7 @@ _CHANGED_INPUT = "its output is a view of its input, and what comes behind the l
 
 
 class Form(NamedTuple):
-    """How a gradient that arrives is brought into the form of the output.
+    """The change of a gradient into the form of the output.
 
     Attributes:
         stride: of the output, where nothing else tells its layout; None where something does.
@@ -189,7 +189,7 @@ def tensors_in(nest: Any) -> list[Tensor]:
 
 
 def holds(nest: Any, values: Tensor) -> bool:
-    """Whether :func:`replaced` finds a tensor in a nest; Dynamo looks into this."""
+    """True if :func:`replaced` finds a tensor in a nest; Dynamo looks into this."""
     if nest is values:
         return True
     if type(nest) in (tuple, list) or (isinstance(nest, tuple) and hasattr(nest, "_make")):

@@ -113,7 +113,7 @@ class GradientHook(OwnHook):
             router.attach(awaited, module, output, self._select, arguments, self)
 
     def _trace(self, arguments: Any, output: Any) -> Any:
-        """What Dynamo traces; see :meth:`.Observer.__call__`."""
+        """The part that Dynamo traces; see :meth:`.Observer.__call__`."""
         values = first_tensor(output if self._select is None else self._select(output))
         why = ""
         if values is None or isinstance(values, PackedSequence):
@@ -185,7 +185,7 @@ class FirstGradientHook(OwnHook):
             last.watch(module, (args, kwargs), output)
 
     def has_watched(self) -> bool:
-        """Whether the output of the forward that ends has been watched; asked once."""
+        """True if the output of the forward that ends has been watched; asked once."""
         is_seen, self._is_seen = self._is_seen, False
         return is_seen
 

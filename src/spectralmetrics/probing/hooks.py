@@ -233,7 +233,7 @@ def tell(message: str) -> None:
 
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
-    """Whether a model is run, is transformed by ``torch.func``, or is traced or planned."""
+    """Tells a model that is run from one that is transformed by ``torch.func``, traced or planned."""
     if type(output) is Tensor:
         values = output
     else:

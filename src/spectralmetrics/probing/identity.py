@@ -1,4 +1,4 @@
-"""Whether a probe and its layers are the same on all processes, where they are merged by name."""
+"""Checks that a probe and its layers are the same on all processes, where they are merged by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Weights(NamedTuple):
     samples: tuple[float, ...]
 
     def differ(self, other: Weights) -> bool:
-        """Whether these are weights of two layers."""
+        """True if these are weights of two layers."""
         if self.shape != other.shape:
             return True
         mine, its = (torch.tensor(each.samples, dtype=torch.float64, device="cpu") for each in (self, other))
@@ -79,7 +79,7 @@ class Identity:
             time.sleep(0.05)
 
     def weights(self) -> dict[str, Weights]:
-        """What there is to compare, unless it has been compared; sharded weights are left out."""
+        """The weights to compare, unless they have been compared; sharded ones are left out."""
         if self._is_compared:
             return {}
         found: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
@@ -160,12 +160,12 @@ def _brought(samples: Sequence[Tensor]) -> list[list[float]]:
 
 
 def is_one_of_several() -> bool:
-    """Whether there is a default process group with other processes in it."""
+    """True if there is a default process group with other processes in it."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """True if this process is the one that speaks for all."""
     return not is_one_of_several() or dist.get_rank() == 0
 
 

@@ -14,7 +14,7 @@ Key: TypeAlias = tuple[str, str, str]
 
 
 class ProbeReading(NamedTuple):
-    """What a probe has seen, read once.
+    """The values of a probe, read once.
 
     Attributes:
         values: as :meth:`.LayerProbe.compute` returns them.

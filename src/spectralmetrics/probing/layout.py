@@ -1,4 +1,4 @@
-"""Where the features of each layer's outputs are, and which layers put out sequences with time first."""
+"""The layout of layers' outputs: the dimension of the features, and sequences with time first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectralmetrics.torch_private import children_of
 
 
 class Clue(NamedTuple):
-    """What a layer says of the outputs of others around it.
+    """A hint that a layer gives about the outputs of others around it.
 
     Attributes:
         is_last: whether its own features are the last dimension, and not the second.
@@ -31,7 +31,7 @@ _Known: TypeAlias = dict[tuple[int, bool], list[Clue]]
 
 
 class Found(NamedTuple):
-    """Where the features of one tensor are.
+    """The dimension of the features of one tensor.
 
     Attributes:
         dim: not negative; 0 for a single sample without a batch.
@@ -121,7 +121,7 @@ class At(FeatureDim):
 
 
 def dim_of(module: nn.Module, *, of_inputs: bool = False) -> FeatureDim:
-    """Where the features of a layer are, by what it is itself.
+    """Finds the features of a layer by its own type.
 
     >>> import torch
     >>> dim_of(nn.Conv1d(3, 16, 5)).find(torch.zeros(8, 16, 50))
@@ -138,7 +138,7 @@ def find_dims(
     *,
     of_inputs: bool = False,
 ) -> dict[str, FeatureDim]:
-    """Where the features of a model's layers are: by their types, or else by what is around them.
+    """Finds the features of a model's layers: by their types, or else by the layers around them.
 
     Args:
         model: that they are part of.
@@ -177,7 +177,7 @@ def widths_around(model: nn.Module, name: str) -> list[list[int]]:
 
 
 def _told(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] | None:
-    """What the type of a layer says; ``"input"`` if dimensions stay where they are, None if it says nothing."""
+    """The layout by a layer's type; ``"input"`` if dimensions stay where they are, None if it says nothing."""
     module = unwrap(module)
     if _is_plain_sequence(module):
         parts = list(module.children())
@@ -197,7 +197,7 @@ def _told(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] |
 
 
 def _before(path: str, modules: Mapping[str, nn.Module]) -> FeatureDim | Literal["input"] | None:
-    """What comes before a layer in an ``nn.Sequential``, which calls one after another."""
+    """The layer before another in an ``nn.Sequential``, which calls one after another."""
     while path:
         outer, _, own = path.rpartition(".")
         if not _is_plain_sequence(modules[outer]):
@@ -235,7 +235,7 @@ def _beside(outer: nn.Module, own: str) -> tuple[list[nn.Module], list[nn.Module
 
 
 def _clues(module: nn.Module, of_inputs: bool, known: _Known) -> list[Clue]:
-    """What the layers inside a module tell, itself if it is one: of outputs the last first.
+    """Hints of the layers inside a module, itself if it is one: of outputs the last first.
 
     Each is asked once; what it tells is kept in ``known``.
     """
@@ -261,7 +261,7 @@ def _is_plain_sequence(module: nn.Module) -> bool:
 
 
 class Layout(NamedTuple):
-    """What is known of the layout of the layers' outputs.
+    """The layout of the layers' outputs.
 
     Attributes:
         dims: where the features of each layer are, but for those of which a function returns a part.

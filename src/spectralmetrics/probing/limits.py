@@ -1,4 +1,4 @@
-"""How much of what layers put out is observed."""
+"""Limits of how much of the layers' outputs is observed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectralmetrics.sums.checks import check_positive_integer, check_seed
 
 @dataclass
 class Limits:
-    """How much of what a layer puts out is observed; see :class:`~spectralmetrics.LayerProbe`."""
+    """Limits of how much of a layer's output is observed; see :class:`~spectralmetrics.LayerProbe`."""
 
     max_samples: int | None = None
     rows_per_feature: float | None = None
@@ -50,7 +50,7 @@ class Limits:
     def draws(
         self, of_layer: LayerMetrics, width: int, most: int | None, forward: int, steps: Steps
     ) -> tuple[int | None, int]:
-        """How many observations of a forward to draw, None for all, and the seed of the draws.
+        """The number of observations of a forward to draw, None for all, and the seed of the draws.
 
         Args:
             of_layer: whose forward.

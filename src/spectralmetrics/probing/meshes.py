@@ -1,4 +1,4 @@
-"""Which layers share their forwards with other processes: weights, outputs and one checksum tell."""
+"""Finds the layers whose forwards processes share: by weights, outputs and one checksum."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _How = Literal["own", "replicated"]
 
 
 class Spread(NamedTuple):
-    """How single experts of a module are spread.
+    """The placement of a module's single experts.
 
     Attributes:
         splits: of what each puts out.
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
 
 class Meshes:
-    """What is known of the processes that a model's layers are spread over.
+    """The placement of a model's layers over processes, as far as it is known.
 
     Args:
         model: that the layers are part of; not kept alive.
@@ -105,19 +105,19 @@ class Meshes:
             self.selecting.tell_settings(name)
 
     def shares(self) -> bool:
-        """Whether some layer shares its forwards, as far as can be known before it runs."""
+        """True if some layer shares its forwards, as far as can be known before it runs."""
         if not self._has_looked:
             self.look()
         return self.active
 
     def concerns(self, output: Any) -> bool:
-        """Whether a process that observes nothing has to take part in the forward of a layer all the same."""
+        """True if a process that observes nothing has to take part in the forward of a layer all the same."""
         if not self._has_looked and is_one_of_several():
             self.look()
         return self.active or (type(output) is not Tensor and (isinstance(output, Part) or is_dtensor(output)))
 
     def part_of(self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None) -> Part | None:
-        """What this process has of a layer's output; None if all of it is its own.
+        """This process' part of a layer's output; None if all of it is its own.
 
         Args:
             name: of the layer.
@@ -158,7 +158,7 @@ class Meshes:
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
 
     def spread_of_experts(self, module: nn.Module, states: Tensor) -> Spread:
-        """How what single experts put out is spread, by their weights and, once, by a checksum of the tokens.
+        """The placement of single experts' outputs, by their weights and, once, by a checksum of the tokens.
 
         Args:
             module: of all experts.
@@ -205,7 +205,7 @@ class Meshes:
         return spread
 
     def _find_out(self, name: str, module: nn.Module, values: Tensor, dim: int) -> _How | int:
-        """How a plain output is placed; one or two collectives, once."""
+        """Finds out how a plain output is placed; one or two collectives, once."""
         width = values.shape[dim]
         kind, _ = kind_of(module)
         features = None if kind is None else kind.features_of(module, of_inputs=self._of_inputs)
@@ -250,7 +250,7 @@ class Meshes:
         return _UNKNOWN
 
     def _fits(self, whole: int, width: int) -> bool:
-        """Whether a width is that of this process' shard of so many features."""
+        """True if a width is that of this process' shard of so many features."""
         if len(self._groups) != 1:
             return False
         split = split_of(self._groups[0], torch.distributed.tensor.Shard(0), 1)
@@ -308,7 +308,7 @@ class FirstOrLast:
 
 
 def has_dtensors(module: nn.Module) -> bool:
-    """Whether a layer has a parameter that is a DTensor."""
+    """True if a layer has a parameter that is a DTensor."""
     return bool(_dtensors(module))
 
 

@@ -1,4 +1,4 @@
-"""What each layer did in each of the last forwards, and which of them left its own range first."""
+"""The history of layers over the last forwards, and the layers that left their own range first."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def scales_of(sums: ForwardHistory | None) -> Scales:
 
 
 def _distances(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """How far each row is from what the rows before make likely, in robust deviations; 0 where unknown."""
+    """Distances of rows from those before, in robust deviations; 0 where unknown."""
     left_out = table[:, LEFT_OUT]
     with np.errstate(invalid="ignore"):
         changes = np.diff(_log_scales(table))

@@ -1,4 +1,4 @@
-"""What one process has of a tensor that is spread over processes, and how some of its rows become whole."""
+"""Parts of tensors that are spread over processes, and how some of their rows become whole."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class LeftOut(Exception):  # noqa: N818  # no error
 
 
 def reason_of(error: Exception) -> str:
-    """Why a layer is not observed any more, in words."""
+    """The reason why a layer is not observed any more, in words."""
     return str(error) if isinstance(error, LeftOut) else f"{type(error).__name__}: {error}"
 
 
 class Split(NamedTuple):
-    """How one dimension of a device mesh divides a tensor; replicated without ``dim`` and ``op``.
+    """The placement along one dimension of a device mesh; replicated without ``dim`` and ``op``.
 
     Attributes:
         group: the processes along that dimension.
@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
     @property
     def is_replicated(self) -> bool:
-        """Whether all processes have the same."""
+        """True if all processes have the same."""
         return self.dim is None and not self.op
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What one process has of a tensor.
+    """One process' part of a tensor.
 
     Attributes:
         local: what it has.
@@ -86,7 +86,7 @@ class Part:
     splits: tuple[Split, ...]
 
     def travels(self, feature_dim: int) -> bool:
-        """Whether processes have to exchange something to get whole rows."""
+        """True if processes have to exchange something to get whole rows."""
         return any(split.op or split.dim == feature_dim for split in self.splits)
 
     def row_dims(self, feature_dim: int) -> list[int]:
@@ -129,13 +129,13 @@ class Part:
 
 
 def is_dtensor(values: Any) -> bool:
-    """Whether this is a DTensor; where nothing has imported these, there is none."""
+    """True if this is a DTensor; where nothing has imported these, there is none."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(values, tensors.DTensor)
 
 
 def part_of(values: Any) -> Part:
-    """What this process has of a DTensor.
+    """This process' part of a DTensor.
 
     Raises:
         LeftOut: for a placement that is none of ``Shard``, ``Replicate`` and ``Partial``.
@@ -170,7 +170,7 @@ def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
 
 
 def part_from(parts: Sequence[Tensor], kind: str) -> Part:
-    """What :func:`take_dtensor_apart` has taken apart."""
+    """Undoes :func:`take_dtensor_apart`."""
     local, form = parts
     kinds, names = kind.removeprefix(PLACED).split(" ")
     splits = []
@@ -187,7 +187,7 @@ def part_from(parts: Sequence[Tensor], kind: str) -> Part:
 
 
 def split_of(group: Any, placement: Any, ndim: int) -> Split:
-    """How a placement along a group of processes divides a tensor."""
+    """The split of a tensor by a placement along a group of processes."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     kind = type(placement).__name__
     if kind == "Shard":
@@ -262,7 +262,7 @@ def whole_of(part: Part) -> Tensor:
 
 
 def _of_all(values: Tensor, split: Split, dim: int, sizes: Sequence[int]) -> list[Tensor]:
-    """What each process of a group has; they differ in the size of one dimension, if at all."""
+    """The parts of all processes of a group; they differ in the size of one dimension, if at all."""
     rows = values[None] if split.op else values.movedim(dim, 0)
     shape, item = rows.shape[1:], rows.element_size()
     each = math.prod(shape) * item

@@ -23,7 +23,7 @@ from spectralmetrics.sums import Observations
 
 
 class Placed(NamedTuple):
-    """What this process has of an output, as observations that have yet to travel.
+    """This process' part of an output, as observations that have yet to travel.
 
     Attributes:
         batch: this process' part, with its part of the mask and the labels.
@@ -61,7 +61,7 @@ class Placed(NamedTuple):
         return replace(seen, valid=keep if seen.valid is None else keep & seen.valid)
 
     def share(self, number: int) -> int:
-        """How many of so many observations this process has, of those that it gets."""
+        """This process' share of a number of observations."""
         for cut in self.cuts:
             number = cut.of(number)
         for dim in self.part.row_dims(self.feature_dim):
@@ -169,7 +169,7 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
 
 
 def how_of_wholes(whole: Batch, rule: ObservationRule) -> str:
-    """What needs whole samples: the argument of the probe that asks for it; empty if nothing does."""
+    """The argument of the probe that needs whole samples; empty if none does."""
     if whole.kind == "sequence" and rule.sequences != "timesteps":
         return f"sequences={rule.sequences!r}"
     if whole.kind == "maps":
@@ -182,7 +182,7 @@ def how_of_wholes(whole: Batch, rule: ObservationRule) -> str:
 
 
 def _needs_features(how: str, part: Part, feature_dim: int) -> bool:
-    """Whether observations can only be made of whole features."""
+    """True if observations can only be made of whole features."""
     if "'flatten'" in how:
         return any(split.dim == feature_dim for split in part.splits)
     is_linear = not how or "'mean'" in how or "'last'" in how or how.startswith("max_map_size")

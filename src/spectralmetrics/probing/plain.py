@@ -12,7 +12,7 @@ from spectralmetrics.sums import Observations
 
 
 class Plain(NamedTuple):
-    """What an output was like that was taken as it is, without a change of its layout or its values.
+    """The form of an output that was taken as it is, without a change of its layout or its values.
 
     Attributes:
         shape: of the output.
@@ -30,7 +30,7 @@ class Plain(NamedTuple):
 
     @classmethod
     def of(cls, output: Any, batch: Batch, observations: Observations, limit: int | None) -> Plain | None:
-        """What an output was like; None for one that was not taken as it is, or as one might guess."""
+        """The form of an output; None if it was not taken as it is, or its layout was guessed."""
         if type(output) is not Tensor or output.is_nested or batch.guessed_dim is not None:
             return None
         is_as_it_was = batch.values.shape == output.shape and batch.order == tuple(range(output.ndim))
@@ -39,7 +39,7 @@ class Plain(NamedTuple):
         return cls(output.shape, output.dtype, observations.feature_dim, observations.num_features, limit)
 
     def is_like(self, output: Any) -> bool:
-        """Whether an output would be taken in the same way."""
+        """True if an output would be taken in the same way."""
         return (
             type(output) is Tensor
             and not output.is_nested

@@ -389,12 +389,12 @@ class LayerProbe(nn.Module):
 
     @property
     def _expects_overflow(self) -> bool:
-        """Whether steps may overflow, which their trainer leaves out: nothing to be warned of."""
+        """True if steps may overflow, which their trainer leaves out: nothing to be warned of."""
         return not isinstance(self.gradient_scale, numbers.Real)
 
     @property
     def facts(self) -> dict[str, LayerFacts]:
-        """What is known of each layer without its data; inside :meth:`merged` of those of all processes."""
+        """Facts about each layer, known without its data; inside :meth:`merged` of all processes' layers."""
         return self._router.facts if self._guests is None else self._guests.facts
 
     @property
@@ -467,7 +467,7 @@ class LayerProbe(nn.Module):
 
     @property
     def has_intervals(self) -> bool:
-        """Whether there are :meth:`intervals`, of some layer at least."""
+        """True if there are :meth:`intervals`, of some layer at least."""
         readable = (metric for place in self._places.values() for metric in place.readable().values())
         return any(map(_keeps_interval, readable))
 
@@ -557,7 +557,7 @@ class LayerProbe(nn.Module):
         missing: Callable[[], T],
         progress: Progress | None = None,
     ) -> dict[str, dict[str, tuple[LayerMetrics, T]]]:
-        """What is read of the merged states of each stage's layers, in one order on all processes.
+        """Reads the merged states of each stage's layers, in one order on all processes.
 
         Args:
             agreement: see :meth:`_agreed`.
@@ -669,7 +669,7 @@ class LayerProbe(nn.Module):
         keeps_own: bool = False,
         error: BaseException | None = None,
     ) -> Agreement:
-        """What the processes of a group agree on, of some stages; an error that one has is raised on all."""
+        """The agreement of a group's processes on some stages; an error that one has is raised on all."""
         places = {place: each for place, each in self._places.items() if place[0] in stages}
 
         def describe() -> Catalogue:
@@ -788,7 +788,7 @@ class LayerProbe(nn.Module):
     def _numbers(
         self, stage: str, more: Callable[[LayerMetrics], T]
     ) -> dict[str, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
-        """What findings are made from, and whatever else is read of each layer; None where there is none."""
+        """The numbers that findings need, and whatever else is read of each layer; None where there is none."""
         threshold = threshold_of(self.statistics.values())
 
         def read(
@@ -812,7 +812,7 @@ class LayerProbe(nn.Module):
         return {name: told for each in reversed(known) for name, told in each.items() if told is not None}
 
     def _budget_words(self, stage: str) -> str:
-        """What the probe took of its budget, for the title of a summary."""
+        """The share of the budget that was used, for the title of a summary."""
         budget = self._steps.budget
         if budget is None:
             return ""
@@ -892,7 +892,7 @@ class LayerProbe(nn.Module):
         return ((layer, sums) for layer, sums in self._each_merged(stage, LayerMetrics.sums) if sums)
 
     def _each_merged(self, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
-        """What is read of each layer while its states are merged, on all processes."""
+        """Reads each layer while its states are merged, on all processes."""
         group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
         self._join_windows()
         if group is not NO_GROUP:
@@ -1277,7 +1277,7 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
 
 
 def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerNumbers, Scales]]:
-    """What a reader has yet to read of each layer, in forward order; all processes call it.
+    """The sums of each layer since a reader's last window, in forward order; all processes call it.
 
     Args:
         probe: to read; see :class:`~.windows.Windows`.

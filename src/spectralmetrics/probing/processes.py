@@ -38,12 +38,12 @@ def merging_groups(places: Iterable[LayerMetrics]) -> list[Any]:
 
 
 def merges_nothing(places: Iterable[LayerMetrics]) -> bool:
-    """Whether each process keeps all metrics of these layers for itself."""
+    """True if each process keeps all metrics of these layers for itself."""
     return not any(is_merged(each) for place in places for each in place.leaders)
 
 
 def has_others(group: Any) -> bool:
-    """Whether this process is in the group, and not alone."""
+    """True if this process is in the group, and not alone."""
     return dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
 
 
@@ -54,12 +54,12 @@ def rank_of_first(group: Any) -> int | None:
 
 
 def is_merged(metric: Any) -> bool:
-    """Whether a metric is merged across processes when it is computed."""
+    """True if a metric is merged across processes when it is computed."""
     return bool(metric.sync_on_compute and metric.distributed_available_fn())
 
 
 def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
-    """What each process has; or, if one has raised, an error on all.
+    """The objects of all processes; an error on all if one has raised.
 
     Args:
         value: of this process.
@@ -85,7 +85,7 @@ def check_agreed(error: BaseException | None, group: Any) -> None:
 
 
 def agreed(function: Callable[[], T], groups: Iterable[Any]) -> T:
-    """What a function returns here, if it raises on no process of these groups; or else an error on all.
+    """Calls a function; an error on all processes of these groups if one has raised.
 
     Args:
         function: called here; an interrupt from the keyboard can reach it.

@@ -27,7 +27,7 @@ HOST = torch.device("cpu")
 
 @dataclass
 class Reading:
-    """What was read of one layer in one stage, and what has to be said of it; goes from process to process.
+    """The values of one layer in one stage, and the warnings about it; sent between processes.
 
     Attributes:
         seen: whether there was anything to read.
@@ -58,7 +58,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Question:
-    """What is read.
+    """A question to the sums of a layer.
 
     Attributes:
         names: of the metrics.
@@ -81,7 +81,7 @@ class Question:
 def read_layers(
     places: Sequence[LayerMetrics], question: Question, progress: Progress | None = None
 ) -> dict[tuple[str, str], Reading]:
-    """What is read of the metrics of this package, and what has to be said, by stage and layer.
+    """Reads the metrics of this package, and what to warn of, by stage and layer.
 
     Args:
         places: layers whose states are merged.
@@ -131,7 +131,7 @@ def read_layers(
 
 
 def read_others(place: LayerMetrics, question: Question, reading: Reading) -> None:
-    """What is read of metrics of other libraries; merged by themselves, as all processes do it in one order."""
+    """Reads metrics of other libraries, which merge themselves: all processes read in one order."""
     for name, metric in question.of(place).items():
         if not isinstance(metric, SpectralMetric):
             try:
@@ -276,7 +276,7 @@ def _wanted(places: Sequence[LayerMetrics], question: Question, counted: Counted
 
 
 def _saw_nothing(place: LayerMetrics, name: str, counted: Counted) -> bool:
-    """Whether a metric of this package has no observations, as for want of labels, while others may have."""
+    """True if a metric of this package has no observations, as for want of labels, while others may have."""
     return not counted[id(place.leader_of[name])].observations
 
 
@@ -354,7 +354,7 @@ def warn_of_nothing(
 
 
 def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
-    """How many observations were not finite, where a metric wants that to be said."""
+    """The number of observations left out, where a metric wants that to be said."""
     dropped = max((counted[id(leader)].left_out for leader in place.spectral_leaders), default=0)
     metrics = place.templates.metrics.values()
     strategies = {metric.nan_strategy for metric in metrics if isinstance(metric, SpectralMetric)}

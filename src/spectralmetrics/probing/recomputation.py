@@ -12,7 +12,7 @@ import torch
 
 
 class Recomputed:
-    """What was decided in forwards that run without gradients inside a ``torch.autograd.Function``.
+    """Decisions of forwards that run without gradients inside a ``torch.autograd.Function``.
 
     Such as a reentrant checkpoint, or a reversible network: its backward runs them again, with gradients, and
     these belong to the forward. Which function runs, only frames tell.
@@ -31,7 +31,7 @@ class Recomputed:
                 self._recorded.setdefault(context, {}).setdefault(layer, deque()).append(awaited)
 
     def recorded(self, layer: str, default: Any) -> Any:
-        """What the innermost function whose backward runs has noted, in the order of the layer's calls."""
+        """The notes of the innermost function whose backward runs, in the order of the layer's calls."""
         for context, is_backward in _running():
             calls = self._recorded.get(context, {}).get(layer) if is_backward else None
             if calls:

@@ -1,4 +1,4 @@
-"""What a module of experts is called with: tokens, and to which experts each goes."""
+"""The arguments of a module of experts: tokens, and the experts that each goes to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Routed(NamedTuple):
-    """What a module of experts is called with.
+    """The arguments of a module of experts.
 
     Attributes:
         states: (T, D).
@@ -34,7 +34,7 @@ class Choose:
         self._casting = tuple(each for each in devices if torch.amp.is_autocast_available(each))
 
     def __call__(self, arguments: Any) -> Routed:
-        """What was given as positional and keyword arguments."""
+        """The arguments as they were given."""
         args, kwargs = arguments
         states, index = (
             args[place] if place < len(args) else kwargs[name] for place, name in enumerate(self._names)

@@ -1,4 +1,4 @@
-"""What joins :class:`.Core` in the probe of a model: sampling, budgets, experts, and outputs of other kinds."""
+"""Adds to :class:`.Core` sampling, budgets, experts, and outputs of other kinds."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Router(Rows):
     def observe_experts(
         self, watched: Watched, module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
-        """What the hook of a module of experts calls; see :meth:`observe`, with each expert as a layer."""
+        """Observes a module of experts; see :meth:`observe`, with each expert as a layer."""
         if in_backward() or self.thread.observing:
             return
         stage = self.steps.stage_of(training)
@@ -84,7 +84,7 @@ class Router(Rows):
             self.observe(name, expert, pairs, training, None)
 
     def _calls(self, watched: Watched, module: nn.Module, routed: Routed, stage: str) -> Calls:
-        """What experts get in a forward, whose tokens may come from other processes; all of these call it."""
+        """The tokens of experts in a forward, which may come from other processes; all of these call it."""
         calls = Calls(watched.name, watched.number, module, routed, self.masks, self.labels)
         self.meshes.look(module)  # before anything else asks, since what FSDP2 shards is whole now
         if how_it_runs(calls.states) != "run" or not self.meshes.shares():
@@ -101,7 +101,7 @@ class Router(Rows):
         return calls
 
     def _passes(self, stage: str, name: str) -> bool:
-        """Whether a forward is not observed. Counts it in few steps: nothing of it is in any cache."""
+        """True if a forward is not observed. Counts it in few steps: nothing of it is in any cache."""
         current = self.steps.thread.current
         if current is None or current.is_observed or self.is_merged:
             return False

@@ -1,4 +1,4 @@
-"""Which rows a layer's output stands for: feature maps, sequences, packed sequences, nested outputs."""
+"""Rows of layers' outputs: of feature maps, sequences, packed sequences, nested outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LINEAR_MODES = {2: "bilinear", 3: "trilinear"}
 
 @dataclass(frozen=True)
 class ObservationRule:
-    """How what layers put out, or take in, becomes observations; see :class:`~spectralmetrics.LayerProbe`.
+    """The rule by which outputs or inputs become observations; see :class:`~spectralmetrics.LayerProbe`.
 
     >>> rule = ObservationRule()
     >>> rule.batch(nn.Conv2d(1, 3, 3), torch.zeros(8, 3, 4, 4)).observations(rule).rows().shape
@@ -173,7 +173,7 @@ class Batch:
         return replace(self, values=self.values[:num_samples], valid=valid, labels=labels)
 
     def limit(self, rule: ObservationRule) -> int | None:
-        """How many observations to draw of this batch, of outputs too large to interpolate; None for all.
+        """The number of observations to draw of an output too large to interpolate; None for all.
 
         As many as of feature maps of ``max_map_size`` in each extent. Gradients are never interpolated: their
         scale belongs to each position.

@@ -1,4 +1,4 @@
-"""Which observations of an output are drawn, and which steps of a training are observed."""
+"""Draws of observations from an output, and of the steps of a training that are observed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
 
 
 def _are_rows(observations: Observations) -> bool:
-    """Whether these are rows that lie side by side, with nothing that belongs to each."""
+    """True if these are rows that lie side by side, with nothing that belongs to each."""
     values = observations.values
     return (
         observations.valid is None
@@ -80,7 +80,7 @@ def sample_size(rows_per_feature: float, num_features: int) -> int:
 
 
 def is_observed(index: int, every: int, seed: object) -> bool:
-    """Whether to observe a step, if one in ``every`` is: the first, then one drawn from each ``every`` steps.
+    """Decides whether to observe a step: the first, then one drawn from each ``every`` steps.
 
     A fixed beat would meet the same one of several forwards that a training makes in each of its steps.
 
@@ -110,7 +110,7 @@ def draw_place(number: int, seed: object) -> int:
 
 @functools.lru_cache(maxsize=512)
 def _arcs(total: int, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each arc starts and how long it is."""
+    """The starts and the lengths of the arcs."""
     with torch.inference_mode(False):
         bounds = torch.arange(number + 1, device=device, dtype=torch.int64) * total // number
         dtype = torch.float64 if has_float64(device) else torch.float32

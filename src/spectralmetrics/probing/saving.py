@@ -1,4 +1,4 @@
-"""What a probe's ``state_dict`` holds beside the metrics, so that an epoch can resume; its sharded state."""
+"""A probe's ``state_dict`` beside its metrics, so that an epoch can resume; its sharded state."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetr
 
 
 class Sharded:
-    """What a probe has observed on all processes, for ``torch.distributed.checkpoint``, which saves its parts.
+    """A probe's state on all processes, for ``torch.distributed.checkpoint``, which saves its parts.
 
     The keys are the same for any probe on any number of processes: a fresh one must ask for them before it
     knows what was saved. Each layer is in one of so many buckets, by its name, and each process saves and loads

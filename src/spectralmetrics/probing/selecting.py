@@ -27,7 +27,7 @@ _PROBES: Counter[tuple[str, ...]] = Counter()  # layers with functions that sele
 
 
 class Selecting:
-    """What such functions have returned, and on which processes they have failed.
+    """The results of such functions, and the processes on which they have failed.
 
     Args:
         selected: layers with a function.
@@ -51,7 +51,7 @@ class Selecting:
         self._tell_store(f"{name}/settings", pickle.dumps(self._alike.settings()))
 
     def select(self, name: str, output: Any, function: Select) -> tuple[Any, Exception | None]:
-        """What a function of the user's makes of an output.
+        """Calls a function of the user's on an output.
 
         Whether it fails in its first forward is told to all processes through their store: nobody can know then
         which of them expect something of this one.

@@ -1,4 +1,4 @@
-"""Which layers of a model are probed: glob patterns on qualified names, module types, or a callable."""
+"""Selection of layers: glob patterns on qualified names, module types, or a callable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which forwards of a model are observed: all calls of its layers inside one, or none."""
+"""Selection of forwards: all calls of layers inside one are observed, or none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Forward:
 
 
 class Moment(NamedTuple):
-    """What belongs to one forward of a layer besides its output.
+    """The circumstances of one forward of a layer.
 
     Attributes:
         forward: number of the forward, of the layer and since the last reset; decides which rows are drawn.
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
 
 
 class Thread(threading.local):
-    """What each thread knows for itself: the forward that runs in it, and whether it observes."""
+    """The state of one thread: the forward that runs in it, and whether it observes."""
 
     current: Forward | None = None
     observing = False
@@ -150,7 +150,7 @@ class Steps:
         return number
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
-        """Whether to observe a forward of a layer; its number counts where the model itself is not run."""
+        """Decides whether to observe a layer's forward; its number counts where the model itself is not run."""
         current = self._current()
         if current is not None:
             return current.is_observed
@@ -160,17 +160,17 @@ class Steps:
         return is_observed(forward, every, (seed, stage, layer, self.epochs[stage]))
 
     def passes(self) -> bool:
-        """Whether the forward of the model that runs in this thread is not observed."""
+        """True if the forward of the model that runs in this thread is not observed."""
         current = self.thread.current
         return current is not None and not current.is_observed
 
     @property
     def leaves_out(self) -> bool:
-        """Whether some forwards may not be observed."""
+        """True if some forwards may not be observed."""
         return self.every > 1 or self.budget is not None or (self.agreed or (1,))[0] > 1
 
     def rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
-        """How many rows to draw for each feature, as wanted and as the budget allows; None for all."""
+        """The number of rows to draw for each feature, as asked for and as the budget allows; None for all."""
         allowed = None if self.budget is None else self.budget.rows_per_feature(stage)
         if allowed is None or wanted is None:
             return wanted if allowed is None else allowed
@@ -212,7 +212,7 @@ class Steps:
         hooks.behind(model, self.leave, looks=False, always_call=True)
 
     def _allows(self, stage: str, number: int) -> bool:
-        """Whether the budget allows to observe the forward that begins."""
+        """True if the budget allows to observe the forward that begins."""
         assert self.budget is not None
         # What others share goes by its number, which is theirs, too.
         return self.budget.begins(stage, number) if self.shares() else self.budget.begins(stage)

@@ -189,7 +189,7 @@ def numbers_of(
     threshold: float,
     progress: Progress | None = None,
 ) -> list[LayerNumbers]:
-    """What findings are made from, of layers of which the spectra are known.
+    """The numbers that findings need, of layers whose spectra are known.
 
     Args:
         spectra: name -> spectrum about the mean.

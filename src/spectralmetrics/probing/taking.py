@@ -206,7 +206,7 @@ class Rows(Core):
     def _put_out(
         self, pairs: Pairs, seen: Observations, splits: Sequence[Split], size: int | None, seed: int
     ) -> Observations:
-        """What an expert puts out for some of its tokens, whole; of inputs the tokens themselves."""
+        """An expert's outputs for some of its tokens, whole; of inputs the tokens themselves."""
         before = [split for split in splits if split.is_replicated]
         behind = [split for split in splits if not split.is_replicated]
         chosen = bring(seen, placed_as(seen, before), size, seed)
@@ -216,7 +216,7 @@ class Rows(Core):
         return bring(found, placed_as(found, behind), None, seed) if behind else found
 
     def most(self, stage: str, width: int, where: str) -> tuple[int | None, int]:
-        """How many rows to draw in one forward of a layer that processes share, None for all, and a seed."""
+        """The number of rows to draw in a forward that processes share, None for all, and a seed."""
         limits = self.meshes.alike.limits
         rows_per_feature = self.steps.rows_per_feature(stage, limits.rows_per_feature)
         size = None if rows_per_feature is None else sample_size(rows_per_feature, width)
@@ -255,7 +255,7 @@ class Rows(Core):
 
 
 def _doubt_of(name: str, batch: Batch, layout: Layout, rule: ObservationRule) -> str:
-    """What a user has to confirm of a layout; empty if nothing.
+    """The question about a layout that a user has to answer; empty if there is none.
 
     Args:
         name: of the layer.

@@ -1,4 +1,4 @@
-"""What a reader has yet to read of a stage, while the probe as a whole keeps all of it.
+"""Windows: the sums since a reader's last look, while the probe keeps all of them.
 
 What was observed up to a reading is set aside before the next observation is added, and put together with what
 came since as soon as anybody looks at the layer.
@@ -84,7 +84,7 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class LayerWindow:
-    """What each reader has yet to read of one layer in one stage.
+    """The sums of one layer in one stage that each reader has yet to read.
 
     Args:
         place: the layer, which holds all of it whenever :meth:`join` was called last.
@@ -228,7 +228,7 @@ def load_remembered(
 
 
 def memory(remembered: Mapping[str, Any], steps: Steps) -> dict[str, Any]:
-    """What readers of windows remember and the step of the optimiser, as JSON can hold it."""
+    """The memory of the readers of windows, and the step of the optimiser, for JSON."""
     return {"step": steps.step, "readers": remembered}
 
 

@@ -295,7 +295,7 @@ def _each_row(projections: dict[str, PCAProjection]) -> Iterator[ProjectionRow]:
 
 
 def _has_seen_data(projection: PCAProjection) -> bool:
-    """Whether it has on any process; all call this together."""
+    """True if it has on any process; all call this together."""
     try:
         projection.spectrum()
     except RuntimeError:

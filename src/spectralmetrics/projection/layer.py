@@ -210,7 +210,7 @@ class PCAProjection(nn.Module):
         return f"{self.num_features}, threshold={self.threshold}, dim={self.dim}, keep_dim={self.keep_dim}"
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the state dict holds besides the sums."""
+        """The state besides the sums."""
         return {
             "threshold": self.threshold,
             "random": self._random,

@@ -283,7 +283,7 @@ def _numbers_of_runs(
 
 
 def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]:
-    """What is wrong with either side, a line for each layer and kind."""
+    """Problems of either side, a line for each layer and kind."""
     lines = []
     for name, side in zip(("left", "right"), sides, strict=True):
         numbers = []
@@ -299,7 +299,7 @@ def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]
 
 
 def _alarms(sides: Sequence[_Side]) -> list[str]:
-    """What a monitor said while the runs were recorded."""
+    """The alarms of a monitor while the runs were recorded."""
     lines = []
     names = {side.run.directory: f"on the {name}" for name, side in zip(("left", "right"), sides, strict=True)}
     for side in {side.run.directory: side for side in sides}.values():
@@ -321,7 +321,7 @@ def _pairs_of_numbers(numbers: Mapping[str, Sequence[float | None]]) -> list[str
 
 
 def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list[str]:
-    """What changed most, and what could not be compared, in a few lines."""
+    """The largest changes, and what could not be compared, in a few lines."""
     lines = [""]
     compared = [row for row in rows if row["frechet_distance"] is not None]
     if units_correspond(rows):
@@ -364,7 +364,7 @@ def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list
 
 
 def units_correspond(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the eigenspaces share more than random subspaces would, in most of the layers.
+    """True if the eigenspaces share more than random subspaces would, in most of the layers.
 
     >>> row = {"subspace_overlap": 0.9, "overlap_by_chance": 0.25}
     >>> units_correspond([row]), units_correspond([row | {"subspace_overlap": 0.27}])

@@ -30,7 +30,7 @@ _NOTHING = (-1, 0.0)  # before all records
 
 
 def _reach(last: RecordKey | None, at_steps: bool) -> tuple[int, float]:
-    """How far the records go of which a writer has all that it is given."""
+    """The last record that a writer has completely."""
     if at_steps:
         return _NOTHING if last is None else last.order
     # The next that it is given is the end of an epoch.

@@ -78,7 +78,7 @@ def read_table(
     columns: tuple[str, ...],
     *earlier: tuple[str, ...],
 ) -> list[T]:
-    """What the lines of a CSV file behind its header say.
+    """Reads the lines of a CSV file behind its header.
 
     Args:
         path: of the file.

@@ -127,7 +127,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    """Who holds the lock, as far as the file says."""
+    """The holder of the lock, as far as the file says."""
     try:
         process, host = path.read_text().split()
     except (OSError, ValueError):

@@ -37,7 +37,7 @@ class Manifest:
 
     @property
     def facts(self) -> dict[str, LayerFacts]:
-        """What is known of the layers."""
+        """Facts about the layers."""
         return {name: LayerFacts.restored(each) for name, each in self.layers.items()}
 
 

@@ -75,7 +75,7 @@ def draw_heatmap(
 
 
 def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
-    """What a picture shows, with the threshold where there is one.
+    """The title of a picture, with the threshold where there is one.
 
     >>> title_of("saturation", {"saturation": {"threshold": 0.99}})
     'Saturation at 99 % of variance'

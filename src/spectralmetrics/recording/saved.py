@@ -61,7 +61,7 @@ class SavedRun:
 
     @cached_property
     def alarms(self) -> list[Alarm]:
-        """What a monitor said while the run was recorded."""
+        """The alarms of a monitor while the run was recorded."""
         return read_alarms(self.directory)
 
     @cached_property
@@ -71,7 +71,7 @@ class SavedRun:
 
     @property
     def has_table(self) -> bool:
-        """Whether there is a ``records.csv``."""
+        """True if there is a ``records.csv``."""
         return (self.directory / FILE_NAME).exists()
 
     @cached_property
@@ -106,11 +106,11 @@ class SavedRun:
 
     @property
     def has_epochs(self) -> bool:
-        """Whether the end of an epoch was recorded, or else only steps."""
+        """True if the end of an epoch was recorded, or else only steps."""
         return any(key.step is None for key in self.records)
 
     def places(self, by_step: bool = False) -> dict[RecordKey, int]:
-        """Where records are drawn over time: the last one of each epoch there, or each at its step.
+        """The places of records over time: the last one of each epoch, or each at its step.
 
         Args:
             by_step: by steps; the same step in several epochs has its last record.
@@ -122,7 +122,7 @@ class SavedRun:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What else the recorder wrote down."""
+        """The rest of what the recorder wrote down."""
         return read_manifest(self.directory)
 
     @property

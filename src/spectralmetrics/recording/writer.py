@@ -82,7 +82,7 @@ class Writer:
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
-        """Whether the directory holds anything of this writer."""
+        """True if the directory holds anything of this writer."""
         return cls.last_record(directory) is not None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What is accumulated: sums that can be re-based, merged and exchanged between processes, one kind a file."""
+"""Sums that can be re-based, merged and exchanged between processes, one kind a file."""
 
 from spectralmetrics.sums.accumulate import accumulate
 from spectralmetrics.sums.decomposition import check_covariance, eigenvalues, eigenvectors, symmetrise

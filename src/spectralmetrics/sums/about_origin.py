@@ -1,4 +1,4 @@
-"""What sums about an origin near the data have in common, whatever they keep of the products."""
+"""The base class of sums about an origin near the data, whatever they keep of the products."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class AboutOrigin(SpectralSum):
         """
 
     def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
-        """What adds up across processes: the sums about a common origin, in flat float64 pieces.
+        """The additive sums about a common origin, in flat float64 pieces.
 
         Subclasses with a large matrix yield it some rows at a time, so that it is never there twice.
         """
@@ -68,7 +68,7 @@ class AboutOrigin(SpectralSum):
             yield getattr(moved, name).reshape(-1).to(torch.float64)
 
     def _slots(self) -> Iterator[Slot]:
-        """Where the :meth:`_pieces` go, in their order: into the tensors of this sum."""
+        """The tensors of this sum that the :meth:`_pieces` go into, in their order."""
         for name in sorted(self.additive):
             yield slot_of(getattr(self, name))
 

@@ -35,7 +35,7 @@ _PRODUCT_BYTES = 2**27
 
 
 class Centring(NamedTuple):
-    """What centring needs of sums whose origin stays, on the device of the rows.
+    """The origin of sums on the device of the rows, while it stays.
 
     Attributes:
         shift: −scale · origin, shape (D,), of the dtype of the products.
@@ -52,12 +52,12 @@ class Centring(NamedTuple):
     weight: Tensor
 
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether it is made for rows on this device and products of this dtype."""
+        """True if it is made for rows on this device and products of this dtype."""
         return self.shift.device == device and self.shift.dtype == dtype
 
 
 def centring(moments: DenseSums, device: torch.device, dtype: torch.dtype) -> Centring:
-    """How to centre rows of a device on the origin of sums.
+    """Prepares the centring of a device's rows on the origin of sums.
 
     float32 must be able to hold the origin exactly, if that is the dtype of the products. Deviations may then
     grow 1e18 times beyond their present size before their squares overflow, which is said when the sums are

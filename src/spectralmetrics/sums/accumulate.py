@@ -213,7 +213,7 @@ def _count(moments: DenseSums, finite: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _are_finite(rows: Tensor) -> Tensor:
-    """Which rows hold neither NaN nor infinities, shape (N, 1)."""
+    """Flags of rows without NaN and infinities, shape (N, 1)."""
     # These show in the sum of the row. The summands are made so small that nothing else does.
     small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
     return torch.mv(rows, small).isfinite().unsqueeze(1)

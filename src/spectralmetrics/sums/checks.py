@@ -1,4 +1,4 @@
-"""What an argument must be, checked in the same words wherever it is given."""
+"""Checks of arguments, in the same words wherever these are given."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_real(name: str, value: object) -> None:
 
 
 def is_integer(value: Any, least: int) -> bool:
-    """Whether a value is an integer, numpy's included, not below ``least``; a truth value is none.
+    """True if a value is an integer, numpy's included, not below ``least``; a truth value is none.
 
     >>> is_integer(3, 1), is_integer(0, 1), is_integer(2.0, 1), is_integer(True, 1)
     (True, False, False, False)

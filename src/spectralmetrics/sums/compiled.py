@@ -25,7 +25,7 @@ from spectralmetrics.sums.library import find, is_switched_off
 
 
 class DenseSums(Protocol):
-    """Where dense moments are summed; see :class:`~spectralmetrics.sums.Moments` for what each tensor holds."""
+    """The tensors that dense moments are summed in; see :class:`~spectralmetrics.sums.Moments`."""
 
     @property
     def count(self) -> Tensor: ...  # noqa: D102
@@ -148,7 +148,7 @@ def using(instructions: InstructionSet | None) -> Iterator[None]:
 
 
 def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
-    """Whether :func:`add` can be used for these values; they may have to be cast to float32 first.
+    """True if :func:`add` can be used for these values; they may have to be cast to float32 first.
 
     Args:
         moments: the sums so far.
@@ -164,12 +164,12 @@ def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
 
 
 def is_there() -> bool:
-    """Whether there is a library, which may be used."""
+    """True if there is a library, which may be used."""
     return bool(min(_best_instructions(), _allowed))
 
 
 def reads(values: Tensor) -> bool:
-    """Whether the library can read these values where they are.
+    """True if the library can read these values where they are.
 
     Args:
         values: observations of any shape; those of half precision have to be cast to float32 first.
@@ -178,7 +178,7 @@ def reads(values: Tensor) -> bool:
 
 
 def is_in_memory(values: Tensor) -> bool:
-    """Whether values are in the memory of the CPU, at their address and strides."""
+    """True if values are in the memory of the CPU, at their address and strides."""
     return (
         # No subclass, which may hold its data elsewhere or not at all.
         type(values) in (Tensor, torch.nn.Parameter)
@@ -190,7 +190,7 @@ def is_in_memory(values: Tensor) -> bool:
 
 
 def _are_as_made(moments: DenseSums) -> bool:
-    """Whether the sums are what ``empty_moments`` makes: memory is written to without looking again."""
+    """True if the sums are what ``empty_moments`` makes: memory is written to without looking again."""
     width = moments.second.shape[-1]
     expected = (
         (moments.second, torch.float64, (width, width)),
@@ -255,7 +255,7 @@ def add(
 
 
 def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """What each feature of some observations does by itself.
+    """Measures each feature of some observations by itself.
 
     Args:
         values: shape (samples, features, positions), float32 or float64, in any memory layout.
@@ -301,7 +301,7 @@ def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tenso
 
 
 def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
-    """Where :func:`~spectralmetrics.probing.sampling.draw` draws, shape (number,), int64.
+    """The positions that :func:`~spectralmetrics.probing.sampling.draw` draws, shape (number,), int64.
 
     Args:
         total: the number of observations.

@@ -98,7 +98,7 @@ def without_round_off(values: Tensor) -> Tensor:
 
 
 def round_off(features: int) -> float:
-    """What a sum of many float64 products and an eigensolver may leave of a zero, relative to the largest."""
+    """The round-off of many float64 products and an eigensolver, relative to the largest eigenvalue."""
     return 16 * max(features, 16) * torch.finfo(torch.float64).eps
 
 

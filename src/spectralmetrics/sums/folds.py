@@ -228,7 +228,7 @@ class Folds(InFolds[Moments]):
             yield f"fold_{name}", tensor
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """What each fold holds: upper triangles of covariances, means, counts, and the numbers left out."""
+        """The folds: upper triangles of covariances, means, counts, and the numbers left out."""
         # An empty fold has no mean and no covariance; zeros keep the file free of NaN.
         width = self.num_features
         upper = torch.ones(width, width, dtype=torch.bool, device=self.seconds.device).triu_()

@@ -25,7 +25,7 @@ _PROGRAMS = 1024
 
 
 class Judged(NamedTuple):
-    """Which observations count.
+    """The observations that count.
 
     Attributes:
         maps: the values, (samples, features, positions).
@@ -40,7 +40,7 @@ class Judged(NamedTuple):
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device; None if they can.
+    """The reason why the kernels cannot be used on a device; None if they can.
 
     >>> why_not(torch.device("cpu"))
     'they are for GPUs'
@@ -63,7 +63,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def describe(device: torch.device) -> str:
-    """What computes the sums on a device, in words.
+    """The implementation of the sums on a device, in words.
 
     >>> describe(torch.device("cpu"))
     'by PyTorch: they are for GPUs'
@@ -73,7 +73,7 @@ def describe(device: torch.device) -> str:
 
 
 def takes(values: Tensor) -> bool:
-    """Whether the kernels can read these values where they are."""
+    """True if the kernels can read these values where they are."""
     return (
         values.device.type == "cuda"
         and type(values) in (Tensor, torch.nn.Parameter)
@@ -111,7 +111,7 @@ def cut(maps: Tensor, valid: Tensor | None, limit: int) -> Iterator[tuple[Tensor
 
 
 def judge(maps: Tensor, valid: Tensor | None) -> Judged:
-    """Which of some observations count.
+    """Finds the observations that count.
 
     Args:
         maps: shape (samples, features, positions), in any memory layout.
@@ -135,7 +135,7 @@ def judge(maps: Tensor, valid: Tensor | None) -> Judged:
 
 
 def measure(maps: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """What each feature of some observations does by itself, as :func:`.compiled.measure` has it.
+    """Measures each feature of some observations by itself, as :func:`.compiled.measure` does.
 
     Args:
         maps: shape (samples, features, positions), in any memory layout.
@@ -215,7 +215,7 @@ def _finished(parts: Tensor, counts: Tensor, sums: int, has_largest: bool) -> tu
 
 
 def _tile(maps: Tensor) -> tuple[int, int]:
-    """How many rows and features a program has in hand: more along what lies side by side in memory."""
+    """The numbers of rows and features of a program: more along what lies side by side in memory."""
     _, features, positions = maps.shape
     if maps.stride(1) == 1 or positions == 1:
         width = min(64, _power_of_two(features))
@@ -225,7 +225,7 @@ def _tile(maps: Tensor) -> tuple[int, int]:
 
 
 def _cut(maps: Tensor, sums: int) -> tuple[tuple[int, int], Tensor, tuple[int, ...]]:
-    """How programs share maps: their grid, room for the sums of each, and what a kernel is told of it."""
+    """The grid of programs that share maps, room for the sums of each, and the arguments of a kernel."""
     samples, features, positions = maps.shape
     rows, width = _tile(maps)
     blocks = -(-features // width)

@@ -1,4 +1,4 @@
-"""How batches become sums: rows that wait for a product worth its pass, and an origin that follows the data."""
+"""Intakes of batches: rows wait for a product worth its pass, and the origin follows the data."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def judge(
     features, positions, chunks, sample_stride, feature_stride, position_stride,
     has_valid: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Which observations are valid and finite, and how many of each program's are, and are not finite."""
+    """Flags valid and finite observations, and counts those of each program, and those that are not finite."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     position = (program % chunks) * rows + tl.arange(0, rows)
@@ -46,7 +46,7 @@ def measure(
     features, positions, chunks, chunk, sample_stride, feature_stride, position_stride,
     rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Of each feature the sums of x - o, its square, abs(x) and x != 0, and the largest abs(x), of a chunk."""
+    """Sums x - o, its square, abs(x) and x != 0, and finds the largest abs(x), of each feature of a chunk."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     first = (program % chunks) * chunk

@@ -204,7 +204,7 @@ class Labelled(InFolds[OfClasses]):
         return empty_labelled(self.num_classes, num_features, device, folds=self.number)
 
     def in_range(self) -> Tensor:
-        """Whether no square has overflowed and no label was out of range."""
+        """True if no square has overflowed and no label was out of range."""
         return super().in_range() & (self.strays.sum() == 0)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:

@@ -67,7 +67,7 @@ def find() -> Found:
 
 
 def _was_installed() -> bool:
-    """Whether the package was installed with a library: only then is its wheel one of a platform."""
+    """True if the package was installed with a library: only then is its wheel one of a platform."""
     try:
         wheel = importlib.metadata.distribution("spectralmetrics").read_text("WHEEL")
     except importlib.metadata.PackageNotFoundError:
@@ -77,5 +77,5 @@ def _was_installed() -> bool:
 
 @functools.cache
 def is_switched_off() -> bool:
-    """Whether the user has PyTorch do all. Read once: what is said later is what was done."""
+    """True if the user has PyTorch do all. Read once: what is said later is what was done."""
     return os.environ.get("SPECTRALMETRICS_COMPILED") == "0"

@@ -67,7 +67,7 @@ def measure(observations: Observations, origin: Tensor) -> Measured:
 
 
 def measured_last(observations: Observations) -> Measured | None:
-    """What this thread has measured last, if these were the observations; None otherwise."""
+    """The last measurement of this thread, if it was of these observations; None otherwise."""
     of, found = getattr(_LAST, "found", (None, None))
     return found if of is not None and of() is observations else None
 

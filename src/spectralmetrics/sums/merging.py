@@ -34,7 +34,7 @@ _MOST_BYTES = 2**25  # of one collective of :func:`gather_objects`
 
 
 class ForReader(Tensor):
-    """What an exchange yields for whoever reads the result; other processes may receive None for it."""
+    """A tensor whose sum only the process that reads the result receives; others may receive None."""
 
 
 class Pieces(list[Tensor]):
@@ -42,7 +42,7 @@ class Pieces(list[Tensor]):
 
 
 class Largest(Tensor):
-    """What an exchange yields to receive the largest of each number, and not the sum."""
+    """A tensor of which the largest of each number is received, and not the sum."""
 
 
 def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int | None = None) -> list[Any]:
@@ -131,7 +131,7 @@ def together(
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """What each process of a group has, on all of them.
+    """The objects of all processes of a group, on all of them.
 
     Unlike ``all_gather_object`` of PyTorch it takes no more memory than all of it together, also if one
     process has most of it, and no backend for tensors on the CPU.
@@ -212,7 +212,7 @@ def agree_on_width(widths: Tensor) -> int:
 
 
 def communication_device(group: Any) -> torch.device:
-    """Where tensors must be that the processes of a group exchange."""
+    """The device of tensors that the processes of a group exchange."""
     backend = str(dist.get_backend(group))
     if "nccl" in backend:
         return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-r"""What each feature does by itself: a few numbers for each, in one pass over the observations.
+r"""Sums of single features, a few numbers each, in one pass over the observations.
 
 Of each feature the sums of :math:`x - o` and :math:`(x - o)^2` about an origin :math:`o` near the data, from
 which mean and variance come with all their digits, and about zero the sum of :math:`|x|`, the number of values

@@ -84,7 +84,7 @@ def power_of_two_scale(largest: Tensor) -> Tensor:
 
 
 def are_finite(values: Tensor) -> Tensor:
-    """Which rows (..., D) hold neither NaN nor infinities, shape (..., 1); two kernels, and no copy.
+    """Flags of rows (..., D) without NaN and infinities, shape (..., 1); two kernels, and no copy.
 
     >>> are_finite(torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [-torch.inf, 0.0]])).flatten()
     tensor([ True, False, False])
@@ -98,7 +98,7 @@ def are_finite(values: Tensor) -> Tensor:
 
 @functools.cache
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64; MPS does not.
+    """True if a device computes in float64; MPS does not.
 
     >>> has_float64(torch.device("cpu"))
     True
@@ -117,7 +117,7 @@ _FAST_FLOAT64_BY_AMD = {"gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"}
 
 @functools.cache
 def has_fast_float64(device: torch.device) -> bool:
-    """Whether an accelerator multiplies float64 at half the speed of float32 or faster.
+    """True if an accelerator multiplies float64 at half the speed of float32 or faster.
 
     >>> has_fast_float64(torch.device("meta"))
     False

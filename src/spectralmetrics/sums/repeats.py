@@ -22,7 +22,7 @@ _SHARED = 0.25
 
 
 class Repeats:
-    """What the folds of one metric share of their inputs.
+    """The inputs that the folds of one metric share.
 
     Args:
         number: number of folds g.
@@ -64,7 +64,7 @@ class Repeats:
             self._waiting.append((fold, len(part)))
 
     def found(self) -> bool:
-        """Whether folds share more inputs than chance, or inputs that are alike by nature, explain."""
+        """True if folds share more inputs than chance, or inputs that are alike by nature, explain."""
         self._flush()
         total = sum(self._counts)
         if self._sums is None or self._alike is None or total < _FEWEST:

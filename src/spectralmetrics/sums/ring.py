@@ -1,4 +1,4 @@
-"""What each of the last forwards did, in a few numbers: a ring of rows that is written without being read.
+"""A history of the last forwards, a few numbers each: a ring of rows that is written without being read.
 
 A row holds what adds up, so that the forwards of several processes, or of one step of the optimiser, can be
 added: the number of observations, the sums of all values and of their squares, the values that are not zero,

@@ -130,7 +130,7 @@ class Sketch(AboutOrigin):
         return _test_matrix(self.num_features, self.size, self.seed, self.image.device)
 
     def combine(self, rows: Tensor) -> Tensor:
-        """What the test matrix combines the features of rows (n, D) to: (n, k), of the rows' dtype."""
+        """Combines the features of rows (n, D) by the test matrix: (n, k), of the rows' dtype."""
         signs = self._signs
         return sum_of(rows[:, part] @ signs[part].to(rows.dtype) for part in _parts(self.num_features))
 

@@ -1,4 +1,4 @@
-"""What every kind of sum can do; metrics, probes, merging and recorders know no more of them than this.
+"""The interface of every kind of sum; metrics, probes, merging and recorders know no more of them.
 
 A sum over observations is a few tensors of constant size and the settings that they were made with. A new kind
 is one file: a frozen dataclass that subclasses :class:`Sum` (or :class:`SpectralSum`, if eigenvalues can be

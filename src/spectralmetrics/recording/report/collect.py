@@ -1,4 +1,4 @@
-"""What a page shows of recorded runs, as dicts, lists and arrays; ``page/data.js`` reads it."""
+"""The content of a page about recorded runs, as dicts, lists and arrays; ``page/data.js`` reads it."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def _words_of_values(
     words: Words,
     thresholds: Sequence[float] | None,
 ) -> None:
-    """What stands out where only numbers were recorded.
+    """Findings where only numbers were recorded.
 
     Args:
         run: without arrays.

@@ -1,4 +1,4 @@
-"""What a page needs of a spectrum: dimensions at every position of its slider, and points to draw."""
+"""A spectrum for a page: dimensions at every position of its slider, and points to draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page shows forward by forward, of the ``history.csv`` of a run."""
+"""The forwards of a run for a page, from its ``history.csv``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands out of the layers of a run at every position of the slider, in the words of a summary."""
+"""Findings about a run at every position of the slider, in the words of a summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNKNOWN_NUMBER = sys.maxsize
 
 
 class Known(NamedTuple):
-    """What is known of a layer in one record.
+    """The numbers of a layer in one record.
 
     Attributes:
         where: in arrays of the page.
@@ -48,7 +48,7 @@ class Known(NamedTuple):
 
     @classmethod
     def of_layer(cls, layer: SavedLayer, facts: LayerFacts, where: tuple[Any, ...], found: Bounds) -> Known:
-        """Of a layer with arrays."""
+        """Adds a layer with arrays."""
         numbers = read_numbers(
             layer.layer, layer.spectrum(), facts.ceiling, DEFAULT_THRESHOLD, facts.of_gradients
         )
@@ -67,7 +67,7 @@ class Known(NamedTuple):
         facts: LayerFacts,
         where: tuple[Any, ...],
     ) -> Known:
-        """Of recorded numbers alone; the width is what they are a share of."""
+        """Adds recorded numbers alone; shares are of the width."""
         is_known = share > 0 and not math.isnan(dimension)
         width = round(dimension / share) if is_known else 0
         ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
@@ -84,7 +84,7 @@ class Known(NamedTuple):
 
 
 class Words:
-    """What stands out at each stage, layer, threshold and epoch.
+    """Findings at each stage, layer, threshold and epoch.
 
     Args:
         empty: an array of these axes in which nothing is known.

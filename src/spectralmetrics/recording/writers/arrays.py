@@ -104,7 +104,7 @@ class ArraysWriter(Writer):
 
 
 class SavedLayer:
-    """What an array file holds of one stage and layer, read when it is asked for.
+    """One stage and layer of an array file, read when it is asked for.
 
     Args:
         stage: of the layer.

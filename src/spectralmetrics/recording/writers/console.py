@@ -78,7 +78,7 @@ class ConsoleWriter(Writer):
             sys.stdout.flush()
 
     def _summary(self, record: Record) -> str | None:
-        """What stands out, unless only means are to be shown; without a spectrum the findings alone."""
+        """The findings, unless only means are to be shown; without a spectrum they are all."""
         if self.max_layers is not None and len({layer for _, layer in record.sums}) > self.max_layers:
             return None
         stages = {stage for stage, _ in record.sums}

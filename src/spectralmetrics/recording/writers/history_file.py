@@ -1,4 +1,4 @@
-"""What each of the last forwards did, as a tidy table."""
+"""The history of the last forwards, as a tidy table."""
 
 from __future__ import annotations
 

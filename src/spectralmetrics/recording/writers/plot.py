@@ -90,7 +90,7 @@ class PlotWriter(Writer):
 
 
 def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
-    """What there is to draw, by name; values that are no numbers are read when they are drawn."""
+    """Pictures to draw, by name; values that are no numbers are read when they are drawn."""
     numbers = list(dict.fromkeys(row.statistic for row in record.rows if row.layer))
     pictures: dict[str, Callable[[], Figure | None]] = {
         statistic: functools.partial(draw_profile, record.rows, statistic, record.statistics, record.layers)
