@@ -67,6 +67,8 @@ def test_every_row_of_each_forward(others, options):
     assert list(frame.columns)[:3] == ["forward", "step", "layer"]
     assert frame["step"].isna().all()
     assert probe.history().forwards == [2, 3, 4, 5]
+    assert repr(probe.history()) == "History(train: 4 forwards, 2 to 5, of 2 layers)"
+    assert repr(probe.history("eval")) == "History(eval: 0 forwards, of 0 layers)"
 
 
 def test_steps_are_told_and_forwards_without_gradients_do_not_count():

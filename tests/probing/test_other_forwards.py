@@ -88,3 +88,17 @@ def test_inputs_go_by_the_signature(is_compiled):
         run(*batch)
     firsts = torch.cat([a for a, _ in batches]).double()
     torch.testing.assert_close(probe.compute()["covariance/train/sum"], firsts.T.cov(correction=0))
+
+
+def test_a_forward_that_has_no_signature_is_observed_in_the_order_of_the_call():
+    class Odd(nn.Module):
+        def forward(self, first, second):
+            return first + second
+
+    Odd.forward.__signature__ = "none"  # as some wrappers leave it: inspect raises a TypeError
+    model = Odd()
+    probe = LayerProbe(model, CovarianceMetric(), layers=[Odd], observe="inputs")
+    batch = torch.randn(20, 3)
+    model(second=batch, first=torch.zeros(20, 3))
+    (value,) = probe.compute().values()
+    torch.testing.assert_close(value, batch.double().T.cov(correction=0))
