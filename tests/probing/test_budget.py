@@ -258,6 +258,15 @@ def test_training_is_bit_identical():
     assert int(probe["train", "0"].saturation.count) > 0
 
 
+def test_the_time_of_a_forward_is_the_mean_of_those_so_far(clock):
+    budget = Budget(0.1, 0, clock)
+    for passed, mean in ((0.0, 0.0), (4.0, 4.0), (2.0, 3.0), (6.0, 4.0)):
+        clock.advance(passed)
+        budget.begins("train")
+        budget.passes("train")
+        assert budget._stages["train"]._mean_time == mean
+
+
 def test_layers_get_rows_by_their_width(monkeypatch):
     monkeypatch.setattr(Budget, "begins", lambda self, stage: True)
     monkeypatch.setattr(Budget, "rows_per_feature", lambda self, stage: 1.5)

@@ -159,6 +159,15 @@ def test_labels_that_fit_nothing_are_told_once():
             model(torch.randn(20, 1, 8, 8))
 
 
+def test_a_column_of_labels_is_none_of_feature_maps():
+    model = nn.Sequential(nn.Conv2d(1, 5, 3)).eval()
+    probe = LayerProbe(model, LinearProbeMetric(3))
+    told = pytest.warns(UserWarning, match=r"labels of shape \(20, 1\) fit no output")
+    with torch.no_grad(), told, probe.labels(torch.zeros(20, 1, dtype=torch.int64)):
+        model(torch.randn(20, 1, 8, 8))
+    assert not probe["eval", "0"]["linear_probe"].update_called
+
+
 class Parts(nn.Module):
     """A head that runs on a part of the batch at a time."""
 
