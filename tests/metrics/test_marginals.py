@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import spectralmetrics as sm
+from spectralmetrics.sums import ring
 from tests.oracles import OF_ROWS
 
 METRICS = {name: kind for name, kind in sm.statistics().items() if issubclass(kind, sm.MarginalMetric)}
@@ -112,6 +113,19 @@ def test_a_history_holds_256_forwards_unless_another_number_is_asked_for():
         for _ in range(300):
             metric.update(torch.ones(2, 3))
     assert [len(metric.compute()) for metric in metrics] == [256, 3]
+
+
+def test_a_history_that_was_restored_goes_on_with_its_last_forward():
+    first, second = sm.HistoryMetric(steps=3), sm.HistoryMetric(steps=3)
+    first.persistent(True)
+    first.update(sm.Observations(torch.ones(4, 2), forward=7))
+    second.load_state_dict(first.state_dict(), strict=False)
+    second.update(sm.Observations(torch.full((5, 2), 2.0), forward=7))
+    second.update(sm.Observations(torch.ones(6, 2), forward=8))
+    table = second.compute()
+    assert table[:, ring.FORWARD].tolist() == [7, 8]
+    assert table[:, ring.COUNT].tolist() == [9, 6]
+    assert table[:, ring.LARGEST].tolist() == [2, 1]
 
 
 def test_a_run_keeps_them_and_recomputes(tmp_path):

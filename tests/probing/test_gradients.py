@@ -717,3 +717,26 @@ def test_statistics_are_those_of_gradients_of_each_sample_by_torch_func():
             hidden = torch.tanh(model[0](x)).detach()
             torch.testing.assert_close(inputs["2"], hidden.T @ hidden / 24, rtol=1e-12, atol=0)
         probe.remove()
+
+
+def test_a_layer_that_was_given_up_gets_no_gradients_any_more():
+    class Fails(Metric):
+        def __init__(self):
+            super().__init__(sync_on_compute=False)
+            self.calls = 0
+
+        def update(self, rows):
+            self.calls += 1
+            if self.calls == 2:
+                raise ArithmeticError("enough")
+
+        def compute(self):
+            return torch.tensor(float(self.calls))
+
+    model = nn.Sequential(nn.Linear(4, 3))
+    probe = LayerProbe(model, {"fails": Fails()}, observe="gradients")
+    model(torch.randn(5, 4)).sum().backward()
+    with pytest.warns(UserWarning, match="'0' is not observed any more in train: ArithmeticError: enough"):
+        model(torch.randn(5, 4)).sum().backward()
+    model(torch.randn(5, 4)).sum().backward()
+    assert probe["train", "0"]["fails"].calls == 2

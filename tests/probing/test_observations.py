@@ -364,3 +364,17 @@ def test_which_outputs_concern_a_process_that_observes_nothing():
     assert not meshes.concerns(values)
     assert not meshes.concerns((values, [values]))
     assert meshes.concerns(Part(values, (4, 6), (6, 1), ()))
+    meshes.active = True  # where some layer is shared, any may be
+    assert meshes.concerns(values)
+
+
+def test_a_guess_names_the_size_that_is_taken():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = nn.Sequential(Odd())
+    probe = LayerProbe(model, layers=[Odd])
+    with pytest.warns(UserWarning, match=r"features of '0' are: dimension 2 of 3, of size 6, is taken"):
+        model(torch.randn(4, 5, 6))
+    assert probe["train", "0"]["saturation"].num_features == 6

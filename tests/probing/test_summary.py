@@ -1,4 +1,5 @@
 import collections
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import spectralmetrics as sm
 from spectralmetrics import LayerProbe, Recorder
 from spectralmetrics.cli import main
 from spectralmetrics.probing.facts import facts_of
+from spectralmetrics.probing.summary import Summary, SummaryRow
 from spectralmetrics.recording import summarise_run
 from tests.sums.toy import CrestFactorMetric
 
@@ -311,3 +313,19 @@ def test_an_output_layer_that_has_collapsed(rank, words):
     assert found == [False, False, True]
     above = [line for line in str(summary).splitlines() if line.startswith("problem:")]
     assert above == (["problem: 2: collapsed: 1 of 64 directions"] if rank == 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown"),
+    [
+        (12, 11.0, 14.0, "12 (11-14)"),
+        (12, 11.0, math.nan, "12 (11-?)"),
+        (math.nan, 9.0, 100.0, "? (9-100)"),
+        (math.nan, 0.25, 0.75, "? (0.250-0.750)"),
+        (0.5, 0.25, 0.75, "0.500 (0.250-0.750)"),
+        (0.5, math.nan, math.nan, "0.500"),
+    ],
+)
+def test_ends_are_shown_like_their_value(value, low, high, shown):
+    row = SummaryRow("fc", "Linear", 64, 32, 900, value, low, high, 0.2, 14, ())
+    assert str(Summary([row], "eval", "rank")).splitlines()[-1].split("900")[1].startswith(f"  {shown}")

@@ -288,6 +288,12 @@ class TestMeans:
         assert rows[-1].value == float("inf")
         assert undefined_layers(rows) == {"s": {"eval": ["b"]}}
 
+    def test_layers_of_another_stage_do_not_count(self):
+        values = {("s", "train", layer): torch.tensor(0.5) for layer in "abc"}
+        values |= {("s", "eval", layer): torch.tensor(0.5 if layer == "b" else torch.nan) for layer in "ab"}
+        with pytest.warns(UserWarning, match="is over 1 of 2 layers in eval, without 'a', where"):
+            warn_of_undefined(tidy_rows(RecordKey(0), values))
+
     def test_records_are_apart(self):
         """Of two layers one is undefined in each epoch: each mean is over one of two, not over none."""
         rows = []

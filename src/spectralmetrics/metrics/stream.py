@@ -99,8 +99,8 @@ class Stream:
         """
         if not self._intakes:
             self.begin(sums, gram_dtype, phase)
-            for each in sums:
-                self._intakes[type(each)].meet(each)
+            for made in sums:
+                self._intakes[type(made)].meet(made)
         for each in sums:
             intake = self._intakes[type(each)]
             if home is None or intake.reaches_other_devices:
