@@ -727,16 +727,24 @@ def test_a_layer_that_was_given_up_gets_no_gradients_any_more():
 
         def update(self, rows):
             self.calls += 1
-            if self.calls == 2:
+            if self.calls == 3:
                 raise ArithmeticError("enough")
 
         def compute(self):
             return torch.tensor(float(self.calls))
 
-    model = nn.Sequential(nn.Linear(4, 3))
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = Twice()
     probe = LayerProbe(model, {"fails": Fails()}, observe="gradients")
     model(torch.randn(5, 4)).sum().backward()
-    with pytest.warns(UserWarning, match="'0' is not observed any more in train: ArithmeticError: enough"):
+    with pytest.warns(UserWarning, match="'layer' is not observed any more in train: ArithmeticError: enough"):
         model(torch.randn(5, 4)).sum().backward()
     model(torch.randn(5, 4)).sum().backward()
-    assert probe["train", "0"]["fails"].calls == 2
+    assert probe["train", "layer"]["fails"].calls == 3
