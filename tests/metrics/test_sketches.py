@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectralmetrics as sm
+from spectralmetrics.functional.sketched import stable_rank
 from spectralmetrics.sums import Observations, empty_sketch
 
 READABLE = [
@@ -210,3 +211,11 @@ def test_a_dimension_is_told_if_eigenvalues_have_been_read_and_are_all():
     expected = sm.IntrinsicDimensionMetric(threshold=0.9)
     assert metric.dimension_read() == int(expected(rows)) > 1
     assert sketched.dimension_read() == 0
+
+
+def test_a_stable_rank_is_at_least_one_up_to_no_round_off():
+    total = torch.tensor(10.0, dtype=torch.float64)
+    estimate = stable_rank(total[None] * (1 + 1e-12), total)
+    assert float(estimate.low) == 1.0
+    nothing = stable_rank(torch.zeros(2), torch.tensor(0.0))
+    assert float(nothing.low) == 0.0

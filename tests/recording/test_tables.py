@@ -7,7 +7,7 @@ import pytest
 from spectralmetrics import Alarm, Finding, read_records
 from spectralmetrics.probing.movers import HistoryRow
 from spectralmetrics.recording.alarm_table import read_alarms, write_alarms
-from spectralmetrics.recording.writers.history_file import read_history
+from spectralmetrics.recording.writers.history_file import HISTORY_COLUMNS, HistoryWriter, read_history
 
 RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"
 
@@ -59,3 +59,12 @@ def test_another_header(read, tmp_path):
     path.write_bytes(b"more," + path.read_bytes())
     with pytest.raises(ValueError, match=r"to begin with .*, got 'more,"):
         {alarms: read_alarms, records: read_records, forwards: read_history}[read](tmp_path)
+
+
+@pytest.mark.parametrize(("after", "left"), [(None, []), (0, [0]), (1, [0, 1]), (5, [0, 1, 2])])
+def test_what_is_discarded_of_a_history(after, left, tmp_path):
+    lines = "".join(f"{epoch},train,{epoch},,a,4,0.5,0.1,2.0,0.0,1\r\n" for epoch in range(3))
+    (tmp_path / "history.csv").write_text(f"{','.join(HISTORY_COLUMNS)}\r\n{lines}", newline="")
+    HistoryWriter.discard(tmp_path, after)
+    assert (tmp_path / "history.csv").exists() == (after is not None)
+    assert [row.forward for row in read_history(tmp_path).get("train", [])] == left
