@@ -47,6 +47,7 @@ from spectralmetrics.probing.plain import Plain
 from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.probing.steps import Moment, Steps
+from spectralmetrics.sums.observations import of_forward
 from spectralmetrics.torch_private import in_backward
 
 
@@ -157,7 +158,7 @@ class Core:
         limits.check_width(of_layer, observations.num_features)
         everything = None
         if moment.number is not None:
-            everything = observations = observations.of_forward(moment.number, moment.step)
+            everything = observations = of_forward(observations, moment.number, moment.step)
         size, seed = limits.draws(of_layer, observations.num_features, limit, moment.forward, self.steps)
         if size is not None:
             observations = draw(observations, size, seed)

@@ -26,7 +26,7 @@ from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums import Observations
-from spectralmetrics.sums.observations import plain_observations
+from spectralmetrics.sums.observations import of_forward, plain_observations
 from spectralmetrics.torch_private import is_context_parallel, is_fake
 
 
@@ -149,7 +149,7 @@ class Rows(Core):
         everything = None
         if moment.number is not None:
             everything = bring(observations, placed, None, seed)
-            everything = observations = everything.of_forward(moment.number, moment.step)
+            everything = observations = of_forward(everything, moment.number, moment.step)
             if size is not None:
                 observations = draw(everything, placed.share(size), seed)
         else:
@@ -190,7 +190,7 @@ class Rows(Core):
             observations = self._put_out(pairs, seen, splits, size, seed)
         else:
             everything = self._put_out(pairs, seen, splits, None, seed)
-            everything = observations = everything.of_forward(moment.number, moment.step)
+            everything = observations = of_forward(everything, moment.number, moment.step)
             if size is not None:
                 observations = draw(everything, placed_as(seen, splits).share(size), seed)
         if splits and of_layer.folds > 1:

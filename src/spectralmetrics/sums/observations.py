@@ -120,12 +120,6 @@ class Observations:
         positions.append(index)
         return Observations(moved[tuple(reversed(positions))], -1, *others)
 
-    def of_forward(self, forward: int, step: int | None) -> Observations:
-        """The same observations, as those of a forward and a step."""
-        made = object.__new__(Observations)  # as plain_observations
-        made.__dict__.update(self.__dict__, forward=forward, step=step)
-        return made
-
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)
@@ -143,4 +137,15 @@ def plain_observations(values: Tensor, feature_dim: int = -1) -> Observations:
     # A frozen dataclass sets each field by a call; those that are not set have their defaults by the class.
     fields = made.__dict__
     fields["values"], fields["feature_dim"] = values, feature_dim
+    return made
+
+
+def of_forward(observations: Observations, forward: int, step: int | None) -> Observations:
+    """The same observations, as those of a forward and a step; see :func:`plain_observations` for the time.
+
+    >>> of_forward(plain_observations(torch.zeros(8, 3)), 7, None).forward
+    7
+    """
+    made = object.__new__(Observations)
+    made.__dict__.update(observations.__dict__, forward=forward, step=step)
     return made
