@@ -114,9 +114,9 @@ def run(
     Args:
         epochs: passes over the training digits; they count from 0, as a recorder counts them.
         threshold: share of the variance that defines saturation.
-        seed: of the split, the weights and the order of the digits.
+        seed: the seed of the split, the weights and the order of the digits.
         output: directory of the run: ``records.csv``, ``arrays``, ``plots`` and ``report.html``.
-        mode: of the recorder.
+        mode: the mode of the recorder.
 
     Returns:
         The rows of ``records.csv``.

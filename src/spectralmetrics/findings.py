@@ -255,7 +255,7 @@ class LayerNumbers(NamedTuple):
         spread: the variance as a share of the mean square; 0 where all is zero.
         dead: the number of features that do not vary.
         dormant: the share of dormant features; NaN where no marginals are kept.
-        kurtosis: of the features' mean squares, from 1 to D.
+        kurtosis: the kurtosis of the features' mean squares, from 1 to D.
         rank: the interval of the effective rank, or the value twice; NaN where the spectrum is not known.
         dimension: the intrinsic dimension, NaN where it is not known, and its interval.
         is_sketched: whether a sketch stands for the covariance.
@@ -379,7 +379,7 @@ def find(
 
     Args:
         stage: ``"train"`` or ``"eval"``.
-        layers: in forward order, see :func:`read_numbers`.
+        layers: numbers of the layers in forward order, see :func:`read_numbers`.
         is_untrained: layers -> whether their weights are as they were initialised, see :func:`is_untrained`;
             asked if a layer's variance is small. A layer without weights goes by the one before.
 

@@ -24,10 +24,10 @@ class LayerKind:
             the layer where its settings decide, whose docstring the guide shows.
         spatial: number of dimensions behind the channels, where the type fixes it. Outputs with that many and
             the channels are one sample without a batch.
-        in_spatial: likewise of inputs; ``spatial`` unless given.
+        in_spatial: the same of inputs; ``spatial`` unless given.
         takes_sequences: whether two dimensions are one sequence (T, D) without a batch.
         in_features: number of features of the input: an attribute, or a function of the layer.
-        out_features: likewise of the output.
+        out_features: the same of the output.
         batch_first: whether sequences are (N, T, D), or a function of the layer.
         ceiling: function of the layer: the most directions that its weights allow its outputs.
         is_default: whether a probe takes it unless told otherwise.
@@ -77,7 +77,7 @@ def register_layer(
             ``"input"`` for layers that leave every dimension where it is, such as activations.
         in_features: name of the attribute with the number of features that come in, or a function of the layer.
             It helps with layers beside it whose own type does not tell.
-        out_features: likewise of those that go out.
+        out_features: the same of those that go out.
         batch_first: False if the layer puts out sequences (T, N, D). None goes by what encloses it.
         ceiling: function of a layer that returns the most directions its weights allow its outputs, or None.
         default: whether a probe takes these layers unless ``layers`` is given.

@@ -61,11 +61,11 @@ def plot_profile(
         profiles: stage, or whatever else is compared -> layer name -> value. Layers are drawn in the order of
             the first profile. Layers that a profile lacks and values that are not finite leave a gap.
         statistic: what the values are; labels the axis.
-        title: of the picture.
+        title: the title of the picture.
         tail: layers to shade.
-        bands: of some profiles, layer name -> low and high, shaded around the line.
+        bands: the bands of some profiles, layer name -> low and high, shaded around the line.
         ceilings: layer name -> the most that a value can be, drawn as a faint step line.
-        ax: where to draw; if None a new figure, large enough for the names. Where a given axis has not room
+        ax: axes to draw on; if None a new figure, large enough for the names. Where a given axis has not room
             for all names, evenly spaced ones are written.
 
     Returns:
@@ -143,8 +143,8 @@ def plot_heatmap(
     Args:
         profiles: epoch -> layer name -> value; what is missing or not finite stays grey.
         statistic: what the values are; labels the colours, which for saturation run from 0 to 1.
-        title: of the picture.
-        ax: where to draw; if None a new figure, large enough for the names.
+        title: the title of the picture.
+        ax: axes to draw on; if None a new figure, large enough for the names.
 
     Returns:
         The figure and the axis.
@@ -194,8 +194,8 @@ def plot_similarity(
             has the colour of 0. Small matrices have their numbers written into them.
         layers: names of the L1 rows.
         other_layers: names of the L2 columns; those of the rows if None.
-        title: of the picture.
-        ax: where to draw; if None a new figure, large enough for the names.
+        title: the title of the picture.
+        ax: axes to draw on; if None a new figure, large enough for the names.
 
     Returns:
         The figure and the axis.
@@ -255,9 +255,9 @@ def plot_spectrum(
         eigenvalues: shape (D,), descending; or a sequence of such.
         threshold: share of the variance in (0, 1]; a dashed line then stands at the intrinsic dimension, where
             the cumulative share crosses it.
-        labels: of the spectra, for the legend; ``step 0``, ``step 1``, ... if None.
-        title: of the picture.
-        ax: where to draw; a new figure if None.
+        labels: the labels of the spectra, for the legend; ``step 0``, ``step 1``, ... if None.
+        title: the title of the picture.
+        ax: axes to draw on; a new figure if None.
 
     Returns:
         The figure and the axis.
@@ -321,7 +321,7 @@ def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figu
 
     Args:
         covariance: shape (D, D).
-        ax: where to draw; a new figure if None.
+        ax: axes to draw on; a new figure if None.
 
     Returns:
         The figure and the axis.
@@ -356,8 +356,8 @@ def plot_embedding(
         points: shape (m, k); of one component, a line of points is drawn.
         labels: m of them, to colour the points by. Up to 14 different ones are told apart by colour and
             marker, with a legend; more, which must be numbers, by a scale of colours.
-        title: of the picture.
-        ax: where to draw; a new figure if None.
+        title: the title of the picture.
+        ax: axes to draw on; a new figure if None.
 
     Returns:
         The figure and the axis.
@@ -412,7 +412,7 @@ def plot_layers(
     Args:
         values: layer name -> what ``draw`` takes.
         draw: one of the functions of this module, such as :func:`plot_spectrum`.
-        title: of the whole.
+        title: the title of the whole.
         options: passed on to ``draw``.
 
     Returns:
@@ -475,7 +475,7 @@ def plot_history(
         series: layer name -> pairs of a forward or step and a value.
         quantity: what the values are.
         along: what the horizontal axis counts; labels it.
-        title: of the picture.
+        title: the title of the picture.
         columns: the most pictures in a row.
         ax: where to draw the only layer; a new figure if None.
 

@@ -76,7 +76,7 @@ class _Forward:
     """One forward of a model.
 
     Attributes:
-        outputs: of its layers.
+        outputs: the outputs of its layers.
         ranks: the processes that share it, all with the same outputs; empty for this one alone.
     """
 
@@ -123,7 +123,7 @@ class LayerSimilarity:
         exclude: taken away from these, likewise.
         feature_maps: ``"flatten"``, or ``"mean"``, ``"max"`` or ``"median"`` of each map.
         sequences: ``"flatten"`` (padding is zero), ``"mean"`` of the valid steps, or the ``"last"`` one.
-        process_group: whose processes' samples :meth:`compute` adds up; the default group if None.
+        process_group: the processes whose samples :meth:`compute` adds up; the default group if None.
 
     Raises:
         TypeError: for a model of another type, or ``nn.DataParallel``, whose replicas see parts of a batch.

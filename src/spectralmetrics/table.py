@@ -81,12 +81,12 @@ def text_table(
     Names and words that have no room go on in further lines of their row.
 
     Args:
-        heads: of the columns; a line break begins another line.
+        heads: the heads of the columns; a line break begins another line.
         rows: their cells.
         left: heads of further columns that are text and not numbers.
-        width: of the screen.
+        width: the width of the screen.
         rule: draw a line below the heads.
-        name_width: of the first column; None leaves it what the words do not need.
+        name_width: the name width of the first column; None leaves it what the words do not need.
 
     >>> print(*text_table(["layer", "n", "note"], [["layer1.conv", "12", "few"], ["fc", "9", ""]]), sep="\n")
     layer         n  note

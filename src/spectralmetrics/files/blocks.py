@@ -45,7 +45,7 @@ class _Opened(NamedTuple):
 
     Attributes:
         number: its place among those that are not empty.
-        name: in messages.
+        name: the name in messages.
         columns: all of it.
         features: the rows; None if ``error`` says why there are none.
         error: raised when the part's turn comes.
@@ -80,12 +80,12 @@ class Rows:
         labels: likewise.
         folds: likewise.
         block_rows: likewise.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: how many there are; each takes some parts or, of fewer parts than processes, some blocks.
 
     Attributes:
         width: the number of features D; 0 if nothing has rows.
-        dtype: of the features, as the first part calls it.
+        dtype: the dtype of the features, as the first part calls it.
         unit: what is dealt to folds, in words.
         num_parts: how many parts have been come by.
         empty: names of parts without rows.

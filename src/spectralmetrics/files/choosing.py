@@ -31,7 +31,7 @@ def metrics_for(
     """The metrics by name, with these folds where they can have any.
 
     Args:
-        metrics: of the user; None: a choice for this width.
+        metrics: the user's metrics; None: a choice for this width.
         width: the number of features.
         classes: the number of classes; 0 without labels.
         center: see :func:`~spectralmetrics.measure`.

@@ -43,7 +43,7 @@ class Field:
 
     Attributes:
         shape: rows first: (N,) of numbers, (N, D) of vectors, or whatever else it is.
-        dtype: of what :attr:`read` returns; None if it holds no numbers.
+        dtype: the dtype of what :attr:`read` returns; None if it holds no numbers.
         described: the dtype as its file calls it.
         read: (start, stop) -> these rows. Called with starts that never fall.
     """
@@ -72,8 +72,8 @@ class Columns:
     """The columns of one file or object.
 
     Attributes:
-        name: of the file or object.
-        fields: by name, in their order; an object without columns has one field ``""``.
+        name: the name of the file or object.
+        fields: the fields by name, in their order; an object without columns has one field ``""``.
         join: columns of numbers, by name -> the field of their rows as vectors.
         index: names of columns that number or name the rows: no features unless they are asked for.
     """

@@ -17,7 +17,7 @@ class InOrder:
     """Reads rows of what can only be read from its beginning on; the file is closed behind the last one.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         size: the number of all rows.
         stream: begins anew, and yields a function that takes so many of the next rows, or fewer at the end.
     """

@@ -18,7 +18,7 @@ class Part(NamedTuple):
     """A file, or an object in memory.
 
     Attributes:
-        name: in messages.
+        name: the name in messages.
         columns: reads what its columns are.
     """
 

@@ -89,7 +89,7 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
     the second moment about zero it is RankMe (`arXiv:2210.02885 <https://arxiv.org/abs/2210.02885>`_).
 
     Args:
-        eigenvalues: of the covariance, not singular values; shape (..., D).
+        eigenvalues: the eigenvalues of the covariance, not singular values; shape (..., D).
 
     Returns:
         Shape (...), float64, between 1 and D, or 0.

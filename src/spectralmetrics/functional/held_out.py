@@ -213,7 +213,7 @@ def participation_of_products(products: Tensor) -> Tensor:
     """The ratio of :func:`unbiased_participation_ratio`, not clipped; NaN without two folds.
 
     Args:
-        products: of :func:`fold_products`.
+        products: the result of :func:`fold_products`.
     """
     traces, products = products[:, 0].clamp(min=0), products[:, 1:]
     apart = ~torch.eye(len(traces), dtype=torch.bool, device=traces.device)
@@ -260,7 +260,7 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
     for so few values the quantile of Student's t.
 
     Args:
-        values: of the statistic, g at least 2, all of one shape.
+        values: the values of the statistic, g at least 2, all of one shape.
 
     Returns:
         Of that shape, float64.

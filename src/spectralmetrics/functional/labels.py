@@ -113,7 +113,7 @@ def neural_collapse(covariance: Tensor, class_means: Tensor, class_counts: Tenso
     alike. It falls to 0 as training goes on after the training error has vanished.
 
     Args:
-        covariance: of all observations, divided by n, shape (D, D).
+        covariance: the covariance of all observations, divided by n, shape (D, D).
         class_means: mean of each class about the mean of all observations, shape (K, D).
         class_counts: number of observations of each class, shape (K,); a class without any does not count.
 

@@ -42,7 +42,7 @@ def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
     It is near 0 where all inputs give about the same output.
 
     Args:
-        variances: of each feature, shape (..., D).
+        variances: the variances of each feature, shape (..., D).
         second_moments: the mean square of each feature, shape (..., D).
 
     Returns:
@@ -66,8 +66,8 @@ def signal_to_noise(mean: Tensor, variances: Tensor) -> Tensor:
     .. math:: \|\mu\|^2 / \operatorname{tr} \Sigma
 
     Args:
-        mean: of each feature, shape (..., D).
-        variances: of each feature, shape (..., D).
+        mean: the mean of each feature, shape (..., D).
+        variances: the variances of each feature, shape (..., D).
 
     Returns:
         Shape (...), float64; infinite where only the mean is not zero, and 0 where all is zero.
@@ -131,7 +131,7 @@ def dead_features(variances: Tensor) -> Tensor:
     """The share of features that never change: their variance is zero.
 
     Args:
-        variances: of each feature, shape (..., D).
+        variances: the variances of each feature, shape (..., D).
 
     Returns:
         Shape (...), float64.

@@ -210,7 +210,7 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Args:
         cross: sums of HSIC between the two sides, shape (...), floating.
         left: sums of HSIC of the left side with itself, over the same batches, broadcastable.
-        right: likewise of the right side.
+        right: the same of the right side.
 
     Returns:
         Shape (...), float64, in [−1, 1]; 0 where a side never varied.

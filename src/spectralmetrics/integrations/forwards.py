@@ -37,7 +37,7 @@ class Forwards:
     mode.
 
     Args:
-        model: that is trained; wrappers are looked through.
+        model: the model that is trained; wrappers are looked through.
         metrics: see :class:`~spectralmetrics.LayerProbe`.
         generation: whether what ``generate`` of a model of transformers runs counts. It runs the encoder
             again, and feeds the decoder tokens that are not in the data.
@@ -45,7 +45,7 @@ class Forwards:
         **arguments: see :class:`~spectralmetrics.LayerProbe`.
 
     Attributes:
-        probe: of the model.
+        probe: the probe of the model.
 
     Raises:
         TypeError: if ``generation`` or ``each_layer`` is neither True nor False.
@@ -75,8 +75,8 @@ class Forwards:
 
         Args:
             stage: ``"train"`` or ``"eval"``.
-            mode: of the model in the trainer's own forwards. In another mode it is run for another purpose,
-                such as an evaluation inside a training step, and is not observed. None goes by no mode.
+            mode: mode of the model in the trainer's own forwards. In another mode it is run for another
+                purpose, such as an evaluation inside a training step, unobserved. None goes by no mode.
         """
         self.end()
         model = self._model
@@ -92,7 +92,7 @@ class Forwards:
 
         Args:
             scaler: a ``torch.amp.GradScaler``; None where the trainer has none.
-            engine: of DeepSpeed, which scales by itself; None without it.
+            engine: the engine of DeepSpeed, which scales by itself; None without it.
         """
         if self.probe.observe == "gradients" and (scaler is not None or engine is not None):
             self.probe.gradient_scale = scaler if engine is None else _EngineScale(engine)

@@ -43,7 +43,7 @@ class Keeping:
         """Open the recorder, unless it is open.
 
         Args:
-            forwards: of the model; its probe is recorded.
+            forwards: the forwards of the model; its probe is recorded.
             epoch: with which a training goes on from a checkpoint; records of it and later epochs that are
                 there already stay. None begins with the next record.
 

@@ -33,8 +33,8 @@ class Masking:
     """The hooks on one model.
 
     Args:
-        probe: whose layers are masked.
-        model: that it probes, without wrappers.
+        probe: the probe whose layers are masked.
+        model: the model that it probes, without wrappers.
         attention_mask: name of the argument for the mask of the only sequence, or of the source.
         decoder_attention_mask: name of the argument for the mask of the target; None masks no target.
     """

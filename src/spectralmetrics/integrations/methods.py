@@ -12,7 +12,7 @@ class Methods:
     """Surrounds methods of an object, for what it has no events for.
 
     Args:
-        owner: of the methods.
+        owner: the owner of the methods.
 
     >>> import torch
     >>> class Owner:

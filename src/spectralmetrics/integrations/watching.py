@@ -23,7 +23,7 @@ class Watching:
         monitor: a function from the probe to a monitor; True makes one with its defaults, False none.
 
     Attributes:
-        monitor: of the probe; None without one.
+        monitor: the monitor of the probe; None without one.
 
     Raises:
         TypeError: for a monitor of another type.

@@ -44,7 +44,7 @@ class LinearCKAMetric(MergingMetric):
         nan_strategy: a sample with NaN or infinities on either side (or with float64 values beyond 1e60) is
             left out and counted. ``"warn"`` says so at ``compute``, ``"error"`` raises there, ``"ignore"`` is
             silent.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
         TypeError: from ``update``, for rows that are not floating.

@@ -103,8 +103,8 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         num_features: the width D; None reads it from the first rows.
         num_components: number of eigenvectors k.
         max_samples: largest number of observations m.
-        seed: of the sample. Give different seeds to metrics that you merge yourself (``merge_state``), or the
-            same places of both streams are sampled; processes of a group draw differently by themselves.
+        seed: seed of the sample. Give different seeds to metrics that you merge yourself (``merge_state``), or
+            the same places of both streams are sampled; processes of a group draw differently by themselves.
         kwargs: see :class:`SpectralMetric`.
 
     Raises:

@@ -90,11 +90,11 @@ class Stream:
         """Add observations to each sum; to sums that were made elsewhere after a look at them.
 
         Args:
-            sums: of this stream.
-            observations: that fit them.
+            sums: the sums of this stream.
+            observations: observations that fit them.
             batch: number of the batch.
             gram_dtype: dtype of products; None: by the device of the observations.
-            phase: of the intakes.
+            phase: the phase of the intakes.
             home: the device of the sums, if the observations are on another, without float64.
         """
         if not self._intakes:

@@ -50,7 +50,7 @@ class AlarmRule(NamedTuple):
     """A rule for alarms.
 
     Attributes:
-        kind: of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
+        kind: the kind of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
         statistic: what is compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``, ``"effective_rank"``
             or ``"rms"``.
         threshold: the limit of its value; of ``"rms"`` the factor of a change.
@@ -145,7 +145,7 @@ def judge(
 
     Args:
         rules: to apply.
-        stage: of the observations.
+        stage: the stage of the observations.
         step: number of optimiser steps so far.
         layers: what was read, in forward order.
         past: layer -> what is remembered of it; brought up to date.

@@ -61,7 +61,7 @@ def agree_on_layers(
         own: the layers of this process.
         guest: makes the metrics of a layer that this process does not have, or has no observations of.
         kept: what this process keeps of merged sums.
-        identity: of this process' layers, compared with those of others once.
+        identity: the identity of this process' layers, compared with those of others once.
         alike: the settings that processes must have in common where they share layers.
         takes_all: see :class:`Agreement`.
         keeps_own: whether each process keeps its own of layers that all have, which then need not fit together.

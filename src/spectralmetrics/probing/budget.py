@@ -69,9 +69,9 @@ class Spent(NamedTuple):
     """The time that a probe with a budget has taken in one stage since the last reset.
 
     Attributes:
-        share: of the time between forwards, the probe's own time left out.
-        forwards: of the model.
-        observed: of these.
+        share: the share of the time between forwards, the probe's own time left out.
+        forwards: the number of forwards of the model.
+        observed: the number of these that were observed.
     """
 
     share: float
@@ -110,8 +110,8 @@ class Budget:
         """A forward of the model begins, or of a layer that is run by itself; return whether to observe it.
 
         Args:
-            stage: of the forward.
-            number: of the forward since the last reset, where other processes share it. It decides together
+            stage: the stage of the forward.
+            number: number of the forward since the last reset, where processes share it. It decides together
                 with the plan, which then stays until the next one is given, see :meth:`follow`.
         """
         now = self._now()
@@ -201,7 +201,7 @@ class _Account:
     Attributes:
         plan: what decides which forwards are observed.
         is_following: whether the plan is given by others.
-        number: of forwards so far, whenever the account was restarted.
+        number: the number of forwards so far, whenever the account was restarted.
         credit: what has been earned and not spent.
         time, cost: since the last restart.
         forwards, observed: likewise.

@@ -27,8 +27,8 @@ class Counts(NamedTuple):
     """Counts to check before the sums of a metric are read.
 
     Attributes:
-        observations: that were counted.
-        left_out: for a NaN or an infinity.
+        observations: the number that was counted.
+        left_out: the number left out for a NaN or an infinity.
         in_range: 0 if some have overflowed.
     """
 
@@ -78,12 +78,12 @@ class LayerMetrics:
     Attributes:
         stage: ``"train"`` or ``"eval"``.
         layer: its name.
-        number: of the layer.
+        number: the number of the layer.
         kept: name -> the metrics that keep sums, one for each group that shares them.
         leaders: the same in the order of the groups.
         spectral_leaders: those of them that are metrics of this package.
         leader_of: name of any metric -> the one that keeps its sums.
-        forwards: of the layer since the last reset, observed or not; where others share them, paused ones, too.
+        forwards: forwards of the layer since the last reset, observed or not; shared ones while paused, too.
         ran: forwards of the layer ever; with a history, the number of the last one.
         samples: observed since the last reset.
         epoch: number of resets so far.
@@ -221,12 +221,12 @@ class LayerMetrics:
         """Add observations to all metrics; gradients and inference mode are off.
 
         Args:
-            observations: for metrics that take no labels.
-            labelled: for metrics that do; None if there are no labels.
+            observations: observations for metrics that take no labels.
+            labelled: observations for metrics that do; None if there are no labels.
             groups: leader, by its ``id`` -> group of these observations, noted here for later calls of the
                 layer in the same forward; what one forward shows of its inputs stays in one fold.
             inputs: what the layer showed of each sample, shape (N, ...), before any was drawn.
-            everything: for metrics that take all rows; None if nothing was drawn from these.
+            everything: observations for metrics that take all rows; None if nothing was drawn from these.
         """
         if self.before_update is not None:
             self.before_update()

@@ -51,8 +51,8 @@ class Kept:
     """Merged sums that a process keeps, so that reading them again is cheap.
 
     Attributes:
-        digest: of the agreement for which everything was read; empty while there is none.
-        sums: of the layers that this process has read, if all of them together are small.
+        digest: the digest of the agreement for which everything was read; empty while there is none.
+        sums: the sums of the layers that this process has read, if all of them together are small.
         caches: their eigenvalues and the like.
     """
 
@@ -77,10 +77,10 @@ class Agreement:
 
     Args:
         group: the process group.
-        places: of this process, and guests for those of others, in one order for all processes.
-        widths: of the sums of each leader; 0 where no process has data.
-        facts: of all layers.
-        digest: of what has been agreed on.
+        places: the places of this process, and guests for those of others, in one order for all processes.
+        widths: the widths of the sums of each leader; 0 where no process has data.
+        facts: the facts of all layers.
+        digest: the digest of what has been agreed on.
         is_known: whether all has been read before, and no process has new observations since.
         kept: by this process, of what has not changed since.
         takes_all: whether metrics of other groups are merged, too, and those that are else merged in none.
@@ -138,7 +138,7 @@ class Agreement:
         """The layers of which some process has observations, those that travel together together.
 
         Args:
-            stages: whose layers.
+            stages: the stages whose layers are read.
             among: these only; None for all.
             in_order: whether in the agreed order. Otherwise the dearest come first, and in batches that cost
                 about the same, since each is decomposed by another process.
@@ -200,7 +200,7 @@ class Agreement:
         Args:
             read: of layers that hold merged sums; told how far it is.
             progress: told how many layers have been read, and of how many.
-            stages: whose layers.
+            stages: the stages whose layers are read.
             is_held: whether all processes hold all merged sums already.
 
         Raises:
@@ -258,7 +258,7 @@ class Agreement:
         """Yields what each process reads of each layer that holds merged sums, in the agreed order.
 
         Args:
-            read: of one layer.
+            read: reads one layer.
             lock: held while sums are exchanged.
         """
         for batch in self.batches(in_order=True):

@@ -38,7 +38,7 @@ class Expert(nn.Module):
 
     Args:
         whole: the module of all experts; not kept alive.
-        index: of the expert, in the weights that this process has; None if another process has it.
+        index: the index of the expert, in the weights that this process has; None if another process has it.
     """
 
     def __init__(self, whole: nn.Module, index: int | None) -> None:
@@ -151,9 +151,9 @@ class Pairs:
 
     Attributes:
         states: (T, D), of all tokens.
-        calls: of the forward.
-        number: of the expert in the model.
-        index: of the expert in the weights of this process.
+        calls: the calls of the forward.
+        number: the number of the expert in the model.
+        index: the index of the expert in the weights of this process.
     """
 
     states: Tensor
@@ -185,8 +185,8 @@ class Calls:
     """One forward of a module of experts.
 
     Args:
-        name: of the module.
-        number: of experts, as far as any is asked for.
+        name: the name of the module.
+        number: the number of experts, as far as any is asked for.
         module: the module.
         routed: what it is called with.
         masks: laid beside the model.
@@ -231,9 +231,9 @@ class Calls:
 
         Args:
             split: between whom.
-            number: of experts of each process.
+            number: the number of experts of each process.
             size: how many to draw for each expert, of those of all processes; None: all.
-            seed: of the draws.
+            seed: seed of the random draws.
         """
         for each in self.splits:  # of what others have too, a process sends its share
             own = own_of(len(self._index), each)
@@ -280,13 +280,13 @@ class Watched:
     """The experts of one module that are probed, for its hook.
 
     Args:
-        name: of the module.
+        name: the name of the module.
 
     Attributes:
         name: likewise.
         experts: those that this process has, by the names of their layers; kept alive.
-        number: of experts, as far as any is asked for.
-        forwards: of the module so far.
+        number: the number of experts, as far as any is asked for.
+        forwards: the forwards of the module so far.
     """
 
     def __init__(self, name: str) -> None:

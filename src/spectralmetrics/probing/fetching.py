@@ -22,7 +22,7 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
     :meth:`serve`.
 
     Args:
-        agreement: of the processes.
+        agreement: the agreement of the processes.
         places: the layers, in the order of the mapping.
         reader: the process that reads; None for one that is not in the group.
     """

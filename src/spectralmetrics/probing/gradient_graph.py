@@ -26,7 +26,7 @@ class Form(NamedTuple):
     """The change of a gradient into the form of the output.
 
     Attributes:
-        stride: of the output, where nothing else tells its layout; None where something does.
+        stride: the stride of the output, where nothing else tells its layout; None where something does.
         packing: what a packed sequence holds besides its data; None for anything else.
         region: where the output lies in the tensor whose gradient arrives; None if that is the output.
     """

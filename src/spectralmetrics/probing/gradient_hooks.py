@@ -51,8 +51,8 @@ class GradientHook(OwnHook):
     Args:
         router: not kept alive.
         layer: name of the module.
-        module: that it will be put on.
-        select: of the output; None takes the first floating tensor.
+        module: the module that it will be put on.
+        select: function of the output; None takes the first floating tensor.
         first: the first hook of the module, which has watched outputs that are DTensors.
     """
 

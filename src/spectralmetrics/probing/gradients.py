@@ -41,7 +41,7 @@ class Awaited(NamedTuple):
     """A forward of a layer whose gradients are observed when they arrive.
 
     Attributes:
-        stage: of the forward.
+        stage: the stage of the forward.
         layer: its name.
         moment: what else belongs to the forward.
     """
@@ -76,7 +76,7 @@ class GradientRouter(Router):
         nothing is known, such as by a checkpoint whose gradients arrive in the graph of the first run.
 
         Args:
-            name: of the layer.
+            name: the name of the layer.
             module: the layer.
             output: what it put out; None if only the compiler knows.
             training: the flag that tells the stage.
@@ -121,8 +121,8 @@ class GradientRouter(Router):
             awaited: what :meth:`expect` has returned.
             module: the layer.
             output: with autograd's graph behind it.
-            select: of the output.
-            arguments: of the layer's forward.
+            select: function of the output.
+            arguments: the arguments of the layer's forward.
             hook: on the layer; once it is gone nothing is observed any more.
         """
         where = awaited.stage, awaited.layer, output, False

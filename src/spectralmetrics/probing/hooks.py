@@ -61,7 +61,7 @@ class Hooks:
 
     Args:
         owner: what they are for; kept alive by none of them if what they call is :class:`Weakly`.
-        model: whose layers they are on; not kept alive.
+        model: the model whose layers they are on; not kept alive.
     """
 
     def __init__(self, owner: Any, model: nn.Module | None = None) -> None:
@@ -143,9 +143,9 @@ class Observer(OwnHook):
     """A forward hook of one module.
 
     Args:
-        module: that it will be put on.
+        module: the module that it will be put on.
         observe: see :data:`Observe`.
-        select: of the output; None takes the first floating tensor.
+        select: function of the output; None takes the first floating tensor.
         looks: False for a hook that is content to know that the module ran; a compiled one then gets no output.
     """
 
@@ -201,7 +201,7 @@ class Entering(OwnHook):
     """A forward pre-hook of one module, which shows an observer the arguments in the order of its signature.
 
     Args:
-        module: that it will be put on.
+        module: the module that it will be put on.
         observer: one that has been put on the module's forward nowhere.
     """
 
@@ -254,7 +254,7 @@ class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a 
     """No autograd, no inference mode, no autocast inside, and nobody listening to what is computed there.
 
     Args:
-        output: of the layer that is observed.
+        output: the output of the layer that is observed.
 
     >>> with torch.inference_mode(), undisturbed(torch.zeros(1)):
     ...     torch.zeros(1).is_inference()

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
     Attributes:
         kind: type of the layer.
-        shape: of the weight.
+        shape: the shape of the weight.
         samples: some of its elements.
     """
 

@@ -18,7 +18,7 @@ class ProbeReading(NamedTuple):
 
     Attributes:
         values: as :meth:`.LayerProbe.compute` returns them.
-        intervals: of those values that have one.
+        intervals: the intervals of those values that have one.
         sums: (stage, layer) -> what is kept of the layer. On several processes the first one may read them, one
             layer at a time, while all others are in :attr:`serve`.
         known: (stage, layer) -> eigenvalues that were read, see :meth:`.Spectrum.known`.

@@ -141,10 +141,10 @@ def find_dims(
     """Finds the features of a model's layers: by their types, or else by the layers around them.
 
     Args:
-        model: that they are part of.
-        layers: by qualified name.
+        model: the model that they are part of.
+        layers: layers by qualified name.
         batch_first: True or False says that three dimensions are a sequence where nothing tells for sure.
-        of_inputs: of what the layers take, in place of what they put out.
+        of_inputs: True for the inputs of the layers, in place of their outputs.
 
     >>> model = nn.Sequential(nn.Conv1d(3, 16, 5), nn.GELU())
     >>> find_dims(model, {"1": model[1]})["1"].dim
@@ -285,11 +285,11 @@ def find_layout(
     """The layout of layers, by what they are and by what is around them.
 
     Args:
-        model: that they are part of.
-        layers: by qualified name.
+        model: the model that they are part of.
+        layers: layers by qualified name.
         batch_first: what the user says; None goes by what encloses a layer.
         selected: layers whose output a function of the user's takes apart: these are taken by shape.
-        of_inputs: of what the layers take, in place of what they put out.
+        of_inputs: True for the inputs of the layers, in place of their outputs.
 
     >>> encoder = nn.TransformerEncoderLayer(8, 2)  # time first, as its type says
     >>> find_layout(encoder, {"linear1": encoder.linear1}, None, ()).time_first

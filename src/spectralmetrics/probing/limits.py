@@ -53,7 +53,7 @@ class Limits:
         """The number of observations of a forward to draw, None for all, and the seed of the draws.
 
         Args:
-            of_layer: whose forward.
+            of_layer: the layer of the forward.
             width: number of features.
             most: how many at most; None for all.
             forward: number of the forward.

@@ -30,7 +30,7 @@ class Spread(NamedTuple):
     """The placement of a module's single experts.
 
     Attributes:
-        splits: of what each puts out.
+        splits: the splits of what each puts out.
         travels: the processes among which experts are sharded, and tokens travel to them; None if none do.
     """
 
@@ -42,9 +42,9 @@ class Meshes:
     """The placement of a model's layers over processes, as far as it is known.
 
     Args:
-        model: that the layers are part of; not kept alive.
+        model: the model that the layers are part of; not kept alive.
         selected: layers of which a function of the user's returns a part, or a DTensor.
-        of_inputs: of what layers take, in place of what they put out.
+        of_inputs: True for the inputs of layers, in place of their outputs.
         alike: the settings that the processes of a layer must have in common.
 
     Attributes:
@@ -120,7 +120,7 @@ class Meshes:
         """This process' part of a layer's output; None if all of it is its own.
 
         Args:
-            name: of the layer.
+            name: the name of the layer.
             module: the layer.
             output: its output, or a part of a compiled layer's.
             dims: finds its features.
@@ -161,7 +161,7 @@ class Meshes:
         """The placement of single experts' outputs, by their weights and, once, by a checksum of the tokens.
 
         Args:
-            module: of all experts.
+            module: the module of all experts.
             states: the tokens that it gets.
 
         Raises:

@@ -36,11 +36,11 @@ class HistoryRow(NamedTuple):
 
     Attributes:
         forward: its number, counted for each stage from the making of the probe.
-        step: of the optimiser; None if nobody told it, see :attr:`.LayerProbe.step`.
+        step: the step of the optimiser; None if nobody told it, see :attr:`.LayerProbe.step`.
         layer: its qualified name.
         observations: that were finite, their number n.
         rms: the root of the mean square of all n·D values; NaN without observations.
-        mean: of all values.
+        mean: the mean of all values.
         max_abs: the largest magnitude.
         zero_share: share of the values that are zero.
         non_finite: number of observations left out for a NaN or an infinity.
@@ -297,7 +297,7 @@ def scales_of(sums: ForwardHistory | None) -> Scales:
     """The scale of a layer in each step of the optimiser, or in each forward of which no step is known.
 
     Args:
-        sums: of the layer; None where no history is kept.
+        sums: the sums of the layer; None where no history is kept.
 
     >>> scales_of(None)
     []

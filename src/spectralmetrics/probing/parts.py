@@ -75,7 +75,7 @@ class Part:
 
     Attributes:
         local: what it has.
-        shape: of the whole tensor.
+        shape: the shape of the whole tensor.
         stride: likewise.
         splits: how it is divided, in the order of the dimensions of the mesh; those of one process left out.
     """

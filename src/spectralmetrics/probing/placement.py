@@ -82,7 +82,7 @@ def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRu
     """Make observations of what one process has.
 
     Args:
-        part: of the output.
+        part: the part of the output.
         make: makes the batch of a tensor, with the mask and the labels or without; asked for the batch of the
             whole, once, and for that of a part.
         rule: what is an observation.
@@ -139,10 +139,10 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
     """Whole rows of this process' own, of all that the processes have.
 
     Args:
-        observations: of this process' part.
-        placed: where they come from.
+        observations: the observations of this process' part.
+        placed: the place where they come from.
         size: how many to draw of those of all processes, before they travel; None: all.
-        seed: of the draws, the same on all processes that share rows.
+        seed: seed of the random draws, the same on all processes that share rows.
     """
     part, features = placed.part, placed.feature_dim
     values = observations.values.movedim(observations.feature_dim, -1)

@@ -15,8 +15,8 @@ class Plain(NamedTuple):
     """The form of an output that was taken as it is, without a change of its layout or its values.
 
     Attributes:
-        shape: of the output.
-        dtype: of the output.
+        shape: the shape of the output.
+        dtype: the dtype of the output.
         dim: dimension of its features.
         width: number of its features.
         limit: how many observations to draw at most; None for all.

@@ -156,7 +156,7 @@ class LayerProbe(nn.Module):
             ``lambda out: out[1][0][-1]``. With ``observe="inputs"`` it is called as the layer is. Where a model
             is spread over processes in a way that PyTorch does not know of, it says so by what it returns:
             ``lambda out: DTensor.from_local(out, mesh, [Shard(-1)])``.
-        seed: of the draws, which leave the global random state alone.
+        seed: seed of the random draws, which leave the global random state alone.
         folds: with g > 1, every metric keeps its observations in g folds, see
             :class:`~spectralmetrics.SpectralMetric`, and :meth:`intervals` says how sure the values are. None
             leaves the metrics as they are.
@@ -522,7 +522,7 @@ class LayerProbe(nn.Module):
         """Inside, all that processes have of some stages can be read; from others, where there is an agreement.
 
         Args:
-            stages: whose layers.
+            stages: the stages whose layers are read.
             error: that is raised on all processes; None if this one has none.
             of_all: whether metrics that are not merged get the layers of other processes, too.
         """
@@ -561,8 +561,8 @@ class LayerProbe(nn.Module):
 
         Args:
             agreement: see :meth:`_agreed`.
-            stages: whose layers.
-            read: of some layers.
+            stages: the stages whose layers are read.
+            read: reads some layers.
             missing: gives what stands for layers without observations.
             progress: see :meth:`compute`.
         """
@@ -1238,7 +1238,7 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
     """Have a probe keep what each of the last forwards did, unless it does so already.
 
     Args:
-        probe: that has observed nothing.
+        probe: a probe that has observed nothing.
         steps: how many forwards to remember.
 
     Raises:
@@ -1297,7 +1297,7 @@ def layer_by_hand(probe: LayerProbe, stage: str, layer: str, kind: str) -> Layer
     """The metrics of a layer whose rows come from no model, for whoever has them and calls ``update``.
 
     Args:
-        probe: whose layer it is.
+        probe: the probe whose layer it is.
         stage: ``"train"`` or ``"eval"``.
         layer: its name.
         kind: what stands for its type.

@@ -62,8 +62,8 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
     """The objects of all processes; an error on all if one has raised.
 
     Args:
-        value: of this process.
-        error: that this process has raised.
+        value: the value of this process.
+        error: the error that this process has raised.
         group: the process group.
     """
     described = None if error is None else in_words(error)

@@ -61,8 +61,8 @@ class Question:
     """A question to the sums of a layer.
 
     Attributes:
-        names: of the metrics.
-        read: of a metric.
+        names: the names of the metrics.
+        read: reads a metric.
         applies: whether it can be read of a metric of some layer; where not, nothing is said.
         for_record: whether intervals are read too, and eigenvalues that were read go to all processes.
     """
@@ -149,9 +149,9 @@ def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection
     Warns of what has to be said.
 
     Args:
-        stage: of the readings.
+        stage: the stage of the readings.
         readings: layer -> what was read, in the order of the values.
-        names: of the metrics, in the order of the values.
+        names: the names of the metrics, in the order of the values.
 
     Raises:
         RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
@@ -312,10 +312,10 @@ def warn_of_nothing(
     """Say that nothing at all was observed, and why, where it can be told.
 
     Args:
-        stages: that were asked for.
+        stages: the stages that were asked for.
         places: all layers in all stages.
         is_off: whether the probe is paused or removed.
-        budget: of the probe.
+        budget: the budget of the probe.
         observe: likewise.
         stacklevel: see ``warnings.warn``.
     """

@@ -38,7 +38,7 @@ class Router(Rows):
         rule: what is an observation.
         limits: how many of them; looked at in each forward.
         steps: which forwards of the model.
-        layout: of sequences.
+        layout: the layout of sequences.
         selected: layers of whose output a function of the user's returns a part.
         meshes: which layers share their forwards with other processes.
 

@@ -85,9 +85,9 @@ def is_observed(index: int, every: int, seed: object) -> bool:
     A fixed beat would meet the same one of several forwards that a training makes in each of its steps.
 
     Args:
-        index: of the step.
+        index: the index of the step.
         every: 1 observes all.
-        seed: of the draws.
+        seed: seed of the random draws.
 
     >>> [index for index in range(12) if is_observed(index, 3, "seed")]
     [0, 4, 6, 11]

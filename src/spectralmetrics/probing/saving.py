@@ -34,9 +34,9 @@ def save_progress(
 
     Args:
         destination: the state dict.
-        prefix: of its keys.
+        prefix: the prefix of its keys.
         places: all layers in all stages.
-        steps: of the model.
+        steps: the steps of the model.
         order: the layers that have run, by number, in the order of their first run.
     """
     rows = [[p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran] for p in places]
@@ -94,7 +94,7 @@ class Sharded:
     Args:
         places: (stage, layer) -> metrics of this process.
         agree: gives what the processes agree on; None on a process by itself.
-        steps: of the model.
+        steps: the steps of the model.
         order: the layers that have run here, in the order of their first run; written to.
         remembered: by readers of windows, the same on all processes; written to.
         reset: forgets all observations.
@@ -249,7 +249,7 @@ class _Packed:
     """The sums of one layer in one stage.
 
     Attributes:
-        sketch_size: of sketches that are kept for the width's sake.
+        sketch_size: the size of sketches that are kept for the width's sake.
         sums: leader -> states.
         others: metric of another library -> states.
     """

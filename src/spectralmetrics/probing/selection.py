@@ -58,8 +58,8 @@ def select_among(
     """The layers of :func:`select_layers`, of modules that are known already.
 
     Args:
-        model: that they are part of.
-        modules: by qualified name.
+        model: the model that they are part of.
+        modules: modules by qualified name.
         layers: see :func:`select_layers`.
         exclude: likewise.
         parts: name -> names of the modules that are meant by it.

@@ -23,7 +23,7 @@ class Forward:
     """A forward of the model that runs.
 
     Attributes:
-        number: of the forward, in its stage and since the last reset.
+        number: the number of the forward, in its stage and since the last reset.
         is_observed: whether its layers are.
         ever: its number in its stage since the beginning; -1 if no history is to hold it.
         groups: metric, by its ``id`` -> number of the group that it keeps what it is shown in this forward in.
@@ -69,7 +69,7 @@ class Steps:
 
     Args:
         every: one in so many is observed.
-        seed: of the draws.
+        seed: seed of the random draws.
         budget: that must allow it, too.
 
     Attributes:
@@ -143,7 +143,7 @@ class Steps:
 
         Args:
             number: the least that it may be, one more than the layer's last.
-            stage: of the layer.
+            stage: the stage of the layer.
         """
         number = max(number, self.forwards[stage])
         self.alone[stage] = max(self.alone[stage], number + 1)

@@ -42,7 +42,7 @@ class SummaryRow(NamedTuple):
         width: the number of features D.
         ceiling: the most directions that its weights allow; D if that is unknown.
         observations: their number n.
-        value: of the statistic.
+        value: the value of the statistic.
         low: the lower end of its interval; NaN without folds.
         high: the upper end of its interval; NaN without folds or while a fold is empty.
         saturation: the intrinsic dimension as a share of D.
@@ -68,7 +68,7 @@ class Summary:
     """A table of layers; printing it fits 100 columns, and a notebook shows it as one.
 
     Args:
-        rows: in forward order.
+        rows: the rows in forward order.
         title: what it is a summary of.
         statistic: name of the value.
         findings: what stands out, problems first.
@@ -154,7 +154,7 @@ def summarise(
     Args:
         layers: name -> spectrum about the mean, on the CPU, in forward order.
         facts: name -> what is known of the layer besides.
-        metric: of the value to show; one that gives a single number.
+        metric: the metric of the value to show; one that gives a single number.
         threshold: share of the variance for dimension and saturation.
         where: the stage, and whatever else the title is to begin with.
 

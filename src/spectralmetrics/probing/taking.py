@@ -36,7 +36,7 @@ class Rows(Core):
     Attributes:
         masks: laid beside the model.
         labels: likewise.
-        layout: of sequences.
+        layout: the layout of sequences.
         selected: layers of whose output a function of the user's returns a part.
     """
 
@@ -116,7 +116,7 @@ class Rows(Core):
         """Hand to the metrics what this process gets of an output that is spread over processes.
 
         Args:
-            of_layer: whose output.
+            of_layer: the layer of the output.
             module: the layer.
             part: what this process has of the output.
             moment: what else belongs to the forward; its number says what is drawn.
@@ -165,7 +165,7 @@ class Rows(Core):
         """Hand the rows that an expert puts out for its tokens to the metrics.
 
         Args:
-            of_layer: whose tokens.
+            of_layer: the expert of the tokens.
             pairs: the tokens, of which some are drawn before the expert runs on them.
             moment: what else belongs to the forward.
         """
@@ -258,9 +258,9 @@ def _doubt_of(name: str, batch: Batch, layout: Layout, rule: ObservationRule) ->
     """The question about a layout that a user has to answer; empty if there is none.
 
     Args:
-        name: of the layer.
+        name: the name of the layer.
         batch: its output, as it was taken.
-        layout: of sequences, as the model tells.
+        layout: the layout of sequences, as the model tells.
         rule: what is an observation.
     """
     values = batch.values

@@ -42,7 +42,7 @@ class InsertedProjection(PCAProjection):
     """A projection of the first floating tensor in a layer's output.
 
     Args:
-        name: of the layer.
+        name: the name of the layer.
         dims: finds the dimension of the features; None goes by ``dim``.
         options: see :class:`PCAProjection`.
     """
@@ -157,7 +157,7 @@ def insert_projections(
         threshold: share of the variance to keep.
         exclude: taken away from these.
         center: see :class:`PCAProjection`.
-        dim: of the features; None takes the one that a :class:`~spectralmetrics.LayerProbe` takes.
+        dim: dimension of the features; None takes the one that a :class:`~spectralmetrics.LayerProbe` takes.
 
     Returns:
         The projections; ``remove()`` takes them off.
@@ -242,7 +242,7 @@ def randomize_projections(model: nn.Module, generator: torch.Generator | None = 
 
     Args:
         model: any module.
-        generator: of the directions; PyTorch's global one if None.
+        generator: the generator of the directions; PyTorch's global one if None.
 
     Returns:
         One row per projection, in the order of the model's modules.

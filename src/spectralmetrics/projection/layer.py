@@ -166,8 +166,8 @@ class PCAProjection(nn.Module):
         """Project onto random orthonormal directions of the same rank, until the threshold is set again.
 
         Args:
-            generator: of the directions; PyTorch's global one if None. On several processes, which call this
-                together, the first one's directions count.
+            generator: generator of the directions; PyTorch's global one if None. On several processes, which
+                call this together, the first one's directions count.
 
         Raises:
             RuntimeError: before any data was seen.

@@ -41,9 +41,9 @@ def compare(
 
     Args:
         left: directory of a run.
-        right: of another run; None compares two epochs of ``left``.
+        right: another run; None compares two epochs of ``left``.
         epochs: (left, right), of which the last record with arrays is compared; default: the last of each run.
-        stage: whose observations, ``"train"`` or ``"eval"``.
+        stage: the stage of the observations, ``"train"`` or ``"eval"``.
         threshold: the leading eigenspaces explain this share of the variance, in (0, 1].
 
     Returns:
@@ -243,8 +243,8 @@ def describe_comparison(
 
     Args:
         left: directory of a run.
-        right: of another run; None compares two epochs of ``left``.
-        epochs: of the left and of the right side; of two runs their last ones if None.
+        right: another run; None compares two epochs of ``left``.
+        epochs: epochs (left, right); default: the last of each run.
         stage: ``"train"`` or ``"eval"``.
         threshold: share of variance of the leading eigenspaces.
 

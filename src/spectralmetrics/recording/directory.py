@@ -42,7 +42,7 @@ class RunDirectory:
 
     Args:
         directory: absolute; made if it is not there.
-        writers: of the recorder.
+        writers: the writers of the recorder.
         statistics: name -> settings of those that the recorder computes.
         mode: see :class:`~spectralmetrics.Recorder`, as for what is raised.
 

@@ -38,10 +38,10 @@ def draw_run(
     Layers of which there is no spectrum are left out of that picture, with one warning that names them.
 
     Args:
-        directory: of the run; needs its ``records.csv``.
+        directory: the directory of the run; needs its ``records.csv``.
         epoch: whose last record the profiles and spectra are of; the last of all if None.
         statistics: names as in ``records.csv``, and ``"spectrum"``; all if None.
-        threshold: of the dashed lines in the spectra; that of the recorded saturation if None, or else 0.99.
+        threshold: threshold of the dashed lines in the spectra; default: as recorded for saturation, or 0.99.
         output: folder for the pictures; ``plots`` in the run's own if None.
         dpi: dots per inch.
         progress: called with the name of each picture before it is drawn.
@@ -129,8 +129,8 @@ def draw_runs(
     """Draw the profiles of several runs into one picture for each statistic and stage.
 
     Args:
-        directories: of the runs; each needs its ``records.csv``.
-        epoch: of all runs; the last of each if None.
+        directories: the directories of the runs; each needs its ``records.csv``.
+        epoch: the epoch of all runs; default: the last of each.
         statistics: names as in ``records.csv``; all if None. A run that lacks one is left out of that picture.
         output: folder for the pictures; ``plots`` of the first run if None.
         dpi: dots per inch.

@@ -56,7 +56,7 @@ def sweep(folder: Path, pattern: str) -> None:
     """Remove what a process left that was killed while it replaced a file.
 
     Args:
-        folder: of the file.
+        folder: the folder of the file.
         pattern: glob of the names that the files were to have.
 
     >>> import tempfile
@@ -81,10 +81,10 @@ def read_table(
     """Reads the lines of a CSV file behind its header.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         what: a line is, with its article.
         parse: makes something of the cells of a line; raises a ValueError where it cannot.
-        columns: of the header.
+        columns: the columns of the header.
         earlier: other headers, which earlier releases wrote.
 
     Raises:

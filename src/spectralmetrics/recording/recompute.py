@@ -30,8 +30,8 @@ def recompute(
     """Rebuild statistics from the arrays of a run (writer ``"arrays"``), including ones not recorded.
 
     Args:
-        directory: of the run.
-        threshold: of the statistics that have one, in (0, 1]; None: as recorded, or 0.99. Of several
+        directory: the directory of the run.
+        threshold: threshold of the statistics that have one, in (0, 1]; None: as recorded, or 0.99. Of several
             thresholds, each has its rows under ``"saturation@0.95"`` and the like.
         statistics: short names (:func:`spectralmetrics.statistics` lists them) or names that were recorded;
             metrics, for settings of their own; or a dict of metrics by name. None: the numbers recorded. A
@@ -98,7 +98,7 @@ def summarise_run(
     """The table of :meth:`.LayerProbe.summary`, from the arrays of a run (writer ``"arrays"``).
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
         epoch: whose last record that has arrays; None: the last of all.
         stage: ``"train"`` or ``"eval"``.
         statistic: a name that was recorded or a short name, of a statistic that is one number.

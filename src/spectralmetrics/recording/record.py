@@ -54,14 +54,14 @@ class Row(NamedTuple):
     """One number of a run; the columns of ``records.csv``.
 
     Attributes:
-        epoch: of the record.
+        epoch: the epoch of the record.
         stage: ``"train"``, ``"eval"``, or what :meth:`Recorder.add_scalar` was given.
         layer: its qualified name, or ``"mean"`` for the mean over all layers of that stage.
         statistic: the name of the metric or scalar.
         value: dimensions are int, all else is float.
         low: the lower end of its interval, see :meth:`.SpectralMetric.interval`; None without folds.
         high: the upper end of its interval; None without folds.
-        step: of a record within an epoch; None at the end of the epoch.
+        step: the step of a record within an epoch; None at the end of the epoch.
     """
 
     epoch: int
@@ -185,10 +185,10 @@ def tidy_rows(
     """The numbers among values, as rows, and after each stage the means over its layers.
 
     Args:
-        key: of the record.
+        key: the key of the record.
         values: (statistic, stage, layer) -> value, stage by stage and in forward order. What is no single
             number is left out.
-        intervals: of some of them, by the same keys.
+        intervals: the intervals of some of them, by the same keys.
 
     >>> import torch
     >>> values = {("saturation", "eval", layer): torch.tensor(0.5 * k) for k, layer in enumerate("ab", 1)}
@@ -228,7 +228,7 @@ def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stackl
     """Warn once for each statistic whose means leave out layers.
 
     Args:
-        rows: of one record or several.
+        rows: the rows of one record or several.
         known: statistics of which nothing is to be said, such as those that were warned of before.
         stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """

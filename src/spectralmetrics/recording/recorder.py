@@ -45,8 +45,8 @@ class Recorder:
     recorder and call :meth:`record` on all of them: they merge, and the first one writes.
 
     Args:
-        directory: of the run; made if it is not there.
-        probe: whose values to record; None records added scalars only.
+        directory: the directory of the run; made if it is not there.
+        probe: the probe whose values to record; None records added scalars only.
         writers: names among ``"csv"``, ``"arrays"``, ``"history"``, ``"console"``, ``"tensorboard"``,
             ``"plot"`` and ``"report"``, or instances of :class:`Writer`.
         mode: ``"create"`` refuses a directory that holds records and leaves it as it is; ``"resume"`` goes on
@@ -122,7 +122,7 @@ class Recorder:
             name: its statistic.
             value: a number, or a tensor of one element.
             stage: such as ``"eval"``.
-            layer: of a metric kept by hand.
+            layer: the layer of a metric kept by hand.
 
         Raises:
             TypeError: if the value is no number, or ``stage`` or ``layer`` no string.
@@ -165,8 +165,8 @@ class Recorder:
             reset: False goes on accumulating over the next record.
             progress: see :meth:`LayerProbe.compute`. What it raises ends the record, of which nothing is kept
                 then, and nothing is forgotten.
-            step: of a record within an epoch, or in a training without epochs: the number of optimiser steps so
-                far, above that of the last record of the same epoch. Such records hold numbers;
+            step: step of a record within an epoch, or in a training without epochs: the number of optimiser
+                steps so far, above that of the last record of the same epoch. Such records hold numbers;
                 ``ArraysWriter(every_step=True)`` keeps their arrays, too. None: the end of the epoch.
 
         Returns:

@@ -34,10 +34,10 @@ class SavedRun:
     """A recorded run, each part read when it is asked for.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
 
     Attributes:
-        directory: of the run.
+        directory: the directory of the run.
         arrays: key of a record -> its array file, earliest first.
 
     Raises:
@@ -143,7 +143,7 @@ class SavedRun:
         """The layers that have arrays in a record, one in memory at a time.
 
         Args:
-            key: of the record.
+            key: the key of the record.
             stage: whose layers; None: of all stages.
         """
         for layer in read_layers(self.arrays[key], self._needs_vectors):
@@ -170,8 +170,8 @@ class SavedRun:
         """Values of a record from its arrays, and the intervals of those that have one.
 
         Args:
-            key: of the record.
-            metrics: by the names of their statistics.
+            key: the key of the record.
+            metrics: the metrics by the names of their statistics.
             failures: told of what cannot be had.
         """
         values: dict[Key, Tensor] = {}
@@ -292,7 +292,7 @@ def read_records(directory: str | Path) -> list[dict[str, Any]]:
     """The numbers of a run, as it recorded them with the writer ``"csv"``.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
 
     Returns:
         One dict for each row of ``records.csv``, with its columns: epoch, stage, layer, statistic, value, … The

@@ -46,7 +46,7 @@ class Writer:
         """Called once, before the first record.
 
         Args:
-            directory: of the run; it exists.
+            directory: the directory of the run; it exists.
             last_epoch: the last epoch of which the end has been recorded, or None.
         """
 

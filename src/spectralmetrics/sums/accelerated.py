@@ -82,7 +82,7 @@ def add(moments: DenseSums, observations: Observations, centre: Centring) -> Non
         moments: the sums so far, on the device of the observations; with float32 products also in the memory
             of the CPU.
         observations: on an accelerator; of float32 or half precision, if the products are float32.
-        centre: of these sums.
+        centre: the centring on the origin of these sums.
     """
     values, valid = observations.values.detach(), observations.valid
     dim, total = observations.feature_dim, observations.num_observations

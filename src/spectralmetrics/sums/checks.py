@@ -44,8 +44,8 @@ def check_positive_integer(name: str, value: object, *, or_none: bool = False) -
     """Raise a ValueError unless a value is an integer above zero.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: the name of the argument.
+        value: the value of the argument.
         or_none: whether None will do as well.
 
     >>> check_positive_integer("dpi", 0)

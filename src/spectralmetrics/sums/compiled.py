@@ -306,7 +306,7 @@ def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
     Args:
         total: the number of observations.
         number: how many to draw, at most ``total``.
-        seed: of ``torch.rand``.
+        seed: the seed of ``torch.rand``.
         turn: where the ring begins, below ``total``.
     """
     library = _library()

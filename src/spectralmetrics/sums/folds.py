@@ -309,9 +309,9 @@ def empty_folds(number: int, num_features: int, device: torch.device | str | Non
     """Folds of no observations.
 
     Args:
-        number: of folds, g.
+        number: the number of folds g.
         num_features: the width D.
-        device: where the sums live; the CPU by default.
+        device: device of the sums; the CPU by default.
 
     >>> empty_folds(2, 3).seconds.shape
     torch.Size([2, 3, 3])

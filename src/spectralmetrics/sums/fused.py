@@ -185,11 +185,11 @@ def write_forward(
     """Write a forward's row of a history.
 
     Args:
-        counts: of the marginals, shape (2,), int64.
+        counts: the counts of the marginals, shape (2,), int64.
         totals: shape (4, D), contiguous.
         largest: shape (D,).
         origin: shape (D,).
-        row: of the ring, shape (8,).
+        row: a row of the ring, shape (8,).
         numbers: of the forward and the step of the optimiser; None where the row is of the same forward.
     """
     from spectralmetrics.sums import kernels

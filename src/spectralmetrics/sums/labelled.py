@@ -239,7 +239,7 @@ class LabelledIntake(Intake):
     """Adds labelled batches to moments and to the sums of their classes.
 
     Args:
-        dense: of the moments.
+        dense: the dense of the moments.
     """
 
     def __init__(self, dense: DenseIntake) -> None:
@@ -295,7 +295,7 @@ def empty_labelled(
     Args:
         num_classes: K.
         num_features: the width D.
-        device: where the sums live; the CPU by default.
+        device: device of the sums; the CPU by default.
         folds: number of folds g.
 
     >>> empty_labelled(10, 3).class_firsts.shape

@@ -83,7 +83,7 @@ def together(
 
     Args:
         exchanges: may end after different numbers of yields.
-        device: of what is yielded; each exchange receives its part where it sent it from.
+        device: the device of what is yielded; each exchange receives its part where it sent it from.
     """
     results: list[Any] = [None] * len(exchanges)
     waiting: dict[int, Tensor | Pieces] = {}

@@ -223,7 +223,7 @@ def empty_moments(num_features: int, device: torch.device | str | None = None) -
 
     Args:
         num_features: the width D.
-        device: where the sums live; the CPU by default.
+        device: device of the sums; the CPU by default.
 
     >>> empty_moments(3).second.shape
     torch.Size([3, 3])

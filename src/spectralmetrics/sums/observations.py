@@ -21,7 +21,7 @@ class Observations:
         labels: class of each row, shape (N,), int64, negative for those without one; None if there are none.
         forward: number of the forward that put them out, for histories; None: each batch is one by itself, and
             -1: of none that a history is to hold.
-        step: of the optimiser, that the forward belongs to; None if nobody said.
+        step: the step of the optimiser, that the forward belongs to; None if nobody said.
         start: number of the first observation among all of its source, which are numbered one by one; None
             where they are not.
 

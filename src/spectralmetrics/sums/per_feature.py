@@ -223,7 +223,7 @@ def empty_marginals(num_features: int, device: torch.device | str | None = None)
 
     Args:
         num_features: the width D.
-        device: where the sums live; the CPU by default.
+        device: device of the sums; the CPU by default.
 
     >>> empty_marginals(3).totals.shape
     torch.Size([4, 3])

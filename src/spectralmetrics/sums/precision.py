@@ -22,7 +22,7 @@ def no_autocast(device_type: str) -> Iterator[None]:
     autocast on by a function and not by a context: weights would be cast anew, and gradients differ.
 
     Args:
-        device_type: of the tensors to compute with.
+        device_type: the type of device of the tensors to compute with.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), no_autocast("cpu"):
     ...     (torch.eye(2) @ torch.eye(2)).dtype
@@ -43,7 +43,7 @@ def full_precision(device_type: str, float32: bool = True) -> Iterator[None]:
     """Products inside keep their dtype's precision under autocast, TF32 and bfloat16 matmul settings.
 
     Args:
-        device_type: of the tensors to multiply.
+        device_type: the type of device of the tensors to multiply.
         float32: whether there will be float32 products; float64 ones know no such settings.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision("cpu"):

@@ -37,7 +37,7 @@ class Reservoir(Sum):
         keys: shape (m,), float64, ascending; infinite where the place is empty.
         rows: shape (m, D), float64.
         capacity: m.
-        seed: of the keys.
+        seed: the seed of the keys.
     """
 
     states: ClassVar[dict[str, str]] = {"rows": "sample_rows", "keys": "sample_keys"}
@@ -162,7 +162,7 @@ def offer(reservoir: Reservoir, rows: Tensor, keys: Tensor) -> None:
     """Offer rows with these keys to the reservoir, in place.
 
     Args:
-        reservoir: of capacity m.
+        reservoir: the reservoir of capacity m.
         rows: shape (N, D), floating.
         keys: shape (N,); an infinite key never enters.
 

@@ -196,7 +196,7 @@ def _write_in_memory(ring: Tensor, found: Measured, started: tuple[int, int] | N
 
     Args:
         ring: shape (steps, 8).
-        found: of the batch.
+        found: the measurement of the batch.
         started: the numbers of the forward and the step that begin with it; None for more of the last forward.
     """
     rows, origin = ring.numpy(), found.origin.numpy()

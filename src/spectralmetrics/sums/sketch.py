@@ -60,7 +60,7 @@ class Sketch(AboutOrigin):
         first: the vector sum about the origin, shape (D,), float64.
         diagonal: the sum of squares about the origin, shape (D,), float64.
         image: Y, shape (D, k), float64.
-        seed: of the test matrix.
+        seed: the seed of the test matrix.
 
     >>> sketch = empty_sketch(4, 100)
     >>> intake = sketch.intake(torch.float64)
@@ -366,8 +366,8 @@ def empty_sketch(
     Args:
         size: number of columns k.
         num_features: the width D.
-        device: where the sums live; the CPU by default.
-        seed: of the test matrix.
+        device: device of the sums; the CPU by default.
+        seed: the seed of the test matrix.
 
     >>> empty_sketch(8, 100).image.shape
     torch.Size([100, 8])

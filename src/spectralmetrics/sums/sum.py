@@ -109,8 +109,8 @@ class Sum(ABC):
         Args:
             known: the result of an earlier exchange, if nothing has been added on this process since. It is
                 returned if all processes have one.
-            rank: of this process in the group.
-            world_size: of the group.
+            rank: the rank of this process in the group.
+            world_size: the number of processes in the group.
 
         Returns:
             The sum, the same on all processes; None if none knows a width.

@@ -50,7 +50,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
     list ``"words"``, ``"in_tail"`` 0 or 1. Where no run recorded the end of an epoch, epochs are steps.
 
     Args:
-        runs: by their names.
+        runs: the runs by their names.
         progress: called before each layer with what it is, and the number of all.
 
     Raises:
@@ -268,8 +268,8 @@ def _words_of_values(
 
     Args:
         run: without arrays.
-        axes: of its arrays.
-        statistics: of the page.
+        axes: the axes of its arrays.
+        statistics: the statistics of the page.
         words: to add to.
         thresholds: those of the page, of which the words hold at the recorded one; None: at all.
     """

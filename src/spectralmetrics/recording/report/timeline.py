@@ -19,8 +19,8 @@ def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, A
     """Layers by forwards; of several forwards in one column the largest value.
 
     Args:
-        rows: of a stage.
-        layers: of the page, in its order.
+        rows: the rows of a stage.
+        layers: the layers of the page, in its order.
 
     Returns:
         ``"layers"``, places in the page's list; ``"forwards"`` and ``"steps"``, the first and the last of each

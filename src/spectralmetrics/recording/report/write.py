@@ -30,8 +30,8 @@ def write_report(
     What cannot be had of some layers is left out, with one warning that names it.
 
     Args:
-        directories: of one or several runs, each with a ``records.csv`` or arrays.
-        path: of the HTML file; one that is there is replaced.
+        directories: the directories of one or several runs, each with a ``records.csv`` or arrays.
+        path: the path of the HTML file; one that is there is replaced.
         progress: called before each spectrum with what it is of, and the number of all spectra.
 
     Returns:
@@ -65,8 +65,8 @@ def write_page(
     """As :func:`write_report`.
 
     Args:
-        directories: of the runs.
-        path: of the file.
+        directories: the directories of the runs.
+        path: the path of the file.
         progress: see :func:`write_report`.
         refresh: seconds after which the page reloads; None: never.
     """

@@ -107,10 +107,10 @@ class SavedLayer:
     """One stage and layer of an array file, read when it is asked for.
 
     Args:
-        stage: of the layer.
+        stage: the stage of the layer.
         layer: its name.
         file: the open array file.
-        names: of the layer's arrays.
+        names: the names of the layer's arrays.
         needs_vectors: whether eigenvalues that were not saved come with eigenvectors, as in the record.
 
     Raises:
@@ -232,7 +232,7 @@ def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]
     """The layers of one array file in the order in which they were recorded; each reads its arrays when asked.
 
     Args:
-        path: of the file, which stays open as long as one of its layers lives.
+        path: the path of the file, which stays open as long as one of its layers lives.
         needs_vectors: see :class:`SavedLayer`.
 
     Raises:

@@ -110,8 +110,8 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
     Args:
         record: to show.
         max_layers: with more layers, only their means are shown.
-        width: of the screen, in characters. Columns that have no room go into further tables, one at least into
-            each; names longer than half of it are folded.
+        width: width of the screen, in characters. Columns that have no room go into further tables, one at
+            least into each; names longer than half of it are folded.
     """
     from rich.table import Table
     from rich.text import Text

@@ -96,7 +96,7 @@ def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
     """Stage -> the rows of a run's ``history.csv``, each forward of a layer once; none without one.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
 
     Raises:
         ValueError: for a file that is none of a recorder's, or damaged.
