@@ -349,7 +349,7 @@ class LayerSimilarity:
         """True if this process counts what these share, of which each has the same."""
         try:
             merged = set(dist.get_process_group_ranks(self.process_group))
-        except ValueError:  # this one is not among those that are merged
+        except (KeyError, ValueError):  # this one is not among those that are merged
             merged = set()
         return dist.get_rank() == min(ranks & merged or ranks)
 

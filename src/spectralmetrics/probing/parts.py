@@ -143,8 +143,10 @@ def part_of(values: Any) -> Part:
     mesh = values.device_mesh
     local = waited(values.to_local())
     local, placements = masked_parts(local, values.placements)
-    splits = [split_of(mesh.get_group(dim), each, values.ndim) for dim, each in enumerate(placements)]
-    return Part(local, tuple(values.shape), tuple(values.stride()), tuple(s for s in splits if s.size > 1))
+    # Along a dimension of one process nothing is divided, whatever its placement is called.
+    divided = [(dim, each) for dim, each in enumerate(placements) if mesh.size(dim) > 1]
+    splits = tuple(split_of(mesh.get_group(dim), each, values.ndim) for dim, each in divided)
+    return Part(local, tuple(values.shape), tuple(values.stride()), splits)
 
 
 PLACED = "placed "
@@ -156,14 +158,13 @@ def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
 
     The second tensor has no element: it tells the shape of the whole, which may be symbolic.
     """
-    kinds = []
-    for placement in values.placements:
-        kind = type(placement).__name__
+    kinds, mesh = [], values.device_mesh
+    for dim, placement in enumerate(values.placements):
+        kind = type(placement).__name__ if mesh.size(dim) > 1 else "Replicate"
         if kind not in ("Shard", "Replicate", "Partial"):
             return [], f"a compiled layer whose output is placed as {kind} cannot be observed"
         told = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
         kinds.append(f"{kind}:{told}")
-    mesh = values.device_mesh
     names = [mesh.get_group(dim).group_name for dim in range(len(kinds))]
     local = values.detach().to_local()
     return [local, local.new_empty((*values.shape, 0))], f"{PLACED}{','.join(kinds)} {','.join(names)}"

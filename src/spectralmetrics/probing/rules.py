@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
 
 from spectralmetrics.layers import is_time_first
 from spectralmetrics.probing.layout import FeatureDim, Found, dim_of
+from spectralmetrics.probing.parts import is_dtensor, part_of
 from spectralmetrics.probing.sampling import draw  # noqa: F401  # where 0.1.0 had it
 from spectralmetrics.sums import Observations
 from spectralmetrics.sums.checks import check_positive_integer
@@ -81,7 +82,8 @@ class ObservationRule:
         if isinstance(values, PackedSequence):
             padded, lengths = pad_packed_sequence(values._replace(data=values.data.detach()), batch_first=True)
             return Batch("sequence", padded, _up_to(lengths, padded))
-        values = values.detach()
+        # A DTensor that comes here is whole: processes that share one have made parts of it.
+        values = part_of(values).local if is_dtensor(values) else values.detach()
         if values.is_nested:
             parts = values.unbind()  # (T_i, D) each
             padded = pad_sequence(list(parts), batch_first=True)

@@ -654,6 +654,39 @@ def tensor_parallel_and_fsdp(rank, world):
         probe.remove()
 
 
+def a_mesh_of_one_process_is_as_none(rank, world):
+    """As where the degree of tensor parallelism is one: each process has DTensors and batches of its own."""
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))["tp"]
+    batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(world)]
+    expected = rows([batch for of_rank in batches for batch in of_rank])
+    with sm.LayerSimilarity(model := llama(), layers=list(KINDS)) as similarity:
+        for batch in batches[rank]:
+            model(batch)
+    similar = similarity.compute()
+    for is_local, sequence in itertools.product((True, False), repeat=2):
+        model = llama()
+        parallelize_module(model, mesh, plan(is_local=is_local, sequence=sequence))
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+        gradients = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR), observe="gradients")
+        with sm.LayerSimilarity(model, layers=list(KINDS)) as similarity:
+            for batch in batches[rank]:
+                loss_of(model(batch)).backward()
+        assert_holds(probe, "train", expected)
+        assert len(gradients.compute("train")) == len(gradients.layers)
+        found = similarity.compute()
+        assert found.count == similar.count
+        assert_same(found.matrix, similar.matrix, 1e-9)
+    model = llama(blocks=1)
+    parallelize_module(model, mesh, plan(is_local=False, sequence=True, blocks=1))
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+    run = torch.compile(model, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's own
+        for batch in batches[rank]:
+            run(batch)
+    assert_holds(probe, "train", rows([each for some in batches for each in some], KINDS, llama(blocks=1)))
+
+
 def layers_that_processes_share_are_compared_whole(rank, world):
     """Each forward counts once; also beside another model, which is whole everywhere."""
     batches = [tokens(seed, 5 + seed, 2 * world) for seed in range(3)]
@@ -741,6 +774,7 @@ EVERYWHERE = [
     select_says_what_nothing_tells,
     inputs_equal_one_process,
     context_parallel_rows_add_up,
+    a_mesh_of_one_process_is_as_none,
     layers_that_processes_share_are_compared_whole,
     tensor_parallel_and_fsdp,
     fsdp_alone_adds_up,
