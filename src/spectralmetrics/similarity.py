@@ -17,6 +17,7 @@ from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_c
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes, watch_outputs
@@ -295,7 +296,8 @@ class LayerSimilarity:
                 if forward is None:
                     return
                 batch = self.rule.batch(module, output, time_first=name in side.layout.time_first, dims=dims)
-                if is_context_parallel() and batch.kind != "rows" and not batch.is_feature_map:
+                is_divided = is_context_parallel() and is_one_of_several()
+                if is_divided and batch.kind != "rows" and not batch.is_feature_map:
                     raise LeftOut("each process has some positions of each sample inside context_parallel")
                 observations = batch.observations(self.rule)
                 products = gram(observations.rows())

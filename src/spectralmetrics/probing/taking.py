@@ -17,6 +17,7 @@ from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.core import Core
 from spectralmetrics.probing.experts import Pairs
 from spectralmetrics.probing.hooks import how_it_runs, tell
+from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
@@ -61,7 +62,9 @@ class Rows(Core):
 
     def _batch(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> Batch:
         batch = self.batch_of(of_layer, module, output, moment)
-        return self._of_some_positions(of_layer.layer, batch) if is_context_parallel() else batch
+        if is_context_parallel() and is_one_of_several():
+            return self._of_some_positions(of_layer.layer, batch)
+        return batch
 
     def _of_some_positions(self, name: str, batch: Batch) -> Batch:
         """A batch where each process has some positions of each sample, and has nothing of whole samples."""
