@@ -78,7 +78,7 @@ class Setting:
         self.is_judged = name == "judged"
         self.digits = networks.mnist() if self.is_judged else networks.small_digits()
         self.pixels = self.digits.images.shape[1]
-        self.first = 10_000 if self.is_judged else 0
+        self.first = 20_000 if self.is_judged else 0  # those from 10,000 on have taught a rule
 
     def mlp(self, rng: random.Random, outputs: int, activation: type[nn.Module] | None = None) -> nn.Module:
         if self.is_judged:

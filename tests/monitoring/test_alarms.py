@@ -140,7 +140,7 @@ def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
     "values",
     [
         [each + 3.0 * (k == 150) for k, each in enumerate(noise(0))],  # one odd batch
-        [each + 0.6 * (k >= 150) for k, each in enumerate(noise(0))],  # less than a factor of two
+        [each + 1.0 * (k >= 150) for k, each in enumerate(noise(0))],  # less than a factor of three
         [each + 3.0 * (k >= 5) for k, each in enumerate(noise(0))],  # before anything is known
         [3.0 * (k % 2) + each for k, each in enumerate(noise(0))],  # two kinds of batches in turn
         [0.01 * k + each for k, each in enumerate(noise(0))],  # growth
@@ -151,6 +151,13 @@ def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
 )
 def test_what_is_no_jump(values):
     assert not jumps({"a": values})
+
+
+@pytest.mark.parametrize(("change", "width", "found"), [(1.2, 4, 1), (-1.2, 4, 1), (1.2, 3, 0), (-3.4, 1, 0)])
+def test_a_jump_is_a_factor_of_three_in_a_layer_that_is_not_narrow(change, width, found):
+    values = [each + change * (k >= 150) for k, each in enumerate(noise(0))]
+    readings = [[reading("a", width=width)]] * 4
+    assert len(alarms_of(readings, scales=series({"a": values}))) == found
 
 
 def test_rules_of_one_s_own():

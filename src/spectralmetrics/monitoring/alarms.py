@@ -18,7 +18,8 @@ from spectralmetrics.table import plural
 AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "rms"]
 
 _NARROW = 4
-"""In narrower layers, and in networks of fewer outputs, few directions are as many as the task has."""
+"""In narrower layers, and in networks of fewer outputs, few directions are as many as the task has; nor do few
+features have a scale that is apart from their means."""
 _FALLEN = 4.0
 """A spread that was never larger by this factor has not fallen."""
 _PAST, _LAG = 6, 3
@@ -116,14 +117,15 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
     AlarmRule(
         "scale",
         "rms",
-        2,
+        3,
         1,
         0,
         0,
         math.nan,
         12,
         "the root mean square changed by more than this factor, and by more than so many medians of its own"
-        " last 64 changes, from one step to the next, and did not come back in the step after",
+        " last 64 changes, from one step to the next, and did not come back in the step after, in a layer of 4"
+        " features or more",
     ),
 )
 """The rules of a :class:`~spectralmetrics.Monitor`, unless it is given others."""
@@ -293,6 +295,8 @@ def _of_jumps(
     """One alarm for all that jumped, with the layer that did so first."""
     jumps = []
     for order, (numbers, scales) in enumerate(layers):
+        if numbers.width < _NARROW:  # the mean of one logit passes zero, and its scale is that of the mean
+            continue
         own = past[numbers.layer]
         known = [tuple(each) for each in own.get("scales", ())]
         series = known + [each for each in scales if not known or each[0] > known[-1][0]]
