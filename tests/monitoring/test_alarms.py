@@ -153,8 +153,11 @@ def test_what_is_no_jump(values):
     assert not jumps({"a": values})
 
 
-@pytest.mark.parametrize(("change", "width", "found"), [(1.2, 4, 1), (-1.2, 4, 1), (1.2, 3, 0), (-3.4, 1, 0)])
-def test_a_jump_is_a_factor_of_three_in_a_layer_that_is_not_narrow(change, width, found):
+@pytest.mark.parametrize(
+    ("change", "width", "found"),
+    [(1.2, 4, 1), (-1.2, 4, 1), (1.2, 3, 0), (-2.0, 1, 0), (2.4, 3, 1), (-2.4, 1, 1)],
+)
+def test_a_jump_is_a_factor_of_three_and_of_nine_in_a_narrow_layer(change, width, found):
     values = [each + change * (k >= 150) for k, each in enumerate(noise(0))]
     readings = [[reading("a", width=width)]] * 4
     assert len(alarms_of(readings, scales=series({"a": values}))) == found

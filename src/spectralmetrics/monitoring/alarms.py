@@ -19,7 +19,7 @@ AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "ef
 
 _NARROW = 4
 """In narrower layers, and in networks of fewer outputs, few directions are as many as the task has; nor do few
-features have a scale that is apart from their means."""
+features have a scale apart from that of their means."""
 _FALLEN = 4.0
 """A spread that was never larger by this factor has not fallen."""
 _PAST, _LAG = 6, 3
@@ -124,8 +124,8 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
         math.nan,
         12,
         "the root mean square changed by more than this factor, and by more than so many medians of its own"
-        " last 64 changes, from one step to the next, and did not come back in the step after, in a layer of 4"
-        " features or more",
+        " last 64 changes, from one step to the next, and did not come back in the step after; in a layer of"
+        " less than 4 features by more than its square",
     ),
 )
 """The rules of a :class:`~spectralmetrics.Monitor`, unless it is given others."""
@@ -295,15 +295,12 @@ def _of_jumps(
     """One alarm for all that jumped, with the layer that did so first."""
     jumps = []
     for order, (numbers, scales) in enumerate(layers):
-        if numbers.width < _NARROW:  # the mean of one logit passes zero, and its scale is that of the mean
-            continue
         own = past[numbers.layer]
         known = [tuple(each) for each in own.get("scales", ())]
         series = known + [each for each in scales if not known or each[0] > known[-1][0]]
         for index in range(max(len(known) - 1, 1), len(series) - 1):
-            change = _jump(
-                rule, [scale for _, _, scale in series[max(index - _MOST_CHANGES - 1, 0) : index + 2]]
-            )
+            some = [scale for _, _, scale in series[max(index - _MOST_CHANGES - 1, 0) : index + 2]]
+            change = _jump(rule, some, is_narrow=numbers.width < _NARROW)
             if change is not None:
                 forward, at, after = series[index]
                 happened = step if at is None else at + 1
@@ -322,14 +319,16 @@ def _of_jumps(
         yield Alarm(first.step, finding, first.before)
 
 
-def _jump(rule: AlarmRule, scales: Sequence[float]) -> float | None:
+def _jump(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> float | None:
     """The change to the last scale but one, if it is a jump from which the last has not come back."""
     *earlier, before, now, after = scales
     changes = [abs(b - a) for a, b in zip([*earlier, before], [*earlier[1:], before], strict=False)]
     changes = [each for each in changes if math.isfinite(each)]
     if len(changes) < _FEWEST_CHANGES:
         return None
-    limit = max(rule.deviations * statistics.median(changes), math.log(rule.threshold))
+    # The scale of one logit is that of its mean, which may pass zero.
+    factor = rule.threshold**2 if is_narrow else rule.threshold
+    limit = max(rule.deviations * statistics.median(changes), math.log(factor))
     # Compared with the middle of three, too: one odd batch neither begins nor ends with a jump.
     usual = statistics.median([*earlier[-2:], before])
     moves = [now - before, now - usual, after - before, after - usual]
