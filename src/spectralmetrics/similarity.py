@@ -17,15 +17,15 @@ from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_c
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
-from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes, watch_outputs
 from spectralmetrics.probing.parts import LeftOut, ranks_of, reason_of, whole_of
+from spectralmetrics.probing.placement import has_some_positions
 from spectralmetrics.probing.rules import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
-from spectralmetrics.torch_private import ignores_hooks, in_backward, is_context_parallel
+from spectralmetrics.torch_private import ignores_hooks, in_backward
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -296,8 +296,7 @@ class LayerSimilarity:
                 if forward is None:
                     return
                 batch = self.rule.batch(module, output, time_first=name in side.layout.time_first, dims=dims)
-                is_divided = is_context_parallel() and is_one_of_several()
-                if is_divided and batch.kind != "rows" and not batch.is_feature_map:
+                if has_some_positions(batch):
                     raise LeftOut("each process has some positions of each sample inside context_parallel")
                 observations = batch.observations(self.rule)
                 products = gram(observations.rows())

@@ -216,19 +216,14 @@ def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor
     number, size = len(rows), split.size
     cuts = [own_of(number, split._replace(rank=rank)) for rank in range(size)]
     counts = [cut.stop - cut.start for cut in cuts]
-    inner, item = rows.shape[1:-1], rows.element_size()
-    each = math.prod(inner) * item
-    incoming = [rows.shape[-1]] * size if widths is None else list(widths)
+    inner = rows.shape[1:-1]
+    each = math.prod(inner)
+    widths_in = [rows.shape[-1]] * size if widths is None else list(widths)
     own = counts[split.rank]
-    sent = rows.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
-    received = sent.new_empty(own * each * sum(incoming))
-    sizes = [own * each * width for width in incoming]
-    dist.all_to_all_single(
-        received, sent, sizes, [count * each * rows.shape[-1] for count in counts], group=split.group
-    )
+    incoming = [own * each * width for width in widths_in]
+    received = _swapped(rows, incoming, [count * each * rows.shape[-1] for count in counts], split.group)
     pieces = [
-        piece.view(rows.dtype).view(own, *inner, width)
-        for piece, width in zip(received.split(sizes), incoming, strict=True)
+        piece.view(own, *inner, width) for piece, width in zip(received.split(incoming), widths_in, strict=True)
     ]
     return torch.cat(pieces, -1) if widths is not None else _reduced(torch.stack(pieces), split.op)
 
@@ -242,12 +237,19 @@ def sent_rows(rows: Tensor, incoming: Sequence[int], outgoing: Sequence[int], gr
         outgoing: how many go to each.
         group: the processes.
     """
-    each = rows.shape[1] * rows.element_size()
-    sent = rows.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
-    received = sent.new_empty(sum(incoming) * each)
-    sizes = [number * each for number in incoming], [number * each for number in outgoing]
+    width = rows.shape[1]
+    sizes = [number * width for number in incoming], [number * width for number in outgoing]
+    return _swapped(rows, *sizes, group).view(-1, width)
+
+
+def _swapped(values: Tensor, incoming: Sequence[int], outgoing: Sequence[int], group: Any) -> Tensor:
+    """So many values of each process, flat, for so many of these for each; one collective."""
+    item = values.element_size()
+    sent = values.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
+    received = sent.new_empty(sum(incoming) * item)
+    sizes = [number * item for number in incoming], [number * item for number in outgoing]
     dist.all_to_all_single(received, sent, *sizes, group=group)
-    return received.view(rows.dtype).view(-1, rows.shape[1])
+    return received.view(values.dtype)
 
 
 def whole_of(part: Part) -> Tensor:
@@ -265,19 +267,12 @@ def whole_of(part: Part) -> Tensor:
 def _of_all(values: Tensor, split: Split, dim: int, sizes: Sequence[int]) -> list[Tensor]:
     """The parts of all processes of a group; they differ in the size of one dimension, if at all."""
     rows = values[None] if split.op else values.movedim(dim, 0)
-    shape, item = rows.shape[1:], rows.element_size()
-    each = math.prod(shape) * item
-    sent = rows.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
-    incoming = [size * each for size in sizes]
-    received = sent.new_empty(sum(incoming))
+    shape = rows.shape[1:]
+    incoming = [size * math.prod(shape) for size in sizes]
     # Rather than an all-gather, which takes no parts of several sizes.
-    dist.all_to_all_single(
-        received, sent.repeat(split.size), incoming, [len(sent)] * split.size, group=split.group
-    )
-    pieces = [
-        piece.view(rows.dtype).view(size, *shape)
-        for piece, size in zip(received.split(incoming), sizes, strict=True)
-    ]
+    sent = rows.repeat(split.size, *[1] * (rows.ndim - 1))
+    received = _swapped(sent, incoming, [rows.numel()] * split.size, split.group)
+    pieces = [piece.view(size, *shape) for piece, size in zip(received.split(incoming), sizes, strict=True)]
     return [piece[0] if split.op else piece.movedim(0, dim) for piece in pieces]
 
 
@@ -285,13 +280,12 @@ def ranks_of(part: Part) -> list[int]:
     """The processes that share a tensor."""
     rank = dist.get_rank()
     others = [[each - rank for each in dist.get_process_group_ranks(split.group)] for split in part.splits]
-    return sorted({rank + sum(offsets) for offsets in itertools.product(*others)})
+    return [rank + sum(offsets) for offsets in itertools.product(*others)]
 
 
 def first_rank(part: Part) -> int:
     """The first of the processes that share a tensor, by which they are known."""
-    rank = dist.get_rank()
-    return rank - sum(rank - dist.get_process_group_ranks(split.group)[0] for split in part.splits)
+    return ranks_of(part)[0]
 
 
 def _reduced(pieces: Tensor, op: str) -> Tensor:

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.parts import LeftOut, Part, Span, Split, exchange, own_of
 from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.sums import Observations
+from spectralmetrics.torch_private import is_context_parallel
 
 
 class Placed(NamedTuple):
@@ -166,6 +168,12 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
             rows = exchange(rows, split, part.sizes(number) if split.dim is not None else None)
     valid, labels = flags
     return replace(observations, values=rows, feature_dim=-1, valid=valid, labels=labels)
+
+
+def has_some_positions(batch: Batch) -> bool:
+    """True inside ``context_parallel`` if this process has some positions of each sample of a batch."""
+    is_whole = batch.kind == "rows" or batch.is_feature_map
+    return is_context_parallel() and not is_whole and is_one_of_several()
 
 
 def how_of_wholes(whole: Batch, rule: ObservationRule) -> str:

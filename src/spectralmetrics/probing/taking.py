@@ -17,18 +17,17 @@ from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.core import Core
 from spectralmetrics.probing.experts import Pairs
 from spectralmetrics.probing.hooks import how_it_runs, tell
-from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.parts import LeftOut, Part, Split, first_rank
-from spectralmetrics.probing.placement import bring, how_of_wholes, place, placed_as
+from spectralmetrics.probing.placement import bring, has_some_positions, how_of_wholes, place, placed_as
 from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums import Observations
 from spectralmetrics.sums.observations import of_forward, plain_observations
-from spectralmetrics.torch_private import is_context_parallel, is_fake
+from spectralmetrics.torch_private import is_fake
 
 
 class Rows(Core):
@@ -62,14 +61,10 @@ class Rows(Core):
 
     def _batch(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> Batch:
         batch = self.batch_of(of_layer, module, output, moment)
-        if is_context_parallel() and is_one_of_several():
-            return self._of_some_positions(of_layer.layer, batch)
-        return batch
+        return self._of_some_positions(of_layer.layer, batch) if has_some_positions(batch) else batch
 
     def _of_some_positions(self, name: str, batch: Batch) -> Batch:
         """A batch where each process has some positions of each sample, and has nothing of whole samples."""
-        if batch.kind == "rows" or batch.is_feature_map:
-            return batch
         if how := how_of_wholes(batch, self.rule):
             raise LeftOut(
                 f"{how} needs whole samples, of which each process has some positions inside context_parallel."

@@ -239,7 +239,7 @@ class LabelledIntake(Intake):
     """Adds labelled batches to moments and to the sums of their classes.
 
     Args:
-        dense: the dense of the moments.
+        dense: the intake of the moments.
     """
 
     def __init__(self, dense: DenseIntake) -> None:

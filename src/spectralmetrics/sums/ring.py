@@ -185,10 +185,15 @@ def _row(found: Measured) -> Tensor:
     """The numbers of one batch from the largest magnitude on, about zero, shape (6,)."""
     count, left_out = found.counts.to(torch.float64)
     first, squares, _, nonzero = found.totals
-    total = (first + count * found.origin).sum()
-    # Σ x² = Σ (x − o)² + 2 o Σ (x − o) + n o²
-    about_zero = (squares + found.origin * (2 * first + count * found.origin)).sum()
+    total, about_zero = _about_zero(first, squares, count, found.origin)
     return torch.stack([found.largest.amax(), count, left_out, total, about_zero, nonzero.sum()])
+
+
+def _about_zero(first: Any, squares: Any, count: Any, origin: Any) -> tuple[Any, Any]:
+    """The sums of all values and of their squares, of arrays or tensors of sums about an origin."""
+    moved = count * origin
+    # Σ x² = Σ (x − o)² + 2 o Σ (x − o) + n o²
+    return (first + moved).sum(), (squares + origin * (2 * first + moved)).sum()
 
 
 def _write_in_memory(ring: Tensor, found: Measured, started: tuple[int, int] | None) -> None:
@@ -203,9 +208,7 @@ def _write_in_memory(ring: Tensor, found: Measured, started: tuple[int, int] | N
     first, squares, _, nonzero = found.totals.numpy()
     count, left_out = found.counts.tolist()
     with np.errstate(all="ignore"):  # numbers beyond range become infinities, without a word as by PyTorch
-        moved = count * origin
-        total = (first + moved).sum()
-        about_zero = (squares + origin * (2 * first + moved)).sum()
+        total, about_zero = _about_zero(first, squares, count, origin)
     added = (count, left_out, total, about_zero, nonzero.sum())
     largest, end = found.largest.numpy().max(), rows[-1]
     if started is None:
