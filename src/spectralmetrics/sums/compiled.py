@@ -182,7 +182,7 @@ def is_in_memory(values: Tensor) -> bool:
     return (
         # No subclass, which may hold its data elsewhere or not at all.
         type(values) in (Tensor, torch.nn.Parameter)
-        and values.device.type == "cpu"
+        and values.is_cpu
         and values.layout == torch.strided
         and not values.is_neg()
         and not values._is_zerotensor()
