@@ -14,7 +14,7 @@ from torch import nn
 import spectralmetrics as sm
 from spectralmetrics import LayerProbe, insert_projections, register_layer
 from spectralmetrics.layers import default_layers, kind_of
-from spectralmetrics.probing.rules import first_tensor
+from spectralmetrics.probing.outputs import first_tensor
 
 MODULES = {
     name: each

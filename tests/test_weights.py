@@ -94,7 +94,7 @@ def test_every_matrix_once_against_numpy():
     state = model.state_dict()
     expected = {
         "0": state["0.weight"].flatten(1),
-        "1": state["1.weight"].transpose(0, 1).flatten(1),
+        "1": torch.cat([group.transpose(0, 1).flatten(1) for group in state["1.weight"].chunk(2)]),
         "3": state["3.weight"],
         "4.weight_ih_l0": state["4.weight_ih_l0"],
         "4.weight_hh_l0": state["4.weight_hh_l0"],

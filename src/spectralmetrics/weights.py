@@ -42,6 +42,7 @@ class WeightMatrix(NamedTuple):
         bring: gives the parameter.
         expert: which of the matrices stacked in the parameter it is; None if the parameter is one matrix.
         inputs_first: whether the parameter holds the inputs in its first dimension.
+        groups: groups of a convolution, each with its own inputs.
     """
 
     layer: str
@@ -50,6 +51,7 @@ class WeightMatrix(NamedTuple):
     bring: Callable[[], Tensor]
     expert: int | None = None
     inputs_first: bool = False
+    groups: int = 1
 
     def of(self, parameter: Tensor) -> Tensor:
         """The matrix in a value of its parameter, shape (fan-out, fan-in), float64."""
@@ -63,7 +65,8 @@ class WeightMatrix(NamedTuple):
         if self.expert is not None:
             weight = weight[self.expert]
         if self.inputs_first:
-            weight = weight.transpose(0, 1)
+            # (in, out/groups, *kernel) -> (out, in/groups, *kernel), as of a convolution that is not transposed
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.flatten(1).to(torch.float64)
 
 
@@ -119,8 +122,7 @@ class WeightSummary:
         lines = text_table(heads, cells, left=("type",))
         return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped.items())])
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
     def to_pandas(self) -> pandas.DataFrame:
         """The rows as a data frame, a column for each statistic; those of updates begin with ``update_``.
@@ -247,6 +249,7 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
             continue
         prefix = "" if name == type(module).__name__ else f"{name}."
         inputs_first = has_inputs_first(module)
+        groups = module.groups if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 1
         for own, parameter, bring in weights_of(module):
             if id(parameter) in seen or is_lazy(parameter) or len(shape := bring().shape) < 2:
                 continue
@@ -258,7 +261,9 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
             stacked = len(shape) == 3 and not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
             for expert in range(shape[0]) if stacked else (None,):
                 row = layer if expert is None else f"{layer}.{expert}"
-                yield WeightMatrix(row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first)
+                yield WeightMatrix(
+                    row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first, groups
+                )
 
 
 def without_wrappers(name: str) -> str:
@@ -317,8 +322,7 @@ def _update(
         raise ValueError(
             f"expected {matrix.parameter!r} of shape {tuple(weight.shape)} in since, got {tuple(earlier.shape)}"
         )
-    values = _squared_singular_values(weight - earlier)
-    if values is None:
+    if (values := _squared_singular_values(weight - earlier)) is None:
         return nothing
     size, change = float(earlier.norm()), float((weight - earlier).norm())
     relative = change / size if size else (math.inf if change else 0.0)

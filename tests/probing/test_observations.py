@@ -9,8 +9,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from spectralmetrics import LayerProbe
 from spectralmetrics.functional import Observations
+from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import Part
-from spectralmetrics.probing.rules import ObservationRule, first_tensor
+from spectralmetrics.probing.rules import ObservationRule
 from spectralmetrics.probing.sampling import draw
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -246,6 +247,35 @@ class TestSequences:
             sets_of_rows_equal(observe(nn.Linear(4, 4), nested), torch.cat(parts))
             expected = torch.stack([part[-1] for part in parts])
             sets_of_rows_equal(observe(nn.Linear(4, 4), nested, sequences="last"), expected)
+
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    @pytest.mark.parametrize("lengths", [(3, 6, 1), (5, 5)])
+    def test_nested_tensors_whose_features_are_elsewhere(self, lengths):
+        parts = [torch.randn(length, 4) for length in lengths]
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+        sets_of_rows_equal(observe(nn.Identity(), nested), torch.cat(parts))  # (N, D, T*)
+        if len(set(lengths)) > 1:  # nothing tells which dimension is ragged
+            nested = torch.nested.nested_tensor([part.T for part in parts])
+            sets_of_rows_equal(observe(nn.Identity(), nested), torch.cat(parts))
+
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    def test_nested_tensors_of_four_dimensions(self):
+        parts = [torch.randn(length, 2, 4) for length in (3, 6, 1)]
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        expected = torch.cat(parts).flatten(0, 1)
+        sets_of_rows_equal(observe(nn.Linear(4, 4), nested), expected)  # (N, T*, H, D)
+        by_heads = torch.cat([part.transpose(0, 1).flatten(0, 1) for part in parts])
+        sets_of_rows_equal(observe(nn.Linear(4, 4), nested.transpose(1, 2)), by_heads)  # (N, H, T*, D)
+        means = torch.stack([part.flatten(0, 1).mean(0) for part in parts])
+        close = observe(nn.Linear(4, 4), nested, feature_maps="mean")
+        torch.testing.assert_close(close, means)
+
+    @pytest.mark.filterwarnings("ignore:.*nested tensors")
+    def test_nested_tensors_that_are_no_sequences(self):
+        with pytest.raises(ValueError, match=r"differ in one dimension, got shapes \[\(2, 3\), \(3, 2\)\]"):
+            observe(nn.Linear(3, 3), torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(3, 2)]))
+        with pytest.raises(ValueError, match=r"got samples of shapes \[\(2,\), \(3,\)\]"):
+            observe(nn.Linear(3, 3), torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]))
 
     def test_masks_of_another_shape_do_not_apply(self):
         mask = torch.zeros(3, 4, dtype=torch.bool)

@@ -69,7 +69,7 @@ KINDS = {
     "refusing": (lambda x: x.as_subclass(Refusing), 0),
     "wrapping": (Wrapping, ROWS),
     "jagged": (jagged, ROWS),
-    "jagged, time last": (lambda x: jagged(x).transpose(1, 2), 0),
+    "jagged, time last": (lambda x: jagged(x).transpose(1, 2), ROWS),
     "nested, strided": (lambda x: torch.nested.as_nested_tensor([x[:1], x[1:]]), ROWS),
     "sparse": (lambda x: x.to_sparse(), 0),
     "sparse rows": (lambda x: x.to_sparse_csr(), 0),

@@ -721,7 +721,7 @@ class TestControls:
         model = nn.Sequential(nn.Identity())
         LayerProbe(model, layers="0").remove()
         probe = LayerProbe(model, layers="0")
-        with pytest.warns(UserWarning, match="floating tensor in the output, got Tensor"):
+        with pytest.warns(UserWarning, match="floating tensor in the output, got a Tensor of torch.int64"):
             model(torch.arange(3))
         assert_nothing(probe, "floating tensor in the output")
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spectralmetrics.probing.rules import first_tensor
+from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.sampling import draw_place
 
 # What is measured from inside misses what the work does to caches: seen from outside, trainings took up to 1.7

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from spectralmetrics.probing.outputs import first_tensor, not_floating
 from spectralmetrics.probing.parts import PLACED, part_from, take_dtensor_apart
 from spectralmetrics.probing.routed import Routed
-from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.torch_private import (
     is_known,
     jagged,
@@ -83,7 +83,7 @@ def take_apart(output: Any) -> tuple[list[Tensor], str]:
             parts += [values.sorted_indices, values.unsorted_indices]
         return parts, "packed"
     if values is None:
-        return [], f"expected a floating tensor in the output, got {type(output).__name__}"
+        return [], not_floating(output)
     if not is_known(values):
         if type(values).__name__ == "DTensor":
             return take_dtensor_apart(values)

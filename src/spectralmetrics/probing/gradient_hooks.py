@@ -29,8 +29,8 @@ from spectralmetrics.probing.gradient_graph import (
 )
 from spectralmetrics.probing.gradients import COMPUTED, UNKNOWN, Awaited, GradientRouter
 from spectralmetrics.probing.hooks import Select
+from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import is_dtensor
-from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.torch_private import base_of_view, is_exporting, is_known, skip_frames
 
 _IS_INPUT = "a compiled layer that returns its input, or a view of it, has no gradient of its own to observe"

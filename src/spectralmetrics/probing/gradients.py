@@ -20,10 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.gradient_graph import Arrival, Form, OfBase, Region, tensors_in
 from spectralmetrics.probing.hooks import Select, how_it_runs
+from spectralmetrics.probing.outputs import first_tensor, not_floating
 from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
-from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.probing.steps import Moment
 from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once
 
@@ -141,7 +141,7 @@ class GradientRouter(Router):
     ) -> None:
         selected = first_tensor(output if select is None else select(output))
         if selected is None:
-            raise LeftOut(f"expected a floating tensor in the output, got {type(output).__name__}")
+            raise LeftOut(not_floating(output))
         values = selected.data if isinstance(selected, PackedSequence) else selected
         packing = tuple(selected)[1:] if isinstance(selected, PackedSequence) else None
         base = base_of_view(values)

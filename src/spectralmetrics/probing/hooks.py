@@ -27,7 +27,7 @@ from spectralmetrics.probing.compilation import (
     take_apart,
 )
 from spectralmetrics.probing.copies import Handles, OwnHook, leave_out_of_copies, take_off
-from spectralmetrics.probing.rules import first_tensor
+from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.sums import no_autocast
 from spectralmetrics.torch_private import (
     heed_hooks,

@@ -17,8 +17,8 @@ from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_w
 from spectralmetrics.probing.hooks import Hooks, Observe, Select
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
+from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
-from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.probing.selecting import Selecting
 
 _UNKNOWN = -1

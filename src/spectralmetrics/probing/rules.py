@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from spectralmetrics.layers import is_time_first
 from spectralmetrics.probing.layout import FeatureDim, Found, dim_of
+from spectralmetrics.probing.outputs import first_tensor, not_floating, padded_nested, up_to
 from spectralmetrics.probing.parts import is_dtensor, part_of
 from spectralmetrics.probing.sampling import draw  # noqa: F401  # where 0.1.0 had it
 from spectralmetrics.sums import Observations
 from spectralmetrics.sums.checks import check_positive_integer
-from spectralmetrics.torch_private import is_known
 
 FeatureMaps = Literal["positions", "mean", "max", "median", "flatten"]
 Sequences = Literal["timesteps", "last", "mean", "flatten"]
@@ -78,18 +76,26 @@ class ObservationRule:
         """
         values = output if type(output) is Tensor and output.is_floating_point() else first_tensor(output)
         if values is None:
-            raise ValueError(f"expected a floating tensor in the output, got {type(output).__name__}")
+            raise ValueError(not_floating(output))
         if isinstance(values, PackedSequence):
             padded, lengths = pad_packed_sequence(values._replace(data=values.data.detach()), batch_first=True)
-            return Batch("sequence", padded, _up_to(lengths, padded))
+            return Batch("sequence", padded, up_to(lengths, padded))
         # A DTensor that comes here is whole: processes that share one have made parts of it.
         values = part_of(values).local if is_dtensor(values) else values.detach()
         if values.is_nested:
-            parts = values.unbind()  # (T_i, D) each
-            padded = pad_sequence(list(parts), batch_first=True)
-            return Batch(
-                "sequence", padded, _up_to(torch.tensor([len(part) for part in parts], device="cpu"), padded)
-            )
+            values, valid, ragged = padded_nested(values)
+            found = Found(values.ndim - 1)
+            if values.ndim > 3 and module is not None:
+                dims = dim_of(module, of_inputs=self.observe == "inputs") if dims is None else dims
+                found = dims.find(values)
+            if found.dim in (0, ragged):  # sizes that differ are no features
+                found = Found(max({*range(1, values.ndim)} - {ragged}))
+            if values.ndim == 3:
+                return Batch("sequence", values.movedim(found.dim, 2), valid)
+            others = [dim for dim in range(1, values.ndim) if dim != found.dim]
+            valid = valid.reshape(len(valid), *(values.shape[dim] if dim == ragged else 1 for dim in others))
+            valid = valid.expand(len(valid), *(values.shape[dim] for dim in others))
+            return replace(_samples_first(values, found, False, False), valid=valid, order=())
         if values.ndim == 0:
             raise ValueError("expected an output with features, got a scalar")
         if module is None:
@@ -209,42 +215,6 @@ _STEPS = ObservationRule()
 _MEANS = ObservationRule(feature_maps="mean", sequences="mean")
 
 
-def first_tensor(output: Any) -> Tensor | PackedSequence | None:
-    """The first floating tensor in a nest of tuples, lists, mappings and dataclasses; None if there is none.
-
-    >>> first_tensor({"ids": torch.zeros(2, dtype=torch.int64), "hidden": (torch.ones(3),)})
-    tensor([1., 1., 1.])
-    """
-    return _first_tensor(output, ())
-
-
-def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequence | None:
-    if output is None:  # of whose class the Dynamo of torch 2.8 can ask nothing
-        return None
-    if isinstance(output, Tensor):
-        # What is called on a subclass while a graph is traced may end it.
-        is_unknown = torch.compiler.is_compiling() and not is_known(output)
-        return output if is_unknown or output.is_floating_point() else None
-    if isinstance(output, PackedSequence):  # itself a tuple
-        return output if output.data.is_floating_point() else None
-    # A compiler does not know how to compare tuples by identity, and what it traces ends.
-    if not torch.compiler.is_compiling() and any(output is outer for outer in inside):
-        return None  # a nest that holds itself
-    parts: Any = ()
-    if isinstance(output, Mapping):
-        parts = output.values()
-    elif isinstance(output, (tuple, list)):
-        parts = output
-    elif dataclasses.is_dataclass(output):
-        parts = (getattr(output, field.name, None) for field in dataclasses.fields(output))
-    inside = (*inside, output)
-    for part in parts:
-        found = _first_tensor(part, inside)
-        if found is not None:
-            return found
-    return None
-
-
 def _samples_first(values: Tensor, found: Found, takes_sequences: bool, time_first: bool) -> Batch:
     dim = found.dim
     guessed_dim = dim if found.is_guess else None
@@ -265,12 +235,6 @@ def _samples_first(values: Tensor, found: Found, takes_sequences: bool, time_fir
     order = (order[0], order[dim], *order[1:dim], *order[dim + 1 :])
     values = values.movedim(dim, 1)
     return Batch("maps", values, is_feature_map=is_feature_map, guessed_dim=guessed_dim, order=order)
-
-
-def _up_to(lengths: Tensor, padded: Tensor) -> Tensor:
-    """(N, T) boolean, True for the first steps of each sequence."""
-    steps = torch.arange(padded.shape[1], device=lengths.device)
-    return (steps < lengths[:, None]).to(padded.device)
 
 
 def _observe_maps(batch: Batch, rule: ObservationRule) -> Observations:

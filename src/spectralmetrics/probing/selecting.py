@@ -19,8 +19,8 @@ from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.checksums import extremes
 from spectralmetrics.probing.hooks import Select
 from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import LeftOut, Part, is_dtensor, part_of, reason_of
-from spectralmetrics.probing.rules import first_tensor
 from spectralmetrics.torch_private import default_store
 
 _PROBES: Counter[tuple[str, ...]] = Counter()  # layers with functions that select -> probes so far
