@@ -121,7 +121,7 @@ def draw(steps, updates, path):
         lower.plot(list(found), list(found.values()), lw=1.5, ms=4, **line)
     lower.set_xscale("log", base=2)
     lower.set_xticks(list(found), [str(width) for width in found])
-    lower.set_ylim(0, 14)
+    lower.set_ylim(0, 1.4 * lower.get_ylim()[1])  # room for the legend
     lower.set_xlabel("width of the layer")
     lower.set_ylabel("rows per second, relative to Delve")
     lower.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
