@@ -86,27 +86,27 @@ class ObservationRule:
             values, valid, ragged = padded_nested(values)
             found = Found(values.ndim - 1)
             if values.ndim > 3 and module is not None:
-                dims = dim_of(module, of_inputs=self.observe == "inputs") if dims is None else dims
-                found = dims.find(values)
+                found = self._dims(module, dims).find(values)
             if found.dim in (0, ragged):  # sizes that differ are no features
                 found = Found(max({*range(1, values.ndim)} - {ragged}))
             if values.ndim == 3:
                 return Batch("sequence", values.movedim(found.dim, 2), valid)
-            others = [dim for dim in range(1, values.ndim) if dim != found.dim]
-            valid = valid.reshape(len(valid), *(values.shape[dim] if dim == ragged else 1 for dim in others))
-            valid = valid.expand(len(valid), *(values.shape[dim] for dim in others))
-            return replace(_samples_first(values, found, False, False), valid=valid, order=())
+            batch = _samples_first(values, found, False, False)
+            return replace(batch.with_steps(valid, batch.order.index(ragged)), order=())
         if values.ndim == 0:
             raise ValueError("expected an output with features, got a scalar")
         if module is None:
             found, takes_sequences = Found(1 if values.ndim > 3 else values.ndim - 1), False
         else:
-            dims = dim_of(module, of_inputs=self.observe == "inputs") if dims is None else dims
+            dims = self._dims(module, dims)
             found, takes_sequences = dims.find(values), dims.takes_sequences
             own = is_time_first(module)
             time_first = time_first if own is None else own
         batch = _samples_first(values, found, takes_sequences, time_first)
         return batch if mask is None else batch.masked(mask, time_first)
+
+    def _dims(self, module: nn.Module, dims: FeatureDim | None) -> FeatureDim:
+        return dim_of(module, of_inputs=self.observe == "inputs") if dims is None else dims
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,17 @@ class Batch:
                 return self
             return replace(self, values=values, valid=mask.to(values.device), order=order)
         if self.kind == "maps" and not self.is_feature_map and len(values) == samples:
-            fitting = [dim for dim, size in enumerate(values.shape[2:], 1) if size == steps]
+            fitting = [dim for dim, size in enumerate(values.shape[2:], 2) if size == steps]
             if len(fitting) == 1:
-                sizes = [steps if dim in fitting else 1 for dim in range(1, values.ndim - 1)]
-                valid = mask.to(values.device).reshape(samples, *sizes).expand(samples, *values.shape[2:])
-                return replace(self, valid=valid)
+                return self.with_steps(mask, fitting[0])
         return self
+
+    def with_steps(self, valid: Tensor, dim: int) -> Batch:
+        """Maps with (N, T) flags of the steps along one of their spatial dimensions."""
+        values = self.values
+        sizes = [size if each == dim else 1 for each, size in enumerate(values.shape[2:], 2)]
+        flags = valid.to(values.device).reshape(len(valid), *sizes)
+        return replace(self, valid=flags.expand(len(valid), *values.shape[2:]))
 
     def first(self, num_samples: int) -> Batch:
         """The first samples only, with what belongs to them."""
