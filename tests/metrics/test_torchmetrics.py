@@ -20,7 +20,7 @@ from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Run
 
 import spectralmetrics as sm
 from spectralmetrics.metrics import overrides, stream
-from spectralmetrics.sums import Observations, decomposition, intake, per_feature
+from spectralmetrics.sums import Observations, compiled, decomposition, intake, per_feature, recentring
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -162,6 +162,22 @@ class TestBadData:
             plain = plain + 6 * np.log(magnitude)
         torch.testing.assert_close(value, plain, rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            (torch.ones(4, 3).to_sparse(), r"got one of layout torch\.sparse_coo; give its `to_dense\(\)`"),
+            (torch.ones(4, 3, device="meta"), "got one on the device meta, which holds no values"),
+            (torch.nested.as_nested_tensor([torch.ones(4, 3)]), "got a nested one; give `torch.cat"),
+            (torch.nested.as_nested_tensor([torch.ones(4, 3)], layout=torch.jagged), "got a nested one"),
+        ],
+        ids=["sparse", "meta", "nested", "jagged"],
+    )
+    def test_what_is_no_dense_tensor_is_named(self, rows, message):
+        metric = feed(sm.SaturationMetric(), random_rows(0, 10, 3))
+        with pytest.raises(TypeError, match="expected observations as a dense tensor, " + message):
+            metric.update(rows)
+        assert_same(metric.compute(), feed(sm.SaturationMetric(), random_rows(0, 10, 3)).compute())
+
     def test_overflow_is_an_error(self):
         metric = feed(sm.SaturationMetric(), random_rows(0, 10, 3) * 1e200)
         with pytest.raises(
@@ -176,8 +192,9 @@ class TestBadData:
     @pytest.mark.parametrize("nan_strategy", ["warn", "error", "ignore"])
     def test_overflow_is_named_as_overflow(self, largest, dtype, gram_dtype, nan_strategy):
         metric = sm.CovarianceTraceMetric(gram_dtype=gram_dtype, nan_strategy=nan_strategy)
-        metric.update(torch.tensor([[largest], [-largest]], dtype=dtype))
-        assert (int(metric.count), int(metric.non_finite)) == (2, 0)
+        # More than the largest number from their mean, wherever the origin is.
+        metric.update(torch.tensor([[largest], [-largest], [-largest]], dtype=dtype))
+        assert (int(metric.count), int(metric.non_finite)) == (3, 0)
         with pytest.raises(RuntimeError, match=r"the observations overflow.*scale them down before"):
             metric.compute()
         metric.reset()
@@ -703,6 +720,11 @@ class HostReads(TorchDispatchMode):
 
 
 class TestNoSynchronisation:
+    @pytest.fixture(autouse=True)
+    def _as_on_an_accelerator(self, monkeypatch):
+        monkeypatch.setattr(recentring, "is_read_freely", lambda values: False)
+        monkeypatch.setattr(compiled, "takes", lambda *args: False)
+
     def test_the_guard_itself(self):
         x = torch.ones(3)
         for read in (lambda: x[0].item(), lambda: bool(x.sum() > 0), lambda: x[x > 0], lambda: x.nonzero()):

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import compiled
+from spectralmetrics.sums import compiled, recentring
 from spectralmetrics.sums.checks import check_type
 from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
+from spectralmetrics.sums.recentring import as_rows, block_rows, clear, row_flags
 from spectralmetrics.sums.workspace import workspace
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
@@ -30,6 +31,7 @@ _ACCELERATOR_WORKSPACE_BYTES = 2**26
 _MINIMUM_ROWS_PER_PRODUCT = 1024
 # Float32 products of magnitudes between these need no scaling.
 _UNSCALED = 1.0, 2.0**50
+_NATIVE = (torch.float32, torch.float64)  # of compiled sums
 
 
 def accumulate(
@@ -90,19 +92,19 @@ def accumulate(
     if valid is not None:  # its rows are enumerated with the features last
         values = observations.rows()
     is_compiled = compiled.takes(moments, values, gram_dtype)
-    if is_compiled and not recentre and values.dtype in (torch.float32, torch.float64):
+    if is_compiled and values.dtype in _NATIVE:
         limit = values.numel()  # cuts them by itself
     # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
         feature_dim = observations.feature_dim if valid is None else -1
         for piece, dim, start in _blocks(values, feature_dim, limit):
             chosen = None if valid is None else valid[start : start + piece.shape[0]]
-            if recentre:
-                copy = workspace(piece, "rows", piece.shape, dtype).copy_(piece)
-                _recentre(moments, _as_rows(copy, dim), chosen, rounded=values.dtype != torch.float64)
             if is_compiled:
-                _add_compiled(moments, piece, dim, chosen, gram_dtype)
-            elif recentre or chosen is not None or not _add_if_finite(moments, piece, dim, dtype, gram_dtype):
+                _add_compiled(moments, piece, dim, chosen, gram_dtype, recentre)
+                continue
+            if recentre:
+                recentring.recentre(moments, piece, dim, chosen, dtype)
+            if chosen is not None or not _add_if_finite(moments, piece, dim, dtype, gram_dtype, recentre):
                 centred, finite = _centre(moments, piece, dim, dtype, exactly=recentre)
                 mask = _count(moments, finite, chosen)
                 (_add_in_float32 if fast else _add_in_float64)(moments, centred, mask)
@@ -129,17 +131,20 @@ def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tens
             yield piece.transpose(0, 1), 0, 0
 
 
-def _as_rows(piece: Tensor, dim: int) -> Tensor:
-    """A view of shape (n, D) of what `_blocks` yields, or of contiguous memory of that shape."""
-    return piece if dim == -1 else piece.flatten(1).t()
-
-
 def _add_compiled(
-    moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, gram_dtype: torch.dtype
+    moments: DenseSums,
+    piece: Tensor,
+    dim: int,
+    valid: Tensor | None,
+    gram_dtype: torch.dtype,
+    recentre: bool,
 ) -> None:
-    if piece.dtype not in (torch.float32, torch.float64):
+    rounded = piece.dtype != torch.float64
+    if piece.dtype not in _NATIVE:
         piece = workspace(piece, "rows", piece.shape, torch.float32).copy_(piece)
     maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
+    if recentre:
+        recentring.recentre_in_memory(moments, maps, valid, rounded)
     compiled.add(moments, maps, valid, gram_dtype, functools.partial(_bytes, piece))
 
 
@@ -148,19 +153,21 @@ def _bytes(like: Tensor, size: int) -> Tensor:
 
 
 def _add_if_finite(
-    moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, gram_dtype: torch.dtype
+    moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, gram_dtype: torch.dtype, exactly: bool
 ) -> bool:
     """Add rows that are all finite, in half of the passes; False if they may not be, or not on a CPU."""
-    if piece.device.type != "cpu" or dtype != gram_dtype:
+    if not recentring.is_read_freely(piece) or dtype != gram_dtype:
         return False
-    work = workspace(piece, "rows", piece.shape, dtype)
     origin = moments.origin.to(dtype)
+    if exactly and not torch.equal(origin.to(torch.float64), moments.origin):
+        return False  # it could not be subtracted at once
+    work = workspace(piece, "rows", piece.shape, dtype)
     origin = origin if dim == -1 else origin[:, None, None]
     if piece.dtype == dtype:
         torch.sub(piece, origin, out=work)
     else:
         work.copy_(piece).sub_(origin)
-    rows = _as_rows(work, dim)
+    rows = as_rows(work, dim)
     number = rows.shape[0]
     if dtype == torch.float64:
         first = rows.new_ones(number) @ rows
@@ -191,12 +198,12 @@ def _centre(
     origin = moments.origin.to(dtype)
     broadcast = origin if dim == -1 else origin[:, None, None]
     if piece.dtype == dtype and dim == -1:
-        mask = _are_finite(piece)
+        mask = row_flags(piece)
         torch.sub(piece, broadcast, out=work)
     else:
-        mask = _are_finite(_as_rows(work.copy_(piece), dim))
+        mask = row_flags(as_rows(work.copy_(piece), dim))
         work.sub_(broadcast)
-    centred = _as_rows(work, dim)
+    centred = as_rows(work, dim)
     if exactly and dtype == torch.float32:
         # What rounding the origin has lost: nothing, if rows of this dtype have set it.
         centred.sub_((moments.origin - origin.to(torch.float64)).to(dtype))
@@ -212,56 +219,8 @@ def _count(moments: DenseSums, finite: Tensor, valid: Tensor | None) -> Tensor:
     return mask
 
 
-def _are_finite(rows: Tensor) -> Tensor:
-    """Flags of rows without NaN and infinities, shape (N, 1)."""
-    # These show in the sum of the row. The summands are made so small that nothing else does.
-    small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
-    return torch.mv(rows, small).isfinite().unsqueeze(1)
-
-
-def _clear(centred: Tensor, mask: Tensor) -> None:
-    """Set the rows to leave out to zero, whatever they hold."""
-    # As bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
-    bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
-    centred.view(bits).bitwise_and_(mask.to(bits).neg_())
-
-
-def _recentre(moments: DenseSums, rows: Tensor, valid: Tensor | None, rounded: bool) -> None:
-    """Move the origin to the mean of ``rows`` and the sums with it, unless these rows are too few to follow.
-
-    The memory of ``rows`` is used for the work and holds something else afterwards. Where the rows came in
-    float32, the origin is ``rounded`` to it, so that rows minus the origin is exactly one float32 subtraction.
-    """
-    mask = _are_finite(rows)
-    mask = mask if valid is None else mask & valid.unsqueeze(1)
-    # The mean is taken about a row, so that constant features are centred to exactly zero.
-    pivot = rows.index_select(0, mask[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
-    rows.sub_(pivot.to(rows.dtype))
-    _clear(rows, mask)
-    kept = mask.sum()
-    # An origin need not be the mean to the last digit: whatever it is, the sums are exact about it.
-    mean_about_pivot = rows.sum(0).to(torch.float64) / kept.clamp(min=1)
-    origin = pivot + torch.where(mean_about_pivot.isfinite(), mean_about_pivot, 0)
-    if rounded:
-        nearest = origin.to(torch.float32).to(torch.float64)
-        origin = torch.where(nearest.isfinite(), nearest, origin)
-    # A few rows that are unlike the rest, such as a last incomplete batch, must not carry the origin away.
-    followed = (kept > 0) & (kept.square() >= moments.count)
-    origin = torch.where(followed, origin, moments.origin)
-    # As in `rebase`, in place. Without observations the sums are zero, and a shift from an origin that means
-    # nothing must leave them so.
-    shift = torch.where(moments.count > 0, moments.origin - origin, 0)
-    count = moments.count.to(torch.float64)
-    half = moments.first + 0.5 * count * shift
-    left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
-    for start, stop in _block_rows(rows, 256):
-        moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
-    moments.first.add_(count * shift)
-    moments.origin.copy_(origin)
-
-
 def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
-    _clear(centred, mask)
+    clear(centred, mask)
     _multiply_in_float64(moments, centred)
     moments.first.add_(centred.sum(0))
 
@@ -269,12 +228,12 @@ def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
 def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
     # Of wide rows MKL takes a third longer for fewer than 192 with AVX-512, and as long with AVX2.
     width = centred.shape[1]
-    for start, stop in _block_rows(centred, 64 if width <= 512 else 128 if width < 1024 else 192):
+    for start, stop in block_rows(centred, 64 if width <= 512 else 128 if width < 1024 else 192):
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
 
 
 def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
-    _clear(centred, mask)
+    clear(centred, mask)
     # Of a transposed view this would make a copy, row by row.
     least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
     scale = power_of_two_scale(torch.maximum(-least, most))
@@ -287,7 +246,7 @@ def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | No
         # Float64 rows keep their digits until they are centred and scaled.
         centred = centred.mul_(scale.to(centred.dtype)).to(torch.float32)
     weight = None if scale is None else scale.square().reciprocal()
-    for start, stop in _block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
+    for start, stop in block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
         # Added while it is in the cache; a product of all features would not be.
         product = _product_of_short_sums(centred[:, start:stop], centred[:, start:])
         moments.second[start:stop, start:].add_(product if weight is None else product.mul_(weight))
@@ -320,12 +279,3 @@ def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
         return total
     rest = torch.mm(left[whole:].t(), right[whole:])
     return total.add_(rest) if whole else total.copy_(rest)
-
-
-def _block_rows(rows: Tensor, size: int) -> Iterator[tuple[int, int]]:
-    """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work."""
-    features = rows.shape[1]
-    if rows.device.type != "cpu":
-        size = max(128, min(256, features // 4))  # fewer, larger products
-    for start in range(0, features, size):
-        yield start, min(start + size, features)

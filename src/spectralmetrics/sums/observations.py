@@ -68,6 +68,8 @@ class Observations:
             raise TypeError(
                 f"expected observations of a floating dtype, got {values.dtype}; cast them to float first"
             )
+        if values.layout != torch.strided or values.is_meta or values.is_nested:
+            raise TypeError(f"expected observations as a dense tensor, got {_as_found(values)}")
         if values.ndim and not -values.ndim <= self.feature_dim < values.ndim:
             raise ValueError(
                 f"expected feature_dim among the {values.ndim} dimensions of {tuple(values.shape)}, got"
@@ -125,6 +127,14 @@ class Observations:
         valid = None if self.valid is None else self.valid.to(device)
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, values=self.values.to(device), valid=valid, labels=labels)
+
+
+def _as_found(values: Tensor) -> str:
+    if values.is_meta:
+        return "one on the device meta, which holds no values"
+    if values.is_nested:
+        return "a nested one; give `torch.cat(nested.unbind())`"
+    return f"one of layout {values.layout}; give its `to_dense()`"
 
 
 def plain_observations(values: Tensor, feature_dim: int = -1) -> Observations:

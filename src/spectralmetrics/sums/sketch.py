@@ -40,6 +40,7 @@ from spectralmetrics.sums.precision import (
     full_precision,
     power_of_two_scale,
 )
+from spectralmetrics.sums.recentring import first_of, next_origin
 
 # Features of a product's block, whose result stays in the cache until it is added.
 _FEATURES_PER_PRODUCT = 4096
@@ -306,12 +307,9 @@ def _add(sums: Sketch, rows: Tensor, chosen: Tensor, gram_dtype: torch.dtype) ->
 
 def _recentre(sums: Sketch, rows: Tensor, chosen: Tensor) -> None:
     """Move the origin to the mean of rows and the sums with it, unless these are too few to follow."""
-    pivot = rows.index_select(0, chosen[:, 0].to(torch.uint8).argmax().reshape(1))[0].to(torch.float64)
-    kept = chosen.sum()
-    # About a row, so that constant features are centred to exactly zero.
-    about = torch.where(chosen, rows.to(torch.float64) - pivot, 0).sum(0) / kept.clamp(min=1)
-    origin = pivot + torch.where(about.isfinite(), about, 0)
-    origin = torch.where((kept > 0) & (kept.square() >= sums.count), origin, sums.origin)
+    pivot = rows.index_select(0, first_of(chosen[:, 0]))[0].to(torch.float64)
+    total = torch.where(chosen, rows.to(torch.float64) - pivot, 0).sum(0)
+    origin = next_origin(sums, pivot, total, chosen.sum())
     # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
     image, diagonal, first = _moved(sums, torch.where(sums.count > 0, origin, sums.origin))
     sums.image.copy_(image)

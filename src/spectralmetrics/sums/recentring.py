@@ -1,0 +1,158 @@
+"""The origin of sums follows the data: it moves to the mean of new rows, and the sums move with it, exactly.
+
+Whatever the origin is, the sums are exact about it, so that it need not be the mean to the last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spectralmetrics.sums import compiled
+from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.workspace import workspace
+
+_BLOCK = 256  # features of the sums that are moved at once
+
+
+class SumsAboutOrigin(Protocol):
+    """Sums about an origin, of any kind."""
+
+    @property
+    def count(self) -> Tensor: ...  # noqa: D102
+    @property
+    def origin(self) -> Tensor: ...  # noqa: D102
+
+
+def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, dtype: torch.dtype) -> None:
+    """Move the origin to the mean of some rows and the sums with it, unless these rows are too few to follow.
+
+    Args:
+        moments: the sums so far.
+        piece: shape (N, D) with the features in dimension -1, or (D, b, p) with them in dimension 0.
+        dim: the dimension of the features.
+        valid: shape (N,), boolean; None if all rows count.
+        dtype: the dtype to compute the mean in.
+    """
+    rounded = piece.dtype != torch.float64
+    rows = as_rows(workspace(piece, "rows", piece.shape, dtype).copy_(piece), dim)
+    if is_read_freely(rows) and valid is None:
+        # Of finite rows in half of the passes.
+        pivot = rows[0].to(torch.float64, copy=True)
+        total = rows.new_ones(len(rows)) @ rows.sub_(pivot.to(dtype))
+        if total.isfinite().all():
+            kept = torch.full((), len(rows), device="cpu")
+            _move(moments, next_origin(moments, pivot, total, kept, rounded=rounded))
+            return
+        rows = as_rows(workspace(piece, "rows", piece.shape, dtype).copy_(piece), dim)
+    mask = row_flags(rows)
+    mask = mask if valid is None else mask & valid.unsqueeze(1)
+    pivot = rows.index_select(0, first_of(mask[:, 0]))[0].to(torch.float64)
+    rows.sub_(pivot.to(dtype))
+    clear(rows, mask)
+    _move(moments, next_origin(moments, pivot, rows.sum(0), mask.sum(), rounded=rounded))
+
+
+def recentre_in_memory(moments: DenseSums, maps: Tensor, valid: Tensor | None, rounded: bool) -> None:
+    """As :func:`recentre`, in one compiled pass over rows of any number.
+
+    Args:
+        moments: the sums so far.
+        maps: shape (samples, D, positions), float32 or float64, in any memory layout.
+        valid: shape (samples * positions,), boolean; None if all count.
+        rounded: the rows came in float32 or half precision.
+    """
+    row = 0 if valid is None else int(first_of(valid))
+    pivot = _observation(maps, row)
+    if not pivot.isfinite().all():
+        flags = maps.isfinite().all(1).flatten()
+        pivot = _observation(maps, int(first_of(flags if valid is None else flags & valid.cpu())))
+    pivot = pivot.to(torch.float64)
+    counts, totals = compiled.measure(maps, valid, pivot)
+    _move(moments, next_origin(moments, pivot, totals[0], counts[0], rounded=rounded))
+
+
+def next_origin(
+    sums: SumsAboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
+) -> Tensor:
+    """The origin that rows call for: their mean, or that of the sums if the rows are too few.
+
+    Args:
+        sums: the sums so far.
+        pivot: shape (D,), float64: one of the rows, so that constant features are centred to exactly zero.
+        total: shape (D,): the sum of the rows minus ``pivot``.
+        kept: how many rows there are, shape ().
+        rounded: round the origin to float32, so that rows of float32 minus the origin is one subtraction.
+    """
+    about_pivot = total.to(torch.float64) / kept.clamp(min=1)
+    origin = pivot + torch.where(about_pivot.isfinite(), about_pivot, 0)
+    if rounded:
+        nearest = origin.to(torch.float32).to(torch.float64)
+        origin = torch.where(nearest.isfinite(), nearest, origin)
+    # A few rows that are unlike the rest, such as a last incomplete batch, must not carry the origin away.
+    return torch.where((kept > 0) & (kept.square() >= sums.count), origin, sums.origin)
+
+
+def _move(moments: DenseSums, origin: Tensor) -> None:
+    """Move sums to another origin, in place."""
+    # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
+    shift = torch.where(moments.count > 0, moments.origin - origin, 0)
+    if not is_read_freely(shift) or shift.any():
+        count = moments.count.to(torch.float64)
+        half = moments.first + 0.5 * count * shift
+        left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
+        for start, stop in block_rows(shift, _BLOCK):
+            moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
+        moments.first.add_(count * shift)
+    moments.origin.copy_(origin)
+
+
+def _observation(maps: Tensor, number: int) -> Tensor:
+    sample, position = divmod(number, maps.shape[2])
+    return maps[sample, :, position]
+
+
+def first_of(flags: Tensor) -> Tensor:
+    """The place of the first flag that is set, or 0 if none is, shape (1,); reads nothing from a device."""
+    return flags.to(torch.uint8).argmax().reshape(1)
+
+
+def is_read_freely(values: Tensor) -> bool:
+    """True if the program may branch on values, because it waits for no device to read them."""
+    return values.is_cpu
+
+
+def as_rows(piece: Tensor, dim: int) -> Tensor:
+    """A view of shape (n, D) of rows, or of contiguous memory of shape (D, b, p) with features first."""
+    return piece if dim == -1 else piece.flatten(1).t()
+
+
+def row_flags(rows: Tensor) -> Tensor:
+    """Flags of rows (N, D) without NaN and infinities, shape (N, 1)."""
+    # These show in the sum of the row. The summands are made so small that nothing else does.
+    small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
+    return torch.mv(rows, small).isfinite().unsqueeze(1)
+
+
+def clear(centred: Tensor, mask: Tensor) -> None:
+    """Set the rows to leave out to zero, whatever they hold."""
+    # As bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
+    bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
+    centred.view(bits).bitwise_and_(mask.to(bits).neg_())
+
+
+def block_rows(of: Tensor, size: int) -> Iterator[tuple[int, int]]:
+    """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work.
+
+    Args:
+        of: shape (..., D), on the device of the product.
+        size: rows of a block on the CPU.
+    """
+    features = of.shape[-1]
+    if not of.is_cpu:
+        size = max(128, min(256, features // 4))  # fewer, larger products
+    for start in range(0, features, size):
+        yield start, min(start + size, features)
