@@ -1,4 +1,4 @@
-"""``measure``: the statistics of rows that are there already, in files or in memory."""
+"""``measure``: the statistics of existing rows, in files or in memory."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def measure(
     record: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """The statistics of embeddings that are there already, in files or in memory, in one pass.
+    """The statistics of existing embeddings, in files or in memory, in one pass.
 
     Memory is bounded by the number of features, whatever the number of rows. Rows with NaN, infinities or, in
     Parquet, missing values are left out with their labels, and counted.
@@ -122,7 +122,7 @@ def measure(
         record: directory of a run to write, which report, ``compare`` and ``recompute`` read; the rows are its
             layer ``"embeddings"`` in stage ``"eval"``.
         progress: called with the number of rows that this process has read, and of all that it will (of an
-            iterable the same number). What it raises ends the work.
+            iterable the same number). An exception stops the work.
 
     Returns:
         A :class:`Measurement`, the same on all processes.

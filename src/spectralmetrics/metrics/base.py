@@ -59,7 +59,7 @@ _STATISTICS: dict[str, type[SpectralMetric]] = {}
 
 
 class Interval(NamedTuple):
-    """Two values of a statistic between which that for unlimited data is expected.
+    """Two values expected to enclose a statistic's value for unlimited data.
 
     Attributes:
         low: the smaller, of the statistic's shape; NaN if it is unknown.
@@ -96,8 +96,8 @@ class SpectralMetric(SumsMetric):
             float32 on other accelerators. The sums are float64 in any case.
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
-        folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can judge by some what
-            was fitted to the others. All values are those of all data; the state is g times as large. Processes
+        folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can test on some what
+            was fitted to the others. Values use all data; the state is g times as large. Processes
             begin with different folds, and ``merge_state`` pairs folds so that all are filled alike.
         sketch_size: with k, a sketch of k columns is kept in place of the covariance, 8·D·k bytes of any
             width D, and :meth:`interval` gives bounds that hold for certain. None keeps the covariance.
@@ -379,19 +379,19 @@ class SpectralMetric(SumsMetric):
         return value
 
     def is_clipped(self, device: torch.device | None = None) -> bool:
-        """True if :meth:`read` gives a limit in the place of a value; see :meth:`clips`."""
+        """True if :meth:`read` gives a limit instead of a value; see :meth:`clips`."""
         return type(self).clips is not SpectralMetric.clips and self.clips(self._shared_spectrum(device))
 
     def clips(self, spectrum: Spectrum) -> bool:
-        """True if few observations gave a value beyond what is possible, in whose place there is the limit."""
+        """True if few observations gave an impossible value, which the limit replaces."""
         return False
 
     def misses(self, value: Tensor) -> bool:
-        """True if a value says that a sketch was too small to tell."""
+        """True if a value shows that a sketch was too small."""
         return self.sketch_size is not None and self.counts_directions and bool(value.isnan().any())
 
     def interval(self) -> Interval:
-        """Two values between which that for unlimited data is expected; merged like ``compute``.
+        """Two values expected to enclose the one for unlimited data; merged like ``compute``.
 
         One is the statistic of the spectrum; the other that of the spectrum on held-out data, see
         :func:`~spectralmetrics.functional.held_out_eigenvalues`. Directions that are fitted to few observations

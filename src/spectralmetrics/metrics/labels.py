@@ -15,7 +15,7 @@ from spectralmetrics.sums.checks import check_positive_integer
 
 
 class LabelledMetric(SpectralMetric):
-    """Base class of what is read of labelled observations.
+    """Base class of statistics of labelled observations.
 
     ``update`` takes rows (N, D), floating, and labels (N,), integers from 0 to K - 1; rows of a negative
     label, such as -100, are passed over. The state holds the sum of each class beside the moments of all of
@@ -91,7 +91,7 @@ class LinearProbeMetric(LabelledMetric):
     :func:`~spectralmetrics.functional.ridge_explained_variance`. With ``folds`` each fold is scored by the
     regression on the others, without a second pass over the data, see
     :func:`~spectralmetrics.functional.held_out_explained_variance`; without, the regression is scored on what
-    it was fitted to, which is too good where observations are few beside the features. ``compute`` returns a
+    it was fitted to, which is too good if there are few observations per feature. ``compute`` returns a
     tensor of shape (), float64: :math:`R^2`, at most 1. The ends of :meth:`interval` are the held-out value
     and the other.
 

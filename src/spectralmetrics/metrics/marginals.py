@@ -1,4 +1,4 @@
-"""Statistics of what each feature does by itself, which keep no matrix and take any width."""
+"""Statistics of each feature by itself, which keep no matrix and take any width."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Part = Literal["mean", "variances", "second_moments", "magnitudes", "largest", "
 
 
 class MarginalMetric(SpectralMetric):
-    """Base class of what is read of each feature by itself.
+    """Base class of statistics of each feature by itself.
 
     The state holds a few numbers for each feature and no matrix, so that a layer may be of any width.
-    ``update`` takes rows of shape (N, D) in any floating dtype. In a probe, a metric that does with variances
-    reads them of the covariance, where another metric keeps one.
+    ``update`` takes rows of shape (N, D) in any floating dtype. In a probe, a metric that needs only variances
+    reads them from the covariance, if another metric keeps one.
 
     Args:
         num_features: the width D; None reads it from the first rows.
@@ -161,7 +161,7 @@ class SignalToNoiseMetric(MarginalMetric):
     .. math:: \frac{\|\mu\|^2}{\operatorname{tr} \Sigma}
 
     Of gradients, see ``observe`` of :class:`~spectralmetrics.LayerProbe`, it says how far the observations
-    agree. Its inverse is a number of observations: of so many, the mean is as large as its error. For gradients
+    agree. Its inverse is the number of observations whose mean is as large as its error. For gradients
     with respect to parameters, McCandlish et al. (2018) call it the simple noise scale. Of n observations that
     have nothing in common it is about 1/n. ``compute`` returns a tensor of shape (), float64; infinite for
     observations that are all the same, and 0 if they are zero.

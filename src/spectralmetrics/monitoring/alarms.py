@@ -34,7 +34,7 @@ class Alarm(NamedTuple):
     """Something that went wrong in a layer.
 
     Attributes:
-        step: the number of optimiser steps so far when it was noticed, or when the scale jumped.
+        step: the number of optimiser steps when it was found, or when the scale jumped.
         finding: what it is; see :class:`~spectralmetrics.Finding`.
         before: the value of the same statistic before; NaN where there is none.
     """
@@ -57,7 +57,7 @@ class AlarmRule(NamedTuple):
         threshold: the limit of its value; of ``"rms"`` the factor of a change.
         reads: readings in a row that must show it.
         min_observations: with fewer rows since the last reading, these are kept for the next one.
-        first_step: before that many steps the rule says nothing.
+        first_step: the rule is silent before this step.
         factor: how far below its own past the value must be; NaN where the past does not count.
         deviations: the same in robust deviations of its own past.
         when: the rule in words.

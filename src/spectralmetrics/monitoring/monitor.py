@@ -1,4 +1,4 @@
-"""Monitor: says while a training runs when a layer collapses, dies, or jumps in scale."""
+"""Monitor: reports during training when a layer collapses, dies, or jumps in scale."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class AlarmRecorder(Protocol):
 
 
 class Monitor:
-    """Reads a probe every so many steps, and says when a layer collapses, dies, or jumps in scale.
+    """Reads a probe every n steps, and reports layers that collapse, die, or jump in scale.
 
     Each reading judges what was observed since the last one, by rules that compare a layer with its own past:
-    :data:`~spectralmetrics.DEFAULT_ALARMS`. The probe as a whole keeps everything, so that
-    :meth:`.LayerProbe.compute`, :meth:`.Recorder.record` and the like give what they give without a monitor. On
+    :data:`~spectralmetrics.DEFAULT_ALARMS`. The probe keeps all observations, so that
+    :meth:`.LayerProbe.compute`, :meth:`.Recorder.record` and others work as without a monitor. On
     several processes make the monitor and call :meth:`step` on all of them: all get the same alarms.
 
-    Jumps of the scale are told by the history of forwards: a :class:`~spectralmetrics.HistoryMetric` joins the
-    probe's metrics if there is none. What is remembered of earlier readings is saved with the probe, see
+    Jumps in scale are found in the history of forwards: a :class:`~spectralmetrics.HistoryMetric` joins the
+    probe's metrics if there is none. The memory of earlier readings is saved with the probe, see
     :meth:`.LayerProbe.persistent`: make the monitor before you load a state.
 
     Args:
@@ -115,7 +115,7 @@ class Monitor:
         self._told = probe.step
 
     def step(self) -> list[Alarm]:
-        """To be called after each step of the optimiser, on all processes.
+        """Call this after each step of the optimiser, on all processes.
 
         The steps are counted from where the state of the probe was saved, or by :attr:`.LayerProbe.step` if you
         set it.

@@ -1,4 +1,4 @@
-"""LayerProbe: metrics on every layer of a model, which does not notice."""
+"""LayerProbe: metrics of a model's layers, without changing the model."""
 
 from __future__ import annotations
 
@@ -111,23 +111,23 @@ _FIXED |= {"folds", "batch_first", "observe", "rule"}
 
 
 class LayerProbe(nn.Module):
-    """Observes the outputs of a model's layers and keeps metrics of them, for training and evaluation apart.
+    """Observes the outputs of a model's layers and computes metrics, separately for training and evaluation.
 
     The probe hooks the model and owns the metrics. It never becomes part of the model: the model's
-    ``state_dict``, parameters and pickles are as they were, and copies of the model have no hook. Eager
-    training is bit-identical with and without it; a compiled model gets one opaque operation for each probed
+    ``state_dict``, parameters and pickles do not change, and copies of the model have no hook. Eager training
+    is bit-identical with and without it; a compiled model gets one opaque operation for each probed
     layer. Activations recomputed in backward are not counted again.
 
     Args:
-        model: any module; wrappers for compilation and data parallelism are looked through.
+        model: any module; wrappers for compilation and data parallelism are unwrapped.
         metrics: a metric, a sequence or dict of them, or a ``MetricCollection``; cloned for every layer and
             stage; ``SaturationMetric()`` by default. The stage is the layer's own ``training`` flag:
             ``"train"`` or ``"eval"``.
         layers: which layers, by glob pattern on their qualified names, module type, callable
             ``(name, module) -> bool``, or a sequence of these; by default linear, convolutional and recurrent
             layers and multi-head attention. See :func:`~spectralmetrics.probing.select_layers`. The name of a
-            module of experts whose weights are stacked in one parameter, such as Mixtral's, means each of them:
-            they are layers ``….experts.0``, ``….experts.1``, and so on.
+            module whose experts are stacked in one parameter, such as Mixtral's, selects each of them: as
+            layers ``….experts.0``, ``….experts.1``, and so on.
         exclude: taken away from these, likewise.
         feature_maps: what is an observation of feature maps ``(N, C, *spatial)``: ``"positions"``, every kernel
             position, (N·positions, C); ``"mean"``, ``"max"`` or ``"median"`` of each map, (N, C) (of an even
@@ -142,19 +142,19 @@ class LayerProbe(nn.Module):
             other linear modes.
         every_n_steps: observe one of every n forwards of the model, with all calls of its layers: the first,
             then one drawn from each n. A layer that is run by itself counts its own forwards.
-        budget: with 0.03, the probe takes in the long run at most 3 % of the time between forwards: it measures
-            itself, and observes fewer rows and forwards, evenly over layers and time. :meth:`summary` says
-            what it took. Which rows are seen then depends on the machine, and so do the values.
+        budget: with 0.03, the probe takes at most 3 % of the time between forwards in the long run: it measures
+            its time, and observes fewer rows and forwards, evenly over layers and time. :meth:`summary` says
+            what it took. The observed rows, and so the values, then depend on the machine.
         max_samples: stop observing a layer and stage after that many samples until :meth:`reset`.
         rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
         max_features: a wider layer is left out with a warning, or sketched.
         sketch_size: k; of layers wider than ``max_features`` a sketch of k columns is kept, see
-            :class:`~spectralmetrics.SpectralMetric`. Statistics that need the whole spectrum, and what is
-            read of labels, are left out of these.
+            :class:`~spectralmetrics.SpectralMetric`. Statistics that need the whole spectrum or labels are left
+            out there.
         select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
             (N, T, D) or ``(N, C, *spatial)``: of an LSTM's last hidden state, (N, D),
-            ``lambda out: out[1][0][-1]``. With ``observe="inputs"`` it is called as the layer is. Where a model
-            is spread over processes in a way that PyTorch does not know of, it says so by what it returns:
+            ``lambda out: out[1][0][-1]``. With ``observe="inputs"`` it is called as the layer is. If a model is
+            sharded in a way that PyTorch does not know, the function returns a DTensor:
             ``lambda out: DTensor.from_local(out, mesh, [Shard(-1)])``.
         seed: seed of the random draws, which leave the global random state alone.
         folds: with g > 1, every metric keeps its observations in g folds, see
@@ -423,13 +423,13 @@ class LayerProbe(nn.Module):
 
         Args:
             stage: ``"train"``, ``"eval"``, or None for both.
-            progress: called as the work proceeds, with how much is done and of how much. What it raises ends
-                the work; nothing that was observed is lost, and a second call goes on where the first ended.
+            progress: called as the work proceeds, with the amount done and the total. An exception in it stops
+                the work; no observation is lost, and a second call continues where the first ended.
 
         Returns:
-            ``"{metric}/{stage}/{layer}"`` -> value, in the memory of the CPU and in forward order. Layers that
-            have seen nothing are left out, with one warning that names them if others in that stage have seen
-            something. Nothing at all is warned of, too.
+            ``"{metric}/{stage}/{layer}"`` -> value, in the memory of the CPU and in forward order. Layers
+            without observations are left out; one warning names them if others in that stage have some. If no
+            layer has any, a warning says why.
 
         Raises:
             RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
@@ -613,7 +613,7 @@ class LayerProbe(nn.Module):
 
     @contextlib.contextmanager
     def merged(self, *, sharing: bool = False) -> Iterator[None]:
-        """Inside, the metrics hold what all processes have observed together, of the layers of all of them.
+        """Inside, the metrics hold the observations of all processes, for the layers of all processes.
 
         :meth:`compute` and ``probe[stage, layer]`` then read it without further communication. All processes
         enter together. Layers must not run inside. All merged sums are held at once; :meth:`iter_merged` holds
@@ -827,7 +827,7 @@ class LayerProbe(nn.Module):
 
     @property
     def step(self) -> int | None:
-        """The step of the optimiser that the coming forwards belong to; None as long as nobody sets it.
+        """The step of the optimiser that the next forwards belong to; None until it is set.
 
         Set it once for each step, before its first forward: ``probe.step = step``. A history then says it, and
         pools the forwards of one step.
@@ -883,7 +883,7 @@ class LayerProbe(nn.Module):
 
         Returns:
             An iterator of layer and sums as :meth:`sums` gives them, for every process in the same order,
-            without layers that saw nothing. A process that ends early ends the others: they get a RuntimeError.
+            without layers that saw nothing. If one process stops early, the others get a RuntimeError.
 
         Raises:
             ValueError: for another stage.
@@ -1030,15 +1030,15 @@ class LayerProbe(nn.Module):
 
     @contextlib.contextmanager
     def labels(self, labels: Tensor) -> Iterator[None]:
-        """Tell the classes of what the model is run on inside ``with probe.labels(y):``.
+        """Give the classes of the model's inputs inside ``with probe.labels(y):``.
 
-        They are for metrics that need labels, such as :class:`~spectralmetrics.LinearProbeMetric`; others do
-        not notice.
+        They are for metrics that need labels, such as :class:`~spectralmetrics.LinearProbeMetric`; others
+        ignore them.
 
         Args:
             labels: (N,) integers, one for each sample: outputs that are feature maps or sequences are pooled to
                 their means. Or (N, T), one for each step of sequences (N, T, D), which are the observations
-                then. A negative label, such as -100, says that there is none.
+                then. A negative label, such as -100, means none.
 
         Raises:
             TypeError: if the labels are no integer tensor.

@@ -1,4 +1,4 @@
-"""Recorder: what a user keeps of a run."""
+"""Recorder: keeps a run in a directory."""
 
 from __future__ import annotations
 
@@ -155,16 +155,16 @@ class Recorder:
     ) -> dict[str, Tensor]:
         """Compute, write and reset.
 
-        If it raises an OSError, nothing of this record was kept and nothing was forgotten: mend the cause and
-        call it again. The same holds for an interrupt and for what another process raises, a RuntimeError here.
+        After an OSError, nothing of this record was kept and no observation was lost: fix the cause and call it
+        again. The same holds for an interrupt and for errors of other processes, a RuntimeError here.
         If it raises a RuntimeError because a writer that only shows records has failed (console, plot or one of
         your own), the record has been kept, and the next call records the next one.
 
         Args:
             epoch: its number, above that of the last epoch that was recorded; None: :attr:`next_epoch`.
             reset: False goes on accumulating over the next record.
-            progress: see :meth:`LayerProbe.compute`. What it raises ends the record, of which nothing is kept
-                then, and nothing is forgotten.
+            progress: see :meth:`LayerProbe.compute`. If it raises, nothing of the record is kept and no
+                observation is lost.
             step: step of a record within an epoch, or in a training without epochs: the number of optimiser
                 steps so far, above that of the last record of the same epoch. Such records hold numbers;
                 ``ArraysWriter(every_step=True)`` keeps their arrays, too. None: the end of the epoch.
