@@ -62,13 +62,7 @@ def pictures(directory):
     [
         (["csv", "arrays", "plot"], 3),
         (["csv", "plot"], 0),
-        *(
-            pytest.param(writers, drawn, marks=pytest.mark.long)
-            for writers, drawn in [
-                (["csv", "arrays", "plot"], 0),
-                (["arrays", "plot"], 3),
-            ]
-        ),
+        pytest.param(["arrays", "plot"], 3, marks=pytest.mark.long),
     ],
 )
 def test_resume_draws_what_is_missing(writers, drawn, tmp_path):
