@@ -108,6 +108,7 @@ class LayerMetrics:
         self.transformed = False
         self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # observations, since the sums were read
+        self._read_empty: dict[int, weakref.ref[Any]] = {}  # place of a leader -> who found it without sums
         self.keep(templates)
 
     def keep(self, templates: Templates) -> None:
@@ -136,7 +137,12 @@ class LayerMetrics:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_collection": None, "_followers": {}}  # a copy makes its own
+        return {
+            **self.__dict__,
+            "_collection": None,
+            "_followers": {},
+            "_read_empty": {},
+        }  # a copy makes its own
 
     @property
     def collection(self) -> MetricCollection:
@@ -175,9 +181,14 @@ class LayerMetrics:
     def note_reading(self, reader: Any) -> bool:
         """Note that somebody reads the sums; return whether they have changed since it did so before."""
         changed, self._has_lost = self._has_lost, False
-        for leader in self.spectral_leaders:
+        for place, leader in enumerate(self.spectral_leaders):
             stream = stream_of(leader.sums)
-            if stream is not None:
+            if stream is None:  # as a reset leaves it
+                last = self._read_empty.get(place)
+                changed = changed or last is None or last() is not reader
+                self._read_empty[place] = weakref.ref(reader)
+            else:
+                self._read_empty.pop(place, None)
                 changed = changed or stream.noted is None or stream.noted() is not reader
                 stream.noted = weakref.ref(reader)
         return changed

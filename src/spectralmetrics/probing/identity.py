@@ -7,6 +7,7 @@ import hashlib
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,22 @@ _SAMPLES = 16  # of the weights of a layer
 _PATIENCE = 15.0  # seconds for which a process may be behind another in making its probe
 # Weights of different layers have nothing in common; those of replicas that drift apart a while do.
 _DIFFERENT = 0.5
+
+
+class _Probes:
+    """The probes of this process in one default process group.
+
+    Attributes:
+        made: how many there have been.
+        read: ranks of the processes that have read a probe together -> how many.
+    """
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.read: Counter[tuple[int, ...]] = Counter()
+
+
+_PROBES: weakref.WeakKeyDictionary[Any, _Probes] = weakref.WeakKeyDictionary()
 
 
 class Weights(NamedTuple):
@@ -56,21 +73,30 @@ class Identity:
         self._announced: Any = None  # where this process has said that it has a probe
         if is_one_of_several():
             with contextlib.suppress(RuntimeError, AttributeError):  # a store that cannot, or none
-                default_store().set(_key(dist.get_rank()), "1")
+                probes = _PROBES.setdefault(dist.group.WORLD, _Probes())
+                default_store().set(_key(dist.get_rank(), probes.made + 1), "1")
+                probes.made += 1
                 self._announced = weakref.ref(dist.group.WORLD)
 
     def check_presence(self, group: Any) -> None:
-        """Raise a RuntimeError if some process of a group has made no probe, instead of waiting for it."""
+        """Raise a RuntimeError if some process of a group has made fewer probes, instead of waiting for it.
+
+        The n-th probe that processes read for the first time needs n of them on each; there may be more, which
+        nobody reads.
+        """
         announced, self._announced = self._announced, None
         if announced is None or announced() is not dist.group.WORLD:
             return  # made before the group was; so may be those of others
         store, end = default_store(), time.monotonic() + _PATIENCE
-        missing = dist.get_process_group_ranks(group)
+        missing, probes = dist.get_process_group_ranks(group), _PROBES[dist.group.WORLD]
+        probes.read[tuple(missing)] += 1
+        number = probes.read[tuple(missing)]
         while True:
-            missing = [rank for rank in missing if not store.check([_key(rank)])]
+            missing = [rank for rank in missing if not store.check([_key(rank, number)])]
             if not missing:
                 return
             if time.monotonic() > end:
+                probes.read[tuple(dist.get_process_group_ranks(group))] -= 1
                 raise RuntimeError(
                     "expected a probe on every process, whose values are merged, got none on process"
                     f" {', '.join(map(str, missing))}: make it on all of them, or of metrics with"
@@ -169,5 +195,5 @@ def is_first() -> bool:
     return not is_one_of_several() or dist.get_rank() == 0
 
 
-def _key(rank: int) -> str:
-    return f"spectralmetrics/probe/{rank}"
+def _key(rank: int, number: int) -> str:
+    return f"spectralmetrics/probe/{rank}/{number}"
