@@ -78,10 +78,12 @@ class _Forward:
 
     Attributes:
         outputs: the outputs of its layers.
+        calls: layer -> how often it has run.
         ranks: the processes that share it, all with the same outputs; empty for this one alone.
     """
 
     outputs: _Outputs = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
     ranks: set[int] = field(default_factory=set)
 
 
@@ -173,7 +175,9 @@ class LayerSimilarity:
         chosen = [select_layers(each, layers, exclude) for each in models]
         alike = Alike(Limits(), Steps(1, 0), vars(self.rule))
         self._sides = [
-            _Side(list(names), find_layout(each, names, None, ()), Meshes(unwrap(each), (), False, alike))
+            _Side(
+                list(names), find_layout(each, names, None, ()), Meshes(unwrap(each), names, (), False, alike)
+            )
             for each, names in zip(models, chosen, strict=True)
         ]
         self._waiting: tuple[int, _Forward] | None = None  # of the model that has run first
@@ -290,7 +294,9 @@ class LayerSimilarity:
             with undisturbed(output):
                 side.meshes.look(module)
                 dims = side.layout.dims[name]
-                part = side.meshes.part_of(name, module, output, dims)
+                calls = _Forward().calls if side.current is None else side.current.calls
+                part = side.meshes.part_of(name, module, output, dims, calls[name])
+                calls[name] += 1
                 if part is not None:
                     output = whole_of(part)
                 if forward is None:

@@ -455,6 +455,16 @@ def group_named(name: str) -> Any:
     return resolve(name)
 
 
+def dims_of_fsdp(module: nn.Module) -> int:
+    """The dimensions of a mesh that a unit of FSDP2 uses: one, or two where it also replicates.
+
+    ``torch.distributed.fsdp.FSDPModule._get_fsdp_state``, 2.8 to 2.15. Without it, one.
+    """
+    info = _find("_fsdp_param_group.mesh_info", root=module._get_fsdp_state())  # type: ignore[operator]
+    dims = (getattr(info, "shard_mesh_dim", 0), getattr(info, "replicate_mesh_dim", None))
+    return sum(dim is not None for dim in dims)
+
+
 # -- DTensors -------------------------------------------------------------------------------------------------
 
 

@@ -189,7 +189,7 @@ class GradientRouter(Router):
             return
         values = form.of(unscaled(gradient.detach(), self.scale))
         if meshes.active or is_dtensor(values):
-            part = meshes.part_of(name, module, values, self.layout.dims.get(name))
+            part = meshes.part_of(name, module, values, self.layout.dims.get(name), moment.call)
             if part is not None:
                 self.take_part(of_layer, module, part, moment, is_idle)
                 return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,17 +14,33 @@ from torch import Tensor, nn
 
 from spectralmetrics.layers import kind_of
 from spectralmetrics.probing.alike import Alike
-from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights, extremes
+from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights
 from spectralmetrics.probing.hooks import Hooks, Observe, Select
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
+from spectralmetrics.probing.rendezvous import Rendezvous, Told
 from spectralmetrics.probing.selecting import Selecting
+from spectralmetrics.torch_private import dims_of_fsdp
 
 _UNKNOWN = -1
 
 _How = Literal["own", "replicated"]
+
+
+class _Cut(NamedTuple):
+    """Features of an output that are divided.
+
+    Attributes:
+        shape: of this process' part.
+        dim: the dimension of the features.
+        whole: how many features there are.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    whole: int
 
 
 class Spread(NamedTuple):
@@ -43,6 +60,7 @@ class Meshes:
 
     Args:
         model: the model that the layers are part of; not kept alive.
+        layers: their names.
         selected: layers of which a function of the user's returns a part, or a DTensor.
         of_inputs: True for the inputs of layers, in place of their outputs.
         alike: the settings that the processes of a layer must have in common.
@@ -53,7 +71,14 @@ class Meshes:
         active: whether some layer shares its forwards, so that each process takes part in every forward.
     """
 
-    def __init__(self, model: nn.Module, selected: Collection[str], of_inputs: bool, alike: Alike) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[str],
+        selected: Collection[str],
+        of_inputs: bool,
+        alike: Alike,
+    ) -> None:
         self.active = False
         self.alike = alike
         self.selecting = Selecting(selected, alike)
@@ -61,10 +86,13 @@ class Meshes:
         self._selected = selected
         self._of_inputs = of_inputs
         self._groups: tuple[Any, ...] = ()  # of tensor parallelism
+        self._of_plain: tuple[Any, ...] = ()  # those of them along which plain outputs are placed
         self._sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules with weights that are sharded
-        self._known: dict[
-            str, _How | int
-        ] = {}  # layer -> how its plain outputs are placed, or their whole width
+        # Layer and its call in a forward -> how its plain outputs are placed, or their whole width.
+        self._known: dict[tuple[str, int], _How | int] = {}
+        self._rendezvous = Rendezvous(layers)
+        self._asked: Counter[tuple[str, int]] = Counter()
+        self._last: _Cut | None = None  # of the layer that has run before, where its features are divided
         self._experts: weakref.WeakKeyDictionary[nn.Module, Spread] = weakref.WeakKeyDictionary()
         self._has_looked = False
 
@@ -81,7 +109,7 @@ class Meshes:
         self._has_looked = True
         self.active = self.active or bool(self._selected)
         model = self._model()
-        if model is None or "torch.distributed.tensor" not in sys.modules:
+        if model is None or not may_share_layers():
             return
         groups: dict[str, Any] = {}
         for each, parameter, dims in _placed(model, module):
@@ -91,6 +119,7 @@ class Meshes:
             if any(mesh.size(dim) > 1 and type(parameter.placements[dim]).__name__ == "Shard" for dim in dims):
                 self._sharded.add(each)
         self._groups = tuple(groups.values())
+        self._of_plain = _smallest(self._groups)
         self.active = self.active or bool(groups)
 
     def agree(self, name: str) -> None:
@@ -116,7 +145,9 @@ class Meshes:
             self.look()
         return self.active or (type(output) is not Tensor and (isinstance(output, Part) or is_dtensor(output)))
 
-    def part_of(self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None) -> Part | None:
+    def part_of(
+        self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None, call: int = 0
+    ) -> Part | None:
         """This process' part of a layer's output; None if all of it is its own.
 
         Args:
@@ -124,10 +155,12 @@ class Meshes:
             module: the layer.
             output: its output, or a part of a compiled layer's.
             dims: finds its features.
+            call: how many times the layer has run before in this forward of the model.
 
         Raises:
             LeftOut: where nothing tells how it is placed.
         """
+        last, self._last = self._last, None
         values = output if isinstance(output, Part) else first_tensor(output)
         if isinstance(values, Part) or is_dtensor(values):
             part = values if isinstance(values, Part) else part_of(values)
@@ -137,24 +170,31 @@ class Meshes:
             self.alike.check([split.group for split in part.splits])
             if name in self._selected:
                 self.selecting.check_form(name, part)
+            elif len(part.splits) == 1 and part.local.ndim:
+                dim = (dims or dim_of(module, of_inputs=self._of_inputs)).find(part.local).dim % part.local.ndim
+                if part.splits[0].dim == dim:
+                    self._last = _Cut(tuple(part.local.shape), dim, part.shape[dim])
             return part
-        if not self._groups or name in self._selected or not isinstance(values, Tensor) or values.ndim < 1:
+        if not self._of_plain or name in self._selected or not isinstance(values, Tensor) or values.ndim < 1:
             return None
         self.alike.check(self._groups)
         dim = (dims or dim_of(module, of_inputs=self._of_inputs)).find(values).dim
-        how = self._known.get(name)
+        how = self._known.get((name, call))
         if how is None:
-            how = self._find_out(name, module, values, dim)
+            how = self._find_out(name, module, values, dim, call, last)
         if how == "own":
             return None
         shape = list(values.shape)
         if how == "replicated":
-            splits = [Split(group, dist.get_rank(group), dist.get_world_size(group)) for group in self._groups]
+            splits = [
+                Split(group, dist.get_rank(group), dist.get_world_size(group)) for group in self._of_plain
+            ]
         else:
             assert isinstance(how, int)
-            (group,) = self._groups
+            (group,) = self._of_plain
             splits = [Split(group, dist.get_rank(group), dist.get_world_size(group), dim)]
             shape[dim] = how
+            self._last = _Cut(tuple(values.shape), dim % values.ndim, how)
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
 
     def spread_of_experts(self, module: nn.Module, states: Tensor) -> Spread:
@@ -204,9 +244,11 @@ class Meshes:
             self._experts[module] = spread
         return spread
 
-    def _find_out(self, name: str, module: nn.Module, values: Tensor, dim: int) -> _How | int:
-        """Finds out how a plain output is placed; one or two collectives, once."""
-        width = values.shape[dim]
+    def _find_out(
+        self, name: str, module: nn.Module, values: Tensor, dim: int, call: int, last: _Cut | None
+    ) -> _How | int:
+        """Finds out how a plain output is placed, by what the processes of each group tell each other, once."""
+        width, place = values.shape[dim], (name, call)
         kind, _ = kind_of(module)
         features = None if kind is None else kind.features_of(module, of_inputs=self._of_inputs)
         if (
@@ -215,45 +257,74 @@ class Meshes:
             and module in self._sharded
             and self._fits(features, width)
         ):
-            self._known[name] = features
+            self._known[place] = features
             return features
-        numbers = [checksum(values), hash(tuple(values.shape)) % 2**40, checksum_of_weights(module)]
+        whole = self._of_different(name, features, values.shape, dim, last)
         nonzero = int(bool((values != 0).any()))
-        alike = [extremes([*numbers, nonzero], group) for group in self._groups]
-        if all(high[:2] == low[:2] for high, low in alike):
-            if any(high[3] for high, _ in alike):  # all zeros tell nothing: asked again at the next forward
-                self._known[name] = "replicated"
+        shape = hash(tuple(values.shape)) % 2**40
+        numbers = [checksum(values), shape, checksum_of_weights(module), nonzero, whole]
+        self._asked[place] += 1
+        topic = f"{name}/{call}/{self._asked[place]}"
+        told = [self._rendezvous.ask(topic, numbers, _ranks(group)) for group in self._of_plain]
+        if not all(each.is_all for each in told):
+            return self._of_some(place, told, is_whole=features == width)
+        every = [numbers for each in told for numbers in each.of.values()]
+        if all(each[:2] == numbers[:2] for each in every):
+            if any(each[3] for each in every):  # all zeros tell nothing: asked again at the next forward
+                self._known[place] = "replicated"
             return "replicated"
-        whole = self._of_different(name, features, width, all(high[2] == low[2] for high, low in alike))
-        for group in self._groups:
-            high, low = extremes([whole], group)
-            if high != low:
-                whole = _UNKNOWN
+        if any(each[4] != whole for each in every) or (
+            features is not None and any(each[2] != numbers[2] for each in every)
+        ):
+            whole = _UNKNOWN
         if whole == _UNKNOWN:
             raise LeftOut(
                 f"its outputs of shape {tuple(values.shape)} differ between the processes of tensor"
                 " parallelism, and nothing tells whether features or samples are divided: give the probe"
                 f" select={{{name!r}: lambda out: DTensor.from_local(out, mesh, [Shard(-1)])}}"
             )
-        self._known[name] = whole or "own"
+        self._known[place] = whole or "own"
         return whole or "own"
 
-    def _of_different(self, name: str, features: int | None, width: int, has_same_weights: bool) -> int:
-        """The whole width where outputs differ because features are divided; 0 if each is a process' own."""
+    def _of_some(self, place: tuple[str, int], told: Sequence[Told], *, is_whole: bool) -> _How:
+        """The placement where some processes have not run a layer for long: each that runs it does so alone.
+
+        Whoever comes later with the same output has a replica, which has been counted.
+        """
+        mine = dist.get_rank()
+        earlier = {rank: each for some in told for rank, each in some.of.items() if rank != mine}
+        (numbers, *_) = (each.of[mine] for each in told)
+        if alike := [rank for rank, each in earlier.items() if each[:2] == numbers[:2] and numbers[3]]:
+            raise LeftOut(f"process {alike[0]} had the same output long before this one, which counts once")
+        if not is_whole:
+            raise LeftOut(
+                "other processes of tensor parallelism have not run it for seconds, and nothing tells whether"
+                " its features are divided"
+            )
+        self._known[place] = "own"
+        return "own"
+
+    def _of_different(
+        self, name: str, features: int | None, shape: Sequence[int], dim: int, last: _Cut | None
+    ) -> int:
+        """The whole width if outputs differ because features are divided; 0 if each is a process' own."""
+        width = shape[dim]
         if features is not None:
-            return 0 if features == width and has_same_weights else _UNKNOWN
+            return 0 if features == width else _UNKNOWN
+        if last is not None and last[:2] == (tuple(shape), dim % len(shape)) and self._fits(last.whole, width):
+            return last.whole  # as an activation behind a column-parallel layer
         model = self._model()
         for group in [] if model is None else widths_around(model, name):
-            for whole in group:
-                if whole == width or self._fits(whole, width):
-                    return whole if whole != width else 0
+            found = {0 if whole == width else whole for whole in group if self._fits(whole, width, or_all=True)}
+            if found:
+                return found.pop() if len(found) == 1 else _UNKNOWN
         return _UNKNOWN
 
-    def _fits(self, whole: int, width: int) -> bool:
-        """True if a width is that of this process' shard of so many features."""
-        if len(self._groups) != 1:
-            return False
-        split = split_of(self._groups[0], torch.distributed.tensor.Shard(0), 1)
+    def _fits(self, whole: int, width: int, *, or_all: bool = False) -> bool:
+        """True if a width is that of this process' shard of so many features, or of all of them."""
+        if len(self._of_plain) != 1 or whole == width:
+            return or_all and whole == width
+        split = split_of(self._of_plain[0], torch.distributed.tensor.Shard(0), 1)
         span = Part(torch.empty(0), (whole,), (1,), (split,)).spans(0)
         return span.stop - span.start == width < whole
 
@@ -264,8 +335,8 @@ class Meshes:
         # Of a copy nothing runs.
         self.alike = state["alike"]
         self.selecting = Selecting((), self.alike)
-        self.active, self._has_looked, self._groups, self._selected = False, True, (), ()
-        self._known, self._sharded, self._of_inputs = {}, weakref.WeakSet(), False
+        self.active, self._has_looked, self._groups, self._of_plain, self._selected = False, True, (), (), ()
+        self._known, self._sharded, self._of_inputs, self._last = {}, weakref.WeakSet(), False, None
         self._experts = weakref.WeakKeyDictionary()
         self._model = lambda: None  # type: ignore[assignment]
 
@@ -307,6 +378,11 @@ class FirstOrLast:
             self._observe(module, output, training, select)
 
 
+def may_share_layers() -> bool:
+    """True if processes may share layers, since there are several and PyTorch's DTensors have been imported."""
+    return is_one_of_several() and "torch.distributed.tensor" in sys.modules
+
+
 def has_dtensors(module: nn.Module) -> bool:
     """True if a layer has a parameter that is a DTensor."""
     return bool(_dtensors(module))
@@ -330,6 +406,18 @@ def _dtensors(module: nn.Module) -> list[Any]:
     ]
 
 
+def _smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
+    """Groups of different processes that hold no smaller group: experts may be spread over several meshes."""
+    by_ranks = {frozenset(_ranks(group)): group for group in reversed(groups)}
+    return tuple(
+        group for ranks, group in reversed(by_ranks.items()) if not any(other < ranks for other in by_ranks)
+    )
+
+
+def _ranks(group: Any) -> list[int]:
+    return sorted(dist.get_process_group_ranks(group))
+
+
 def _placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Module, Any, range]]:
     """Modules, DTensors among their parameters, and the dimensions of the mesh that are not those of FSDP2.
 
@@ -346,5 +434,5 @@ def _placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Mo
                 number = tensor.device_mesh.ndim
                 own = 0
                 if id(module) in unit and unit[id(module)] is not unit.get(id(running)):
-                    own = 2 if number > 1 and tensor.placements[0].is_replicate() else 1
+                    own = dims_of_fsdp(unit[id(module)])
                 yield module, tensor, range(own, number)

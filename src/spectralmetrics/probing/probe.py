@@ -36,7 +36,7 @@ from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.meshes import Meshes, has_dtensors, watch_outputs
+from spectralmetrics.probing.meshes import Meshes, has_dtensors, may_share_layers, watch_outputs
 from spectralmetrics.probing.movers import History, Scales, scales_of
 from spectralmetrics.probing.processes import (
     NO_GROUP,
@@ -267,7 +267,7 @@ class LayerProbe(nn.Module):
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
         others = {**vars(self.rule), "metrics": tuple(described(*each) for each in templates.items())}
         self._alike = Alike(self._limits, self._steps, others)
-        meshes = Meshes(unwrap(model), set(selected), is_of_inputs, self._alike)
+        meshes = Meshes(unwrap(model), list(chosen), set(selected), is_of_inputs, self._alike)
         self._steps.shares = meshes.shares
         router = GradientRouter if observe == "gradients" else Router
         self._router = router(
@@ -321,7 +321,8 @@ class LayerProbe(nn.Module):
     def _watch_steps(self) -> None:
         """Put hooks on the model itself, as soon as it matters where its forwards begin and end."""
         model = self._hooks.model
-        if self._hooks and model is not None and (self._steps.leaves_out or self._counts_forwards):
+        matters = self._steps.leaves_out or self._counts_forwards or may_share_layers()
+        if self._hooks and model is not None and matters:
             self._steps.watch(model, self._hooks)
 
     # -- what the user sees ------------------------------------------------------------------------------

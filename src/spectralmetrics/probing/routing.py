@@ -136,7 +136,7 @@ class Router(Rows):
         if select is not None:
             chosen, error = meshes.selecting.select(name, output, select)
         if meshes.active or type(chosen) is not Tensor:
-            part = meshes.part_of(name, module, chosen, self.layout.dims.get(name))
+            part = meshes.part_of(name, module, chosen, self.layout.dims.get(name), moment.call)
             if part is not None:
                 self.take_part(of_layer, module, part, moment, moment.is_idle or error is not None)
                 if error is not None:
@@ -159,6 +159,7 @@ class Router(Rows):
         if isinstance(output, Unobservable):
             raise LeftOut(output.why)
         steps = self.steps
+        call = steps.call(of_layer.layer) if self.meshes.active else 0
         if steps.leaves_out and not steps.observes(of_layer.stage, of_layer.layer, forward):
             return None
         number = None
@@ -170,7 +171,7 @@ class Router(Rows):
                     number = steps.alone_after(of_layer.ran, of_layer.stage)
             of_layer.ran = number if number >= 0 else of_layer.ran
         beside = self.masks.value, self.labels.value
-        return Moment(forward, steps.groups(), number, steps.step, *beside, is_idle)
+        return Moment(forward, steps.groups(), number, steps.step, *beside, is_idle, call)
 
     def untrained(self, layers: Iterable[str]) -> dict[str, bool | None]:
         """Layer -> whether its weights are as they were initialised; None where it cannot be told."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,12 +28,14 @@ class Forward:
         is_observed: whether its layers are.
         ever: its number in its stage since the beginning; -1 if no history is to hold it.
         groups: metric, by its ``id`` -> number of the group that it keeps what it is shown in this forward in.
+        calls: layer -> how often it has run in this forward, where processes share it.
     """
 
     number: int
     is_observed: bool
     ever: int
     groups: dict[int, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 class Moment(NamedTuple):
@@ -46,6 +49,7 @@ class Moment(NamedTuple):
         mask: laid beside the model.
         labels: likewise.
         is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
+        call: how many times the layer has run before in this forward of the model, where processes share it.
     """
 
     forward: int
@@ -55,6 +59,7 @@ class Moment(NamedTuple):
     mask: Tensor | None = None
     labels: Tensor | None = None
     is_idle: bool = False
+    call: int = 0
 
 
 class Thread(threading.local):
@@ -137,6 +142,14 @@ class Steps:
         """
         current = self._current()
         return None if current is None else current.ever
+
+    def call(self, layer: str) -> int:
+        """Count a call of a layer; return how many there were before in this forward of the model."""
+        current = self._current()
+        if current is None:
+            return 0
+        current.calls[layer] += 1
+        return current.calls[layer] - 1
 
     def alone_after(self, number: int, stage: str) -> int:
         """The number for histories of a forward of a layer by itself: later than all before it.

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torchmetrics import Metric
 
 import spectralmetrics as sm
+from spectralmetrics.probing import rendezvous
 from spectralmetrics.probing.parts import part_of
 from spectralmetrics.probing.placement import bring, place
 from spectralmetrics.probing.rules import ObservationRule
@@ -509,6 +510,74 @@ def plain_outputs_beside_tensor_parallelism(rank, world):
     assert_holds(probe, "train", rows(batches))
 
 
+class OfOne(nn.Module):
+    """The first process runs a layer more, one is run twice, and an activation is registered last."""
+
+    def __init__(self, world):
+        super().__init__()
+        torch.manual_seed(2)
+        self.stem = nn.Linear(6, 6)
+        self.up = nn.Linear(6, 6 * world)
+        self.down = nn.Linear(6 * world, 6)
+        self.diagnosis = nn.Linear(6, 2)
+        self.act = nn.GELU()
+        self.shared = nn.Hardtanh()
+        self.double()
+
+    def forward(self, x, *, diagnoses):
+        x = self.shared(self.stem(x))
+        x = self.down(self.act(self.up(x)))
+        if diagnoses:
+            self.diagnosis(x)
+        return self.shared(2 * self.down(self.up(x)))
+
+
+def plain_layers_of_one_process_and_those_run_twice(rank, world):
+    """Nobody waits for others for long, and each call of a layer is placed by itself."""
+    rendezvous.PATIENCE, before = 1.0, rendezvous.PATIENCE
+    try:
+        model = OfOne(world)
+        inputs = torch.randn(9, 6, generator=torch.Generator().manual_seed(3)).double()
+        kinds = (nn.Linear, nn.GELU, nn.Hardtanh)
+        run = lambda model, x: model(x, diagnoses=rank == 0 or model is whole_model)  # noqa: E731
+        whole_model = copy.deepcopy(model)
+        found = {name: [] for name, each in whole_model.named_modules() if isinstance(each, kinds)}
+        handles = [
+            each.register_forward_hook(lambda _, args, output, name=name: found[name].append(output.detach()))
+            for name, each in whole_model.named_modules()
+            if name in found
+        ]
+        run(whole_model, inputs)
+        for handle in handles:
+            handle.remove()
+        parallelize_module(model, mesh_of(world), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds))
+        run(model, inputs).sum().backward()
+        expected = {name: torch.cat(each) for name, each in found.items()}
+        assert expected["act"].shape[1] == 6 * world  # while each process has as many as other layers have
+        assert_holds(probe, "train", expected)
+    finally:
+        rendezvous.PATIENCE = before
+
+
+def groups_of_which_one_holds_another(rank, world):
+    """Attention over two processes, experts over all: plain outputs are placed by the smaller mesh alone."""
+    if world != 4:
+        return
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)).double()
+    replicas = [torch.randn(7, 6, generator=torch.Generator().manual_seed(each)).double() for each in range(2)]
+    expected = rows(replicas, (nn.Linear, nn.LayerNorm), copy.deepcopy(model))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"1": ColwiseParallel(), "2": RowwiseParallel()})
+    weights = distribute_tensor(torch.randn(4, 6, 6), init_device_mesh("cpu", (4,)), [Shard(0)])
+    model.append(nn.Identity())
+    model[4].weights = nn.Parameter(weights)
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=[nn.Linear, nn.LayerNorm])
+    model(replicas[mesh["dp"].get_local_rank()])
+    assert_holds(probe, "train", expected)
+
+
 class Untold(nn.Module):
     """Of its outputs nothing tells how they are placed."""
 
@@ -770,6 +839,8 @@ EVERYWHERE = [
     folds_histories_and_marginals,
     each_process_has_another_fate,
     plain_outputs_beside_tensor_parallelism,
+    plain_layers_of_one_process_and_those_run_twice,
+    groups_of_which_one_holds_another,
     unknown_placements_are_left_out_with_words,
     select_says_what_nothing_tells,
     inputs_equal_one_process,
