@@ -131,6 +131,34 @@ def test_what_training_has_changed():
     assert second.update["relative_size"] == 0
 
 
+def test_layers_that_are_named_as_their_types_keep_their_names():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.GRU, self.Linear, self.Own = nn.GRU(8, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+    model = Own()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    rows = {row.layer: row for row in sm.weight_spectra(model, ["stable_rank"], since=before).rows}
+    stored = {
+        "Own (model)": "weight",
+        "GRU.weight_ih_l0": "GRU.weight_ih_l0",
+        "GRU.weight_hh_l0": "GRU.weight_hh_l0",
+        "Linear": "Linear.weight",
+        "Own": "Own.weight",
+    }
+    assert list(rows) == list(stored)
+    for layer, name in stored.items():
+        size = float((model.state_dict()[name] - before[name]).norm() / before[name].norm())
+        assert rows[layer].update["relative_size"] == pytest.approx(size, rel=1e-6), layer
+    names = [row.layer for row in sm.weight_spectra(model, ["stable_rank"], layers=["GRU", "Linear"]).rows]
+    assert names == ["GRU.weight_ih_l0", "GRU.weight_hh_l0", "Linear"]
+
+
 def test_a_matrix_that_was_not_there_has_no_update():
     model = nn.Sequential(nn.Linear(30, 20))
     [row] = sm.weight_spectra(model, ["stable_rank"], since={}).rows

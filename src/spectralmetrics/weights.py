@@ -193,7 +193,7 @@ def weight_spectra(
         raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
     chosen = named_modules(unwrap(model)) if layers is None else select_layers(model, layers)
     skipped: dict[str, str] = {}
-    matrices = list(_of_modules(chosen, skipped))
+    matrices = list(_of_modules(chosen, unwrap(model), skipped))
     if not matrices:
         raise ValueError(f"no layer of {type(model).__name__} has a weight matrix{first_reason(skipped)}")
     before = None if since is None else {without_wrappers(name): value for name, value in since.items()}
@@ -242,13 +242,15 @@ def summarise_weights(
     return WeightSummary(rows, left_out)
 
 
-def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> Iterator[WeightMatrix]:
+def _of_modules(
+    modules: Mapping[str, nn.Module], root: nn.Module, skipped: dict[str, str]
+) -> Iterator[WeightMatrix]:
     seen: set[int] = set()
     for name, module in modules.items():
         if "parametrizations" in name.split("."):  # its parameters make the weight of the layer around it
             continue
-        prefix = "" if name == type(module).__name__ else f"{name}."
-        inputs_first = has_inputs_first(module)
+        prefix = "" if module is root else f"{name}."
+        inputs_first, kind = has_inputs_first(module), type(module).__name__
         groups = module.groups if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 1
         for own, parameter, bring in weights_of(module):
             if id(parameter) in seen or is_lazy(parameter) or len(shape := bring().shape) < 2:
@@ -261,9 +263,7 @@ def _of_modules(modules: Mapping[str, nn.Module], skipped: dict[str, str]) -> It
             stacked = len(shape) == 3 and not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
             for expert in range(shape[0]) if stacked else (None,):
                 row = layer if expert is None else f"{layer}.{expert}"
-                yield WeightMatrix(
-                    row, type(module).__name__, f"{prefix}{own}", bring, expert, inputs_first, groups
-                )
+                yield WeightMatrix(row, kind, f"{prefix}{own}", bring, expert, inputs_first, groups)
 
 
 def without_wrappers(name: str) -> str:

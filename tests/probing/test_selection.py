@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmetrics import LayerProbe
+from spectralmetrics import EffectiveRankMetric, LayerProbe, insert_projections, set_projection_threshold
 from spectralmetrics.probing import select_layers
 from tests.probing.models import ResNet, Transformer
 
@@ -147,6 +147,31 @@ def test_the_inner_projection_of_an_attention_is_left_out_wherever_the_attention
     assert list(select_layers(attention)) == ["MultiheadAttention"]
     assert list(select_layers(nn.ModuleDict({"a": attention}))) == ["a"]
     assert list(select_layers(attention, layers="out_proj")) == ["out_proj"]
+
+
+class Twice(nn.Linear):
+    """A layer that holds one of its type's name."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.Twice = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.Twice(super().forward(x))
+
+
+def test_a_model_and_a_child_that_has_the_name_of_its_type_are_two_layers():
+    model = Twice()
+    assert select_layers(model) == {"Twice (model)": model, "Twice": model.Twice}
+    assert select_layers(model, "Twice") == {"Twice": model.Twice}
+    probe = LayerProbe(model, EffectiveRankMetric())
+    model(torch.randn(50, 4))
+    assert list(probe.compute()) == ["effective_rank/train/Twice", "effective_rank/train/Twice (model)"]
+    projections = insert_projections(model, threshold=1.0)
+    model(torch.randn(50, 4))
+    assert {row.name for row in set_projection_threshold(model, 1.0)} == set(projections.layers)
+    model.Twice = None
+    assert select_layers(model, "Twice") == {"Twice": model}
 
 
 class Experts(nn.Module):

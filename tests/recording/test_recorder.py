@@ -1,20 +1,24 @@
 import contextlib
+import csv
 import errno
 import multiprocessing
 import os
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection, MinMaxMetric
 
 from spectralmetrics import (
     CovarianceMetric,
     EigenspaceEmbeddingMetric,
+    HistoryMetric,
     LayerProbe,
     PowerLawExponentMetric,
     Recorder,
@@ -23,6 +27,7 @@ from spectralmetrics import (
     Writer,
 )
 from spectralmetrics.recording.writers import make_writers
+from spectralmetrics.recording.writers.history_file import HistoryWriter
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 ALL = ["csv", "arrays", "console", "tensorboard", "plot"]
@@ -44,6 +49,10 @@ def contents(directory):
         path.relative_to(directory): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")
     }
+
+
+def no_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Keeper(Writer):
@@ -437,6 +446,54 @@ class TestRepeated:
             curve = events.Scalars(tag)
             assert [event.step for event in curve] == [0, 1]
             assert curve[1].value == pytest.approx(float(values[tag]))
+
+    @pytest.mark.parametrize("failing", [0, 1])
+    @pytest.mark.parametrize("method", ["write", "flush"])
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+    def test_after_tensorboard_could_not_write(self, method, failing, tmp_path, monkeypatch):
+        model = make_model()
+        recorder = Recorder(tmp_path, make_probe(model), ["csv", "tensorboard"])
+        values, threads = [], {*threading.enumerate()}
+        for epoch in range(3):
+            run_epoch(model, epoch)
+            if epoch == failing:
+                with monkeypatch.context() as patch:
+                    patch.setattr(RecordWriter, method, no_space)
+                    for again in range(2):
+                        with pytest.raises(OSError, match=f"cannot record epoch {epoch}, .*No space left"):
+                            recorder.record()
+                        # Where TensorBoard cannot make a file, it leaves a thread that nobody can end.
+                        assert again or not failing or {*threading.enumerate()} <= threads
+            values.append(recorder.record())
+        recorder.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        curve = events.Scalars("saturation/train/0")
+        assert [event.step for event in curve] == [0, 1, 2]
+        expected = [float(each["saturation/train/0"]) for each in values]
+        assert [event.value for event in curve] == pytest.approx(expected)
+
+    @pytest.mark.parametrize("is_full", [False, True], ids=["one file", "the disk"])
+    @pytest.mark.parametrize("failing", [0, 1])
+    def test_what_others_wrote_of_it_is_taken_back(self, failing, is_full, tmp_path, monkeypatch):
+        """At once, or before the next record where it cannot be."""
+        model = make_model()
+        writers = make_writers(["history", "csv"])
+        with Recorder(tmp_path, make_probe(model, HistoryMetric()), writers) as recorder:
+            for epoch in range(3):
+                run_epoch(model, epoch)
+                recorder.add_scalar("loss", epoch)
+                if epoch == failing:
+                    with monkeypatch.context() as patch:
+                        patch.setattr(writers[1], "write", no_space)
+                        if is_full:
+                            patch.setattr(HistoryWriter, "discard", no_space)
+                        with pytest.raises(OSError, match=f"cannot record epoch {epoch}, .*No space left"):
+                            recorder.record()
+                recorder.record(2 * epoch + 1)  # another number than the one that failed
+        rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
+        assert [int(row["epoch"]) for row in rows] == [1] * 12 + [3] * 12 + [5] * 12
+        assert [row["epoch"] for row in read_csv(tmp_path)] == ["1", "3", "5"]
 
     def test_after_the_manifest_could_not_be_written(self, tmp_path):
         recorder = Recorder(tmp_path)

@@ -95,8 +95,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def root_name(model: nn.Module) -> str:
+    """The name of the model itself: that of its type, with ``" (model)"`` behind it if a child has that name.
+
+    >>> root_name(nn.Linear(2, 2)), root_name(nn.ModuleDict({"ModuleDict": nn.ReLU()}))
+    ('Linear', 'ModuleDict (model)')
+    """
+    model = unwrap(model)
+    name = type(model).__name__
+    while children_of(model).get(name) is not None:
+        name += " (model)"
+    return name
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by qualified name; the model itself by its type's name, wrapped parts by their own.
+    """All modules by qualified name, see :func:`root_name` for the model itself; wrapped parts by their own.
 
     A module that is registered in several places has a name for each.
     """
@@ -104,7 +117,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     def walk(module: nn.Module, name: str) -> None:
         module = unwrap(module)
-        modules[name or type(module).__name__] = module
+        modules[name or root_name(module)] = module
         for child_name, child in children_of(module).items():
             if child is not None:
                 walk(child, f"{name}.{child_name}" if name else child_name)

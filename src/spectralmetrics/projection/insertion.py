@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.probing.hooks import tell
 from spectralmetrics.probing.layout import FeatureDim, dim_of, find_dims
-from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
+from spectralmetrics.probing.selection import Selectors, named_modules, root_name, select_layers, unwrap
 from spectralmetrics.projection.layer import PCAProjection, check_dim, check_generator
 from spectralmetrics.sums.checks import check_type
 
@@ -273,7 +273,7 @@ def _projections(model: nn.Module) -> dict[str, PCAProjection]:
     for name, module in named_modules(inner).items():
         if isinstance(module, InsertedProjection):
             layer = name.removesuffix(_NAME).removesuffix(".")
-            found[layer or type(inner).__name__] = module
+            found[layer or root_name(inner)] = module
         elif isinstance(module, PCAProjection):
             found["" if module is inner else name] = module
     if not found:

@@ -61,6 +61,7 @@ class RunDirectory:
             **WRITERS,
             **{writer.name: writer for writer in writers},
         }
+        self._unfinished: list[Writer] = []  # which may hold a part of a record that failed
         self.last: RecordKey | None = None
         if mode == "create":
             self._refuse_records()  # and leave the directory as it is
@@ -79,14 +80,18 @@ class RunDirectory:
             return False
         counting = [each for each in self._takers(record) if each.keeps_records or each.takes_back]
         try:
+            for writer in self._unfinished:
+                self._take_back(writer)
             # Those that can take back come first, and the table last: it has a record only if the others do.
             for writer in sorted(counting, key=lambda each: (not each.takes_back, each.name == "csv")):
                 writer.write(record)
             if not any(writer.keeps_records for writer in counting):
                 self._tell_manifest(record)
         except BaseException as error:
+            self._unfinished = [*counting]
             for writer in counting:
-                self._take_back(writer)
+                with contextlib.suppress(OSError):  # the next record does it, or whoever resumes
+                    self._take_back(writer)
             if not isinstance(error, OSError):
                 raise
             message = f"cannot record {record.key}, earlier records are intact: {error.strerror or error}"
@@ -227,12 +232,13 @@ class RunDirectory:
                     )
 
     def _take_back(self, writer: Writer) -> None:
-        with contextlib.suppress(OSError):
-            if writer.takes_back:
+        if writer.takes_back:
+            with contextlib.suppress(Exception):  # what could not be written is not needed any more
                 writer.close()
-                writer.open_after(self.directory, self.last)
-            else:
-                writer.discard_after(self.directory, self.last)
+            writer.open_after(self.directory, self.last)
+        else:
+            writer.discard_after(self.directory, self.last)
+        self._unfinished = [each for each in self._unfinished if each is not writer]
 
     def _tell_manifest(self, record: Record) -> None:
         layers = self._manifest.layers | {name: facts.saved() for name, facts in record.layers.items()}

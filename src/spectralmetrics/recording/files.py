@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -50,6 +51,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+
+def kept_size(path: Path, size: int) -> int:
+    """The bytes of a file that hold whole records.
+
+    Args:
+        path: the path of the file, which may be missing.
+        size: bytes after the last record that was written; the file is shorter if that was taken back, and
+            longer if the process was interrupted once it had written one more.
+    """
+    return min(size, path.stat().st_size) if path.exists() else 0
+
+
+def lengthen(path: Path, size: int, added: bytes) -> int:
+    """Replace a file by a copy of its first bytes and what is added; return the size of the copy."""
+    with replacing(path) as file:
+        if size:
+            with open(path, "rb") as earlier:
+                shutil.copyfileobj(earlier, file, 2**20)
+            file.truncate(size)
+            file.seek(size)
+        file.write(added)
+    return size + len(added)
 
 
 def sweep(folder: Path, pattern: str) -> None:

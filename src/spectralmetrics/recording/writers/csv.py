@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.recording.files import read_table, replacing, sweep
+from spectralmetrics.recording.files import kept_size, lengthen, read_table, replacing, sweep
 from spectralmetrics.recording.record import COLUMNS, Record, RecordKey, Row
 from spectralmetrics.recording.writer import Writer
 
@@ -47,16 +46,8 @@ class CSVWriter(Writer):
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
-        rows = format_rows(record.rows, header=self._size == 0)
-        with replacing(self._path) as file:
-            if self._size:
-                with open(self._path, "rb") as earlier:
-                    shutil.copyfileobj(earlier, file, 2**20)
-                # Of a record that was interrupted after it was written, and is written again, nothing is left.
-                file.truncate(self._size)
-                file.seek(0, os.SEEK_END)
-            file.write(rows)
-        self._size += len(rows)
+        size = kept_size(self._path, self._size)
+        self._size = lengthen(self._path, size, format_rows(record.rows, header=size == 0))
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from spectralmetrics.probing.movers import History, HistoryRow
-from spectralmetrics.recording.files import read_table, replacing, sweep
+from spectralmetrics.recording.files import kept_size, lengthen, read_table, replacing, sweep
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import ForwardHistory
@@ -52,18 +51,11 @@ class HistoryWriter(Writer):
         ]
         text = io.StringIO(newline="")
         writer = csv.writer(text)  # which quotes a name with a line break in it
-        if self._size == 0:
+        size = kept_size(self._path, self._size)
+        if size == 0:
             writer.writerow(HISTORY_COLUMNS)
         writer.writerows(lines)
-        added = text.getvalue().encode()
-        with replacing(self._path) as file:
-            if self._size:
-                with open(self._path, "rb") as earlier:
-                    shutil.copyfileobj(earlier, file, 2**20)
-                file.truncate(self._size)  # of a record that was interrupted, and is written again
-                file.seek(self._size)
-            file.write(added)
-        self._size += len(added)
+        self._size = lengthen(self._path, size, text.getvalue().encode())
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:

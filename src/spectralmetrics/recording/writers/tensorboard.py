@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from pathlib import Path
@@ -67,9 +68,12 @@ class TensorBoardWriter(Writer):
 
     def close(self) -> None:
         """See :class:`Writer`."""
-        for events in self._events.values():
-            events.close()
-        self._events.clear()
+        opened, self._events = list(self._events.values()), {}
+        with contextlib.ExitStack() as stack:  # all are closed, also if one fails
+            for events in opened:
+                if events.file_writer is not None:  # its thread ends, also if nothing can be flushed any more
+                    stack.callback(events.file_writer.close)
+                stack.callback(events.close)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
