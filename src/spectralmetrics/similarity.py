@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.compilation import Unobservable
+from spectralmetrics.probing.dtensors import watch_outputs
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.meshes import Meshes, watch_outputs
+from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.parts import LeftOut, ranks_of, reason_of, whole_of
 from spectralmetrics.probing.placement import has_some_positions
 from spectralmetrics.probing.rules import FeatureMaps, ObservationRule, Sequences

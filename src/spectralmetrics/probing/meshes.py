@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from spectralmetrics.layers import kind_of
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights
-from spectralmetrics.probing.hooks import Hooks, Observe, Select
+from spectralmetrics.probing.dtensors import dtensors_of, may_share_layers, placed, ranks_of, smallest
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
 from spectralmetrics.probing.rendezvous import Rendezvous, Told
 from spectralmetrics.probing.selecting import Selecting
-from spectralmetrics.torch_private import dims_of_fsdp
 
 _UNKNOWN = -1
 
@@ -102,7 +100,7 @@ class Meshes:
         Args:
             module: that runs, so that what FSDP2 had sharded of it is whole.
         """
-        if self._has_looked and (self._groups or module is None or not _dtensors(module)):
+        if self._has_looked and (self._groups or module is None or not dtensors_of(module)):
             return
         if not is_one_of_several():
             return
@@ -112,14 +110,14 @@ class Meshes:
         if model is None or not may_share_layers():
             return
         groups: dict[str, Any] = {}
-        for each, parameter, dims in _placed(model, module):
+        for each, parameter, dims in placed(model, module):
             mesh = parameter.device_mesh
             found = [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
             groups.update({group.group_name: group for group in found})
             if any(mesh.size(dim) > 1 and type(parameter.placements[dim]).__name__ == "Shard" for dim in dims):
                 self._sharded.add(each)
         self._groups = tuple(groups.values())
-        self._of_plain = _smallest(self._groups)
+        self._of_plain = smallest(self._groups)
         self.active = self.active or bool(groups)
 
     def agree(self, name: str) -> None:
@@ -215,7 +213,7 @@ class Meshes:
             return Spread((), None)
         self.alike.check(self._groups)
         sharded: dict[str, set[int]] = {}
-        for each, parameter, dims in () if (model := self._model()) is None else _placed(model, module):
+        for each, parameter, dims in () if (model := self._model()) is None else placed(model, module):
             for dim in dims if each is module and parameter.ndim > 1 else ():
                 placed_in = getattr(parameter.placements[dim], "dim", None)
                 if placed_in is not None:
@@ -265,7 +263,7 @@ class Meshes:
         numbers = [checksum(values), shape, checksum_of_weights(module), nonzero, whole]
         self._asked[place] += 1
         topic = f"{name}/{call}/{self._asked[place]}"
-        told = [self._rendezvous.ask(topic, numbers, _ranks(group)) for group in self._of_plain]
+        told = [self._rendezvous.ask(topic, numbers, ranks_of(group)) for group in self._of_plain]
         if not all(each.is_all for each in told):
             return self._of_some(place, told, is_whole=features == width)
         every = [numbers for each in told for numbers in each.of.values()]
@@ -349,90 +347,3 @@ class Alone:
     def concerns(self, output: Any) -> bool:
         """See :class:`Meshes`."""
         return False
-
-
-class FirstOrLast:
-    """Passes on what the first hook of a layer sees if it is a DTensor, or else what the last sees.
-
-    What is behind the first hook may hand out this process' part of the DTensor alone. Plain outputs are passed
-    on as the layer's caller gets them: what is behind may have cast them.
-
-    Args:
-        observe: gets what is passed on.
-    """
-
-    def __init__(self, observe: Observe) -> None:
-        self._observe = observe
-        self._is_seen = False
-
-    def first(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        """See :data:`.Observe`."""
-        self._is_seen = isinstance(output, Part) or is_dtensor(first_tensor(output))
-        if self._is_seen:
-            self._observe(module, output, training, select)
-
-    def last(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        """See :data:`.Observe`."""
-        is_seen, self._is_seen = self._is_seen, False
-        if not is_seen:
-            self._observe(module, output, training, select)
-
-
-def may_share_layers() -> bool:
-    """True if processes may share layers, since there are several and PyTorch's DTensors have been imported."""
-    return is_one_of_several() and "torch.distributed.tensor" in sys.modules
-
-
-def has_dtensors(module: nn.Module) -> bool:
-    """True if a layer has a parameter that is a DTensor."""
-    return bool(_dtensors(module))
-
-
-def watch_outputs(hooks: Hooks, module: nn.Module, observe: Observe) -> None:
-    """Have it shown what a layer puts out, before this becomes plain where the layer's weights are DTensors."""
-    if has_dtensors(module):
-        either = FirstOrLast(observe)
-        hooks.behind(module, either.first, prepend=True)
-        hooks.behind(module, either.last)
-    else:
-        hooks.behind(module, observe)
-
-
-def _dtensors(module: nn.Module) -> list[Any]:
-    return [
-        each
-        for each in module.parameters(recurse=False)
-        if type(each) is not nn.Parameter or is_dtensor(each.data)
-    ]
-
-
-def _smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
-    """Groups of different processes that hold no smaller group: experts may be spread over several meshes."""
-    by_ranks = {frozenset(_ranks(group)): group for group in reversed(groups)}
-    return tuple(
-        group for ranks, group in reversed(by_ranks.items()) if not any(other < ranks for other in by_ranks)
-    )
-
-
-def _ranks(group: Any) -> list[int]:
-    return sorted(dist.get_process_group_ranks(group))
-
-
-def _placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Module, Any, range]]:
-    """Modules, DTensors among their parameters, and the dimensions of the mesh that are not those of FSDP2.
-
-    FSDP2 puts its own before those that were there: one, or two where it also replicates. A module that runs is
-    whole, with all that FSDP2 brings together with it.
-    """
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    # What is nested more deeply comes later.
-    unit = {id(each): outer for outer in model.modules() if isinstance(outer, fsdp) for each in outer.modules()}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if is_dtensor(parameter):
-                tensor: Any = parameter
-                number = tensor.device_mesh.ndim
-                own = 0
-                if id(module) in unit and unit[id(module)] is not unit.get(id(running)):
-                    own = dims_of_fsdp(unit[id(module)])
-                yield module, tensor, range(own, number)

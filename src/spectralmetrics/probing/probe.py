@@ -25,6 +25,7 @@ from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
+from spectralmetrics.probing.dtensors import has_dtensors, may_share_layers, watch_outputs
 from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place, check_places, merge_places
 from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
 from spectralmetrics.probing.facts import LayerFacts
@@ -36,7 +37,7 @@ from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.meshes import Meshes, has_dtensors, may_share_layers, watch_outputs
+from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.movers import History, Scales, scales_of
 from spectralmetrics.probing.processes import (
     NO_GROUP,

@@ -1,0 +1,105 @@
+"""Weights and outputs that are DTensors: which layers have them, along which processes, and when to look."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from spectralmetrics.probing.hooks import Hooks, Observe, Select
+from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.outputs import first_tensor
+from spectralmetrics.probing.parts import Part, is_dtensor
+from spectralmetrics.torch_private import dims_of_fsdp
+
+
+class FirstOrLast:
+    """Passes on what the first hook of a layer sees if it is a DTensor, or else what the last sees.
+
+    What is behind the first hook may hand out this process' part of the DTensor alone. Plain outputs are passed
+    on as the layer's caller gets them: what is behind may have cast them.
+
+    Args:
+        observe: gets what is passed on.
+    """
+
+    def __init__(self, observe: Observe) -> None:
+        self._observe = observe
+        self._is_seen = False
+
+    def first(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """See :data:`.Observe`."""
+        self._is_seen = isinstance(output, Part) or is_dtensor(first_tensor(output))
+        if self._is_seen:
+            self._observe(module, output, training, select)
+
+    def last(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """See :data:`.Observe`."""
+        is_seen, self._is_seen = self._is_seen, False
+        if not is_seen:
+            self._observe(module, output, training, select)
+
+
+def may_share_layers() -> bool:
+    """True if processes may share layers, since there are several and PyTorch's DTensors have been imported."""
+    return is_one_of_several() and "torch.distributed.tensor" in sys.modules
+
+
+def has_dtensors(module: nn.Module) -> bool:
+    """True if a layer has a parameter that is a DTensor."""
+    return bool(dtensors_of(module))
+
+
+def watch_outputs(hooks: Hooks, module: nn.Module, observe: Observe) -> None:
+    """Have it shown what a layer puts out, before this becomes plain where the layer's weights are DTensors."""
+    if has_dtensors(module):
+        either = FirstOrLast(observe)
+        hooks.behind(module, either.first, prepend=True)
+        hooks.behind(module, either.last)
+    else:
+        hooks.behind(module, observe)
+
+
+def dtensors_of(module: nn.Module) -> list[Any]:
+    """The parameters of a layer that are DTensors, or may be."""
+    return [
+        each
+        for each in module.parameters(recurse=False)
+        if type(each) is not nn.Parameter or is_dtensor(each.data)
+    ]
+
+
+def smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
+    """Groups of different processes that hold no smaller group: experts may be spread over several meshes."""
+    by_ranks = {frozenset(ranks_of(group)): group for group in reversed(groups)}
+    return tuple(
+        group for ranks, group in reversed(by_ranks.items()) if not any(other < ranks for other in by_ranks)
+    )
+
+
+def ranks_of(group: Any) -> list[int]:
+    """The processes of a group, in ascending order."""
+    return sorted(dist.get_process_group_ranks(group))
+
+
+def placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Module, Any, range]]:
+    """Modules, DTensors among their parameters, and the dimensions of the mesh that are not those of FSDP2.
+
+    FSDP2 puts its own before those that were there: one, or two where it also replicates. A module that runs is
+    whole, with all that FSDP2 brings together with it.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    # What is nested more deeply comes later.
+    unit = {id(each): outer for outer in model.modules() if isinstance(outer, fsdp) for each in outer.modules()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if is_dtensor(parameter):
+                tensor: Any = parameter
+                number = tensor.device_mesh.ndim
+                own = 0
+                if id(module) in unit and unit[id(module)] is not unit.get(id(running)):
+                    own = dims_of_fsdp(unit[id(module)])
+                yield module, tensor, range(own, number)
