@@ -488,8 +488,8 @@ class TestRepeated:
                         patch.setattr(writers[1], "write", no_space)
                         if is_full:
                             patch.setattr(HistoryWriter, "discard", no_space)
-                        with pytest.raises(OSError, match=f"cannot record epoch {epoch}, .*No space left"):
-                            recorder.record()
+                        with pytest.raises(OSError, match=f"cannot record epoch {2 * epoch}, .*No space"):
+                            recorder.record(2 * epoch)
                 recorder.record(2 * epoch + 1)  # another number than the one that failed
         rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
         assert [int(row["epoch"]) for row in rows] == [1] * 12 + [3] * 12 + [5] * 12

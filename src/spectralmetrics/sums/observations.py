@@ -68,7 +68,7 @@ class Observations:
             raise TypeError(
                 f"expected observations of a floating dtype, got {values.dtype}; cast them to float first"
             )
-        if values.layout != torch.strided or values.is_meta or values.is_nested:
+        if values.layout != torch.strided or values.is_nested:
             raise TypeError(f"expected observations as a dense tensor, got {_as_found(values)}")
         if values.ndim and not -values.ndim <= self.feature_dim < values.ndim:
             raise ValueError(
@@ -130,8 +130,6 @@ class Observations:
 
 
 def _as_found(values: Tensor) -> str:
-    if values.is_meta:
-        return "one on the device meta, which holds no values"
     if values.is_nested:
         return "a nested one; give `torch.cat(nested.unbind())`"
     return f"one of layout {values.layout}; give its `to_dense()`"
