@@ -295,7 +295,7 @@ class LayerSimilarity:
             with undisturbed(output):
                 side.meshes.look(module)
                 dims = side.layout.dims[name]
-                calls = _Forward().calls if side.current is None else side.current.calls
+                calls = Counter[str]() if side.current is None else side.current.calls
                 part = side.meshes.part_of(name, module, output, dims, calls[name])
                 calls[name] += 1
                 if part is not None:

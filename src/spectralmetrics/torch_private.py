@@ -458,9 +458,12 @@ def group_named(name: str) -> Any:
 def dims_of_fsdp(module: nn.Module) -> int:
     """The dimensions of a mesh that a unit of FSDP2 uses: one, or two where it also replicates.
 
-    ``torch.distributed.fsdp.FSDPModule._get_fsdp_state``, 2.8 to 2.15. Without it, one.
+    ``torch.distributed.fsdp.FSDPModule._get_fsdp_state``, 2.8 to 2.15. Without it, one. Where parameters of one
+    unit lie on several meshes, those of the first count.
     """
-    info = _find("_fsdp_param_group.mesh_info", root=module._get_fsdp_state())  # type: ignore[operator]
+    state = _find("_get_fsdp_state", root=module)()
+    groups = _find("_fsdp_param_groups", root=state) or [_find("_fsdp_param_group", root=state)]
+    info = _find("mesh_info", root=groups[0])
     dims = (getattr(info, "shard_mesh_dim", 0), getattr(info, "replicate_mesh_dim", None))
     return sum(dim is not None for dim in dims)
 

@@ -137,12 +137,8 @@ class LayerMetrics:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_collection": None,
-            "_followers": {},
-            "_read_empty": {},
-        }  # a copy makes its own
+        # A copy makes its own.
+        return {**self.__dict__, "_collection": None, "_followers": {}, "_read_empty": {}}
 
     @property
     def collection(self) -> MetricCollection:

@@ -74,13 +74,13 @@ def dtensors_of(module: nn.Module) -> list[Any]:
 
 def smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
     """Groups of different processes that hold no smaller group: experts may be spread over several meshes."""
-    by_ranks = {frozenset(ranks_of(group)): group for group in reversed(groups)}
+    by_ranks = {frozenset(ranks_in(group)): group for group in reversed(groups)}
     return tuple(
         group for ranks, group in reversed(by_ranks.items()) if not any(other < ranks for other in by_ranks)
     )
 
 
-def ranks_of(group: Any) -> list[int]:
+def ranks_in(group: Any) -> list[int]:
     """The processes of a group, in ascending order."""
     return sorted(dist.get_process_group_ranks(group))
 

@@ -88,15 +88,14 @@ class Identity:
         if announced is None or announced() is not dist.group.WORLD:
             return  # made before the group was; so may be those of others
         store, end = default_store(), time.monotonic() + _PATIENCE
-        missing, probes = dist.get_process_group_ranks(group), _PROBES[dist.group.WORLD]
-        probes.read[tuple(missing)] += 1
-        number = probes.read[tuple(missing)]
+        ranks, probes = dist.get_process_group_ranks(group), _PROBES[dist.group.WORLD]
+        missing, number = ranks, probes.read[tuple(ranks)] + 1
         while True:
             missing = [rank for rank in missing if not store.check([_key(rank, number)])]
             if not missing:
+                probes.read[tuple(ranks)] = number
                 return
             if time.monotonic() > end:
-                probes.read[tuple(dist.get_process_group_ranks(group))] -= 1
                 raise RuntimeError(
                     "expected a probe on every process, whose values are merged, got none on process"
                     f" {', '.join(map(str, missing))}: make it on all of them, or of metrics with"

@@ -14,31 +14,17 @@ from torch import Tensor, nn
 from spectralmetrics.layers import kind_of
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights
-from spectralmetrics.probing.dtensors import dtensors_of, may_share_layers, placed, ranks_of, smallest
+from spectralmetrics.probing.dtensors import dtensors_of, may_share_layers, placed, ranks_in, smallest
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.outputs import first_tensor
-from spectralmetrics.probing.parts import LeftOut, Part, Split, is_dtensor, part_of, split_of
+from spectralmetrics.probing.parts import Cut, LeftOut, Part, Split, is_dtensor, part_of, split_of
 from spectralmetrics.probing.rendezvous import Rendezvous, Told
 from spectralmetrics.probing.selecting import Selecting
 
 _UNKNOWN = -1
 
 _How = Literal["own", "replicated"]
-
-
-class _Cut(NamedTuple):
-    """Features of an output that are divided.
-
-    Attributes:
-        shape: of this process' part.
-        dim: the dimension of the features.
-        whole: how many features there are.
-    """
-
-    shape: tuple[int, ...]
-    dim: int
-    whole: int
 
 
 class Spread(NamedTuple):
@@ -90,7 +76,7 @@ class Meshes:
         self._known: dict[tuple[str, int], _How | int] = {}
         self._rendezvous = Rendezvous(layers)
         self._asked: Counter[tuple[str, int]] = Counter()
-        self._last: _Cut | None = None  # of the layer that has run before, where its features are divided
+        self._last: Cut | None = None  # what the layer before has put out, if that is divided
         self._experts: weakref.WeakKeyDictionary[nn.Module, Spread] = weakref.WeakKeyDictionary()
         self._has_looked = False
 
@@ -159,6 +145,19 @@ class Meshes:
             LeftOut: where nothing tells how it is placed.
         """
         last, self._last = self._last, None
+        part = self._part_of(name, module, output, dims, call, last)
+        self._last = None if part is None or name in self._selected else Cut.of(part)
+        return part
+
+    def _part_of(
+        self,
+        name: str,
+        module: nn.Module,
+        output: Any,
+        dims: FeatureDim | None,
+        call: int,
+        last: Cut | None,
+    ) -> Part | None:
         values = output if isinstance(output, Part) else first_tensor(output)
         if isinstance(values, Part) or is_dtensor(values):
             part = values if isinstance(values, Part) else part_of(values)
@@ -168,10 +167,6 @@ class Meshes:
             self.alike.check([split.group for split in part.splits])
             if name in self._selected:
                 self.selecting.check_form(name, part)
-            elif len(part.splits) == 1 and part.local.ndim:
-                dim = (dims or dim_of(module, of_inputs=self._of_inputs)).find(part.local).dim % part.local.ndim
-                if part.splits[0].dim == dim:
-                    self._last = _Cut(tuple(part.local.shape), dim, part.shape[dim])
             return part
         if not self._of_plain or name in self._selected or not isinstance(values, Tensor) or values.ndim < 1:
             return None
@@ -192,7 +187,6 @@ class Meshes:
             (group,) = self._of_plain
             splits = [Split(group, dist.get_rank(group), dist.get_world_size(group), dim)]
             shape[dim] = how
-            self._last = _Cut(tuple(values.shape), dim % values.ndim, how)
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
 
     def spread_of_experts(self, module: nn.Module, states: Tensor) -> Spread:
@@ -243,7 +237,7 @@ class Meshes:
         return spread
 
     def _find_out(
-        self, name: str, module: nn.Module, values: Tensor, dim: int, call: int, last: _Cut | None
+        self, name: str, module: nn.Module, values: Tensor, dim: int, call: int, last: Cut | None
     ) -> _How | int:
         """Finds out how a plain output is placed, by what the processes of each group tell each other, once."""
         width, place = values.shape[dim], (name, call)
@@ -263,7 +257,7 @@ class Meshes:
         numbers = [checksum(values), shape, checksum_of_weights(module), nonzero, whole]
         self._asked[place] += 1
         topic = f"{name}/{call}/{self._asked[place]}"
-        told = [self._rendezvous.ask(topic, numbers, ranks_of(group)) for group in self._of_plain]
+        told = [self._rendezvous.ask(topic, numbers, ranks_in(group)) for group in self._of_plain]
         if not all(each.is_all for each in told):
             return self._of_some(place, told, is_whole=features == width)
         every = [numbers for each in told for numbers in each.of.values()]
@@ -289,11 +283,11 @@ class Meshes:
 
         Whoever comes later with the same output has a replica, which has been counted.
         """
-        mine = dist.get_rank()
-        earlier = {rank: each for some in told for rank, each in some.of.items() if rank != mine}
-        (numbers, *_) = (each.of[mine] for each in told)
-        if alike := [rank for rank, each in earlier.items() if each[:2] == numbers[:2] and numbers[3]]:
-            raise LeftOut(f"process {alike[0]} had the same output long before this one, which counts once")
+        for each in told:
+            *earlier, (_, numbers) = each.up_to(dist.get_rank())
+            for rank, its in earlier:
+                if its[:2] == numbers[:2] and numbers[3]:
+                    raise LeftOut(f"process {rank} had the same output long before this one, which counts once")
         if not is_whole:
             raise LeftOut(
                 "other processes of tensor parallelism have not run it for seconds, and nothing tells whether"
@@ -303,7 +297,7 @@ class Meshes:
         return "own"
 
     def _of_different(
-        self, name: str, features: int | None, shape: Sequence[int], dim: int, last: _Cut | None
+        self, name: str, features: int | None, shape: Sequence[int], dim: int, last: Cut | None
     ) -> int:
         """The whole width if outputs differ because features are divided; 0 if each is a process' own."""
         width = shape[dim]
@@ -313,15 +307,15 @@ class Meshes:
             return last.whole  # as an activation behind a column-parallel layer
         model = self._model()
         for group in [] if model is None else widths_around(model, name):
-            found = {0 if whole == width else whole for whole in group if self._fits(whole, width, or_all=True)}
-            if found:
-                return found.pop() if len(found) == 1 else _UNKNOWN
+            if found := {whole for whole in group if whole == width or self._fits(whole, width)}:
+                whole = found.pop() if len(found) == 1 else _UNKNOWN
+                return 0 if whole == width else whole
         return _UNKNOWN
 
-    def _fits(self, whole: int, width: int, *, or_all: bool = False) -> bool:
-        """True if a width is that of this process' shard of so many features, or of all of them."""
-        if len(self._of_plain) != 1 or whole == width:
-            return or_all and whole == width
+    def _fits(self, whole: int, width: int) -> bool:
+        """True if a width is that of this process' shard of so many features."""
+        if len(self._of_plain) != 1:
+            return False
         split = split_of(self._of_plain[0], torch.distributed.tensor.Shard(0), 1)
         span = Part(torch.empty(0), (whole,), (1,), (split,)).spans(0)
         return span.stop - span.start == width < whole

@@ -128,6 +128,27 @@ class Part:
         return f"({', '.join(map(str, self.splits))})"
 
 
+class Cut(NamedTuple):
+    """The form of a part that is divided along one dimension and one mesh.
+
+    Attributes:
+        shape: of what this process has.
+        dim: the dimension, not negative.
+        whole: its size in the whole tensor.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    whole: int
+
+    @classmethod
+    def of(cls, part: Part) -> Cut | None:
+        """The form of a part; None if it is divided otherwise or not at all."""
+        if len(part.splits) != 1 or (dim := part.splits[0].dim) is None:
+            return None
+        return cls(tuple(part.local.shape), dim % part.local.ndim, part.shape[dim])
+
+
 def is_dtensor(values: Any) -> bool:
     """True if this is a DTensor; where nothing has imported these, there is none."""
     tensors = sys.modules.get("torch.distributed.tensor")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
-import zlib
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -21,9 +19,8 @@ from spectralmetrics.probing.hooks import Select
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import LeftOut, Part, is_dtensor, part_of, reason_of
+from spectralmetrics.probing.rendezvous import key_of_probe
 from spectralmetrics.torch_private import default_store
-
-_PROBES: Counter[tuple[str, ...]] = Counter()  # layers with functions that select -> probes so far
 
 
 class Selecting:
@@ -41,9 +38,7 @@ class Selecting:
         self._heard: set[str] = set()  # layers of which all have told whether the function failed
         self._failed: dict[str, str] = {}  # layer -> why it failed in its first forward, on some process
         self._checked: set[str] = set()  # layers whose forms have been compared
-        # The same on all processes, whatever other probes each of them has.
-        _PROBES[names := tuple(sorted(selected))] += 1
-        self._key = f"spectralmetrics/select/{zlib.crc32(repr(names).encode())}/{_PROBES[names]}"
+        self._key = key_of_probe("select", selected)
 
     def tell_settings(self, name: str) -> None:
         """Tell this process' settings to those that share a layer; who they are is not known yet."""

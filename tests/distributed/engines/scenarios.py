@@ -511,53 +511,67 @@ def plain_outputs_beside_tensor_parallelism(rank, world):
 
 
 class OfOne(nn.Module):
-    """The first process runs a layer more, one is run twice, and an activation is registered last."""
+    """The first process runs a layer more, and an activation is registered last."""
+
+    diagnoses = True
 
     def __init__(self, world):
         super().__init__()
         torch.manual_seed(2)
-        self.stem = nn.Linear(6, 6)
         self.up = nn.Linear(6, 6 * world)
         self.down = nn.Linear(6 * world, 6)
         self.diagnosis = nn.Linear(6, 2)
         self.act = nn.GELU()
-        self.shared = nn.Hardtanh()
         self.double()
 
-    def forward(self, x, *, diagnoses):
-        x = self.shared(self.stem(x))
+    def forward(self, x):
         x = self.down(self.act(self.up(x)))
-        if diagnoses:
+        if self.diagnoses:
             self.diagnosis(x)
-        return self.shared(2 * self.down(self.up(x)))
+        return self.down(self.up(x))
 
 
-def plain_layers_of_one_process_and_those_run_twice(rank, world):
-    """Nobody waits for others for long, and each call of a layer is placed by itself."""
+def plain_layers_that_one_process_runs(rank, world):
+    """Nobody waits for others for long, and an activation is divided like the layer before it."""
     rendezvous.PATIENCE, before = 1.0, rendezvous.PATIENCE
     try:
-        model = OfOne(world)
+        model, kinds = OfOne(world), (nn.Linear, nn.GELU)
         inputs = torch.randn(9, 6, generator=torch.Generator().manual_seed(3)).double()
-        kinds = (nn.Linear, nn.GELU, nn.Hardtanh)
-        run = lambda model, x: model(x, diagnoses=rank == 0 or model is whole_model)  # noqa: E731
-        whole_model = copy.deepcopy(model)
-        found = {name: [] for name, each in whole_model.named_modules() if isinstance(each, kinds)}
-        handles = [
-            each.register_forward_hook(lambda _, args, output, name=name: found[name].append(output.detach()))
-            for name, each in whole_model.named_modules()
-            if name in found
-        ]
-        run(whole_model, inputs)
-        for handle in handles:
-            handle.remove()
+        expected = rows([inputs], kinds, copy.deepcopy(model))
+        assert expected["act"].shape[1] == 6 * world  # while each process has as many as other layers have
+        model.diagnoses = rank == 0
         parallelize_module(model, mesh_of(world), {"up": ColwiseParallel(), "down": RowwiseParallel()})
         probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds))
-        run(model, inputs).sum().backward()
-        expected = {name: torch.cat(each) for name, each in found.items()}
-        assert expected["act"].shape[1] == 6 * world  # while each process has as many as other layers have
+        model(inputs).sum().backward()
         assert_holds(probe, "train", expected)
     finally:
         rendezvous.PATIENCE = before
+
+
+class RunsTwice(nn.Module):
+    """An activation is run on whole samples, and then on this process' share of them."""
+
+    def __init__(self, world):
+        super().__init__()
+        torch.manual_seed(2)
+        self.stem, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 4 * world), nn.Linear(4 * world, 6)
+        self.act = nn.Hardtanh()
+        self.double()
+
+    def forward(self, x):
+        return self.act(2 * self.down(self.up(self.act(self.stem(x)))))
+
+
+def each_call_of_a_layer_is_placed_by_itself(rank, world):
+    model, kinds = RunsTwice(world), (nn.Linear, nn.Hardtanh)
+    inputs = [torch.randn(9, 6, generator=torch.Generator().manual_seed(seed)).double() for seed in range(2)]
+    expected = rows(inputs, kinds, copy.deepcopy(model))
+    shares = {"up": ColwiseParallel(), "down": RowwiseParallel(output_layouts=Shard(0))}
+    parallelize_module(model, mesh_of(world), shares)
+    probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(kinds))
+    for each in inputs:
+        model(each).sum().backward()
+    assert_holds(probe, "train", expected)
 
 
 def groups_of_which_one_holds_another(rank, world):
@@ -723,6 +737,28 @@ def tensor_parallel_and_fsdp(rank, world):
         probe.remove()
 
 
+def tensor_parallel_and_replicas_of_fsdp(rank, world):
+    """FSDP2 with a mesh that replicates alone; layers outside of its blocks run before any block is whole."""
+    if world != 4:
+        return
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(2)]
+    for is_before in (False, True):
+        model = llama()
+        probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS)) if is_before else None
+        blocks = {name: each for name, each in plan(is_local=True).items() if name.startswith("layers.")}
+        parallelize_module(model, mesh["tp"], blocks)
+        for block in (*model.layers, model):
+            replicate(block, mesh=mesh["dp"])
+        probe = probe or sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
+        for batch in batches[mesh["dp"].get_local_rank()]:
+            loss_of(model(batch)).backward()
+        assert_holds(probe, "train", rows(batches[0] + batches[1]))
+        probe.remove()
+
+
 def a_mesh_of_one_process_is_as_none(rank, world):
     """As where the degree of tensor parallelism is one: each process has DTensors and batches of its own."""
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))["tp"]
@@ -839,7 +875,8 @@ EVERYWHERE = [
     folds_histories_and_marginals,
     each_process_has_another_fate,
     plain_outputs_beside_tensor_parallelism,
-    plain_layers_of_one_process_and_those_run_twice,
+    plain_layers_that_one_process_runs,
+    each_call_of_a_layer_is_placed_by_itself,
     groups_of_which_one_holds_another,
     unknown_placements_are_left_out_with_words,
     select_says_what_nothing_tells,
@@ -848,6 +885,7 @@ EVERYWHERE = [
     a_mesh_of_one_process_is_as_none,
     layers_that_processes_share_are_compared_whole,
     tensor_parallel_and_fsdp,
+    tensor_parallel_and_replicas_of_fsdp,
     fsdp_alone_adds_up,
     compiled_layers,
     *settings.SCENARIOS,
