@@ -10,7 +10,7 @@ from typing import Any, Self, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.merging import Pieces, agree
+from spectralmetrics.sums.merging import Piece, Pieces, agree
 from spectralmetrics.sums.sum import SpectralSum
 
 MOST_BYTES = 2**25
@@ -58,14 +58,14 @@ class AboutOrigin(SpectralSum):
             origin: shape (D,), float64.
         """
 
-    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
-        """The additive sums about a common origin, in flat float64 pieces.
+    def _pieces(self, origin: Tensor) -> Iterator[Piece]:
+        """The additive sums about a common origin, piece by piece.
 
         Subclasses with a large matrix yield it some rows at a time, so that it is never there twice.
         """
         moved = self.about(origin)
         for name in sorted(self.additive):
-            yield getattr(moved, name).reshape(-1).to(torch.float64)
+            yield Piece.of(getattr(moved, name))
 
     def _slots(self) -> Iterator[Slot]:
         """The tensors of this sum that the :meth:`_pieces` go into, in their order."""
@@ -154,7 +154,7 @@ def exchange_about_origins(
     pieces = (piece for each, origin in zip(parts, origins, strict=True) for piece in each._pieces(origin))
     result: Any = None
     slots: Iterator[Slot] = iter(())
-    for batch in _batches(pieces):
+    for batch in _batches(pieces, parts[0].count.device):
         received = yield batch
         if received is None:
             continue
@@ -171,13 +171,13 @@ def exchange_about_origins(
     return result
 
 
-def _batches(pieces: Iterator[Tensor]) -> Iterator[Pieces]:
+def _batches(pieces: Iterator[Piece], home: torch.device) -> Iterator[Pieces]:
     """Pieces, whole, as many together as fit into one collective."""
-    waiting = Pieces()
+    waiting = Pieces(home)
     for piece in pieces:
-        if waiting and 8 * (sum(map(len, waiting)) + len(piece)) > MOST_BYTES:
+        if waiting and 8 * (waiting.size + piece.size) > MOST_BYTES:
             yield waiting
-            waiting = Pieces()
+            waiting = Pieces(home)
         waiting.append(piece)
     yield waiting
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from spectralmetrics.sums.about_origin import AboutOrigin, Slot
 from spectralmetrics.sums.folds import Folds, InFolds
 from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import are_finite
@@ -83,11 +84,11 @@ class OfClasses(Moments):
             stray=self.stray + other.stray,
         )
 
-    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`."""
         yield from super()._pieces(origin)
         counts = torch.cat([self.class_counts, self.stray[None]]).to(torch.float64)
-        yield torch.cat([counts, self.class_sums(origin).flatten()])
+        yield Piece.of(torch.cat([counts, self.class_sums(origin).flatten()]))
 
     def _slots(self) -> Iterator[Slot]:
         """See :class:`.AboutOrigin`."""

@@ -21,8 +21,8 @@ then what an origin is agreed on by, then the sums. These may go to the one proc
 from __future__ import annotations
 
 import pickle
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,53 @@ class ForReader(Tensor):
     """A tensor whose sum only the process that reads the result receives; others may receive None."""
 
 
-class Pieces(list[Tensor]):
-    """Tensors that an exchange yields as one for whoever reads the result; emptied when they are sent."""
+class Piece(NamedTuple):
+    """Numbers that are written where they are sent from, so that they are in memory once.
+
+    Attributes:
+        size: their number.
+        write: puts them into a tensor of shape (size,), float64, on the device of the sum.
+    """
+
+    size: int
+    write: Callable[[Tensor], object]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Piece:
+        """All numbers of a tensor."""
+        return cls(tensor.numel(), lambda out: out.copy_(tensor.reshape(-1)))
+
+    @classmethod
+    def of_sum(cls, matrix: Tensor, left: Tensor, right: Tensor) -> Piece:
+        """A matrix and the product of two others, row after row."""
+        return cls(matrix.numel(), lambda out: torch.addmm(matrix, left, right, out=out.view(matrix.shape)))
+
+
+class Pieces(list[Piece]):
+    """Pieces that an exchange yields as one tensor for whoever reads the result.
+
+    Args:
+        home: the device on which they are written.
+    """
+
+    def __init__(self, home: torch.device) -> None:
+        super().__init__()
+        self.home = home
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return sum(piece.size for piece in self)
+
+    def write(self, out: Tensor) -> None:
+        """Put the numbers into a tensor of shape (size,), on any device."""
+        for piece, part in zip(self, out.split([piece.size for piece in self]), strict=True):
+            if out.device == self.home:
+                piece.write(part)
+            else:
+                here = part.new_empty(piece.size, device=self.home)
+                piece.write(here)
+                part.copy_(here)
 
 
 class Largest(Tensor):
@@ -104,28 +149,27 @@ def together(
         # With anything in it that all must have, all get the whole.
         is_for_reader = all(isinstance(waiting[index], (ForReader, Pieces)) for index in order)
         kind = Largest if largest else ForReader if is_for_reader else Tensor
-        layout, flat = [], []
-        for index in order:
+        layout = [
+            (torch.Size([sent.size]), sent.home) if isinstance(sent, Pieces) else (sent.shape, sent.device)
+            for sent in map(waiting.__getitem__, order)
+        ]
+        sizes = [shape.numel() for shape, _ in layout]
+        packed = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+        for index, part in zip(order, packed.split(sizes), strict=True):
             # The exchanges keep nothing that they have yielded, nor is it kept here.
             sent = waiting.pop(index)
             if isinstance(sent, Pieces):
-                layout.append((torch.Size([sum(map(len, sent))]), sent[0].device))
-                flat += [piece.to(device) for piece in sent]
-                sent.clear()
+                sent.write(part)
             else:
-                layout.append((sent.shape, sent.device))
-                flat.append(sent.as_subclass(Tensor).reshape(-1).to(device))
-            del sent
-        packed = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
-        del flat
+                part.copy_(sent.as_subclass(Tensor).reshape(-1))
+            del sent, part
         received = yield packed.as_subclass(kind)
         del packed
         if received is None:
             for index in order:
                 advance(index, None)
             continue
-        parts = torch.split(received, [shape.numel() for shape, _ in layout])
-        for index, part, (shape, home) in zip(order, parts, layout, strict=True):
+        for index, part, (shape, home) in zip(order, received.split(sizes), layout, strict=True):
             advance(index, part.reshape(shape).to(home))
     return results
 

@@ -38,6 +38,7 @@ from spectralmetrics.sums import decomposition
 from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.workspace import workspace
 
 
@@ -91,14 +92,13 @@ class Moments(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return rebase(self, origin)
 
-    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`: the counts and the vector sum, then rows of the upper triangle."""
         left, right, first = _shifts(self, origin)
         counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
-        yield torch.cat([counts, first])
+        yield Piece.of(torch.cat([counts, first]))
         for rows in _block_rows(self.num_features):
-            block = torch.addmm(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
-            yield block.reshape(-1)
+            yield Piece.of_sum(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
 
     def _slots(self) -> Iterator[Slot]:
         """See :class:`.AboutOrigin`."""

@@ -33,6 +33,7 @@ from torch import Tensor
 from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
 from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
 from spectralmetrics.sums.intake import DenseIntake, products_dtype
+from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import (
     ROWS_PER_FLOAT32_SUM,
@@ -144,13 +145,13 @@ class Sketch(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return self.diagonal
 
-    def _pieces(self, origin: Tensor) -> Iterator[Tensor]:
+    def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`: what there is of each feature, then the image, some rows at a time."""
         left, right, diagonal, first = _shifts(self, origin)
         counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
-        yield torch.cat([counts, first, diagonal])
+        yield Piece.of(torch.cat([counts, first, diagonal]))
         for rows in rows_at_a_time(*self.image.shape):
-            yield torch.addmm(self.image[rows], left[rows], right).flatten()
+            yield Piece.of_sum(self.image[rows], left[rows], right)
 
     def _slots(self) -> Iterator[Slot]:
         """See :class:`.AboutOrigin`."""
