@@ -54,12 +54,12 @@ from spectralmetrics.probing.reading import (
     Covariance,
     Question,
     Reading,
+    nothing_observed,
     read_covariance,
     read_layers,
     read_others,
     tell_covariances,
     tell_readings,
-    warn_of_nothing,
 )
 from spectralmetrics.probing.routed import Choose
 from spectralmetrics.probing.routing import Router
@@ -513,9 +513,11 @@ class LayerProbe(nn.Module):
             seen = seen or told is not None
             values.update(told or {})
         if not seen:
-            places = self._places.values()
-            warn_of_nothing(list(readings), places, self._is_off, self.budget, observe=self.observe)
+            warnings.warn(self._nothing_in(list(readings)), UserWarning, stacklevel=4)
         return values
+
+    def _nothing_in(self, stages: Sequence[str]) -> str:
+        return nothing_observed(stages, self._places.values(), self._is_off, self.budget, self.observe)
 
     @contextlib.contextmanager
     def _agreed(
@@ -742,7 +744,7 @@ class LayerProbe(nn.Module):
             found = self._read_places(agreement, [stage], read, lambda: None)[stage]
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
-                raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
+                raise RuntimeError(self._nothing_in([stage]))
             where = stage + (", gradients" if self.observe == "gradients" else "") + self._budget_words(stage)
             if self._repeating(stage):
                 where += ", the same inputs in several folds: intervals too narrow"
@@ -780,7 +782,7 @@ class LayerProbe(nn.Module):
             numbers = self._judged(each[1] for _, each in found.values() if each is not None)
             others = (place for place, _ in found.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
-                raise RuntimeError(f"nothing was observed in {stage} since the probe was made or reset")
+                raise RuntimeError(self._nothing_in([stage]))
             return find(stage, numbers, self._untrained)
 
     def _judged(self, numbers: Iterable[LayerNumbers]) -> list[LayerNumbers]:
@@ -941,14 +943,7 @@ class LayerProbe(nn.Module):
                 each.left_out = 0
             found = tell_covariances(stage, read_of)
             if found is None:
-                warn_of_nothing(
-                    (stage,),
-                    self._places.values(),
-                    self._is_off,
-                    self.budget,
-                    observe=self.observe,
-                    stacklevel=4,
-                )
+                warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=2)
         return found or {}
 
     @property

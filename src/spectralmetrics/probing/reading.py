@@ -300,24 +300,21 @@ class _Steps:
             self._progress(self._before + self._read, self._before + self._layers)
 
 
-def warn_of_nothing(
+def nothing_observed(
     stages: Iterable[str],
     places: Iterable[LayerMetrics],
     is_off: bool,
     budget: float | None,
-    *,
-    observe: Observes = "outputs",
-    stacklevel: int = 6,
-) -> None:
-    """Say that nothing at all was observed, and why, where it can be told.
+    observe: Observes,
+) -> str:
+    """A message that nothing was observed, with the reason.
 
     Args:
         stages: the stages that were asked for.
         places: all layers in all stages.
         is_off: whether the probe is paused or removed.
         budget: the budget of the probe.
-        observe: likewise.
-        stacklevel: see ``warnings.warn``.
+        observe: what the probe observes.
     """
     places = list(places)
     asked = [place for place in places if place.stage in set(stages)]
@@ -350,7 +347,7 @@ def warn_of_nothing(
             "no probed layer has run since the probe was made or reset; a model that is exported or"
             " scripted does not call hooks"
         )
-    _warn(f"nothing was observed in {where}: {reason}", stacklevel)
+    return f"nothing was observed in {where}: {reason}"
 
 
 def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
