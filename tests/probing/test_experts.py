@@ -114,6 +114,7 @@ def test_pairs_are_drawn_and_limited_as_rows_are():
     model, batches = qwen3(), [words(seed) for seed in range(3)]
     metrics = [SpectrumMetric(), sm.HistoryMetric(steps=4)]
     drawn = LayerProbe(model, metrics, layers="*.experts", rows_per_feature=0.3, seed=2)
+    alone = LayerProbe(model, SpectrumMetric(), layers="*.experts", rows_per_feature=0.3, seed=2)
     few = LayerProbe(model, SpectrumMetric(), layers="*.experts", max_samples=35)
     left = LayerProbe(model, layers="*.experts", max_features=15)
     for batch in batches:
@@ -124,6 +125,9 @@ def test_pairs_are_drawn_and_limited_as_rows_are():
         assert int(drawn["train", name]["spectrum"].count) == sum(min(5, number) for number in rows)
         assert int(few["train", name]["spectrum"].count) == min(sum(rows), 35)
         assert [row.observations for row in drawn.history().rows if row.layer == name] == [n for n in rows if n]
+        assert torch.equal(
+            alone["train", name]["spectrum"].compute(), drawn["train", name]["spectrum"].compute()
+        )
     assert not left.compute()
 
 

@@ -1,5 +1,7 @@
 """What each of the last forwards did, and which layer moved first."""
 
+import contextlib
+import copy
 import math
 
 import numpy as np
@@ -13,11 +15,14 @@ from spectralmetrics import (
     History,
     HistoryMetric,
     LayerProbe,
+    LinearProbeMetric,
+    MarginalMetric,
     MaxAbsMetric,
     Monitor,
     Observations,
     RootMeanSquareMetric,
     SaturationMetric,
+    statistics,
 )
 from spectralmetrics.probing.movers import HistoryRow
 
@@ -69,6 +74,68 @@ def test_every_row_of_each_forward(others, options):
     assert probe.history().forwards == [2, 3, 4, 5]
     assert repr(probe.history()) == "History(train: 4 forwards, 2 to 5, of 2 layers)"
     assert repr(probe.history("eval")) == "History(eval: 0 forwards, of 0 layers)"
+
+
+class Mixed(nn.Module):
+    """Feature maps, positions with their features last, and sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.positions = nn.Linear(3, 4)
+        self.tokens = nn.Linear(4, 5)
+
+    def forward(self, x):
+        maps = self.positions(self.conv(x).permute(0, 2, 3, 1))  # (N, 1, 11, 11) -> (N, 9, 9, 4)
+        return self.tokens(maps.flatten(1, 2))
+
+
+MARGINALS = [each for each in statistics().values() if issubclass(each, MarginalMetric)]
+
+
+@pytest.mark.parametrize("joins", ["history", "monitor"])
+@pytest.mark.parametrize("beside", ["nothing", "covariance", "folds", "labels"])
+@pytest.mark.parametrize(
+    ("options", "surroundings"),
+    [
+        ({"rows_per_feature": 4}, ""),
+        ({"rows_per_feature": 0.5, "max_samples": 20}, ""),
+        ({"max_map_size": 2}, ""),
+        ({"rows_per_feature": 4, "every_n_steps": 2}, ""),
+        ({"rows_per_feature": 4}, "mask"),
+        ({"rows_per_feature": 4}, "compiled"),
+        ({"rows_per_feature": 4, "observe": "inputs"}, ""),
+        ({"rows_per_feature": 4, "observe": "gradients"}, ""),
+    ],
+    ids=str,
+)
+def test_what_others_are_given_stays_as_it_is(joins, beside, options, surroundings):
+    others = {
+        "nothing": [],
+        "covariance": [SaturationMetric()],
+        "folds": [SaturationMetric(folds=2)],
+        "labels": [LinearProbeMetric(2)],
+    }[beside]
+    metrics = [*(each() for each in MARGINALS), *others]
+    model = Mixed()
+    alone = LayerProbe(model, copy.deepcopy(metrics), **options)
+    together = LayerProbe(model, [*metrics, *([HistoryMetric()] if joins == "history" else [])], **options)
+    if joins == "monitor":
+        Monitor(together)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if surroundings == "compiled" else model
+    for seed in range(7):
+        batch = torch.randn(4, 1, 11, 11, generator=torch.Generator().manual_seed(seed))
+        with contextlib.ExitStack() as stack:
+            for probe in (alone, together):
+                stack.enter_context(probe.labels(torch.arange(4) % 2))
+                if surroundings == "mask":
+                    stack.enter_context(probe.mask(torch.arange(81) < torch.tensor([[80], [60], [30], [20]])))
+            run(batch).square().sum().backward()
+    expected, found = alone.compute(), together.compute()
+    assert len(expected) >= 3 * len(metrics) - 3
+    assert found.keys() - expected.keys() == {f"history/train/{layer}" for layer in alone.layers}
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
 
 
 def test_steps_are_told_and_forwards_without_gradients_do_not_count():

@@ -18,7 +18,8 @@ class HistoryMetric(MarginalMetric):
     r"""Scale, mean, largest magnitude, zeros and rows left out, of each recent forward.
 
     In a probe, :meth:`.LayerProbe.history` gives the table of all layers. Every row of a forward counts, also
-    where the probe draws some of them for other metrics. By hand, each ``update`` is a forward.
+    where the probe draws some of them for other metrics; these get the rows that they would get without a
+    history. By hand, each ``update`` is a forward.
 
     ``compute`` returns a tensor of shape (k, 8), float64, a row for each of the last k forwards, the latest
     last: the forward, the step of the optimiser (-1 if nobody told it), the largest magnitude, the number of

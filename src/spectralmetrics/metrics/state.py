@@ -126,14 +126,17 @@ class SumsMetric(DealingMetric):
 
     # -- observations ------------------------------------------------------------------------------------
 
-    def observe(self, observations: Observations) -> None:
-        """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there."""
+    def observe(self, observations: Observations, everything: Observations | None = None) -> None:
+        """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there.
+
+        Sums that take all rows get ``everything``, which the observations were drawn from; None: the same.
+        """
         count_update(self)
         live: _Live | None = self.__dict__["_live"]
         width = self.num_features if live is None else live.num_features
         if width is not None and observations.values.shape[observations.feature_dim] != width:
             self._check(observations, observations)
-        self._take(observations)
+        self._take(observations, everything)
 
     def flush(self) -> None:
         """Add the rows that wait. Called by whoever reads a state."""
@@ -163,27 +166,31 @@ class SumsMetric(DealingMetric):
         with torch.inference_mode(False), torch.no_grad(), self.changed_by_user():
             self._take(self.grouped(observations))
 
-    def _take(self, observations: Observations) -> None:
+    def _take(self, observations: Observations, everything: Observations | None = None) -> None:
         """Add observations that fit."""
-        if observations.values.numel() == 0:
+        if (observations if everything is None else everything).values.numel() == 0:
             return
         live, home = self._revive(), None
+        device = observations.values.device
         if (
             live is None
-            or live.anchor.device != observations.values.device
+            or live.anchor.device != device
             or live.anchor.is_inference()
             or (self._is_synced or self._leader is not None)  # the sums of others, it may be
         ):
-            live, observations = self._meet(observations)
-            if live.anchor.device != observations.values.device:
+            live = self._meet(observations)
+            if live.anchor.device != device:
                 home = live.anchor.device
-        own = self.__dict__
-        live.stream.add(live.sums, observations, own["_batches"], own["gram_dtype"], self.phase, home)
+                if home.type != "cpu" or self._pinned_device is not None or has_float64(device):
+                    observations = observations.to(home)
+                    everything, home = None if everything is None else everything.to(home), None
+        own, phase = self.__dict__, self.phase
+        live.stream.add(live.sums, observations, everything, own["_batches"], own["gram_dtype"], phase, home)
         own["_batches"] += 1
         own["_changes"] = self._changes + 1
 
-    def _meet(self, observations: Observations) -> tuple[_Live, Observations]:
-        """The state, allocated and writable, and the observations, on one device if theirs has float64."""
+    def _meet(self, observations: Observations) -> _Live:
+        """The state, allocated and writable."""
         device = observations.values.device
         live = self._revive()
         if live is None:
@@ -206,10 +213,7 @@ class SumsMetric(DealingMetric):
         assert live is not None
         if is_new:
             live.stream.begin(live.sums, self.gram_dtype, self.phase)
-        home = live.anchor.device
-        if device == home or (home.type == "cpu" and self._pinned_device is None and not has_float64(device)):
-            return live, observations
-        return live, observations.to(home)
+        return live
 
     # -- merging -----------------------------------------------------------------------------------------
 
@@ -231,8 +235,7 @@ class SumsMetric(DealingMetric):
 
     def take_in(self, incoming: dict[str, Any]) -> None:
         """Add the states of another metric of this class."""
-        missing = [name for name in defaults(self) if name not in incoming]
-        if missing:
+        if missing := [name for name in defaults(self) if name not in incoming]:
             raise ValueError(
                 f"expected the states {list(defaults(self))} in the incoming state, got {list(incoming)},"
                 f" missing {missing}"
@@ -257,11 +260,8 @@ class SumsMetric(DealingMetric):
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         mine = self.sums
         live = self._revive()
-        known: Sequence[Sum | None] = (
-            [None] * len(mine)
-            if live is None
-            else live.stream.merged.get(group_object(group), [None] * len(mine))
-        )
+        unknown: Sequence[Sum | None] = [None] * len(mine)
+        known = unknown if live is None else live.stream.merged.get(group_object(group), unknown)
         return [each.exchange(its, rank, world_size) for each, its in zip(mine, known, strict=True)]
 
     def absorb(self, results: Sequence[Sum | None], group: Any = None) -> None:

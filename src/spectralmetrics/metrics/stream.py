@@ -82,6 +82,7 @@ class Stream:
         self,
         sums: Sequence[Sum],
         observations: Observations,
+        everything: Observations | None,
         batch: int,
         gram_dtype: torch.dtype | None,
         phase: float,
@@ -92,6 +93,7 @@ class Stream:
         Args:
             sums: the sums of this stream.
             observations: observations that fit them.
+            everything: observations for sums that take all rows; None: the same.
             batch: number of the batch.
             gram_dtype: dtype of products; None: by the device of the observations.
             phase: the phase of the intakes.
@@ -102,11 +104,16 @@ class Stream:
             for made in sums:
                 self._intakes[type(made)].meet(made)
         for each in sums:
+            chosen = observations
+            if everything is not None:
+                chosen = everything if each.takes_all_rows else observations
+                if chosen.values.numel() == 0:  # none was drawn
+                    continue
             intake = self._intakes[type(each)]
             if home is None or intake.reaches_other_devices:
-                intake.add(each, observations, batch)
+                intake.add(each, chosen, batch)
             else:
-                intake.add(each, observations.to(home), batch)
+                intake.add(each, chosen.to(home), batch)
         self.forget()
 
     def flush(self, sums: Sequence[Sum]) -> None:

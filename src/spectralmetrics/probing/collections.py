@@ -233,7 +233,7 @@ class LayerMetrics:
             groups: leader, by its ``id`` -> group of these observations, noted here for later calls of the
                 layer in the same forward; what one forward shows of its inputs stays in one fold.
             inputs: what the layer showed of each sample, shape (N, ...), before any was drawn.
-            everything: observations for metrics that take all rows; None if nothing was drawn from these.
+            everything: observations for sums that take all rows; None if nothing was drawn from these.
         """
         if self.before_update is not None:
             self.before_update()
@@ -248,8 +248,7 @@ class LayerMetrics:
             if not isinstance(leader, SpectralMetric) or not leader.takes_observations:
                 leader.update(rows)
             elif not leader.needs_labels:
-                chosen = everything if is_whole and everything is not None else observations
-                leader.observe(_grouped(chosen, leader, groups))
+                leader.observe(_grouped(observations, leader, groups), everything if is_whole else None)
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
         first = next((leader for leader in self.spectral_leaders if leader.folds > 1), None)

@@ -156,12 +156,12 @@ class Core:
         labelled, observations, limit = batch.labelled(), batch.observations(self.rule), batch.limit(self.rule)
         self.plain[of_layer.layer] = Plain.of(output, batch, observations, limit)
         limits.check_width(of_layer, observations.num_features)
-        everything = None
         if moment.number is not None:
-            everything = observations = of_forward(observations, moment.number, moment.step)
+            observations = of_forward(observations, moment.number, moment.step)
         size, seed = limits.draws(of_layer, observations.num_features, limit, moment.forward, self.steps)
+        everything = None
         if size is not None:
-            observations = draw(observations, size, seed)
+            everything, observations = observations, draw(observations, size, seed)
             labelled = None if labelled is None else draw(labelled, size, seed)
         of_layer.update(observations, labelled, moment.groups, batch.values, everything)
 

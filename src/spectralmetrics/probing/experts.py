@@ -172,6 +172,12 @@ class Pairs:
         return self.calls.tokens_of(self.number)
 
     @property
+    def whole(self) -> Pairs | None:
+        """The tokens that these were drawn from; None where none was drawn or no sum takes all rows."""
+        whole = self.calls.whole
+        return None if whole is None else Pairs(whole.states, whole, self.number, self.index)
+
+    @property
     def labels(self) -> Tensor | None:
         """(T,), of all tokens; None without."""
         return self.calls.labels
@@ -191,7 +197,12 @@ class Calls:
         routed: what it is called with.
         masks: laid beside the model.
         labels: likewise.
+
+    Attributes:
+        whole: the same with all tokens, where some were drawn before they travelled and some sum takes all.
     """
+
+    whole: Calls | None = None
 
     def __init__(
         self, name: str, number: int, module: nn.Module, routed: Routed, masks: Masks, labels: Labels

@@ -35,7 +35,8 @@ class HistoryRow(NamedTuple):
     """One layer in one forward.
 
     Attributes:
-        forward: its number, counted for each stage from the making of the probe.
+        forward: its number, counted for each stage from the making of the probe; in what is read of a run, from
+            the beginning of the run.
         step: the step of the optimiser; None if nobody told it, see :attr:`.LayerProbe.step`.
         layer: its qualified name.
         observations: that were finite, their number n.

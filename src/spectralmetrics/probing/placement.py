@@ -62,17 +62,6 @@ class Placed(NamedTuple):
         keep = sample < remaining
         return replace(seen, valid=keep if seen.valid is None else keep & seen.valid)
 
-    def share(self, number: int) -> int:
-        """This process' share of a number of observations."""
-        for cut in self.cuts:
-            number = cut.of(number)
-        for dim in self.part.row_dims(self.feature_dim):
-            number = self.part.spans(dim).of(number)
-        for split in self.part.splits:
-            if split.op or split.is_replicated or split.dim == self.feature_dim:
-                number = Span(split.rank, split.rank + 1, split.size).of(number)
-        return number
-
     def whole_width(self, observations: Observations) -> int:
         """The width of observations once all their features have come together."""
         if any(split.dim == self.feature_dim for split in self.part.splits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Container, Iterable, Mapping
@@ -94,10 +95,12 @@ class Router(Rows):
             calls.splits = spread.splits
             watched.forwards += 1
             if spread.travels is not None and not self.steps.passes():
-                takes_all = any(place.takes_all_rows for place in self.places.values())
                 size, seed = self.most(stage, calls.states.shape[-1], f"{watched.name} {watched.forwards}")
                 number = len(next(module.parameters(recurse=False))) // spread.travels.size
-                calls.travel(spread.travels, number, None if takes_all else size, seed)
+                if size is not None and any(place.takes_all_rows for place in self.places.values()):
+                    calls.whole = copy.copy(calls)
+                    calls.whole.travel(spread.travels, number, None, seed)
+                calls.travel(spread.travels, number, size, seed)
         return calls
 
     def _passes(self, stage: str, name: str) -> bool:

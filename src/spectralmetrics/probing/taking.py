@@ -146,12 +146,9 @@ class Rows(Core):
             of_layer.share_with((first_rank(part), dist.get_world_size()))
         everything = None
         if moment.number is not None:
-            everything = bring(observations, placed, None, seed)
-            everything = observations = of_forward(everything, moment.number, moment.step)
-            if size is not None:
-                observations = draw(everything, placed.share(size), seed)
-        else:
-            observations = bring(observations, placed, size, seed)
+            observations = of_forward(observations, moment.number, moment.step)
+            everything = None if size is None else bring(observations, placed, None, seed)
+        observations = bring(observations, placed, size, seed)
         labelled = None if labelled is None else bring(labelled, placed, size, seed)
         if is_idle:
             of_layer.pass_over(moment.groups)
@@ -184,20 +181,21 @@ class Rows(Core):
         seen = Observations(tokens[:, None], valid=valid, labels=labels)
         size, seed = limits.draws(of_layer, width, None, moment.forward, self.steps)
         everything = None
-        if moment.number is None:
-            observations = self._put_out(pairs, seen, splits, size, seed)
-        else:
-            everything = self._put_out(pairs, seen, splits, None, seed)
-            everything = observations = of_forward(everything, moment.number, moment.step)
-            if size is not None:
-                observations = draw(everything, placed_as(seen, splits).share(size), seed)
+        if moment.number is not None:
+            seen = of_forward(seen, moment.number, moment.step)
+            if (whole := pairs.whole) is not None:
+                among = replace(seen, values=whole.tokens[:remaining, None])
+                everything = self._put_out(whole, among, splits, None, seed)
+            elif size is not None:
+                everything = self._put_out(pairs, seen, splits, None, seed)
+        observations = self._put_out(pairs, seen, splits, size, seed)
         if splits and of_layer.folds > 1:
             of_layer.share_with((first_rank(placed_as(seen, splits).part), dist.get_world_size()))
         if moment.is_idle:
             of_layer.pass_over(moment.groups)
             return
         of_layer.samples += min(len(tokens), remaining)
-        if observations.num_observations:
+        if (observations if everything is None else everything).num_observations:
             labelled = observations if labels is not None else None
             of_layer.update(observations, labelled, moment.groups, pairs.states, everything)
 

@@ -66,7 +66,10 @@ class SavedRun:
 
     @cached_property
     def history(self) -> dict[str, list[HistoryRow]]:
-        """Stage -> what each layer did in each forward that was recorded; none without the writer "history"."""
+        """Stage -> what each layer did in each forward that was recorded; none without the writer "history".
+
+        The numbers of the forwards rise over all processes that made the run.
+        """
         return read_history(self.directory)
 
     @property

@@ -196,6 +196,30 @@ def tokens_that_travel_to_experts_of_other_processes_are_seen(rank, world):
         probe.remove()
 
 
+def a_history_leaves_what_experts_draw(rank, world):
+    mesh = mesh_of(world)
+    for how in ("tensor", "copies", "travelling"):
+        found = []
+        for joins in ([], [sm.HistoryMetric(steps=8)]):
+            model = spread_mixture(mesh, how).eval()
+            metrics = [sm.CovarianceTraceMetric(), sm.MaxAbsMetric(), *joins]
+            probe = sm.LayerProbe(model, metrics, layers="experts", rows_per_feature=0.5)
+            own = [inputs(seed + (rank if how == "travelling" else 0)) for seed in range(0, 3 * world, world)]
+            with torch.no_grad():
+                for x, index in own:
+                    model(x, index)
+            found.append(probe.compute("eval"))
+        assert len(found[0]) == 2 * NUMBER
+        for key, value in found[0].items():
+            assert torch.equal(found[1][key], value), (how, key)
+        several = world if how == "travelling" else 1
+        number = [
+            sum(int((inputs(seed + each)[1] == 0).sum()) for each in range(several))
+            for seed in range(0, 3 * world, world)
+        ]
+        assert [row.observations for row in probe.history("eval") if row.layer == "experts.0"] == number, how
+
+
 def experts_that_each_process_makes_are_merged_by_name(rank, world):
     batches = [inputs(seed) for seed in range(2)]
     expected = {}
@@ -225,6 +249,7 @@ def experts_that_count_from_zero_on_each_process_are_told(rank, world):
 SCENARIOS = [
     experts_that_are_spread_equal_one_process,
     tokens_that_travel_to_experts_of_other_processes_are_seen,
+    a_history_leaves_what_experts_draw,
     experts_that_each_process_makes_are_merged_by_name,
     experts_that_count_from_zero_on_each_process_are_told,
 ]

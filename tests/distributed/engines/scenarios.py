@@ -267,9 +267,8 @@ def folds_histories_and_marginals(rank, world):
         return [sm.SpectrumMetric(), sm.MaxAbsMetric(), sm.HistoryMetric(steps=8)]
 
     def run(model, probe):
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
+        for batch in batches:
+            model(batch)
 
     expected = alone(new(), run, folds=2)
     for sequence in (False, True):
@@ -285,9 +284,27 @@ def folds_histories_and_marginals(rank, world):
             assert "spectrum" in key
             for one, other in zip(own, its, strict=True):
                 assert_same(one, other, 1e-9)
+        assert expected.history("train").forwards == list(range(5))
         for mine, its in zip(probe.history("train").rows, expected.history("train").rows, strict=True):
             assert mine[:4] == its[:4]
             assert mine[4:] == pytest.approx(its[4:], rel=1e-9)
+
+
+def a_history_leaves_what_others_draw(rank, world):
+    mesh = mesh_of(world)
+    for sequence in (False, True):
+        found = []
+        for joins in ([], [sm.HistoryMetric(steps=8)]):
+            metrics = [sm.CovarianceTraceMetric(), sm.MaxAbsMetric(), *joins]
+            model, probe = probed(mesh, metrics, sequence=sequence, is_local=not sequence, rows_per_feature=0.3)
+            with torch.no_grad():
+                model.eval()  # in training, what has no gradients is a rollout, of which there is no history
+                for seed in range(3):
+                    model(tokens(seed, 5, 2 * world))
+            found.append(probe.compute("eval"))
+        for key, value in found[0].items():
+            assert torch.equal(found[1][key], value), key
+        assert {row.observations for row in probe.history("eval")} == {10 * world}
 
 
 class Fussy(sm.SpectralMetric):
@@ -873,6 +890,7 @@ EVERYWHERE = [
     observations_of_whole_sequences,
     rows_are_drawn_before_they_travel,
     folds_histories_and_marginals,
+    a_history_leaves_what_others_draw,
     each_process_has_another_fate,
     plain_outputs_beside_tensor_parallelism,
     plain_layers_that_one_process_runs,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from spectralmetrics.probing.movers import History, HistoryRow
 from spectralmetrics.recording.files import kept_size, lengthen, read_table, replacing, sweep
@@ -17,6 +19,9 @@ from spectralmetrics.sums import ForwardHistory
 
 T = TypeVar("T")
 
+_Known: TypeAlias = dict[tuple[str, str], dict[int, HistoryRow]]
+"""(Stage, layer) -> number of a forward as it was recorded -> its row, with the number that is read."""
+
 FILE_NAME = "history.csv"
 HISTORY_COLUMNS = ("epoch", "stage", *HistoryRow._fields)
 
@@ -25,8 +30,9 @@ class HistoryWriter(Writer):
     """All that a :class:`~spectralmetrics.HistoryMetric` remembers, in one ``history.csv``.
 
     A row for each record, stage, forward and layer, with the columns of :class:`~spectralmetrics.HistoryRow`
-    after ``epoch`` and ``stage``; a step that nobody told and a value without observations are empty. The file
-    is replaced as a whole by a copy that is one record longer: at any moment it holds whole records only.
+    after ``epoch`` and ``stage``; a step that nobody told and a value without observations are empty. Forwards
+    have the numbers that the probe gives them, from 0 in a process that does not load its state. The file is
+    replaced as a whole by a copy that is one record longer: at any moment it holds whole records only.
     """
 
     name = "history"
@@ -87,6 +93,9 @@ class HistoryWriter(Writer):
 def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
     """Stage -> the rows of a run's ``history.csv``, each forward of a layer once; none without one.
 
+    The numbers of the forwards rise over the whole run. Where it was resumed without the state of the probe,
+    which then counts from 0 again, they go on from the last ones.
+
     Args:
         directory: the directory of the run.
 
@@ -94,10 +103,65 @@ def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
         ValueError: for a file that is none of a recorder's, or damaged.
     """
     found: dict[str, dict[tuple[int, str], HistoryRow]] = {}
-    for stage, row in _read(directory, _stage_and_row):
-        # A history reaches back beyond the record before it: the forwards in both are the same ones.
-        found.setdefault(stage, {})[row.forward, row.layer] = row
-    return {stage: list(rows.values()) for stage, rows in found.items()}
+    known: _Known = {}
+    offsets: dict[str, int] = {}  # stage -> added to the numbers since they began anew
+    for _, lines in itertools.groupby(_read(directory, _epoch_stage_and_row), lambda line: line[0]):
+        record = [(stage, row) for _, stage, row in lines]
+        begins_anew, remembers = _compare(known, record)
+        earlier = known
+        if begins_anew:
+            known, offsets = {}, {}
+        for stage, row in record:
+            of_stage, place = found.setdefault(stage, {}), (stage, row.layer)
+            same = earlier.get(place, {}).get(row.forward)
+            if same is not None and (not begins_anew or (remembers and _is_same(same, row))):
+                number = same.forward
+            else:
+                if stage not in offsets:
+                    last = max((each for each, _ in of_stage), default=-1)
+                    offsets[stage] = max(last + 1 - row.forward, 0)
+                number = row.forward + offsets[stage]
+            shown = row._replace(forward=number)
+            known.setdefault(place, {})[row.forward] = of_stage[number, row.layer] = shown
+    by_forward = operator.attrgetter("forward")
+    return {stage: sorted(rows.values(), key=by_forward) for stage, rows in found.items()}
+
+
+def _compare(known: _Known, record: Iterable[tuple[str, HistoryRow]]) -> tuple[bool, bool]:
+    """Compare a record with what is known: (its numbers begin anew, its first forwards are known).
+
+    A history reaches back beyond the record before it, and the forwards in both are the same ones: all numbers
+    begin anew where a forward of some layer is another one, or comes before one that is known.
+
+    Args:
+        known: what was recorded before, since the numbers last began anew.
+        record: (stage, row), the forwards of each layer in their order.
+    """
+    begins_anew = False
+    firsts: dict[tuple[str, str], bool] = {}  # whether the first forward that both have is the same
+    for stage, row in record:
+        before = known.get((stage, row.layer), {})
+        earlier = before.get(row.forward)
+        if earlier is None:
+            begins_anew = begins_anew or row.forward < next(reversed(before), 0)
+            continue
+        is_same = _is_same(earlier, row)
+        # More of a forward may have come since, so that its row has grown.
+        has_grown = firsts.get((stage, row.layer), False) and _offered(row) > _offered(earlier)
+        begins_anew = begins_anew or not (is_same or has_grown)
+        firsts.setdefault((stage, row.layer), is_same)
+    return begins_anew, bool(firsts) and all(firsts.values())
+
+
+def _is_same(left: HistoryRow, right: HistoryRow) -> bool:
+    """True for rows of one forward, whose sums over processes may be rounded otherwise."""
+    # What is missing is one and the same NaN, which tuples take for equal.
+    exact = [each._replace(forward=0, rms=0.0, mean=0.0) for each in (left, right)]
+    return exact[0] == exact[1] and (not left.observations or math.isclose(left.rms, right.rms))
+
+
+def _offered(row: HistoryRow) -> int:
+    return row.observations + row.non_finite
 
 
 def _read(directory: Path, parse: Callable[[list[str]], T]) -> list[T]:
@@ -105,12 +169,11 @@ def _read(directory: Path, parse: Callable[[list[str]], T]) -> list[T]:
     return read_table(path, "a forward", parse, HISTORY_COLUMNS) if path.exists() else []
 
 
-def _stage_and_row(cells: list[str]) -> tuple[str, HistoryRow]:
+def _epoch_stage_and_row(cells: list[str]) -> tuple[int, str, HistoryRow]:
     epoch, stage, forward, step, layer, observations, *values, left_out = cells
-    int(epoch)
     rms, mean, most, zeros = (math.nan if cell == "" else float(cell) for cell in values)
     when = int(forward), int(step) if step else None
-    return stage, HistoryRow(*when, layer, int(observations), rms, mean, most, zeros, int(left_out))
+    return int(epoch), stage, HistoryRow(*when, layer, int(observations), rms, mean, most, zeros, int(left_out))
 
 
 def _is_missing(value: object) -> bool:
