@@ -189,10 +189,5 @@ def is_one_of_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def is_first() -> bool:
-    """True if this process is the one that speaks for all."""
-    return not is_one_of_several() or dist.get_rank() == 0
-
-
 def _key(rank: int, number: int) -> str:
     return f"spectralmetrics/probe/{rank}/{number}"

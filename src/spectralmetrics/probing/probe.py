@@ -46,7 +46,7 @@ from spectralmetrics.probing.processes import (
     merges_nothing,
     merging_group,
     merging_groups,
-    rank_of_first,
+    reading_group,
     uninterrupted,
 )
 from spectralmetrics.probing.reading import (
@@ -607,7 +607,7 @@ class LayerProbe(nn.Module):
                 sums = {place: self._place(*place).sums() for place in known}
                 yield ProbeReading(values, intervals, sums, known, self.facts)
                 return
-            fetched = MergedSums(agreement, known, rank_of_first(agreement.group))
+            fetched = MergedSums(agreement, known)
             try:
                 yield ProbeReading(values, intervals, fetched, known, self.facts, fetched.serve)
             finally:
@@ -1234,6 +1234,14 @@ def read_probe(
         RuntimeError: for what :meth:`LayerProbe.compute` raises.
     """
     return probe._recorded(progress)
+
+
+def group_of(probe: LayerProbe | None) -> Any:
+    """The process group whose processes read a probe together, and of which the first speaks and writes.
+
+    See :func:`~.processes.reading_group`; that of all processes without a probe.
+    """
+    return None if probe is None else reading_group(probe._places.values())
 
 
 def keep_history(probe: LayerProbe, steps: int) -> None:

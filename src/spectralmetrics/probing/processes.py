@@ -24,11 +24,22 @@ NO_GROUP: Any = object()
 
 def merging_group(places: Iterable[LayerMetrics]) -> Any:
     """The process group in which all metrics of these layers are merged; NO_GROUP without one for all."""
-    groups = {each.process_group if is_merged(each) else NO_GROUP for place in places for each in place.leaders}
-    if len(groups) != 1:
-        return NO_GROUP
-    (group,) = groups
+    group = _common_group(places)
     return group if group is not NO_GROUP and has_others(group) else NO_GROUP
+
+
+def reading_group(places: Iterable[LayerMetrics]) -> Any:
+    """The process group whose processes read these layers together, and of which the first speaks and writes.
+
+    That in which all metrics are merged; that of all processes where there is no such group.
+    """
+    group = _common_group(places)
+    return None if group is NO_GROUP else group
+
+
+def _common_group(places: Iterable[LayerMetrics]) -> Any:
+    groups = {each.process_group if is_merged(each) else NO_GROUP for place in places for each in place.leaders}
+    return groups.pop() if len(groups) == 1 else NO_GROUP
 
 
 def merging_groups(places: Iterable[LayerMetrics]) -> list[Any]:
@@ -44,13 +55,12 @@ def merges_nothing(places: Iterable[LayerMetrics]) -> bool:
 
 def has_others(group: Any) -> bool:
     """True if this process is in the group, and not alone."""
-    return dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
+    return is_one_of_several() and dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
 
 
-def rank_of_first(group: Any) -> int | None:
-    """The rank in a group of the first of all processes; None if it is not in the group."""
-    ranks = dist.get_process_group_ranks(group)
-    return ranks.index(0) if 0 in ranks else None
+def is_first(group: Any) -> bool:
+    """True if this process is the one that speaks for all of a group; a process outside speaks for itself."""
+    return not has_others(group) or dist.get_rank(group) == 0
 
 
 def is_merged(metric: Any) -> bool:
@@ -70,7 +80,12 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
     told = gather_objects((described, value), group)
     if error is not None:
         raise error
-    raised = [f"process {rank} raised {words}" for rank, (words, _) in enumerate(told) if words is not None]
+    ranks = dist.get_process_group_ranks(group)
+    raised = [
+        f"process {rank} raised {words}"
+        for rank, (words, _) in zip(ranks, told, strict=True)
+        if words is not None
+    ]
     if raised:
         raise RuntimeError("; ".join(raised))
     return [each for _, each in told]
@@ -167,12 +182,13 @@ def interruptible() -> Iterator[None]:
 
 
 def on_first_process(
-    function: Callable[[], T], serve: Callable[[], None] | None = None
+    function: Callable[[], T], group: Any, serve: Callable[[], None] | None = None
 ) -> tuple[T, BaseException | None]:
-    """Call a function on the first process.
+    """Call a function on the first process of a group; on this one if it is in no group with others.
 
     Args:
         function: to call there.
+        group: the process group.
         serve: called on the others meanwhile, and afterwards on the first one.
 
     Returns:
@@ -180,7 +196,7 @@ def on_first_process(
     """
     value: Any = None
     error: BaseException | None = None
-    if not is_one_of_several():
+    if not has_others(group):
         try:
             value = function()
         except BaseException as raised:
@@ -188,7 +204,7 @@ def on_first_process(
         return value, error
     with uninterrupted():
         try:
-            if dist.get_rank() == 0:
+            if is_first(group):
                 with interruptible():
                     value = function()
         except BaseException as raised:
@@ -198,11 +214,12 @@ def on_first_process(
                 serve()
         except BaseException as raised:
             error = error or raised
-        told = gather_objects((value, None if error is None else portable(error)))
-    value = told[0][0]
-    failed = {rank: each for rank, (_, each) in enumerate(told) if each is not None}
+        told = gather_objects((value, None if error is None else portable(error)), group)
+    value, error_of_first = told[0]
+    ranks = dist.get_process_group_ranks(group)
+    failed = {rank: each for rank, (_, each) in zip(ranks, told, strict=True) if each is not None}
     if error is None and failed:
-        error = failed.get(0)
+        error = error_of_first
         if not isinstance(error, Exception):
             words = (f"process {rank} raised {in_words(each)}" for rank, each in failed.items())
             error = RuntimeError("; ".join(words))
