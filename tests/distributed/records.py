@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import tempfile
 import warnings
@@ -408,7 +409,49 @@ def what_the_members_of_a_group_do_waits_for_nobody_else(rank, world):
     dist.barrier()
 
 
+def arguments_of_one_process_are_an_error_on_all(rank, world):
+    """Where they differ it names both, and the next call works; where one is wrong, nobody waits."""
+    if world == 1:
+        return
+    last = world - 1
+    differs = rank == last
+
+    def raises(*calls):
+        told = [f"{call} on process {each}" for call, each in zip(calls, (0, last), strict=True)]
+        return pytest.raises(ValueError, match=re.escape(" and ".join(told)))
+
+    model, probe = probe_of(["a"])
+    observe(model, {"a": torch.randn(40, 4, generator=torch.Generator().manual_seed(rank)).double()})
+    for _ in range(2):
+        with raises("summary(statistic='effective_rank')", "summary(statistic='stable_rank')"):
+            probe.summary("train", "stable_rank" if differs else "effective_rank")
+        with raises("covariances(unbiased=False, center=False)", "covariances(unbiased=False, center=True)"):
+            probe.covariances("train", center=differs)
+        with raises("compute", "findings"):
+            probe.findings("train") if differs else probe.compute("train")
+        assert probe.summary("train", "effective_rank").rows
+    for its in (probe, None):
+        folder = shared_folder(rank)
+        with sm.Recorder(folder, its) as recorder:
+            recorder.add_scalar("loss", 1)
+            for name, values in {"epoch": (0, 1), "step": (None, 2), "reset": (True, False)}.items():
+                settings = [{"epoch": 0, "step": None, "reset": True} | {name: value} for value in values]
+                calls = (", ".join(f"{key}={value}" for key, value in each.items()) for each in settings)
+                with raises(*(f"record({each})" for each in calls)):
+                    recorder.record(**settings[differs])
+            assert recorder.next_epoch == 0
+            recorder.record(reset=False)
+            recorder.add_scalar("loss", 2)
+            with pytest.raises(ValueError if differs else RuntimeError, match="recorded one, 0, got 0"):
+                recorder.record(0 if differs else 1)
+            recorder.record(1, reset=False)
+        if rank == 0:
+            assert {row["epoch"] for row in sm.read_records(folder)} == {0, 1}
+        dist.barrier()
+
+
 SCENARIOS = [
+    arguments_of_one_process_are_an_error_on_all,
     a_record_fetches_a_layer_at_a_time,
     what_no_writer_reads_does_not_travel,
     whatever_ends_a_record_is_raised_on_all,

@@ -436,7 +436,7 @@ class LayerProbe(nn.Module):
         Raises:
             RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
         """
-        return as_text(self._read(stage, _value_of, progress=progress))
+        return as_text(self._read("compute", stage, _value_of, progress=progress))
 
     def intervals(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Interval]:
         """Intervals expected to contain the values for unlimited data.
@@ -456,7 +456,7 @@ class LayerProbe(nn.Module):
         """
         if not self.has_intervals:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        intervals = as_text(self._read(stage, _interval_of, _keeps_interval, progress))
+        intervals = as_text(self._read("intervals", stage, _interval_of, _keeps_interval, progress))
         for each in STAGES if stage is None else (stage,):
             if named := self._repeating(each):
                 warnings.warn(f"in {each} of {named}: {REPEATED_INPUTS}", UserWarning, stacklevel=2)
@@ -475,13 +475,14 @@ class LayerProbe(nn.Module):
 
     def _read(
         self,
+        call: str,
         stage: str | None,
         read: Callable[[Any], Any],
         applies: Callable[[Any], bool] = lambda metric: True,
         progress: Progress | None = None,
     ) -> dict[Key, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
-        with self._router.lock, self._agreed(stages, _wrong(progress)) as agreement:
+        with self._router.lock, self._agreed(call, stages, _wrong(progress)) as agreement:
             return self._tell(self._readings(agreement, stages, Question(self._names, read, applies), progress))
 
     def _readings(
@@ -519,11 +520,12 @@ class LayerProbe(nn.Module):
 
     @contextlib.contextmanager
     def _agreed(
-        self, stages: Sequence[str], error: BaseException | None = None, *, of_all: bool = False
+        self, call: str, stages: Sequence[str], error: BaseException | None = None, *, of_all: bool = False
     ) -> Iterator[Agreement | None]:
         """Inside, all that processes have of some stages can be read; from others, where there is an agreement.
 
         Args:
+            call: the method that reads, with the arguments that must be the same on all processes.
             stages: the stages whose layers are read.
             error: that is raised on all processes; None if this one has none.
             of_all: whether metrics that are not merged get the layers of other processes, too.
@@ -538,15 +540,15 @@ class LayerProbe(nn.Module):
         keeps_own = of_all and merges_nothing(self._places.values()) and is_one_of_several()
         with uninterrupted():
             if group is NO_GROUP and not keeps_own:
-                with self._merged_states(stages, error):
+                with self._merged_states(call, stages, error):
                     yield None
                 return
             try:
                 if keeps_own:
                     # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
-                    self._guests = self._agree(stages, None, takes_all=True, keeps_own=True, error=error)
+                    self._guests = self._agree(call, stages, None, takes_all=True, keeps_own=True, error=error)
                 else:
-                    self._guests = self._agree(stages, group, error=error)
+                    self._guests = self._agree(call, stages, group, error=error)
                 yield self._guests
             finally:
                 self._guests = None
@@ -585,10 +587,11 @@ class LayerProbe(nn.Module):
         }
 
     @contextlib.contextmanager
-    def _recorded(self, progress: Progress | None) -> Iterator[ProbeReading]:
+    def _recorded(self, progress: Progress | None, error: BaseException | None) -> Iterator[ProbeReading]:
         """All that a recorder keeps, see :func:`read_probe`."""
         question = Question(self._names, _value_of, lambda metric: True, for_record=True)
-        with self._router.lock, self._agreed(STAGES, _wrong(progress), of_all=True) as agreement:
+        error = error or _wrong(progress)
+        with self._router.lock, self._agreed("record", STAGES, error, of_all=True) as agreement:
             readings = self._readings(agreement, STAGES, question, progress)
             values = self._tell(readings)
             intervals = {
@@ -630,7 +633,7 @@ class LayerProbe(nn.Module):
                 return
             self._join_windows()
             try:
-                with self._merged_states(STAGES):
+                with self._merged_states("merged", STAGES):
                     self._router.is_merged = True
                     self._is_sharing = sharing and merging_group(self._places.values()) is not NO_GROUP
                     try:
@@ -642,7 +645,9 @@ class LayerProbe(nn.Module):
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
-    def _merged_states(self, stages: Sequence[str], error: BaseException | None = None) -> Iterator[None]:
+    def _merged_states(
+        self, call: str, stages: Sequence[str], error: BaseException | None = None
+    ) -> Iterator[None]:
         """Inside, the states are merged, each in its own process group; an error is raised on all processes."""
         before = self._guests
         with contextlib.ExitStack() as stack:
@@ -650,7 +655,7 @@ class LayerProbe(nn.Module):
                 with uninterrupted():
                     for group in merging_groups(self._places.values()):
                         try:
-                            agreement = self._agree(stages, group, error=error)
+                            agreement = self._agree(call, stages, group, error=error)
                             for batch in agreement.batches():
                                 stack.enter_context(agreement.holding(agreement.exchange(batch)))
                             self._guests = self._guests or agreement
@@ -664,6 +669,7 @@ class LayerProbe(nn.Module):
 
     def _agree(
         self,
+        call: str,
         stages: Sequence[str],
         group: Any,
         *,
@@ -678,6 +684,7 @@ class LayerProbe(nn.Module):
             if error is not None:
                 raise error
             return Catalogue(
+                call,
                 (
                     ("stages", *stages),
                     *([] if self.budget is None else [("with a budget",)]),
@@ -738,7 +745,8 @@ class LayerProbe(nn.Module):
             rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=tell)
             return {(stage, row.layer): (row, numbers) for row, numbers in rows}
 
-        with self._router.lock, self._agreed([stage]) as agreement:
+        call = f"summary(statistic={statistic!r})"
+        with self._router.lock, self._agreed(call, [stage]) as agreement:
             found = self._read_places(agreement, [stage], read, lambda: None)[stage]
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
@@ -776,7 +784,7 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
         with self._router.lock:
-            found = self._numbers(stage, lambda place: None)
+            found = self._numbers("findings", stage, lambda place: None)
             numbers = self._judged(each[1] for _, each in found.values() if each is not None)
             others = (place for place, _ in found.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
@@ -788,7 +796,7 @@ class LayerProbe(nn.Module):
         return [each._replace(left_out=0) if self._expects_overflow else each for each in numbers]
 
     def _numbers(
-        self, stage: str, more: Callable[[LayerMetrics], T]
+        self, call: str, stage: str, more: Callable[[LayerMetrics], T]
     ) -> dict[str, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
         """The numbers that findings need, and whatever else is read of each layer; None where there is none."""
         threshold = threshold_of(self.statistics.values())
@@ -802,7 +810,7 @@ class LayerProbe(nn.Module):
                 for each in numbers_of(_spectra(places), self.facts, threshold, tell)
             }
 
-        with self._agreed([stage]) as agreement:
+        with self._agreed(call, [stage]) as agreement:
             return self._read_places(agreement, [stage], read, lambda: None)[stage]
 
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
@@ -866,7 +874,7 @@ class LayerProbe(nn.Module):
         _check_stage(stage)
         if not any(place.takes_all_rows for place in self._places.values()):
             raise ValueError(f"expected a HistoryMetric among the metrics of the probe, got {self._names}")
-        found = self._each_merged(stage, lambda place: place.history)
+        found = self._each_merged("history", stage, lambda place: place.history)
         return History.of_sums(stage, {layer: each for layer, each in found if each is not None})
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
@@ -891,20 +899,21 @@ class LayerProbe(nn.Module):
             ValueError: for another stage.
         """
         _check_stage(stage)
-        return ((layer, sums) for layer, sums in self._each_merged(stage, LayerMetrics.sums) if sums)
+        each_merged = self._each_merged("iter_merged", stage, LayerMetrics.sums)
+        return ((layer, sums) for layer, sums in each_merged if sums)
 
-    def _each_merged(self, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
+    def _each_merged(self, call: str, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
         """Reads each layer while its states are merged, on all processes."""
         group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
         self._join_windows()
         if group is not NO_GROUP:
             with self._router.lock:
-                agreement = self._agree([stage], group)
+                agreement = self._agree(call, [stage], group)
             yield from agreement.iterate(read, self._router.lock)
             return
         with self._router.lock, contextlib.ExitStack() as stack:
             if not self._router.is_merged:
-                stack.enter_context(self._merged_states([stage]))
+                stack.enter_context(self._merged_states(call, [stage]))
             found = [(name, read(self._place(stage, name))) for name in self.layers]
         yield from found
 
@@ -936,7 +945,8 @@ class LayerProbe(nn.Module):
             return read_covariance(place, unbiased=unbiased, center=center)
 
         with self._router.lock:
-            read_of = dict(self._each_merged(stage, read))
+            call = f"covariances(unbiased={unbiased}, center={center})"
+            read_of = dict(self._each_merged(call, stage, read))
             for each in read_of.values() if self._expects_overflow else ():
                 each.left_out = 0
             found = tell_covariances(stage, read_of)
@@ -1152,7 +1162,7 @@ class LayerProbe(nn.Module):
 
         def agree() -> Agreement | None:
             self._join_windows()
-            return self._agree(STAGES, None, takes_all=True) if is_one_of_several() else None
+            return self._agree("sharded", STAGES, None, takes_all=True) if is_one_of_several() else None
 
         return Sharded(self._places, agree, self._steps, self._router.order, self._remembered, self.reset)
 
@@ -1220,7 +1230,7 @@ def _tell_fault() -> None:
 
 
 def read_probe(
-    probe: LayerProbe, progress: Progress | None = None
+    probe: LayerProbe, progress: Progress | None = None, error: BaseException | None = None
 ) -> contextlib.AbstractContextManager[ProbeReading]:
     """Read all that a recorder keeps of a probe; each covariance is decomposed once, by one process.
 
@@ -1229,11 +1239,12 @@ def read_probe(
     Args:
         probe: to read.
         progress: see :meth:`LayerProbe.compute`.
+        error: raised on all processes; None if this one has none.
 
     Raises:
         RuntimeError: for what :meth:`LayerProbe.compute` raises.
     """
-    return probe._recorded(progress)
+    return probe._recorded(progress, error)
 
 
 def group_of(probe: LayerProbe | None) -> Any:
@@ -1298,7 +1309,7 @@ def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerN
         For each layer with observations what findings are made from, and the scale in each forward.
     """
     with probe._only(reader, stage):
-        found = probe._numbers(stage, lambda place: scales_of(place.history))
+        found = probe._numbers(f"window of {reader}", stage, lambda place: scales_of(place.history))
     read = [each for _, each in found.values() if each is not None]
     return list(zip(probe._judged(each for _, each in read), (each for each, _ in read), strict=True))
 

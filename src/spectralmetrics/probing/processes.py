@@ -6,14 +6,14 @@ import contextlib
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.identity import digest, is_one_of_several
 from spectralmetrics.sums.merging import communication_device, gather_objects
 
 T = TypeVar("T")
@@ -91,20 +91,42 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
     return [each for _, each in told]
 
 
-def check_agreed(error: BaseException | None, group: Any) -> None:
-    """Raise an error on all processes if one has one; one collective if none has."""
-    flag = torch.tensor([error is not None], dtype=torch.int64, device=communication_device(group))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    if flag.item():
-        gather_agreed(None, error, group)
+def check_agreed(error: BaseException | None, group: Any, call: str = "") -> None:
+    """Raise an error on all processes if one has one, or if not all made the same call; one collective if not.
+
+    Args:
+        error: the error that this process has raised.
+        group: the process group.
+        call: what this process was asked for, with the arguments that must be the same.
+    """
+    number = digest(call)
+    flags = torch.tensor(
+        [error is not None, number, -number], dtype=torch.int64, device=communication_device(group)
+    )
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    has_failed, high, low = flags.tolist()
+    if has_failed or high != -low:
+        check_calls(gather_agreed(call, error, group), group)
 
 
-def agreed(function: Callable[[], T], groups: Iterable[Any]) -> T:
+def check_calls(calls: Sequence[str], group: Any) -> None:
+    """Raise a ValueError if the processes of a group were asked for different things, in the order of ranks."""
+    other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
+    if other is not None:
+        ranks = dist.get_process_group_ranks(group)
+        raise ValueError(
+            f"expected the same call on all processes, got {calls[0]} on process {ranks[0]} and {calls[other]}"
+            f" on process {ranks[other]}"
+        )
+
+
+def agreed(function: Callable[[], T], groups: Iterable[Any], call: str = "") -> T:
     """Calls a function; an error on all processes of these groups if one has raised.
 
     Args:
         function: called here; an interrupt from the keyboard can reach it.
         groups: process groups, in the same order on all processes.
+        call: see :func:`check_agreed`.
     """
     value: Any = None
     error: BaseException | None = None
@@ -115,7 +137,7 @@ def agreed(function: Callable[[], T], groups: Iterable[Any]) -> T:
         error = raised
     for group in groups:
         try:
-            check_agreed(error, group)
+            check_agreed(error, group, call)
         except BaseException as raised:
             error = raised
     if error is not None:

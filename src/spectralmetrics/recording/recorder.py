@@ -177,24 +177,34 @@ class Recorder:
             was observed or added.
 
         Raises:
-            ValueError: for an epoch or step that does not come after the last record.
+            ValueError: for an epoch or step that does not come after the last record, or that is another one on
+                another process.
             RuntimeError: after :meth:`close`; for what :meth:`LayerProbe.compute` or a writer raises.
             OSError: if the record cannot be written; earlier records are intact.
         """
-        self._check_open()
-        key = self._next_key(epoch, step)
         is_kept, failed = None, None
-        error: BaseException | None
+        error: BaseException | None = None
+        key, call = RecordKey(0), ""
+        try:
+            self._check_open()
+            key = self._next_key(epoch, step)
+            call = f"record(epoch={key.epoch}, step={key.step}, reset={bool(reset)})"
+        except Exception as raised:  # the others are on their way to read
+            error = raised
         run: Any = self._run
         group = group_of(self.probe)
         try:
             with contextlib.ExitStack() as stack:
 
                 def read() -> tuple[Record, ProbeReading | None]:
-                    its = None if self.probe is None else stack.enter_context(read_probe(self.probe, progress))
+                    its = None
+                    if self.probe is not None:
+                        its = stack.enter_context(read_probe(self.probe, progress, error))
+                    elif error is not None:
+                        raise error
                     return self._make_record(key, its), its
 
-                record, reading = agreed(read, [group] if has_others(group) else [])
+                record, reading = agreed(read, [group] if has_others(group) else [], call)
                 serve = None if reading is None else reading.serve
                 is_kept, error = on_first_process(lambda: run.keep(record), group, serve)
                 if is_kept and error is None:
