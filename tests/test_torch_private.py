@@ -4,6 +4,7 @@ import copy
 import functools
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch._dynamo
 import torch.distributed.tensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +53,31 @@ def test_backward_is_told_from_forward():
     seen.clear()
     checkpoint(Look.apply, torch.ones(2, requires_grad=True), use_reentrant=True).sum().backward()
     assert seen[:2] == [False, True]  # the recomputation
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_the_parts_of_a_stages_backward_are_told(threads):
+    """Also in a thread that has none of the frames, as autograd's own of a GPU."""
+    model, x = nn.Linear(2, 3), torch.ones(4, 2, requires_grad=True)
+    seen = []
+
+    def look(gradient):
+        if threads:
+            asked = threading.Thread(target=lambda: seen.append(torch_private.part_of_backward()))
+            asked.start()
+            asked.join()
+        else:
+            seen.append(torch_private.part_of_backward())
+
+    def loss():
+        output = model(x)
+        output.register_hook(look)
+        return output.sum()
+
+    _, groups = stage_backward_input([loss()], None, [x], model.parameters())
+    stage_backward_weight(model.parameters(), groups)
+    loss().backward()
+    assert seen == ["inputs", "weights", None]
 
 
 def test_modes_are_seen_and_put_aside():

@@ -419,6 +419,44 @@ def is_inferring_shapes() -> bool:
     return False
 
 
+_SPLIT = "torch.distributed.pipelining._backward"
+# The names of the functions in 2.8 and in 2.13; without them a gradient counts in both parts.
+_PARTS = {"stage_backward_input": "inputs", "stage_backward_weight": "weights"}
+
+
+def part_of_backward() -> str | None:
+    """The part of a pipeline stage's backward that runs, where its schedule splits it; only frames tell.
+
+    Zero-bubble schedules ask for the gradients of a stage's inputs first, and for those of its weights when
+    there is time: that runs parts of the graph again.
+
+    Returns:
+        ``"inputs"``, ``"weights"``, or None for a backward that is not split.
+
+    >>> part_of_backward()
+    """
+    if _SPLIT not in sys.modules:
+        return None
+    is_caller, part = _look_for_part(sys._getframe(1))
+    if is_caller or part is not None:
+        return part
+    # Autograd's own thread, as for a GPU, has none of the frames of the thread that waits for it.
+    parts = (_look_for_part(frame)[1] for frame in sys._current_frames().values())
+    return next((each for each in parts if each is not None), None)
+
+
+def _look_for_part(frame: Any) -> tuple[bool, str | None]:
+    """True if a thread has begun a backward, and the part of a stage's backward that it runs."""
+    is_caller = False
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in _PARTS and frame.f_globals.get("__name__") == _SPLIT:
+            return is_caller, _PARTS[name]
+        is_caller = is_caller or name == "_engine_run_backward"
+        frame = frame.f_back
+    return is_caller, None
+
+
 # Where it is since 2.10, and where it was in 2.8.
 _CONTEXT_PARALLEL = tuple(
     f"torch.distributed.tensor.experimental.{each}" for each in ("_context_parallel._attention", "_attention")

@@ -71,4 +71,18 @@ def a_file_that_one_process_cannot_read_is_an_error_on_all(rank, world):
         sm.measure(VALUES, progress=(lambda done, total: 1 / 0) if rank == world - 1 else None)
 
 
-SCENARIOS = [files_and_arrays_are_shared_out, a_file_that_one_process_cannot_read_is_an_error_on_all]
+def metrics_of_a_group_cannot_measure_what_all_share(rank, world):
+    if world == 1:
+        return
+    own = sm.EffectiveRankMetric(process_group=dist.new_group([0]))
+    with pytest.raises(ValueError, match="got 'effective_rank' with a process_group of its own"):
+        sm.measure(VALUES, own)
+    measured = sm.measure(VALUES, sm.EffectiveRankMetric(process_group=dist.group.WORLD))
+    assert int(measured.sums.num_observations) == 1300
+
+
+SCENARIOS = [
+    files_and_arrays_are_shared_out,
+    a_file_that_one_process_cannot_read_is_an_error_on_all,
+    metrics_of_a_group_cannot_measure_what_all_share,
+]

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import tempfile
 import warnings
@@ -357,28 +358,104 @@ def groups_agree_on_errors(rank, world):
     if rank in some:
         together = torch.cat([rows[each] for each in some]).double()
         assert_same(values["some/train/a"], together.var(0, correction=0).sum(), 1e-6)
-    # Each process has another group; the first one records that of its own.
+    # Each process has another group, and each group a directory, in which its first process writes.
     halves = [list(range(world // 2)), list(range(world // 2, world))]
     groups = [dist.new_group(half) for half in halves]
     mine = rank >= world // 2
     model, probe = probe_of(["a", "b"], [sm.CovarianceTraceMetric(process_group=groups[mine])])
     observe(model, dict.fromkeys("ab", rows[rank]))
-    folder = shared_folder(rank)
+    folder = shared_folder(rank) / f"{int(mine)}"
     with one_by_one(), sm.Recorder(folder, probe, ["csv", "arrays"]) as recorder:
-        for culprit in range(world):
+        for culprit in halves[mine]:
             with raises(culprit, "enough"):
                 recorder.record(progress=stop if rank == culprit else None)
         values = recorder.record()
-    expected = [torch.cat([rows[each] for each in half]).double() for half in halves]
-    assert_same(values["covariance_trace/train/a"], expected[mine].var(0, correction=0).sum(), 1e-6)
-    if rank == 0:
-        assert int(arrays_in(folder / "arrays" / "epoch-000000.npz")["train/a/count"]) == len(expected[0])
+    expected = torch.cat([rows[each] for each in halves[mine]]).double()
+    assert_same(values["covariance_trace/train/a"], expected.var(0, correction=0).sum(), 1e-6)
+    assert int(arrays_in(folder / "arrays" / "epoch-000000.npz")["train/a/count"]) == len(expected)
+    with pytest.raises(OSError, match="holds records"):
+        sm.Recorder(folder, probe)
+    dist.barrier()
+
+
+def what_the_members_of_a_group_do_waits_for_nobody_else(rank, world):
+    """A recorder and a monitor of metrics that are merged in a group, which only its processes make."""
+    if world == 1:
+        return
+    members = list(range(1, world))
+    group = dist.new_group(members)
+    folder = shared_folder(rank)
+    if rank in members:
+        model, probe = probe_of(["a"], [sm.RootMeanSquareMetric(process_group=group)])
+        writer = Keeper(lambda record: len(record.sums["train", "a"]))
+        with sm.Recorder(folder, probe, ["csv", writer]) as recorder:
+            monitor = sm.Monitor(probe, every=1, recorder=recorder)
+            for step in range(3):
+                model["a"](torch.full((9, 4), float("nan") if step == 2 else float(rank)))
+                is_told = step == 2 and rank == 1
+                with pytest.warns(UserWarning, match="NaN") if is_told else contextlib.nullcontext():
+                    alarms = monitor.step()
+            assert len(alarms) == 1
+            recorder.add_scalar("speaker", rank)
+            with pytest.warns(UserWarning, match="NaN or infinite"):
+                values = recorder.record()
+            assert recorder.next_epoch == 1
+        assert_same(values["rms/train/a"], torch.tensor(members).double().square().mean().sqrt(), 1e-6)
+        assert values["speaker"] == rank
+        assert hasattr(writer, "found") == (rank == 1)
+        kept = {row["statistic"]: row["value"] for row in sm.read_records(folder)}
+        assert kept["speaker"] == 1
+        assert len((folder / "alarms.csv").read_text().splitlines()) == 2  # with its head
+    dist.barrier()
+
+
+def arguments_of_one_process_are_an_error_on_all(rank, world):
+    """Where they differ it names both, and the next call works; where one is wrong, nobody waits."""
+    if world == 1:
+        return
+    last = world - 1
+    differs = rank == last
+
+    def raises(*calls):
+        told = [f"{call} on process {each}" for call, each in zip(calls, (0, last), strict=True)]
+        return pytest.raises(ValueError, match=re.escape(" and ".join(told)))
+
+    model, probe = probe_of(["a"])
+    observe(model, {"a": torch.randn(40, 4, generator=torch.Generator().manual_seed(rank)).double()})
+    for _ in range(2):
+        with raises("summary(statistic='effective_rank')", "summary(statistic='stable_rank')"):
+            probe.summary("train", "stable_rank" if differs else "effective_rank")
+        with raises("covariances(unbiased=False, center=False)", "covariances(unbiased=False, center=True)"):
+            probe.covariances("train", center=differs)
+        with raises("compute", "findings"):
+            probe.findings("train") if differs else probe.compute("train")
+        assert probe.summary("train", "effective_rank").rows
+    for its in (probe, None):
+        folder = shared_folder(rank)
+        with sm.Recorder(folder, its) as recorder:
+            recorder.add_scalar("loss", 1)
+            for name, values in {"epoch": (0, 1), "step": (None, 2), "reset": (True, False)}.items():
+                settings = [{"epoch": 0, "step": None, "reset": True} | {name: value} for value in values]
+                calls = (", ".join(f"{key}={value}" for key, value in each.items()) for each in settings)
+                with raises(*(f"record({each})" for each in calls)):
+                    recorder.record(**settings[differs])
+            assert recorder.next_epoch == 0
+            recorder.record(reset=False)
+            recorder.add_scalar("loss", 2)
+            with pytest.raises(ValueError if differs else RuntimeError, match="recorded one, 0, got 0"):
+                recorder.record(0 if differs else 1)
+            recorder.record(1, reset=False)
+        if rank == 0:
+            assert {row["epoch"] for row in sm.read_records(folder)} == {0, 1}
+        dist.barrier()
 
 
 SCENARIOS = [
+    arguments_of_one_process_are_an_error_on_all,
     a_record_fetches_a_layer_at_a_time,
     what_no_writer_reads_does_not_travel,
     whatever_ends_a_record_is_raised_on_all,
     an_interrupt_from_the_keyboard_waits_for_the_others,
     groups_agree_on_errors,
+    what_the_members_of_a_group_do_waits_for_nobody_else,
 ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
@@ -278,6 +279,59 @@ def test_every_gradient_arrives_once(backend, reentrant):
     assert int(probe["eval", "a"].Rows._update_count) == (1 if backend else 2)
 
 
+class Table(nn.Module):
+    """A layer that returns a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 6).reshape(3, 2))
+
+    def forward(self):
+        return self.weight
+
+
+class Sided(Net):
+    """Beside its layers some whose gradients no input needs."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.table, self.side = Table(), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return super().forward(x) + self.side(self.table()).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("new", "backend", "reentrant"),
+    [(Sided, None, None), (Sided, None, False), (Net, "aot_eager", None), (Net, "aot_eager", False)],
+)
+def test_a_backward_in_two_parts_shows_each_gradient_once(new, backend, reentrant):
+    """First for the inputs and then for the weights, as pipelines with zero bubbles do."""
+    layers = ["conv", "a", "b", "head"] + (["table", "side"] if new is Sided else [])
+    twin = made(lambda: new(inplace=False)).eval()
+    batches = [given(4, 1, 3, 3, seed=seed).requires_grad_() for seed in range(2)]
+    each = [expected_of(twin, lambda net, x=x: loss_of(net, x), layers) for x in batches]
+    expected = {name: torch.cat([rows[name] for rows in each]) for name in layers}
+    sum(loss_of(twin, x) for x in batches).backward()
+    model = made(lambda: new(reentrant=reentrant)).eval()
+    probe = probing(model, layers=layers)
+    run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    weights, others = zip(*(pair for pair in pairs if pair[1].grad is not None), strict=True)
+    with torch._functorch.config.patch(donated_buffer=False):  # or no graph can be kept for the second part
+        losses = [loss_of(run, x) for x in batches]
+        waiting = []
+        for loss, x in zip(losses, batches, strict=True):
+            waiting.append(stage_backward_input([loss], None, [x], weights)[1])
+        before = {name: rows_of(probe, name, "eval") for name in ("a", "b")}
+        for groups in waiting:
+            stage_backward_weight(weights, groups)
+    assert all(torch.equal(rows_of(probe, name, "eval"), rows) for name, rows in before.items())
+    assert_rows(probe, expected, "eval")
+    for own, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize(("backend", "reentrant"), WAYS)
 def test_what_belongs_to_the_forward_is_that_of_the_forward(backend, reentrant):
     """The stage, the mask, the labels, and whether it is observed, whatever there is at backward."""
@@ -507,14 +561,6 @@ def test_the_graph_keeps_nothing_alive_and_shows_nothing_later():
 
 
 def test_a_layer_that_returns_a_parameter_is_seen_once_a_backward():
-    class Table(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 2))
-
-        def forward(self):
-            return self.weight
-
     model = nn.Sequential(Table())
     probe = LayerProbe(model, Rows(), layers=Table, observe="gradients")
     for count in (3, 6, 9):

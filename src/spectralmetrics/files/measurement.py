@@ -151,7 +151,7 @@ def measure(
         raise TypeError(f"expected record as a directory or None, got {record!r}")
     if progress is not None and not callable(progress):
         raise TypeError(f"expected progress to be a function of two numbers or None, got {progress!r}")
-    groups = [None] if is_one_of_several() else []
+    groups = [dist.group.WORLD] if is_one_of_several() else []
     if (sums := _sums_of(source)) is not None:
         if labels is not None:
             raise ValueError("expected no labels with sums, which hold none, got some")
@@ -172,6 +172,12 @@ def measure(
         wants = [n for n, each in templates.items() if isinstance(each, SpectralMetric) and each.needs_labels]
         if wants and labels is None:
             raise ValueError(f"expected labels for {wants[0]!r}, got None: labels='label', say")
+        own = [n for n, each in templates.items() if groups and each.process_group not in (None, groups[0])]
+        if own:
+            raise ValueError(
+                f"expected metrics that all processes merge, which share the rows, got {own[0]!r} with a"
+                " process_group of its own"
+            )
         return rows, templates
 
     rows, templates = agreed(prepare, groups)

@@ -16,7 +16,8 @@ from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.exchange import STAGES
-from spectralmetrics.probing.identity import is_first
+from spectralmetrics.probing.probe import group_of
+from spectralmetrics.probing.processes import is_first
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
@@ -195,13 +196,14 @@ class Forwards:
     def explain(self, stage: Stage, values: Mapping[str, Any]) -> None:
         """Say what the values of a stage mean, and why there are none if all that ran in it was generation.
 
-        All processes call it. The first one logs each problem once, see :meth:`.LayerProbe.findings`.
+        All processes call it. The first one that reads the probe logs each problem once, see
+        :meth:`.LayerProbe.findings`.
         """
         if values:
             for finding in self.probe.findings(stage):
                 if finding.severity == "problem" and finding[:3] not in self._told:
                     self._told.add(finding[:3])
-                    if is_first():
+                    if is_first(group_of(self.probe)):
                         _logger.warning(str(finding))
         if stage in self._left_out and not values:
             message = f"all that ran in {stage} was generate(), which is observed with generation=True only"

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.exchange import STAGES
-from spectralmetrics.probing.identity import is_first
-from spectralmetrics.probing.probe import keep_history, read_window
+from spectralmetrics.probing.probe import group_of, keep_history, read_window
+from spectralmetrics.probing.processes import is_first
 from spectralmetrics.sums.checks import check_positive_integer
 
 _FIRST = 5
@@ -47,8 +47,9 @@ class Monitor:
         every: steps of the optimiser from one reading to the next.
         stage: ``"train"`` or ``"eval"``.
         alarms: the rules, such as ``[rule for rule in DEFAULT_ALARMS if rule.kind != "scale"]``.
-        on_alarm: ``"warn"`` warns on the first process. ``"stop"`` does so, too, and sets :attr:`should_stop`
-            on all. A function is called with each alarm, on all processes.
+        on_alarm: ``"warn"`` warns on the first process, of the group in which the probe's metrics are merged.
+            ``"stop"`` does so, too, and sets :attr:`should_stop` on all. A function is called with each alarm,
+            on all processes.
         recorder: keeps the alarms, such as a :class:`~spectralmetrics.Recorder`.
 
     Attributes:
@@ -160,7 +161,7 @@ class Monitor:
             if callable(self.on_alarm):
                 self.on_alarm(alarm)
                 continue
-            if is_first():
+            if is_first(group_of(self.probe)):
                 warnings.warn(str(alarm), UserWarning, stacklevel=3)
             self.should_stop = self.should_stop or self.on_alarm == "stop"
         return alarms

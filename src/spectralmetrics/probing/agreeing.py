@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.exchange import Agreement, Kept, Place
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.identity import Identity, Weights, digest_of
-from spectralmetrics.probing.processes import gather_agreed
+from spectralmetrics.probing.identity import Identity, Weights, digest, digest_of
+from spectralmetrics.probing.processes import check_calls, gather_agreed
 from spectralmetrics.sums.merging import communication_device, gather_objects
 
 
@@ -23,7 +22,8 @@ class Catalogue(NamedTuple):
     """The layers of one process, as it tells the others.
 
     Attributes:
-        call: what is asked for, and of which metrics; the same on all processes.
+        call: the call that reads, with the arguments that must be the same on all processes.
+        metrics: the stages that are read, and of which metrics; the same on all processes.
         layers: in the order of registration, with what is known of each.
         order: those that have run, in the order of their first run.
         places: (stage, layer) -> columns of its sketches or None, and the width of each leader's sums, 0
@@ -31,7 +31,8 @@ class Catalogue(NamedTuple):
         settings: of a probe that shares layers with other processes, see :class:`.Alike`; None for any other.
     """
 
-    call: tuple[object, ...]
+    call: str
+    metrics: tuple[object, ...]
     layers: dict[str, LayerFacts]
     order: tuple[str, ...]
     places: dict[Place, tuple[int | None, tuple[int, ...]]]
@@ -72,36 +73,41 @@ def agree_on_layers(
     """
     identity.check_presence(group)
     error: BaseException | None = None
-    catalogue, digest, changed = None, 0, True
+    catalogue, number, call, changed = None, 0, 0, True
     weights: dict[str, Weights] = {}
     try:
         weights = identity.weights()
         catalogue = describe()
-        described = repr((list(catalogue.layers.items()), catalogue._replace(layers={})))
-        digest = int.from_bytes(hashlib.sha256(described.encode()).digest()[:7], "little")
+        # What is kept of merged sums serves other calls, too.
+        number = digest(repr((list(catalogue.layers.items()), catalogue._replace(call="", layers={}))))
+        call = digest(catalogue.call)
         changed = _note_reading(own.values(), group)
     except BaseException as raised:
         error = raised
     own_weights = digest_of(weights)
-    flags = [digest, -digest, own_weights, -own_weights, changed, kept.digest != digest, error is not None]
+    flags = [number, -number, call, -call, own_weights, -own_weights]
+    flags += [changed, kept.digest != number, error is not None]
     agreed = torch.tensor(flags, dtype=torch.int64, device=communication_device(group))
     try:
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
     except BaseException:
         kept.forget()  # by now it may be out of date
         raise
-    high, low, *of_weights, any_changed, any_unread, has_failed = agreed.tolist()
+    *of_catalogue, high, low, any_changed, any_unread, has_failed = agreed.tolist()
     if any_changed:
         kept.forget()
     if has_failed:
         gather_agreed(None, error, group)
     assert catalogue is not None
-    is_same = high == -low
-    catalogues = [catalogue] * dist.get_world_size(group) if is_same else gather_objects(catalogue, group)
+    is_same = sum(of_catalogue) == 0
+    ranks = dist.get_process_group_ranks(group)
+    catalogues = [catalogue] * len(ranks) if is_same else gather_objects(catalogue, group)
     common = set(catalogue.places).intersection(*(each.places for each in catalogues))
-    _check(catalogues, common if keeps_own else ())
+    check_calls([each.call for each in catalogues], group)
+    _check(dict(zip(ranks, catalogues, strict=True)), common if keeps_own else ())
     if not keeps_own:
-        identity.compare([weights] if sum(of_weights) == 0 else gather_objects(weights, group))
+        of_processes = [weights] * len(ranks) if high == -low else gather_objects(weights, group)
+        identity.compare(dict(zip(ranks, of_processes, strict=True)))
     order = agreed_order(catalogues)
     facts = {layer: each for other in reversed(catalogues) for layer, each in other.layers.items()}
     stages = dict.fromkeys(stage for other in catalogues for stage, _ in other.places)
@@ -127,7 +133,7 @@ def agree_on_layers(
         places,
         widths,
         facts | catalogue.layers,
-        digest,
+        number,
         not (any_changed or any_unread),
         kept,
         takes_all,
@@ -141,8 +147,8 @@ def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:
     Those that ran come first, each before what its process ran next, or else last; then the rest as they are
     registered.
 
-    >>> one = Catalogue((), dict.fromkeys("ab"), ("a", "b"), {})
-    >>> other = Catalogue((), dict.fromkeys("axby"), ("a", "x", "b", "y"), {})
+    >>> one = Catalogue("", (), dict.fromkeys("ab"), ("a", "b"), {})
+    >>> other = Catalogue("", (), dict.fromkeys("axby"), ("a", "x", "b", "y"), {})
     >>> agreed_order([one, other])
     ['a', 'x', 'b', 'y']
     """
@@ -157,22 +163,23 @@ def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:
     return order
 
 
-def _check(catalogues: Sequence[Catalogue], but: Container[Place]) -> None:
+def _check(catalogues: Mapping[int, Catalogue], but: Container[Place]) -> None:
     """Raise a ValueError, the same on all processes, for what does not fit together but for these layers."""
-    calls = [each.call for each in catalogues]
-    if any(call != calls[0] for call in calls):
-        rank = next(rank for rank, call in enumerate(calls) if call != calls[0])
+    first, *others = catalogues
+    metrics = {rank: each.metrics for rank, each in catalogues.items()}
+    rank = next((rank for rank in others if metrics[rank] != metrics[first]), None)
+    if rank is not None:
         mine, other = (
-            ", ".join(str(part) for part in call if part not in others)
-            for call, others in ((calls[0], calls[rank]), (calls[rank], calls[0]))
+            ", ".join(str(part) for part in metrics[one] if part not in metrics[another])
+            for one, another in ((first, rank), (rank, first))
         )
         raise ValueError(
             "expected all processes to read the same stages of probes with the same metrics, got"
-            f" {mine or 'less'} on process 0 and {other or 'less'} on process {rank}"
+            f" {mine or 'less'} on process {first} and {other or 'less'} on process {rank}"
         )
     wrong = []
-    for place in dict.fromkeys(place for each in catalogues for place in each.places):
-        known = {rank: each.places[place] for rank, each in enumerate(catalogues) if place in each.places}
+    for place in dict.fromkeys(place for each in catalogues.values() for place in each.places):
+        known = {rank: each.places[place] for rank, each in catalogues.items() if place in each.places}
         seen = {rank: its for rank, its in known.items() if any(its[1])}
         if place in but or len({(sketch, its) for sketch, its in seen.values()}) < 2:
             continue

@@ -1,4 +1,4 @@
-"""Merged sums that one process fetches from the others when it reads them."""
+"""Merged sums that the first process of a group fetches from the others when it reads them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from spectralmetrics.probing.processes import gather_agreed, interruptible, unin
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import communication_device
 
+_READER = 0  # the rank in the group
 _ENOUGH = -1  # in the place of the number of a batch
 
 
 class MergedSums(Mapping[Place, Sequence[Sum]]):
-    """The merged sums of layers, which one process asks the others for, some layers at a time.
+    """The merged sums of layers, which a group's first process asks the others for, some layers at a time.
 
     It reads them as a mapping, and holds those that it has asked for last. Meanwhile all others are in
     :meth:`serve`.
@@ -24,17 +25,15 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
     Args:
         agreement: the agreement of the processes.
         places: the layers, in the order of the mapping.
-        reader: the process that reads; None for one that is not in the group.
     """
 
-    def __init__(self, agreement: Agreement, places: Collection[Place], reader: int | None) -> None:
+    def __init__(self, agreement: Agreement, places: Collection[Place]) -> None:
         self._agreement = agreement
         self._places = dict.fromkeys(places)
-        self._reader = reader
         self._batches = agreement.batches(in_order=True)
         self._numbers = {place: number for number, batch in enumerate(self._batches) for place in batch}
         self._held: dict[Place, list[Sum]] = {}
-        self._is_over = reader is None
+        self._is_over = False
 
     def __len__(self) -> int:
         return len(self._places)
@@ -60,7 +59,7 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
             number = self._numbers[place]
             with uninterrupted():
                 self._tell(number)
-                self._held = self._agreement.fetch(self._batches[number], self._agreement.rank)
+                self._held = self._agreement.fetch(self._batches[number], _READER)
         return self._held[place]
 
     def serve(self) -> None:
@@ -74,9 +73,8 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
             number = self._tell(_ENOUGH, error)
             if number == _ENOUGH:
                 return
-            assert self._reader is not None
             try:
-                self._agreement.fetch(self._batches[number], self._reader)
+                self._agreement.fetch(self._batches[number], _READER)
                 with interruptible():
                     pass  # an interrupt that has come is raised, and told before the next batch
             except BaseException as raised:

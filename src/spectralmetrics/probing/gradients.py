@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import numbers
 import weakref
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from spectralmetrics.probing.parts import LeftOut, is_dtensor
 from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.steps import Moment
-from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once
+from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once, part_of_backward
 
 COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
 
@@ -37,18 +38,21 @@ class Holds(Protocol):
         """Take an earlier hook off an output that is a leaf, and keep a handle of this one."""
 
 
-class Awaited(NamedTuple):
+@dataclass(eq=False)
+class Awaited:
     """A forward of a layer whose gradients are observed when they arrive.
 
     Attributes:
         stage: the stage of the forward.
         layer: its name.
         moment: what else belongs to the forward.
+        is_for_inputs: whether its gradient has come in a backward for inputs, whose part for weights follows.
     """
 
     stage: str
     layer: str
     moment: Moment
+    is_for_inputs: bool = False
 
 
 UNKNOWN = Awaited("", "", Moment(0, {}))
@@ -168,6 +172,10 @@ class GradientRouter(Router):
 
     def arrive(self, awaited: Awaited, gradient: Tensor, form: Form, why: str = "") -> None:
         """Observe a gradient, or leave the layer out and say why; nothing that happens here ends a backward."""
+        part = part_of_backward()
+        if part == "weights" and awaited.is_for_inputs:
+            return  # the same again, or a summand of it
+        awaited.is_for_inputs = awaited.is_for_inputs or part == "inputs"
         is_idle = bool(self.paused) or awaited.moment.is_idle or self._is_closed(awaited.layer)
         if self.thread.observing or (is_idle and not self.meshes.concerns(gradient)):
             return

@@ -121,11 +121,11 @@ class Identity:
             for name, (module, weight, _) in found.items()
         }
 
-    def compare(self, of_processes: Sequence[Mapping[str, Weights]]) -> None:
+    def compare(self, of_processes: Mapping[int, Mapping[str, Weights]]) -> None:
         """Warn once if a name means different layers on different processes."""
         self._is_compared = True
-        for name in dict.fromkeys(name for each in of_processes for name in each):
-            known = [(rank, each[name]) for rank, each in enumerate(of_processes) if name in each]
+        for name in dict.fromkeys(name for each in of_processes.values() for name in each):
+            known = [(rank, each[name]) for rank, each in of_processes.items() if name in each]
             (first, mine), *others = known
             for rank, its in others:
                 if mine.differ(its):
@@ -141,9 +141,12 @@ class Identity:
 
 def digest_of(weights: Mapping[str, Weights]) -> int:
     """The same number for the same weights; 0 for none."""
-    if not weights:
-        return 0
-    return int.from_bytes(hashlib.sha256(repr(sorted(weights.items())).encode()).digest()[:7], "little")
+    return digest(repr(sorted(weights.items()))) if weights else 0
+
+
+def digest(text: str) -> int:
+    """The same number for the same text, which fits into a tensor of int64 with either sign."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
 def _warn(name: str, first: int, mine: Weights, rank: int, its: Weights) -> None:
@@ -187,11 +190,6 @@ def _brought(samples: Sequence[Tensor]) -> list[list[float]]:
 def is_one_of_several() -> bool:
     """True if there is a default process group with other processes in it."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def is_first() -> bool:
-    """True if this process is the one that speaks for all."""
-    return not is_one_of_several() or dist.get_rank() == 0
 
 
 def _key(rank: int, number: int) -> str:

@@ -46,7 +46,7 @@ from spectralmetrics.probing.processes import (
     merges_nothing,
     merging_group,
     merging_groups,
-    rank_of_first,
+    reading_group,
     uninterrupted,
 )
 from spectralmetrics.probing.reading import (
@@ -436,7 +436,7 @@ class LayerProbe(nn.Module):
         Raises:
             RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
         """
-        return as_text(self._read(stage, _value_of, progress=progress))
+        return as_text(self._read("compute", stage, _value_of, progress=progress))
 
     def intervals(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Interval]:
         """Intervals expected to contain the values for unlimited data.
@@ -456,7 +456,7 @@ class LayerProbe(nn.Module):
         """
         if not self.has_intervals:
             raise RuntimeError("the probe keeps its observations in one fold; make it with folds=8, say")
-        intervals = as_text(self._read(stage, _interval_of, _keeps_interval, progress))
+        intervals = as_text(self._read("intervals", stage, _interval_of, _keeps_interval, progress))
         for each in STAGES if stage is None else (stage,):
             if named := self._repeating(each):
                 warnings.warn(f"in {each} of {named}: {REPEATED_INPUTS}", UserWarning, stacklevel=2)
@@ -475,13 +475,14 @@ class LayerProbe(nn.Module):
 
     def _read(
         self,
+        call: str,
         stage: str | None,
         read: Callable[[Any], Any],
         applies: Callable[[Any], bool] = lambda metric: True,
         progress: Progress | None = None,
     ) -> dict[Key, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
-        with self._router.lock, self._agreed(stages, _wrong(progress)) as agreement:
+        with self._router.lock, self._agreed(call, stages, _wrong(progress)) as agreement:
             return self._tell(self._readings(agreement, stages, Question(self._names, read, applies), progress))
 
     def _readings(
@@ -521,11 +522,12 @@ class LayerProbe(nn.Module):
 
     @contextlib.contextmanager
     def _agreed(
-        self, stages: Sequence[str], error: BaseException | None = None, *, of_all: bool = False
+        self, call: str, stages: Sequence[str], error: BaseException | None = None, *, of_all: bool = False
     ) -> Iterator[Agreement | None]:
         """Inside, all that processes have of some stages can be read; from others, where there is an agreement.
 
         Args:
+            call: the method that reads, with the arguments that must be the same on all processes.
             stages: the stages whose layers are read.
             error: that is raised on all processes; None if this one has none.
             of_all: whether metrics that are not merged get the layers of other processes, too.
@@ -540,15 +542,15 @@ class LayerProbe(nn.Module):
         keeps_own = of_all and merges_nothing(self._places.values()) and is_one_of_several()
         with uninterrupted():
             if group is NO_GROUP and not keeps_own:
-                with self._merged_states(stages, error):
+                with self._merged_states(call, stages, error):
                     yield None
                 return
             try:
                 if keeps_own:
                     # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
-                    self._guests = self._agree(stages, None, takes_all=True, keeps_own=True, error=error)
+                    self._guests = self._agree(call, stages, None, takes_all=True, keeps_own=True, error=error)
                 else:
-                    self._guests = self._agree(stages, group, error=error)
+                    self._guests = self._agree(call, stages, group, error=error)
                 yield self._guests
             finally:
                 self._guests = None
@@ -587,10 +589,11 @@ class LayerProbe(nn.Module):
         }
 
     @contextlib.contextmanager
-    def _recorded(self, progress: Progress | None) -> Iterator[ProbeReading]:
+    def _recorded(self, progress: Progress | None, error: BaseException | None) -> Iterator[ProbeReading]:
         """All that a recorder keeps, see :func:`read_probe`."""
         question = Question(self._names, _value_of, lambda metric: True, for_record=True)
-        with self._router.lock, self._agreed(STAGES, _wrong(progress), of_all=True) as agreement:
+        error = error or _wrong(progress)
+        with self._router.lock, self._agreed("record", STAGES, error, of_all=True) as agreement:
             readings = self._readings(agreement, STAGES, question, progress)
             values = self._tell(readings)
             intervals = {
@@ -609,7 +612,7 @@ class LayerProbe(nn.Module):
                 sums = {place: self._place(*place).sums() for place in known}
                 yield ProbeReading(values, intervals, sums, known, self.facts)
                 return
-            fetched = MergedSums(agreement, known, rank_of_first(agreement.group))
+            fetched = MergedSums(agreement, known)
             try:
                 yield ProbeReading(values, intervals, fetched, known, self.facts, fetched.serve)
             finally:
@@ -632,7 +635,7 @@ class LayerProbe(nn.Module):
                 return
             self._join_windows()
             try:
-                with self._merged_states(STAGES):
+                with self._merged_states("merged", STAGES):
                     self._router.is_merged = True
                     self._is_sharing = sharing and merging_group(self._places.values()) is not NO_GROUP
                     try:
@@ -644,7 +647,9 @@ class LayerProbe(nn.Module):
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
-    def _merged_states(self, stages: Sequence[str], error: BaseException | None = None) -> Iterator[None]:
+    def _merged_states(
+        self, call: str, stages: Sequence[str], error: BaseException | None = None
+    ) -> Iterator[None]:
         """Inside, the states are merged, each in its own process group; an error is raised on all processes."""
         before = self._guests
         with contextlib.ExitStack() as stack:
@@ -652,7 +657,7 @@ class LayerProbe(nn.Module):
                 with uninterrupted():
                     for group in merging_groups(self._places.values()):
                         try:
-                            agreement = self._agree(stages, group, error=error)
+                            agreement = self._agree(call, stages, group, error=error)
                             for batch in agreement.batches():
                                 stack.enter_context(agreement.holding(agreement.exchange(batch)))
                             self._guests = self._guests or agreement
@@ -666,6 +671,7 @@ class LayerProbe(nn.Module):
 
     def _agree(
         self,
+        call: str,
         stages: Sequence[str],
         group: Any,
         *,
@@ -680,6 +686,7 @@ class LayerProbe(nn.Module):
             if error is not None:
                 raise error
             return Catalogue(
+                call,
                 (
                     ("stages", *stages),
                     *([] if self.budget is None else [("with a budget",)]),
@@ -740,7 +747,8 @@ class LayerProbe(nn.Module):
             rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=tell)
             return {(stage, row.layer): (row, numbers) for row, numbers in rows}
 
-        with self._router.lock, self._agreed([stage]) as agreement:
+        call = f"summary(statistic={statistic!r})"
+        with self._router.lock, self._agreed(call, [stage]) as agreement:
             found = self._read_places(agreement, [stage], read, lambda: None)[stage]
             rows = [row for _, row in found.values() if row is not None]
             if not rows:
@@ -778,7 +786,7 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
         with self._router.lock:
-            found = self._numbers(stage, lambda place: None)
+            found = self._numbers("findings", stage, lambda place: None)
             numbers = self._judged(each[1] for _, each in found.values() if each is not None)
             others = (place for place, _ in found.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
@@ -790,7 +798,7 @@ class LayerProbe(nn.Module):
         return [each._replace(left_out=0) if self._expects_overflow else each for each in numbers]
 
     def _numbers(
-        self, stage: str, more: Callable[[LayerMetrics], T]
+        self, call: str, stage: str, more: Callable[[LayerMetrics], T]
     ) -> dict[str, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
         """The numbers that findings need, and whatever else is read of each layer; None where there is none."""
         threshold = threshold_of(self.statistics.values())
@@ -804,7 +812,7 @@ class LayerProbe(nn.Module):
                 for each in numbers_of(_spectra(places), self.facts, threshold, tell)
             }
 
-        with self._agreed([stage]) as agreement:
+        with self._agreed(call, [stage]) as agreement:
             return self._read_places(agreement, [stage], read, lambda: None)[stage]
 
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
@@ -868,7 +876,7 @@ class LayerProbe(nn.Module):
         _check_stage(stage)
         if not any(place.takes_all_rows for place in self._places.values()):
             raise ValueError(f"expected a HistoryMetric among the metrics of the probe, got {self._names}")
-        found = self._each_merged(stage, lambda place: place.history)
+        found = self._each_merged("history", stage, lambda place: place.history)
         return History.of_sums(stage, {layer: each for layer, each in found if each is not None})
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
@@ -893,20 +901,21 @@ class LayerProbe(nn.Module):
             ValueError: for another stage.
         """
         _check_stage(stage)
-        return ((layer, sums) for layer, sums in self._each_merged(stage, LayerMetrics.sums) if sums)
+        each_merged = self._each_merged("iter_merged", stage, LayerMetrics.sums)
+        return ((layer, sums) for layer, sums in each_merged if sums)
 
-    def _each_merged(self, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
+    def _each_merged(self, call: str, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
         """Reads each layer while its states are merged, on all processes."""
         group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
         self._join_windows()
         if group is not NO_GROUP:
             with self._router.lock:
-                agreement = self._agree([stage], group)
+                agreement = self._agree(call, [stage], group)
             yield from agreement.iterate(read, self._router.lock)
             return
         with self._router.lock, contextlib.ExitStack() as stack:
             if not self._router.is_merged:
-                stack.enter_context(self._merged_states([stage]))
+                stack.enter_context(self._merged_states(call, [stage]))
             found = [(name, read(self._place(stage, name))) for name in self.layers]
         yield from found
 
@@ -938,7 +947,8 @@ class LayerProbe(nn.Module):
             return read_covariance(place, unbiased=unbiased, center=center)
 
         with self._router.lock:
-            read_of = dict(self._each_merged(stage, read))
+            call = f"covariances(unbiased={unbiased}, center={center})"
+            read_of = dict(self._each_merged(call, stage, read))
             for each in read_of.values() if self._expects_overflow else ():
                 each.left_out = 0
             found = tell_covariances(stage, read_of)
@@ -1147,7 +1157,7 @@ class LayerProbe(nn.Module):
 
         def agree() -> Agreement | None:
             self._join_windows()
-            return self._agree(STAGES, None, takes_all=True) if is_one_of_several() else None
+            return self._agree("sharded", STAGES, None, takes_all=True) if is_one_of_several() else None
 
         return Sharded(self._places, agree, self._steps, self._router.order, self._remembered, self.reset)
 
@@ -1215,7 +1225,7 @@ def _tell_fault() -> None:
 
 
 def read_probe(
-    probe: LayerProbe, progress: Progress | None = None
+    probe: LayerProbe, progress: Progress | None = None, error: BaseException | None = None
 ) -> contextlib.AbstractContextManager[ProbeReading]:
     """Read all that a recorder keeps of a probe; each covariance is decomposed once, by one process.
 
@@ -1224,11 +1234,20 @@ def read_probe(
     Args:
         probe: to read.
         progress: see :meth:`LayerProbe.compute`.
+        error: raised on all processes; None if this one has none.
 
     Raises:
         RuntimeError: for what :meth:`LayerProbe.compute` raises.
     """
-    return probe._recorded(progress)
+    return probe._recorded(progress, error)
+
+
+def group_of(probe: LayerProbe | None) -> Any:
+    """The process group whose processes read a probe together, and of which the first speaks and writes.
+
+    See :func:`~.processes.reading_group`; that of all processes without a probe.
+    """
+    return None if probe is None else reading_group(probe._places.values())
 
 
 def keep_history(probe: LayerProbe, steps: int) -> None:
@@ -1285,7 +1304,7 @@ def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerN
         For each layer with observations what findings are made from, and the scale in each forward.
     """
     with probe._only(reader, stage):
-        found = probe._numbers(stage, lambda place: scales_of(place.history))
+        found = probe._numbers(f"window of {reader}", stage, lambda place: scales_of(place.history))
     read = [each for _, each in found.values() if each is not None]
     return list(zip(probe._judged(each for _, each in read), (each for each, _ in read), strict=True))
 

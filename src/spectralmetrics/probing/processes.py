@@ -6,14 +6,14 @@ import contextlib
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.identity import digest, is_one_of_several
 from spectralmetrics.sums.merging import communication_device, gather_objects
 
 T = TypeVar("T")
@@ -24,11 +24,22 @@ NO_GROUP: Any = object()
 
 def merging_group(places: Iterable[LayerMetrics]) -> Any:
     """The process group in which all metrics of these layers are merged; NO_GROUP without one for all."""
-    groups = {each.process_group if is_merged(each) else NO_GROUP for place in places for each in place.leaders}
-    if len(groups) != 1:
-        return NO_GROUP
-    (group,) = groups
+    group = _common_group(places)
     return group if group is not NO_GROUP and has_others(group) else NO_GROUP
+
+
+def reading_group(places: Iterable[LayerMetrics]) -> Any:
+    """The process group whose processes read these layers together, and of which the first speaks and writes.
+
+    That in which all metrics are merged; that of all processes where there is no such group.
+    """
+    group = _common_group(places)
+    return None if group is NO_GROUP else group
+
+
+def _common_group(places: Iterable[LayerMetrics]) -> Any:
+    groups = {each.process_group if is_merged(each) else NO_GROUP for place in places for each in place.leaders}
+    return groups.pop() if len(groups) == 1 else NO_GROUP
 
 
 def merging_groups(places: Iterable[LayerMetrics]) -> list[Any]:
@@ -44,13 +55,12 @@ def merges_nothing(places: Iterable[LayerMetrics]) -> bool:
 
 def has_others(group: Any) -> bool:
     """True if this process is in the group, and not alone."""
-    return dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
+    return is_one_of_several() and dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
 
 
-def rank_of_first(group: Any) -> int | None:
-    """The rank in a group of the first of all processes; None if it is not in the group."""
-    ranks = dist.get_process_group_ranks(group)
-    return ranks.index(0) if 0 in ranks else None
+def is_first(group: Any) -> bool:
+    """True if this process is the one that speaks for all of a group; a process outside speaks for itself."""
+    return not has_others(group) or dist.get_rank(group) == 0
 
 
 def is_merged(metric: Any) -> bool:
@@ -70,26 +80,53 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
     told = gather_objects((described, value), group)
     if error is not None:
         raise error
-    raised = [f"process {rank} raised {words}" for rank, (words, _) in enumerate(told) if words is not None]
+    ranks = dist.get_process_group_ranks(group)
+    raised = [
+        f"process {rank} raised {words}"
+        for rank, (words, _) in zip(ranks, told, strict=True)
+        if words is not None
+    ]
     if raised:
         raise RuntimeError("; ".join(raised))
     return [each for _, each in told]
 
 
-def check_agreed(error: BaseException | None, group: Any) -> None:
-    """Raise an error on all processes if one has one; one collective if none has."""
-    flag = torch.tensor([error is not None], dtype=torch.int64, device=communication_device(group))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    if flag.item():
-        gather_agreed(None, error, group)
+def check_agreed(error: BaseException | None, group: Any, call: str = "") -> None:
+    """Raise an error on all processes if one has one, or if not all made the same call; one collective if not.
+
+    Args:
+        error: the error that this process has raised.
+        group: the process group.
+        call: what this process was asked for, with the arguments that must be the same.
+    """
+    number = digest(call)
+    flags = torch.tensor(
+        [error is not None, number, -number], dtype=torch.int64, device=communication_device(group)
+    )
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    has_failed, high, low = flags.tolist()
+    if has_failed or high != -low:
+        check_calls(gather_agreed(call, error, group), group)
 
 
-def agreed(function: Callable[[], T], groups: Iterable[Any]) -> T:
+def check_calls(calls: Sequence[str], group: Any) -> None:
+    """Raise a ValueError if the processes of a group were asked for different things, in the order of ranks."""
+    other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
+    if other is not None:
+        ranks = dist.get_process_group_ranks(group)
+        raise ValueError(
+            f"expected the same call on all processes, got {calls[0]} on process {ranks[0]} and {calls[other]}"
+            f" on process {ranks[other]}"
+        )
+
+
+def agreed(function: Callable[[], T], groups: Iterable[Any], call: str = "") -> T:
     """Calls a function; an error on all processes of these groups if one has raised.
 
     Args:
         function: called here; an interrupt from the keyboard can reach it.
         groups: process groups, in the same order on all processes.
+        call: see :func:`check_agreed`.
     """
     value: Any = None
     error: BaseException | None = None
@@ -100,7 +137,7 @@ def agreed(function: Callable[[], T], groups: Iterable[Any]) -> T:
         error = raised
     for group in groups:
         try:
-            check_agreed(error, group)
+            check_agreed(error, group, call)
         except BaseException as raised:
             error = raised
     if error is not None:
@@ -167,12 +204,13 @@ def interruptible() -> Iterator[None]:
 
 
 def on_first_process(
-    function: Callable[[], T], serve: Callable[[], None] | None = None
+    function: Callable[[], T], group: Any, serve: Callable[[], None] | None = None
 ) -> tuple[T, BaseException | None]:
-    """Call a function on the first process.
+    """Call a function on the first process of a group; on this one if it is in no group with others.
 
     Args:
         function: to call there.
+        group: the process group.
         serve: called on the others meanwhile, and afterwards on the first one.
 
     Returns:
@@ -180,7 +218,7 @@ def on_first_process(
     """
     value: Any = None
     error: BaseException | None = None
-    if not is_one_of_several():
+    if not has_others(group):
         try:
             value = function()
         except BaseException as raised:
@@ -188,7 +226,7 @@ def on_first_process(
         return value, error
     with uninterrupted():
         try:
-            if dist.get_rank() == 0:
+            if is_first(group):
                 with interruptible():
                     value = function()
         except BaseException as raised:
@@ -198,11 +236,12 @@ def on_first_process(
                 serve()
         except BaseException as raised:
             error = error or raised
-        told = gather_objects((value, None if error is None else portable(error)))
-    value = told[0][0]
-    failed = {rank: each for rank, (_, each) in enumerate(told) if each is not None}
+        told = gather_objects((value, None if error is None else portable(error)), group)
+    value, error_of_first = told[0]
+    ranks = dist.get_process_group_ranks(group)
+    failed = {rank: each for rank, (_, each) in zip(ranks, told, strict=True) if each is not None}
     if error is None and failed:
-        error = failed.get(0)
+        error = error_of_first
         if not isinstance(error, Exception):
             words = (f"process {rank} raised {in_words(each)}" for rank, each in failed.items())
             error = RuntimeError("; ".join(words))

@@ -15,10 +15,9 @@ from spectralmetrics.functional.tail import MEAN_LAYER, recorded_name
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
-from spectralmetrics.probing.probe import read_probe
-from spectralmetrics.probing.processes import agreed, on_first_process
+from spectralmetrics.probing.probe import group_of, read_probe
+from spectralmetrics.probing.processes import agreed, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
 from spectralmetrics.recording.record import (
     Record,
@@ -42,7 +41,9 @@ class Recorder:
     Epochs count from 0, as in ``for epoch in range(recorder.next_epoch, epochs)``, unless :meth:`record` is
     given other numbers. A process killed at any moment leaves all earlier records readable. A directory has one
     recorder at a time, until that is closed or collected or its process ends. On several processes make the
-    recorder and call :meth:`record` on all of them: they merge, and the first one writes.
+    recorder and call :meth:`record` on all of them: they merge, and the first one writes. If all metrics of the
+    probe are merged in one ``process_group``, do so on the processes of this group: its first one writes. Each
+    group needs a directory of its own.
 
     Args:
         directory: the directory of the run; made if it is not there.
@@ -98,7 +99,7 @@ class Recorder:
             self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
         self._undefined: set[str] = set()  # statistics of which a warning has named the layers
         self._run: RunDirectory | None = None  # on the first process
-        self._last, error = on_first_process(lambda: self._open(mode))
+        self._last, error = on_first_process(lambda: self._open(mode), group_of(probe))
         if error is not None:
             raise error
         self._is_open = True
@@ -176,28 +177,38 @@ class Recorder:
             was observed or added.
 
         Raises:
-            ValueError: for an epoch or step that does not come after the last record.
+            ValueError: for an epoch or step that does not come after the last record, or that is another one on
+                another process.
             RuntimeError: after :meth:`close`; for what :meth:`LayerProbe.compute` or a writer raises.
             OSError: if the record cannot be written; earlier records are intact.
         """
-        self._check_open()
-        key = self._next_key(epoch, step)
         is_kept, failed = None, None
-        error: BaseException | None
+        error: BaseException | None = None
+        key, call = RecordKey(0), ""
+        try:
+            self._check_open()
+            key = self._next_key(epoch, step)
+            call = f"record(epoch={key.epoch}, step={key.step}, reset={bool(reset)})"
+        except Exception as raised:  # the others are on their way to read
+            error = raised
         run: Any = self._run
-        groups = [None] if is_one_of_several() else []
+        group = group_of(self.probe)
         try:
             with contextlib.ExitStack() as stack:
 
                 def read() -> tuple[Record, ProbeReading | None]:
-                    its = None if self.probe is None else stack.enter_context(read_probe(self.probe, progress))
+                    its = None
+                    if self.probe is not None:
+                        its = stack.enter_context(read_probe(self.probe, progress, error))
+                    elif error is not None:
+                        raise error
                     return self._make_record(key, its), its
 
-                record, reading = agreed(read, groups)
+                record, reading = agreed(read, [group] if has_others(group) else [], call)
                 serve = None if reading is None else reading.serve
-                is_kept, error = on_first_process(lambda: run.keep(record), serve)
+                is_kept, error = on_first_process(lambda: run.keep(record), group, serve)
                 if is_kept and error is None:
-                    failed, error = on_first_process(lambda: run.show(record), serve)
+                    failed, error = on_first_process(lambda: run.show(record), group, serve)
                 if error is not None:
                     raise error
         finally:
@@ -234,7 +245,7 @@ class Recorder:
             raise TypeError(f"expected an Alarm, got {alarm!r}")
         self._check_open()
         run: Any = self._run
-        _, error = on_first_process(lambda: run.add_alarm(alarm))
+        _, error = on_first_process(lambda: run.add_alarm(alarm), group_of(self.probe))
         if error is not None:
             raise error
 
@@ -249,7 +260,7 @@ class Recorder:
             raise ValueError(f"expected a step as an integer that is not negative, got {step!r}")
         self._check_open()
         run: Any = self._run
-        _, error = on_first_process(lambda: run.drop_alarms(int(step)))
+        _, error = on_first_process(lambda: run.drop_alarms(int(step)), group_of(self.probe))
         if error is not None:
             raise error
 
