@@ -94,9 +94,9 @@ class Alike:
         if self._results[names]:
             raise LeftOut(_REFUSED.format(self._results[names]))
 
-    def renew(self, by_rank: Sequence[Settings]) -> None:
+    def renew(self, settings: Sequence[Settings]) -> None:
         """Agree again, when values are read, given the settings of all processes that share layers."""
-        _, differing = _differing(dict(enumerate(by_rank)))
+        _, differing = _differing(dict(enumerate(settings)))
         if differing:
             if not self._has_warned:
                 self._has_warned = True

@@ -87,7 +87,7 @@ from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
 T = TypeVar("T")
 
-_UNSEEN = 0.05  # largest share of the parameters in layers that are not probed without a warning
+_UNSEEN = 0.05  # a warning names layers that are not probed if they have a larger share of the parameters
 
 
 class _Limit:
@@ -421,7 +421,7 @@ class LayerProbe(nn.Module):
     def compute(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Tensor]:
         """The values of all layers, merged across processes; all processes call it.
 
-        Layers are matched by their names. One process reads a layer, and all others send it their sums.
+        Layers are matched by their names. Each layer is read by one process, to which all others send its sums.
 
         Args:
             stage: ``"train"``, ``"eval"``, or None for both.
@@ -926,8 +926,8 @@ class LayerProbe(nn.Module):
         Returns:
             Layer -> shape (D, D), float64, where its sums are, in forward order; without layers that saw
             nothing. If all metrics need labels, only labelled observations count. A warning names layers
-            without a covariance: sketched layers and, with ``nan_strategy="error"``, layers with observations
-            that were not finite. Another warning says if nothing was observed.
+            without a covariance, such as sketched layers and, with ``nan_strategy="error"``, layers with
+            observations that were not finite. Another warning says if nothing was observed.
 
         Raises:
             ValueError: for another stage.

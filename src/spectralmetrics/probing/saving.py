@@ -76,7 +76,7 @@ def load_progress(
 
 
 def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetrics) -> None:
-    """Rename saved states after the metrics that lead now: a probe with other metrics may have had others."""
+    """Rename saved states after the metrics that lead now; when the states were saved, others may have led."""
     for leader, *others in of_layer.templates.groups:
         for state in (*defaults(of_layer.leader_of[leader]), "draws", "deals") if others else ():
             for name in others:
