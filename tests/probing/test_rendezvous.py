@@ -26,7 +26,7 @@ def ask(monkeypatch):
         if rank not in known:
             monkeypatch.setattr(rendezvous, "_PROBES", rendezvous.Counter())
             known[rank] = Rendezvous(["a", "b"])
-        return known[rank].ask(topic, numbers, ranks)
+        return known[rank].gather(topic, numbers, ranks)
 
     return ask
 
@@ -41,8 +41,8 @@ def test_all_hear_all_in_one_order(ask):
     first, second = together((ask, 0, "a", [3, 4]), (ask, 1, "a", [5, 6]))
     assert first.is_all
     assert first == second
-    assert list(first.of) == list(second.of)
-    assert first.of == {0: [3, 4], 1: [5, 6]}
+    assert list(first.by_rank) == list(second.by_rank)
+    assert first.by_rank == {0: [3, 4], 1: [5, 6]}
 
 
 def test_who_comes_late_hears_who_was_first(ask):

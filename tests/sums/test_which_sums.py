@@ -40,7 +40,7 @@ def forget():
         library.is_switched_off,
         compiled._best_instructions,
         fused.why_not,
-        probing._tell_fault,
+        probing._warn_fault,
     )
     for each in found:
         each.cache_clear()

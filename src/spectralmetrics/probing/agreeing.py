@@ -1,4 +1,4 @@
-"""Agreement of several processes on their layers, the order of these, and the settings of their metrics."""
+"""Agreement of several processes on their layers, the layers' order, and the settings of the metrics."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from spectralmetrics.sums.merging import communication_device, gather_objects
 
 
 class Catalogue(NamedTuple):
-    """The layers of one process, as it tells the others.
+    """The layers of one process, as it sends them to the others.
 
     Attributes:
         call: the call that reads, with the arguments that must be the same on all processes.
-        metrics: the stages that are read, and of which metrics; the same on all processes.
-        layers: in the order of registration, with what is known of each.
-        order: those that have run, in the order of their first run.
+        metrics: the stages to read and the metrics; the same on all processes.
+        layers: layer -> its facts, in the order of registration.
+        order: layers that have run, in the order of their first run.
         places: (stage, layer) -> columns of its sketches or None, and the width of each leader's sums, 0
             without data.
-        settings: of a probe that shares layers with other processes, see :class:`.Alike`; None for any other.
+        settings: the probe's settings if processes share its layers, see :class:`.Alike`; otherwise None.
     """
 
     call: str
@@ -51,25 +51,25 @@ def agree_on_layers(
     takes_all: bool = False,
     keeps_own: bool = False,
 ) -> Agreement:
-    """Agree with the other processes of a group on the layers that there are, and on their order.
+    """Agree with the other processes of a group on which layers exist, and on their order.
 
-    One collective where all have seen the same; three otherwise, and two more the first time, where weights
-    differ.
+    It takes one collective if all processes have seen the same, and three otherwise. The first call takes two
+    more if weights differ.
 
     Args:
         group: the process group.
-        describe: gives what this process has; what it raises is raised on all.
-        own: the layers of this process.
-        guest: makes the metrics of a layer that this process does not have, or has no observations of.
-        kept: what this process keeps of merged sums.
-        identity: the identity of this process' layers, compared with those of others once.
-        alike: the settings that processes must have in common where they share layers.
+        describe: makes this process' catalogue; an exception in it is raised on all processes.
+        own: the metrics of this process' layers.
+        guest: makes the metrics of a layer that this process does not have or has not observed.
+        kept: the merged sums that this process keeps.
+        identity: the identity of this process' layers, compared once with the other processes'.
+        alike: the settings that must be equal on processes that share layers.
         takes_all: see :class:`Agreement`.
-        keeps_own: whether each process keeps its own of layers that all have, which then need not fit together.
+        keeps_own: True if processes keep their own sums of layers that all have; these need not fit together.
 
     Raises:
         RuntimeError: if a process has no probe.
-        ValueError: on all processes, for what does not fit together, with layers and processes.
+        ValueError: on all processes, if layers do not fit together; it names layers and processes.
     """
     identity.check_presence(group)
     error: BaseException | None = None
@@ -113,19 +113,20 @@ def agree_on_layers(
     stages = dict.fromkeys(stage for other in catalogues for stage, _ in other.places)
     places, widths = {}, {}
     for place in ((stage, layer) for stage in stages for layer in order):
-        known = [other.places[place] for other in catalogues if place in other.places]
-        seen = [(sketch, its) for sketch, its in known if any(its)]
-        sketch = seen[0][0] if seen else None
-        widths[place] = tuple(max(column) for column in zip(*(its for _, its in known), strict=True))
-        mine = catalogue.places.get(place)
-        if mine is None or (seen and not any(mine[1]) and mine[0] != sketch):
-            # Without observations it takes over the others' kind of sum.
+        forms = [each.places[place] for each in catalogues if place in each.places]
+        with_data = [(columns, sizes) for columns, sizes in forms if any(sizes)]
+        sketch = with_data[0][0] if with_data else None
+        widths[place] = tuple(max(sizes) for sizes in zip(*(sizes for _, sizes in forms), strict=True))
+        own_form = catalogue.places.get(place)
+        if own_form is None or (with_data and not any(own_form[1]) and own_form[0] != sketch):
+            # Without observations this process takes over the others' kind of sum.
             places[place] = guest(*place)
             if sketch is not None and not places[place].is_sketched:
                 places[place].sketch(sketch)
         else:
             places[place] = own[place]
-    settings = [each.settings for each in catalogues if each.settings is not None]
+    by_rank = zip(ranks, catalogues, strict=True)
+    settings = {rank: each.settings for rank, each in by_rank if each.settings is not None}
     if settings and dist.get_world_size(group) == dist.get_world_size():
         alike.renew(settings)
     return Agreement(
@@ -142,10 +143,10 @@ def agree_on_layers(
 
 
 def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:
-    """All layers in one order: that of the first process, in which each other process puts its own.
+    """All layers in one order: the first process' order, into which the others' layers are inserted.
 
-    Those that ran come first, each before what its process ran next, or else last; then the rest as they are
-    registered.
+    Layers that ran come first, each before the layer that its process ran next, or else last. The rest follows
+    in the order of registration.
 
     >>> one = Catalogue("", (), dict.fromkeys("ab"), ("a", "b"), {})
     >>> other = Catalogue("", (), dict.fromkeys("axby"), ("a", "x", "b", "y"), {})
@@ -163,8 +164,8 @@ def agreed_order(catalogues: Sequence[Catalogue]) -> list[str]:
     return order
 
 
-def _check(catalogues: Mapping[int, Catalogue], but: Container[Place]) -> None:
-    """Raise a ValueError, the same on all processes, for what does not fit together but for these layers."""
+def _check(catalogues: Mapping[int, Catalogue], exempt: Container[Place]) -> None:
+    """Raise a ValueError, the same on all processes, if catalogues differ in other layers than the exempt."""
     first, *others = catalogues
     metrics = {rank: each.metrics for rank, each in catalogues.items()}
     rank = next((rank for rank in others if metrics[rank] != metrics[first]), None)
@@ -179,20 +180,21 @@ def _check(catalogues: Mapping[int, Catalogue], but: Container[Place]) -> None:
         )
     wrong = []
     for place in dict.fromkeys(place for each in catalogues.values() for place in each.places):
-        known = {rank: each.places[place] for rank, each in catalogues.items() if place in each.places}
-        seen = {rank: its for rank, its in known.items() if any(its[1])}
-        if place in but or len({(sketch, its) for sketch, its in seen.values()}) < 2:
+        forms = {rank: each.places[place] for rank, each in catalogues.items() if place in each.places}
+        with_data = {rank: form for rank, form in forms.items() if any(form[1])}
+        if place in exempt or len(set(with_data.values())) < 2:
             continue
-        # A metric that has seen nothing, such as one for labels, says nothing of the width.
-        columns = zip(*(its for _, its in seen.values()), strict=True)
-        if len({sketch for sketch, _ in seen.values()}) < 2 and all(len({*each} - {0}) < 2 for each in columns):
+        # A metric without observations, such as one for labels, has the width 0.
+        by_leader = zip(*(widths for _, widths in with_data.values()), strict=True)
+        sketches = {sketch for sketch, _ in with_data.values()}
+        if len(sketches) < 2 and all(len({*widths} - {0}) < 2 for widths in by_leader):
             continue
         stage, layer = place
-        told = ", ".join(
-            f"{max(its)}{'' if sketch is None else f' (in a sketch of {sketch} columns)'} on process {rank}"
-            for rank, (sketch, its) in seen.items()
+        described = ", ".join(
+            f"{max(widths)}{'' if sketch is None else f' (in a sketch of {sketch} columns)'} on process {rank}"
+            for rank, (sketch, widths) in with_data.items()
         )
-        wrong.append(f"layer {layer!r} in {stage}: {told}")
+        wrong.append(f"layer {layer!r} in {stage}: {described}")
     if wrong:
         raise ValueError(
             "expected the same number of features and the same kind of sum on every process, got"
@@ -201,6 +203,6 @@ def _check(catalogues: Mapping[int, Catalogue], but: Container[Place]) -> None:
 
 
 def _note_reading(places: Iterable[LayerMetrics], group: Any) -> bool:
-    """True if this process has other observations than when it was asked last."""
+    """True if this process' observations have changed since the last reading."""
     changed = [place.note_reading(group_object(group)) for place in places]
     return any(changed)

@@ -1,8 +1,8 @@
-"""Settings that processes must have alike where they share a layer: agreed on before the first rows travel.
+"""Settings that must be equal on processes that share a layer: compared before the first rows travel.
 
-How many rows travel, and in which forwards, follows from these. Processes that disagree would wait for each
-other, or end. So the processes that share a layer compare them once, and again whenever values are read; a
-setting that is changed between two readings counts for what they share from the next reading on.
+Settings decide how many rows travel, and in which forwards. With unequal settings, processes would wait for
+each other, or end. So processes that share a layer compare them once, and again whenever values are read. A
+setting that is changed between two readings applies to shared layers from the next reading on.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from spectralmetrics.sums.merging import communication_device, gather_objects
 
 Settings = Mapping[str, Hashable]
 
-# These may differ: a process that has reached its limit, or that plans otherwise, takes part all the same.
+# These may differ: a process that has reached its limit, or has another plan, still takes part.
 _MAY_DIFFER = {
-    "max_samples": "what a process that has reached its own would observe is lost",
+    "max_samples": "the rows of a process that has reached its own limit are lost",
     "budget": "all follow the plan of the first process",
 }
 
@@ -39,9 +39,9 @@ class Alike:
     """The settings of a probe, as the processes that share its layers have agreed on them.
 
     Args:
-        limits: as they are set now.
-        steps: likewise.
-        others: what cannot be set later.
+        limits: the limits, as set now.
+        steps: the steps of the model, as set now.
+        others: settings that cannot change later.
     """
 
     def __init__(self, limits: Limits, steps: Steps, others: Settings) -> None:
@@ -49,19 +49,19 @@ class Alike:
         self._steps = steps
         self._others = others
         self._agreed: Limits | None = None
-        self._results: dict[tuple[str, ...], str] = {}  # names of process groups -> what differs between them
-        self._is_told = False
+        self._results: dict[tuple[str, ...], str] = {}  # names of process groups -> differing settings
+        self._has_warned = False
 
     @property
     def limits(self) -> Limits:
-        """The limits that count for what processes share; how many samples is each process' own matter."""
+        """The limits for layers that processes share; ``max_samples`` is this process' own."""
         if self._agreed is None:
             return self._limits
         self._agreed.max_samples = self._limits.max_samples
         return self._agreed
 
     def settings(self) -> dict[str, Hashable]:
-        """As they are set now."""
+        """The settings, as set now."""
         return {
             **vars(self._limits),
             "every_n_steps": self._steps.every,
@@ -69,24 +69,24 @@ class Alike:
             **self._others,
         }
 
-    def compare(self, of_processes: Mapping[int, Settings]) -> None:
-        """Compare what other processes have told with what this one has.
+    def compare(self, by_rank: Mapping[int, Settings]) -> None:
+        """Compare the settings of all processes that share a layer.
 
         Args:
-            of_processes: rank -> settings of all processes that share a layer.
+            by_rank: rank -> settings, of each of these processes.
 
         Raises:
-            LeftOut: if they differ.
+            LeftOut: if settings differ.
         """
-        if words := self._judge(of_processes):
+        if words := self._conflicts(by_rank):
             raise LeftOut(_REFUSED.format(words))
         self._take_over()
 
     def check(self, groups: Sequence[Any]) -> None:
-        """Compare the settings of all processes along these groups, once; all of them call it.
+        """Compare the settings of all processes of some groups, once; all these processes call it.
 
         Raises:
-            LeftOut: if they differ.
+            LeftOut: if settings differ.
         """
         names = tuple(group.group_name for group in groups)
         if names not in self._results:
@@ -94,16 +94,16 @@ class Alike:
         if self._results[names]:
             raise LeftOut(_REFUSED.format(self._results[names]))
 
-    def renew(self, of_processes: Sequence[Settings]) -> None:
-        """Agree anew, where values are read, by the settings of all processes that share layers."""
-        _, differing = _differing(dict(enumerate(of_processes)))
+    def renew(self, by_rank: Mapping[int, Settings]) -> None:
+        """Agree again, when values are read, given the settings of all processes that share layers."""
+        _, differing = _differing(by_rank)
         if differing:
-            if not self._is_told:
-                self._is_told = True
+            if not self._has_warned:
+                self._has_warned = True
                 now = _words(differing)
                 tell(f"layers that processes share go on with earlier settings, which differ now: {now}")
             return
-        self._is_told = False
+        self._has_warned = False
         self._take_over()
         self._results = dict.fromkeys(self._results, "")
 
@@ -111,21 +111,21 @@ class Alike:
         own = self.settings()
         digest = int.from_bytes(hashlib.sha256(repr(sorted(own.items())).encode()).digest()[:7], "little")
         both = torch.tensor([digest, -digest], device=communication_device(groups[0]))
-        for group in groups:  # one after the other, so that all along all of them know
+        for group in groups:  # in turn, so that the result reaches all processes
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
         high, low = both.tolist()
         if high != -low:
-            known = {dist.get_rank(): own}
+            by_rank = {dist.get_rank(): own}
             for group in groups:
-                known = {rank: each for some in gather_objects(known, group) for rank, each in some.items()}
-            if words := self._judge(known):
+                by_rank = {rank: each for some in gather_objects(by_rank, group) for rank, each in some.items()}
+            if words := self._conflicts(by_rank):
                 return words
         self._take_over()
         return ""
 
-    def _judge(self, of_processes: Mapping[int, Settings]) -> str:
-        """Settings that differ and may not, in words; warns of those that may."""
-        allowed, differing = _differing(dict(sorted(of_processes.items())))
+    def _conflicts(self, by_rank: Mapping[int, Settings]) -> str:
+        """Settings that differ but must not, in words; warns about settings that may differ."""
+        allowed, differing = _differing(dict(sorted(by_rank.items())))
         for name, values in allowed.items():
             tell(f"processes that share layers differ in {_words({name: values})}: {_MAY_DIFFER[name]}")
         return _words(differing)
@@ -138,15 +138,15 @@ class Alike:
 _Differing = dict[str, dict[Hashable, int]]
 
 
-def _differing(of_processes: Mapping[int, Settings]) -> tuple[_Differing, _Differing]:
-    """Name -> value -> the first process that has it: of settings that may differ, and of others."""
-    found: dict[str, dict[Hashable, int]] = {}
-    for rank, settings in of_processes.items():
+def _differing(by_rank: Mapping[int, Settings]) -> tuple[_Differing, _Differing]:
+    """Settings that differ and may, and that differ but must not: name -> value -> first process with it."""
+    first_ranks: dict[str, dict[Hashable, int]] = {}
+    for rank, settings in by_rank.items():
         for name, value in settings.items():
-            found.setdefault(name, {}).setdefault(value, rank)
-    differing = {name: values for name, values in found.items() if len(values) > 1}
-    # Without a budget a process observes forwards that those with one pass over.
-    allowed = {name for name in _MAY_DIFFER if name == "max_samples" or None not in found[name]}
+            first_ranks.setdefault(name, {}).setdefault(value, rank)
+    differing = {name: values for name, values in first_ranks.items() if len(values) > 1}
+    # A process without a budget observes forwards that processes with a budget leave out.
+    allowed = {name for name in _MAY_DIFFER if name == "max_samples" or None not in first_ranks[name]}
     return (
         {name: values for name, values in differing.items() if name in allowed},
         {name: values for name, values in differing.items() if name not in allowed},

@@ -1,4 +1,4 @@
-"""Masks and labels: tensors that are laid beside a model for as long as it runs on what they describe."""
+"""Masks and labels: tensors given beside a model while it runs on the batch that they describe."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from spectralmetrics.probing.rules import Batch
 
 
 @dataclass(eq=False)
-class _Laid:
-    """A tensor that is valid in the thread that laid it, and which outputs it did not fit.
+class _Given:
+    """A tensor for the outputs of one thread, and the outputs that it did not fit.
 
     Attributes:
         value: the tensor.
-        fits: whether it fitted any output.
+        fits: True once it has fitted an output.
         misses: layer -> shape of an output that it did not fit.
     """
 
@@ -32,72 +32,72 @@ class _Laid:
 
 
 class _Thread(threading.local):
-    """The tensor that each thread has laid last."""
+    """The tensor that was given last in each thread."""
 
-    laid: _Laid | None = None
+    given: _Given | None = None
 
 
 class Beside(ABC):
-    """A tensor laid beside the model, such as a mask, and the outputs that it did not fit.
+    """A tensor given beside the model, such as a mask, and the outputs that it did not fit.
 
-    Threads that run the model side by side have each what they laid themselves. One that laid nothing, such as
-    those of ``nn.DataParallel``, has what another one laid last.
+    Each thread that runs the model uses the tensor given in that thread. A thread without one, such as a thread
+    of ``nn.DataParallel``, uses the tensor given last in any thread.
     """
 
     def __init__(self) -> None:
-        self._all: list[_Laid] = []  # of all threads
+        self._all: list[_Given] = []  # of all threads
         self._thread = _Thread()
-        self._named: set[str] = set()  # layers of which it has been said that something did not fit
+        self._named: set[str] = set()  # layers that a warning has named
 
     @property
     def value(self) -> Tensor | None:
-        """The tensor that is valid in this thread; None outside of :meth:`within`."""
-        laid = self._laid()
-        return None if laid is None else laid.value
+        """The tensor for this thread; None outside of :meth:`within`."""
+        given = self._current()
+        return None if given is None else given.value
 
     @abstractmethod
     def check(self, value: Tensor) -> Tensor:
-        """The tensor as it is used; a TypeError or ValueError if it cannot be."""
+        """The tensor in the form that is used; raises a TypeError or ValueError if it has none."""
 
     @abstractmethod
     def complaint(self, value: Tensor, misses: str, *, fits_others: bool) -> str:
-        """The complaint about a tensor that fitted none of these layers' outputs."""
+        """The warning about a tensor that fitted no output of these layers."""
 
     @contextlib.contextmanager
     def within(self, value: Tensor) -> Iterator[None]:
-        """Have a tensor be valid inside; warn at the end of layers that it did not fit, once of each."""
-        laid, before = _Laid(self.check(value)), self._thread.laid
-        self._thread.laid = laid
-        self._all.append(laid)
+        """Use a tensor inside; warn at the end about layers that it did not fit, once about each layer."""
+        given, before = _Given(self.check(value)), self._thread.given
+        self._thread.given = given
+        self._all.append(given)
         try:
             yield
         finally:
-            self._thread.laid = before
-            self._all.remove(laid)
-        new = {layer: shape for layer, shape in laid.misses.items() if layer not in self._named}
+            self._thread.given = before
+            self._all.remove(given)
+        new = {layer: shape for layer, shape in given.misses.items() if layer not in self._named}
         if new:
             self._named.update(new)
             misses = ", ".join(f"{layer!r} {shape}" for layer, shape in new.items())
-            tell(self.complaint(value, misses, fits_others=laid.fits))
+            tell(self.complaint(value, misses, fits_others=given.fits))
 
     def note(self, layer: str, shape: tuple[int, ...], *, fits: bool) -> None:
-        """Note whether the tensor fitted what a layer has put out."""
-        laid = self._laid()
-        if laid is None:
+        """Record if the tensor fitted a layer's output."""
+        given = self._current()
+        if given is None:
             return
         if fits:
-            laid.fits = True
+            given.fits = True
         else:
-            laid.misses.setdefault(layer, shape)
+            given.misses.setdefault(layer, shape)
 
-    def _laid(self) -> _Laid | None:
+    def _current(self) -> _Given | None:
         if not self._all:
             return None
-        own = self._thread.laid
-        return own if own is not None else next(reversed(self._all), None)  # which may be gone by now
+        own = self._thread.given
+        return own if own is not None else next(reversed(self._all), None)  # None if that thread has just ended
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_named": self._named}  # beside a copy nothing runs
+        return {"_named": self._named}  # no model runs beside a copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Beside.__init__(self)
@@ -105,7 +105,7 @@ class Beside(ABC):
 
 
 class Masks(Beside):
-    """The mask that is valid now, and what sequences it did not fit."""
+    """The mask in use, and the sequences that it did not fit."""
 
     def check(self, value: Tensor) -> Tensor:
         """See :class:`.Beside`."""
@@ -125,16 +125,16 @@ class Masks(Beside):
         )
 
     def met(self, layer: str, batch: Batch) -> None:
-        """Note whether the mask fitted what a layer has put out."""
+        """Record if the mask fitted a layer's output."""
         if self.value is None or batch.is_feature_map:
             return
-        # Rows, one for each sample, have no padding.
+        # One row for each sample: there is no padding.
         if batch.kind != "rows" or batch.num_samples not in (1, len(self.value)):
             self.note(layer, tuple(batch.values.shape), fits=batch.valid is not None)
 
 
 class Labels(Beside):
-    """The labels that are valid now, and which outputs they did not fit."""
+    """The labels in use, and the outputs that they did not fit."""
 
     def check(self, value: Tensor) -> Tensor:
         """See :class:`.Beside`."""
@@ -156,27 +156,27 @@ class Labels(Beside):
         )
 
     def join(self, layer: str, batch: Batch, labels: Tensor, time_first: bool = False) -> Batch:
-        """A whole output with the labels of its samples, or of its steps; without any if they do not fit.
+        """A whole output with the labels of its samples or steps; without labels if they do not fit.
 
-        Another number of samples than of labels fits none: a part of a batch, or what an expert of a mixture
-        gets, may be any part.
+        Labels fit only an output with as many samples: it is not known which part of the batch a chunk, or the
+        input of an expert, is.
 
         Args:
-            layer: that put it out.
-            batch: all of it.
-            labels: that were valid in the forward.
-            time_first: whether tokens that have been flattened are (T·N, D).
+            layer: the name of the layer.
+            batch: its whole output.
+            labels: the labels that were given for the forward.
+            time_first: True if flattened tokens are (T·N, D).
         """
-        is_valid_now = labels is self.value
+        is_current = labels is self.value
         shape: tuple[int, ...] = tuple(batch.values.shape[: labels.ndim])
         if labels.ndim == 2 and batch.kind == "sequence" and shape == labels.mT.shape:
             labels = labels if shape == labels.shape else labels.mT
         elif labels.ndim == 2 and batch.kind == "rows" and len(batch.values) == labels.numel():
             labels = (labels.mT if time_first else labels).reshape(-1)
         elif shape != labels.shape or (labels.ndim == 2 and batch.kind != "sequence"):
-            if is_valid_now:
+            if is_current:
                 self.note(layer, tuple(batch.values.shape), fits=False)
             return batch
-        if is_valid_now:
+        if is_current:
             self.note(layer, tuple(batch.values.shape), fits=True)
         return replace(batch, labels=labels)

@@ -1,9 +1,9 @@
 """Budgets: the share of a training's time that a probe may take, and the forwards it then observes.
 
-Which forwards are observed does not depend on the time within a step of the training: one is drawn from each
-block of forwards. How long the next block is, and how many rows are drawn from each layer, is decided where a
-block ends, from averages over many forwards. Whatever waited for the moment at which enough time has passed
-would always meet the forward after the longest pause, such as that of one of two networks.
+The choice of forwards does not depend on the time within a training step: one forward is drawn from each block.
+Where a block ends, averages over many forwards set the length of the next block, and the rows to draw from each
+layer. A rule that waits until enough time has passed would always choose the forward after the longest pause,
+for example always a forward of the same one of two networks.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import torch
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.sampling import draw_place
 
-# What is measured from inside misses what the work does to caches: seen from outside, trainings took up to 1.7
-# times as long beyond their own time as the probe had counted. So much of the budget is used.
+# The probe's clock misses the effect of its work on caches: trainings became slower by up to 1.7 times the time
+# that the probe had counted. So it uses only this share of the budget.
 _USED = 0.5
-# Observed forwards should not be fewer than one in so many, as long as rows can be left out instead.
+# At least one in so many forwards should be observed, as long as rows can be left out instead.
 _SELDOM, _OFTEN = 8, 2
 _LEAST_ROWS_PER_FEATURE, _ALL_ROWS_PER_FEATURE = 0.5, 2.0**20
-# A pause between two forwards, such as an evaluation elsewhere, is no time to be spent.
+# The time of a pause, such as an evaluation elsewhere, must not be spent: a forward earns at most this.
 _LONGEST_STEP = 32  # times the mean one
 _REMEMBERED = 256  # forwards over which times are averaged
-_EVENED_OUT = 64  # forwards in which what was spent too much, or too little, is evened out
-_FIRST_BLOCK = 4  # forwards, as long as no price is known
+_EVENED_OUT = 64  # forwards over which overspending and underspending are evened out
+_FIRST_BLOCK = 4  # forwards in a block while no price is known
 
 
 class Plan(NamedTuple):
-    """All that decides which forwards of a stage are observed, and how much of each.
+    """The plan of a stage: which forwards are observed, and how many rows of each.
 
     Processes that follow the same plan observe the same forwards.
 
     Attributes:
         start: number of the forward with which the first block begins.
         every: number of forwards in a block.
-        draws: whether one forward of each block is observed; if not, none is.
+        draws: True if one forward of each block is observed, False if none is.
         rows_per_feature: number of rows to draw for each feature of a layer.
     """
 
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     rows_per_feature: float = 1.0
 
     def observes(self, number: int, seed: object) -> bool:
-        """Decides whether to observe a forward.
+        """True if a forward is observed.
 
         Args:
             number: number of the forward in its stage, ``start`` or later.
@@ -69,9 +69,9 @@ class Spent(NamedTuple):
     """The time that a probe with a budget has taken in one stage since the last reset.
 
     Attributes:
-        share: the share of the time between forwards, the probe's own time left out.
+        share: the probe's time, as a share of the training's time without the probe.
         forwards: the number of forwards of the model.
-        observed: the number of these that were observed.
+        observed: the number of observed forwards.
     """
 
     share: float
@@ -88,12 +88,11 @@ def _checked(share: Any) -> float:
 class Budget:
     """Decides which forwards are observed, and how many rows of each, by the time that observing takes.
 
-    Each forward earns a share of the mean time from one to the next. From each block of forwards that earns
-    what an observed one costs, one is drawn. Where blocks are long, fewer rows are drawn; where they are short,
-    more.
+    Each forward earns a share of the mean time from one forward to the next. A block of forwards earns the cost
+    of one observed forward, and one of the block is drawn. Long blocks draw fewer rows, short ones more.
 
     Args:
-        share: share of the time, such as 0.03.
+        share: share of the time that the probe may take, such as 0.03.
         seed: seed of the draws.
         clock: gives the time in seconds; ``time.perf_counter`` by default.
     """
@@ -107,12 +106,12 @@ class Budget:
         self._pending: deque[tuple[_Account, Any, Any, float]] = deque()
 
     def begins(self, stage: str, number: int | None = None) -> bool:
-        """A forward of the model begins, or of a layer that is run by itself; return whether to observe it.
+        """Begin a forward of the model, or of a layer that is run by itself; return True if it is observed.
 
         Args:
             stage: the stage of the forward.
             number: number of the forward since the last reset, where processes share it. It decides together
-                with the plan, which then stays until the next one is given, see :meth:`follow`.
+                with the plan, which then stays until the next call of :meth:`follow`.
         """
         now = self._now()
         self._collect()
@@ -126,45 +125,45 @@ class Budget:
 
     def rows_per_feature(self, stage: str) -> float | None:
         """The number of rows to draw for each feature; None: all."""
-        found = self._stages[stage].plan.rows_per_feature
-        return None if found >= _ALL_ROWS_PER_FEATURE else found
+        rows = self._stages[stage].plan.rows_per_feature
+        return None if rows >= _ALL_ROWS_PER_FEATURE else rows
 
     def plan(self, stage: str) -> Plan:
-        """The plan by which forwards are observed now."""
+        """The current plan of a stage."""
         return self._stages[stage].plan
 
     def follow(self, stage: str, plan: Plan) -> None:
-        """Keep to a plan until the next one is given, instead of making another at the end of each block.
+        """Follow a plan until the next call, instead of making another plan at the end of each block.
 
-        Processes that share layers must observe the same forwards: where they meet, one of them gives its
-        :meth:`propose` to all.
+        Processes that share layers must observe the same forwards: where they synchronise, one process sends
+        its :meth:`propose` to all.
         """
         account = self._stages[stage]
         account.plan, account.is_following = plan, True
 
     def propose(self, stage: str) -> Plan:
-        """The plan that this process' own times make likely, for forwards counted from the last reset."""
+        """A plan from this process' own times, for forwards counted from the last reset."""
         return self._stages[stage].propose()
 
     def spent(self, stage: str) -> Spent:
-        """The time taken so far."""
+        """The time taken since the last reset."""
         self._collect()
         account = self._stages[stage]
         share = account.cost / account.time if account.time > 0 else 0.0
-        return Spent(share, *account.seen())
+        return Spent(share, *account.counts())
 
     def reset(self, stage: str) -> None:
-        """Count a stage from the beginning; what has been learnt about its speed stays."""
+        """Count a stage from the beginning; the averages of its times stay."""
         self._stages[stage].restart()
         self._last = None
 
     def passes(self, stage: str) -> None:
-        """A layer is not observed in this forward; the call of a hook, about 1 µs, is not counted."""
-        self._stages[stage].is_met = True
+        """Record that a layer ran and was not observed; the call of its hook, about 1 µs, is not counted."""
+        self._stages[stage].has_run = True
 
     @contextlib.contextmanager
     def measuring(self, stage: str, output: Any) -> Iterator[None]:
-        """Count the time of what happens inside, on the host and on the accelerator of an output."""
+        """Count the time spent inside, on the host and on the accelerator of an output."""
         account = self._stages[stage]
         events = _events(output)
         if events is not None:
@@ -180,7 +179,7 @@ class Budget:
                 self._pending.append((account, *events, seconds))
 
     def _collect(self) -> None:
-        """Count the accelerator's time beyond the host's, as far as it is known without waiting."""
+        """Count the accelerator's time beyond the host's, as far as it can be read without waiting."""
         while self._pending and self._pending[0][2].query():
             account, first, second, paid = self._pending.popleft()
             account.pay(max(first.elapsed_time(second) / 1000 - paid, 0.0))
@@ -199,13 +198,13 @@ class _Account:
     """The time that one stage has earned and spent, in seconds, and its plan.
 
     Attributes:
-        plan: what decides which forwards are observed.
-        is_following: whether the plan is given by others.
-        number: the number of forwards so far, whenever the account was restarted.
-        credit: what has been earned and not spent.
-        time, cost: since the last restart.
-        forwards, observed: likewise.
-        is_met: whether a hook was called in the forward that runs.
+        plan: the current plan.
+        is_following: True if processes share forwards, so that only :meth:`Budget.follow` sets the plan.
+        number: number of forwards so far, including those before a restart.
+        credit: time that was earned and not spent.
+        time, cost: time of the training and of the probe since the last restart.
+        forwards, observed: number of forwards and of observed ones since the last restart.
+        has_run: True if a hook was called in the current forward.
     """
 
     def __init__(self, share: float, seed: object) -> None:
@@ -216,28 +215,28 @@ class _Account:
         self.number = 0
         self.credit = 0.0
         self._mean_time = 0.0  # from one forward to the next
-        self._times = 0  # in that mean
-        self._price: float | None = None  # of an observed forward
+        self._times = 0  # number of forwards in that mean
+        self._price: float | None = None  # seconds for an observed forward
         self._observed_ever = 0
         self.restart()
 
     def restart(self) -> None:
-        self.is_met = self._is_observing = False
+        self.has_run = self._is_observing = False
         self._paid = 0.0  # since the forward began
         self.time = self.cost = 0.0
         self.forwards = self.observed = 0
-        if not self.is_following:  # an epoch shorter than a block is to be seen, too
+        if not self.is_following:  # to observe epochs that are shorter than a block, too
             self.plan = self._next_plan()
 
-    def seen(self) -> tuple[int, int]:
-        """The numbers of forwards and of observed ones, the last one included."""
-        return self.forwards + self.is_met, self.observed + (self.is_met and self._is_observing)
+    def counts(self) -> tuple[int, int]:
+        """The number of forwards and of observed ones, including the current forward."""
+        return self.forwards + self.has_run, self.observed + (self.has_run and self._is_observing)
 
     def earn(self, seconds: float) -> None:
-        """So much time has passed since the last forward, which has ended."""
-        was_met, self.is_met = self.is_met, False
+        """End the last forward, which began so many seconds ago."""
+        has_run, self.has_run = self.has_run, False
         own, self._paid = self._paid, 0.0
-        if not was_met:  # the probe was paused
+        if not has_run:  # the probe was paused
             return
         seconds = max(seconds - own, 0.0)  # without the probe
         if self._times >= _FIRST_BLOCK:
@@ -245,7 +244,7 @@ class _Account:
         self._times = min(self._times + 1, _REMEMBERED)
         self._mean_time += (seconds - self._mean_time) / self._times
         self.time += seconds
-        # The mean, not what has just passed: credit must not be largest after the longest pause.
+        # By the mean, not by these seconds: credit must not be largest after the longest pause.
         self.credit += self._earned() - own
         self.number += 1
         self.forwards += 1
@@ -255,12 +254,12 @@ class _Account:
             self.plan = self._next_plan()
 
     def pay(self, seconds: float) -> None:
-        self.is_met = True
+        self.has_run = True
         self._paid += seconds
         self.cost += seconds
 
     def decide(self, number: int | None = None) -> bool:
-        """Decides whether to observe the forward that begins, of this number or the next one."""
+        """True if the forward that begins is observed; None takes its number from the account."""
         self._is_observing = self.plan.observes(self.number if number is None else number, self._seed)
         return self._is_observing
 
@@ -268,32 +267,32 @@ class _Account:
         return self._next_plan()._replace(start=0)
 
     def _earned(self) -> float:
-        """By each forward."""
+        """The seconds that each forward earns."""
         return _USED * self._share * self._mean_time
 
     def _learn(self, paid: float) -> None:
-        """Take the price of the forward that was observed."""
+        """Update the price by the price of an observed forward."""
         self._is_observing = False
         self.observed += 1
         self._observed_ever += 1
-        if self._observed_ever == 2:  # the first one also makes the sums, and tells nothing of the next
+        if self._observed_ever == 2:  # the first one also makes the sums and costs more
             self._price = paid
         elif self._price is not None:
             self._price += 0.3 * (paid - self._price)
 
     def _next_plan(self) -> Plan:
-        """From averages and the number of forwards alone."""
+        """The next plan, from averages and the number of forwards alone."""
         rows, earned = self.plan.rows_per_feature, self._earned()
         if not self._observed_ever:
             return Plan(self.number, rows_per_feature=rows)
         price = self._price or 0.0
         self.credit = min(self.credit, max(2 * price, 16 * earned))
-        # What was spent too much, or too little, is evened out little by little: blocks of much different
-        # lengths one after the other would have a beat.
+        # Overspending and underspending are evened out slowly: otherwise long and short blocks would alternate
+        # in a fixed rhythm.
         spendable = earned + self.credit / _EVENED_OUT
-        known = max(self.number, 2 * _SELDOM)  # no plan for longer than has been seen
-        if spendable <= earned / 8 or price > known * spendable:
-            return Plan(self.number, min(known, _EVENED_OUT), False, self._rows(rows, math.inf, price))
+        longest = max(self.number, 2 * _SELDOM)  # a plan must not reach further than the forwards so far
+        if spendable <= earned / 8 or price > longest * spendable:
+            return Plan(self.number, min(longest, _EVENED_OUT), False, self._rows(rows, math.inf, price))
         length = price / spendable
         return Plan(self.number, max(math.ceil(length), 1), True, self._rows(rows, length, price))
 
@@ -305,7 +304,7 @@ class _Account:
 
 
 def _events(output: Any) -> tuple[Any, Any] | None:
-    """Two events of an accelerator that tell the time; None on the CPU, and where there are none."""
+    """Two timing events of an output's accelerator; None on the CPU, and on devices without events."""
     values = output if isinstance(output, torch.Tensor) else first_tensor(output)
     if not isinstance(values, torch.Tensor) or values.device.type == "cpu":
         return None

@@ -15,7 +15,7 @@ _SAMPLES = 2**20  # elements of a tensor that are compared
 
 
 def checksum(values: Tensor) -> int:
-    """A number that differs, in all likelihood, where some of the compared elements differ in any bit."""
+    """A number that very likely differs if the compared elements differ in any bit."""
     flat = values.detach().reshape(-1)
     flat = flat[:: max(len(flat) // _SAMPLES, 1)].contiguous()
     kinds: dict[int, torch.dtype] = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -24,21 +24,21 @@ def checksum(values: Tensor) -> int:
 
 
 def are_alike(values: Tensor, group: Any) -> tuple[bool, bool]:
-    """Compares a tensor between the processes of a group: alike, and more than zeros; one collective."""
+    """True if a tensor is the same on a group's processes, and True if it is not all zeros; one collective."""
     numbers = [checksum(values), hash(tuple(values.shape)) % 2**40, int(bool((values != 0).any()))]
     high, low = extremes(numbers, group)
     return high[:2] == low[:2], bool(high[2])
 
 
 def checksum_of_weights(module: nn.Module) -> int:
-    """The checksum of a module's own weights, but for DTensors, which differ between processes anyway."""
+    """The checksum of a module's own weights; without DTensors, which differ between processes anyway."""
     plain = [each for each in module.parameters(recurse=False) if not is_dtensor(each)]
     return sum(checksum(each) for each in plain) % 2**62
 
 
 def extremes(numbers: list[int], group: Any) -> tuple[list[int], list[int]]:
-    """The largest of each number on the processes of a group, and the smallest."""
+    """The largest and the smallest value of each number over the processes of a group."""
     both = torch.tensor([*numbers, *(-each for each in numbers)], device=communication_device(group))
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-    told = both.tolist()
-    return told[: len(numbers)], [-each for each in told[len(numbers) :]]
+    largest = both.tolist()
+    return largest[: len(numbers)], [-each for each in largest[len(numbers) :]]

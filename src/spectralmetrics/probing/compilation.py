@@ -1,7 +1,7 @@
-"""The way of a compiled layer's output to its observer: plain tensors go through one opaque operation.
+"""Passes a compiled layer's output to its observer: plain tensors go through one opaque operation.
 
-Dynamo puts the operation into the user's graph, and guards that graph by nothing of the probe's but its
-presence: which observer is meant is a tensor, an input of the graph like a weight.
+Dynamo puts the operation into the user's graph. The probe adds no guard but its presence: the number of the
+observer is a tensor, an input of the graph like a weight.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from spectralmetrics.torch_private import (
     without_modes,
 )
 
-# The operation is said to change this one tensor, and so is never left out, done twice, or put before another.
+# The operation is declared to change this tensor, so that compilers never drop, repeat or reorder it.
 TICKET = torch.zeros((), dtype=torch.int64, device="cpu").add_(0)
 
 
-_ROUTED = "routed "  # begins the kind of what a module of experts is called with
+_ROUTED = "routed "  # prefix of the kind of a mixture's arguments
 
 
 class SeesCompiled(Protocol):
     """The protocol of observers that the operation calls."""
 
     def see_compiled(self, parts: list[Tensor], kind: str) -> None:
-        """Take what :func:`take_apart` has returned."""
+        """Take the result of :func:`take_apart`."""
 
 
 _OBSERVERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -45,7 +45,7 @@ _NUMBERS = itertools.count()
 
 
 def number_of(observer: object) -> Tensor:
-    """A number of its own, by which the operation finds an observer as long as it is there."""
+    """A new number, by which the operation finds an observer as long as it exists."""
     number = next(_NUMBERS)
     _OBSERVERS[number] = observer
     # A Python number would be a constant of the graph, and each layer would need a graph of its own.
@@ -59,10 +59,10 @@ def observer_of(number: Tensor) -> Any:
 
 
 class Unobservable:
-    """Stands for an output that no operation can be given.
+    """Stands for an output that the operation cannot take.
 
     Args:
-        why: it cannot be observed.
+        why: reason why it cannot be observed.
     """
 
     def __init__(self, why: str) -> None:
@@ -70,7 +70,7 @@ class Unobservable:
 
 
 def take_apart(output: Any) -> tuple[list[Tensor], str]:
-    """Plain tensors that an output can be made from again, and how; traced by Dynamo."""
+    """Plain tensors and a kind, from which :func:`put_together` makes an output again; traced by Dynamo."""
     if isinstance(output, Routed):
         if not is_known(output.states):
             kind = type(output.states).__name__
@@ -99,7 +99,7 @@ def take_apart(output: Any) -> tuple[list[Tensor], str]:
 
 
 def put_together(parts: list[Tensor], kind: str) -> Any:
-    """Undoes :func:`take_apart`."""
+    """Undo :func:`take_apart`."""
     if kind == "tensor":
         return parts[0]
     if kind == "packed":
@@ -118,8 +118,8 @@ def put_together(parts: list[Tensor], kind: str) -> Any:
     return Unobservable(kind)
 
 
-# The compiler is to leave outputs in the layout that it would choose without us, and out of captured CUDA
-# graphs.
+# The compiler should keep the layouts that it would choose without us, and leave the operation out of captured
+# CUDA graphs.
 TAGS = tuple(
     getattr(torch.Tag, name) for name in ("flexible_layout", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
@@ -133,18 +133,18 @@ def _see(parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str) -> None
 
 
 def _see_nothing(parts: list[Tensor], ticket: Tensor, number: Tensor, kind: str) -> None:
-    """Stands in for the operation where a graph is made."""
+    """Stands in for the operation while a graph is made."""
 
 
 def _see_no_batch(info: Any, in_dims: Any, *arguments: Any) -> tuple[None, None]:
-    return None, None  # values that stand for others are no observations
+    return None, None  # under vmap a value stands for others and is no observation
 
 
-# `torch.library.custom_op` would wrap it in Python for autograd, versions and aliases, which takes 9 times as
-# long as the call: here nothing has a gradient, nothing is changed and nothing comes back.
+# `torch.library.custom_op` would add Python wrappers for autograd, versions and aliases, which take 9 times as
+# long as the call. They are not needed: nothing has a gradient, nothing is changed and nothing is returned.
 _LIBRARY = torch.library.Library("spectralmetrics", "FRAGMENT")
 _NAME = "see"
-while hasattr(torch.ops.spectralmetrics, _NAME):  # a notebook that has loaded the package anew has two copies
+while hasattr(torch.ops.spectralmetrics, _NAME):  # a notebook that reloads the package has two copies
     _NAME += "_"
 _LIBRARY.define(f"{_NAME}(Tensor[] parts, Tensor(a!) ticket, Tensor number, str kind) -> ()", tags=TAGS)
 _LIBRARY.impl(_NAME, _see, "CompositeExplicitAutograd")
@@ -152,4 +152,4 @@ torch.library.register_fake(f"spectralmetrics::{_NAME}", _see_nothing, lib=_LIBR
 torch.library.register_vmap(f"spectralmetrics::{_NAME}", _see_no_batch, lib=_LIBRARY)
 
 see: Callable[[list[Tensor], Tensor, Tensor, str], None] = getattr(torch.ops.spectralmetrics, _NAME).default
-"""Shows an observer what :func:`take_apart` has returned; compilers do not look inside."""
+"""Passes the result of :func:`take_apart` to an observer; compilers do not trace into it."""

@@ -1,4 +1,4 @@
-"""Copies and pickles of a probed module, which have no hook of the probe's."""
+"""Keeps the probe's hooks out of copies and pickles of a probed module."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from spectralmetrics.torch_private import HOOK_NOTES, HOOKS
 
 Handles: TypeAlias = list[tuple[weakref.ref[nn.Module], Any]]
-"""Of hooks, with the module that each is on."""
+"""Handles of hooks, each with the module of its hook."""
 
 
 class OwnHook:
-    """Marks hooks that stay with the module they were made for."""
+    """Marks hooks that copies of their module do not get."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__name__":  # the first thing that TorchScript asks a hook
+        if name == "__name__":  # the first attribute that TorchScript reads
             raise AttributeError(
                 "torch.jit.script cannot compile a model with the hooks of a LayerProbe or LayerSimilarity:"
                 " call its remove(), script the model, and probe the model that is not scripted"
@@ -26,10 +26,10 @@ class OwnHook:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class _Way:
-    """A way of copying a module, which ``copy`` or ``pickle`` asks the object itself for before its class.
+class _CopyMethod:
+    """A method for copying a module, which ``copy`` or ``pickle`` finds on the object before its class.
 
-    That is the only place where an entry of ``_forward_hooks`` can be kept out of a copy.
+    Only such a method can keep an entry of ``_forward_hooks`` out of a copy.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -42,7 +42,7 @@ class _Way:
         return module
 
 
-class _Reduction(_Way):
+class _Reduction(_CopyMethod):
     """The module's own ``__reduce_ex__``, without our hooks."""
 
     def __call__(self, protocol: Any) -> Any:
@@ -51,12 +51,12 @@ class _Reduction(_Way):
         if not isinstance(reduced, tuple):
             return reduced
         function, arguments, *others = reduced
-        # A graph module hands its attributes over as an argument, others as the state.
+        # A graph module passes its attributes as an argument, other modules as the state.
         arguments = tuple(_without_own(each, module) for each in arguments)
         return (function, arguments, *(_without_own(each, module) for each in others))
 
 
-class _DeepCopy(_Way):
+class _DeepCopy(_CopyMethod):
     """The module's own ``__deepcopy__``, without our hooks; for classes that copy themselves."""
 
     def __call__(self, memo: Any) -> Any:
@@ -69,26 +69,26 @@ class _DeepCopy(_Way):
         return twin
 
 
-_WAYS: dict[str, type[_Way]] = {"__reduce_ex__": _Reduction, "__deepcopy__": _DeepCopy}
+_COPY_METHODS: dict[str, type[_CopyMethod]] = {"__reduce_ex__": _Reduction, "__deepcopy__": _DeepCopy}
 
 
 def leave_out_of_copies(module: nn.Module) -> None:
-    """Have copies of a module come without our hooks."""
-    for name, way in _WAYS.items():
+    """Keep our hooks out of copies of a module."""
+    for name, method in _COPY_METHODS.items():
         if hasattr(type(module), name):
-            vars(module).setdefault(name, way(module))
+            vars(module).setdefault(name, method(module))
 
 
 def leave_as_it_was(module: nn.Module) -> None:
     """Undo :func:`leave_out_of_copies`, once the last of our hooks is gone."""
     if not _own_hooks(module):
-        for name in _WAYS:
-            if isinstance(vars(module).get(name), _Way):
+        for name in _COPY_METHODS:
+            if isinstance(vars(module).get(name), _CopyMethod):
                 del vars(module)[name]
 
 
 def take_off(handles: Handles) -> None:
-    """Remove hooks, and leave nothing of ours on their modules."""
+    """Remove hooks, and everything else of ours from their modules."""
     while handles:
         module, handle = handles.pop()
         handle.remove()
@@ -104,11 +104,11 @@ def _own_hooks(module: nn.Module) -> set[int]:
 
 
 def _without_own(attributes: Any, module: nn.Module) -> Any:
-    """The attributes of a module, or of a copy of it, without what is ours; anything else as it is."""
+    """The attributes of a module, or of its copy, without ours; any other object unchanged."""
     if not isinstance(attributes, dict) or HOOKS[0] not in attributes:
         return attributes
     own = _own_hooks(module)
-    kept = {name: value for name, value in attributes.items() if not isinstance(value, _Way)}
+    kept = {name: value for name, value in attributes.items() if not isinstance(value, _CopyMethod)}
     for name in (*HOOKS, *HOOK_NOTES):
         if own & set(kept.get(name, ())):
             kept[name] = OrderedDict((n, value) for n, value in kept[name].items() if n not in own)

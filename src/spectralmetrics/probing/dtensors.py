@@ -1,4 +1,4 @@
-"""Weights and outputs that are DTensors: which layers have them, along which processes, and when to look."""
+"""DTensors as weights and outputs: the layers that have them, their processes, and hooks that see them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from spectralmetrics.torch_private import dims_of_fsdp
 
 
 class FirstOrLast:
-    """Passes on what the first hook of a layer sees if it is a DTensor, or else what the last sees.
+    """Passes on a layer's output as its first hook gets it if this is a DTensor, or else as its last hook does.
 
-    What is behind the first hook may hand out this process' part of the DTensor alone. Plain outputs are passed
-    on as the layer's caller gets them: what is behind may have cast them.
+    Hooks after the first may replace a DTensor by this process' part of it. A plain output is passed on as the
+    layer's caller gets it: hooks may have cast it.
 
     Args:
-        observe: gets what is passed on.
+        observe: called with the output that is passed on.
     """
 
     def __init__(self, observe: Observe) -> None:
@@ -54,7 +54,7 @@ def has_dtensors(module: nn.Module) -> bool:
 
 
 def watch_outputs(hooks: Hooks, module: nn.Module, observe: Observe) -> None:
-    """Have it shown what a layer puts out, before this becomes plain where the layer's weights are DTensors."""
+    """Observe a layer's outputs; if its weights are DTensors, before other hooks make outputs plain."""
     if has_dtensors(module):
         either = FirstOrLast(observe)
         hooks.behind(module, either.first, prepend=True)
@@ -73,7 +73,7 @@ def dtensors_of(module: nn.Module) -> list[Any]:
 
 
 def smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
-    """Groups of different processes that hold no smaller group: experts may be spread over several meshes."""
+    """The groups that contain no smaller one, each once: experts may be spread over several meshes."""
     by_ranks = {frozenset(ranks_in(group)): group for group in reversed(groups)}
     return tuple(
         group for ranks, group in reversed(by_ranks.items()) if not any(other < ranks for other in by_ranks)
@@ -86,20 +86,20 @@ def ranks_in(group: Any) -> list[int]:
 
 
 def placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Module, Any, range]]:
-    """Modules, DTensors among their parameters, and the dimensions of the mesh that are not those of FSDP2.
+    """Modules, DTensors among their parameters, and the dimensions of the mesh without FSDP2's.
 
-    FSDP2 puts its own before those that were there: one, or two where it also replicates. A module that runs is
-    whole, with all that FSDP2 brings together with it.
+    FSDP2 puts its own dimensions first: one, or two if it also replicates. A module that runs is whole, as is
+    everything that FSDP2 gathers with it.
     """
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    # What is nested more deeply comes later.
+    # A unit inside another comes later and replaces it.
     unit = {id(each): outer for outer in model.modules() if isinstance(outer, fsdp) for each in outer.modules()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if is_dtensor(parameter):
                 tensor: Any = parameter
                 number = tensor.device_mesh.ndim
-                own = 0
+                of_fsdp = 0
                 if id(module) in unit and unit[id(module)] is not unit.get(id(running)):
-                    own = dims_of_fsdp(unit[id(module)])
-                yield module, tensor, range(own, number)
+                    of_fsdp = dims_of_fsdp(unit[id(module)])
+                yield module, tensor, range(of_fsdp, number)

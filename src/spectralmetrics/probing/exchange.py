@@ -1,8 +1,8 @@
-"""The sums of many layers, merged across processes: matched by stage and layer, whatever each process has run.
+"""The sums of many layers, merged across processes: matched by stage and layer, in any order of running.
 
-The processes of a group first agree on which layers there are, see :func:`~.agreeing.agree_on_layers`. Then the
+The processes of a group first agree on which layers exist, see :func:`~.agreeing.agree_on_layers`. Then the
 sums travel, some layers at a time: to the one process that reads them (:meth:`Agreement.read`), or to all.
-Nothing is matched by its place in an order, since each process has an order of its own.
+Sums are never matched by position, since each process has an order of its own.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ Place: TypeAlias = tuple[str, str]
 
 STAGES = ("train", "eval")
 
-# The sums of layers that travel together; a dense matrix is symmetric and travels as half of that.
+# The sums of layers that travel together; half of a dense matrix travels, since it is symmetric.
 _BATCH_BYTES = 2**26
-# A batch ends early where its decompositions cost that much, about a second, to leave some for other processes.
+# A batch ends early if its decompositions cost this much, about a second: other processes do the rest.
 _WORTH_SHARING = 5e9
-# Of a probe whose sums are no larger than that, the merged ones are kept until there are new observations.
+# Merged sums of a probe up to this size are kept until there are new observations.
 _KEPT_BYTES = 2**26
-_LARGE = ("total", "eigenvectors")  # what a decomposition leaves behind that is as large as the sums
+_LARGE = ("total", "eigenvectors")  # cached results of a decomposition that are as large as the sums
 
 
 class Kept:
     """Merged sums that a process keeps, so that reading them again is cheap.
 
     Attributes:
-        digest: the digest of the agreement for which everything was read; empty while there is none.
+        digest: the digest of the agreement whose sums have all been read; 0 while there is none.
         sums: the sums of the layers that this process has read, if all of them together are small.
-        caches: their eigenvalues and the like.
+        caches: the eigenvalues and other cached results of these layers.
     """
 
     def __init__(self) -> None:
@@ -77,14 +77,14 @@ class Agreement:
 
     Args:
         group: the process group.
-        places: the places of this process, and guests for those of others, in one order for all processes.
+        places: this process' metrics, and guests for the layers of others, in one order for all processes.
         widths: the widths of the sums of each leader; 0 where no process has data.
         facts: the facts of all layers.
-        digest: the digest of what has been agreed on.
-        is_known: whether all has been read before, and no process has new observations since.
-        kept: by this process, of what has not changed since.
-        takes_all: whether metrics of other groups are merged, too, and those that are else merged in none.
-        own: layers of which this process reads its own sums.
+        digest: the digest of the agreement.
+        is_unchanged: True if all sums were read before and no process has new observations since then.
+        kept: the merged sums that this process keeps.
+        takes_all: True merges metrics of other groups, too, and metrics that are otherwise never merged.
+        own: layers whose own sums this process reads.
         among: layers that are merged; None for all.
     """
 
@@ -95,7 +95,7 @@ class Agreement:
         widths: dict[Place, tuple[int, ...]],
         facts: dict[str, LayerFacts],
         digest: int,
-        is_known: bool,
+        is_unchanged: bool,
         kept: Kept,
         takes_all: bool,
         own: Collection[Place] = (),
@@ -111,7 +111,7 @@ class Agreement:
         self._widths = widths
         self._digest = digest
         self._kept = kept
-        self._is_known = is_known
+        self._is_unchanged = is_unchanged
         self._sizes = {place: self._bytes(place) for place in places if any(widths[place])}
         self._is_small = sum(self._sizes.values()) <= _KEPT_BYTES
 
@@ -135,13 +135,13 @@ class Agreement:
         among: Container[Place] | None = None,
         in_order: bool = False,
     ) -> list[list[Place]]:
-        """The layers of which some process has observations, those that travel together together.
+        """The layers with observations on some process, in batches that travel together.
 
         Args:
             stages: the stages whose layers are read.
-            among: these only; None for all.
-            in_order: whether in the agreed order. Otherwise the dearest come first, and in batches that cost
-                about the same, since each is decomposed by another process.
+            among: layers to read; None for all.
+            in_order: True for the agreed order. Otherwise the most expensive layers come first, in batches of
+                about equal cost, since each batch is decomposed by another process.
         """
         among = self._among if among is None else among
         places = [each for each in self._sizes if each[0] in stages and (among is None or each in among)]
@@ -195,30 +195,30 @@ class Agreement:
         *,
         is_held: bool = False,
     ) -> dict[Place, T]:
-        """Has one process read each layer, and returns that on all of them.
+        """Read each layer on one process, and return the results on all processes.
 
         Args:
-            read: of layers that hold merged sums; told how far it is.
-            progress: told how many layers have been read, and of how many.
+            read: reads layers that hold merged sums; called with them and with a progress.
+            progress: called with the number of layers that have been read, and of all layers.
             stages: the stages whose layers are read.
-            is_held: whether all processes hold all merged sums already.
+            is_held: True if all processes hold all merged sums already.
 
         Raises:
-            BaseException: what ``read`` or ``progress`` raise on this process, and a RuntimeError for what they
-                raise on another.
+            BaseException: an exception in ``read`` or ``progress`` on this process; a RuntimeError for one on
+                another process.
         """
         own = [place for place in self.own if place[0] in stages]
         batches = self.batches(stages)
         total, before = len(own) + sum(map(len, batches)), 0
-        found: dict[Place, T] = {}
+        results: dict[Place, T] = {}
 
         def read_some(places: Sequence[Place], here: int) -> dict[Place, T]:
-            def tell(done: int, of: int) -> None:
+            def report(done: int, of: int) -> None:
                 if progress is not None:
                     progress(before + min(done, here), total)
 
-            some = dict(read([self.places[place] for place in places], tell))
-            tell(here, here)
+            some = dict(read([self.places[place] for place in places], report))
+            report(here, here)
             return some
 
         with uninterrupted():
@@ -227,50 +227,50 @@ class Agreement:
             for start in range(0, len(batches), self.world):
                 round_ = batches[start : start + self.world]
                 here = sum(map(len, round_))
-                mine: dict[Place, list[list[Sum]]] = {}
+                merged: dict[Place, list[list[Sum]]] = {}
                 for reader, batch in enumerate([] if is_held else round_):
-                    if self._is_known and self._is_small:
-                        mine |= {place: self._kept.sums[place] for place in batch if reader == self.rank}
+                    if self._is_unchanged and self._is_small:
+                        merged |= {place: self._kept.sums[place] for place in batch if reader == self.rank}
                     else:
-                        mine |= self.exchange(batch, reader)
-                of_mine = round_[self.rank] if self.rank < len(round_) else []
+                        merged |= self.exchange(batch, reader)
+                own_batch = round_[self.rank] if self.rank < len(round_) else []
                 error: BaseException | None = None
                 payload = b""
                 try:
-                    with interruptible(), self.holding(mine):
-                        self._recall(mine)
-                        payload = pickle.dumps(read_some(of_mine, here))
+                    with interruptible(), self.holding(merged):
+                        self._recall(merged)
+                        payload = pickle.dumps(read_some(own_batch, here))
                 except BaseException as raised:
                     error = raised
                 finally:
-                    self._keep(mine)
-                del mine
+                    self._keep(merged)
+                del merged
                 for each in gather_agreed(payload, error, self.group):
-                    found.update(pickle.loads(each) if each else {})
+                    results.update(pickle.loads(each) if each else {})
                 before += here
         if not is_held:
             self._kept.digest = self._digest
-        return found | of_own
+        return results | of_own
 
     def iterate(
         self, read: Callable[[LayerMetrics], T], lock: contextlib.AbstractContextManager[Any]
     ) -> Iterator[tuple[str, T]]:
-        """Yields what each process reads of each layer that holds merged sums, in the agreed order.
+        """Reads each layer while it holds merged sums; yields layers and results in the agreed order.
 
         Args:
             read: reads one layer.
             lock: held while sums are exchanged.
         """
         for batch in self.batches(in_order=True):
-            check_agreed(None, self.group)  # that nobody has left
+            check_agreed(None, self.group)  # raises if a process has left the loop
             try:
                 with uninterrupted(), lock:
                     merged = self.exchange(batch)
                     with self.holding(merged):
-                        found = [(place[1], read(self.places[place])) for place in reversed(batch)]
+                        results = [(place[1], read(self.places[place])) for place in reversed(batch)]
                     del merged
-                while found:
-                    yield found.pop()
+                while results:
+                    yield results.pop()
             except BaseException as error:
                 left = RuntimeError("the loop over the merged sums ended early")
                 with contextlib.suppress(Exception):
@@ -279,13 +279,13 @@ class Agreement:
         check_agreed(None, self.group)
 
     def fetch(self, batch: Sequence[Place], reader: int) -> dict[Place, list[Sum]]:
-        """The merged sums of some layers as :meth:`.LayerMetrics.sums` gives them, on their reader."""
+        """The merged sums of some layers on their reader, as :meth:`.LayerMetrics.sums` returns them."""
         merged = self.exchange(batch, reader)
         with self.holding(merged):
             return {place: self.places[place].sums() for place in merged}
 
     def _recall(self, merged: Mapping[Place, list[list[Sum]]]) -> None:
-        """Spare what has been decomposed before an interrupt, or for another question."""
+        """Use decompositions again that were made before an interrupt or for another question."""
         for place in merged:
             for leader, cache in zip(self.leaders(place), self._kept.caches.get(place, ()), strict=False):
                 if stream := stream_of(leader.sums):
@@ -323,24 +323,24 @@ class Agreement:
 
 
 def check_places(own: LayerMetrics, other: LayerMetrics) -> None:
-    """Raise a ValueError if what another probe has of a layer cannot be added to what is here."""
-    (sketch, widths), (its_sketch, its) = own.widths(), other.widths()
-    fits = sketch == its_sketch or not any(widths) or not any(its)
-    pairs = zip(widths, its, strict=True)
-    if not fits or any(mine and theirs and mine != theirs for mine, theirs in pairs):
+    """Raise a ValueError if another probe's sums of a layer cannot be added to this probe's."""
+    (sketch, widths), (other_sketch, other_widths) = own.widths(), other.widths()
+    fits = sketch == other_sketch or not any(widths) or not any(other_widths)
+    pairs = zip(widths, other_widths, strict=True)
+    if not fits or any(width and other_width and width != other_width for width, other_width in pairs):
         described = (
             f"{max(each)} features" + (f" in a sketch of {size} columns" if size else "")
-            for size, each in ((sketch, widths), (its_sketch, its))
+            for size, each in ((sketch, widths), (other_sketch, other_widths))
         )
         raise ValueError(f"expected layer {own.layer!r} with {next(described)}, got {next(described)}")
 
 
 def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
-    """Add what another probe has of a layer, which fits; see :func:`check_places`."""
+    """Add another probe's sums of a layer, which must fit; see :func:`check_places`."""
     if other.sketch_size is not None and not own.is_sketched:
         own.sketch(other.sketch_size)
-    for leader, its in zip(own.leaders, other.leaders, strict=True):
-        if its.update_count:
-            leader.merge_state(its)
+    for leader, other_leader in zip(own.leaders, other.leaders, strict=True):
+        if other_leader.update_count:
+            leader.merge_state(other_leader)
     own.samples, own.forwards = own.samples + other.samples, own.forwards + other.forwards
     own.ran = max(own.ran, other.ran)

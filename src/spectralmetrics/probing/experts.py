@@ -1,8 +1,8 @@
 """Experts of a mixture whose weights are stacked in one parameter: each is a layer of its own.
 
 Such a module, as transformers has for Mixtral, Qwen3-MoE and most other mixtures, takes tokens and the experts
-that each token goes to, and returns weighted sums. The output of one expert is never seen. So (token, expert)
-pairs are drawn, and the module's own forward runs once more on these, one expert for each token, with weight 1.
+that each token goes to, and returns weighted sums, never the output of one expert. So (token, expert) pairs are
+drawn, and the module's own forward runs once more on these, one expert for each token, with weight 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spectralmetrics.probing.selection import Selectors, named_modules, select_a
 from spectralmetrics.sums import Observations
 from spectralmetrics.torch_private import bare_copy, waited
 
-# What the second and the third argument of such a module's forward are called.
+# Names of the second and the third argument of such a module's forward.
 _INDEX = re.compile("ind|idx|expert")
 _WEIGHT = re.compile("weight|score|prob")
 
@@ -48,21 +48,21 @@ class Expert(nn.Module):
 
     @property
     def whole(self) -> nn.Module | None:
-        """The module of all experts, if it is there."""
+        """The module of all experts; None if it is gone."""
         return self._whole()
 
     @property
     def width(self) -> int:
-        """The number of features that the expert takes and puts out; 0 if its weights do not tell."""
+        """The number of features of the expert's inputs and outputs; 0 if its weights do not show it."""
         return self._down()[0]
 
     @property
     def ceiling(self) -> int | None:
-        """The rank that the last of its matrices can have; None if its weights do not tell."""
+        """The largest rank of the expert's last matrix; None if the weights do not show it."""
         return min(self._down()) or None
 
     def _down(self) -> tuple[int, int]:
-        """Features out and in of the last of its matrices."""
+        """The number of output and input features of the expert's last matrix."""
         whole = self.whole
         last = getattr(whole, "down_proj", None)
         if not isinstance(last, Tensor) or last.ndim != 3 or getattr(whole, "has_post_expert_norm", False):
@@ -71,7 +71,7 @@ class Expert(nn.Module):
         return (second, first) if getattr(whole, "is_transposed", False) else (first, second)
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        """Its matrices, or, of weights that are sharded, all that there is; to tell it from others."""
+        """The expert's matrices, or the whole parameters if they are DTensors; they identify the expert."""
         for each in _stacked(self.whole):
             yield each if is_dtensor(each) else each.detach()[self.index or 0]
 
@@ -82,38 +82,38 @@ register_layer(Expert, dim=-1, in_features="width", out_features="width", ceilin
 def select_probed(
     model: nn.Module, layers: Selectors | None, exclude: Selectors | None, whole: set[nn.Module]
 ) -> dict[str, nn.Module]:
-    """The layers of :func:`.select_layers`, where each expert of a mixture is one.
+    """The layers of :func:`.select_layers`, with each expert of a mixture as a layer.
 
     Args:
-        model: likewise.
-        layers: likewise; who names a module of experts means each of them, ``"*.experts.[0-3]"`` some.
+        model: see :func:`.select_layers`.
+        layers: likewise; the name of a module of experts selects all of them, ``"*.experts.[0-3]"`` some.
         exclude: likewise.
-        whole: modules that are not taken apart.
+        whole: modules that are not split into experts.
 
     Returns:
-        Also the experts that other processes have: their module has to take part.
+        Layers by name, including the experts of other processes: their module has to take part.
     """
     modules: dict[str, nn.Module] = {}
     parts: dict[str, list[str]] = {}
     for name, module in named_modules(unwrap(model)).items():
         modules[name] = module
-        if module not in whole and (found := _numbers(module)):
-            parts[name] = [f"{name}.{number}" for number, _ in found]
-            modules.update((f"{name}.{number}", Expert(module, index)) for number, index in found)
+        if module not in whole and (numbers := _numbers(module)):
+            parts[name] = [f"{name}.{number}" for number, _ in numbers]
+            modules.update((f"{name}.{number}", Expert(module, index)) for number, index in numbers)
     return select_among(model, modules, layers, exclude, parts)
 
 
 def by_whole(layers: Mapping[str, nn.Module]) -> dict[nn.Module, Watched]:
-    """Module of experts -> those that are probed."""
-    found: dict[nn.Module, Watched] = {}
+    """Module of experts -> its probed experts."""
+    by_module: dict[nn.Module, Watched] = {}
     for name, module in layers.items():
         if isinstance(module, Expert) and module.whole is not None:
             whole, _, number = name.rpartition(".")
-            watched = found.setdefault(module.whole, Watched(whole))
+            watched = by_module.setdefault(module.whole, Watched(whole))
             watched.number = max(watched.number, int(number) + 1)
             if not is_elsewhere(module):
                 watched.experts[name] = module
-    return found
+    return by_module
 
 
 def is_elsewhere(module: nn.Module) -> bool:
@@ -128,7 +128,7 @@ def _stacked(module: nn.Module | None) -> list[nn.Parameter]:
 
 
 def _numbers(module: nn.Module) -> list[tuple[int, int | None]]:
-    """The number of each expert, and its index in the weights here, None where it has none; empty for none."""
+    """The number of each expert and its index in this process' weights, None on other processes; or empty."""
     stacked = _stacked(module)
     if not stacked or len({len(each) for each in stacked}) > 1:
         return []
@@ -150,8 +150,8 @@ class Pairs:
     """The tokens that one expert gets in one forward.
 
     Attributes:
-        states: (T, D), of all tokens.
-        calls: the calls of the forward.
+        states: (T, D), all tokens.
+        calls: the forward of the module.
         number: the number of the expert in the model.
         index: the index of the expert in the weights of this process.
     """
@@ -168,7 +168,7 @@ class Pairs:
 
     @property
     def tokens(self) -> Tensor:
-        """(n,), which of the tokens."""
+        """(n,), the indices of this expert's tokens."""
         return self.calls.tokens_of(self.number)
 
     @property
@@ -179,11 +179,11 @@ class Pairs:
 
     @property
     def labels(self) -> Tensor | None:
-        """(T,), of all tokens; None without."""
+        """(T,), the labels of all tokens; None without labels."""
         return self.calls.labels
 
     def outputs(self, tokens: Tensor) -> Tensor:
-        """(n, D), what the expert puts out for some tokens, or the summand of it that this process has."""
+        """(n, D), the expert's output for some tokens, or this process' summand of it."""
         return self.calls.outputs(tokens, self.index)
 
 
@@ -192,14 +192,14 @@ class Calls:
 
     Args:
         name: the name of the module.
-        number: the number of experts, as far as any is asked for.
+        number: the number of experts, up to the last one that is probed.
         module: the module.
-        routed: what it is called with.
-        masks: laid beside the model.
-        labels: likewise.
+        routed: the arguments of its call.
+        masks: the mask given beside the model.
+        labels: the labels given beside the model.
 
     Attributes:
-        whole: the same with all tokens, where some were drawn before they travelled and some sum takes all.
+        whole: the same with all tokens, if some were drawn before they travelled and a sum takes all rows.
     """
 
     whole: Calls | None = None
@@ -228,7 +228,7 @@ class Calls:
             self.labels = labels.value.reshape(-1).to(self.states.device) if fits else None
 
     def tokens_of(self, number: int) -> Tensor:
-        """(n,), the tokens of an expert, in their order; one reading of the device for all experts."""
+        """(n,), the indices of an expert's tokens, in order; all experts together read the device once."""
         if self._by_expert is None:
             ordered, order = self._index.reshape(-1).sort(stable=True)
             numbers = torch.arange(self._number + 1, device=ordered.device, dtype=ordered.dtype)
@@ -238,15 +238,15 @@ class Calls:
         return self._by_expert[number]
 
     def travel(self, split: Split, number: int, size: int | None, seed: int) -> None:
-        """Have each process of a group get the tokens of its experts, of all that these have.
+        """Send each token to the processes of its experts; all processes of a group call it together.
 
         Args:
-            split: between whom.
+            split: the group.
             number: the number of experts of each process.
-            size: how many to draw for each expert, of those of all processes; None: all.
+            size: number of tokens to draw for each expert, over all processes; None: all.
             seed: seed of the random draws.
         """
-        for each in self.splits:  # of what others have too, a process sends its share
+        for each in self.splits:  # a process sends only its share of tokens that others have, too
             own = own_of(len(self._index), each)
             place = torch.arange(len(self._index), device=self._index.device)[:, None]
             self._index = self._index.where((place >= own.start) & (place < own.stop), -1)
@@ -260,7 +260,7 @@ class Calls:
         sent = torch.tensor(lengths, device=self.states.device)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=split.group)
-        counts = received.tolist()  # of each process in turn, of each of our experts
+        counts = received.tolist()  # for each process in turn, for each of our experts
         rows = self.states[torch.cat(tokens)]
         by_process = [
             [sum(each[start : start + number]) for start in range(0, len(each), number)]
@@ -283,21 +283,21 @@ class Calls:
             self._bare = bare_copy(self.module, _of_this_process)
         experts = torch.full_like(tokens, index, dtype=self._index.dtype)[:, None]
         with _cast(states.device.type, self._cast):
-            found: Tensor = self._bare(states, experts, states.new_ones(len(tokens), 1))
-        return found
+            outputs: Tensor = self._bare(states, experts, states.new_ones(len(tokens), 1))
+        return outputs
 
 
 class Watched:
-    """The experts of one module that are probed, for its hook.
+    """The probed experts of one module, for its hook.
 
     Args:
         name: the name of the module.
 
     Attributes:
         name: likewise.
-        experts: those that this process has, by the names of their layers; kept alive.
-        number: the number of experts, as far as any is asked for.
-        forwards: the forwards of the module so far.
+        experts: the experts of this process, by the names of their layers; kept alive.
+        number: the number of experts, up to the last one that is probed.
+        forwards: the number of forwards of the module so far.
     """
 
     def __init__(self, name: str) -> None:
@@ -334,7 +334,7 @@ def _of_this_process(parameter: Any) -> Any:
 
 @contextlib.contextmanager
 def _cast(device: str, dtype: str) -> Iterator[None]:
-    """Autocast as it was in the forward; leaves alone what it keeps of the weights for training."""
+    """Autocast as in the forward, without a change to the cast weights that it caches for training."""
     if not dtype:
         yield
         return

@@ -15,7 +15,7 @@ class LayerFacts(NamedTuple):
 
     Attributes:
         kind: name of its type.
-        ceiling: the most directions that its weights allow its outputs; None if nothing is known of them.
+        ceiling: the most directions that its weights allow its outputs; None if it is not known.
     """
 
     kind: str
@@ -23,11 +23,11 @@ class LayerFacts(NamedTuple):
 
     @property
     def of_gradients(self) -> bool:
-        """True if gradients are observed, and not what the layer puts out or takes."""
+        """True if gradients are observed, not outputs or inputs."""
         return False
 
     def saved(self) -> dict[str, Any]:
-        """For the file of a run; earlier releases wrote the attributes alone."""
+        """The facts for the file of a run; earlier releases wrote the attributes alone."""
         return self._asdict() | ({"of_gradients": True} if self.of_gradients else {})
 
     @classmethod
@@ -49,7 +49,7 @@ class GradientFacts(LayerFacts):
 
 
 UNKNOWN_LAYER = LayerFacts("", None)
-"""A layer of which nothing is known besides its data."""
+"""A layer of which only data are known."""
 
 
 def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
@@ -57,8 +57,8 @@ def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
 
     Args:
         module: the layer.
-        is_linear: whether what is observed is a linear function of each output: not so where a function of the
-            user's or a maximum stands between.
+        is_linear: True if observations are a linear function of each output: False with a user's function or a
+            maximum.
 
     >>> facts_of(nn.Conv2d(64, 128, 1))
     LayerFacts(kind='Conv2d', ceiling=64)

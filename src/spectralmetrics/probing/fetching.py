@@ -13,14 +13,14 @@ from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import communication_device
 
 _READER = 0  # the rank in the group
-_ENOUGH = -1  # in the place of the number of a batch
+_ENOUGH = -1  # stands for the number of a batch: none is needed any more
 
 
 class MergedSums(Mapping[Place, Sequence[Sum]]):
-    """The merged sums of layers, which a group's first process asks the others for, some layers at a time.
+    """The merged sums of layers, which a group's first process fetches from the others, some layers at a time.
 
-    It reads them as a mapping, and holds those that it has asked for last. Meanwhile all others are in
-    :meth:`serve`.
+    The reader uses them as a mapping, and holds only the batch that it fetched last. Meanwhile all other
+    processes are in :meth:`serve`.
 
     Args:
         agreement: the agreement of the processes.
@@ -55,38 +55,38 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
                 " processes they are fetched from the others"
             )
         if place not in self._held:
-            self._held = {}  # to have room for the next
+            self._held = {}  # makes room for the next batch
             number = self._numbers[place]
             with uninterrupted():
-                self._tell(number)
+                self._share(number)
                 self._held = self._agreement.fetch(self._batches[number], _READER)
         return self._held[place]
 
     def serve(self) -> None:
-        """Send what the reader asks for, until it says that it has read enough, which it does here.
+        """Send the batches that the reader fetches; the reader's own call ends this on all processes.
 
         Raises:
-            BaseException: what this process has raised meanwhile, or a RuntimeError for what another has.
+            BaseException: an exception on this process meanwhile, or a RuntimeError for one on another process.
         """
         error: BaseException | None = None
         while not self._is_over:
-            number = self._tell(_ENOUGH, error)
+            number = self._share(_ENOUGH, error)
             if number == _ENOUGH:
                 return
             try:
                 self._agreement.fetch(self._batches[number], _READER)
                 with interruptible():
-                    pass  # an interrupt that has come is raised, and told before the next batch
+                    pass  # raises a pending interrupt, which is sent before the next batch
             except BaseException as raised:
                 error = raised
 
     def close(self) -> None:
-        """Hold nothing any more."""
+        """Drop the sums that are held, and fetch no more."""
         self._is_over = True
         self._held = {}
 
-    def _tell(self, number: int, error: BaseException | None = None) -> int:
-        """The number of the batch that the reader asks for, on all processes."""
+    def _share(self, number: int, error: BaseException | None = None) -> int:
+        """The number of the batch that the reader needs, on all processes."""
         group = self._agreement.group
         flags = torch.tensor([number, error is not None], dtype=torch.int64, device=communication_device(group))
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)

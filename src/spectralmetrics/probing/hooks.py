@@ -1,7 +1,7 @@
 """Hooks that see every output of a layer and change nothing: eager, compiled, copied, pickled or traced.
 
-In a compiled model the hook is one opaque operation, which the compiler calls at every run and looks into at
-none: the graph is the user's own and this.
+In a compiled model the hook is one opaque operation, which runs at every call and is never traced: the graph is
+the user's own plus this operation.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ _logger = logging.getLogger("spectralmetrics")
 
 Select = Callable[..., Any]
 Observe = Callable[[nn.Module, Any, bool, Select | None], None]
-"""Takes a module, its output, its training flag, and what the output has yet to go through."""
+"""Takes a module, its output, its training flag, and a function that is still to be applied to the output."""
 
-_SELECTED = "selected "  # begins the kind of an output of which a function of the user's has returned a part
+_SELECTED = "selected "  # prefix of the kind of an output that a user's function has returned
 
-_WITHOUT_GRADIENTS = "no grad "  # begins it where gradients are off
+_WITHOUT_GRADIENTS = "no grad "  # prefix of the kind where gradients are off
 
 
 class Hooks:
-    """The hooks of one owner on any number of modules; gone together, at the latest with the owner.
+    """The hooks of one owner on any number of modules; removed together, at the latest with the owner.
 
-    No copy of a module has them, and a copy of these has none.
+    Copies of a module do not have these hooks, and a copy of this object has no hooks.
 
     Args:
-        owner: what they are for; kept alive by none of them if what they call is :class:`Weakly`.
+        owner: the object that uses the hooks; they do not keep it alive if they call :class:`Weakly` only.
         model: the model whose layers they are on; not kept alive.
     """
 
@@ -74,7 +74,7 @@ class Hooks:
     def before(
         self, module: nn.Module, observe: Observe, select: Select | None = None, *, looks: bool = False
     ) -> None:
-        """Have it told that a forward of a module begins, or, if it looks, be shown the arguments."""
+        """Call ``observe`` before each forward of a module; with the arguments if ``looks`` is True."""
         hook = Entering(module, Observer(module, observe, select, looks=looks))
         self._note(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -88,24 +88,24 @@ class Hooks:
         always_call: bool = False,
         prepend: bool = False,
     ) -> None:
-        """Have it shown what a module has put out, see :class:`Observer`.
+        """Call ``observe`` with each output of a module, see :class:`Observer`.
 
-        ``always_call`` and ``prepend`` are those of ``torch.nn.Module.register_forward_hook``.
+        For ``always_call`` and ``prepend`` see ``torch.nn.Module.register_forward_hook``.
         """
         hook = Observer(module, observe, select, looks=looks)
         self._note(module, module.register_forward_hook(hook, always_call=always_call, prepend=prepend))
 
     def put(self, module: nn.Module, hook: Any, *, prepend: bool = False) -> None:
-        """Put a hook behind a module, an :class:`OwnHook` that is called with its arguments by name, too."""
+        """Put an :class:`OwnHook` behind a module; it also gets the arguments that were passed by name."""
         self._note(module, module.register_forward_hook(hook, with_kwargs=True, prepend=prepend))
 
     @property
     def model(self) -> nn.Module | None:
-        """The model whose layers these are on, if it is there."""
+        """The model whose layers these are on; None if it is gone."""
         return None if self._model is None else self._model()
 
     def take_off(self) -> None:
-        """Remove them all, and leave nothing of ours on the modules."""
+        """Remove all hooks, and everything else of ours from the modules."""
         take_off(self._handles)
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class Hooks:
 
 
 class Weakly:
-    """Calls a bound method, with these arguments before its others, as long as its object is there."""
+    """Calls a bound method, with these arguments before its others, as long as its object exists."""
 
     def __init__(self, method: Any, *arguments: Any) -> None:
         self._owner = weakref.ref(method.__self__)
@@ -146,7 +146,7 @@ class Observer(OwnHook):
         module: the module that it will be put on.
         observe: see :data:`Observe`.
         select: function of the output; None takes the first floating tensor.
-        looks: False for a hook that is content to know that the module ran; a compiled one then gets no output.
+        looks: False for a hook that needs no output; compiled code then passes none.
     """
 
     def __init__(
@@ -163,9 +163,9 @@ class Observer(OwnHook):
         if not torch.compiler.is_compiling():
             self._observe(module, output, module.training, self._select)
         elif not is_exporting():
-            # Nothing else of the module or of us is looked at here: the graph would be guarded by it.
-            # By the mode it is guarded in any case; while it runs, autograd works on what was traced, and the
-            # mode does not tell any more.
+            # Nothing else of the module or of the hook is read here: each value would become a guard of the
+            # graph. The gradient mode is a guard anyway. It must be read here: while the compiled graph runs,
+            # the mode is another one.
             mode = "" if torch.is_grad_enabled() else _WITHOUT_GRADIENTS
             if not self._looks:
                 see([], TICKET, self._number, mode + "nothing")
@@ -183,7 +183,7 @@ class Observer(OwnHook):
         return getattr, (contextlib.nullcontext(), "__exit__")
 
     def see_compiled(self, parts: list[Tensor], kind: str) -> None:
-        """Pass on what a compiled module has put out, as :func:`take_apart` has taken it apart."""
+        """Pass on a compiled module's output, which :func:`take_apart` has taken apart."""
         module = self._module()
         has_gradients = not kind.startswith(_WITHOUT_GRADIENTS)
         kind = kind.removeprefix(_WITHOUT_GRADIENTS)
@@ -191,18 +191,18 @@ class Observer(OwnHook):
             select = None if kind.startswith(_SELECTED) else self._select
             try:
                 output = put_together(parts, kind.removeprefix(_SELECTED))
-            except Exception as error:  # nothing that happens here may end a forward
+            except Exception as error:  # no error here may end a forward
                 output = Unobservable(f"{type(error).__name__}: {error}")
             with torch.set_grad_enabled(has_gradients):
                 self._observe(module, output, module.training, select)
 
 
 class Entering(OwnHook):
-    """A forward pre-hook of one module, which shows an observer the arguments in the order of its signature.
+    """A forward pre-hook of one module, which passes an observer the arguments in the order of the signature.
 
     Args:
         module: the module that it will be put on.
-        observer: one that has been put on the module's forward nowhere.
+        observer: an observer that is not itself a hook of the module.
     """
 
     def __init__(self, module: nn.Module, observer: Observer) -> None:
@@ -219,13 +219,13 @@ class Entering(OwnHook):
         self._observer(module, args, (args, kwargs))
 
 
-# Where Dynamo does not look into the hooks, as behind its graph breaks, they run as in eager code.
+# Where Dynamo does not trace the hooks, such as after a graph break, they run as in eager code.
 skip_frames(Observer.__call__.__code__)
 skip_frames(Entering.__call__.__code__)
 
 
 def tell(message: str) -> None:
-    """Warn, or log where warnings are errors: what is told from a forward must not end it."""
+    """Warn, or log where warnings are errors: a warning in a forward must not end it."""
     try:
         warnings.warn(message, UserWarning, stacklevel=4)
     except UserWarning:
@@ -233,16 +233,16 @@ def tell(message: str) -> None:
 
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
-    """Tells a model that is run from one that is transformed by ``torch.func``, traced or planned."""
+    """Distinguishes a model that runs from one that is transformed by ``torch.func``, traced or planned."""
     if type(output) is Tensor:
         values = output
     else:
         if isinstance(output, torch.fx.Proxy):
             return "traced"
-        found = first_tensor(output)
-        if found is None:
+        first = first_tensor(output)
+        if first is None:
             return "traced" if is_tracing() else "run"
-        values = found.data if isinstance(found, PackedSequence) else found
+        values = first.data if isinstance(first, PackedSequence) else first
     if is_tracing():
         return "traced"
     if is_transformed(values):
@@ -251,7 +251,7 @@ def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
 
 
 class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a class because it is entered often
-    """No autograd, no inference mode, no autocast inside, and nobody listening to what is computed there.
+    """Switches off autograd, inference mode, autocast and all modes that record operations.
 
     Args:
         output: the output of the layer that is observed.

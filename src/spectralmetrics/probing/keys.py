@@ -18,12 +18,12 @@ class ProbeReading(NamedTuple):
 
     Attributes:
         values: as :meth:`.LayerProbe.compute` returns them.
-        intervals: the intervals of those values that have one.
-        sums: (stage, layer) -> what is kept of the layer. On several processes the first one may read them, one
-            layer at a time, while all others are in :attr:`serve`.
+        intervals: the intervals of the values that have one.
+        sums: (stage, layer) -> sums of the layer. On several processes the first one may read them, one layer
+            at a time, while all others are in :attr:`serve`.
         known: (stage, layer) -> eigenvalues that were read, see :meth:`.Spectrum.known`.
-        facts: layer -> what is known of it without its data.
-        serve: see :func:`~.processes.on_first_process`; None where sums are there.
+        facts: layer -> its facts, known without its data.
+        serve: see :func:`~.processes.on_first_process`; None if this process has all sums.
     """
 
     values: dict[Key, Any]
@@ -44,6 +44,6 @@ def as_text(values: Mapping[Key, Any]) -> dict[str, Any]:
 
 
 def from_text(key: str) -> Key:
-    """The key of a value that :func:`as_text` gave a name; a scalar without stage or layer has ``""`` there."""
+    """The key for a name made by :func:`as_text`; ``""`` for the stage or layer that a scalar does not have."""
     statistic, stage, layer = (*key.split("/", 2), "", "")[:3]
     return statistic, stage, layer

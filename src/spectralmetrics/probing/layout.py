@@ -18,16 +18,16 @@ class Clue(NamedTuple):
     """A hint that a layer gives about the outputs of others around it.
 
     Attributes:
-        is_last: whether its own features are the last dimension, and not the second.
-        width: the number of them; None if it is not known.
+        is_last: True if its own features are the last dimension, False if they are the second.
+        width: the number of features; None if it is not known.
     """
 
     is_last: bool
     width: int | None
 
 
-_Known: TypeAlias = dict[tuple[int, bool], list[Clue]]
-"""What modules tell, by their ``id`` and whether of inputs."""
+_Cache: TypeAlias = dict[tuple[int, bool], list[Clue]]
+"""Clues of modules, by their ``id`` and True for inputs."""
 
 
 class Found(NamedTuple):
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
     Attributes:
         dim: not negative; 0 for a single sample without a batch.
-        is_guess: whether nothing told for sure.
+        is_guess: True if neither a layer's type nor clues decide it.
     """
 
     dim: int
@@ -44,15 +44,15 @@ class Found(NamedTuple):
 
 @dataclass
 class FeatureDim:
-    """Finds the dimension of the features in what one layer puts out, or takes.
+    """Finds the dimension of the features in the outputs of one layer, or in its inputs.
 
     Attributes:
-        dim: as the layer's type, or what comes before it in an ``nn.Sequential``, tells; None if neither does.
+        dim: the dimension by the layer's type, or by the layer before it in an ``nn.Sequential``; else None.
         spatial: see :class:`~spectralmetrics.layers.LayerKind`.
         takes_sequences: likewise.
-        clues: where ``dim`` is None, what the layers around it tell, the closest first, in groups: those inside
-            it, those beside it, those beside what encloses it, and so on.
-        sequences_by_default: whether three dimensions are (N, T, D) where clues leave a doubt.
+        clues: where ``dim`` is None, clues of the layers around it, the closest first, in groups: layers inside
+            it, beside it, beside the module around it, and so on.
+        sequences_by_default: True if three dimensions are (N, T, D) where clues leave a doubt.
 
     >>> import torch
     >>> FeatureDim(clues=[[Clue(is_last=False, width=16)]]).find(torch.zeros(8, 16, 50))
@@ -66,7 +66,7 @@ class FeatureDim:
     takes_sequences: bool = False
     clues: list[list[Clue]] = field(default_factory=list)
     sequences_by_default: bool = False
-    _decided: dict[int, int] = field(default_factory=dict)  # dimensions of an output -> the one of the features
+    _decided: dict[int, int] = field(default_factory=dict)  # number of dimensions -> dimension of the features
 
     def find(self, values: Tensor) -> Found:
         """The dimension of the features of a tensor with at least one."""
@@ -92,7 +92,7 @@ class FeatureDim:
         second, last = values.shape[1], values.shape[-1]
         at = {True: values.ndim - 1, False: 1}
         for group in self.clues:
-            # A layer whose width only one of the two has: where its own features are, or moved by a function.
+            # Only one of the two dimensions has this width: as in that layer, or moved there by a function.
             for is_moved in (False, True):
                 for is_last, width in group:
                     here, there = (last, second) if is_last is not is_moved else (second, last)
@@ -127,8 +127,8 @@ def dim_of(module: nn.Module, *, of_inputs: bool = False) -> FeatureDim:
     >>> dim_of(nn.Conv1d(3, 16, 5)).find(torch.zeros(8, 16, 50))
     Found(dim=1, is_guess=False)
     """
-    told = _told(module, of_inputs)
-    return told if isinstance(told, FeatureDim) else FeatureDim(clues=[_clues(module, of_inputs, {})])
+    by_type = _by_type(module, of_inputs)
+    return by_type if isinstance(by_type, FeatureDim) else FeatureDim(clues=[_clues(module, of_inputs, {})])
 
 
 def find_dims(
@@ -143,7 +143,7 @@ def find_dims(
     Args:
         model: the model that they are part of.
         layers: layers by qualified name.
-        batch_first: True or False says that three dimensions are a sequence where nothing tells for sure.
+        batch_first: True or False takes three dimensions for a sequence where the layout is in doubt.
         of_inputs: True for the inputs of the layers, in place of their outputs.
 
     >>> model = nn.Sequential(nn.Conv1d(3, 16, 5), nn.GELU())
@@ -153,19 +153,19 @@ def find_dims(
     root = unwrap(model)
     modules = {**named_modules(root), "": root}
     times = Counter(id(module) for name, module in modules.items() if name)
-    known: _Known = {}
-    found = {}
+    cache: _Cache = {}
+    dims = {}
     for name, module in layers.items():
         path = "" if module is root else name
-        told = _told(module, of_inputs)
-        if told == "input" and times[id(module)] == 1:
-            told = _before(path, modules)
-        if isinstance(told, FeatureDim):
-            found[name] = told
+        by_type = _by_type(module, of_inputs)
+        if by_type == "input" and times[id(module)] == 1:
+            by_type = _before(path, modules)
+        if isinstance(by_type, FeatureDim):
+            dims[name] = by_type
         else:
-            clues = list(_surroundings(path, modules, of_inputs, known))
-            found[name] = FeatureDim(clues=clues, sequences_by_default=batch_first is not None)
-    return found
+            clues = list(_surroundings(path, modules, of_inputs, cache))
+            dims[name] = FeatureDim(clues=clues, sequences_by_default=batch_first is not None)
+    return dims
 
 
 def widths_around(model: nn.Module, name: str) -> list[list[int]]:
@@ -176,15 +176,15 @@ def widths_around(model: nn.Module, name: str) -> list[list[int]]:
     return [[clue.width for clue in group if clue.width is not None] for group in around]
 
 
-def _told(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] | None:
-    """The layout by a layer's type; ``"input"`` if dimensions stay where they are, None if it says nothing."""
+def _by_type(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] | None:
+    """The layout by a layer's type; ``"input"`` if it keeps its input's layout, None if it is not known."""
     module = unwrap(module)
     if _is_plain_sequence(module):
         parts = list(module.children())
-        # The last that does more than to leave dimensions where they are; of inputs the first.
+        # The last part that does not keep its input's layout decides; for inputs the first.
         for part in parts if of_inputs else reversed(parts):
-            if (told := _told(part, of_inputs)) != "input":
-                return told
+            if (by_type := _by_type(part, of_inputs)) != "input":
+                return by_type
         return "input"
     kind, has_its_forward = kind_of(module)
     if kind is None or not has_its_forward:
@@ -197,63 +197,63 @@ def _told(module: nn.Module, of_inputs: bool) -> FeatureDim | Literal["input"] |
 
 
 def _before(path: str, modules: Mapping[str, nn.Module]) -> FeatureDim | Literal["input"] | None:
-    """The layer before another in an ``nn.Sequential``, which calls one after another."""
+    """The layout by the layers before another in an ``nn.Sequential``, which calls one after another."""
     while path:
         outer, _, own = path.rpartition(".")
         if not _is_plain_sequence(modules[outer]):
             return None
         earlier, _ = _beside(modules[outer], own)
         for each in earlier:
-            if (told := _told(each, False)) != "input":
-                return told
+            if (by_type := _by_type(each, False)) != "input":
+                return by_type
         path = outer
     return None
 
 
 def _surroundings(
-    path: str, modules: Mapping[str, nn.Module], of_inputs: bool, known: _Known
+    path: str, modules: Mapping[str, nn.Module], of_inputs: bool, cache: _Cache
 ) -> Iterator[list[Clue]]:
-    """Clues from inside a layer, from beside it, from beside what encloses it, and so on."""
-    yield _clues(modules[path], of_inputs, known)
+    """Clues from inside a layer, from beside it, from beside the module around it, and so on."""
+    yield _clues(modules[path], of_inputs, cache)
     while path:
         path, _, own = path.rpartition(".")
         earlier, later = _beside(modules[path], own)
-        told = [clue for each in earlier for clue in _clues(each, False, known)]
-        # The next layer takes what this one puts out; one that is used more than once may also come after.
-        told += [
-            clue for of_inputs in (True, False) for each in later for clue in _clues(each, of_inputs, known)
+        clues = [clue for each in earlier for clue in _clues(each, False, cache)]
+        # The next layer's inputs are this layer's outputs. A layer used more than once may also run after it.
+        clues += [
+            clue for of_inputs in (True, False) for each in later for clue in _clues(each, of_inputs, cache)
         ]
-        yield list(dict.fromkeys(told))
+        yield list(dict.fromkeys(clues))
 
 
 def _beside(outer: nn.Module, own: str) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The parts of a module that come before one of them, the closest first, and those that come after."""
+    """The parts of a module before one of them, the closest first, and the parts after it."""
     children = children_of(outer)
     parts = [unwrap(part) if part is not None else nn.Identity() for part in children.values()]
     index = list(children).index(own)
     return parts[:index][::-1], parts[index + 1 :]
 
 
-def _clues(module: nn.Module, of_inputs: bool, known: _Known) -> list[Clue]:
-    """Hints of the layers inside a module, itself if it is one: of outputs the last first.
+def _clues(module: nn.Module, of_inputs: bool, cache: _Cache) -> list[Clue]:
+    """Clues of the layers inside a module, or of the module if it is a layer; for outputs the last first.
 
-    Each is asked once; what it tells is kept in ``known``.
+    They are found once for each module and kept in ``cache``.
     """
     key = id(module), of_inputs
-    if key not in known:
+    if key not in cache:
         kind, _ = kind_of(module)
         if kind is not None:
             dim = kind.dim_of(module)
-            told = [Clue(dim == -1, kind.features_of(module, of_inputs=of_inputs))] if dim in (1, -1) else []
+            clues = [Clue(dim == -1, kind.features_of(module, of_inputs=of_inputs))] if dim in (1, -1) else []
         else:
             parts = [unwrap(part) for part in module.children()]
-            told = [
+            clues = [
                 clue
                 for part in (parts if of_inputs else reversed(parts))
-                for clue in _clues(part, of_inputs, known)
+                for clue in _clues(part, of_inputs, cache)
             ]
-        known[key] = list(dict.fromkeys(told))
-    return known[key]
+        cache[key] = list(dict.fromkeys(clues))
+    return cache[key]
 
 
 def _is_plain_sequence(module: nn.Module) -> bool:
@@ -264,9 +264,9 @@ class Layout(NamedTuple):
     """The layout of the layers' outputs.
 
     Attributes:
-        dims: where the features of each layer are, but for those of which a function returns a part.
+        dims: layer -> finder of its features; without layers whose output a user's function selects.
         time_first: layers whose sequences are (T, N, D).
-        unsure: layers of which nothing tells, in a model some part of which has time first.
+        unsure: layers that may be either, in a model that has some layer with time first.
     """
 
     dims: dict[str, FeatureDim]
@@ -282,13 +282,13 @@ def find_layout(
     *,
     of_inputs: bool = False,
 ) -> Layout:
-    """The layout of layers, by what they are and by what is around them.
+    """The layout of layers, by their types and by the layers around them.
 
     Args:
         model: the model that they are part of.
         layers: layers by qualified name.
-        batch_first: what the user says; None goes by what encloses a layer.
-        selected: layers whose output a function of the user's takes apart: these are taken by shape.
+        batch_first: the user's argument; None goes by the modules around a layer.
+        selected: layers whose output a user's function selects: only the shape decides there.
         of_inputs: True for the inputs of the layers, in place of their outputs.
 
     >>> encoder = nn.TransformerEncoderLayer(8, 2)  # time first, as its type says
@@ -297,21 +297,22 @@ def find_layout(
     """
     modules = named_modules(unwrap(model))
     root = unwrap(model)
-    has_time_first = any(is_time_first(module) for module in modules.values())
+    model_has_time_first = any(is_time_first(module) for module in modules.values())
     time_first, unsure = set(), set()
     layers = {name: module for name, module in layers.items() if name not in selected}
     for name, module in layers.items():
         if (own := is_time_first(module)) is not None:
-            told: bool | None = own
+            has_time_first: bool | None = own
         elif batch_first is not None:
-            told = not batch_first
+            has_time_first = not batch_first
         else:
             parts = name.split(".")[:-1]
             around = [modules.get(".".join(parts[:length])) for length in range(len(parts), 0, -1)]
-            told = next((t for each in [*around, root] if (t := is_time_first(each)) is not None), None)
-        if told:
+            flags = (is_time_first(each) for each in [*around, root])
+            has_time_first = next((flag for flag in flags if flag is not None), None)
+        if has_time_first:
             time_first.add(name)
-        elif told is None and has_time_first:
+        elif has_time_first is None and model_has_time_first:
             unsure.add(name)
     dims = find_dims(model, layers, batch_first, of_inputs=of_inputs)
     return Layout(dims, frozenset(time_first), frozenset(unsure))

@@ -35,7 +35,7 @@ class Limits:
             raise ValueError(f"expected rows_per_feature to be a positive number or None, got {rows!r}")
 
     def check_width(self, of_layer: LayerMetrics, width: int) -> None:
-        """Keep a sketch of a layer that is too wide for a covariance, or leave it out."""
+        """Keep a sketch for a layer that is too wide for a covariance, or leave the layer out."""
         if width <= self.max_features or not of_layer.keeps_matrices or of_layer.is_sketched:
             return
         if self.sketch_size is None:
@@ -55,9 +55,9 @@ class Limits:
         Args:
             of_layer: the layer of the forward.
             width: number of features.
-            most: how many at most; None for all.
+            most: largest number to draw; None for all.
             forward: number of the forward.
-            steps: with the budget.
+            steps: steps of the model, with the budget.
         """
         rows_per_feature = steps.rows_per_feature(of_layer.stage, self.rows_per_feature)
         if rows_per_feature is None and most is None:

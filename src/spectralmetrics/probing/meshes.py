@@ -19,20 +19,20 @@ from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import Cut, LeftOut, Part, Split, is_dtensor, part_of, split_of
-from spectralmetrics.probing.rendezvous import Rendezvous, Told
+from spectralmetrics.probing.rendezvous import Gathered, Rendezvous
 from spectralmetrics.probing.selecting import Selecting
 
 _UNKNOWN = -1
 
-_How = Literal["own", "replicated"]
+_Placement = Literal["own", "replicated"]
 
 
 class Spread(NamedTuple):
     """The placement of a module's single experts.
 
     Attributes:
-        splits: the splits of what each puts out.
-        travels: the processes among which experts are sharded, and tokens travel to them; None if none do.
+        splits: the splits of each expert's output.
+        travels: the processes among which experts are sharded, so that tokens travel; None if none are.
     """
 
     splits: tuple[Split, ...]
@@ -44,15 +44,15 @@ class Meshes:
 
     Args:
         model: the model that the layers are part of; not kept alive.
-        layers: their names.
-        selected: layers of which a function of the user's returns a part, or a DTensor.
+        layers: names of the layers.
+        selected: layers with a user's function, which returns a part of the output, or a DTensor.
         of_inputs: True for the inputs of layers, in place of their outputs.
-        alike: the settings that the processes of a layer must have in common.
+        alike: the settings that must be equal on the processes of a layer.
 
     Attributes:
         alike: likewise.
-        selecting: what functions of the user's have returned.
-        active: whether some layer shares its forwards, so that each process takes part in every forward.
+        selecting: the results of the user's functions.
+        active: True if some layer shares its forwards, so that each process takes part in every forward.
     """
 
     def __init__(
@@ -70,27 +70,27 @@ class Meshes:
         self._selected = selected
         self._of_inputs = of_inputs
         self._groups: tuple[Any, ...] = ()  # of tensor parallelism
-        self._of_plain: tuple[Any, ...] = ()  # those of them along which plain outputs are placed
+        self._for_plain: tuple[Any, ...] = ()  # groups along which plain outputs are placed
         self._sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules with weights that are sharded
-        # Layer and its call in a forward -> how its plain outputs are placed, or their whole width.
-        self._known: dict[tuple[str, int], _How | int] = {}
+        # (layer, number of its call in a forward) -> the placement of its plain outputs, or their whole width.
+        self._placements: dict[tuple[str, int], _Placement | int] = {}
         self._rendezvous = Rendezvous(layers)
-        self._asked: Counter[tuple[str, int]] = Counter()
-        self._last: Cut | None = None  # what the layer before has put out, if that is divided
+        self._exchanges: Counter[tuple[str, int]] = Counter()
+        self._last: Cut | None = None  # form of the last layer's output, if it is divided
         self._experts: weakref.WeakKeyDictionary[nn.Module, Spread] = weakref.WeakKeyDictionary()
-        self._has_looked = False
+        self._has_searched = False
 
     def look(self, module: nn.Module | None = None) -> None:
-        """Look for tensor-parallel weights: of the whole model once, and of a module that runs.
+        """Search for tensor-parallel weights: once in the whole model, and in a module that runs.
 
         Args:
-            module: that runs, so that what FSDP2 had sharded of it is whole.
+            module: a module that runs, so that FSDP2 has made its weights whole.
         """
-        if self._has_looked and (self._groups or module is None or not dtensors_of(module)):
+        if self._has_searched and (self._groups or module is None or not dtensors_of(module)):
             return
         if not is_one_of_several():
             return
-        self._has_looked = True
+        self._has_searched = True
         self.active = self.active or bool(self._selected)
         model = self._model()
         if model is None or not may_share_layers():
@@ -98,34 +98,34 @@ class Meshes:
         groups: dict[str, Any] = {}
         for each, parameter, dims in placed(model, module):
             mesh = parameter.device_mesh
-            found = [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
-            groups.update({group.group_name: group for group in found})
+            of_mesh = [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
+            groups.update({group.group_name: group for group in of_mesh})
             if any(mesh.size(dim) > 1 and type(parameter.placements[dim]).__name__ == "Shard" for dim in dims):
                 self._sharded.add(each)
         self._groups = tuple(groups.values())
-        self._of_plain = smallest(self._groups)
+        self._for_plain = smallest(self._groups)
         self.active = self.active or bool(groups)
 
     def agree(self, name: str) -> None:
-        """Compare the settings of processes in the first forward of a layer, which all observe in any case.
+        """Compare the settings of processes in the first forward of a layer, which all of them observe.
 
         Raises:
-            LeftOut: if they differ where layers are shared.
+            LeftOut: if settings differ where layers are shared.
         """
         if self._groups:
             self.alike.check(self._groups)
-        elif name in self._selected and is_one_of_several():  # with whom it is shared is not known yet
-            self.selecting.tell_settings(name)
+        elif name in self._selected and is_one_of_several():  # its processes are not known yet
+            self.selecting.send_settings(name)
 
     def shares(self) -> bool:
         """True if some layer shares its forwards, as far as can be known before it runs."""
-        if not self._has_looked:
+        if not self._has_searched:
             self.look()
         return self.active
 
     def concerns(self, output: Any) -> bool:
-        """True if a process that observes nothing has to take part in the forward of a layer all the same."""
-        if not self._has_looked and is_one_of_several():
+        """True if a process that observes nothing must still take part in a layer's forward."""
+        if not self._has_searched and is_one_of_several():
             self.look()
         return self.active or (type(output) is not Tensor and (isinstance(output, Part) or is_dtensor(output)))
 
@@ -139,10 +139,10 @@ class Meshes:
             module: the layer.
             output: its output, or a part of a compiled layer's.
             dims: finds its features.
-            call: how many times the layer has run before in this forward of the model.
+            call: number of earlier calls of the layer in this forward of the model.
 
         Raises:
-            LeftOut: where nothing tells how it is placed.
+            LeftOut: if its placement cannot be found out.
         """
         last, self._last = self._last, None
         part = self._part_of(name, module, output, dims, call, last)
@@ -168,25 +168,25 @@ class Meshes:
             if name in self._selected:
                 self.selecting.check_form(name, part)
             return part
-        if not self._of_plain or name in self._selected or not isinstance(values, Tensor) or values.ndim < 1:
+        if not self._for_plain or name in self._selected or not isinstance(values, Tensor) or values.ndim < 1:
             return None
         self.alike.check(self._groups)
         dim = (dims or dim_of(module, of_inputs=self._of_inputs)).find(values).dim
-        how = self._known.get((name, call))
-        if how is None:
-            how = self._find_out(name, module, values, dim, call, last)
-        if how == "own":
+        placement = self._placements.get((name, call))
+        if placement is None:
+            placement = self._find_out(name, module, values, dim, call, last)
+        if placement == "own":
             return None
         shape = list(values.shape)
-        if how == "replicated":
+        if placement == "replicated":
             splits = [
-                Split(group, dist.get_rank(group), dist.get_world_size(group)) for group in self._of_plain
+                Split(group, dist.get_rank(group), dist.get_world_size(group)) for group in self._for_plain
             ]
         else:
-            assert isinstance(how, int)
-            (group,) = self._of_plain
+            assert isinstance(placement, int)
+            (group,) = self._for_plain
             splits = [Split(group, dist.get_rank(group), dist.get_world_size(group), dim)]
-            shape[dim] = how
+            shape[dim] = placement
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
 
     def spread_of_experts(self, module: nn.Module, states: Tensor) -> Spread:
@@ -197,12 +197,12 @@ class Meshes:
             states: the tokens that it gets.
 
         Raises:
-            LeftOut: where weights are cut and tokens differ.
+            LeftOut: if weights are cut and tokens differ.
         """
         self.look(module)
-        known = self._experts.get(module)
-        if known is not None:
-            return known
+        spread = self._experts.get(module)
+        if spread is not None:
+            return spread
         if not self._groups:
             return Spread((), None)
         self.alike.check(self._groups)
@@ -238,8 +238,8 @@ class Meshes:
 
     def _find_out(
         self, name: str, module: nn.Module, values: Tensor, dim: int, call: int, last: Cut | None
-    ) -> _How | int:
-        """Finds out how a plain output is placed, by what the processes of each group tell each other, once."""
+    ) -> _Placement | int:
+        """Find the placement of a plain output, once, by numbers that the processes of each group exchange."""
         width, place = values.shape[dim], (name, call)
         kind, _ = kind_of(module)
         features = None if kind is None else kind.features_of(module, of_inputs=self._of_inputs)
@@ -249,21 +249,21 @@ class Meshes:
             and module in self._sharded
             and self._fits(features, width)
         ):
-            self._known[place] = features
+            self._placements[place] = features
             return features
         whole = self._of_different(name, features, values.shape, dim, last)
         nonzero = int(bool((values != 0).any()))
         shape = hash(tuple(values.shape)) % 2**40
         numbers = [checksum(values), shape, checksum_of_weights(module), nonzero, whole]
-        self._asked[place] += 1
-        topic = f"{name}/{call}/{self._asked[place]}"
-        told = [self._rendezvous.ask(topic, numbers, ranks_in(group)) for group in self._of_plain]
-        if not all(each.is_all for each in told):
-            return self._of_some(place, told, is_whole=features == width)
-        every = [numbers for each in told for numbers in each.of.values()]
+        self._exchanges[place] += 1
+        topic = f"{name}/{call}/{self._exchanges[place]}"
+        gathered = [self._rendezvous.gather(topic, numbers, ranks_in(group)) for group in self._for_plain]
+        if not all(each.is_all for each in gathered):
+            return self._of_some(place, gathered, is_whole=features == width)
+        every = [numbers for each in gathered for numbers in each.by_rank.values()]
         if all(each[:2] == numbers[:2] for each in every):
-            if any(each[3] for each in every):  # all zeros tell nothing: asked again at the next forward
-                self._known[place] = "replicated"
+            if any(each[3] for each in every):  # zeros show nothing: exchanged again at the next forward
+                self._placements[place] = "replicated"
             return "replicated"
         if any(each[4] != whole for each in every) or (
             features is not None and any(each[2] != numbers[2] for each in every)
@@ -275,31 +275,31 @@ class Meshes:
                 " parallelism, and nothing tells whether features or samples are divided: give the probe"
                 f" select={{{name!r}: lambda out: DTensor.from_local(out, mesh, [Shard(-1)])}}"
             )
-        self._known[place] = whole or "own"
+        self._placements[place] = whole or "own"
         return whole or "own"
 
-    def _of_some(self, place: tuple[str, int], told: Sequence[Told], *, is_whole: bool) -> _How:
-        """The placement where some processes have not run a layer for long: each that runs it does so alone.
+    def _of_some(self, place: tuple[str, int], gathered: Sequence[Gathered], *, is_whole: bool) -> _Placement:
+        """The placement if some processes have not run a layer for long: each process that runs it is alone.
 
-        Whoever comes later with the same output has a replica, which has been counted.
+        A later process with the same output has a replica, which has been counted.
         """
-        for each in told:
+        for each in gathered:
             *earlier, (_, numbers) = each.up_to(dist.get_rank())
-            for rank, its in earlier:
-                if its[:2] == numbers[:2] and numbers[3]:
+            for rank, earlier_numbers in earlier:
+                if earlier_numbers[:2] == numbers[:2] and numbers[3]:
                     raise LeftOut(f"process {rank} had the same output long before this one, which counts once")
         if not is_whole:
             raise LeftOut(
                 "other processes of tensor parallelism have not run it for seconds, and nothing tells whether"
                 " its features are divided"
             )
-        self._known[place] = "own"
+        self._placements[place] = "own"
         return "own"
 
     def _of_different(
         self, name: str, features: int | None, shape: Sequence[int], dim: int, last: Cut | None
     ) -> int:
-        """The whole width if outputs differ because features are divided; 0 if each is a process' own."""
+        """The whole width if outputs differ since features are divided; 0 if each output is a process' own."""
         width = shape[dim]
         if features is not None:
             return 0 if features == width else _UNKNOWN
@@ -307,16 +307,16 @@ class Meshes:
             return last.whole  # as an activation behind a column-parallel layer
         model = self._model()
         for group in [] if model is None else widths_around(model, name):
-            if found := {whole for whole in group if whole == width or self._fits(whole, width)}:
-                whole = found.pop() if len(found) == 1 else _UNKNOWN
+            if wholes := {whole for whole in group if whole == width or self._fits(whole, width)}:
+                whole = wholes.pop() if len(wholes) == 1 else _UNKNOWN
                 return 0 if whole == width else whole
         return _UNKNOWN
 
     def _fits(self, whole: int, width: int) -> bool:
-        """True if a width is that of this process' shard of so many features."""
-        if len(self._of_plain) != 1:
+        """True if this process' shard of a number of features has this width."""
+        if len(self._for_plain) != 1:
             return False
-        split = split_of(self._of_plain[0], torch.distributed.tensor.Shard(0), 1)
+        split = split_of(self._for_plain[0], torch.distributed.tensor.Shard(0), 1)
         span = Part(torch.empty(0), (whole,), (1,), (split,)).spans(0)
         return span.stop - span.start == width < whole
 
@@ -324,12 +324,12 @@ class Meshes:
         return {"alike": self.alike}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Of a copy nothing runs.
+        # No model runs with a copy.
         self.alike = state["alike"]
         self.selecting = Selecting((), self.alike)
-        self.active, self._has_looked, self._groups, self._of_plain, self._selected = False, True, (), (), ()
-        self._known, self._sharded, self._of_inputs, self._last = {}, weakref.WeakSet(), False, None
-        self._experts = weakref.WeakKeyDictionary()
+        self.active, self._has_searched, self._groups, self._for_plain = False, True, (), ()
+        self._placements, self._sharded, self._of_inputs, self._last = {}, weakref.WeakSet(), False, None
+        self._experts, self._selected = weakref.WeakKeyDictionary(), ()
         self._model = lambda: None  # type: ignore[assignment]
 
 

@@ -23,7 +23,7 @@ def first_tensor(output: Any) -> Tensor | PackedSequence | None:
 
 
 def not_floating(output: Any) -> str:
-    """The words about an output without floating tensor.
+    """The error message for an output without a floating tensor.
 
     >>> not_floating(torch.zeros(2, dtype=torch.int64))
     'expected a floating tensor in the output, got a Tensor of torch.int64'
@@ -33,15 +33,15 @@ def not_floating(output: Any) -> str:
 
 
 def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequence | None:
-    if output is None:  # of whose class the Dynamo of torch 2.8 can ask nothing
+    if output is None:  # Dynamo of torch 2.8 cannot read the class of None
         return None
     if isinstance(output, Tensor):
-        # What is called on a subclass while a graph is traced may end it.
+        # A method of an unknown subclass may break the graph that is traced.
         is_unknown = torch.compiler.is_compiling() and not is_known(output)
         return output if is_unknown or output.is_floating_point() else None
     if isinstance(output, PackedSequence):  # itself a tuple
         return output if output.data.is_floating_point() else None
-    # A compiler does not know how to compare tuples by identity, and what it traces ends.
+    # Dynamo cannot compare tuples by identity, which would break the graph.
     if not torch.compiler.is_compiling() and any(output is outer for outer in inside):
         return None  # a nest that holds itself
     parts: Any = ()
@@ -53,9 +53,9 @@ def _first_tensor(output: Any, inside: tuple[Any, ...]) -> Tensor | PackedSequen
         parts = (getattr(output, field.name, None) for field in dataclasses.fields(output))
     inside = (*inside, output)
     for part in parts:
-        found = _first_tensor(part, inside)
-        if found is not None:
-            return found
+        first = _first_tensor(part, inside)
+        if first is not None:
+            return first
     return None
 
 

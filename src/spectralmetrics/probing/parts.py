@@ -1,4 +1,4 @@
-"""Parts of tensors that are spread over processes, and how some of their rows become whole."""
+"""Parts of tensors that are spread over processes, and the exchanges that make some of their rows whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectralmetrics.torch_private import group_named, masked_parts, waited
 
 
 class LeftOut(Exception):  # noqa: N818  # no error
-    """A layer is not to be observed."""
+    """Raised to leave a layer out, with the reason."""
 
 
 def reason_of(error: Exception) -> str:
@@ -33,7 +33,7 @@ class Split(NamedTuple):
         rank: number of this process in the group.
         size: number of processes.
         dim: dimension of the tensor that is sharded; None if none is.
-        op: how the tensors of these processes are yet to be reduced, such as ``"sum"``; empty if they are not.
+        op: reduction over the processes that is still to be done, such as ``"sum"``; empty for none.
     """
 
     group: Any
@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
     @property
     def is_replicated(self) -> bool:
-        """True if all processes have the same."""
+        """True if all processes have the same tensor."""
         return self.dim is None and not self.op
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Split(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A range of one dimension, and the size of what was divided."""
+    """A range of one dimension, and the size of the whole dimension."""
 
     start: int
     stop: int
@@ -74,10 +74,10 @@ class Part:
     """One process' part of a tensor.
 
     Attributes:
-        local: what it has.
+        local: the tensor of this process.
         shape: the shape of the whole tensor.
-        stride: likewise.
-        splits: how it is divided, in the order of the dimensions of the mesh; those of one process left out.
+        stride: the stride of the whole tensor.
+        splits: the splits in the order of the mesh's dimensions, without dimensions of one process.
     """
 
     local: Tensor
@@ -86,17 +86,17 @@ class Part:
     splits: tuple[Split, ...]
 
     def travels(self, feature_dim: int) -> bool:
-        """True if processes have to exchange something to get whole rows."""
+        """True if processes must exchange features or summands to get whole rows."""
         return any(split.op or split.dim == feature_dim for split in self.splits)
 
     def row_dims(self, feature_dim: int) -> list[int]:
-        """The dimensions that are sharded besides the features."""
+        """The sharded dimensions other than the features."""
         return sorted({each.dim for each in self.splits if each.dim is not None} - {feature_dim})
 
     def spans(self, dim: int, before: int | None = None) -> Span:
-        """The range of a dimension that this process has, after the splits before one of them.
+        """This process' range of a dimension, after all splits or only those before number ``before``.
 
-        Processes in turn have as many as divide evenly, rounded up, as long as there are some.
+        Processes in turn get equal shares, rounded up, until nothing is left.
         """
         start, stop = 0, self.shape[dim]
         for split in self.splits[:before]:
@@ -107,7 +107,7 @@ class Part:
         return Span(start, stop, self.shape[dim])
 
     def sizes(self, number: int) -> list[int]:
-        """The sizes of the shards of a split's dimension, of each process in its group."""
+        """The size of each process' shard along the dimension of a split, for all processes of its group."""
         split = self.splits[number]
         assert split.dim is not None
         whole = self.spans(split.dim, number)
@@ -116,11 +116,11 @@ class Part:
         return [max(0, min(chunk, total - chunk * index)) for index in range(split.size)]
 
     def standing_in(self) -> Tensor:
-        """A tensor of the shape of the whole, on the same device, that takes no memory."""
+        """A tensor with the shape of the whole, on the same device, that takes no memory."""
         return self.local.new_zeros(()).expand(self.shape)
 
     def meta(self) -> Tensor:
-        """Shape and strides of the whole."""
+        """A meta tensor with the shape and strides of the whole."""
         return torch.empty_strided(self.shape, self.stride, device="meta", dtype=self.local.dtype)
 
     def words(self) -> str:
@@ -132,7 +132,7 @@ class Cut(NamedTuple):
     """The form of a part that is divided along one dimension and one mesh.
 
     Attributes:
-        shape: of what this process has.
+        shape: the shape of this process' tensor.
         dim: the dimension, not negative.
         whole: its size in the whole tensor.
     """
@@ -150,7 +150,7 @@ class Cut(NamedTuple):
 
 
 def is_dtensor(values: Any) -> bool:
-    """True if this is a DTensor; where nothing has imported these, there is none."""
+    """True if this is a DTensor; there is none before PyTorch's module of DTensors has been imported."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(values, tensors.DTensor)
 
@@ -159,7 +159,7 @@ def part_of(values: Any) -> Part:
     """This process' part of a DTensor.
 
     Raises:
-        LeftOut: for a placement that is none of ``Shard``, ``Replicate`` and ``Partial``.
+        LeftOut: for a placement other than ``Shard``, ``Replicate`` and ``Partial``.
     """
     mesh = values.device_mesh
     local = waited(values.to_local())
@@ -171,38 +171,38 @@ def part_of(values: Any) -> Part:
 
 
 PLACED = "placed "
-"""Begins the kind of a DTensor that has been taken apart."""
+"""Prefix of the kind of a DTensor that was taken apart."""
 
 
 def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
-    """Plain tensors that a part can be made from again, and how; traced by Dynamo.
+    """Plain tensors of a DTensor and a kind, from which :func:`part_from` makes a part; traced by Dynamo.
 
-    The second tensor has no element: it tells the shape of the whole, which may be symbolic.
+    The second tensor has no element: it carries the shape of the whole, which may be symbolic.
     """
     kinds, mesh = [], values.device_mesh
     for dim, placement in enumerate(values.placements):
         kind = type(placement).__name__ if mesh.size(dim) > 1 else "Replicate"
         if kind not in ("Shard", "Replicate", "Partial"):
             return [], f"a compiled layer whose output is placed as {kind} cannot be observed"
-        told = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
-        kinds.append(f"{kind}:{told}")
+        detail = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
+        kinds.append(f"{kind}:{detail}")
     names = [mesh.get_group(dim).group_name for dim in range(len(kinds))]
     local = values.detach().to_local()
     return [local, local.new_empty((*values.shape, 0))], f"{PLACED}{','.join(kinds)} {','.join(names)}"
 
 
 def part_from(parts: Sequence[Tensor], kind: str) -> Part:
-    """Undoes :func:`take_dtensor_apart`."""
+    """The part of a DTensor that :func:`take_dtensor_apart` has taken apart."""
     local, form = parts
     kinds, names = kind.removeprefix(PLACED).split(" ")
     splits = []
     for each, name in zip(kinds.split(","), names.split(","), strict=True):
-        how, told = each.split(":")
+        placement, detail = each.split(":")
         group = group_named(name)
         split = Split(group, dist.get_rank(group), dist.get_world_size(group))
-        if how == "Shard":
-            split = split._replace(dim=int(told) % local.ndim)
-        splits.append(split._replace(op=told) if how == "Partial" else split)
+        if placement == "Shard":
+            split = split._replace(dim=int(detail) % local.ndim)
+        splits.append(split._replace(op=detail) if placement == "Partial" else split)
     shape = tuple(form.shape[:-1])
     stride = torch.empty(shape, device="meta").stride()
     return Part(waited(local), shape, stride, tuple(split for split in splits if split.size > 1))
@@ -222,17 +222,17 @@ def split_of(group: Any, placement: Any, ndim: int) -> Split:
 
 
 def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor:
-    """Some of the rows whole, of those of which each process of a group has some features or a summand.
+    """This process' share of rows, made whole from the features or summands of all processes of a group.
 
-    One collective, of as many bytes as the rows take.
+    It takes one collective, which sends as many bytes as the rows have.
 
     Args:
         rows: (n, …, d), n the same on all processes.
-        split: between whom.
-        widths: the number of features d of each process; None where they are to be reduced.
+        split: the split along the group.
+        widths: the number of features d of each process; None to reduce summands.
 
     Returns:
-        Shape (m, …, Σd) or (m, …, d), the m of all processes adding up to n.
+        Shape (m, …, Σd) or (m, …, d); the m of all processes add up to n.
     """
     number, size = len(rows), split.size
     cuts = [own_of(number, split._replace(rank=rank)) for rank in range(size)]
@@ -250,12 +250,12 @@ def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor
 
 
 def sent_rows(rows: Tensor, incoming: Sequence[int], outgoing: Sequence[int], group: Any) -> Tensor:
-    """The rows (n, d) that processes have sent to this one, of each in turn; one collective.
+    """The rows (n, d) that each process in turn has sent to this one; one collective.
 
     Args:
-        rows: those for each process in turn.
-        incoming: how many come from each.
-        outgoing: how many go to each.
+        rows: the rows for each process in turn.
+        incoming: number of rows from each process.
+        outgoing: number of rows for each process.
         group: the processes.
     """
     width = rows.shape[1]
@@ -264,9 +264,9 @@ def sent_rows(rows: Tensor, incoming: Sequence[int], outgoing: Sequence[int], gr
 
 
 def _swapped(values: Tensor, incoming: Sequence[int], outgoing: Sequence[int], group: Any) -> Tensor:
-    """So many values of each process, flat, for so many of these for each; one collective."""
+    """Flat values from each process, in exchange for values for each; the numbers are given; one collective."""
     item = values.element_size()
-    sent = values.contiguous().view(-1).view(torch.uint8)  # not every backend knows every type
+    sent = values.contiguous().view(-1).view(torch.uint8)  # not every backend supports every dtype
     received = sent.new_empty(sum(incoming) * item)
     sizes = [number * item for number in incoming], [number * item for number in outgoing]
     dist.all_to_all_single(received, sent, *sizes, group=group)
@@ -286,11 +286,11 @@ def whole_of(part: Part) -> Tensor:
 
 
 def _of_all(values: Tensor, split: Split, dim: int, sizes: Sequence[int]) -> list[Tensor]:
-    """The parts of all processes of a group; they differ in the size of one dimension, if at all."""
+    """The parts of all processes of a group; only the size of one dimension may differ."""
     rows = values[None] if split.op else values.movedim(dim, 0)
     shape = rows.shape[1:]
     incoming = [size * math.prod(shape) for size in sizes]
-    # Rather than an all-gather, which takes no parts of several sizes.
+    # An all-gather would need parts of equal sizes.
     sent = rows.repeat(split.size, *[1] * (rows.ndim - 1))
     received = _swapped(sent, incoming, [rows.numel()] * split.size, split.group)
     pieces = [piece.view(size, *shape) for piece, size in zip(received.split(incoming), sizes, strict=True)]
@@ -305,7 +305,7 @@ def ranks_of(part: Part) -> list[int]:
 
 
 def first_rank(part: Part) -> int:
-    """The first of the processes that share a tensor, by which they are known."""
+    """The first of the processes that share a tensor; it identifies them."""
     return ranks_of(part)[0]
 
 
@@ -322,5 +322,5 @@ def _reduced(pieces: Tensor, op: str) -> Tensor:
 
 
 def own_of(number: int, split: Split) -> Span:
-    """The range of so many rows that is a process' own."""
+    """The process' own range of a number of rows."""
     return Span(number * split.rank // split.size, number * (split.rank + 1) // split.size, number)

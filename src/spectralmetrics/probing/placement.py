@@ -1,7 +1,7 @@
-"""Outputs that are spread over processes: which rows of them each process observes, and how it gets them.
+"""Outputs that are spread over processes: the rows that each process observes, and how it gets them.
 
-Every process observes rows of full width that no other observes, so that plain sums are right under any way to
-spread a model. Of a replicated output each process takes its share. Where features are sharded, or sums are yet
+Each process observes rows of full width that no other process observes. So plain sums are right for any way to
+spread a model. Each process takes its share of a replicated output. If features are sharded, or sums are still
 to be reduced, rows are drawn first and then travel: each process gets some of them whole. Shards of samples or
 positions stay where they are.
 """
@@ -25,16 +25,16 @@ from spectralmetrics.torch_private import is_context_parallel
 
 
 class Placed(NamedTuple):
-    """This process' part of an output, as observations that have yet to travel.
+    """This process' part of an output, as observations that are still to travel.
 
     Attributes:
         batch: this process' part, with its part of the mask and the labels.
-        whole: the batch of all processes; its values say nothing but their shape.
-        part: as the layer has put it out.
+        whole: the batch of all processes; only the shape of its values has a meaning.
+        part: the part as the layer returned it.
         feature_dim: the dimension of its features.
-        start: number of the first sample in ``batch``, or of the first token where these were flattened.
-        is_flat: whether tokens were flattened and are sharded as they are.
-        cuts: ranges of samples that this process was left with where samples have travelled.
+        start: number of the first sample in ``batch``, or of the first token if tokens were flattened.
+        is_flat: True if flattened tokens are sharded.
+        cuts: ranges of samples that this process kept when samples travelled.
     """
 
     batch: Batch
@@ -46,40 +46,40 @@ class Placed(NamedTuple):
     cuts: tuple[Span, ...] = ()
 
     def observations(self, rule: ObservationRule, remaining: int | None) -> Observations:
-        """The observations of this process' part, of the first samples that are not to be passed over."""
-        seen = self.batch.observations(rule)
+        """The observations of this process' part; only of the whole's first ``remaining`` samples, if given."""
+        observed = self.batch.observations(rule)
         if remaining is None or remaining >= self.whole.num_samples:
-            return seen
-        shape = seen.values.movedim(seen.feature_dim, -1).shape[:-1]
+            return observed
+        shape = observed.values.movedim(observed.feature_dim, -1).shape[:-1]
         number, samples = math.prod(shape), self.whole.num_samples
         if self.is_flat:
             each = self.whole.values.shape[1]
-            sample = torch.arange(self.start, self.start + number, device=seen.values.device)
+            sample = torch.arange(self.start, self.start + number, device=observed.values.device)
             sample = sample % samples if self.whole.order[0] else sample // each
         else:
             each = max(number // max(self.batch.num_samples, 1), 1)
-            sample = torch.arange(number, device=seen.values.device) // each + self.start
+            sample = torch.arange(number, device=observed.values.device) // each + self.start
         keep = sample < remaining
-        return replace(seen, valid=keep if seen.valid is None else keep & seen.valid)
+        return replace(observed, valid=keep if observed.valid is None else keep & observed.valid)
 
     def whole_width(self, observations: Observations) -> int:
-        """The width of observations once all their features have come together."""
+        """The width of observations with the features of all processes."""
         if any(split.dim == self.feature_dim for split in self.part.splits):
             return self.part.shape[self.feature_dim]
         return observations.num_features
 
 
 def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRule) -> Placed:
-    """Make observations of what one process has.
+    """Prepare the observations of one process' part.
 
     Args:
         part: the part of the output.
-        make: makes the batch of a tensor, with the mask and the labels or without; asked for the batch of the
-            whole, once, and for that of a part.
-        rule: what is an observation.
+        make: makes the batch of a tensor; True adds the mask and the labels. It is called once for the whole
+            and once for the part.
+        rule: defines an observation.
 
     Raises:
-        LeftOut: for observations of whole samples that are divided along more than samples and features.
+        LeftOut: for observations of whole samples, if other dimensions than samples and features are divided.
     """
     whole = make(part.standing_in(), True)
     order = whole.order
@@ -101,7 +101,7 @@ def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRu
         labels = None if labels is None or labels.ndim == 1 else _flat(labels, order)[span.start : span.stop]
     elif whole.was_flat:
         batch = _unflattened(batch, whole)
-    elif batch.order != order:  # the mask told that time comes first
+    elif batch.order != order:  # the mask showed that time comes first
         batch = replace(batch, values=batch.values.transpose(0, 1), order=order)
     if not whole.was_flat:
         start = part.spans(sample_dim).start if sample_dim in dims else 0
@@ -120,19 +120,19 @@ def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRu
 
 
 def placed_as(observations: Observations, splits: Sequence[Split]) -> Placed:
-    """Rows (n, D) of one process, of which others have the same, or other summands."""
+    """Rows (n, D) of one process; the others have the same rows, or other summands of them."""
     values = observations.values
     batch = Batch("rows", values)
     return Placed(batch, batch, Part(values, tuple(values.shape), tuple(values.stride()), tuple(splits)), 1)
 
 
 def bring(observations: Observations, placed: Placed, size: int | None, seed: int) -> Observations:
-    """Whole rows of this process' own, of all that the processes have.
+    """This process' share of all processes' rows, with all features.
 
     Args:
         observations: the observations of this process' part.
-        placed: the place where they come from.
-        size: how many to draw of those of all processes, before they travel; None: all.
+        placed: the part that they come from.
+        size: number of rows to draw over all processes, before they travel; None: all.
         seed: seed of the random draws, the same on all processes that share rows.
     """
     part, features = placed.part, placed.feature_dim
@@ -140,7 +140,7 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
     is_empty = not values.shape[-1]
     rows = values.new_empty((math.prod(values.shape[:-1]), 0)) if is_empty else values.flatten(0, -2)
     flags = (observations.valid, observations.labels)
-    # Of shards of rows each process draws its share, of replicated ones from those that are its own.
+    # Each process draws its share from its shard of rows, or from its own range of replicated rows.
     spans = [*placed.cuts, *(part.spans(dim) for dim in part.row_dims(features))]
     for split in part.splits:
         if split.is_replicated:
@@ -179,7 +179,7 @@ def how_of_wholes(whole: Batch, rule: ObservationRule) -> str:
 
 
 def _needs_features(how: str, part: Part, feature_dim: int) -> bool:
-    """True if observations can only be made of whole features."""
+    """True if observations can only be made from whole features."""
     if "'flatten'" in how:
         return any(split.dim == feature_dim for split in part.splits)
     is_linear = not how or "'mean'" in how or "'last'" in how or how.startswith("max_map_size")
@@ -189,7 +189,7 @@ def _needs_features(how: str, part: Part, feature_dim: int) -> bool:
 
 
 def _gathered(placed: Placed) -> Placed:
-    """With whole samples, each on one process: they travel before anything is made of them."""
+    """The placement after whole samples have travelled, each to one process, before observations are made."""
     batch, part = placed.batch, placed.part
     is_map = batch.kind == "maps"
     values = batch.values.movedim(1, -1) if is_map else batch.values
@@ -210,7 +210,7 @@ def _gathered(placed: Placed) -> Placed:
 
 
 def _unflattened(batch: Batch, whole: Batch) -> Batch:
-    """A batch of all tokens in the shape that the mask has given to the whole."""
+    """A batch of all tokens in the shape of the whole, which the mask has set."""
     samples, steps = whole.values.shape[:2]
     is_time_first = whole.order[0] == 1
     values = batch.values.unflatten(0, (steps, samples) if is_time_first else (samples, steps))
@@ -219,7 +219,7 @@ def _unflattened(batch: Batch, whole: Batch) -> Batch:
 
 
 def _flat(flags: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Flags of samples and steps as they belong to flattened tokens."""
+    """Flags of samples and steps in the order of flattened tokens."""
     return (flags.mT if order[0] else flags).reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""Outputs whose rows are taken as they are, remembered so that the next one like it takes few steps."""
+"""The form of outputs whose rows are taken unchanged, kept so that the next such output takes few steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Plain(NamedTuple):
         dtype: the dtype of the output.
         dim: dimension of its features.
         width: number of its features.
-        limit: how many observations to draw at most; None for all.
+        limit: largest number of observations to draw; None for all.
     """
 
     shape: torch.Size

@@ -87,11 +87,11 @@ from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
 T = TypeVar("T")
 
-_UNSEEN = 0.05  # share of the parameters in layers that are not probed, above which that is said
+_UNSEEN = 0.05  # a warning names layers that are not probed if they have a larger share of the parameters
 
 
 class _Limit:
-    """An attribute of a probe that is kept among its limits, where whoever observes looks at it."""
+    """An attribute of a probe that is kept in its limits, which the router reads."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -106,7 +106,7 @@ class _Limit:
             probe._steps.seed = value
 
 
-# What a probe is made of. Everything else that its constructor takes may be set later.
+# Arguments of the constructor that are fixed. All others may be set later.
 _FIXED = {"model", "layers", "exclude", "feature_maps", "sequences", "max_map_size", "interpolation", "select"}
 _FIXED |= {"folds", "batch_first", "observe", "rule"}
 
@@ -124,21 +124,21 @@ class LayerProbe(nn.Module):
         metrics: a metric, a sequence or dict of them, or a ``MetricCollection``; cloned for every layer and
             stage; ``SaturationMetric()`` by default. The stage is the layer's own ``training`` flag:
             ``"train"`` or ``"eval"``.
-        layers: which layers, by glob pattern on their qualified names, module type, callable
+        layers: layers to probe, by glob pattern on their qualified names, module type, callable
             ``(name, module) -> bool``, or a sequence of these; by default linear, convolutional and recurrent
             layers and multi-head attention. See :func:`~spectralmetrics.probing.select_layers`. The name of a
             module whose experts are stacked in one parameter, such as Mixtral's, selects each of them: as
             layers ``….experts.0``, ``….experts.1``, and so on.
-        exclude: taken away from these, likewise.
-        feature_maps: what is an observation of feature maps ``(N, C, *spatial)``: ``"positions"``, every kernel
-            position, (N·positions, C); ``"mean"``, ``"max"`` or ``"median"`` of each map, (N, C) (of an even
-            number of values the lower median, as in ``torch.median``); ``"flatten"``, (N, C·positions).
-        sequences: what is an observation of sequences (N, T, D): ``"timesteps"``, (N·T, D); ``"last"``, the
-            last valid step, or ``"mean"`` of the valid steps, (N, D); ``"flatten"``, (N, T·D), padding set to
-            zero.
+        exclude: layers to take away from these, likewise.
+        feature_maps: observations of feature maps ``(N, C, *spatial)``: ``"positions"``, every kernel position,
+            (N·positions, C); ``"mean"``, ``"max"`` or ``"median"`` of each map, (N, C) (the lower median of an
+            even number of values, as in ``torch.median``); ``"flatten"``, (N, C·positions).
+        sequences: observations of sequences (N, T, D): ``"timesteps"``, (N·T, D); ``"last"``, the last valid
+            step, or ``"mean"`` of the valid steps, (N, D); ``"flatten"``, (N, T·D), padding set to zero.
         max_map_size: feature maps of two or three spatial dimensions that are larger in any extent are
-            interpolated down to it, unless they are pooled. Of other outputs, such as (N, H, W, C) and the
-            series of ``Conv1d``, at most ``max_map_size ** 2`` positions per sample are drawn. None: never.
+            interpolated down to it, unless they are pooled. From each sample of other outputs, such as
+            (N, H, W, C) and the series of ``Conv1d``, at most ``max_map_size ** 2`` positions are drawn. None:
+            never.
         interpolation: mode of ``torch.nn.functional.interpolate``; 3-D maps use ``"trilinear"`` in place of
             other linear modes.
         every_n_steps: observe one of every n forwards of the model, with all calls of its layers: the first,
@@ -147,9 +147,9 @@ class LayerProbe(nn.Module):
             its time, and observes fewer rows and forwards, evenly over layers and time. :meth:`summary` says
             what it took. The observed rows, and so the values, then depend on the machine.
         max_samples: stop observing a layer and stage after that many samples until :meth:`reset`.
-        rows_per_feature: r draws at most ⌈r·D⌉ observations uniformly from each forward.
+        rows_per_feature: with r, at most ⌈r·D⌉ observations are drawn uniformly from each forward.
         max_features: a wider layer is left out with a warning, or sketched.
-        sketch_size: k; of layers wider than ``max_features`` a sketch of k columns is kept, see
+        sketch_size: with k, layers wider than ``max_features`` keep a sketch of k columns, see
             :class:`~spectralmetrics.SpectralMetric`. Statistics that need the whole spectrum or labels are left
             out there.
         select: pattern -> function that takes a layer's output and returns the tensor to observe, (N, D),
@@ -162,13 +162,13 @@ class LayerProbe(nn.Module):
             :class:`~spectralmetrics.SpectralMetric`, and :meth:`intervals` says how sure the values are. None
             leaves the metrics as they are.
         observe: ``"outputs"`` of the layers; ``"inputs"``: the first floating argument of each, before the
-            layer may change it, see :meth:`covariances`; or ``"gradients"`` with respect to the outputs, in the
-            rows that the outputs would be, whenever one arrives in a backward. Large feature maps are drawn
-            from then, and not interpolated. Under a mean loss rows scale as 1/batch, see
-            :attr:`gradient_scale`.
-        batch_first: the layout of sequences from layers whose type does not tell: True for (N, T, D), False for
-            (T, N, D). None goes by the transformer, recurrent layer or attention that the layer is part of, and
-            takes (N, T, D) elsewhere. For layers of your own see :func:`~spectralmetrics.register_layer`.
+            layer may change it, see :meth:`covariances`; or ``"gradients"`` with respect to the outputs, with
+            the same rows as the outputs, whenever one arrives in a backward. Large feature maps are then
+            sampled, not interpolated. Under a mean loss rows scale as 1/batch, see :attr:`gradient_scale`.
+        batch_first: the layout of sequences from layers whose type does not decide it: True for (N, T, D),
+            False for (T, N, D). None goes by the transformer, recurrent layer or attention that the layer is
+            part of, and takes (N, T, D) elsewhere. For layers of your own see
+            :func:`~spectralmetrics.register_layer`.
 
     Raises:
         TypeError: for a model or metrics of another type.
@@ -229,7 +229,7 @@ class LayerProbe(nn.Module):
             for pattern, function in (select or {}).items()
             for module in select_layers(model, pattern).values()
         }
-        if observe == "gradients":  # none arrives at a single expert
+        if observe == "gradients":  # no gradient arrives at a single expert
             chosen = select_layers(model, layers, exclude)
         else:
             chosen = select_probed(model, layers, exclude, set(functions))
@@ -238,9 +238,9 @@ class LayerProbe(nn.Module):
         if not chosen:
             raise ValueError(f"expected `layers` to match a layer of this process, got {layers!r}")
         if layers is None:
-            _tell_unseen(model, chosen)
-        _tell_fault()
-        # By module: a shared one may be chosen under one name and given a function under another.
+            _warn_unseen(model, chosen)
+        _warn_fault()
+        # By module: a shared module may be chosen under one name and have a function under another.
         selected = {name: functions[module] for name, module in chosen.items() if module in functions}
         templates = named_metrics(SaturationMetric() if metrics is None else metrics)
         if folds is not None:
@@ -260,11 +260,11 @@ class LayerProbe(nn.Module):
         self.metrics = nn.ModuleDict(
             {_module_key(*place): of_layer.kept for place, of_layer in self._places.items()}
         )
-        self._resets: list[str | None] = []  # to be done once states are no longer merged
+        self._resets: list[str | None] = []  # calls of reset() inside merged(), done at its end
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
         is_of_inputs = observe == "inputs"
         layout = find_layout(model, chosen, batch_first, selected, of_inputs=is_of_inputs)
-        # Forwards are told apart where folds or a history keep them.
+        # Folds and histories need the numbers of forwards.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
         others = {**vars(self.rule), "metrics": tuple(described(*each) for each in templates.items())}
         self._alike = Alike(self._limits, self._steps, others)
@@ -277,7 +277,7 @@ class LayerProbe(nn.Module):
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._windows = Windows(self._places)
-        self._remembered: dict[str, dict[str, Any]] = {}  # by who reads windows, and saved with the states
+        self._remembered: dict[str, dict[str, Any]] = {}  # by reader of windows; saved with the states
         self._identity = Identity(chosen)
         self._hooks = Hooks(self, unwrap(model))
         try:
@@ -320,7 +320,7 @@ class LayerProbe(nn.Module):
         self._watch_steps()
 
     def _watch_steps(self) -> None:
-        """Put hooks on the model itself, as soon as it matters where its forwards begin and end."""
+        """Put hooks on the model itself, if the begin and end of its forwards matter."""
         model = self._hooks.model
         matters = self._steps.leaves_out or self._counts_forwards or may_share_layers()
         if self._hooks and model is not None and matters:
@@ -332,7 +332,7 @@ class LayerProbe(nn.Module):
     def layers(self) -> list[str]:
         """The probed layers: those that have run, in the order of their first run, then the rest.
 
-        Inside :meth:`merged` those of all processes, in one order for all.
+        Inside :meth:`merged` the layers of all processes, in one order for all.
         """
         if self._guests is not None:
             return self._guests.layers
@@ -391,17 +391,17 @@ class LayerProbe(nn.Module):
 
     @property
     def _expects_overflow(self) -> bool:
-        """True if steps may overflow, which their trainer leaves out: nothing to be warned of."""
+        """True if a scaler skips steps that overflow, which then need no warning."""
         return not isinstance(self.gradient_scale, numbers.Real)
 
     @property
     def facts(self) -> dict[str, LayerFacts]:
-        """Facts about each layer, known without its data; inside :meth:`merged` of all processes' layers."""
+        """Facts about each layer, known without its data; inside :meth:`merged` about all processes' layers."""
         return self._router.facts if self._guests is None else self._guests.facts
 
     @property
     def statistics(self) -> dict[str, Metric]:
-        """The metrics by the names that their values have, in their order, as they are kept for one layer."""
+        """The metrics of one layer by the names of their values, in the order of the values."""
         named = self._places[STAGES[0], self._layers[0]].readable()
         return {name: named[name] for name in self._names}
 
@@ -419,9 +419,9 @@ class LayerProbe(nn.Module):
         return self._place(stage, name).collection
 
     def compute(self, stage: str | None = None, progress: Progress | None = None) -> dict[str, Tensor]:
-        """The values of all layers of all processes, merged across these; all processes call it.
+        """The values of all layers, merged across processes; all processes call it.
 
-        Layers are matched by their names. Each is read by one process, which all others send its sums.
+        Layers are matched by their names. Each layer is read by one process, to which all others send its sums.
 
         Args:
             stage: ``"train"``, ``"eval"``, or None for both.
@@ -463,7 +463,7 @@ class LayerProbe(nn.Module):
         return intervals
 
     def _repeating(self, stage: str) -> str:
-        """The layers that were shown the same inputs in several folds."""
+        """The layers that got the same inputs in several folds."""
         own = (name for name in self.layers if (stage, name) in self._places)
         return ", ".join(repr(name) for name in own if self._places[stage, name].repeats())
 
@@ -483,19 +483,20 @@ class LayerProbe(nn.Module):
     ) -> dict[Key, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
         with self._router.lock, self._agreed(call, stages, _wrong(progress)) as agreement:
-            return self._tell(self._readings(agreement, stages, Question(self._names, read, applies), progress))
+            readings = self._readings(agreement, stages, Question(self._names, read, applies), progress)
+            return self._values(readings)
 
     def _readings(
         self, agreement: Agreement | None, stages: Sequence[str], question: Question, progress: Progress | None
     ) -> dict[str, dict[str, Reading]]:
-        """Stage -> layer -> what was read of it, in one order on all processes."""
+        """Stage -> layer -> its reading, in one order on all processes."""
 
-        def read_some(places: list[LayerMetrics], tell: Progress | None) -> dict[Place, Reading]:
-            return read_layers(places, question, tell)
+        def read_some(places: list[LayerMetrics], report: Progress | None) -> dict[Place, Reading]:
+            return read_layers(places, question, report)
 
         readings: dict[str, dict[str, Reading]] = {stage: {} for stage in stages}
-        for stage, found in self._read_places(agreement, stages, read_some, Reading, progress).items():
-            for layer, (place, reading) in found.items():
+        for stage, of_stage in self._read_places(agreement, stages, read_some, Reading, progress).items():
+            for layer, (place, reading) in of_stage.items():
                 if not place.spectral_leaders:
                     reading.seen = place.has_seen({})
                 if reading.seen:
@@ -505,15 +506,15 @@ class LayerProbe(nn.Module):
                 readings[stage][layer] = reading
         return readings
 
-    def _tell(self, readings: Mapping[str, Mapping[str, Reading]]) -> dict[Key, Any]:
-        """The values of all stages; warns of what has to be said."""
+    def _values(self, readings: Mapping[str, Mapping[str, Reading]]) -> dict[Key, Any]:
+        """The values of all stages; gives the warnings of the readings."""
         values: dict[Key, Any] = {}
-        seen = False
+        has_data = False
         for stage, of_stage in readings.items():
-            told = tell_readings(stage, of_stage, self._names)
-            seen = seen or told is not None
-            values.update(told or {})
-        if not seen:
+            new = tell_readings(stage, of_stage, self._names)
+            has_data = has_data or new is not None
+            values.update(new or {})
+        if not has_data:
             warnings.warn(self._nothing_in(list(readings)), UserWarning, stacklevel=4)
         return values
 
@@ -524,13 +525,13 @@ class LayerProbe(nn.Module):
     def _agreed(
         self, call: str, stages: Sequence[str], error: BaseException | None = None, *, of_all: bool = False
     ) -> Iterator[Agreement | None]:
-        """Inside, all that processes have of some stages can be read; from others, where there is an agreement.
+        """Inside, the sums of some stages can be read; through the agreement of processes, if there is one.
 
         Args:
             call: the method that reads, with the arguments that must be the same on all processes.
             stages: the stages whose layers are read.
-            error: that is raised on all processes; None if this one has none.
-            of_all: whether metrics that are not merged get the layers of other processes, too.
+            error: an error of this process to raise on all processes; None for none.
+            of_all: True adds the layers of other processes even if metrics are not merged.
         """
         self._join_windows()
         if self._router.is_merged:
@@ -547,7 +548,7 @@ class LayerProbe(nn.Module):
                 return
             try:
                 if keeps_own:
-                    # Each keeps its own values, as its metrics say, and gets those of layers that it has not.
+                    # Metrics that are not merged keep their own values; layers of other processes are added.
                     self._guests = self._agree(call, stages, None, takes_all=True, keeps_own=True, error=error)
                 else:
                     self._guests = self._agree(call, stages, group, error=error)
@@ -563,25 +564,25 @@ class LayerProbe(nn.Module):
         missing: Callable[[], T],
         progress: Progress | None = None,
     ) -> dict[str, dict[str, tuple[LayerMetrics, T]]]:
-        """Reads the merged states of each stage's layers, in one order on all processes.
+        """Read the merged states of each stage's layers, in one order on all processes.
 
         Args:
             agreement: see :meth:`_agreed`.
             stages: the stages whose layers are read.
             read: reads some layers.
-            missing: gives what stands for layers without observations.
+            missing: makes the result for a layer without observations.
             progress: see :meth:`compute`.
         """
         if agreement is None:
             places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
             groups = [] if self._router.is_merged else merging_groups(self._places.values())
-            found = agreed(lambda: read(list(places.values()), progress), groups)
+            results = agreed(lambda: read(list(places.values()), progress), groups)
         else:
             places = {place: each for place, each in agreement.places.items() if place[0] in stages}
-            found = agreement.read(read, progress, stages, is_held=self._is_sharing)
+            results = agreement.read(read, progress, stages, is_held=self._is_sharing)
         return {
             stage: {
-                place[1]: (each, found[place] if place in found else missing())
+                place[1]: (each, results[place] if place in results else missing())
                 for place, each in places.items()
                 if place[0] == stage
             }
@@ -590,12 +591,12 @@ class LayerProbe(nn.Module):
 
     @contextlib.contextmanager
     def _recorded(self, progress: Progress | None, error: BaseException | None) -> Iterator[ProbeReading]:
-        """All that a recorder keeps, see :func:`read_probe`."""
+        """The reading that a recorder keeps, see :func:`read_probe`."""
         question = Question(self._names, _value_of, lambda metric: True, for_record=True)
         error = error or _wrong(progress)
         with self._router.lock, self._agreed("record", STAGES, error, of_all=True) as agreement:
             readings = self._readings(agreement, STAGES, question, progress)
-            values = self._tell(readings)
+            values = self._values(readings)
             intervals = {
                 (name, stage, layer): interval
                 for stage, of_stage in readings.items()
@@ -624,10 +625,10 @@ class LayerProbe(nn.Module):
 
         :meth:`compute` and ``probe[stage, layer]`` then read it without further communication. All processes
         enter together. Layers must not run inside. All merged sums are held at once; :meth:`iter_merged` holds
-        those of one layer.
+        the sums of one layer at a time.
 
         Args:
-            sharing: whether all processes call :meth:`compute` inside, which then shares its work among them.
+            sharing: True if all processes call :meth:`compute` inside, which then shares its work among them.
         """
         with self._router.lock:
             if self._router.is_merged:
@@ -643,7 +644,7 @@ class LayerProbe(nn.Module):
                     finally:
                         self._router.is_merged = self._is_sharing = False
             finally:
-                while self._resets:  # what was reset inside was that of all processes
+                while self._resets:  # done now that states are this process' own again
                     self.reset(self._resets.pop())
 
     @contextlib.contextmanager
@@ -661,7 +662,7 @@ class LayerProbe(nn.Module):
                             for batch in agreement.batches():
                                 stack.enter_context(agreement.holding(agreement.exchange(batch)))
                             self._guests = self._guests or agreement
-                        except BaseException as raised:  # the processes of the next group have to know
+                        except BaseException as raised:  # raised on the processes of the next groups, too
                             error = raised
                 if error is not None:
                     raise error
@@ -679,7 +680,7 @@ class LayerProbe(nn.Module):
         keeps_own: bool = False,
         error: BaseException | None = None,
     ) -> Agreement:
-        """The agreement of a group's processes on some stages; an error that one has is raised on all."""
+        """The agreement of a group's processes on some stages; an error of one process is raised on all."""
         places = {place: each for place, each in self._places.items() if place[0] in stages}
 
         def describe() -> Catalogue:
@@ -730,8 +731,8 @@ class LayerProbe(nn.Module):
             statistic: name of a metric of this probe, or short name of any statistic that is one number.
 
         Raises:
-            ValueError: for another stage, for no such statistic, one that is not one number, or one that can be
-                read of no layer.
+            ValueError: for another stage, or a statistic that is unknown, is not one number, or cannot be read
+                from any layer.
             RuntimeError: if nothing was observed in that stage.
         """
         _check_stage(stage)
@@ -742,22 +743,22 @@ class LayerProbe(nn.Module):
         threshold = threshold_of([metric, *self.statistics.values()])
 
         def read(
-            places: list[LayerMetrics], tell: Progress | None
+            places: list[LayerMetrics], report: Progress | None
         ) -> dict[Place, tuple[SummaryRow, LayerNumbers] | None]:
-            rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=tell)
+            rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=report)
             return {(stage, row.layer): (row, numbers) for row, numbers in rows}
 
         call = f"summary(statistic={statistic!r})"
         with self._router.lock, self._agreed(call, [stage]) as agreement:
-            found = self._read_places(agreement, [stage], read, lambda: None)[stage]
-            rows = [row for _, row in found.values() if row is not None]
+            by_layer = self._read_places(agreement, [stage], read, lambda: None)[stage]
+            rows = [row for _, row in by_layer.values() if row is not None]
             if not rows:
                 raise RuntimeError(self._nothing_in([stage]))
             where = stage + (", gradients" if self.observe == "gradients" else "") + self._budget_words(stage)
             if self._repeating(stage):
                 where += ", the same inputs in several folds: intervals too narrow"
-            found_out = find(stage, self._judged(numbers for _, numbers in rows), self._untrained)
-            return summary_of(rows, found_out, metric, threshold=threshold, where=where)
+            findings = find(stage, self._without_overflow(numbers for _, numbers in rows), self._untrained)
+            return summary_of(rows, findings, metric, threshold=threshold, where=where)
 
     def findings(self, stage: str = "eval") -> list[Finding]:
         """Findings in the layers of one stage: problems first, then notes, each in forward order.
@@ -786,45 +787,46 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
         with self._router.lock:
-            found = self._numbers("findings", stage, lambda place: None)
-            numbers = self._judged(each[1] for _, each in found.values() if each is not None)
-            others = (place for place, _ in found.values() if not place.spectral_leaders)
+            by_layer = self._numbers("findings", stage, lambda place: None)
+            numbers = self._without_overflow(each[1] for _, each in by_layer.values() if each is not None)
+            others = (place for place, _ in by_layer.values() if not place.spectral_leaders)
             if not numbers and not any(place.has_seen({}) for place in others):
                 raise RuntimeError(self._nothing_in([stage]))
             return find(stage, numbers, self._untrained)
 
-    def _judged(self, numbers: Iterable[LayerNumbers]) -> list[LayerNumbers]:
-        """The numbers from which findings are made: rows of steps that overflow are none."""
+    def _without_overflow(self, numbers: Iterable[LayerNumbers]) -> list[LayerNumbers]:
+        """The numbers for findings: rows left out in steps that overflow do not count."""
         return [each._replace(left_out=0) if self._expects_overflow else each for each in numbers]
 
     def _numbers(
         self, call: str, stage: str, more: Callable[[LayerMetrics], T]
     ) -> dict[str, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
-        """The numbers that findings need, and whatever else is read of each layer; None where there is none."""
+        """Layer -> result of ``more`` and the numbers for findings; None for a layer without numbers."""
         threshold = threshold_of(self.statistics.values())
 
         def read(
-            places: list[LayerMetrics], tell: Progress | None
+            places: list[LayerMetrics], report: Progress | None
         ) -> dict[Place, tuple[T, LayerNumbers] | None]:
             others = {place.layer: more(place) for place in places}
             return {
                 (stage, each.layer): (others[each.layer], each)
-                for each in numbers_of(_spectra(places), self.facts, threshold, tell)
+                for each in numbers_of(_spectra(places), self.facts, threshold, report)
             }
 
         with self._agreed(call, [stage]) as agreement:
             return self._read_places(agreement, [stage], read, lambda: None)[stage]
 
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
-        """Layer -> whether its weights are as they were initialised, as told by a process that has it."""
-        known = [self._router.untrained(layers)]
+        """Layer -> True if its weights are still the initial ones, from a process that has the layer."""
+        of_processes = [self._router.untrained(layers)]
         group = merging_group(self._places.values())
         if group is not NO_GROUP and not self._router.is_merged:
-            known = gather_agreed(known[0], None, group)
-        return {name: told for each in reversed(known) for name, told in each.items() if told is not None}
+            of_processes = gather_agreed(of_processes[0], None, group)
+        known = ((name, flag) for each in reversed(of_processes) for name, flag in each.items())
+        return {name: flag for name, flag in known if flag is not None}
 
     def _budget_words(self, stage: str) -> str:
-        """The share of the budget that was used, for the title of a summary."""
+        """The used share of the budget, for the title of a summary."""
         budget = self._steps.budget
         if budget is None:
             return ""
@@ -841,8 +843,8 @@ class LayerProbe(nn.Module):
     def step(self) -> int | None:
         """The step of the optimiser that the next forwards belong to; None until it is set.
 
-        Set it once for each step, before its first forward: ``probe.step = step``. A history then says it, and
-        pools the forwards of one step.
+        Set it once for each step, before its first forward: ``probe.step = step``. A history then contains it,
+        and pools the forwards of one step.
         """
         return self._steps.step
 
@@ -876,15 +878,15 @@ class LayerProbe(nn.Module):
         _check_stage(stage)
         if not any(place.takes_all_rows for place in self._places.values()):
             raise ValueError(f"expected a HistoryMetric among the metrics of the probe, got {self._names}")
-        found = self._each_merged("history", stage, lambda place: place.history)
-        return History.of_sums(stage, {layer: each for layer, each in found if each is not None})
+        by_layer = self._each_merged("history", stage, lambda place: place.history)
+        return History.of_sums(stage, {layer: each for layer, each in by_layer if each is not None})
 
     def sums(self, stage: str, layer: str) -> list[Sum]:
         """The sums of a layer's observations: the spectral sum, then others; empty for nothing.
 
-        The tensors are the states themselves. Inside :meth:`merged` they are those of all processes.
+        The tensors are the states themselves. Inside :meth:`merged` they are the merged states.
         """
-        self[stage, layer]  # is there, or an error
+        self[stage, layer]  # raises an error if the layer is not probed
         return self._place(stage, layer).sums()
 
     def iter_merged(self, stage: str) -> Iterator[tuple[str, list[Sum]]]:
@@ -905,7 +907,7 @@ class LayerProbe(nn.Module):
         return ((layer, sums) for layer, sums in each_merged if sums)
 
     def _each_merged(self, call: str, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
-        """Reads each layer while its states are merged, on all processes."""
+        """Read each layer while its states are merged, on all processes."""
         group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
         self._join_windows()
         if group is not NO_GROUP:
@@ -916,14 +918,14 @@ class LayerProbe(nn.Module):
         with self._router.lock, contextlib.ExitStack() as stack:
             if not self._router.is_merged:
                 stack.enter_context(self._merged_states(call, [stage]))
-            found = [(name, read(self._place(stage, name))) for name in self.layers]
-        yield from found
+            results = [(name, read(self._place(stage, name))) for name in self.layers]
+        yield from results
 
     def covariances(self, stage: str, *, unbiased: bool = False, center: bool = True) -> dict[str, Tensor]:
         r"""The covariance of each layer's observations, whatever the metrics.
 
-        With ``observe="inputs"`` and ``center=False`` these are the second moments :math:`X^\top X / n` of what
-        goes into a layer, which compression, quantisation and adaptation ask for (GPTQ, SVD-LLM, SliceGPT).
+        With ``observe="inputs"`` and ``center=False`` these are the second moments :math:`X^\top X / n` of a
+        layer's inputs, which compression, quantisation and adaptation use (GPTQ, SVD-LLM, SliceGPT).
 
         Merged across processes; all processes call it.
 
@@ -934,9 +936,9 @@ class LayerProbe(nn.Module):
 
         Returns:
             Layer -> shape (D, D), float64, where its sums are, in forward order; without layers that saw
-            nothing. Where all metrics need labels, of the labelled observations. A warning names layers
-            without one, such as sketched ones and, with ``nan_strategy="error"``, those with observations that
-            were not finite, and says so if nothing was observed.
+            nothing. If all metrics need labels, only labelled observations count. A warning names layers
+            without a covariance, such as sketched layers and, with ``nan_strategy="error"``, layers with
+            observations that were not finite. Another warning says if nothing was observed.
 
         Raises:
             ValueError: for another stage.
@@ -948,13 +950,13 @@ class LayerProbe(nn.Module):
 
         with self._router.lock:
             call = f"covariances(unbiased={unbiased}, center={center})"
-            read_of = dict(self._each_merged(call, stage, read))
-            for each in read_of.values() if self._expects_overflow else ():
+            by_layer = dict(self._each_merged(call, stage, read))
+            for each in by_layer.values() if self._expects_overflow else ():
                 each.left_out = 0
-            found = tell_covariances(stage, read_of)
-            if found is None:
+            covariances = tell_covariances(stage, by_layer)
+            if covariances is None:
                 warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=2)
-        return found or {}
+        return covariances or {}
 
     @property
     def _is_off(self) -> bool:
@@ -974,13 +976,13 @@ class LayerProbe(nn.Module):
                     self._places[each, name].reset()
 
     def _join_windows(self) -> None:
-        """Let the probe hold all that was observed, and not only what came since somebody read its window."""
+        """Let the probe hold all sums, not only the sums since a reader's last window."""
         with self._router.lock:
             self._windows.join()
 
     @contextlib.contextmanager
     def _only(self, reader: str, stage: str) -> Iterator[None]:
-        """Inside, the probe holds of a stage only what a reader has yet to read. Layers must not run inside."""
+        """Inside, the probe holds only a reader's unread sums of a stage. Layers must not run inside."""
         with self._router.lock, self._windows.only(reader, stage):
             yield
 
@@ -1015,7 +1017,7 @@ class LayerProbe(nn.Module):
             self.resume()
 
     def _count_by(self, stage_of: Callable[[bool], str | None] = stage_by_flag) -> None:
-        """Let a function of the training flag say in which stage a forward counts; None counts it in none."""
+        """Set the function from the training flag to the stage in which a forward counts, None for no stage."""
         self._steps.stage_of = stage_of
 
     @contextlib.contextmanager
@@ -1051,8 +1053,8 @@ class LayerProbe(nn.Module):
             TypeError: if the labels are no integer tensor.
             ValueError: if they are neither 1-D nor 2-D.
 
-        An output with another number of samples than labels, such as that of a chunk of the batch or of an
-        expert, is left out, with one warning for each layer.
+        An output with another number of samples than labels, such as the output for a chunk of the batch or of
+        an expert, is left out, with one warning for each layer.
 
         >>> from spectralmetrics import LinearProbeMetric
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -1126,21 +1128,21 @@ class LayerProbe(nn.Module):
                 f"expected `other` to probe layers of this probe, got {', '.join(map(repr, unknown))}; layers"
                 f" are {', '.join(map(repr, self._layers))}"
             )
-        mine, its = (
+        expected, got = (
             [described(name, metric) for name, metric in probe._templates.items()] for probe in (self, other)
         )
-        if mine != its:
-            raise ValueError(f"expected a probe with the metrics {mine} to merge, got {its}")
+        if expected != got:
+            raise ValueError(f"expected a probe with the metrics {expected} to merge, got {got}")
         with self._router.lock, other._router.lock:
             if self._router.is_merged or other._router.is_merged:
                 raise RuntimeError("expected probes with their own states to merge, got one inside merged()")
             self._join_windows()
             other._join_windows()
             pairs = [(self._places[place], each) for place, each in other._places.items() if each.has_data()]
-            for own, theirs in pairs:
-                check_places(own, theirs)
-            for own, theirs in pairs:
-                merge_places(own, theirs)
+            for own, added in pairs:
+                check_places(own, added)
+            for own, added in pairs:
+                merge_places(own, added)
             self._steps.go_beyond(other._steps)
             self._router.order += [name for name in other._router.order if name not in self._router.order]
 
@@ -1151,8 +1153,8 @@ class LayerProbe(nn.Module):
 
         ``dcp.save({"probe": probe.sharded()}, checkpoint_id=folder)`` saves it, and
         ``dcp.load({"probe": probe.sharded()}, checkpoint_id=folder)`` loads it on any number of processes, also
-        into a fresh probe: together the processes then hold the sums that were saved, each layer's on one of
-        them. What they held before is forgotten. All processes call both.
+        into a fresh probe: together the processes then hold the saved sums, each layer's on one process. They
+        forget earlier observations. All processes call both.
         """
 
         def agree() -> Agreement | None:
@@ -1186,7 +1188,7 @@ class LayerProbe(nn.Module):
             saving.give_to_leaders(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
-                if any(key.endswith(".sketch_image") for key in names):  # it had turned out wide
+                if any(key.endswith(".sketch_image") for key in names):  # it was too wide for a covariance
                     of_layer.sketch(self.sketch_size)
         order = saving.load_progress(state_dict, prefix, list(self._places.values()), self._steps)
         if order is not None:
@@ -1197,7 +1199,7 @@ class LayerProbe(nn.Module):
 
 
 def _of_arguments(function: Select) -> Select:
-    """A function of a layer's arguments as one of both kinds of them together."""
+    """A function of a layer's arguments, as a function of the pair of positional and named arguments."""
 
     def choose(arguments: Any) -> Any:
         args, kwargs = arguments
@@ -1206,8 +1208,8 @@ def _of_arguments(function: Select) -> Select:
     return choose
 
 
-def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Say how much of a model is not seen, if that is more than a remainder."""
+def _warn_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Warn about the share of a model's parameters that is not probed, if it is large."""
     share, names = unseen_parameters(model, chosen.values())
     if share > _UNSEEN:
         shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -1218,8 +1220,8 @@ def _tell_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 
 
 @functools.cache
-def _tell_fault() -> None:
-    """Say once in a process that the compiled sums of the install are not there any more."""
+def _warn_fault() -> None:
+    """Warn once in a process if the compiled sums of the install are missing."""
     if fault := compiled.fault():
         tell(f"sums in the memory of the CPU take about twice as long as they could: {fault}")
 
@@ -1232,12 +1234,12 @@ def read_probe(
     All processes enter together. Inside, the first one can read the sums of each layer.
 
     Args:
-        probe: to read.
+        probe: the probe to read.
         progress: see :meth:`LayerProbe.compute`.
         error: raised on all processes; None if this one has none.
 
     Raises:
-        RuntimeError: for what :meth:`LayerProbe.compute` raises.
+        RuntimeError: see :meth:`LayerProbe.compute`.
     """
     return probe._recorded(progress, error)
 
@@ -1251,11 +1253,11 @@ def group_of(probe: LayerProbe | None) -> Any:
 
 
 def keep_history(probe: LayerProbe, steps: int) -> None:
-    """Have a probe keep what each of the last forwards did, unless it does so already.
+    """Add a :class:`~spectralmetrics.HistoryMetric` to a probe that has none.
 
     Args:
         probe: a probe that has observed nothing.
-        steps: how many forwards to remember.
+        steps: number of forwards to remember.
 
     Raises:
         RuntimeError: if the probe has observed something.
@@ -1296,27 +1298,27 @@ def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerN
     """The sums of each layer since a reader's last window, in forward order; all processes call it.
 
     Args:
-        probe: to read; see :class:`~.windows.Windows`.
+        probe: the probe to read; see :class:`~.windows.Windows`.
         stage: ``"train"`` or ``"eval"``.
-        reader: who has opened a window of that stage.
+        reader: name of a reader with an open window of that stage.
 
     Returns:
-        For each layer with observations what findings are made from, and the scale in each forward.
+        For each layer with observations, the numbers for findings and the scale in each forward.
     """
     with probe._only(reader, stage):
-        found = probe._numbers(f"window of {reader}", stage, lambda place: scales_of(place.history))
-    read = [each for _, each in found.values() if each is not None]
-    return list(zip(probe._judged(each for _, each in read), (each for each, _ in read), strict=True))
+        by_layer = probe._numbers(f"window of {reader}", stage, lambda place: scales_of(place.history))
+    read = [each for _, each in by_layer.values() if each is not None]
+    return list(zip(probe._without_overflow(each for _, each in read), (each for each, _ in read), strict=True))
 
 
 def layer_by_hand(probe: LayerProbe, stage: str, layer: str, kind: str) -> LayerMetrics:
-    """The metrics of a layer whose rows come from no model, for whoever has them and calls ``update``.
+    """The metrics of a layer whose rows come from no model; the caller passes rows to ``update``.
 
     Args:
-        probe: the probe whose layer it is.
+        probe: the probe of the layer.
         stage: ``"train"`` or ``"eval"``.
-        layer: its name.
-        kind: what stands for its type.
+        layer: name of the layer.
+        kind: name in place of the layer's type.
     """
     probe._router.facts[layer] = LayerFacts(kind, None)
     probe._router.order.append(layer)
@@ -1328,9 +1330,9 @@ def _value_of(metric: Any) -> Any:
 
 
 def _spectra(places: Sequence[LayerMetrics]) -> dict[str, Spectrum]:
-    """Layer -> spectrum, also of layers of which all observations were left out."""
-    found = {place.layer: place.spectrum(with_left_out=True) for place in places}
-    return {layer: spectrum for layer, spectrum in found.items() if spectrum is not None}
+    """Layer -> spectrum, including layers whose observations were all left out."""
+    spectra = {place.layer: place.spectrum(with_left_out=True) for place in places}
+    return {layer: spectrum for layer, spectrum in spectra.items() if spectrum is not None}
 
 
 def _interval_of(metric: SpectralMetric) -> Interval:

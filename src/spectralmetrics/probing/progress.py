@@ -1,4 +1,4 @@
-"""A line on the screen for what takes long."""
+"""A progress line on the screen for long work."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PATIENCE = 3.0
 
 
 class LateBar:
-    """Says how far something has come, once it has taken more than a few seconds, if anybody can see it.
+    """Prints progress on a terminal once the work has taken more than a few seconds.
 
     Args:
-        label: what is being done.
+        label: name of the work.
 
     >>> bar = LateBar("reading layers")
     >>> bar(1, 3)

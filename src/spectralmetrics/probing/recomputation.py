@@ -1,4 +1,4 @@
-"""Forwards that run again in backward, as of a checkpoint, and what was decided when they ran first."""
+"""Decisions of forwards that run again in backward, such as those inside a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 class Recomputed:
     """Decisions of forwards that run without gradients inside a ``torch.autograd.Function``.
 
-    Such as a reentrant checkpoint, or a reversible network: its backward runs them again, with gradients, and
-    these belong to the forward. Which function runs, only frames tell.
+    Examples are a reentrant checkpoint and a reversible network. Their backward runs the forwards again, with
+    gradients, which belong to the first run. Only stack frames show which function runs.
     """
 
     def __init__(self) -> None:
         self._recorded: weakref.WeakKeyDictionary[Any, dict[str, deque[Any]]] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # what runs here does not run anywhere else
+        return type(self), ()  # the functions that run here do not run in another process
 
     def record(self, layer: str, awaited: Any) -> None:
-        """Note what was decided, for all functions whose forward this thread runs."""
+        """Store a decision for all functions whose forward this thread runs."""
         for context, is_backward in _running():
             if not is_backward:
                 self._recorded.setdefault(context, {}).setdefault(layer, deque()).append(awaited)
 
     def recorded(self, layer: str, default: Any) -> Any:
-        """The notes of the innermost function whose backward runs, in the order of the layer's calls."""
+        """The innermost running backward's next decision for a layer, in the order of the layer's calls."""
         for context, is_backward in _running():
             calls = self._recorded.get(context, {}).get(layer) if is_backward else None
             if calls:
@@ -41,7 +41,7 @@ class Recomputed:
 
 
 def _running() -> Iterator[tuple[Any, bool]]:
-    """The contexts of the autograd functions that this thread runs, the innermost first; whether backward."""
+    """Contexts of the autograd functions that this thread runs, innermost first, with True for a backward."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

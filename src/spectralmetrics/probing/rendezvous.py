@@ -1,6 +1,6 @@
-"""Processes tell each other something through their store, in any order, and without waiting for ever.
+"""Exchange between processes through their store, in any order, and with a limit to each wait.
 
-Collectives would pair what two processes tell of different layers, or wait for one that never runs a layer.
+Collectives would pair numbers of different layers, or wait for a process that never runs a layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from spectralmetrics.torch_private import default_store
 
 PATIENCE = 15.0  # seconds for which a process may run a layer later than another
-_LATER_PATIENCE = 1.0  # the same once one has not come
+_LATER_PATIENCE = 1.0  # the same after one process has not come
 
 _ALL, _SOME = b"all", b"some"
 
@@ -25,54 +25,54 @@ _PROBES: Counter[tuple[str, ...]] = Counter()  # a subject and names of layers -
 
 
 def key_of_probe(subject: str, layers: Collection[str]) -> str:
-    """A key for what a new probe tells in the store: alike on all processes, whatever others each of them has.
+    """A key in the store for a new probe: the same on all processes, whatever other probes they have.
 
     Args:
-        subject: of what is told.
-        layers: names, the same on all these processes.
+        subject: name of the subject that is exchanged.
+        layers: names of the layers, the same on all these processes.
     """
-    _PROBES[place := (subject, *sorted(layers))] += 1
-    return f"spectralmetrics/{subject}/{zlib.crc32(repr(place[1:]).encode())}/{_PROBES[place]}"
+    _PROBES[kind := (subject, *sorted(layers))] += 1
+    return f"spectralmetrics/{subject}/{zlib.crc32(repr(kind[1:]).encode())}/{_PROBES[kind]}"
 
 
-class Told(NamedTuple):
-    """The answers of processes.
+class Gathered(NamedTuple):
+    """The numbers of several processes.
 
     Attributes:
-        of: rank -> numbers, the earliest first.
-        is_all: whether all have told theirs in time, on which they agree.
+        by_rank: rank -> numbers, the earliest first.
+        is_all: True if all processes sent theirs in time; the same on all of them.
     """
 
-    of: dict[int, list[int]]
+    by_rank: dict[int, list[int]]
     is_all: bool
 
     def up_to(self, rank: int) -> list[tuple[int, list[int]]]:
-        """The ranks and numbers up to those of a process, which come last."""
-        ranks = list(self.of)
-        return [(each, self.of[each]) for each in ranks[: ranks.index(rank) + 1]]
+        """Ranks and numbers, up to and including a process."""
+        ranks = list(self.by_rank)
+        return [(each, self.by_rank[each]) for each in ranks[: ranks.index(rank) + 1]]
 
 
 class Rendezvous:
-    """Numbers that processes tell each other about layers.
+    """Exchanges numbers about layers between processes.
 
     Args:
-        layers: names, the same on all these processes.
+        layers: names of the layers, the same on all these processes.
     """
 
     def __init__(self, layers: Collection[str]) -> None:
         self._patience = PATIENCE
         self._key = key_of_probe("told", layers)
 
-    def ask(self, topic: str, numbers: Sequence[int], ranks: Sequence[int]) -> Told:
-        """Tell this process' numbers to some processes, and hear theirs.
+    def gather(self, topic: str, numbers: Sequence[int], ranks: Sequence[int]) -> Gathered:
+        """Send this process' numbers to some processes, and receive theirs.
 
         Args:
-            topic: that the numbers are about; told once.
-            numbers: this process'.
-            ranks: the processes, this one among them.
+            topic: name of the topic; used for one exchange only.
+            numbers: numbers of this process.
+            ranks: the processes, including this one.
 
         Raises:
-            RuntimeError, AttributeError: where there is no store.
+            RuntimeError, AttributeError: if there is no store.
         """
         store, key = default_store(), f"{self._key}/{topic}"
         keys = {rank: f"{key}/{rank}" for rank in ranks}
@@ -80,17 +80,17 @@ class Rendezvous:
         turn = store.add(f"{key}/turn", 1)
         store.set(keys[dist.get_rank()], json.dumps([turn, *numbers]))
         if store.check([decision]) and store.get(decision) == _SOME:
-            word = _SOME
+            outcome = _SOME
         else:
             try:
                 store.wait(list(keys.values()), timedelta(seconds=self._patience))
-                word = _ALL
-            except RuntimeError:  # as a timeout is one
-                word = _SOME
-            # The first to decide does so for all.
-            word = store.compare_set(decision, "", word.decode())
-        if word == _SOME:
+                outcome = _ALL
+            except RuntimeError:  # such as a timeout
+                outcome = _SOME
+            # The first decision counts for all processes.
+            outcome = store.compare_set(decision, "", outcome.decode())
+        if outcome == _SOME:
             self._patience = _LATER_PATIENCE
-        there = [rank for rank in ranks if word == _ALL or store.check([keys[rank]])]
-        turns = sorted((*json.loads(store.get(keys[rank])), rank) for rank in there)
-        return Told({rank: numbers for _, *numbers, rank in turns}, word == _ALL)
+        present = [rank for rank in ranks if outcome == _ALL or store.check([keys[rank]])]
+        turns = sorted((*json.loads(store.get(keys[rank])), rank) for rank in present)
+        return Gathered({rank: numbers for _, *numbers, rank in turns}, outcome == _ALL)

@@ -13,8 +13,8 @@ class Routed(NamedTuple):
     """The arguments of a module of experts.
 
     Attributes:
-        states: (T, D).
-        experts: (T, k), those of each token.
+        states: (T, D), the tokens.
+        experts: (T, k), the experts of each token.
         cast: name of the dtype that autocast computes in; empty without it.
     """
 
@@ -24,17 +24,17 @@ class Routed(NamedTuple):
 
 
 class Choose:
-    """Takes out of the arguments of a module's forward what goes to which expert; traced by Dynamo."""
+    """Selects tokens and their experts from the arguments of a module's forward; traced by Dynamo."""
 
     def __init__(self, module: nn.Module) -> None:
         self._names = arguments_of(module)[:2]
         accelerator = torch.accelerator.current_accelerator()
         devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-        # Told beforehand, since the Dynamo of torch 2.8 does not trace the question.
+        # Read here, since Dynamo of torch 2.8 cannot trace this call.
         self._casting = tuple(each for each in devices if torch.amp.is_autocast_available(each))
 
     def __call__(self, arguments: Any) -> Routed:
-        """The arguments as they were given."""
+        """The tokens and experts of a call."""
         args, kwargs = arguments
         states, index = (
             args[place] if place < len(args) else kwargs[name] for place, name in enumerate(self._names)
@@ -47,7 +47,7 @@ class Choose:
 
 
 def arguments_of(module: nn.Module) -> tuple[str, ...]:
-    """The arguments of the forward of a module's type."""
+    """Names of the arguments of a module's forward, as its type defines them."""
     try:
         return tuple(inspect.signature(type(module).forward).parameters)[1:]
     except (TypeError, ValueError):  # not written in Python

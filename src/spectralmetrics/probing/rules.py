@@ -64,11 +64,11 @@ class ObservationRule:
         """The first floating tensor of an output, samples first.
 
         Args:
-            module: the layer that put it out; None for a tensor that is no layer's output: (N, D), (N, T, D) or
+            module: the layer of the output; None for a tensor that is no layer's output: (N, D), (N, T, D) or
                 (N, C, *spatial).
             output: a tensor, a packed sequence, or a nest of tuples, lists, mappings and dataclasses.
             mask: (N, T) boolean, True for valid steps; used where it fits, see :meth:`Batch.masked`.
-            time_first: whether a sequence is (T, N, D), where the layer's type does not tell.
+            time_first: True if a sequence is (T, N, D); used where the layer's type does not decide it.
             dims: finds the dimension of the features; None goes by the layer alone.
 
         Raises:
@@ -80,14 +80,14 @@ class ObservationRule:
         if isinstance(values, PackedSequence):
             padded, lengths = pad_packed_sequence(values._replace(data=values.data.detach()), batch_first=True)
             return Batch("sequence", padded, up_to(lengths, padded))
-        # A DTensor that comes here is whole: processes that share one have made parts of it.
+        # A DTensor here is whole: processes that share one pass a `Part` of it.
         values = part_of(values).local if is_dtensor(values) else values.detach()
         if values.is_nested:
             values, valid, ragged = padded_nested(values)
             found = Found(values.ndim - 1)
             if values.ndim > 3 and module is not None:
                 found = self._dims(module, dims).find(values)
-            if found.dim in (0, ragged):  # sizes that differ are no features
+            if found.dim in (0, ragged):  # a dimension with different sizes does not hold features
                 found = Found(max({*range(1, values.ndim)} - {ragged}))
             if values.ndim == 3:
                 return Batch("sequence", values.movedim(found.dim, 2), valid)
@@ -118,12 +118,12 @@ class Batch:
         values: the tensor.
         valid: boolean, True for valid steps, (N, T) for sequences and (N, *spatial) for maps; None if all are.
         labels: (N,) or, for sequences, (N, T); None if there are none.
-        is_feature_map: whether these are maps of two or three spatial dimensions that came with their
-            channels first: only these can be interpolated.
-        guessed_dim: the dimension of the output that was taken for the features, where nothing told for sure.
-        was_flat: whether this is a sequence that came as (N·T, D).
-        order: the dimensions of the output in the order of those of ``values``, -1 for one that it has not; of
-            flattened tokens (0, 1, 1), or (1, 0, 1) where time is first.
+        is_feature_map: True for maps of two or three spatial dimensions that came with their channels first:
+            only these can be interpolated.
+        guessed_dim: the dimension of the output taken for the features, if it was guessed.
+        was_flat: True for a sequence that came as (N·T, D).
+        order: for each dimension of ``values`` the dimension of the output, -1 if the output does not have it;
+            (0, 1, 1) for flattened tokens, or (1, 0, 1) if time is first.
     """
 
     kind: Literal["rows", "maps", "sequence"]
@@ -141,11 +141,11 @@ class Batch:
         return self.values.shape[0]
 
     def masked(self, mask: Tensor, time_first: bool = False) -> Batch:
-        """With the steps of a mask, where it fits; the batch itself elsewhere.
+        """The batch with the valid steps of a mask; unchanged if the mask does not fit.
 
-        It fits sequences (N, T, D), (T, N, D) unless T = N, tokens that have been flattened to (N·T, D), or to
-        (T·N, D) where time is first, and outputs with N samples and one dimension T besides the features, such
-        as the heads (N, H, T, d) of an attention; no feature maps.
+        A mask fits sequences (N, T, D), (T, N, D) unless T = N, tokens flattened to (N·T, D), or to (T·N, D) if
+        time is first, and outputs with N samples and one dimension T besides the features, such as the heads
+        (N, H, T, d) of an attention. It never fits feature maps.
         """
         samples, steps = mask.shape
         values = self.values
@@ -159,7 +159,7 @@ class Batch:
         if self.kind == "sequence":
             order = self.order
             if values.shape[:2] == (steps, samples) and steps != samples:
-                values = values.transpose(0, 1)  # time first, although the layer's type does not tell
+                values = values.transpose(0, 1)  # time first, although the layer's type does not say so
                 order = (*order[1::-1], *order[2:])
             elif values.shape[:2] != mask.shape:
                 return self
@@ -178,7 +178,7 @@ class Batch:
         return replace(self, valid=flags.expand(len(valid), *values.shape[2:]))
 
     def first(self, num_samples: int) -> Batch:
-        """The first samples only, with what belongs to them."""
+        """The first samples only, with their mask and labels."""
         if num_samples >= self.num_samples:
             return self
         valid = None if self.valid is None else self.valid[:num_samples]
@@ -186,10 +186,10 @@ class Batch:
         return replace(self, values=self.values[:num_samples], valid=valid, labels=labels)
 
     def limit(self, rule: ObservationRule) -> int | None:
-        """The number of observations to draw of an output too large to interpolate; None for all.
+        """The number of observations to draw from a large output that is not interpolated; None for all.
 
-        As many as of feature maps of ``max_map_size`` in each extent. Gradients are never interpolated: their
-        scale belongs to each position.
+        It is the number of positions in feature maps of ``max_map_size`` in each extent. Gradients are never
+        interpolated: their scale belongs to each position.
         """
         if self.kind != "maps" or rule.feature_maps != "positions" or rule.max_map_size is None:
             return None
@@ -200,7 +200,7 @@ class Batch:
         return self.num_samples * most if math.prod(spatial) > most else None
 
     def observations(self, rule: ObservationRule) -> Observations:
-        """The observations that this batch stands for."""
+        """The observations of this batch."""
         if self.kind == "maps":
             return _observe_maps(self, rule)
         if self.kind == "sequence":
@@ -211,9 +211,9 @@ class Batch:
         """The labelled observations: steps if each has a label, or else the mean of each sample."""
         if self.labels is None:
             return None
-        seen = self.observations(_STEPS if self.labels.ndim == 2 else _MEANS)
-        labels = self.labels.reshape(-1).to(seen.values.device)
-        return Observations(seen.values, seen.feature_dim, seen.valid, labels=labels)
+        observed = self.observations(_STEPS if self.labels.ndim == 2 else _MEANS)
+        labels = self.labels.reshape(-1).to(observed.values.device)
+        return Observations(observed.values, observed.feature_dim, observed.valid, labels=labels)
 
 
 _STEPS = ObservationRule()
@@ -243,7 +243,7 @@ def _samples_first(values: Tensor, found: Found, takes_sequences: bool, time_fir
 
 
 def _observe_maps(batch: Batch, rule: ObservationRule) -> Observations:
-    # Each map is pooled as it is; only what keeps its positions is shrunk.
+    # Maps are pooled in full size; only maps that keep their positions are shrunk.
     maps, how = batch.values, rule.feature_maps
     valid = None if batch.valid is None else batch.valid.flatten(1)  # (N, positions)
     if how in ("mean", "max", "median"):
@@ -266,7 +266,7 @@ def _observe_maps(batch: Batch, rule: ObservationRule) -> Observations:
 
 
 def _pool_valid(flat: Tensor, valid: Tensor, how: str) -> Tensor:
-    """As without a mask, of the valid positions, (N, C, positions) and (N, 1, positions)."""
+    """Pool the valid positions only; ``flat`` is (N, C, positions) and ``valid`` (N, 1, positions)."""
     number = valid.sum(2)
     if how == "mean":
         return torch.where(valid, flat, 0).sum(2) / number.clamp(min=1)
@@ -280,7 +280,7 @@ def _pool_valid(flat: Tensor, valid: Tensor, how: str) -> Tensor:
 
 
 def _lower_median(flat: Tensor) -> Tensor:
-    """As ``torch.median`` along the last dimension, which has no deterministic way on CUDA."""
+    """As ``torch.median`` along the last dimension, which is not deterministic on CUDA."""
     ordered = flat.sort(-1).values  # NaN comes last, and makes the median NaN
     middle = ordered[..., (flat.shape[-1] - 1) // 2]
     return torch.where(ordered[..., -1].isnan(), torch.nan, middle)
@@ -315,5 +315,5 @@ def _observe_sequence(values: Tensor, valid: Tensor | None, how: Sequences) -> O
 
 
 def _in_full(values: Tensor) -> Tensor:
-    """Half-precision values in float32, so that sums of them keep their digits."""
+    """Half-precision values as float32, so that their sums keep their digits."""
     return values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)

@@ -37,7 +37,7 @@ def save_progress(
         prefix: the prefix of its keys.
         places: all layers in all stages.
         steps: the steps of the model.
-        order: the layers that have run, by number, in the order of their first run.
+        order: numbers of the layers that have run, in the order of their first run.
     """
     rows = [[p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran] for p in places]
     destination[prefix + "progress"] = torch.tensor(rows, dtype=torch.int64)
@@ -49,10 +49,10 @@ def save_progress(
 def load_progress(
     state_dict: dict[str, Any], prefix: str, places: Sequence[LayerMetrics], steps: Steps
 ) -> list[int] | None:
-    """Take the progress of all layers out of a state dict; return the order of the layers, None if it has none.
+    """Take the progress of all layers out of a state dict; return the order of layers, None if there is none.
 
     Raises:
-        ValueError: for the state of another number of layers.
+        ValueError: if the state has another number of layers.
     """
     progress = state_dict.pop(prefix + "progress", None)
     order = state_dict.pop(prefix + "forward_order", None)
@@ -69,14 +69,14 @@ def load_progress(
         place.given_up = "before it was saved" if given_up else ""
     if counts is not None:  # 0.1.0 counted the forwards of each layer alone
         # Up to 0.2.0 there were two rows.
-        known = (steps.counts, steps.epochs, steps.forwards, steps.alone)
-        for kept, numbers in zip(known, counts.tolist(), strict=False):
-            kept.update(zip(kept, numbers, strict=True))
+        counters = (steps.counts, steps.epochs, steps.forwards, steps.alone)
+        for counter, numbers in zip(counters, counts.tolist(), strict=False):
+            counter.update(zip(counter, numbers, strict=True))
     return [] if order is None else [int(index) for index in order.tolist()]
 
 
 def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetrics) -> None:
-    """Name saved states after the metrics that lead now: where others have joined, it may have been another."""
+    """Rename saved states after the metrics that lead now; when the states were saved, others may have led."""
     for leader, *others in of_layer.templates.groups:
         for state in (*defaults(of_layer.leader_of[leader]), "draws", "deals") if others else ():
             for name in others:
@@ -87,16 +87,15 @@ def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetr
 class Sharded:
     """A probe's state on all processes, for ``torch.distributed.checkpoint``, which saves its parts.
 
-    The keys are the same for any probe on any number of processes: a fresh one must ask for them before it
-    knows what was saved. Each layer is in one of so many buckets, by its name, and each process saves and loads
-    some of these.
+    The keys are the same for any probe on any number of processes: a fresh probe must name them before it reads
+    anything. Each layer is in one bucket, by its name, and each process saves and loads some buckets.
 
     Args:
         places: (stage, layer) -> metrics of this process.
-        agree: gives what the processes agree on; None on a process by itself.
+        agree: makes the agreement of the processes; None if there is one process only.
         steps: the steps of the model.
         order: the layers that have run here, in the order of their first run; written to.
-        remembered: by readers of windows, the same on all processes; written to.
+        remembered: memory of the readers of windows, the same on all processes; written to.
         reset: forgets all observations.
     """
 
@@ -133,21 +132,21 @@ class Sharded:
                         for place in merged:
                             buckets[_bucket(place)][place] = _pack(agreement.places[place])
             for place, of_layer in agreement.places.items():
-                for name, states in _of_others(of_layer).items():  # on all processes, in one order
+                for name, states in _states_of_others(of_layer).items():  # on all processes, in one order
                     if _bucket(place) in buckets:
                         packed = buckets[_bucket(place)].setdefault(place, _Packed(None, {}, {}))
                         packed.others[name] = states
         progress = self._progress()
-        told = [progress] if agreement is None else gather_objects(progress, agreement.group)
+        gathered = [progress] if agreement is None else gather_objects(progress, agreement.group)
         order = self._order if agreement is None else agreement.layers
-        found = {
+        sums = {
             f"sums.{bucket:02d}": _to_bytes({k: vars(v) for k, v in held.items()})
             for bucket, held in buckets.items()
         }
-        return found | {"progress": _to_bytes(_together(told, order))}
+        return sums | {"progress": _to_bytes(_together(gathered, order))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
-        """Take this process' share; all processes call it together, and hold together what was saved.
+        """Load this process' share; all processes call it together, and together hold the saved sums.
 
         Raises:
             ValueError: for sums of layers that no process probes, or of metrics with other settings.
@@ -173,7 +172,7 @@ class Sharded:
         self._go_on(_from_bytes(state_dict["progress"]), 1 if agreement is None else agreement.world)
 
     def _go_on(self, progress: Mapping[str, Any], world: int) -> None:
-        """Take over how far the layers were."""
+        """Restore the progress of the layers."""
         for place, of_layer in self._places.items():
             if place in progress["places"]:
                 of_layer.forwards, samples, of_layer.epoch, of_layer.ran, batches = progress["places"][place]
@@ -184,21 +183,21 @@ class Sharded:
                         leader._batches, leader._dealt = numbers
         own = {layer for _, layer in self._places}
         self._order[:] = [name for name in progress["order"] if name in own]
-        for kept, numbers in zip(self._counted(), progress["steps"], strict=True):
-            kept.update(numbers)
+        for counter, numbers in zip(self._counters(), progress["steps"], strict=True):
+            counter.update(numbers)
         take_over(progress["memory"], self._remembered, self._steps)
 
     def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
-        """Sums of this process' layers: those it has loaded, and some that others have and cannot hold."""
+        """Sums of this process' layers: loaded here, or by a process that does not probe the layer."""
         if agreement is None:
             missing = sorted({layer for _, layer in held.keys() - self._places.keys()})
         else:
-            told = gather_objects((list(held), list(self._places)), agreement.group)
+            gathered = gather_objects((list(held), list(self._places)), agreement.group)
             targets: dict[Place, int] = {}
-            for rank, (loaded, _) in enumerate(told):
+            for rank, (loaded, _) in enumerate(gathered):
                 for place in loaded:
-                    having = [other for other, (_, probed) in enumerate(told) if place in probed]
-                    targets[place] = rank if rank in having else min(having, default=-1)
+                    probing = [other for other, (_, probed) in enumerate(gathered) if place in probed]
+                    targets[place] = rank if rank in probing else min(probing, default=-1)
             missing = sorted({layer for (_, layer), target in targets.items() if target < 0})
         if missing:
             raise ValueError(
@@ -207,19 +206,18 @@ class Sharded:
             )
         if agreement is None:
             return held
-        astray = [
-            (rank, place) for rank, (loaded, _) in enumerate(told) for place in loaded if targets[place] != rank
-        ]
-        found = {place: packed for place, packed in held.items() if targets[place] == agreement.rank}
-        for rank, place in astray:  # one at a time: they may be large
+        pairs = [(rank, place) for rank, (loaded, _) in enumerate(gathered) for place in loaded]
+        to_send = [(rank, place) for rank, place in pairs if targets[place] != rank]
+        delivered = {place: packed for place, packed in held.items() if targets[place] == agreement.rank}
+        for rank, place in to_send:  # one at a time: they may be large
             (packed,) = [
                 each
                 for each in gather_objects(held[place] if rank == agreement.rank else None, agreement.group)
                 if each is not None
             ]
             if targets[place] == agreement.rank:
-                found[place] = packed
-        return found
+                delivered[place] = packed
+        return delivered
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -233,11 +231,11 @@ class Sharded:
                 )
                 for place, each in self._places.items()
             },
-            "steps": tuple(map(dict, self._counted())),
+            "steps": tuple(map(dict, self._counters())),
             "memory": memory(self._remembered, self._steps),
         }
 
-    def _counted(self) -> tuple[dict[str, int], ...]:
+    def _counters(self) -> tuple[dict[str, int], ...]:
         return self._steps.counts, self._steps.epochs, self._steps.forwards, self._steps.alone
 
 
@@ -249,7 +247,7 @@ class _Packed:
     """The sums of one layer in one stage.
 
     Attributes:
-        sketch_size: the size of sketches that are kept for the width's sake.
+        sketch_size: the columns of sketches of a layer that is too wide for a covariance; None for others.
         sums: leader -> states.
         others: metric of another library -> states.
     """
@@ -272,14 +270,14 @@ def _pack(of_layer: LayerMetrics) -> _Packed:
     return _Packed(of_layer.sketch_size, sums, {})
 
 
-def _of_others(of_layer: LayerMetrics) -> dict[str, dict[str, Any]]:
-    """The states of metrics of other libraries, merged by themselves."""
-    found: dict[str, dict[str, Any]] = {}
+def _states_of_others(of_layer: LayerMetrics) -> dict[str, dict[str, Any]]:
+    """The states of other libraries' metrics, which these metrics merge themselves."""
+    merged: dict[str, dict[str, Any]] = {}
     for name, metric in of_layer.leader_of.items():
         if not isinstance(metric, SpectralMetric):
             with metric.sync_context():
-                found[name] = copy.deepcopy(metric.metric_state)
-    return found
+                merged[name] = copy.deepcopy(metric.metric_state)
+    return merged
 
 
 def _unpack(packed: _Packed, of_layer: LayerMetrics) -> None:
@@ -315,23 +313,23 @@ def _moved(sums: Sum, device: torch.device | None) -> Sum:
     return sums if device is None else sums.map(lambda tensor: tensor.to(device))
 
 
-def _together(told: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
+def _together(gathered: Sequence[dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
     """The progress of all processes: the furthest of each layer, so that nothing is drawn twice."""
     places: dict[Place, tuple[int, int, int, int, dict[str, tuple[int, ...]]]] = {}
-    for place in dict.fromkeys(place for each in told for place in each["places"]):
-        known = [each["places"][place] for each in told if place in each["places"]]
-        forwards, samples, epochs, ran, batches = zip(*known, strict=True)
+    for place in dict.fromkeys(place for each in gathered for place in each["places"]):
+        of_processes = [each["places"][place] for each in gathered if place in each["places"]]
+        forwards, samples, epochs, ran, batches = zip(*of_processes, strict=True)
         furthest = {
             name: tuple(map(max, zip(*(each[name] for each in batches), strict=True))) for name in batches[0]
         }
         places[place] = (max(forwards), sum(samples), max(epochs), max(ran), furthest)
     steps = [
-        {stage: max(each["steps"][kind][stage] for each in told) for stage in told[0]["steps"][kind]}
-        for kind in range(len(told[0]["steps"]))
+        {stage: max(each["steps"][kind][stage] for each in gathered) for stage in gathered[0]["steps"][kind]}
+        for kind in range(len(gathered[0]["steps"]))
     ]
-    seen = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
-    order = [name for name in order if name in seen]
-    return {"places": places, "steps": steps, "order": order, "memory": told[0]["memory"]}
+    have_run = {layer for (_, layer), (forwards, *_) in places.items() if forwards}
+    order = [name for name in order if name in have_run]
+    return {"places": places, "steps": steps, "order": order, "memory": gathered[0]["memory"]}
 
 
 def _bucket(place: Place) -> int:

@@ -55,14 +55,14 @@ def select_among(
     exclude: Selectors | None,
     parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, nn.Module]:
-    """The layers of :func:`select_layers`, of modules that are known already.
+    """As :func:`select_layers`, among given modules.
 
     Args:
         model: the model that they are part of.
         modules: modules by qualified name.
         layers: see :func:`select_layers`.
         exclude: likewise.
-        parts: name -> names of the modules that are meant by it.
+        parts: name -> names of the modules that it selects instead of its own.
     """
 
     def matching(selectors: Selectors | None, default: Iterable[Selector]) -> set[str]:
@@ -73,7 +73,7 @@ def select_among(
     unwanted = {modules[name] for name in dropped}
     left: dict[str, nn.Module] = {}
     for name, module in modules.items():
-        # A module of several names is taken once, by the first that was chosen.
+        # A module with several names is taken once, by its first chosen name.
         if name in chosen and module not in unwanted and not any(module is other for other in left.values()):
             left[name] = module
     if not left:
@@ -96,7 +96,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def root_name(model: nn.Module) -> str:
-    """The name of the model itself: that of its type, with ``" (model)"`` behind it if a child has that name.
+    """The name of the model itself: its type's name, with ``" (model)"`` behind it if a child has that name.
 
     >>> root_name(nn.Linear(2, 2)), root_name(nn.ModuleDict({"ModuleDict": nn.ReLU()}))
     ('Linear', 'ModuleDict (model)')
@@ -129,9 +129,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 def unseen_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> tuple[float, list[str]]:
     """The share of a model's parameters in layers of types that are not probed by default, and their names.
 
-    What counts are matrices and larger tensors that a module holds itself, without probed layers inside: the
-    weights of experts in one tensor, or of a linear layer of the user's own. Embeddings do not count, nor do
-    vectors, such as those of norms, nor what a module adds to probed layers that it contains.
+    It counts matrices and larger tensors that a module without probed layers inside holds itself: the weights
+    of experts in one tensor, or of a user's own linear layer. It does not count embeddings, vectors such as the
+    weights of norms, or the own parameters of a module with probed layers inside.
 
     >>> import torch
     >>> class Experts(nn.Module):
@@ -164,7 +164,7 @@ def _as_sequence(
     selectors: Selectors | None, default: Iterable[Selector], modules: Mapping[str, nn.Module]
 ) -> list[Selector]:
     if selectors is None:
-        # A default type that the model does not have is no mistake.
+        # A default type that the model does not have is no error.
         return [s for s in default if isinstance(s, type) and any(isinstance(m, s) for m in modules.values())]
     if isinstance(selectors, str) or not isinstance(selectors, Sequence):
         return [selectors]
@@ -173,14 +173,14 @@ def _as_sequence(
 
 def _matches(modules: Mapping[str, nn.Module], selector: Selector) -> set[str]:
     if isinstance(selector, str):
-        found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
+        names = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
     elif isinstance(selector, type):
-        found = {name for name, module in modules.items() if isinstance(module, selector)}
+        names = {name for name, module in modules.items() if isinstance(module, selector)}
     elif callable(selector) and not isinstance(selector, nn.Module):
-        found = {name for name, module in modules.items() if selector(name, module)}
+        names = {name for name, module in modules.items() if selector(name, module)}
     else:
         raise TypeError(f"expected a pattern, a module type or a callable to select layers, got {selector!r}")
-    if not found:
+    if not names:
         raise ValueError(f"no layer matches {_describe(selector)}{_suggestion(modules, selector)}")
     root = next(iter(modules.values()))
     uncalled = {
@@ -190,7 +190,7 @@ def _matches(modules: Mapping[str, nn.Module], selector: Selector) -> set[str]:
         for inner, _ in module.named_modules()
         if inner
     }
-    return {name for name in found if name not in uncalled or name == selector}
+    return {name for name in names if name not in uncalled or name == selector}
 
 
 def _describe(selector: Selector) -> str:

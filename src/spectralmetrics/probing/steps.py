@@ -25,10 +25,10 @@ class Forward:
 
     Attributes:
         number: the number of the forward, in its stage and since the last reset.
-        is_observed: whether its layers are.
-        ever: its number in its stage since the beginning; -1 if no history is to hold it.
-        groups: metric, by its ``id`` -> number of the group that it keeps what it is shown in this forward in.
-        calls: layer -> how often it has run in this forward, where processes share it.
+        is_observed: True if its layers are observed.
+        ever: its number in its stage since the beginning; -1 if histories leave it out.
+        groups: ``id`` of a metric -> number of the group for the metric's observations in this forward.
+        calls: layer -> number of its calls in this forward, where processes share it.
     """
 
     number: int
@@ -46,10 +46,10 @@ class Moment(NamedTuple):
         groups: see :meth:`Steps.groups`.
         number: number of the model's forward for histories; None where no metric keeps one.
         step: step of the optimiser.
-        mask: laid beside the model.
-        labels: likewise.
-        is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
-        call: how many times the layer has run before in this forward of the model, where processes share it.
+        mask: the mask given beside the model.
+        labels: the labels given beside the model.
+        is_idle: True if this process only takes part, since others share the forward, and keeps nothing.
+        call: number of earlier calls of the layer in this forward of the model, where processes share it.
     """
 
     forward: int
@@ -63,27 +63,26 @@ class Moment(NamedTuple):
 
 
 class Thread(threading.local):
-    """The state of one thread: the forward that runs in it, and whether it observes."""
+    """The state of one thread: the forward that runs in it, and True while it observes."""
 
     current: Forward | None = None
     observing = False
 
 
 class Steps:
-    """Counts the forwards of a model and says which are observed.
+    """Counts the forwards of a model and decides which are observed.
 
     Args:
-        every: one in so many is observed.
+        every: one in so many forwards is observed.
         seed: seed of the random draws.
-        budget: that must allow it, too.
+        budget: must allow an observed forward, too; None for no budget.
 
     Attributes:
-        stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback sets
-            it, which knows more than the flag.
-        shares: says whether other processes share forwards of the model, and so must observe the same.
+        stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback may
+            replace it.
+        shares: returns True if other processes share forwards of the model, and so must observe the same.
         thread: the forward of the model that runs in this thread.
-        agreed: one in how many, and the seed, as processes that share forwards have agreed; None goes by what
-            is set.
+        agreed: ``every`` and ``seed`` on which processes that share forwards have agreed; None uses their own.
     """
 
     stage_of: Callable[[bool], str | None]
@@ -100,12 +99,12 @@ class Steps:
         self._is_watching = False
         self.forwards = {"train": 0, "eval": 0}  # ever
         self.alone = {"train": 0, "eval": 0}  # one more than the last number of a layer run by itself
-        self.step: int | None = None  # of the optimiser, as far as somebody tells
+        self.step: int | None = None  # of the optimiser; None until it is set
         self.agreed: tuple[int, int] | None = None
         self.thread = Thread()
 
     def enter(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        """A forward of the model begins."""
+        """Begin a forward of the model."""
         if in_backward() or is_inferring_shapes():  # a checkpoint's recomputation
             return
         stage = self.stage_of(training)
@@ -114,31 +113,31 @@ class Steps:
             return
         step = self.counts[stage]
         self.counts[stage] += 1
-        # In the place of what an interrupted forward, after which no hook is called, has left.
         every, seed = self.agreed or (self.every, self.seed)
-        is_seen = is_observed(step, every, (seed, stage, self.epochs[stage]))
+        is_due = is_observed(step, every, (seed, stage, self.epochs[stage]))
         if self.budget is not None:
-            is_seen = self._allows(stage, step) and is_seen
-        # Not the mode inside: a checkpoint that recomputes runs its layers without gradients the first time.
+            is_due = self._allows(stage, step) and is_due
+        # The mode inside the model does not decide: a checkpoint first runs its layers without gradients.
         counts = stage != "train" or torch.is_grad_enabled()
         self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
-        self.thread.current = Forward(step, is_seen, self.forwards[stage] if counts else -1)
+        # An interrupted forward calls no hook at its end: this replaces it.
+        self.thread.current = Forward(step, is_due, self.forwards[stage] if counts else -1)
         self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        """The forward that began last ends."""
+        """End the forward that began last."""
         if not in_backward():
             self.thread.current = None
 
     def groups(self) -> dict[int, int]:
-        """The groups of the forward of the model that runs in this thread; of its own for a call outside."""
+        """The groups of the model's forward that runs in this thread; a new dict outside of one."""
         current = self._current()
         return {} if current is None else current.groups
 
     def forward(self) -> int | None:
         """The number of the model's forward for histories, which no reset changes; None outside of one.
 
-        -1 for one of a training mode that has no gradients, such as a rollout.
+        -1 for a forward in training mode without gradients, such as a rollout.
         """
         current = self._current()
         return None if current is None else current.ever
@@ -152,10 +151,10 @@ class Steps:
         return current.calls[layer] - 1
 
     def alone_after(self, number: int, stage: str) -> int:
-        """The number for histories of a forward of a layer by itself: later than all before it.
+        """The number, for histories, of a layer's forward outside the model's: larger than all earlier numbers.
 
         Args:
-            number: the least that it may be, one more than the layer's last.
+            number: the smallest number to return, one more than the layer's last.
             stage: the stage of the layer.
         """
         number = max(number, self.forwards[stage])
@@ -163,7 +162,7 @@ class Steps:
         return number
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
-        """Decides whether to observe a layer's forward; its number counts where the model itself is not run."""
+        """True if a layer's forward is observed; its number only matters outside of the model's forwards."""
         current = self._current()
         if current is not None:
             return current.is_observed
@@ -183,7 +182,7 @@ class Steps:
         return self.every > 1 or self.budget is not None or (self.agreed or (1,))[0] > 1
 
     def rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
-        """The number of rows to draw for each feature, as asked for and as the budget allows; None for all."""
+        """The rows to draw for each feature: as wanted, or fewer if the budget allows fewer; None for all."""
         allowed = None if self.budget is None else self.budget.rows_per_feature(stage)
         if allowed is None or wanted is None:
             return wanted if allowed is None else allowed
@@ -197,27 +196,27 @@ class Steps:
         self.epochs[stage] += 1
 
     def go_beyond(self, other: Steps) -> None:
-        """Number the next forwards for histories behind those that other steps have counted, too."""
-        for mine, its in ((self.forwards, other.forwards), (self.alone, other.alone)):
-            mine.update({stage: max(number, its[stage]) for stage, number in mine.items()})
+        """Number the next forwards, for histories, after all that other steps have counted."""
+        for own, others in ((self.forwards, other.forwards), (self.alone, other.alone)):
+            own.update({stage: max(number, others[stage]) for stage, number in own.items()})
 
     def agree_on_plans(self, group: Any) -> None:
-        """Have processes that share forwards follow the plan of the group's first; all call it together."""
+        """Follow the plans of the group's first process if forwards are shared; all processes call it."""
         if self.budget is None:
             return
         plans = [self.budget.propose(stage) for stage in self.counts]
-        told = [
+        proposed = [
             number for plan in plans for number in (plan.every, plan.draws, round(1024 * plan.rows_per_feature))
         ]
-        is_first = dist.get_rank(group) == 0
-        numbers = torch.tensor(told if is_first else [-1] * len(told), device=communication_device(group))
+        own = proposed if dist.get_rank(group) == 0 else [-1] * len(proposed)
+        numbers = torch.tensor(own, device=communication_device(group))
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
         if self.shares():
             for stage, (every, draws, rows) in zip(self.counts, numbers.view(-1, 3).tolist(), strict=True):
                 self.budget.follow(stage, Plan(0, every, bool(draws), rows / 1024))
 
     def watch(self, model: nn.Module, hooks: Hooks) -> None:
-        """Put hooks on the model, once. To be called after its layers have theirs."""
+        """Put hooks on the model, once; call it after its layers have theirs."""
         if self._is_watching:
             return
         self._is_watching = True
@@ -227,7 +226,7 @@ class Steps:
     def _allows(self, stage: str, number: int) -> bool:
         """True if the budget allows to observe the forward that begins."""
         assert self.budget is not None
-        # What others share goes by its number, which is theirs, too.
+        # A shared forward is found by its number, which is the same on all its processes.
         return self.budget.begins(stage, number) if self.shares() else self.budget.begins(stage)
 
     def _current(self) -> Forward | None:
@@ -236,7 +235,7 @@ class Steps:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "thread"}
-        return state | {"stage_of": stage_by_flag, "shares": _never}  # who knows better knows of the original
+        return state | {"stage_of": stage_by_flag, "shares": _never}  # a copy has no trainer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -248,5 +247,5 @@ def _never() -> bool:
 
 
 def stage_by_flag(training: bool) -> str:
-    """The stage that a layer's own ``training`` flag says."""
+    """The stage by a layer's own ``training`` flag."""
     return "train" if training else "eval"

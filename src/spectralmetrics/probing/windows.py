@@ -1,7 +1,7 @@
-"""Windows: the sums since a reader's last look, while the probe keeps all of them.
+"""Windows: the sums since a reader's last reading, while the probe keeps all sums.
 
-What was observed up to a reading is set aside before the next observation is added, and put together with what
-came since as soon as anybody looks at the layer.
+The sums up to a reading are set aside before the next observation is added. They are merged with the later ones
+as soon as the layer is read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Taken: TypeAlias = list[tuple[Metric, dict[str, Any], int]]
 
 
 def take_out(place: LayerMetrics, *, to_merge: bool = False) -> Taken:
-    """The states of a layer's metrics, which are empty afterwards; how much is sampled goes on as before.
+    """Take the states out of a layer's metrics, which are empty afterwards; sampling goes on as before.
 
     Args:
         place: the layer.
-        to_merge: leaves metrics of other libraries alone whose states torchmetrics refuses to merge.
+        to_merge: True leaves alone metrics of other libraries whose states torchmetrics refuses to merge.
     """
     leaders = [
         leader
@@ -40,21 +40,21 @@ def take_out(place: LayerMetrics, *, to_merge: bool = False) -> Taken:
         for leader in leaders:
             repeats = leader._repeats if isinstance(leader, SpectralMetric) else None
             leader.reset()
-            if repeats is not None:  # whether inputs come again is known of all that was observed
+            if repeats is not None:  # repeated inputs are counted over all observations
                 leader._repeats = repeats
     place.note_other_states()
     return taken
 
 
 def put_back(place: LayerMetrics, taken: Taken) -> None:
-    """Put what was taken out in the place of the states."""
+    """Replace the states by states that were taken out."""
     for leader, state, updates in taken:
         _set(leader, state, updates)
     place.note_other_states()
 
 
 def merge_in(place: LayerMetrics, taken: Taken) -> None:
-    """Add what was taken out to the states, each fold to the same fold. What was taken out is left as it is."""
+    """Add states that were taken out to the current ones, fold by fold; the former do not change."""
     for leader, state, updates in taken:
         before = count_of_updates(leader)
         if not updates:
@@ -79,7 +79,7 @@ def _set(leader: Metric, state: Mapping[str, Any], updates: int) -> None:
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors; torchmetrics empties the lists among states in place."""
+    """The same tensors in new lists: torchmetrics empties the lists among states in place."""
     return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
 
@@ -87,24 +87,24 @@ class LayerWindow:
     """The sums of one layer in one stage that each reader has yet to read.
 
     Args:
-        place: the layer, which holds all of it whenever :meth:`join` was called last.
+        place: the layer; it holds all sums after :meth:`join`.
     """
 
     def __init__(self, place: LayerMetrics) -> None:
         self._place = place
-        self._earlier: Taken | None = None  # set aside while the layer holds what came after
-        self._pieces: list[Taken] = []  # what some reader has yet to read, in order
+        self._earlier: Taken | None = None  # set aside while the layer holds the later sums
+        self._pieces: list[Taken] = []  # the sums that some reader has yet to read, in order
         self._begins: dict[str, int] = {}  # reader -> the first piece that it has yet to read
 
     def advance(self, reader: str) -> None:
-        """A reader has read everything, or begins to read here."""
+        """Begin a reader's window here: its first, or the next after it has read everything."""
         self.join()
         self._place.before_update = self._cut
         self._begins[reader] = len(self._pieces)
         self._drop()
 
     def close(self, reader: str) -> None:
-        """A reader reads no more."""
+        """Forget a reader."""
         self.join()
         self._begins.pop(reader, None)
         self._drop()
@@ -112,7 +112,7 @@ class LayerWindow:
             self._place.before_update = None
 
     def join(self) -> None:
-        """Let the layer hold everything."""
+        """Merge the sums that were set aside, so that the layer holds all sums."""
         if self._earlier is None:
             return
         earlier, self._earlier = self._earlier, None
@@ -122,7 +122,7 @@ class LayerWindow:
             put_back(place, earlier)
             merge_in(place, piece)
             whole = take_out(place, to_merge=True)
-        if self._pieces and len(self._pieces) not in self._begins.values():  # nobody tells the two apart
+        if self._pieces and len(self._pieces) not in self._begins.values():  # no reader begins between the two
             put_back(place, self._pieces.pop())
             merge_in(place, piece)
             piece = take_out(place, to_merge=True)
@@ -142,19 +142,19 @@ class LayerWindow:
             put_back(self._place, whole)
 
     def _cut(self) -> None:
-        """Set everything aside; called before an observation is added."""
+        """Set all sums aside; called before an observation is added."""
         if self._earlier is None:
             self._earlier = take_out(self._place, to_merge=True)
 
     def _drop(self) -> None:
-        """Forget the pieces that everybody has read."""
+        """Forget the pieces that all readers have read."""
         read = min(self._begins.values(), default=len(self._pieces))
         del self._pieces[:read]
         self._begins = {reader: begin - read for reader, begin in self._begins.items()}
 
 
 class Windows:
-    """The windows of all layers of a probe; whoever calls holds the lock of its router.
+    """The windows of all layers of a probe; the caller holds the lock of the probe's router.
 
     Args:
         places: (stage, layer) -> metrics.
@@ -165,36 +165,36 @@ class Windows:
         self._windows: dict[tuple[str, str], LayerWindow] = {}
 
     def open(self, reader: str, stage: str) -> None:
-        """From now on keep what a reader has yet to read of a stage; one that is known begins anew."""
+        """Begin a reader's windows of a stage; a reader that has windows begins again."""
         for key, place in self._places.items():
             if key[0] == stage and key not in self._windows:
                 self._windows[key] = LayerWindow(place)
         self.advance(reader, stage)
 
     def advance(self, reader: str, stage: str, layers: Iterable[str] | None = None) -> None:
-        """A reader has read these layers of a stage; None: all of them."""
+        """Begin a reader's next window of these layers of a stage; None: of all layers."""
         for window in self._of(stage, layers):
             window.advance(reader)
 
     def close(self, reader: str, stage: str) -> None:
-        """A reader reads no more of a stage."""
+        """Forget a reader in a stage."""
         for window in self._of(stage):
             window.close(reader)
 
     def join(self) -> None:
-        """Let the probe hold everything that was observed."""
+        """Merge the sums that were set aside, so that the probe holds all sums."""
         for window in self._windows.values():
             window.join()
 
     def forget(self) -> None:
-        """All readers begin anew with what comes next, as when other states have been loaded."""
+        """Begin new windows for all readers, such as after other states have been loaded."""
         for window in self._windows.values():
             for reader in list(window._begins):
                 window.advance(reader)
 
     @contextlib.contextmanager
     def only(self, reader: str, stage: str) -> Iterator[None]:
-        """Inside, the probe holds of a stage only what a reader has yet to read."""
+        """Inside, the probe holds only the sums of a stage that a reader has yet to read."""
         with contextlib.ExitStack() as stack:
             for window in self._of(stage):
                 stack.enter_context(window.only(reader))
@@ -204,15 +204,15 @@ class Windows:
         chosen = None if layers is None else set(layers)
         return [
             window
-            for (its_stage, layer), window in self._windows.items()
-            if its_stage == stage and (chosen is None or layer in chosen)
+            for (each_stage, layer), window in self._windows.items()
+            if each_stage == stage and (chosen is None or layer in chosen)
         ]
 
 
 def save_remembered(
     destination: dict[str, Any], prefix: str, remembered: Mapping[str, Any], steps: Steps
 ) -> None:
-    """Put into a state dict what readers of windows remember, and the step of the optimiser."""
+    """Put the memory of the readers of windows, and the step of the optimiser, into a state dict."""
     if remembered:
         text = json.dumps(memory(remembered, steps)).encode()
         destination[prefix + "remembered"] = torch.tensor(list(text), dtype=torch.uint8)
@@ -221,7 +221,7 @@ def save_remembered(
 def load_remembered(
     state_dict: dict[str, Any], prefix: str, remembered: dict[str, dict[str, Any]], steps: Steps
 ) -> None:
-    """Take out of a state dict what readers of windows remember; those of which it says nothing begin anew."""
+    """Take the memory of the readers of windows out of a state dict; readers without an entry begin again."""
     saved = state_dict.pop(prefix + "remembered", None)
     if saved is not None:
         take_over(json.loads(bytes(saved.tolist())), remembered, steps)
@@ -233,9 +233,9 @@ def memory(remembered: Mapping[str, Any], steps: Steps) -> dict[str, Any]:
 
 
 def take_over(saved: Mapping[str, Any], remembered: dict[str, dict[str, Any]], steps: Steps) -> None:
-    """Go on with what :func:`memory` gave; readers of which it says nothing begin anew."""
+    """Restore the result of :func:`memory`; readers without an entry begin again."""
     steps.step = saved["step"]
     for reader in {*remembered, *saved["readers"]}:
         own = remembered.setdefault(reader, {})
-        own.clear()  # the reader has this very dict
+        own.clear()  # the reader holds this dict
         own.update(saved["readers"].get(reader, {}))
