@@ -193,9 +193,8 @@ def outlier_features(second_moments: Tensor) -> Tensor:
     """
     squares = _features("second moments", second_moments)
     largest = squares.amax(-1, keepdim=True)
-    shares = torch.where(
-        largest > 0, squares / torch.where(largest > 0, largest, 1.0), 1.0
-    )  # no square overflows
+    # Dividing by the largest keeps squares from overflowing.
+    shares = torch.where(largest > 0, squares / torch.where(largest > 0, largest, 1.0), 1.0)
     return shares.square().mean(-1) / shares.mean(-1).square()
 
 

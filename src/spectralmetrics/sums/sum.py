@@ -28,8 +28,8 @@ class Sum(ABC):
     """A sum over observations: tensors, of width zero until a width is known, and settings."""
 
     states: ClassVar[Mapping[str, str]]
-    """Attribute -> name of the metric's state that holds it. The first tensor identifies the sum: it is replaced
-    whenever the sum is, and updated in place otherwise."""
+    """Attribute -> name of the metric's state that holds it. The first tensor identifies the sum: it is
+    replaced whenever the sum is, and updated in place otherwise."""
     described: ClassVar[str] = "sums"
     """The kind in words, with an article, for messages."""
     additive: ClassVar[frozenset[str]] = frozenset()
