@@ -329,8 +329,8 @@ def check_pair(left: Tensor, right: Tensor) -> None:
         _check_floating(name, rows)
         if rows.ndim != 2:
             raise ValueError(
-                f"expected {name} rows of shape (N, D), got {tuple(rows.shape)}; flatten or pool what else a"
-                " sample has: one row for each sample"
+                f"expected {name} rows of shape (N, D), got {tuple(rows.shape)}; flatten or pool the other"
+                " dimensions, to give one row for each sample"
             )
     if len(left) != len(right):
         raise ValueError(f"expected rows of the same samples, got {len(left)} and {len(right)}")

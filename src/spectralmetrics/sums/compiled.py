@@ -305,7 +305,7 @@ def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
 
     Args:
         total: the number of observations.
-        number: how many to draw, at most ``total``.
+        number: number of observations to draw, at most ``total``.
         seed: the seed of ``torch.rand``.
         turn: position where the ring begins, below ``total``.
     """

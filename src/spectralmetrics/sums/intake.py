@@ -63,7 +63,7 @@ class DenseIntake(Intake):
         return True
 
     def meet(self, sums: DenseSums) -> None:
-        """Read from the sums if the origin lies near the data; then updates need not move it."""
+        """Read whether the origin lies near the data: then updates need not move it."""
         self._accumulations = max(self._accumulations, 1)
         self._origin_is_near = int(sums.count) > 0
         exact = sums.origin.to(torch.float32).to(torch.float64) == sums.origin

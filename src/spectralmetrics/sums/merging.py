@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """Numbers that are written straight into the tensor to send, so that memory holds them once.
 
     Attributes:
-        size: how many numbers there are.
+        size: number of values.
         write: writes the numbers into a tensor of shape (size,), float64, on the device of the sum.
     """
 

@@ -271,6 +271,6 @@ def _moved(sums: Marginals, origin: Tensor) -> Tensor:
 
 def _no_spectrum(num_features: int) -> RuntimeError:
     return RuntimeError(
-        f"the covariance of {num_features} features is not kept, only what each does by itself: add a metric"
+        f"the covariance of {num_features} features is not kept, only sums of each feature: add a metric"
         " that keeps it, such as SaturationMetric()"
     )

@@ -97,7 +97,7 @@ class ForwardHistory(Sum):
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.ring.device)
-        # A process does not know which forwards the others have, so each sends all of its own.
+        # A process has no list of the other processes' forwards, so each sends all of its own.
         rings = torch.zeros(world_size, *mine.ring.shape, dtype=torch.float64, device=mine.ring.device)
         rings[rank] = mine.ring
         rings = yield rings.as_subclass(ForReader)
