@@ -1,8 +1,8 @@
-"""What hatchling does for this package besides packing it.
+"""Hooks that hatchling runs when it builds this package.
 
-Compiles csrc/, where that is possible; PyTorch does the same work without it. Why it was not possible pip shows
-only if it is asked to (-v), so that a note in the library's place keeps it for whoever asks the package. Gives
-the links of the published README addresses that work outside the repository.
+One compiles csrc/ where that is possible; PyTorch does the same work without it. pip shows the reason for a
+failure only with -v, so a note in the library's place keeps the reason, and the package can say it. The other
+hook gives the links of the published README addresses that work outside the repository.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SOURCE = "csrc/accumulate.cpp"
 LIBRARY = "spectralmetrics/sums/_accumulate.so"
-NOTE = "spectralmetrics/sums/_accumulate.txt"  # read by src/spectralmetrics/sums/compiled.py
+NOTE = "spectralmetrics/sums/_accumulate.txt"  # read by src/spectralmetrics/sums/library.py
 OPTIONS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti"
-# Code comes first: what looks like a link in it is none.
+# Code comes first: text in it that looks like a link is not a link.
 CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]*`|\]\((?!https?:|mailto:|#)(?P<path>[^)\s]+)\)", re.DOTALL)
 
 
@@ -70,7 +70,7 @@ class CompileHook(BuildHookInterface):
             build_data["force_include"][str(made)] = path
             return
         target = Path(self.root, "src", path)
-        # A running process may have the old file mapped: the new one must be another.
+        # A running process may have the old file mapped, so a new file must replace it.
         new = target.with_suffix(f".{os.getpid()}")
         shutil.copyfile(made, new)
         new.replace(target)
@@ -79,11 +79,11 @@ class CompileHook(BuildHookInterface):
 
 
 def in_short(error: Exception) -> str:
-    """An error in one line; of a compiler its name, its status and the first error that it has told."""
+    """An error in one line; for a compiler its name, its status and its first error message."""
     if not isinstance(error, subprocess.CalledProcessError):
         return " ".join(str(error).split())
-    told = [line.strip() for line in error.stderr.splitlines() if "error" in line]
-    return ": ".join([f"{error.cmd[0]} returned exit status {error.returncode}", *told[:1]])
+    messages = [line.strip() for line in error.stderr.splitlines() if "error" in line]
+    return ": ".join([f"{error.cmd[0]} returned exit status {error.returncode}", *messages[:1]])
 
 
 class ReadmeHook(MetadataHookInterface):
@@ -97,7 +97,7 @@ class ReadmeHook(MetadataHookInterface):
 
 
 def absolute(markdown: str, repository: str, revision: str) -> str:
-    """The same text with its relative links leading to a repository on GitHub.
+    """The same text with relative links turned into links to a repository on GitHub.
 
     Args:
         markdown: text whose links are relative to the root of the repository.

@@ -1,10 +1,10 @@
 // Sums of centred observations and of their products, for x86-64 processors with AVX2 or AVX-512.
 //
 // Adds sum_i (x_i - o) and the upper triangle of sum_i (x_i - o)(x_i - o)' to float64 sums. Observations are
-// read where a layer has left them. Some rows at a time are centred, checked for NaN and infinities and stored
-// as panels of as many features as a vector register has lanes; a tile of the triangle then stays in registers
-// while the rows pass by, so that memory is touched once. Products are made in float64, or in float32 over at
-// most `chunk_rows` rows before they are added in float64.
+// read in the memory of the layer's output. Some rows at a time are centred, checked for NaN and infinities and
+// stored as panels of as many features as a vector register has lanes; a tile of the triangle then stays in
+// registers while the rows pass by, so that memory is touched once. Products are made in float64, or in float32
+// over at most `chunk_rows` rows before they are added in float64.
 //
 // This file plans the work and picks the instruction set; the arithmetic is in accumulate.hpp. There is no
 // plain fallback here: src/spectralmetrics/sums/accumulate.py has one in PyTorch, and calls this through
@@ -33,7 +33,7 @@ extern "C" {
 // feature_stride].
 struct Job {
     const void *values;          // float, or double if values_are_double
-    const unsigned char *valid;  // per observation, 0 to pass over it; null if all count
+    const unsigned char *valid;  // per observation, 0 to skip it; null if all count
     const double *origin;        // (features)
     double *first;               // (features), added to
     double *second;              // (features, features), upper triangle added to, lower left in any state
@@ -44,16 +44,16 @@ struct Job {
     int64_t sample_stride, position_stride, feature_stride;
     int32_t values_are_double, products_are_float;  // not both
     int32_t threads;
-    int32_t instructions;  // of those that best_instructions() counts: 1 AVX2, 2 AVX-512
+    int32_t instructions;  // 1 AVX2, 2 AVX-512; at most best_instructions()
 };
 
 // One call of `measure`; mirrored in compiled.py, and strides as in Job.
 struct MarginalsJob {
     const void *values;          // float, or double if values_are_double
-    const unsigned char *valid;  // per observation, 0 to pass over it; null if all count
+    const unsigned char *valid;  // per observation, 0 to skip it; null if all count
     const double *origin;        // (features)
     double *totals;     // (5, features): sums of x - o, its squares, |x|, of x != 0, and the largest |x|
-    int64_t *counts;    // (2), added to: observations that count, and those left out
+    int64_t *counts;    // (2), added to: observations that count, and observations left out
     double *workspace;  // (slots, 10, features), any content
     int64_t samples, positions, features;
     int64_t sample_stride, position_stride, feature_stride;
@@ -69,16 +69,16 @@ typedef void Parallel(void (*)(void *), void *, unsigned threads, unsigned flags
 namespace {
 
 constexpr int64_t chunk_rows = 256;        // a panel of so many rows fits the first cache
-constexpr int64_t packed_at_once = 32;     // rows; what a thread claims while packing
+constexpr int64_t packed_at_once = 32;     // rows that a thread claims while packing
 constexpr int64_t block_panels = 24;       // panels that fit the second cache
-constexpr int64_t rows_ahead = 4;          // that are fetched while another one is packed
-constexpr int64_t features_by_rows = 256;  // up to here threads may have sums of their own
-constexpr int64_t most_by_rows = 512;      // and up to here, if the rows are enough for all threads
-constexpr int64_t chunks_per_slot = 4;     // that make such sums worth adding up
+constexpr int64_t rows_ahead = 4;          // rows that are fetched while another one is packed
+constexpr int64_t features_by_rows = 256;  // up to so many, threads may have sums of their own
+constexpr int64_t most_by_rows = 512;      // and up to so many, if the rows are enough for all threads
+constexpr int64_t chunks_per_slot = 4;     // with fewer, such sums are not worth adding up
 constexpr int64_t most_slots = 48;
 constexpr int64_t most_sums_bytes = 1 << 25;  // of all such sums
 
-// Where an observation lies.
+// The position of an observation.
 struct Place {
     int64_t sample, position;
 
@@ -97,13 +97,13 @@ struct Place {
 
 using Counter = std::atomic<int64_t>;
 
-// Each kind of work on some rows: claimed by counting up one counter, and done when the other is there too.
+// Two counters for each kind of work on some rows: one counts the pieces that threads claim, one those done.
 struct alignas(64) Chunk {
     Counter packing{0}, packed{0}, scaling{0}, scaled{0}, multiplying{0}, multiplied{0};
     Counter largest{0};  // bits of the largest magnitude
 };
 
-// What the threads share. However few of them come, all work is done.
+// Data that the threads share. Even one thread alone does all the work.
 struct Team {
     const Job *job;
     int64_t rows, chunks;
@@ -126,10 +126,10 @@ void wait(const Counter &counter, int64_t target) {
     }
 }
 
-constexpr int64_t rows_at_once = 128;        // whose marginals are summed before they are looked at
-constexpr int64_t values_at_once = 1 << 16;  // that fit the second cache
+constexpr int64_t rows_at_once = 128;        // rows whose marginals are summed before they are checked
+constexpr int64_t values_at_once = 1 << 16;  // values that fit the second cache
 
-// What the threads share that measure marginals.
+// Data that the threads share when they measure marginals.
 struct MarginalsTeam {
     const MarginalsJob *job;
     Counter slot{0};
@@ -191,7 +191,7 @@ int64_t plan(const Job &job, Team &team) {
     if (team.slots < 2 || job.features > widest || sums > most_sums_bytes) team.slots = 0;
     const int64_t states = team.slots ? 0 : team.chunks * sizeof(Chunk);
     const int64_t origin = aligned(team.panels * lanes * size);
-    // One thread has the next rows packed while others multiply; alone it stays within the second cache.
+    // Several threads: one packs the next rows while others multiply. One thread stays within the second cache.
     team.buffers = team.slots ? team.slots : job.threads > 1 ? 2 : 1;
     char *memory = static_cast<char *>(job.workspace);
     team.states = reinterpret_cast<Chunk *>(memory);
@@ -202,7 +202,7 @@ int64_t plan(const Job &job, Team &team) {
     return states + 2 * origin + team.buffers * team.packed_bytes + (team.slots ? sums : 0);
 }
 
-// The origin as a number of the products' type and what that has rounded away.
+// The origin in the products' type, and the rest that rounding it has lost.
 template <typename Real>
 void split_origin(const Team &team) {
     std::memset(team.high, 0, team.packed - team.high);
@@ -228,17 +228,17 @@ void run(Team &team, Parallel *parallel) {
 
 extern "C" {
 
-// To be counted up with every change of what is declared here.
+// Count this up with every change of the declarations here.
 PUBLIC int interface_version() { return 4; }
 
 PUBLIC int best_instructions() {
-    // Not by __builtin_cpu_supports: linked with the run-time library of Zig it answers no to everything.
+    // Not by __builtin_cpu_supports: linked with the run-time library of Zig it returns 0 for everything.
     constexpr unsigned fma = bit_FMA | bit_OSXSAVE;
     constexpr unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512VL | bit_AVX512BW;
     unsigned eax, ebx, ecx, edx, unused, saved;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & fma) != fma) return 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2)) return 0;
-    // The system must save the registers too: bits 1 and 2 are those of AVX, 5 to 7 those of AVX-512.
+    // The system must save the registers too: bits 1 and 2 stand for AVX, bits 5 to 7 for AVX-512.
     asm volatile("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
     if ((saved & 0x06) != 0x06) return 0;
     return (ebx & wide) == wide && (saved & 0xe0) == 0xe0 ? 2 : 1;
@@ -261,7 +261,7 @@ PUBLIC void accumulate(const Job *job, Parallel *parallel) {
         run<double, float>(team, parallel);
     *job->count += team.kept;
     *job->non_finite += team.lost;
-    if (team.overflowed) job->second[0] = INFINITY;  // said when the sums are read
+    if (team.overflowed) job->second[0] = INFINITY;  // reading the sums reports it
 }
 
 PUBLIC void measure(const MarginalsJob *job, Parallel *parallel) {
@@ -271,12 +271,12 @@ PUBLIC void measure(const MarginalsJob *job, Parallel *parallel) {
         measure_in_shares<float>(*job, parallel);
 }
 
-// See draw.hpp: where the observations lie that are drawn.
+// The positions of the observations that are drawn, see draw.hpp.
 PUBLIC void draw_places(uint32_t seed, int64_t total, int64_t number, int64_t turn, int64_t *places) {
     draw_from_arcs(seed, total, number, turn, [=](int64_t arc, int64_t place) { places[arc] = place; });
 }
 
-// The same observations themselves, of rows of so many bytes that lie side by side.
+// The same observations themselves, from contiguous rows of so many bytes each.
 PUBLIC void draw_rows(uint32_t seed, int64_t total, int64_t number, int64_t turn, const char *rows,
                       int64_t bytes, char *drawn) {
     draw_from_arcs(seed, total, number, turn, [=](int64_t arc, int64_t place) {

@@ -17,7 +17,7 @@ struct Sums {
     typedef double Wide
         __attribute__((vector_size(lanes * sizeof(double)), aligned(sizeof(double)), may_alias));
 
-    // The larger magnitudes, as bits: in their order NaN and infinities come last.
+    // The larger magnitudes, as bits: their order puts infinities and NaN last.
     INLINE static Bits larger(Bits most, Vector values) {
         const Bits bits = (Bits)values & (Bits{} + std::numeric_limits<Integer>::max());
         return most > bits ? most : bits;
@@ -31,7 +31,7 @@ struct Sums {
 
     INLINE static Vector converted(Loaded values) {
 #if VECTOR_BYTES == 64
-        // GCC 12 converts each half by itself.
+        // GCC 12 would convert each half on its own.
         if constexpr (sizeof(Real) > sizeof(Source)) return (Vector)_mm512_cvtps_pd((__m256)values);
 #endif
         return __builtin_convertvector(values, Vector);
@@ -39,7 +39,7 @@ struct Sums {
 
     INLINE static Vector centred(Loaded values, Vector high, Vector low) {
         const Vector moved = converted(values) - high;
-        if constexpr (sizeof(Real) < sizeof(double)) return moved - low;  // in float64 it is zero
+        if constexpr (sizeof(Real) < sizeof(double)) return moved - low;  // low is zero in float64
         return moved;
     }
 
@@ -53,7 +53,7 @@ struct Sums {
 #endif
     }
 
-    // A square of vectors transposed, in as many perfect shuffles as halve their number to one.
+    // Transpose a square of vectors, in log2(lanes) perfect shuffles.
     INLINE static void transpose(Vector *square) {
         const std::make_integer_sequence<int, lanes> all;
 #pragma GCC unroll 4
@@ -69,7 +69,7 @@ struct Sums {
         }
     }
 
-    // Rows whose features are neighbours in memory.
+    // Pack rows whose features are neighbours in memory.
     TARGET static Integer pack_rows(const Team &team, Real *packed, int64_t start, int64_t rows) {
         const Job &job = *team.job;
         const Vector *high = (const Vector *)team.high, *low = (const Vector *)team.low;
@@ -101,7 +101,7 @@ struct Sums {
         return largest_of(most);
     }
 
-    // Rows whose neighbours in memory are the same feature of the next rows, or in any other order.
+    // Pack rows of any other layout, in particular with one feature of consecutive rows side by side.
     TARGET static Integer pack_maps(const Team &team, Real *packed, int64_t start, int64_t rows) {
         const Job &job = *team.job;
         const Real *high = (const Real *)team.high, *low = (const Real *)team.low;
@@ -145,7 +145,7 @@ struct Sums {
         return largest_of(most);
     }
 
-    // Whether a row was finite before it was centred.
+    // True if a row was finite before it was centred.
     static bool was_finite(const Job &job, int64_t row) {
         const Source *values = (const Source *)job.values + Place(job, row).offset(job);
         for (int64_t j = 0; j < job.features; ++j)
@@ -153,8 +153,8 @@ struct Sums {
         return true;
     }
 
-    // Set rows that hold a NaN or an infinity to zero; the largest magnitude of the others. A row that only
-    // overflowed counts as one, and is told.
+    // Set rows that hold a NaN or an infinity to zero; return the largest magnitude of the others. A row that
+    // only overflowed when it was centred still counts, and sets `overflowed`.
     TARGET static Integer clear(Team &team, Real *packed, int64_t start, int64_t rows, int64_t &cleared) {
         Integer largest = 0;
         for (int64_t row = 0; row < rows; ++row) {
@@ -177,7 +177,8 @@ struct Sums {
         return largest;
     }
 
-    // Centre rows into panels of `lanes` features; rows that do not count become zero. The largest magnitude.
+    // Centre rows into panels of `lanes` features; rows that do not count become zero. Return the largest
+    // magnitude.
     TARGET static Integer pack(Team &team, Real *packed, int64_t start, int64_t rows) {
         const Job &job = *team.job;
         Integer largest;
@@ -193,7 +194,7 @@ struct Sums {
         return largest;
     }
 
-    // The power of two that brings magnitudes near one; one itself where products in float32 can do without.
+    // The power of two that brings magnitudes near one; 1 where products in float32 need no scaling.
     static double scale_for(Integer largest) {
         if (sizeof(Real) == sizeof(double) || largest == 0) return 1;
         Real magnitude;
@@ -211,7 +212,7 @@ struct Sums {
         }
     }
 
-    // TILE_ROWS x (vectors * lanes) sums of products over the rows, for the features from i and from j.
+    // Add TILE_ROWS x (vectors * lanes) sums of products over the rows, for the features from i and from j.
     template <int vectors>
     INLINE static void add_tile(const Team &team, const Real *packed, int64_t rows, int64_t i, int64_t j,
                                 double *sums, double weight) {
@@ -254,7 +255,7 @@ struct Sums {
                 sums[r * features + c] += weight * spilled[r][c];
     }
 
-    // The products of one panel with the panels `from` to `to` - 1, which lie to its right or are itself.
+    // Add the products of one panel with the panels `from` to `to` - 1, which lie to its right or are itself.
     TARGET static void multiply(const Team &team, const Real *packed, int64_t rows, int64_t panel, int64_t from,
                                 int64_t to, double *sums, double weight) {
         const int64_t begin = panel * lanes, end = std::min(begin + lanes, team.job->features);
@@ -273,7 +274,7 @@ struct Sums {
         }
     }
 
-    // The sums of the features of one panel.
+    // Add up each feature of one panel.
     TARGET static void add_up(const Team &team, const Real *packed, int64_t rows, int64_t panel, double *sums,
                               double scale) {
         const Vector *values = (const Vector *)(packed + panel * team.stride);
@@ -288,8 +289,8 @@ struct Sums {
             sums[feature + lane] += total[0][lane] / scale;
     }
 
-    // Few features: each slot sums its share of the rows by itself, the first where the sums are. The others
-    // are added at last.
+    // Few features: each slot sums its own share of the rows, the first one in the result. The sums of the
+    // other slots are added to it at the end.
     TARGET static void work_by_rows(Team &team) {
         const int64_t features = team.job->features;
         for (int64_t slot; (slot = team.slot++) < team.slots; ++team.slots_done) {
@@ -299,7 +300,7 @@ struct Sums {
                 second = (double *)(team.sums + (slot - 1) * team.sums_bytes);
                 first = second + features * features;
                 for (int64_t row = 0; row <= features; ++row) {
-                    const int64_t begin = row < features ? row / lanes * lanes : 0;  // what tiles add to
+                    const int64_t begin = row < features ? row / lanes * lanes : 0;  // tiles add from here on
                     std::memset(second + row * features + begin, 0, (features - begin) * sizeof(double));
                 }
             }
@@ -329,7 +330,7 @@ struct Sums {
     // Many features: all threads pack the same rows, then each adds to other parts of the sums.
     TARGET static void work_by_tiles(Team &team) {
         const int64_t blocks = (team.panels + block_panels - 1) / block_panels;
-        int64_t products = 0;  // pairs of a block and a panel at its left or in it
+        int64_t products = 0;  // pairs of a block and a panel to its left or in it
         for (int64_t block = 0; block < blocks; ++block)
             products += std::min((block + 1) * block_panels, team.panels);
         for (int64_t chunk = 0; chunk < team.chunks; ++chunk) {

@@ -1,7 +1,7 @@
-// Which observations are drawn of an output: the numbers that torch.rand gives for a seed, without the calls
-// that it takes to get them, which is most of what a small layer takes. Included by accumulate.cpp.
+// Draws observations from an output by the numbers that torch.rand gives for a seed, but without calling
+// PyTorch, whose calls take most of the time of a small layer. Included by accumulate.cpp.
 
-// The generator of PyTorch on a CPU (mt19937), of which few numbers are asked for.
+// The generator of PyTorch on a CPU (mt19937); it makes one number at a time, since few are needed.
 class Generator {
 public:
     explicit Generator(uint32_t seed) {
@@ -9,7 +9,7 @@ public:
         for (uint32_t i = 1; i < size; ++i) state[i] = 1812433253u * (state[i - 1] ^ (state[i - 1] >> 30)) + i;
     }
 
-    // As torch.rand in float64.
+    // The next number of torch.rand in float64.
     double operator()() {
         const uint64_t high = bits();
         return double((high << 32 | bits()) & ((uint64_t(1) << 53) - 1)) * 0x1p-53;

@@ -1,17 +1,17 @@
-// What each feature does by itself, in one pass: the arithmetic of `measure` in accumulate.cpp, which includes
+// Measures each feature on its own, in one pass: the arithmetic of `measure` in accumulate.cpp, which includes
 // this once for each instruction set, in a namespace of its own, with TARGET and VECTOR_BYTES defined.
 
-// The marginals of some observations. Sums are float64, whatever the observations are.
+// The marginals of some observations. Sums are float64, whatever the type of the observations.
 template <typename Source>
 struct Marginals {
     static constexpr int lanes = VECTOR_BYTES / sizeof(double);
-    static constexpr int tile_vectors = VECTOR_BYTES == 64 ? 4 : 2;  // whose accumulators fit the registers
+    static constexpr int tile_vectors = VECTOR_BYTES == 64 ? 4 : 2;  // their accumulators fit the registers
 
     typedef double Vector __attribute__((vector_size(VECTOR_BYTES), may_alias));
     typedef double Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(double)), may_alias));
     typedef int64_t Bits __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
-    // By intrinsics, for what plain vectors are several instructions.
+    // Intrinsics, where plain vectors would take several instructions.
 #if VECTOR_BYTES == 64
     INLINE static Vector widened(const float *from) { return (Vector)_mm512_cvtps_pd(_mm256_loadu_ps(from)); }
     INLINE static Vector larger(Vector most, Vector value) {
@@ -32,7 +32,7 @@ struct Marginals {
 #endif
     INLINE static Vector widened(const double *from) { return *(const Unaligned *)from; }
 
-    // Of as many features as a vector has lanes, or of one feature in as many shares.
+    // Sums of as many features as a vector has lanes, or of one feature in as many shares.
     struct Sums {
         Vector first{}, squares{}, absolute{}, nonzero{}, most{};
 
@@ -47,7 +47,7 @@ struct Marginals {
         }
     };
 
-    // One feature in some rows, `stride` elements apart; what does not fit a vector.
+    // Sums of one feature, for values that do not fill a vector.
     struct Single {
         double first = 0, squares = 0, absolute = 0, nonzero = 0, most = 0;
 
@@ -60,7 +60,7 @@ struct Marginals {
             most = std::max(most, magnitude);
         }
 
-        // Everything in the lanes is of this feature, too.
+        // Add sums whose lanes all belong to this feature.
         TARGET void take(const Sums &sums) {
             for (int lane = 0; lane < lanes; ++lane) {
                 first += sums.first[lane];
@@ -81,7 +81,8 @@ struct Marginals {
         }
     };
 
-    // The features from `feature` on of rows whose features are neighbours in memory; the sum of magnitudes.
+    // Write the sums of features from `feature` on, for rows whose features are neighbours in memory; return
+    // the sum of magnitudes.
     template <int vectors>
     INLINE static Vector put_tile(const MarginalsJob &job, const Source *const *rows, int64_t count,
                                   int64_t feature, double *to) {
@@ -105,14 +106,14 @@ struct Marginals {
         return magnitudes;
     }
 
-    // The sums of some rows, over what was in `to`. Returns the sum of all magnitudes, which is finite only if
-    // every value is.
+    // Write the sums of some rows, in place of the numbers in `to`. Return the sum of all magnitudes, which is
+    // finite only if every value is.
     TARGET static double put_rows(const MarginalsJob &job, const Source *const *rows, int64_t count,
                                   double *to) {
         int64_t feature = 0;
         Vector found{};
         if (job.feature_stride == 1) {
-            // Tiles read the rows a piece at a time, in an order that no processor foresees.
+            // Tiles read the rows a piece at a time, in an order that processors do not predict.
             for (int64_t row = 0; row < count; ++row)
                 for (int64_t j = 0; j < job.features; j += 64 / sizeof(Source))
                     __builtin_prefetch(rows[row] + j);
@@ -133,7 +134,7 @@ struct Marginals {
         return magnitudes;
     }
 
-    // The same of some samples whose positions are neighbours in memory.
+    // Like put_rows, for samples whose positions are neighbours in memory.
     TARGET static double put_maps(const MarginalsJob &job, int64_t sample, int64_t samples, double *to) {
         double magnitudes = 0;
         for (int64_t feature = 0; feature < job.features; ++feature) {
@@ -160,7 +161,7 @@ struct Marginals {
         return true;
     }
 
-    // Add up observations `start` to `stop` - 1 row by row, leaving out what does not count.
+    // Add up observations `start` to `stop` - 1 row by row, without those that do not count.
     TARGET static void add_rows(const MarginalsJob &job, int64_t start, int64_t stop, double *put, double *sums,
                                 int64_t *counts) {
         const Source *rows[rows_at_once];
@@ -187,13 +188,13 @@ struct Marginals {
         }
     }
 
-    // Add the sums of one piece to those of others.
+    // Add the sums of one piece to the sums of others.
     TARGET static void add_up(const MarginalsJob &job, const double *from, double *to) {
         for (int64_t i = 0; i < 4 * job.features; ++i) to[i] += from[i];
         for (int64_t i = 4 * job.features; i < 5 * job.features; ++i) to[i] = std::max(to[i], from[i]);
     }
 
-    // The share of one slot.
+    // Measure the share of one slot.
     TARGET static void share(MarginalsTeam &team, int64_t slot) {
         const MarginalsJob &job = *team.job;
         double *put = job.workspace + 2 * slot * 5 * job.features, *sums = put + 5 * job.features;
@@ -224,7 +225,7 @@ struct Marginals {
         for (int64_t slot; (slot = team.slot++) < team.job->slots;) share(team, slot);
     }
 
-    // The shares of all slots, in their order, so that the sums do not depend on which thread was faster.
+    // Add up the shares of all slots in their order, so that sums do not depend on which thread was faster.
     TARGET static void collect(MarginalsTeam &team) {
         const MarginalsJob &job = *team.job;
         double *total = job.workspace + 5 * job.features;

@@ -1,7 +1,7 @@
-"""Every use of what PyTorch does not promise: the releases each was seen in, and what is done without it.
+"""Every use of names that PyTorch does not promise, with the releases that have them, and a way without them.
 
-Looked at in the sources of torch 2.8, 2.13 and 2.15, and run there. Without a name that is missing, models are
-observed all the same.
+Checked in the sources of torch 2.8, 2.13 and 2.15, and run there. If a name is missing, models are observed all
+the same.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _find(path: str, default: Any = None, root: Any = torch) -> Any:
     """The object under a dotted path from ``torch`` or another root; a default if there is none."""
-    found = root
+    value = root
     for name in path.split("."):
-        found = getattr(found, name, None)
-        if found is None:
+        value = getattr(value, name, None)
+        if value is None:
             return default
-    return found
+    return value
 
 
 # -- backward, tracing, modes ---------------------------------------------------------------------------------
 
-# `torch._C._current_graph_task_id`, 2.8 to 2.15, asked for at every hook. The public
-# `torch.utils.module_tracker.ModuleTracker.is_bw` stands in, which reads the same and takes longer; the tracker
-# is never entered, and puts no hooks anywhere.
+# `torch._C._current_graph_task_id`, 2.8 to 2.15, called at every hook. The public
+# `torch.utils.module_tracker.ModuleTracker.is_bw` stands in, which reads the same and takes longer. The tracker
+# is never entered, and registers no hooks.
 _TRACKER = ModuleTracker()
 _task: Callable[[], int] = _find("_C._current_graph_task_id", lambda: 0 if _TRACKER.is_bw else -1)
 
@@ -48,44 +48,44 @@ def in_backward() -> bool:
     return _task() != -1
 
 
-# Whether `torch.jit.trace` runs the model: `torch._C._is_tracing`, 2.8 to 2.15. The public
-# `torch.jit.is_tracing` stands in, which asks for more.
+# True while `torch.jit.trace` runs the model: `torch._C._is_tracing`, 2.8 to 2.15. The public
+# `torch.jit.is_tracing` stands in, which checks more.
 is_tracing: Callable[[], bool] = _find("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 
 # `torch._C._len_torch_dispatch_stack` and `torch.utils._python_dispatch._disable_current_modes`, 2.8 to 2.15.
-# Without them selective checkpointing records what a probe computes, and an ambient FakeTensorMode gets it.
-# How many listen to every operation, such as selective checkpointing or FakeTensorMode.
+# Without them selective checkpointing records a probe's operations, and an ambient FakeTensorMode runs them.
+# The number of modes that intercept every operation, such as selective checkpointing or FakeTensorMode.
 num_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
 
 
 def without_modes() -> contextlib.AbstractContextManager[Any]:
-    """Inside, nobody listens to operations."""
+    """Inside, no mode intercepts operations."""
     disable = _find("utils._python_dispatch._disable_current_modes", contextlib.nullcontext)
-    found: contextlib.AbstractContextManager[Any] = disable()
-    return found
+    context: contextlib.AbstractContextManager[Any] = disable()
+    return context
 
 
-# `torch._C._set_grad_enabled`, 2.8 to 2.15: a tenth of the time that `torch.set_grad_enabled` takes, which
-# stands in.
+# `torch._C._set_grad_enabled`, 2.8 to 2.15, takes a tenth of the time of `torch.set_grad_enabled`, which stands
+# in.
 set_grad_enabled: Callable[[bool], Any] = _find("_C._set_grad_enabled", torch.set_grad_enabled)
 
 
 def is_fake(values: Tensor) -> bool:
-    """True if a tensor has a shape and no values: on the meta device, or planned by ``FakeTensorMode``."""
-    # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.15. Without it a model that is planned with fake
-    # tensors is told to be not observed any more.
+    """True if a tensor has a shape and no values: on the meta device, or made in ``FakeTensorMode``."""
+    # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.15. Without it a warning says that a model that runs
+    # on fake tensors is not observed any more.
     if values.is_meta:
         return True
     return type(values) is not Tensor and isinstance(values, _find("_subclasses.fake_tensor.FakeTensor", ()))
 
 
-# `Tensor._base` and `Tensor._version`, 2.8 to 2.15; autograd's notes describe both. Without the first, nothing
-# is observed of gradients where a layer that works in place follows one that puts out a view.
+# `Tensor._base` and `Tensor._version`, 2.8 to 2.15; autograd's notes describe both. Without the first,
+# gradients are not observed where a layer that works in place follows one that returns a view.
 
 
 def base_of_view(values: Tensor) -> Tensor | None:
-    """The tensor that a tensor is a view of; None if it is none. Dynamo looks into this.
+    """The tensor that a view belongs to; None for a tensor that is not a view. Dynamo traces this function.
 
     >>> base = torch.zeros(4)
     >>> base_of_view(base.view(2, 2)) is base, base_of_view(base)
@@ -96,7 +96,7 @@ def base_of_view(values: Tensor) -> Tensor | None:
 
 
 class Version:
-    """Tells whether a tensor, or one that it is a view of, has been changed in place; does not keep its memory.
+    """Detects in-place changes of a tensor, or of the tensor that it is a view of; does not keep its memory.
 
     >>> values = torch.zeros(3)
     >>> version = Version(values)
@@ -106,62 +106,62 @@ class Version:
     """
 
     def __init__(self, values: Tensor) -> None:
-        # A detached tensor counts changes with the one it comes from, whatever memory it is given later.
+        # A detached tensor shares the counter of changes with its source, whatever memory it gets later.
         self._twin = values.detach()
         self._twin.data = values.new_empty(0)
         self._version = self._twin._version
 
     def has_changed(self) -> bool:
-        """True if there was a change since."""
+        """True if the tensor has been changed since."""
         return self._twin._version != self._version
 
 
 # -- torch.func -----------------------------------------------------------------------------------------------
 
 # `torch._C._functorch` and `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`, 2.8 to 2.15.
-# Without them what runs inside transforms of `torch.func` counts as any other forward, and the layer is left
-# out with words as soon as that fails.
+# Without them a forward inside transforms of `torch.func` counts as any other forward; when that fails, the
+# layer is left out with a warning.
 _functorch: Any = _find("_C._functorch")
 is_transformed: Callable[[Tensor], bool] = getattr(
     _functorch, "is_functorch_wrapped_tensor", lambda values: False
 )
 
-# `torch._C._functorch.is_legacy_batchedtensor`, 2.8 to 2.15: what arrives in a backward of many gradients at
-# once, `torch.autograd.grad(is_grads_batched=True)`. Without it the layer is left out with words.
+# `torch._C._functorch.is_legacy_batchedtensor`, 2.8 to 2.15: True for gradients in a backward of many at once,
+# `torch.autograd.grad(is_grads_batched=True)`. Without it the layer is left out with a warning.
 is_many_at_once: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda values: False)
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[object]:
-    """Inside, PyTorch does not know of the transforms that are under way.
+    """Inside, the running transforms of ``torch.func`` have no effect.
 
-    A transform refuses to change a tensor that it was not given, such as a sum that goes on from forward to
-    forward, and would wrap what is computed to be kept.
+    A transform refuses to change a tensor that is not among its inputs, such as a sum over several forwards,
+    and would wrap results that are kept afterwards.
     """
     clear = _find("_functorch.pyfunctorch.temporarily_clear_interpreter_stack", contextlib.nullcontext)
-    found: contextlib.AbstractContextManager[object] = clear()
-    return found
+    context: contextlib.AbstractContextManager[object] = clear()
+    return context
 
 
 def untransformed(values: Tensor, dim: int) -> tuple[Tensor, int] | None:
-    """The values of a tensor under ``torch.func`` without its wrappers, and the place of a dimension in them.
+    """The values of a tensor under ``torch.func`` without its wrappers, and the index of a dimension in them.
 
-    Dimensions that ``vmap`` has hidden are in front, so that a forward of one sample at a time counts as many
-    rows as one of all samples together.
+    Dimensions that ``vmap`` hides come first, so that a forward of one sample at a time counts as many rows as
+    a forward of all samples together.
 
     Args:
-        values: as a module gets them.
-        dim: not negative.
+        values: the values that a module receives.
+        dim: the dimension, not negative.
 
     Returns:
-        None for a tensor without values, as while a graph is traced.
+        None for a tensor without values, such as one in a traced graph.
 
-    >>> seen = []
-    >>> def look(row):
+    >>> shapes = []
+    >>> def record(row):
     ...     values, dim = untransformed(row, 0)
-    ...     seen.append((tuple(values.shape), dim))
+    ...     shapes.append((tuple(values.shape), dim))
     ...     return row
-    >>> _ = torch.func.vmap(look)(torch.zeros(7, 3))
-    >>> seen
+    >>> _ = torch.func.vmap(record)(torch.zeros(7, 3))
+    >>> shapes
     [((7, 3), 1)]
     """
     while is_transformed(values):
@@ -179,11 +179,10 @@ def untransformed(values: Tensor, dim: int) -> tuple[Tensor, int] | None:
 
 
 def is_exporting() -> bool:
-    """True if ``torch.export`` traces; Dynamo looks into this.
+    """True if ``torch.export`` traces; Dynamo traces this function.
 
-    The flag itself, ``torch.compiler._is_exporting_flag``, 2.8 to 2.15: the public
-    ``torch.compiler.is_exporting()`` is the constant True for Dynamo in 2.8 to 2.11. Without the flag the
-    public function answers.
+    This reads the flag ``torch.compiler._is_exporting_flag``, 2.8 to 2.15, since for Dynamo in 2.8 to 2.11 the
+    public ``torch.compiler.is_exporting()`` is the constant True. Without the flag it calls that function.
     """
     if _HAS_EXPORTING_FLAG:
         return torch.compiler._is_exporting_flag
@@ -199,10 +198,10 @@ _frames: Any = _find("_C._dynamo.eval_frame")
 
 
 def skip_frames(code: CodeType) -> bool:
-    """Have Dynamo compile no frame of this code, nor what it calls, where it is called by code that runs.
+    """Make Dynamo skip the frames of this code, and of its calls, where code that is not traced calls it.
 
-    Code that is traced looks into it all the same. Return False where that cannot be had: Dynamo then compiles
-    what it can of it.
+    Dynamo still traces into it from traced code. Return False if frames cannot be skipped: Dynamo then compiles
+    the parts of it that it can.
     """
     try:
         skip = _frames._FrameAction.SKIP
@@ -213,10 +212,10 @@ def skip_frames(code: CodeType) -> bool:
 
 
 def untraced(function: _Function) -> _Function:
-    """As ``torch.compiler.disable``, which imports Dynamo where this does not.
+    """Like ``torch.compiler.disable``, but without importing Dynamo.
 
-    Dynamo goes by the attributes ``_torchdynamo_disable`` and ``_torchdynamo_disable_msg``, 2.8 to 2.15.
-    Without a way to skip the frames ``torch.compiler.disable`` is used.
+    Dynamo reads the attributes ``_torchdynamo_disable`` and ``_torchdynamo_disable_msg``, 2.8 to 2.15.
+    ``torch.compiler.disable`` is used where frames cannot be skipped.
     """
     if not skip_frames(function.__code__):
         disabled: _Function = torch.compiler.disable(function)
@@ -227,14 +226,14 @@ def untraced(function: _Function) -> _Function:
 
 
 def heed_hooks() -> None:
-    """Have compiled models look whether they have hooks, from now on and in this process.
+    """Make compiled models check for hooks at each call, from now on and in this process.
 
-    Unless it is told otherwise, Dynamo takes it that a module compiled without hooks never gets any, and that
-    all instances of a class have the same: a model probed later, or beside another instance of its class, would
-    run the graph of the unprobed one. ``torch._dynamo.config.skip_nnmodule_hook_guards``, 2.8 to 2.15, tells it
-    otherwise, for all models of the process, at the cost of a comparison per module and call. What was compiled
-    before is compiled anew when it runs next, once. Dynamo is not imported for it: it is told when somebody
-    imports it. A release without the setting is taken to heed hooks.
+    By default Dynamo assumes that a module compiled without hooks never gets any, and that all instances of a
+    class have the same hooks: a model probed later, or beside another instance of its class, would run the
+    graph of the unprobed one. ``torch._dynamo.config.skip_nnmodule_hook_guards``, 2.8 to 2.15, changes that for
+    all models of the process, at the cost of a comparison per module and call. Models compiled before are
+    compiled once more at their next run. This does not import Dynamo: the setting changes as soon as other code
+    imports it. A release without the setting is assumed to check for hooks.
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and not _find("__spec__._initializing", False, dynamo):
@@ -244,8 +243,8 @@ def heed_hooks() -> None:
 
 
 def ignores_hooks() -> bool:
-    """True if compiled models would ignore hooks again, because somebody has set it so since."""
-    # `torch._dynamo` would import it.
+    """True if compiled models would ignore hooks again, because other code has changed the setting since."""
+    # The attribute `torch._dynamo` would import Dynamo.
     return bool(_find("config.skip_nnmodule_hook_guards", False, sys.modules.get("torch._dynamo")))
 
 
@@ -255,14 +254,14 @@ def _have_hooks_heeded() -> None:
         return
     dynamo.config.skip_nnmodule_hook_guards = False
     # `torch._dynamo.convert_frame.input_codes.seen` and `torch._dynamo.reset_code_caches`, 2.8 to 2.15. Without
-    # them all that was compiled is forgotten, which is right and may be slow once.
+    # them all compiled code is dropped, which is right and may be slow once.
     compiled = _find("convert_frame.input_codes.seen", (None,), dynamo)
     if compiled:  # while hooks were ignored
         _find("reset_code_caches", torch.compiler.reset, dynamo)()
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Calls a function when a module has been imported, once."""
+    """Calls a function once, after a module has been imported."""
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
         self._name = name
@@ -283,7 +282,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 class _AndThen(importlib.abc.Loader):
-    """A loader that calls a function behind another's work; otherwise it is the other."""
+    """A loader that calls a function after another loader's work, and is like the other loader otherwise."""
 
     def __init__(self, loader: importlib.abc.Loader, function: Callable[[], None]) -> None:
         self._loader = loader
@@ -306,8 +305,8 @@ class _AndThen(importlib.abc.Loader):
 
 # -- nn.Module ------------------------------------------------------------------------------------------------
 
-# The attributes of `nn.Module` that hold hooks by number, and what it notes of each by the same number; 2.8 to
-# 2.13. What is missing holds none of ours.
+# The attributes of `nn.Module` that hold hooks by number, and flags of hooks by the same number; 2.8 to 2.13. A
+# missing attribute holds no hook of a probe.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 HOOK_NOTES = (
     "_forward_hooks_with_kwargs",
@@ -317,11 +316,12 @@ HOOK_NOTES = (
 
 
 def renumber(handle: RemovableHandle) -> None:
-    """Give a hook a number that the next on its module, or one on another module, has had as well.
+    """Give a hook a number that hooks of other probes and on other modules can have, too.
 
     PyTorch counts hooks up, and Dynamo guards a graph by the numbers of hooks that take keywords or are always
-    called, and until 2.8 by all: each probe of a model would compile it anew. The handle goes by its attributes
-    ``id``, ``hooks_dict_ref`` and ``extra_dict_ref``, 2.8 to 2.15; without them the number stays.
+    called, and until 2.8 by the numbers of all hooks: each probe of a model would compile it again. The handle
+    has the attributes ``id``, ``hooks_dict_ref`` and ``extra_dict_ref``, 2.8 to 2.15; without them the number
+    stays.
     """
     try:
         dicts = [ref() for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
@@ -337,9 +337,9 @@ def renumber(handle: RemovableHandle) -> None:
     handle.id = number
 
 
-# Wrappers by the module that defines them, and the attribute that holds what they wrap, 2.8 to 2.15. Those of
-# compilation, sharding and checkpoints are private; where they have other names, names of layers begin with
-# these. What has not been imported wraps nothing.
+# Wrappers: the module that defines each, its class, and its attribute with the wrapped module, 2.8 to 2.15. The
+# names for compilation, sharding and checkpoints are private; if a release has other names, names of layers
+# begin with these. A class that has not been imported wraps nothing.
 _WRAPPERS = (
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
@@ -350,13 +350,13 @@ _WRAPPERS = (
         "ActivationWrapper",
         "_checkpoint_wrapped_module",
     ),
-    # Of Lightning's Fabric, 2.6, in either of its two packages.
+    # Lightning's Fabric, 2.6, in either of its two packages.
     ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
     ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
 )
 
 WRAPPER_ATTRIBUTES = frozenset(attribute for *_, attribute in _WRAPPERS)
-"""What wrappers put into the names of parameters."""
+"""The parts that wrappers add to the names of parameters."""
 
 
 def wrapped_in(module: nn.Module) -> nn.Module | None:
@@ -370,28 +370,30 @@ def wrapped_in(module: nn.Module) -> nn.Module | None:
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The children of a module, with those that are None or registered twice.
+    """The children of a module, including None and children that are registered twice.
 
-    ``_modules``, 2.8 to 2.15; ``named_children`` leaves these two out, and stands in.
+    ``_modules``, 2.8 to 2.15; ``named_children`` leaves both out, and stands in.
     """
     return dict(getattr(module, "_modules", None) or module.named_children())
 
 
-def bare_copy(module: nn.Module, brought: Callable[[Any], Any]) -> nn.Module:
-    """A copy that shares what a module holds, without hooks and what was put in place of its forward.
+def bare_copy(module: nn.Module, replaced: Callable[[Any], Any]) -> nn.Module:
+    """A copy that shares a module's contents, without hooks and without a replaced forward.
 
     ``_parameters``, ``_modules``, ``_compiled_call_impl`` and attributes with "hook" in their names, 2.8 to
     2.13.
 
     Args:
-        module: to copy, with its parts.
-        brought: what the copy has in place of each parameter.
+        module: the module to copy, with its children.
+        replaced: returns the copy's tensor for a parameter.
     """
     copy: nn.Module = object.__new__(type(module))
     state = module.__dict__ | {name: own for name, own in vars(nn.Module()).items() if "hook" in name}
     state.pop("forward", None)
-    parameters = {name: each if each is None else brought(each) for name, each in module._parameters.items()}
-    parts = {name: each if each is None else bare_copy(each, brought) for name, each in module._modules.items()}
+    parameters = {name: each if each is None else replaced(each) for name, each in module._parameters.items()}
+    parts = {
+        name: each if each is None else bare_copy(each, replaced) for name, each in module._modules.items()
+    }
     copy.__dict__.update(state, _parameters=parameters, _modules=parts, _compiled_call_impl=None)
     return copy
 
@@ -399,12 +401,12 @@ def bare_copy(module: nn.Module, brought: Callable[[Any], Any]) -> nn.Module:
 # -- torch.distributed ----------------------------------------------------------------------------------------
 
 _STAGE = "torch.distributed.pipelining.stage"
-# The method's name in 2.8 and in 2.13; without it what a stage makes up to learn shapes counts as data.
+# The method's name in 2.8 and in 2.13. Without it the made-up inputs with which a stage learns shapes are data.
 _INFERENCES = ("_shape_inference", "_forward_metadata_inference")
 
 
 def is_inferring_shapes() -> bool:
-    """True if a pipeline stage runs on uninitialised memory, to learn shapes; only frames tell.
+    """True if a pipeline stage runs on uninitialised memory, to learn shapes; only stack frames show that.
 
     >>> is_inferring_shapes()
     False
@@ -457,7 +459,7 @@ def _look_for_part(frame: Any) -> tuple[bool, str | None]:
     return is_caller, None
 
 
-# Where it is since 2.10, and where it was in 2.8.
+# The module of context parallelism since 2.10, and in 2.8.
 _CONTEXT_PARALLEL = tuple(
     f"torch.distributed.tensor.experimental.{each}" for each in ("_context_parallel._attention", "_attention")
 )
@@ -466,8 +468,8 @@ _CONTEXT_PARALLEL = tuple(
 def is_context_parallel() -> bool:
     """True if this runs inside ``torch.distributed.tensor.experimental.context_parallel``.
 
-    It puts a function of its own, which it notes in ``_replaced_functions``, in the place of the attention's,
-    2.8 to 2.15. Without that attribute each process' positions are taken for whole sequences.
+    It replaces PyTorch's attention function and records it in ``_replaced_functions``, 2.8 to 2.15. Without
+    that attribute each process' positions count as whole sequences.
     """
     for name in _CONTEXT_PARALLEL:
         replaced = getattr(sys.modules.get(name), "_replaced_functions", None)
@@ -477,7 +479,7 @@ def is_context_parallel() -> bool:
 
 
 def default_store() -> Any:
-    """The store by which the processes of the default group found each other; an AttributeError without one.
+    """The store that connects the processes of the default group; an AttributeError if PyTorch has none.
 
     ``torch.distributed.distributed_c10d._get_default_store``, 2.8 to 2.15.
     """
@@ -487,17 +489,17 @@ def default_store() -> Any:
 def group_named(name: str) -> Any:
     """The process group of a name: ``torch.distributed.distributed_c10d._resolve_process_group``, 2.8 to 2.15.
 
-    Without it a compiled layer whose outputs are DTensors is left out, with words.
+    Without it a compiled layer whose outputs are DTensors is left out, with a warning.
     """
     resolve: Any = _find("distributed.distributed_c10d._resolve_process_group")
     return resolve(name)
 
 
 def dims_of_fsdp(module: nn.Module) -> int:
-    """The dimensions of a mesh that a unit of FSDP2 uses: one, or two where it also replicates.
+    """The number of mesh dimensions that a unit of FSDP2 uses: one, or two if it also replicates.
 
-    ``torch.distributed.fsdp.FSDPModule._get_fsdp_state``, 2.8 to 2.15. Without it, one. Where parameters of one
-    unit lie on several meshes, those of the first count.
+    ``torch.distributed.fsdp.FSDPModule._get_fsdp_state``, 2.8 to 2.15. Without it, one. If parameters of one
+    unit lie on several meshes, the first mesh counts.
     """
     state = _find("_get_fsdp_state", root=module)()
     groups = _find("_fsdp_param_groups", root=state) or [_find("_fsdp_param_group", root=state)]
@@ -510,7 +512,7 @@ def dims_of_fsdp(module: nn.Module) -> int:
 
 
 def waited(local: Tensor) -> Tensor:
-    """A tensor whose collective has ended: ``AsyncCollectiveTensor.wait``, 2.8 to 2.15; any other as it is."""
+    """The tensor after its collective: ``AsyncCollectiveTensor.wait``, 2.8 to 2.15; any other as it is."""
     if type(local) is not Tensor and hasattr(local, "wait"):
         local = local.wait()
     return local
@@ -519,42 +521,42 @@ def waited(local: Tensor) -> Tensor:
 def masked_parts(local: Tensor, placements: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     """A summand of a row-parallel embedding with the rows of other processes' words set to zero.
 
-    Its placement ``_MaskPartial``, 2.8 to 2.15, keeps in ``mask_buffer.data`` which words are others', until
-    the sum is taken: the layer's own reduction needs it after us. What follows is a plain sum. A placement
-    without that attribute is taken as it is.
+    Its placement ``_MaskPartial``, 2.8 to 2.15, keeps a mask of these words in ``mask_buffer.data`` until the
+    sum is taken; the mask stays there, since the layer's own reduction needs it later. The new placement is a
+    plain sum. A placement without that attribute stays as it is.
     """
-    found = []
+    plain = []
     for placement in placements:
         mask = getattr(getattr(placement, "mask_buffer", None), "data", None)
         if mask is not None:
             mask = mask if mask.ndim == local.ndim else mask[..., None]
             local = local.masked_fill(mask, 0)
             placement = torch.distributed.tensor.Partial(placement.reduce_op)
-        found.append(placement)
-    return local, found
+        plain.append(placement)
+    return local, plain
 
 
 # -- jagged tensors -------------------------------------------------------------------------------------------
 
 
-# `torch.nested._internal.nested_tensor.NestedTensor`, 2.8 to 2.15, which imports it when the first one is made.
-# Without it compiled layers that put out jagged tensors are left out.
+# `torch.nested._internal.nested_tensor.NestedTensor`, 2.8 to 2.15; PyTorch imports it for the first such
+# tensor. Without it compiled layers that return jagged tensors are left out.
 with contextlib.suppress(ImportError):
     importlib.import_module("torch.nested._internal.nested_tensor")
 _KNOWN = (Tensor, _find("nested._internal.nested_tensor.NestedTensor", Tensor))
 
 
 def is_known(values: Tensor) -> bool:
-    """True if the class of a tensor is one of PyTorch's own, of which compiled code may ask anything."""
-    # First, since the Dynamo of torch 2.8 fails to guard the type of a parameter that is made in the graph.
+    """True if the class of a tensor is one of PyTorch's own, whose attributes compiled code can read."""
+    # Parameters come first: the Dynamo of torch 2.8 fails to guard the type of one that is made in the graph.
     return isinstance(values, nn.Parameter) or type(values) in _KNOWN
 
 
 def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) -> Tensor:
-    """A nested tensor that looks into these values.
+    """A nested tensor that is a view of these values.
 
-    By ``torch.nested._internal.nested_tensor``, 2.8 to 2.15, since the public ``nested_tensor_from_jagged``,
-    which stands in, logs a warning of PyTorch's own in 2.13.
+    ``torch.nested._internal.nested_tensor``, 2.8 to 2.15, makes it, since the public
+    ``nested_tensor_from_jagged``, which stands in, logs a warning of PyTorch in 2.13.
     """
     internal = _find("nested._internal.nested_tensor")
     try:
@@ -569,5 +571,5 @@ def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) ->
 
 
 def jagged_dim(values: Tensor) -> int:
-    """The ragged dimension of a jagged nested tensor: ``_ragged_idx``, 2.8 to 2.15; 1 where it is not told."""
+    """The ragged dimension of a jagged nested tensor: ``_ragged_idx``, 2.8 to 2.15; 1 without the attribute."""
     return int(getattr(values, "_ragged_idx", 1))

@@ -1,8 +1,8 @@
 r"""The number of directions that a spectrum fills: pure functions of eigenvalues.
 
-Every function takes eigenvalues :math:`\lambda_i \ge 0` in its last dimension, in any order; negative ones
-are round-off and count as zero, NaN and infinite ones are a ValueError. A spectrum that is zero throughout
-has dimension, saturation and ranks 0.
+Every function takes eigenvalues :math:`\lambda_i \ge 0` in its last dimension, in any order. Negative values
+are round-off and count as zero; NaN and infinities raise a ValueError. A spectrum that is zero throughout has
+dimension, saturation and ranks 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = 0.99, rule: Rule
     values = _descending(eigenvalues)
     cumulative = cumulative_sum(values)
     if rule == "delve":
-        # All-zero spectra give NaN shares, which lie below nothing.
+        # All-zero spectra give NaN shares, which are not below any threshold.
         return (cumulative / values.sum(-1, keepdim=True) < threshold).sum(-1)
     total = cumulative[..., -1:]
     round_off = values.shape[-1] * torch.finfo(values.dtype).eps
@@ -85,7 +85,7 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
               \quad \sigma_i = \sqrt{\lambda_i}
 
     from Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. The
-    singular values of the data matrix are :math:`\sqrt{n \lambda_i}`; the factor cancels. Of the spectrum of
+    singular values of the data matrix are :math:`\sqrt{n \lambda_i}`; the factor cancels. For the spectrum of
     the second moment about zero it is RankMe (`arXiv:2210.02885 <https://arxiv.org/abs/2210.02885>`_).
 
     Args:
@@ -176,14 +176,14 @@ def power_law_exponent(eigenvalues: Tensor, first: int = 1, last: int | None = N
 
 
 def check_threshold(threshold: float) -> float:
-    """The threshold as a float, numbers of numpy included; a ValueError unless it is a share in (0, 1]."""
+    """Return the threshold as a float, also one of numpy; raise a ValueError unless it lies in (0, 1]."""
     if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool) or not 0 < threshold <= 1:
         raise ValueError(f"expected a threshold in (0, 1], the share of variance to explain, got {threshold!r}")
     return float(threshold)
 
 
 def check_rule(rule: str) -> None:
-    """Raise a ValueError unless ``rule`` is one of those of :func:`intrinsic_dimension`."""
+    """Raise a ValueError unless ``rule`` is a rule of :func:`intrinsic_dimension`."""
     if rule not in get_args(Rule):
         raise ValueError(f"expected a rule among {get_args(Rule)}, got {rule!r}")
 
@@ -199,8 +199,8 @@ def _descending(eigenvalues: Tensor) -> Tensor:
 
 
 def cumulative_sum(values: Tensor) -> Tensor:
-    """Along the last dimension."""
-    # CUDA has no deterministic `cumsum` of floating-point values: it raises where determinism is asked for.
+    """The cumulative sum along the last dimension."""
+    # CUDA has no deterministic `cumsum` of floating-point values: it raises if determinism is switched on.
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return _scan(values)
     return values.cumsum(-1)
@@ -225,7 +225,7 @@ def check_eigenvalues(eigenvalues: Tensor) -> None:
 
 
 def finite_eigenvalues(eigenvalues: Tensor) -> Tensor:
-    """The eigenvalues in float64; a TypeError or ValueError unless they are real and finite."""
+    """Return the eigenvalues in float64; raise a TypeError or ValueError unless they are real and finite."""
     check_eigenvalues(eigenvalues)
     # A NaN compares as neither above nor below a threshold, and would count as zero.
     if not eigenvalues.isfinite().all():

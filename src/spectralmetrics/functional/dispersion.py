@@ -36,7 +36,7 @@ def determinant(covariance: Tensor, log: bool = False) -> Tensor:
     .. math:: \log \det \Sigma = 2 \sum_i \log s_i + 2 \sum_i \log L_{ii},
 
     which neither underflows nor depends on the features' units. The covariance counts as singular where a
-    feature is constant, or a linear combination of those before it up to round-off.
+    feature is constant, or a linear combination of the features before it up to round-off.
 
     Args:
         covariance: symmetric positive semi-definite, shape (..., D, D).
@@ -62,8 +62,8 @@ def determinant(covariance: Tensor, log: bool = False) -> Tensor:
     correlation = covariance / units[..., :, None] / units[..., None, :]
     factor, failed = torch.linalg.cholesky_ex(correlation)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    # Row k of L⁻¹ is (−x, 1) / Lₖₖ, with x the regression of feature k on those before it. What round-off
-    # leaves of a pivot Lₖₖ² of zero grows with (1 + Σ|x|)².
+    # Row k of L⁻¹ is (−x, 1) / Lₖₖ, with x the regression of feature k on the features before it. The round-off
+    # in a pivot Lₖₖ² of zero grows with (1 + Σ|x|)².
     unit = torch.eye(covariance.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
     inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
     certain = inverse.abs().sum(-1).square() * round_off(covariance.shape[-1]) < 1

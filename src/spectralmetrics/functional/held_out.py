@@ -1,8 +1,8 @@
 r"""Statistics of folds: held-out eigenvalues, and values without bias.
 
 Directions that are fitted to few observations look too unequal on the same observations: the first ones take
-more than their share of the variance, the last ones less. On data that they were not fitted to they look too
-equal. So the two spectra enclose that of unlimited data in what most statistics say of it.
+more than their share of the variance, the last ones less. On other data they look too equal. So for most
+statistics, the values of the two spectra enclose the value for unlimited data.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ _BLOCK_ROWS = 128  # of an upper triangle, at least, so that nearly half of a pr
 
 
 def held_out_eigenvalues(folds: Sequence[Moments], center: bool = True) -> Tensor:
-    r"""The variance that each direction fitted to the other folds has in a fold, averaged over the folds.
+    r"""The variances of a fold along directions that are fitted to the other folds, averaged over the folds.
 
     For each fold :math:`i` with :math:`n_i` observations, :math:`v_{i1}, v_{i2}, \dots` are the eigenvectors of
-    all other folds together, in their order, and :math:`\mu_{-i}` is the mean of those. Directions in which the
-    others do not vary have no order; each is given the mean of what they hold. With the non-increasing sequence
-    that lies nearest in least squares (Barlow & Brunk 1972) in the place of
+    all other folds together, in their order, and :math:`\mu_{-i}` is the mean of these folds. Directions in
+    which the other folds do not vary have no order; each gets the mean of their variances. The result is the
+    non-increasing sequence that is nearest in least squares (Barlow & Brunk 1972) to
 
     .. math:: h_k = \frac{1}{n} \sum_i \sum_{x \in \text{fold } i} \left(v_{ik}^\top (x - \mu_{-i})\right)^2
 
-    the result is a spectrum. It is the cross-validated estimate of eigenvalues (Bartz, arXiv:1611.00798), as an
-    average over the eigenvectors of each split. About zero (``center=False``) it is never steeper than the
-    spectrum of all folds together: its first k values hold no more than the first k eigenvalues, and all of
-    them hold the same.
+    It is the cross-validated estimate of eigenvalues (Bartz, arXiv:1611.00798), as an average over the
+    eigenvectors of each split. About zero (``center=False``) it is never steeper than the spectrum of all folds
+    together: the sum of its first k values is at most the sum of the first k eigenvalues, and the sums of all
+    values are equal.
 
     Args:
-        folds: at least two, over disjoint data of one width D; see the argument ``folds`` of the metrics. What
-            belongs together (the positions of one map, the tokens of one text) must be in one fold, or the
-            folds are no strangers to each other.
+        folds: at least two, over disjoint data of one width D; see the argument ``folds`` of the metrics. Rows
+            that belong together (the positions of one map, the tokens of one text) must be in one fold, or the
+            folds are not independent.
         center: False takes second moments about zero.
 
     Returns:
-        Shape (D,), float64, descending; what round-off leaves of a zero is zero.
+        Shape (D,), float64, descending; the round-off of a zero is set to zero.
 
     Raises:
         ValueError: for fewer than two folds, folds of different widths, or a fold without observations.
@@ -65,7 +65,7 @@ class LeftOut(NamedTuple):
     """A spectrum read with one fold left out at a time.
 
     Attributes:
-        held_out: what directions fitted to the other folds hold, shape (D,), see :func:`held_out_eigenvalues`.
+        held_out: variances along directions of the other folds, shape (D,), see :func:`held_out_eigenvalues`.
         others: the eigenvalues of all folds but one, shape (g, D).
     """
 
@@ -74,20 +74,20 @@ class LeftOut(NamedTuple):
 
 
 def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
-    """The held-out eigenvalues and those that their directions had where they were fitted.
+    """The held-out eigenvalues, and the eigenvalues of the folds to which their directions were fitted.
 
-    See :func:`held_out_eigenvalues` for the arguments and what is raised.
+    See :func:`held_out_eigenvalues` for the arguments and exceptions.
     """
     _check(folds)
     total = torch.stack([fold.count for fold in folds]).sum()
-    held = [_held(fold, others, center) for fold, others in zip(folds, without_each(folds), strict=True)]
-    found = torch.stack([values for values, _ in held]).sum(0)
-    fitted = torch.stack([values for _, values in held])
-    return LeftOut(without_round_off(_non_increasing(found / total)), fitted)
+    pairs = [_held(fold, others, center) for fold, others in zip(folds, without_each(folds), strict=True)]
+    squares = torch.stack([values for values, _ in pairs]).sum(0)
+    fitted = torch.stack([values for _, values in pairs])
+    return LeftOut(without_round_off(_non_increasing(squares / total)), fitted)
 
 
 def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]:
-    """Sums of a fold's variances along directions fitted to the others, and of the others' own."""
+    """A fold's sums of squares along directions fitted to the other folds, and the eigenvalues of these."""
     values, vectors = others.ascending_eigenvectors(center=center)
     about = others.mean() if center else torch.zeros_like(others.origin)
     held = _squares_along(vectors, rebase(fold, about).second).flip(0)
@@ -96,23 +96,23 @@ def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]
 
 def _squares_along(vectors: Tensor, second: Tensor) -> Tensor:
     """Second moments along each column; only the upper triangle of the matrix counts."""
-    found = vectors.new_zeros(vectors.shape[1])
-    turned = vectors.mT  # as the solver leaves them in memory: one after the other
+    squares = vectors.new_zeros(vectors.shape[1])
+    turned = vectors.mT  # the solver leaves one vector after the other in memory
     step = max(_BLOCK_ROWS, len(second) // 4)
     for start in range(0, len(second), step):
         stop = start + step
         rows = second[start:stop, start:].triu()
-        rows.diagonal().mul_(0.5)  # what lies beside it counts twice
-        found += (turned[:, start:] @ rows.mT).mul_(turned[:, start:stop]).sum(1)
-    return found.mul_(2)
+        rows.diagonal().mul_(0.5)  # the other values count twice
+        squares += (turned[:, start:] @ rows.mT).mul_(turned[:, start:stop]).sum(1)
+    return squares.mul_(2)
 
 
 def without_each(folds: Sequence[Moments], rest: Moments | None = None) -> Iterator[Moments]:
-    """For each of several folds all the others together; log2 g of these are in memory at a time.
+    """For each fold yield all other folds merged; log2 g merged sums are in memory at a time.
 
     Args:
-        folds: at least two, or one where there is a rest.
-        rest: what belongs to the others of all of them.
+        folds: at least two, or one if there is a rest.
+        rest: sums that are merged into every result.
     """
     if len(folds) == 1:
         assert rest is not None
@@ -129,26 +129,26 @@ def unbiased_participation_ratio(folds: Sequence[Moments], center: bool = True) 
     The squares in :math:`(\operatorname{tr} \Sigma)^2 / \operatorname{tr} \Sigma^2` of a covariance of few
     observations are too large, since its errors are squared, too: 24 observations of 192 independent features
     show a ratio of 20. Errors of different folds :math:`a \ne b` are independent, so that products of their
-    unbiased covariances have none:
+    unbiased covariances contain no squared errors:
 
     .. math:: \frac{\sum_{a \ne b} w_{ab} \operatorname{tr} C_a \operatorname{tr} C_b}
               {\sum_{a \ne b} w_{ab} \operatorname{tr}(C_a C_b)}, \qquad w_{ab} = (n_a - 1)(n_b - 1)
 
     Observations of one fold may depend on each other, as positions of one map do, and then count as one input.
-    The ratio of two unbiased sums is itself biased where independent inputs are very few: 8 of them in 4 folds
-    give a value that is 12 to 50 % too large on average, 64 in 8 folds one within 4 %. A value outside [1, D],
-    which few observations can give, is set to the nearest end.
+    The ratio of two unbiased sums is itself biased where independent inputs are very few: on average 8 inputs
+    in 4 folds give a value that is 12 to 50 % too large, and 64 inputs in 8 folds a value within 4 %. A value
+    outside [1, D], which few observations can give, is set to the nearest end.
 
     Args:
         folds: two or more with at least 2 observations each (at least 1 about zero), over disjoint data of one
-            width D; others are passed over.
+            width D; other folds are skipped.
         center: False takes second moments about zero, divided by n and weighted by :math:`n_a n_b`.
 
     Returns:
         Shape (), float64, between 1 and D; 0 for constant features.
 
     Raises:
-        TypeError: for a fold that is no Moments.
+        TypeError: for a fold that is not a Moments.
         ValueError: for folds of different widths, or fewer than two that hold enough observations.
 
     >>> from spectralmetrics.functional import Observations, accumulate, empty_moments
@@ -222,7 +222,7 @@ def participation_of_products(products: Tensor) -> Tensor:
 
 
 def clipped_ratio(products: Tensor, num_features: int) -> Tensor:
-    """As :func:`participation_of_products`, between 1 and D; 0 for features that are constant throughout."""
+    """Like :func:`participation_of_products`, clipped to [1, D]; 0 if all features are constant."""
     ratio = participation_of_products(products).clamp(1, num_features)
     traces = products[:, 0]
     is_constant = ((traces >= 0).sum() > 1) & ~(traces > 0).any()
@@ -230,17 +230,17 @@ def clipped_ratio(products: Tensor, num_features: int) -> Tensor:
 
 
 def participation_interval(products: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
-    """Low and high of the unbiased participation ratio; NaN with fewer than three folds that hold anything.
+    """Bounds (low, high) of the unbiased participation ratio; NaN with fewer than three folds that vary.
 
-    Of the reciprocal, of which the products of folds are sums, the :func:`sampling_margin` is taken: it is
-    spread alike to both sides.
+    The :func:`sampling_margin` is the margin of the reciprocal, in which products of folds are added up: its
+    errors spread alike to both sides.
     """
     held = products[:, 0] > 0
     products = products[held][:, torch.cat([held.new_ones(1), held])]
     number = len(products)
     if number < 3:
-        nothing = products.new_full((), torch.nan)
-        return nothing, nothing
+        unknown = products.new_full((), torch.nan)
+        return unknown, unknown
     left_out = []
     for fold in range(number):
         kept = torch.arange(number, device=products.device) != fold
@@ -266,7 +266,7 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
         Of that shape, float64.
 
     Raises:
-        TypeError: for values that are no tensors of real numbers.
+        TypeError: for values that are not tensors of real numbers.
         ValueError: for fewer than two, or values of different shapes.
 
     >>> sampling_margin([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)]).round(decimals=2)
@@ -282,7 +282,7 @@ def sampling_margin(values: Sequence[Tensor]) -> Tensor:
     stacked = torch.stack([value.to(torch.float64) for value in values])
     folds = len(stacked)
     error = (stacked.var(0, correction=1) * (folds - 1) ** 2 / folds).sqrt()
-    # Of a statistic that is infinite or no number without some fold, nothing is known beyond its value.
+    # A statistic that is infinite or NaN without some fold has no known margin, only a value.
     return torch.where(error.isfinite(), error, 0) * float(stdtrit(folds - 1, 0.975))
 
 
@@ -304,14 +304,14 @@ def _check(folds: Sequence[Moments]) -> None:
 
 
 def _alike_where(unordered: Tensor, values: Tensor) -> Tensor:
-    # Directions in which the others do not vary have no order but that of the eigensolver's round-off. With few
-    # observations they are many, and the fold varies along them.
+    # Directions in which the other folds do not vary are ordered only by the eigensolver's round-off. With few
+    # observations there are many of them, and the fold varies along them.
     mean = torch.where(unordered, values, 0).sum() / unordered.sum().clamp(min=1)
     return torch.where(unordered, mean, values)
 
 
 def _non_increasing(values: Tensor) -> Tensor:
-    # Sorted instead, the largest of many noisy values would come first, and the sum of the first be too large.
+    # Sorting would put the largest of many noisy values first: the sum of the first values would be too large.
     from scipy.optimize import isotonic_regression
 
     fitted = isotonic_regression(values.cpu().numpy(), increasing=False).x

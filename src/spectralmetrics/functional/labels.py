@@ -22,17 +22,17 @@ def ridge_explained_variance(
               \lambda = \text{ridge} \cdot \operatorname{tr}(\Sigma) / D,
 
     which is ridge regression (Hoerl & Kennard 1970) with an intercept. The result is :math:`R^2`, one minus
-    the sum of squared errors over that about the mean label, of all classes together.
+    the squared errors over the squares about the mean label, both summed over all classes.
 
     Args:
         covariance: :math:`\Sigma` of all observations, divided by n, shape (D, D).
-        class_means: mean of each class about the mean of all observations, shape (K, D); of no consequence for
-            a class without observations.
+        class_means: mean of each class about the mean of all observations, shape (K, D); ignored for a class
+            without observations.
         class_counts: number of observations of each class, shape (K,).
         ridge: share of the mean variance; 0 for least squares.
 
     Returns:
-        Shape (), float64; 0 for features that are all constant, NaN for labels that are.
+        Shape (), float64; 0 if all features are constant, NaN if all labels are the same.
 
     Raises:
         ValueError: for a covariance that is not square or not finite, or a negative ridge.
@@ -53,10 +53,10 @@ def ridge_explained_variance(
 
 
 def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tensor:
-    r"""The same as :func:`ridge_explained_variance`, with each fold scored by the regression on the others.
+    r"""Like :func:`ridge_explained_variance`, with each fold scored by the regression on the others.
 
-    One minus the squared errors of all folds over the squares about the mean label of all observations: what
-    cross-validated predictions have as :math:`R^2`. Folds without observations are passed over.
+    One minus the squared errors of all folds over the squares about the mean label of all observations: the
+    :math:`R^2` of cross-validated predictions. Folds without observations are skipped.
 
     Args:
         labelled: sums in at least two folds.
@@ -94,7 +94,7 @@ def held_out_explained_variance(labelled: Labelled, ridge: float = 1e-3) -> Tens
         weights = _regress(fitted.covariance(), sums[others].sum(0).mT / counts.sum(), ridge)
         fold = rebase(folds[held], about)
         own = numbers[held]
-        # Of the held-out fold, about what the others predict without any feature.
+        # Sums of the held-out fold about the mean label of the others, their prediction without features.
         cross = (sums[held] - shares[:, None] * fold.first).mT  # (D, K)
         labels = (own * (1 - 2 * shares)).sum() + own.sum() * shares.square().sum()
         second = symmetrise(fold.second)
@@ -109,8 +109,8 @@ def neural_collapse(covariance: Tensor, class_means: Tensor, class_counts: Tenso
     .. math:: \operatorname{tr}(\Sigma_W \Sigma_B^+) / K
 
     (Papyan, Han & Donoho 2020), with the covariance :math:`\Sigma_W` of the observations about the means of
-    their classes and the covariance :math:`\Sigma_B` of the K class means about their own mean, every class
-    alike. It falls to 0 as training goes on after the training error has vanished.
+    their classes and the covariance :math:`\Sigma_B` of the K class means about their own mean, with the same
+    weight for every class. It falls to 0 as training goes on after the training error has vanished.
 
     Args:
         covariance: the covariance of all observations, divided by n, shape (D, D).
@@ -130,16 +130,16 @@ def neural_collapse(covariance: Tensor, class_means: Tensor, class_counts: Tenso
     """
     covariance = check_covariance(covariance)
     _check_classes(covariance, class_means, class_counts)
-    seen = class_counts > 0
-    number = seen.sum().to(torch.float64)
-    class_means = torch.where(seen[:, None], class_means.to(torch.float64), 0)
+    has_rows = class_counts > 0
+    number = has_rows.sum().to(torch.float64)
+    class_means = torch.where(has_rows[:, None], class_means.to(torch.float64), 0)
     shares = class_counts.to(torch.float64) / class_counts.sum()
-    between = shares.sqrt()[:, None] * class_means  # the rows' products are the part of the covariance
+    between = shares.sqrt()[:, None] * class_means  # its products sum to the covariance between classes
     within = covariance - between.mT @ between
     centre = class_means.sum(0) / number
-    deviations = torch.where(seen[:, None], class_means - centre, 0) / number.sqrt()  # (K, D)
+    deviations = torch.where(has_rows[:, None], class_means - centre, 0) / number.sqrt()  # (K, D)
     _, sizes, directions = torch.linalg.svd(deviations, full_matrices=False)
-    # K points have K - 1 directions, and round-off one more.
+    # K points have K - 1 directions, and round-off adds one.
     kept = sizes > sizes[0] * 1e-10 * max(deviations.shape)
     along = ((directions @ within) * directions).sum(1).clamp(min=0)
     ratio = torch.where(kept, along / torch.where(kept, sizes, 1.0).square(), 0).sum() / number
@@ -155,14 +155,14 @@ def _regress(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
         inverse = torch.where(values > 0, 1 / torch.where(values > 0, values, 1.0), 0)
         return vectors @ (inverse[:, None] * (vectors.mT @ cross))
     penalty = ridge * covariance.diagonal().mean()
-    # Of constant features the weights are zero.
+    # The weights of constant features are zero.
     penalty = torch.where(penalty > 0, penalty, 1.0)
     factor = torch.linalg.cholesky(covariance + penalty * torch.eye(len(covariance)).to(covariance))
     return torch.cholesky_solve(cross, factor)
 
 
 def _label_variance(shares: Tensor) -> Tensor:
-    """The variance of one-hot labels, all classes together; NaN of a single class."""
+    """The variance of one-hot labels, all classes together; NaN for a single class."""
     variance = (shares * (1 - shares)).sum()
     return torch.where(variance > 0, variance, torch.nan)
 
@@ -181,7 +181,7 @@ def _check_classes(covariance: Tensor, class_means: Tensor, class_counts: Tensor
 
 
 def check_ridge(ridge: float) -> float:
-    """The ridge; a ValueError unless it is a number of at least 0."""
+    """Return the ridge; raise a ValueError unless it is a number of at least 0."""
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < float("inf"):
         raise ValueError(f"expected ridge to be a number of at least 0, got {ridge!r}")
     return ridge

@@ -1,6 +1,6 @@
 r"""Statistics of single features: scale, spread, and dead, dormant and outlier features.
 
-Everything is read of one number for each feature, shape (..., D): its variance, its mean square
+Each function reads one number for each feature, shape (..., D): its variance, its mean square
 :math:`E[x_j^2]`, its mean magnitude :math:`E|x_j|`, its largest magnitude, or its share of zeros.
 """
 
@@ -25,7 +25,7 @@ def root_mean_square(second_moments: Tensor) -> Tensor:
         Shape (...), float64.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for a tensor without features.
 
     >>> root_mean_square(torch.tensor([1.0, 7.0]))
@@ -49,7 +49,7 @@ def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
         Shape (...), float64; 0 where all features are zero.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for a tensor without features.
 
     >>> spread(torch.tensor([1.0, 1.0]), torch.tensor([5.0, 5.0]))
@@ -73,7 +73,7 @@ def signal_to_noise(mean: Tensor, variances: Tensor) -> Tensor:
         Shape (...), float64; infinite where only the mean is not zero, and 0 where all is zero.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for tensors without features, or of different widths.
 
     >>> signal_to_noise(torch.tensor([1.0, -2.0]), torch.tensor([4.0, 6.0]))
@@ -99,7 +99,7 @@ def max_abs(largest: Tensor) -> Tensor:
         Shape (...), float64.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for a tensor without features.
 
     >>> max_abs(torch.tensor([1.0, 7.0]))
@@ -118,7 +118,7 @@ def zero_share(zero_shares: Tensor) -> Tensor:
         Shape (...), float64.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for a tensor without features.
 
     >>> zero_share(torch.tensor([0.0, 0.5]))
@@ -137,7 +137,7 @@ def dead_features(variances: Tensor) -> Tensor:
         Shape (...), float64.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for a tensor without features.
 
     >>> dead_features(torch.tensor([1.0, 0.0, 0.0, 2.0]))
@@ -154,14 +154,14 @@ def dormant_features(magnitudes: Tensor, tau: float = 0.025) -> Tensor:
 
     Args:
         magnitudes: the mean magnitude of each feature, shape (..., D).
-        tau: not negative.
+        tau: share of the average magnitude, not negative.
 
     Returns:
         Shape (...), float64; 1 where all features are zero.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
-        ValueError: for a tensor without features, or a ``tau`` that is negative or no number.
+        TypeError: for anything but a tensor of real numbers.
+        ValueError: for a tensor without features, or a ``tau`` that is negative or not a number.
 
     >>> dormant_features(torch.tensor([1.0, 0.01, 0.0, 2.0]))
     tensor(0.5000, dtype=torch.float64)
@@ -185,7 +185,7 @@ def outlier_features(second_moments: Tensor) -> Tensor:
         Shape (...), float64; 1 where all features are zero.
 
     Raises:
-        TypeError: for what is no tensor of real numbers.
+        TypeError: for anything but a tensor of real numbers.
         ValueError: for a tensor without features.
 
     >>> outlier_features(torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 5.0, 0.0]]))
@@ -193,12 +193,13 @@ def outlier_features(second_moments: Tensor) -> Tensor:
     """
     squares = _features("second moments", second_moments)
     largest = squares.amax(-1, keepdim=True)
-    shares = torch.where(largest > 0, squares / torch.where(largest > 0, largest, 1.0), 1.0)  # none overflows
+    # Dividing by the largest keeps squares from overflowing.
+    shares = torch.where(largest > 0, squares / torch.where(largest > 0, largest, 1.0), 1.0)
     return shares.square().mean(-1) / shares.mean(-1).square()
 
 
 def check_tau(tau: float) -> float:
-    """The threshold of :func:`dormant_features` as a float; a ValueError unless it is a number from 0 on."""
+    """Return ``tau`` of :func:`dormant_features` as a float; raise a ValueError unless it is at least 0."""
     if not isinstance(tau, numbers.Real) or isinstance(tau, bool) or not 0 <= tau < math.inf:
         raise ValueError(f"expected tau to be a number that is not negative, got {tau!r}")
     return float(tau)

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectralmetrics.functional.dimension import finite_eigenvalues
 
 FEWEST_VALUES = 10
-"""With fewer positive eigenvalues than this nothing is fitted."""
+"""The fewest positive eigenvalues to which a power law is fitted."""
 
 
 class PowerLawTail(NamedTuple):
@@ -42,10 +42,10 @@ def power_law_tail(eigenvalues: Tensor) -> PowerLawTail:
     .. math:: \alpha = 1 + m \Big/ \sum_i \log \frac{\lambda_i}{x_{\min}},
               \qquad \sigma_\alpha = \frac{\alpha - 1}{\sqrt m},
 
-    and the lower end is chosen whose tail has the smallest Kolmogorov distance from its power law (Clauset,
+    and the lower end is the one whose tail has the smallest Kolmogorov distance from its power law (Clauset,
     Shalizi and Newman, arXiv:0706.1062). This is the α of heavy-tailed weight matrices (Martin and Mahoney,
     arXiv:1810.01075); :func:`power_law_exponent` fits another one, of eigenvalues over their rank. The standard
-    error leaves out that the lower end is estimated, too.
+    error ignores that the lower end is estimated, too.
 
     Args:
         eigenvalues: shape (D,), in any order; zero and negative ones are left out.
@@ -79,18 +79,18 @@ def _best_fit(values: np.ndarray) -> tuple[float, float, float, float, int]:
     if total < FEWEST_VALUES:
         return best
     logs = np.log(values)
-    # Of equal values the first is the lower end, and the place of all of them in the empirical distribution.
-    places = np.searchsorted(values, values, side="left")
+    # The first of equal values is their lower end, and gives all of them their rank in the distribution.
+    ranks = np.searchsorted(values, values, side="left")
     above = np.cumsum(logs[::-1])[::-1]
     least = math.inf
-    for start in np.unique(places)[:-1]:
+    for start in np.unique(ranks)[:-1]:
         size = total - start
         excess = above[start] - size * logs[start]
         if excess <= 0:
             continue
         alpha = 1 + size / excess
         expected = -np.expm1((1 - alpha) * (logs[start:] - logs[start]))
-        distance = float(np.abs(expected - (places[start:] - start) / size).max())
+        distance = float(np.abs(expected - (ranks[start:] - start) / size).max())
         if distance < least:
             least = distance
             best = (alpha, float(values[start]), (alpha - 1) / math.sqrt(size), distance, int(size))

@@ -1,8 +1,8 @@
-r"""Similarity of two layers: of their directions, of their distributions, and of the samples they tell apart.
+r"""Similarity of two layers, by their directions, their distributions, or the samples that they separate.
 
 Two layers whose units correspond, such as one layer at two epochs, can be compared direction by direction:
-:func:`subspace_overlap`, :func:`frechet_distance`. Two layers whose units do not correspond, such as those of
-two networks, can be compared by which samples they tell apart: :func:`linear_cka`.
+:func:`subspace_overlap`, :func:`frechet_distance`. Two layers whose units do not correspond, such as layers of
+two networks, can be compared by which samples they separate: :func:`linear_cka`.
 
 Linear CKA (`Kornblith et al. 2019 <https://arxiv.org/abs/1905.00414>`_) is a cosine between two matrices of
 inner products between samples. For rows :math:`x_i` about their mean, let :math:`k_{ij} = x_i^\top x_j`, and
@@ -31,7 +31,7 @@ MINIMUM_SAMPLES = 4
 
 # Fourth powers of larger values, summed over samples and features, leave the range of float64.
 _LARGEST = 1e60
-# Memory for a block of features in float64: larger ones leave the cache, smaller ones are many operations.
+# Memory for a block of features in float64: larger blocks leave the cache, smaller ones need many operations.
 _BLOCK_BYTES = 2**23
 
 
@@ -51,7 +51,7 @@ def subspace_overlap(left: Tensor, right: Tensor) -> Tensor:
         Shape (...), float64; leading dimensions are broadcast.
 
     Raises:
-        TypeError: if one of them is no floating tensor.
+        TypeError: if one of them is not a floating tensor.
         ValueError: if the widths D differ, a space has no columns, or columns are not orthonormal.
 
     >>> subspace_overlap(torch.eye(3)[:, :2], torch.eye(3)[:, 1:])
@@ -64,7 +64,7 @@ def subspace_overlap(left: Tensor, right: Tensor) -> Tensor:
             raise ValueError(f"expected {name} of shape (..., D, k) with k >= 1, got {tuple(basis.shape)}")
         exact = basis.detach().to(torch.float64)
         deviation = (exact.mT @ exact - torch.eye(basis.shape[-1], device=basis.device)).abs()
-        # Columns that were orthonormal to the precision in which they were computed.
+        # Accept columns that are orthonormal to the precision in which they were computed.
         if not (deviation <= torch.finfo(basis.dtype).eps ** 0.5).all():
             raise ValueError(
                 f"expected {name} to have orthonormal columns, got inner products that deviate from 0 and 1 by"
@@ -89,8 +89,8 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
     (`Dowson and Landau 1982 <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The last trace is the sum of the
     singular values of :math:`\Sigma_1^{1/2} \Sigma_2^{1/2}`. They are read from the eigenvalues
     :math:`\pm \sigma_i` of a symmetric matrix of twice the size, because the square roots of the eigenvalues of
-    :math:`\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2}` would keep only half of the digits. Nothing here needs a
-    covariance to be regular.
+    :math:`\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2}` would keep only half of the digits. Covariances may be
+    singular.
 
     Args:
         mean_1: shape (..., D), floating.
@@ -104,7 +104,7 @@ def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tenso
         Shape (...), float64, in squared units of the features: never negative, and 0 for equal inputs.
 
     Raises:
-        TypeError: if one of them is no floating tensor.
+        TypeError: if one of them is not a floating tensor.
         ValueError: if widths do not fit together, or a value is not finite.
 
     >>> mean, covariance = torch.zeros(2), torch.diag(torch.tensor([4.0, 0.0]))
@@ -136,8 +136,8 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
     r"""The unbiased estimator :math:`\operatorname{HSIC}_1` of linear dependence between two sets of features.
 
     It estimates :math:`\lVert \operatorname{Cov}(x, y) \rVert_F^2` from n samples, and its mean is 0 where the
-    features are uncorrelated, also for few samples of many features. Of ``left`` and ``right`` alike it is
-    never negative.
+    features are uncorrelated, also for few samples of many features. It is never negative if ``left`` and
+    ``right`` are the same.
 
     With centred rows it equals
 
@@ -152,7 +152,7 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
         valid: (N,) boolean, True for the samples to use; all if None.
 
     Returns:
-        Shape (), float64; 0 if fewer than four samples are valid. What is round-off counts as 0.
+        Shape (), float64; 0 if fewer than four samples are valid. Round-off counts as 0.
 
     Raises:
         TypeError: for rows that are not floating.
@@ -172,11 +172,11 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
     x_norms, y_norms = x.square().sum(1), y.square().sum(1)
     n = _number(left, valid)
     divisor = (n - 2).clamp(min=1)
-    together = (x.mT @ y).square().sum()
+    cross = (x.mT @ y).square().sum()
     diagonal = n / divisor * (x_norms * y_norms).sum()
     traces = x_norms.sum() * y_norms.sum() / ((n - 1).clamp(min=1) * divisor)
-    value = together - diagonal + traces
-    is_round_off = value.abs() <= round_off(samples) * (together + diagonal + traces)
+    value = cross - diagonal + traces
+    is_round_off = value.abs() <= round_off(samples) * (cross + diagonal + traces)
     return torch.where(is_round_off | (n < MINIMUM_SAMPLES), 0.0, value) / _pairs(n)
 
 
@@ -228,7 +228,7 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Inner products between samples, about the first of them, which :func:`u_centred` takes away.
+    """Inner products between samples, about the first sample; :func:`u_centred` does not depend on this choice.
 
     The features are taken in blocks, so that wide rows are never in memory as float64. A sample with NaN or
     infinities spoils its own row and column only: its entry in the diagonal is not finite.
@@ -249,7 +249,7 @@ def gram(rows: Tensor) -> Tensor:
     rows = rows.detach()
     samples = rows.shape[0]
     products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
-    # About a sample: equal rows give exact zeros, and a far mean costs no digits.
+    # Subtract a sample first: equal rows give exact zeros, and a far mean costs no digits.
     first = rows[:1].to(torch.float64)
     first = torch.where(first.abs() <= _LARGEST, first, 0.0)
     width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
@@ -275,8 +275,7 @@ def u_centred(grams: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: (N,) boolean, True for the samples to use; all if None.
 
     Returns:
-        Shape (..., N, N), float64. A matrix that is round-off is returned as zero, and so is one of fewer than
-        four valid samples.
+        Shape (..., N, N), float64; zero for a matrix that is round-off, and for fewer than four valid samples.
 
     >>> u_centred(torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))).abs().sum()
     tensor(0., dtype=torch.float64)
@@ -316,7 +315,7 @@ def usable_rows(rows: Tensor) -> Tensor:
 
 
 def usable_samples(grams: Tensor) -> Tensor:
-    """Likewise of samples whose inner products are there, (..., N) of (..., N, N), boolean.
+    """Flags of usable samples, (..., N), boolean, from their inner products (..., N, N).
 
     >>> usable_samples(gram(torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [3.0, 0.0]])))
     tensor([ True, False,  True])
@@ -325,13 +324,13 @@ def usable_samples(grams: Tensor) -> Tensor:
 
 
 def check_pair(left: Tensor, right: Tensor) -> None:
-    """A TypeError or ValueError unless these are rows of the same samples, at least four of them."""
+    """Raise a TypeError or ValueError unless these are rows of the same samples, at least four of them."""
     for name, rows in (("left", left), ("right", right)):
         _check_floating(name, rows)
         if rows.ndim != 2:
             raise ValueError(
-                f"expected {name} rows of shape (N, D), got {tuple(rows.shape)}; flatten or pool what else a"
-                " sample has: one row for each sample"
+                f"expected {name} rows of shape (N, D), got {tuple(rows.shape)}; flatten or pool the other"
+                " dimensions, to give one row for each sample"
             )
     if len(left) != len(right):
         raise ValueError(f"expected rows of the same samples, got {len(left)} and {len(right)}")
@@ -375,10 +374,10 @@ def _singular_values_twice(matrix: Tensor) -> Tensor:
 
 
 def _centred(rows: Tensor, valid: Tensor | None) -> Tensor:
-    """Rows in float64 about the mean of the valid ones; the others are zero."""
+    """Rows in float64 about the mean of valid rows; other rows are zero."""
     rows = rows.detach().to(torch.float64)
     if valid is None:
-        # About a row first: equal rows must give exact zeros, and a far mean must not cost digits.
+        # Subtract a row first: equal rows must give exact zeros, and a far mean must not cost digits.
         rows = rows - rows[:1]
         return rows - rows.mean(0)
     keep = valid[:, None]

@@ -1,10 +1,9 @@
-r"""Bounds of statistics of a spectrum that a sketch stands for.
+r"""Bounds of statistics of a spectrum, from a sketch.
 
 A sketch gives leading eigenvalues :math:`\hat\lambda_i \le \lambda_i` and the trace :math:`T = \sum_i
-\lambda_i`. What they leave of it, :math:`\tau = T - \sum_i \hat\lambda_i`, is spread over the eigenvalues in
-an unknown way, so that
-:math:`\lambda_i \le \hat\lambda_i + \tau`, and the first k hold between :math:`\hat\lambda_1 + \dots +
-\hat\lambda_k` and that and :math:`\tau` more.
+\lambda_i`. The rest of the trace, :math:`\tau = T - \sum_i \hat\lambda_i`, is spread over the eigenvalues in
+an unknown way. So :math:`\lambda_i \le \hat\lambda_i + \tau`, and the sum of the first k eigenvalues exceeds
+:math:`\hat\lambda_1 + \dots + \hat\lambda_k` by at most :math:`\tau`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from spectralmetrics.functional.dimension import Rule, check_rule, check_thresho
 
 
 class Estimate(NamedTuple):
-    """A value, and two between which the true one lies for certain.
+    """A value, and two bounds that enclose the true value for certain.
 
     Attributes:
-        value: shape (); NaN if the sketch does not tell.
-        low: shape ().
-        high: shape ().
+        value: shape (); NaN if the sketch does not determine it.
+        low: the lower bound, shape ().
+        high: the upper bound, shape ().
     """
 
     value: Tensor
@@ -34,7 +33,7 @@ class Estimate(NamedTuple):
 def intrinsic_dimension(
     leading: Tensor, total: Tensor, num_features: int, threshold: float, rule: Rule = "explained"
 ) -> Estimate:
-    """The bounds of the intrinsic dimension; its value is the upper one, which holds the share for certain.
+    """Bounds of the intrinsic dimension; the value is the upper bound, which holds the share for certain.
 
     Args:
         leading: lower bounds of the leading eigenvalues, descending, shape (k,).
@@ -58,8 +57,8 @@ def intrinsic_dimension(
     cumulative = cumulative_sum(leading.to(torch.float64))
     total = total.to(torch.float64)
     if not total > 0:
-        nothing = torch.zeros((), dtype=torch.int64, device=leading.device)
-        return Estimate(nothing, nothing, nothing)
+        zero = torch.zeros((), dtype=torch.int64, device=leading.device)
+        return Estimate(zero, zero, zero)
     wanted = (threshold - num_features * torch.finfo(torch.float64).eps) * total
     rest = (total - cumulative[-1]).clamp(min=0)
     fewer = 1 if rule == "delve" else 0
@@ -73,7 +72,7 @@ def intrinsic_dimension(
 def saturation(
     leading: Tensor, total: Tensor, num_features: int, threshold: float, rule: Rule = "explained"
 ) -> Estimate:
-    """As :func:`intrinsic_dimension`, as a share of the width; shape (), float64.
+    """Like :func:`intrinsic_dimension`, but as a share of the width; shape (), float64.
 
     >>> saturation(torch.tensor([6.0, 2.0, 1.0]), torch.tensor(10.0), 50, threshold=0.75).value
     tensor(0.0400, dtype=torch.float64)
@@ -83,7 +82,7 @@ def saturation(
 
 
 def stable_rank(leading: Tensor, total: Tensor) -> Estimate:
-    """The bounds of the stable rank; its value is the upper one.
+    """Bounds of the stable rank; the value is the upper bound.
 
     Args:
         leading: lower bounds of the leading eigenvalues, descending, shape (k,).
@@ -109,7 +108,7 @@ def participation_ratio(leading: Tensor, total: Tensor, square_sum: Tensor) -> E
     Args:
         leading: lower bounds of the leading eigenvalues, descending, shape (k,).
         total: the sum of all eigenvalues, shape ().
-        square_sum: an estimate of the sum of their squares, shape (); brought between its own bounds.
+        square_sum: an estimate of the sum of their squares, shape (); it is clipped to its own bounds.
 
     Returns:
         Shape (), float64.
@@ -127,5 +126,5 @@ def participation_ratio(leading: Tensor, total: Tensor, square_sum: Tensor) -> E
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; 0 of nothing."""
+    """The quotient; 0 for a numerator of 0."""
     return torch.where(numerator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0)

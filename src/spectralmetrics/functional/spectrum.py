@@ -1,4 +1,4 @@
-"""The lazily decomposed :class:`Spectrum`: everything that a statistic may read of a layer's features."""
+"""The lazily decomposed :class:`Spectrum`: everything that a statistic may read from a layer's features."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from spectralmetrics.sums.checks import check_positive_integer, check_real, chec
 __all__ = ["Spectrum", "eigenvalues", "eigenvectors"]
 
 S = TypeVar("S", bound=Sum)
-LEFT_OUT = "left out"  # under which a spectrum knows the `LeftOut` of its folds
+LEFT_OUT = "left out"  # key in the cache of a spectrum for the `LeftOut` of its folds
 
 
 class Spectrum:
-    """Everything that a statistic may read of a layer's features, each part computed once, when asked for.
+    """Everything that a statistic may read from a layer's features; each part is computed once, on first use.
 
     Args:
-        sums: over the observations, at least one of them; such as ``Moments``.
+        sums: sums over at least one observation, such as ``Moments``.
         center: False reads the second moment about zero instead of the covariance.
-        cache: where decompositions are kept, so that several spectra of the same sums share them.
+        cache: dict that keeps decompositions, so that several spectra of the same sums share them.
         others: sums of other kinds over the same observations, see :meth:`part`.
-        device: where everything that is read goes; None leaves it where the sums are.
+        device: device of everything that is read; None: the device of the sums.
 
     >>> import torch
     >>> from spectralmetrics.functional import Observations, accumulate, empty_moments
@@ -65,7 +65,7 @@ class Spectrum:
         self._device = device
 
     def at(self, device: torch.device | None) -> Spectrum:
-        """The same spectrum, of which everything that is read goes to a device; None: where the sums are."""
+        """The same spectrum, with everything that is read on a device; None: on the device of the sums."""
         return Spectrum(self._sums, center=self.center, cache=self._cache, others=self._others, device=device)
 
     def about(self, *, center: bool) -> Spectrum:
@@ -76,7 +76,7 @@ class Spectrum:
     def of_covariance(
         cls, covariance: Tensor, mean: Tensor, count: int | Tensor, *, center: bool = True
     ) -> Spectrum:
-        """The spectrum of a covariance that is already there, such as one read from a file.
+        """The spectrum of a known covariance, for example one from a file.
 
         Args:
             covariance: symmetric, about the mean and divided by n, shape (D, D).
@@ -92,13 +92,13 @@ class Spectrum:
 
     @property
     def sums(self) -> SpectralSum:
-        """The sums that are read."""
+        """The sums that the spectrum reads."""
         return self._sums
 
     @property
     def _total(self) -> SpectralSum:
         if not self._sums.folds:
-            return self._sums  # not to be cached: a cache that holds the sums would keep them alive
+            return self._sums  # not cached: a cache that holds the sums would keep them alive
         if "total" not in self._cache:
             self._cache["total"] = self._sums.total
         total: SpectralSum = self._cache["total"]
@@ -106,17 +106,18 @@ class Spectrum:
 
     @property
     def moments(self) -> Moments:
-        """The dense sums themselves, all folds together."""
+        """The dense sums themselves, all folds merged."""
         total = self._total
         if not isinstance(total, Moments):
             raise TypeError(f"expected dense sums, got {type(total).__name__}, which keep no moments")
-        return total if self._device is None else total.map(self._brought)
+        return total if self._device is None else total.map(self._on_device)
 
     @property
     def sketch(self) -> Sketch | None:
-        """The sketch that stands for the covariance; None where the covariance itself is kept.
+        """The sketch that is kept in place of the covariance; None if the covariance itself is kept.
 
-        Then :attr:`eigenvalues` are lower bounds of the leading k only, and :attr:`eigenvectors` has k columns.
+        With a sketch, :attr:`eigenvalues` are lower bounds of the leading k, and :attr:`eigenvectors` has k
+        columns.
         """
         total = self._total
         return total if isinstance(total, Sketch) else None
@@ -125,14 +126,14 @@ class Spectrum:
         """The sum of another kind over the same observations.
 
         Raises:
-            TypeError: for what is no kind of sum.
+            TypeError: for anything but a kind of sum.
             ValueError: if there is none.
         """
         if not (isinstance(kind, type) and issubclass(kind, Sum)):
             raise TypeError(f"expected a kind of sum, a subclass of Sum, got {kind!r}")
         for each in (self._sums, *self._others):
             if isinstance(each, kind):
-                return each if self._device is None else each.map(self._brought)
+                return each if self._device is None else each.map(self._on_device)
         raise ValueError(f"expected {kind.described} beside the moments; none was kept")
 
     def has(self, kind: type[Sum]) -> bool:
@@ -147,12 +148,12 @@ class Spectrum:
     @property
     def num_observations(self) -> Tensor:
         """The number of observations n, shape (), int64."""
-        return self._brought(self._sums.num_observations)
+        return self._on_device(self._sums.num_observations)
 
     @property
     def num_left_out(self) -> Tensor:
         """The number of observations left out for a NaN or an infinity, shape (), int64."""
-        return self._brought(self._sums.num_left_out)
+        return self._on_device(self._sums.num_left_out)
 
     @property
     def mean(self) -> Tensor:
@@ -198,8 +199,8 @@ class Spectrum:
 
     @property
     def covariance(self) -> Tensor:
-        """The covariance, shape (D, D), float64; made anew each time, since it is as large as the state."""
-        return self._brought(self._total.covariance(center=self.center))
+        """The covariance, shape (D, D), float64; computed each time, since it is as large as the state."""
+        return self._on_device(self._total.covariance(center=self.center))
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -217,7 +218,7 @@ class Spectrum:
 
         return self._kept("eigenvectors", decompose)
 
-    # -- for whoever decomposes several at once, see `together` ------------------------------------------
+    # -- to decompose several spectra at once, see `together` --------------------------------------------
 
     @property
     def home(self) -> torch.device:
@@ -232,11 +233,11 @@ class Spectrum:
 
     @property
     def identity(self) -> tuple[int, bool]:
-        """The same for spectra that share what has been read."""
+        """A key that is equal for spectra with the same cache and ``center``."""
         return id(self._cache), self.center
 
     def knows(self, name: str, device: torch.device | None = None) -> bool:
-        """True if ``"eigenvalues"``, ``"eigenvectors"`` or ``"variances"`` have been read, or brought."""
+        """True if the cache holds a part such as ``"eigenvalues"``, or its copy on a device."""
         return ((name, self.center) if device is None else (name, self.center, device)) in self._cache
 
     def matrix(self) -> Tensor | None:
@@ -244,37 +245,37 @@ class Spectrum:
         return self._total.matrix(center=self.center)
 
     def learn(self, name: str, value: Tensor | LeftOut, device: torch.device | None = None) -> None:
-        """Take what has been read elsewhere."""
+        """Store a value that was read elsewhere."""
         self._cache[(name, self.center) if device is None else (name, self.center, device)] = value
 
     def known(self) -> dict[tuple[str, bool], Any]:
-        """The eigenvalues that have been read, and those of folds: name and center -> tensors on the CPU."""
-        found: dict[tuple[str, bool], Any] = {}
+        """The eigenvalues in the cache, also of folds: (name, center) -> tensors on the CPU."""
+        known: dict[tuple[str, bool], Any] = {}
         for key, value in self._cache.items():
             if key[0] in ("eigenvalues", LEFT_OUT):
-                found[key[:2]] = LeftOut(*(e.cpu() for e in value)) if key[0] == LEFT_OUT else value.cpu()
-        return found
+                known[key[:2]] = LeftOut(*(e.cpu() for e in value)) if key[0] == LEFT_OUT else value.cpu()
+        return known
 
     def learn_known(self, known: Mapping[tuple[str, bool], Any]) -> None:
-        """Take what is :meth:`known` of these sums elsewhere."""
+        """Store the :meth:`known` values of another spectrum of these sums."""
         for (name, center), value in known.items():
             home = LeftOut(*(e.to(self.home) for e in value)) if name == LEFT_OUT else value.to(self.home)
             self.about(center=center).learn(name, home)
 
     def _kept(self, name: str, read: Callable[[], Tensor]) -> Tensor:
-        """A value that is read once of the sums, and brought once to each device."""
+        """Read a value once from the sums, and copy it once to each device."""
         if self._device is not None and self.home != self._device:
-            brought: Tensor | None = self._cache.get((name, self.center, self._device))
-            if brought is None:
-                brought = getattr(self.at(None), name).to(self._device)
-                self.learn(name, brought, self._device)
-            return brought
+            copied: Tensor | None = self._cache.get((name, self.center, self._device))
+            if copied is None:
+                copied = getattr(self.at(None), name).to(self._device)
+                self.learn(name, copied, self._device)
+            return copied
         if not self.knows(name):
             self.learn(name, read())
-        found: Tensor = self._cache[name, self.center]
-        return found
+        value: Tensor = self._cache[name, self.center]
+        return value
 
-    def _brought(self, tensor: Tensor) -> Tensor:
+    def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor if self._device is None else tensor.to(self._device)
 
     def coordinates(self, rows: Tensor, num_components: int | None = None) -> Tensor:
@@ -288,7 +289,7 @@ class Spectrum:
             Shape (N, k), float64.
 
         Raises:
-            TypeError: for rows that are no tensor of real numbers.
+            TypeError: for rows that are not a tensor of real numbers.
             ValueError: for rows of another shape, or a number of eigenvectors below 1.
 
         >>> import torch
@@ -300,8 +301,8 @@ class Spectrum:
         if rows.ndim != 2 or rows.shape[1] != self.num_features:
             raise ValueError(f"expected rows of shape (N, {self.num_features}), got {tuple(rows.shape)}")
         check_positive_integer("num_components", num_components, or_none=True)
-        total = self._total if self._device is None else self._total.map(self._brought)
-        return total.centred(self._brought(rows)) @ self.eigenvectors[:, :num_components]
+        total = self._total if self._device is None else self._total.map(self._on_device)
+        return total.centred(self._on_device(rows)) @ self.eigenvectors[:, :num_components]
 
     @property
     def fold_products(self) -> Tensor:
@@ -311,13 +312,13 @@ class Spectrum:
 
     @property
     def num_folds(self) -> int:
-        """The number of folds g in which the observations were kept; 1 if they were kept in one."""
+        """The number of folds g in which the observations were kept; 1 without folds."""
         return max(len(self._sums.folds), 1)
 
     def held_out(self) -> Spectrum | None:
-        """Held-out eigenvalues: variances of a fold along directions of the others; None with an empty fold.
+        """A spectrum of variances of a fold along directions of the others; None if a fold is empty.
 
-        Its eigenvalues are those of
+        Its eigenvalues are the result of
         :func:`~spectralmetrics.functional.held_out_eigenvalues`, and its covariance has them along the
         eigenvectors of all data.
 
@@ -325,16 +326,16 @@ class Spectrum:
             RuntimeError: if the observations were kept in one fold.
         """
         left_out = self._left_out()
-        return None if left_out is None else _OtherEigenvalues(self, self._brought(left_out.held_out))
+        return None if left_out is None else _OtherEigenvalues(self, self._on_device(left_out.held_out))
 
     def without_each_fold(self) -> list[Spectrum]:
-        """The spectra of all folds but one, each along the eigenvectors of all; empty with an empty fold.
+        """The spectra of all folds but one, each along the eigenvectors of all; empty if a fold is empty.
 
         Raises:
             RuntimeError: if the observations were kept in one fold.
         """
         left_out = self._left_out()
-        values = () if left_out is None else self._brought(left_out.others)
+        values = () if left_out is None else self._on_device(left_out.others)
         return [_OtherEigenvalues(self, each) for each in values]
 
     def _left_out(self) -> LeftOut | None:
@@ -345,8 +346,8 @@ class Spectrum:
             if any(int(fold.num_observations) == 0 for fold in folds):
                 return None
             self.learn(LEFT_OUT, leave_one_out([_dense(fold) for fold in folds], center=self.center))
-        found: LeftOut = self._cache[LEFT_OUT, self.center]
-        return found
+        left_out: LeftOut = self._cache[LEFT_OUT, self.center]
+        return left_out
 
 
 class _OtherEigenvalues(Spectrum):

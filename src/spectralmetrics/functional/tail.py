@@ -18,7 +18,7 @@ MEAN_LAYER = "mean"
 
 
 def recorded_name(layer: str) -> str:
-    """The name under which a layer's values are kept: its own, unless that is the name of the mean over layers.
+    """The name under which a layer's values are kept: its own, unless the mean over layers has this name.
 
     >>> recorded_name("encoder.0"), recorded_name("mean"), recorded_name("mean (layer)")
     ('encoder.0', 'mean (layer)', 'mean (layer) (layer)')
@@ -39,7 +39,7 @@ def mean_over_layers(values: Iterable[float]) -> float:
 
 
 def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict[str, Tensor]:
-    """One metric in one stage, layer by layer, from what :meth:`LayerProbe.compute` returned.
+    """One metric in one stage, layer by layer, from the result of :meth:`LayerProbe.compute`.
 
     Args:
         values: ``"{metric}/{stage}/{layer}"`` -> value.
@@ -48,11 +48,11 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
 
     Returns:
         Layer name -> value, in the order of ``values``, without the layer ``"mean"`` that a recorder adds;
-        what :func:`low_saturation_tail` and :func:`~spectralmetrics.plotting.plot_profile` take.
+        the input of :func:`low_saturation_tail` and :func:`~spectralmetrics.plotting.plot_profile`.
 
     Raises:
-        ValueError: if there is no such value, with the metrics and stages that there are.
-        TypeError: for rows, as :func:`~spectralmetrics.recompute` returns them, with what to write for them.
+        ValueError: if there is no such value; the message lists the metrics and stages of ``values``.
+        TypeError: for rows, as :func:`~spectralmetrics.recompute` returns them; the message says what to write.
 
     >>> import torch
     >>> layer_profile({"saturation/eval/conv1": torch.tensor(0.5), "spectrum/eval/conv1": torch.ones(3)},
@@ -69,20 +69,20 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
     prefix = f"{metric}/{stage}/"
     profile = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     if not profile:
-        there = sorted({key.rsplit("/", 1)[0] for key in values if "/" in key})
+        present = sorted({key.rsplit("/", 1)[0] for key in values if "/" in key})
         raise ValueError(
-            f"expected values of {prefix[:-1]!r}, got {', '.join(map(repr, there)) or 'no values'}"
+            f"expected values of {prefix[:-1]!r}, got {', '.join(map(repr, present)) or 'no values'}"
         )
     mean = profile.pop(MEAN_LAYER, None)
-    # A layer may be called so, too: what it is not the mean of is a value of its own.
+    # A layer may be named "mean", too: then the value is not the mean of the others.
     if mean is not None and not _is_mean(mean, profile.values()):
         return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     return profile
 
 
 def _is_mean(value: Tensor, others: Iterable[Tensor]) -> bool:
-    known = [float(each) for each in others if each.numel() == 1 and not bool(each.isnan())]
-    mean = sum(known) / len(known) if known else math.nan
+    defined = [float(each) for each in others if each.numel() == 1 and not bool(each.isnan())]
+    mean = sum(defined) / len(defined) if defined else math.nan
     return bool(torch.isclose(value.double(), torch.tensor(mean, dtype=torch.float64), equal_nan=True).all())
 
 
@@ -96,8 +96,8 @@ def low_saturation_tail(
     the run nor to the largest value. Networks whose receptive field outgrows their input end in such a tail
     (`arXiv:2006.08679 <https://arxiv.org/abs/2006.08679>`_).
 
-    Look at validation data: a profile over an epoch of training pools features of changing weights. And give
-    each layer many more observations than features, or a lack of data looks like a lack of directions.
+    Use validation data: a profile over an epoch of training pools features of changing weights. And give each
+    layer many more observations than features, or a lack of data looks like a lack of directions.
 
     Args:
         saturation: layer name -> saturation in [0, 1], in forward order.
@@ -109,7 +109,7 @@ def low_saturation_tail(
 
     Raises:
         TypeError: for anything but a dict.
-        ValueError: if ``ratio`` is outside (0, 1), ``output_layers`` is negative, or a value is no saturation.
+        ValueError: if ``ratio`` or a saturation is out of range, or ``output_layers`` is negative.
 
     >>> low_saturation_tail({"conv1": 0.8, "conv2": 0.3, "conv3": 0.7, "conv4": 0.2, "conv5": 0.1, "head": 0.9})
     ['conv4', 'conv5']

@@ -1,4 +1,4 @@
-"""The spectra of many layers at once: a batch for each width, and one reading for each device."""
+"""Read the spectra of many layers at once: one batch for each width, and one transfer for each device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import eigenvalues, eigenvectors
 
 Progress = Callable[[int, int], None]
-"""Called with the number of spectra that have been decomposed, and of all that will be."""
+"""Called with the number of spectra decomposed so far, and the number of all spectra to decompose."""
 
 _HOST = torch.device("cpu")
-# Memory for the matrices of a batch. LAPACK takes one after the other: what a batch saves are calls, up to 96
-# features a tenth to a half of the time, and what it costs is memory that leaves the cache, a tenth at 256.
+# Memory for the matrices of a batch. LAPACK takes one after the other. A batch saves calls: a tenth to a half
+# of the time up to 96 features. But its memory leaves the cache, which costs a tenth at 256.
 _BATCH_BYTES = 2**18
 _ACCELERATOR_BATCH_BYTES = 2**28
 
@@ -26,20 +26,21 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Wanted(NamedTuple):
-    """A spectrum and what will be read of it."""
+    """A spectrum and the part that will be read from it."""
 
     spectrum: Spectrum
     part: Literal["mean", "variances", "magnitudes", "largest", "zero_shares", "eigenvalues", "eigenvectors"]
 
 
 def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = None) -> None:
-    """Read several spectra; what is small is brought to the memory of the CPU.
+    """Read several spectra; small results are copied to the memory of the CPU.
 
-    How often a device is read depends on the number of different widths there, and not on that of the spectra.
+    The number of reads from a device depends on the number of different widths there, not on the number of
+    spectra.
 
     Args:
-        wanted: what to read; spectra may share their caches.
-        progress: told after each batch. An exception raised there ends the work; what has been decomposed is
+        wanted: spectra and parts to read; spectra may share their caches.
+        progress: called after each batch. An exception raised there ends the work; finished decompositions are
             kept.
     """
     wanted = list(wanted)
@@ -50,7 +51,7 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
     todo += [(each, False) for each in plain if not each.knows("eigenvalues")]
     done = 0
     for batch, with_vectors in _batches(todo):
-        with contextlib.suppress(ValueError, RuntimeError):  # to be said by whoever reads the one that fails
+        with contextlib.suppress(ValueError, RuntimeError):  # reading the spectrum that fails raises it again
             _decompose(batch, with_vectors)
         done += len(batch)
         if progress is not None:
@@ -61,13 +62,13 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The integers in these tensors, with one reading for each device that they are on."""
-    found: dict[int, list[int]] = {}
-    for places in _grouped(range(len(tensors)), lambda place: tensors[place].device).values():
-        numbers = iter(torch.cat([tensors[place].reshape(-1) for place in places]).cpu().tolist())
-        for place in places:
-            found[place] = [next(numbers) for _ in range(tensors[place].numel())]
-    return [found[place] for place in range(len(tensors))]
+    """The integers in these tensors, with one transfer for each device that they are on."""
+    integers: dict[int, list[int]] = {}
+    for indices in _grouped(range(len(tensors)), lambda index: tensors[index].device).values():
+        numbers = iter(torch.cat([tensors[index].reshape(-1) for index in indices]).cpu().tolist())
+        for index in indices:
+            integers[index] = [next(numbers) for _ in range(tensors[index].numel())]
+    return [integers[index] for index in range(len(tensors))]
 
 
 def _batches(todo: Iterable[tuple[Spectrum, bool]]) -> Iterator[tuple[list[Spectrum], bool]]:
@@ -83,18 +84,18 @@ def _decompose(spectra: Sequence[Spectrum], with_vectors: bool) -> None:
     matrices = (
         [] if len(spectra) == 1 else [matrix for each in spectra if (matrix := each.matrix()) is not None]
     )
-    if len(matrices) < len(spectra):  # one by one: of some sums there is no matrix
+    if len(matrices) < len(spectra):  # one by one: some sums have no matrix
         for each in spectra:
-            here = each.at(None)
-            _ = here.eigenvectors if with_vectors else here.eigenvalues
+            at_home = each.at(None)
+            _ = at_home.eigenvectors if with_vectors else at_home.eigenvalues
         return
     stacked = torch.stack(matrices)
-    found, directions = eigenvectors(stacked) if with_vectors else (eigenvalues(stacked), None)
-    for place, each in enumerate(spectra):
+    values, vectors = eigenvectors(stacked) if with_vectors else (eigenvalues(stacked), None)
+    for index, each in enumerate(spectra):
         # Copies: a view would keep the whole batch alive as long as one layer is not updated.
-        each.learn("eigenvalues", found[place].clone())
-        if directions is not None:
-            each.learn("eigenvectors", directions[place].clone())
+        each.learn("eigenvalues", values[index].clone())
+        if vectors is not None:
+            each.learn("eigenvectors", vectors[index].clone())
 
 
 def _bring(name: str, spectra: Iterable[Spectrum]) -> None:

@@ -14,19 +14,19 @@ from spectralmetrics.sums.merging import Piece, Pieces, agree
 from spectralmetrics.sums.sum import SpectralSum
 
 MOST_BYTES = 2**25
-"""Of one collective, unless a single row of a matrix is larger."""
-_ROWS_BYTES = 2**22  # of the rows of a matrix that are moved to another origin at a time
+"""The most bytes of one collective, unless a single row of a matrix is larger."""
+_ROWS_BYTES = 2**22  # the most bytes of matrix rows that are moved to another origin at a time
 
 Slot: TypeAlias = tuple[int, Callable[[Tensor], None]]
-"""How many numbers belong somewhere, and what puts them there."""
+"""A number of values, and the function that stores them in their tensors."""
 
 
 class AboutOrigin(SpectralSum):
-    """A sum over deviations from an origin: their number, their vector sum and their squares are known exactly.
+    """A sum over deviations from an origin, with their exact number, vector sum and squares.
 
     Attributes:
         count: the number of finite observations n, shape (), int64.
-        non_finite: the number left out, shape (), int64.
+        non_finite: the number of observations left out, shape (), int64.
         origin: shape (D,), float64.
         first: the vector sum about the origin, shape (D,), float64.
     """
@@ -52,7 +52,7 @@ class AboutOrigin(SpectralSum):
 
     @abstractmethod
     def about(self, origin: Tensor) -> Self:
-        """The same sums about another origin, exactly up to rounding; this one is left as it was.
+        """Return the same sums about another origin, exact up to rounding; these stay unchanged.
 
         Args:
             origin: shape (D,), float64.
@@ -61,14 +61,14 @@ class AboutOrigin(SpectralSum):
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """The additive sums about a common origin, piece by piece.
 
-        Subclasses with a large matrix yield it some rows at a time, so that it is never there twice.
+        Subclasses with a large matrix yield it some rows at a time, so that memory never holds it twice.
         """
         moved = self.about(origin)
         for name in sorted(self.additive):
             yield Piece.of(getattr(moved, name))
 
     def _slots(self) -> Iterator[Slot]:
-        """The tensors of this sum that the :meth:`_pieces` go into, in their order."""
+        """The slots of this sum's tensors, in the order of the :meth:`_pieces`."""
         for name in sorted(self.additive):
             yield slot_of(getattr(self, name))
 
@@ -89,7 +89,7 @@ class AboutOrigin(SpectralSum):
         return merged
 
     def together_with(self, other: Self) -> Self:
-        """The sums of two disjoint sets of observations of one width, on one device; neither is changed."""
+        """Add sums of two disjoint sets of observations of one width, on one device; both stay unchanged."""
         # The origin of the larger side lies nearer to the common mean.
         origin = torch.where(self.count >= other.count, self.origin, other.origin)
         left: Any
@@ -133,21 +133,21 @@ class AboutOrigin(SpectralSum):
 def exchange_about_origins(
     parts: Sequence[AboutOrigin], room: Callable[[], tuple[Any, Sequence[AboutOrigin]]]
 ) -> Generator[Tensor | Pieces, Tensor | None, Any]:
-    """Add sums up across processes: agree on an origin for each, move them there, add what is additive.
+    """Add sums up across processes: agree on an origin for each, move the sums there, add the additive tensors.
 
-    Nothing that is sent grows with the number of processes.
+    The size of a message does not grow with the number of processes.
 
     Args:
         parts: this process' sums, of one width.
-        room: makes what the result is put into, and the sums in it that belong to the parts; not called where
-            the result is for another process.
+        room: returns an empty result and the sums in it, one for each part; not called where the result is for
+            another process.
 
     Returns:
         The result; None where it is for another process.
     """
     counts = torch.stack([each.count for each in parts]).to(torch.float64)[:, None]
     means = [each.count * each.origin + each.first for each in parts]
-    # The origin need only lie near the data, so this mean may be rounded; what follows is exact about it.
+    # The origin need only lie near the data, so this mean may be rounded: the sums about it are exact.
     sums = yield torch.cat([counts, torch.stack(means)], 1)
     assert sums is not None
     origins = sums[:, 1:] / sums[:, :1].clamp(min=1)
@@ -172,7 +172,7 @@ def exchange_about_origins(
 
 
 def _batches(pieces: Iterator[Piece], home: torch.device) -> Iterator[Pieces]:
-    """Pieces, whole, as many together as fit into one collective."""
+    """Group whole pieces, as many as fit into one collective."""
     waiting = Pieces(home)
     for piece in pieces:
         if waiting and 8 * (waiting.size + piece.size) > MOST_BYTES:
@@ -183,7 +183,7 @@ def _batches(pieces: Iterator[Piece], home: torch.device) -> Iterator[Pieces]:
 
 
 def slot_of(tensor: Tensor) -> Slot:
-    """The slot that is a whole tensor."""
+    """The slot of a whole tensor."""
 
     def put(numbers: Tensor) -> None:
         tensor.copy_(numbers.reshape(tensor.shape))
@@ -192,6 +192,6 @@ def slot_of(tensor: Tensor) -> Slot:
 
 
 def rows_at_a_time(rows: int, columns: int, most: int | None = None) -> list[slice]:
-    """The rows of a matrix, some at a time, and no more than ``most``."""
+    """Slices of a matrix' rows, each of limited bytes and at most ``most`` rows."""
     step = max(min(_ROWS_BYTES // (8 * max(columns, 1)), most or rows), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

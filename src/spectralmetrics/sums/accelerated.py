@@ -1,11 +1,11 @@
-"""Rows into dense moments on an accelerator: few launches, and nothing read.
+"""Add rows to dense moments on an accelerator, in few launches and without reading values back.
 
 Small kernels cost an accelerator the time that the host takes to launch them. While the origin stays, rows
-are centred, judged, masked and multiplied in at most 15 launches up to D = 1024. What depends on the origin
-alone is computed once, when it moves.
+are centred, checked, masked and multiplied in at most 15 launches up to D = 1024. Values that depend on the
+origin alone are computed once, when it moves.
 
 Products are float64 where the device multiplies float64 as fast as float32, and float32 elsewhere, see
-:func:`.products_dtype`. A device without float64 (MPS) multiplies; the sums stay in the memory of the CPU.
+:func:`.products_dtype`. A device without float64 (MPS) only multiplies; the CPU's memory holds the sums.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from spectralmetrics.sums.precision import (
     power_of_two_scale,
 )
 
-# One product up to this width; wider ones leave out what lies below the diagonal, in float64 in narrower parts.
+# Rows up to this width take one product. Wider rows take several, without the part below the diagonal.
 _WIDTH_OF_ONE_PRODUCT = 1024
 _WIDTH_OF_A_FLOAT64_PART = 512
-# Memory for centred rows, and for the products of so many rows each, which are summed in float64.
+# Memory for centred rows, and for float32 products of few rows each, which are then summed in float64.
 _WORKSPACE_BYTES = 2**26
 _FLOAT64_WORKSPACE_BYTES = 2**27
 _PRODUCT_BYTES = 2**27
 
 
 class Centring(NamedTuple):
-    """The origin of sums on the device of the rows, while it stays.
+    """The origin of sums on the device of the rows, valid until it moves.
 
     Attributes:
         shift: −scale · origin, shape (D,), of the dtype of the products.
         scale: a power of two that brings deviations near one, shape (), likewise; 1 for float64.
         zero: shape (), likewise.
         unit: 1 / scale, shape (), float64, on the device of the sums.
-        weight: its square.
+        weight: the square of ``unit``, likewise.
     """
 
     shift: Tensor
@@ -57,11 +57,10 @@ class Centring(NamedTuple):
 
 
 def centring(moments: DenseSums, device: torch.device, dtype: torch.dtype) -> Centring:
-    """Prepares the centring of a device's rows on the origin of sums.
+    """Prepare to centre a device's rows on the origin of sums.
 
-    float32 must be able to hold the origin exactly, if that is the dtype of the products. Deviations may then
-    grow 1e18 times beyond their present size before their squares overflow, which is said when the sums are
-    read.
+    With float32 products, the origin must be exact in float32. Deviations may then grow to 1e18 times their
+    present size before their squares overflow; reading the sums reports that.
     """
     with torch.inference_mode(False), torch.no_grad():
         if dtype == torch.float64:
@@ -79,9 +78,9 @@ def add(moments: DenseSums, observations: Observations, centre: Centring) -> Non
     """Add observations to ``moments``, in place and about their origin.
 
     Args:
-        moments: the sums so far, on the device of the observations; with float32 products also in the memory
-            of the CPU.
-        observations: on an accelerator; of float32 or half precision, if the products are float32.
+        moments: the sums so far, on the device of the observations; with float32 products, the CPU may hold
+            them instead.
+        observations: observations on an accelerator, in float32 or half precision if the products are float32.
         centre: the centring on the origin of these sums.
     """
     values, valid = observations.values.detach(), observations.valid
@@ -128,12 +127,12 @@ def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre:
     """Add values of shape (..., D)."""
     features = values.shape[-1]
     total = values.numel() // features
-    # A row is judged before it is centred: one that overflows then is no NaN of the user's.
+    # Check rows before centring them: a row that overflows in centring held no NaN.
     kept = are_finite(values)
     if valid is not None:
         kept = kept & valid.reshape(kept.shape)
     rows = _workspace(total, features, centre)
-    # scale · (x − o): with a power of two it rounds where the difference alone does.
+    # scale · (x − o): a power of two adds no rounding error to the difference.
     scaled = torch.addcmul(centre.shift, values, centre.scale)
     torch.where(kept, scaled, centre.zero, out=rows[:total].view(values.shape))
     number = kept.sum()
@@ -150,7 +149,7 @@ def _add_piece(moments: DenseSums, values: Tensor, valid: Tensor | None, centre:
 
 
 def _workspace(total: int, features: int, centre: Centring) -> Tensor:
-    """Memory for centred rows, of which those beyond ``total`` are zero."""
+    """Memory for centred rows; rows beyond ``total`` are zero."""
     dtype, whole = centre.shift.dtype, total
     if dtype == torch.float32 and total > ROWS_PER_FLOAT32_SUM:
         whole = -(-total // ROWS_PER_FLOAT32_SUM) * ROWS_PER_FLOAT32_SUM

@@ -1,9 +1,9 @@
-"""Rows into dense moments: centre, check, mask and multiply, in a bounded workspace.
+"""Add rows to dense moments: centre, check, mask and multiply them in a bounded workspace.
 
-On the CPU this is compiled where it could be, see :mod:`~spectralmetrics.sums.compiled`; the same is done here
-in PyTorch everywhere else. Nothing here reads from an accelerator: no branch and no shape depends on a value
-there. Rows that hold NaN or an infinity are counted and left out. Rows that are finite and overflow when they
-are centred or squared make the sums infinite: that is said when they are read.
+On the CPU, compiled code does this where the install has compiled it, see
+:mod:`~spectralmetrics.sums.compiled`; PyTorch does the same here everywhere else. Nothing here reads from an
+accelerator: no branch and no shape depends on a value there. Rows that hold NaN or an infinity are counted and
+left out. Finite rows that overflow when centred or squared make the sums infinite; reading the sums reports it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from spectralmetrics.sums.recentring import as_rows, block_rows, clear, row_flag
 from spectralmetrics.sums.workspace import workspace
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
-# centring and product; an accelerator wants fewer, larger products.
+# centring and product; on an accelerator, fewer and larger products are faster.
 _CPU_WORKSPACE_BYTES = 2**21
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
-# Products of fewer rows than this are bound by the pass over the D x D sum and not by arithmetic; of more, rows
-# leave the cache.
+# With fewer rows the pass over the D x D sum takes longer than the arithmetic. With more, rows leave the cache.
 _MINIMUM_ROWS_PER_PRODUCT = 1024
 # Float32 products of magnitudes between these need no scaling.
 _UNSCALED = 1.0, 2.0**50
-_NATIVE = (torch.float32, torch.float64)  # of compiled sums
+_NATIVE = (torch.float32, torch.float64)  # dtypes that the compiled sums read as they are
 
 
 def accumulate(
@@ -44,8 +43,8 @@ def accumulate(
     r"""Add observations to ``moments``, in place.
 
     Rows are centred on the origin, masked, and multiplied in blocks that fit a bounded workspace; no copy
-    of all observations is made. On the CPU this is compiled where it could be, see
-    :mod:`spectralmetrics.sums.compiled`; the same is done in PyTorch everywhere else.
+    of all observations is made. On the CPU, compiled code does this where the install has compiled it, see
+    :mod:`spectralmetrics.sums.compiled`; PyTorch does the same everywhere else.
 
     Args:
         moments: the sums so far.
@@ -56,9 +55,9 @@ def accumulate(
             Sums of more than 256 products are never left to float32, so that the error of a sum stays below
             1e-5 of the size of its summands, as long as no feature is more than 1e18 times smaller than another
             and no deviation from the origin exceeds 3e38.
-        recentre: first move the origin to the mean of these rows, which re-bases the sums exactly, unless they
-            are fewer than the root of the number of rows before them. False saves that; right if the origin
-            lies near the data and rows of this dtype have set it.
+        recentre: True first moves the origin to the mean of these rows, which re-bases the sums exactly, unless
+            they are fewer than the root of the number of rows before them. False saves that pass: use it if the
+            origin lies near the data and rows of this dtype have set it.
 
     Raises:
         TypeError: for observations that are not floating.
@@ -89,12 +88,12 @@ def accumulate(
     budget = _CPU_WORKSPACE_BYTES if values.device.type == "cpu" else _ACCELERATOR_WORKSPACE_BYTES
     fewest = _MINIMUM_ROWS_PER_PRODUCT if features <= 1024 else 2 * _MINIMUM_ROWS_PER_PRODUCT
     limit = max(budget // (features * gram_dtype.itemsize), fewest)
-    if valid is not None:  # its rows are enumerated with the features last
+    if valid is not None:  # its flags are in the order of rows with the features last
         values = observations.rows()
     is_compiled = compiled.takes(moments, values, gram_dtype)
     if is_compiled and values.dtype in _NATIVE:
-        limit = values.numel()  # cuts them by itself
-    # State tensors are no inference tensors, so they may be updated inside and outside of inference mode.
+        limit = values.numel()  # the compiled code cuts rows into pieces
+    # State tensors are not inference tensors, so they can be updated inside and outside of inference mode.
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type, fast):
         feature_dim = observations.feature_dim if valid is None else -1
         for piece, dim, start in _blocks(values, feature_dim, limit):
@@ -113,7 +112,7 @@ def accumulate(
 def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tensor, int, int]]:
     """Cut observations into pieces of at most about ``limit`` rows, without copying where the layout allows it.
 
-    Yields each piece with the dimension of its features, which is the first or the last, and the place of its
+    Yields each piece with the dimension of its features, which is the first or the last, and the index of its
     first row among all rows (meaningful if the features come last).
     """
     features = values.shape[feature_dim]
@@ -155,12 +154,12 @@ def _bytes(like: Tensor, size: int) -> Tensor:
 def _add_if_finite(
     moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, gram_dtype: torch.dtype, exactly: bool
 ) -> bool:
-    """Add rows that are all finite, in half of the passes; False if they may not be, or not on a CPU."""
+    """Add rows in half of the passes if all are finite; False if some may not be, or not on a CPU."""
     if not recentring.is_read_freely(piece) or dtype != gram_dtype:
         return False
     origin = moments.origin.to(dtype)
     if exactly and not torch.equal(origin.to(torch.float64), moments.origin):
-        return False  # it could not be subtracted at once
+        return False  # one subtraction in this dtype would round the origin
     work = workspace(piece, "rows", piece.shape, dtype)
     origin = origin if dim == -1 else origin[:, None, None]
     if piece.dtype == dtype:
@@ -171,7 +170,7 @@ def _add_if_finite(
     number = rows.shape[0]
     if dtype == torch.float64:
         first = rows.new_ones(number) @ rows
-        if not first.isfinite().all():  # of finite rows it may not be, and of others it is not
+        if not first.isfinite().all():  # a row is not finite, or finite rows overflow
             return False
         _multiply_in_float64(moments, rows)
     else:
@@ -190,9 +189,9 @@ def _add_if_finite(
 def _centre(
     moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, exactly: bool
 ) -> tuple[Tensor, Tensor]:
-    """Rows minus the origin, (n, D), in memory that the next piece uses, and which were finite, (n, 1).
+    """Rows minus the origin, (n, D), in memory that the next piece reuses, and flags of finite rows, (n, 1).
 
-    A row is judged before it is centred: one that overflows then is no NaN of the user's.
+    Rows are checked before they are centred: a row that overflows in centring held no NaN.
     """
     work = workspace(piece, "rows", piece.shape, dtype)
     origin = moments.origin.to(dtype)
@@ -205,13 +204,13 @@ def _centre(
         work.sub_(broadcast)
     centred = as_rows(work, dim)
     if exactly and dtype == torch.float32:
-        # What rounding the origin has lost: nothing, if rows of this dtype have set it.
+        # Subtract the digits that rounding the origin has lost: none, if rows of this dtype have set it.
         centred.sub_((moments.origin - origin.to(torch.float64)).to(dtype))
     return centred, mask
 
 
 def _count(moments: DenseSums, finite: Tensor, valid: Tensor | None) -> Tensor:
-    """Count rows; return which to keep, shape (N, 1)."""
+    """Count rows; return flags of the rows to keep, shape (N, 1)."""
     mask = finite if valid is None else finite & valid.unsqueeze(1)
     kept = mask.sum()
     moments.count.add_(kept)
@@ -226,7 +225,7 @@ def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
 
 
 def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
-    # Of wide rows MKL takes a third longer for fewer than 192 with AVX-512, and as long with AVX2.
+    # With AVX-512, MKL takes a third longer for wide rows in blocks below 192; with AVX2, as long.
     width = centred.shape[1]
     for start, stop in block_rows(centred, 64 if width <= 512 else 128 if width < 1024 else 192):
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
@@ -234,20 +233,20 @@ def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
 
 def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
     clear(centred, mask)
-    # Of a transposed view this would make a copy, row by row.
+    # aminmax would copy a transposed view, row by row.
     least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
     scale = power_of_two_scale(torch.maximum(-least, most))
     moments.first.add_(_multiply_in_float32(moments, centred, scale))
 
 
 def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | None) -> Tensor:
-    """Add the products of rows, multiplied by a power of two for that; return the sum of the rows."""
+    """Add the products of rows, scaled by a power of two meanwhile; return the sum of the rows."""
     if scale is not None:
         # Float64 rows keep their digits until they are centred and scaled.
         centred = centred.mul_(scale.to(centred.dtype)).to(torch.float32)
     weight = None if scale is None else scale.square().reciprocal()
     for start, stop in block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
-        # Added while it is in the cache; a product of all features would not be.
+        # Add the product while the cache holds it; a product of all features would not fit.
         product = _product_of_short_sums(centred[:, start:stop], centred[:, start:])
         moments.second[start:stop, start:].add_(product if weight is None else product.mul_(weight))
     first = _sum_of_short_sums(centred)
@@ -255,7 +254,7 @@ def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | No
 
 
 def _sum_of_short_sums(rows: Tensor) -> Tensor:
-    """The sum of rows in float64, of float32 sums over few rows each; torch.sum takes four times as long."""
+    """Sum rows in float64, from float32 sums over few rows each; torch.sum takes four times as long."""
     whole = rows.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
     ones = rows.new_ones(ROWS_PER_FLOAT32_SUM)
     total = (ones[: rows.shape[0] - whole] @ rows[whole:]).to(torch.float64)
@@ -265,7 +264,7 @@ def _sum_of_short_sums(rows: Tensor) -> Tensor:
 
 
 def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
-    """The product leftᵀ right in float64, of float32 sums over few rows each."""
+    """The product leftᵀ right in float64, from float32 sums over few rows each."""
     whole = left.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
     shape = (left.shape[1], right.shape[1])
     total = workspace(left, "summed products", shape, torch.float64)

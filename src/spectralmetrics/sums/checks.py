@@ -1,4 +1,4 @@
-"""Checks of arguments, in the same words wherever these are given."""
+"""Checks of arguments, with one message for each kind of argument."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_real(name: str, value: object) -> None:
 
 
 def is_integer(value: Any, least: int) -> bool:
-    """True if a value is an integer, numpy's included, not below ``least``; a truth value is none.
+    """True if a value is an integer of at least ``least``, also numpy's; a boolean is not an integer here.
 
     >>> is_integer(3, 1), is_integer(0, 1), is_integer(2.0, 1), is_integer(True, 1)
     (True, False, False, False)
@@ -46,7 +46,7 @@ def check_positive_integer(name: str, value: object, *, or_none: bool = False) -
     Args:
         name: the name of the argument.
         value: the value of the argument.
-        or_none: whether None will do as well.
+        or_none: True if None is allowed, too.
 
     >>> check_positive_integer("dpi", 0)
     Traceback (most recent call last):

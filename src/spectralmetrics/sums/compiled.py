@@ -1,9 +1,9 @@
 """The accumulation of :mod:`~spectralmetrics.sums.accumulate` compiled for x86-64.
 
 Installing the package compiles ``csrc/`` if there is a C++ compiler, on Linux on x86-64; the library then
-serves observations in the memory of the CPU, on processors with AVX2 or AVX-512. Everything else is done by
-PyTorch, with the same results up to rounding. Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to have
-PyTorch do it all. :func:`describe` says which of the two it is, and why.
+sums observations in the memory of the CPU, on processors with AVX2 or AVX-512. PyTorch does everything else,
+with the same results up to rounding. Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to use PyTorch
+alone. :func:`describe` says which of the two is in use, and why.
 
 >>> from spectralmetrics.functional import compiled
 >>> compiled.instruction_set() in (None, "avx2", "avx512")
@@ -25,7 +25,7 @@ from spectralmetrics.sums.library import find, is_switched_off
 
 
 class DenseSums(Protocol):
-    """The tensors that dense moments are summed in; see :class:`~spectralmetrics.sums.Moments`."""
+    """The tensors of dense moments; see :class:`~spectralmetrics.sums.Moments`."""
 
     @property
     def count(self) -> Tensor: ...  # noqa: D102
@@ -42,9 +42,9 @@ class DenseSums(Protocol):
 InstructionSet = Literal["avx2", "avx512"]
 _NAMES: dict[InstructionSet, str] = {"avx2": "AVX2", "avx512": "AVX-512"}
 
-# Below so many multiplications another thread takes longer to wake than it helps.
+# With fewer multiplications, waking another thread takes longer than it saves.
 _LEAST_WORK_TO_SHARE = 2**20
-# The same of values whose marginals are measured, for each thread.
+# The fewest values for each thread that measures marginals, for the same reason.
 _LEAST_VALUES_OF_A_THREAD = 2**16
 _MOST_SLOTS = 48
 
@@ -79,7 +79,7 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _parallel() -> ctypes.c_void_p | None:
-    """OpenMP's way to run a function on several threads, so that these are the threads of PyTorch."""
+    """OpenMP's function that runs another one on several threads, the same threads that PyTorch uses."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
     except AttributeError:
@@ -108,7 +108,7 @@ def instruction_set() -> InstructionSet | None:
 
 
 def describe() -> str:
-    """Says what sums up observations in the memory of the CPU, and why.
+    """Say which code sums up observations in the memory of the CPU, and why.
 
     >>> with using(None):
     ...     print(describe())
@@ -127,13 +127,13 @@ def describe() -> str:
 
 
 def fault() -> str:
-    """Says what has happened to the library that the install had made; empty if nothing has."""
+    """Say what is wrong with the library that the install has made; empty if nothing is."""
     return describe() if not is_switched_off() and find().is_broken else ""
 
 
 @contextlib.contextmanager
 def using(instructions: InstructionSet | None) -> Iterator[None]:
-    """Use no better instructions than these inside; with None, leave all to PyTorch. For comparisons.
+    """Use at most these instructions inside; None leaves all work to PyTorch. For comparisons.
 
     Args:
         instructions: ``"avx512"``, ``"avx2"`` or None.
@@ -157,14 +157,14 @@ def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
     """
     return (
         reads(values)
-        # Rows in float64 are scaled there before they are rounded to float32.
+        # PyTorch scales float64 rows before it rounds them to float32; the library cannot.
         and not (values.dtype == torch.float64 and gram_dtype == torch.float32)
         and _are_as_made(moments)
     )
 
 
 def is_there() -> bool:
-    """True if there is a library, which may be used."""
+    """True if a library was found and may be used."""
     return bool(min(_best_instructions(), _allowed))
 
 
@@ -172,7 +172,7 @@ def reads(values: Tensor) -> bool:
     """True if the library can read these values where they are.
 
     Args:
-        values: observations of any shape; those of half precision have to be cast to float32 first.
+        values: observations of any shape; half precision has to be cast to float32 first.
     """
     return is_there() and is_in_memory(values)
 
@@ -180,7 +180,7 @@ def reads(values: Tensor) -> bool:
 def is_in_memory(values: Tensor) -> bool:
     """True if values are in the memory of the CPU, at their address and strides."""
     return (
-        # No subclass, which may hold its data elsewhere or not at all.
+        # A subclass may hold its data elsewhere or not at all.
         type(values) in (Tensor, torch.nn.Parameter)
         and values.is_cpu
         and values.layout == torch.strided
@@ -190,7 +190,7 @@ def is_in_memory(values: Tensor) -> bool:
 
 
 def _are_as_made(moments: DenseSums) -> bool:
-    """True if the sums are what ``empty_moments`` makes: memory is written to without looking again."""
+    """True if the sums are as ``empty_moments`` makes them: the library writes to their memory unchecked."""
     width = moments.second.shape[-1]
     expected = (
         (moments.second, torch.float64, (width, width)),
@@ -221,9 +221,9 @@ def add(
     Args:
         moments: the sums so far.
         values: shape (samples, features, positions), float32 or float64, in any memory layout.
-        valid: shape (samples * positions,), boolean, False for observations to pass over; None if all count.
+        valid: shape (samples * positions,), boolean, False for observations to skip; None if all count.
         gram_dtype: dtype of the products; not float32 for values in float64.
-        workspace: gives memory of so many bytes.
+        workspace: returns memory of the given number of bytes.
     """
     library = _library()
     assert library is not None
@@ -255,17 +255,17 @@ def add(
 
 
 def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """Measures each feature of some observations by itself.
+    """Measure each feature of observations on its own.
 
     Args:
         values: shape (samples, features, positions), float32 or float64, in any memory layout.
-        valid: shape (samples * positions,), boolean, False for observations to pass over; None if all count.
+        valid: shape (samples * positions,), boolean, False for observations to skip; None if all count.
         origin: shape (features,), float64.
 
     Returns:
-        The number of observations that count and that of those left out for a NaN or an infinity, shape (2,),
-        int64; and shape (5, features), float64: the sums of x - origin, of its squares, of abs(x) and of
-        x != 0, and the largest abs(x).
+        The numbers of observations counted, and left out for a NaN or an infinity, shape (2,), int64; and
+        shape (5, features), float64: the sums of x - origin, of its squares, of abs(x) and of x != 0, and the
+        largest abs(x).
     """
     library = _library()
     assert library is not None
@@ -276,7 +276,7 @@ def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tenso
     slots = min(torch.get_num_threads(), values.numel() // _LEAST_VALUES_OF_A_THREAD, samples * positions)
     slots = max(min(slots, _MOST_SLOTS), 1)
     counts = torch.zeros(2, dtype=torch.int64, device="cpu")
-    # The sums come out first; what follows is the memory of the threads.
+    # The sums come first; the rest is memory of the threads.
     memory = torch.empty(1 + 2 * slots, 5, features, dtype=torch.float64, device="cpu")
     address = memory.data_ptr()
     job = _MarginalsJob(
@@ -305,9 +305,9 @@ def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
 
     Args:
         total: the number of observations.
-        number: how many to draw, at most ``total``.
+        number: number of observations to draw, at most ``total``.
         seed: the seed of ``torch.rand``.
-        turn: where the ring begins, below ``total``.
+        turn: position where the ring begins, below ``total``.
     """
     library = _library()
     assert library is not None
@@ -317,7 +317,7 @@ def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
 
 
 def draw_rows(rows: Tensor, number: int, seed: int, turn: int) -> Tensor:
-    """The rows at these places of a contiguous matrix that :func:`reads` accepts; see :func:`draw_places`."""
+    """Copy the rows at :func:`draw_places` from a contiguous matrix that :func:`reads` accepts."""
     library = _library()
     assert library is not None
     total, width = rows.shape

@@ -1,7 +1,7 @@
 r"""Eigenvalues and eigenvectors of a covariance.
 
-The eigenvalues of a covariance are not negative; what a symmetric eigensolver returns below zero, or
-within its error bound of zero, is round-off and counts as zero.
+The eigenvalues of a covariance are not negative; values that a symmetric eigensolver returns below zero, or
+within its error bound of zero, are round-off and count as zero.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from spectralmetrics.sums.checks import check_real
 def eigenvalues(covariance: Tensor) -> Tensor:
     r"""Eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D \ge 0` of a covariance matrix.
 
-    Values below :math:`16 \max(D, 16)\, \epsilon \lambda_1` (:math:`\epsilon` of float64), which sums of many
-    products and the eigensolver cannot tell from zero, are returned as zero.
+    Values below :math:`16 \max(D, 16)\, \epsilon \lambda_1` (:math:`\epsilon` of float64), the round-off of
+    sums of many products and of the eigensolver, are returned as zero.
 
     Args:
         covariance: symmetric positive semi-definite, shape (..., D, D), floating.
@@ -61,14 +61,14 @@ def eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ascending_eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`eigenvectors`, but with the last vector first and with any signs: as the solver leaves them."""
+    """Like :func:`eigenvectors`, but vectors keep the solver's order, last first, and the solver's signs."""
     values, vectors = torch.linalg.eigh(check_covariance(covariance), UPLO="U")
     return without_round_off(values.flip(-1)), vectors
 
 
 def with_fixed_signs(vectors: Tensor) -> Tensor:
     """Vectors, one in each column, turned so that the entry of largest magnitude is positive."""
-    # Entries that agree up to round-off must not take turns at being the largest: prefer the first.
+    # Prefer the first of entries that are equal up to round-off: round-off must not decide the sign.
     magnitude = vectors.abs()
     nearly_largest = magnitude >= magnitude.amax(-2, keepdim=True) * (1 - 1e-6)
     leading = nearly_largest.to(torch.uint8).argmax(-2, keepdim=True)
@@ -86,14 +86,14 @@ def check_covariance(covariance: Tensor) -> Tensor:
     """The covariance in float64; a TypeError or ValueError unless it is real, square and finite."""
     check_square(covariance)
     covariance = covariance.to(torch.float64)
-    # A finite sum has finite summands, and takes a tenth of the time; a sum of finite ones may overflow.
+    # A finite sum proves in a tenth of the time that all values are finite. Finite values may overflow in it.
     if not (covariance.sum().isfinite() or covariance.isfinite().all()):
         raise ValueError("expected a finite covariance, got one that holds NaN or infinite values")
     return covariance
 
 
 def without_round_off(values: Tensor) -> Tensor:
-    """Descending eigenvalues, with zero for what round-off may have left of a zero."""
+    """Descending eigenvalues, with zero for values that may be the round-off of a zero."""
     return torch.where(values > values[..., :1] * round_off(values.shape[-1]), values, 0)
 
 
@@ -103,7 +103,7 @@ def round_off(features: int) -> float:
 
 
 def symmetrise(upper: Tensor) -> Tensor:
-    """The symmetric matrix with the given upper triangle, whatever stands below the diagonal.
+    """The symmetric matrix with the given upper triangle; values below the diagonal are ignored.
 
     >>> symmetrise(torch.tensor([[1.0, 2.0], [9.0, 3.0]]))
     tensor([[1., 2.],

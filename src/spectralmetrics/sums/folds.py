@@ -1,8 +1,8 @@
-"""Sums of disjoint parts of the data, so that what is fitted to some can be judged by the others.
+"""Sums of disjoint parts of the data (folds), so that a fit to some folds can be tested on the others.
 
-Groups of batches are dealt in turn to g sums: what one forward of a model has shown is a group, and so is a
-batch that belongs to none. A group is never divided, so that what belongs to one input stays together.
-Whatever reads the sum reads all of them merged, unless it asks for the folds.
+Groups of batches are dealt in turn to g sums. The batches of one forward of a model form a group; a batch
+outside of forwards is a group of its own. A group is never divided, so the rows of one input stay together.
+All folds are read merged, except through :attr:`InFolds.each` and :attr:`.SpectralSum.folds`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ S = TypeVar("S", bound=AboutOrigin)
 
 
 class InFolds(SpectralSum, Generic[S]):
-    """A kind of sum about an origin, g times over, each tensor stacked in the first dimension.
+    """The g folds of one kind of sum about an origin; each tensor is stacked in the first dimension.
 
-    A subclass is a frozen dataclass of the stacked tensors, with its states in the order of those of one fold,
-    which has no settings beside its tensors and travels in its pieces. All folds are read together.
+    A subclass is a frozen dataclass of the stacked tensors. Its states have the order of one fold's states. A
+    fold has no settings besides its tensors, and is exchanged in its pieces. All folds are read together.
 
     Attributes:
         counts: number of finite observations of each fold, shape (g,), int64.
-        non_finites: number left out of each, shape (g,), int64.
+        non_finites: number of observations left out of each fold, shape (g,), int64.
         origins: shape (g, D), float64.
     """
 
@@ -52,9 +52,9 @@ class InFolds(SpectralSum, Generic[S]):
         with torch.inference_mode(False):
             return cls(**{name: torch.stack([getattr(fold, one) for fold in folds]) for name, one in names})
 
-    @cached_property  # to make five views takes as long as to add a small batch
+    @cached_property  # making five views takes as long as adding a small batch
     def each(self) -> tuple[S, ...]:
-        """The sums of each fold; views of the tensors here."""
+        """The sums of each fold; views of the stacked tensors."""
         stacks = [getattr(self, name) for name in self.states]
         with torch.inference_mode(False):
             return tuple(
@@ -64,7 +64,7 @@ class InFolds(SpectralSum, Generic[S]):
 
     @property
     def total(self) -> S:
-        """All folds together."""
+        """All folds merged."""
         return reduce(lambda left, right: left.merged(right), self.each)
 
     @property
@@ -100,8 +100,8 @@ class InFolds(SpectralSum, Generic[S]):
     def beside(self, other: Self) -> Self:
         """See :class:`.Sum`."""
         if other.settings() != self.settings():
-            return other  # is refused when they are merged
-        # The fullest fold of the one to the emptiest of the other. Nothing is read from the device.
+            return other  # merging refuses it
+        # Pair the fullest fold of one side with the emptiest of the other. Nothing is read from the device.
         fullest = other.counts.argsort(descending=True, stable=True)
         order = torch.empty_like(fullest)
         order[self.counts.to(order.device).argsort(stable=True)] = fullest
@@ -124,13 +124,13 @@ class InFolds(SpectralSum, Generic[S]):
         return merged
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of the views would be no views of the copy.
+        # Copied or pickled views would not be views of the copy's tensors.
         return {name: value for name, value in vars(self).items() if name != "each"}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See :class:`.Sum`."""
         twin = super().with_tensors(tensors)
-        vars(twin).pop("each", None)  # views of the others
+        vars(twin).pop("each", None)  # views of the replaced tensors
         return twin
 
     def in_range(self) -> Tensor:
@@ -209,12 +209,12 @@ class Folds(InFolds[Moments]):
 
     @property
     def folds(self) -> tuple[Moments, ...]:
-        """The moments of each fold; views of the tensors here."""
+        """The moments of each fold; views of the stacked tensors."""
         return self.each
 
     @property
     def total(self) -> Moments:
-        """All folds together."""
+        """All folds merged."""
         return self._given.get("total") or super().total
 
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Folds:
@@ -223,17 +223,17 @@ class Folds(InFolds[Moments]):
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
-        yield from self.total.saved()  # for whoever knows of no folds
+        yield from self.total.saved()  # for readers without folds
         for name, tensor in self.parts():
             yield f"fold_{name}", tensor
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """The folds: upper triangles of covariances, means, counts, and the numbers left out."""
+        """Arrays of all folds: upper triangles of covariances, means, counts, and numbers left out."""
         # An empty fold has no mean and no covariance; zeros keep the file free of NaN.
         width = self.num_features
         upper = torch.ones(width, width, dtype=torch.bool, device=self.seconds.device).triu_()
         uppers = self.seconds.new_empty(self.number, width * (width + 1) // 2)
-        for fold, row in zip(self.each, uppers, strict=True):  # one by one: together they are half of the sums
+        for fold, row in zip(self.each, uppers, strict=True):  # one by one: together half of the sums' memory
             row.copy_(fold.upper_covariance()[upper])
         yield "covariances", uppers.masked_fill_(self.counts[:, None] == 0, 0)
         del uppers
@@ -244,7 +244,7 @@ class Folds(InFolds[Moments]):
 
     @staticmethod
     def of_parts(uppers: Tensor, means: Tensor, counts: Tensor, non_finites: Tensor) -> Folds:
-        """Folds of what :meth:`parts` gave."""
+        """Folds from the arrays of :meth:`parts`."""
         width = means.shape[1]
         covariances = uppers.new_zeros(len(uppers), width, width)
         rows, columns = torch.triu_indices(width, width)
@@ -256,7 +256,7 @@ class Folds(InFolds[Moments]):
     def restored(cls, read: Callable[[str], Tensor]) -> Folds:
         """See :class:`.Sum`."""
         folds = cls.of_parts(*(read(name) for name in cls.arrays))
-        return folds._as_given(total=Moments.restored(read))  # kept beside them
+        return folds._as_given(total=Moments.restored(read))  # saved beside the folds
 
 
 class FoldsIntake(Intake):
@@ -289,10 +289,10 @@ class FoldsIntake(Intake):
 
 
 def first_fold(number: int, replica: int, replicas: int) -> int:
-    """The fold with which a replica begins, so that folds are equal once the replicas' sums are merged.
+    """The fold that a replica fills first, so that folds are equally full once the replicas' sums are merged.
 
-    Replicas that begin evenly apart and each deal in turn fill all folds alike, to one group, however many
-    groups each has dealt, as long as that is the same number.
+    Replicas begin evenly apart, and each deals its groups in turn. Once all have dealt equally many groups, the
+    folds differ by at most one group.
 
     Args:
         number: number of folds g.
@@ -306,7 +306,7 @@ def first_fold(number: int, replica: int, replicas: int) -> int:
 
 
 def empty_folds(number: int, num_features: int, device: torch.device | str | None = None) -> Folds:
-    """Folds of no observations.
+    """Folds without observations.
 
     Args:
         number: the number of folds g.

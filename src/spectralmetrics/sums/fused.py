@@ -1,8 +1,8 @@
-"""One pass over rows on a GPU in place of ten, by kernels in Triton, which CUDA builds of PyTorch bring along.
+"""One pass over rows on a GPU in place of ten, by kernels in Triton, which comes with CUDA builds of PyTorch.
 
-PyTorch does the same elsewhere, see :mod:`~spectralmetrics.sums.measuring` and
-:mod:`~spectralmetrics.sums.accelerated`: a kernel for each operation, which writes what the next one reads.
-Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to have PyTorch do it all.
+Elsewhere PyTorch does the same, see :mod:`~spectralmetrics.sums.measuring` and
+:mod:`~spectralmetrics.sums.accelerated`: one kernel for each operation, which reads the previous one's result.
+Set ``SPECTRALMETRICS_COMPILED=0`` in the environment to use PyTorch alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.library import is_switched_off
 
-# A program's tile, and how many programs keep a GPU busy.
+# Values in a program's tile, and the number of programs that keep a GPU busy.
 _TILE = 1024
 _PROGRAMS = 1024
 
@@ -29,8 +29,8 @@ class Judged(NamedTuple):
 
     Attributes:
         maps: the values, (samples, features, positions).
-        kept: shape (samples * positions,), int8.
-        counts: of each program, those that count and those left out, shape (programs, 2), int64.
+        kept: flags of the observations that count, shape (samples * positions,), int8.
+        counts: numbers of observations counted and left out by each program, shape (programs, 2), int64.
     """
 
     maps: Tensor
@@ -54,10 +54,10 @@ def why_not(device: torch.device) -> str | None:
     try:
         row = torch.ones(2, 3, device=device)
         row[0, 0] = torch.nan
-        counts, found = measure(as_maps(row, 1), None, torch.zeros(3, dtype=torch.float64, device=device))
-        if counts.tolist() != [1, 1] or found.sum().item() != 15.0:
-            return f"a trial gave {found.tolist()}"
-    except Exception as error:  # of a compiler, a driver or another version
+        counts, totals = measure(as_maps(row, 1), None, torch.zeros(3, dtype=torch.float64, device=device))
+        if counts.tolist() != [1, 1] or totals.sum().item() != 15.0:
+            return f"a trial gave {totals.tolist()}"
+    except Exception as error:  # from a compiler, a driver or another version
         return f"a trial ended with {type(error).__name__}: {error}"
     return None
 
@@ -95,23 +95,23 @@ def as_maps(values: Tensor, dim: int) -> Tensor:
 
 
 def cut(maps: Tensor, valid: Tensor | None, limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Pieces of about ``limit`` observations at most, and which of them are valid.
+    """Cut maps into pieces of at most about ``limit`` observations, each with its part of ``valid``.
 
     Args:
         maps: shape (samples, features, positions).
         valid: shape (samples * positions,), boolean; None if all count.
-        limit: at least 1.
+        limit: number of observations, at least 1.
     """
     done = 0
-    for some in maps.split(max(limit // maps.shape[2], 1)):
-        for piece in some.split(limit, 2) if some.shape[2] > limit else (some,):
+    for samples in maps.split(max(limit // maps.shape[2], 1)):
+        for piece in samples.split(limit, 2) if samples.shape[2] > limit else (samples,):
             number = piece.shape[0] * piece.shape[2]
             yield piece, None if valid is None else valid[done : done + number]
             done += number
 
 
 def judge(maps: Tensor, valid: Tensor | None) -> Judged:
-    """Finds the observations that count.
+    """Find the observations that count.
 
     Args:
         maps: shape (samples, features, positions), in any memory layout.
@@ -135,7 +135,7 @@ def judge(maps: Tensor, valid: Tensor | None) -> Judged:
 
 
 def measure(maps: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """Measures each feature of some observations by itself, as :func:`.compiled.measure` does.
+    """Measure each feature of observations on its own, like :func:`.compiled.measure`.
 
     Args:
         maps: shape (samples, features, positions), in any memory layout.
@@ -152,7 +152,7 @@ def measure(maps: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor,
 
 
 def centre(judged: Judged, shift: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Write rows of ``scale · x + shift``, zero for those left out.
+    """Write rows ``scale · x + shift``, and zeros for rows left out.
 
     Args:
         judged: the observations.
@@ -161,8 +161,8 @@ def centre(judged: Judged, shift: Tensor, scale: Tensor, out: Tensor) -> tuple[T
         out: shape (samples * positions, features), float32 or float64, contiguous.
 
     Returns:
-        How many rows count and how many are left out, shape (2,), int64, and the sum of the rows, shape
-        (features,), float64.
+        The numbers of rows counted and left out, shape (2,), int64, and the sum of the rows, shape (features,),
+        float64.
     """
     from spectralmetrics.sums import kernels
 
@@ -190,7 +190,7 @@ def write_forward(
         largest: shape (D,).
         origin: shape (D,).
         row: a row of the ring, shape (8,).
-        numbers: of the forward and the step of the optimiser; None where the row is of the same forward.
+        numbers: numbers of the forward and the optimiser's step; None adds more of the row's forward.
     """
     from spectralmetrics.sums import kernels
 
@@ -215,7 +215,7 @@ def _finished(parts: Tensor, counts: Tensor, sums: int, has_largest: bool) -> tu
 
 
 def _tile(maps: Tensor) -> tuple[int, int]:
-    """The numbers of rows and features of a program: more along what lies side by side in memory."""
+    """The numbers of rows and features of a program's tile: larger along the contiguous dimension."""
     _, features, positions = maps.shape
     if maps.stride(1) == 1 or positions == 1:
         width = min(64, _power_of_two(features))
@@ -225,7 +225,7 @@ def _tile(maps: Tensor) -> tuple[int, int]:
 
 
 def _cut(maps: Tensor, sums: int) -> tuple[tuple[int, int], Tensor, tuple[int, ...]]:
-    """The grid of programs that share maps, room for the sums of each, and the arguments of a kernel."""
+    """The grid of programs that share maps, memory for each program's sums, and the arguments of a kernel."""
     samples, features, positions = maps.shape
     rows, width = _tile(maps)
     blocks = -(-features // width)
@@ -248,7 +248,7 @@ def _power_of_two(number: int) -> int:
 
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device."""
+    """Make a device current inside: Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         yield
         return

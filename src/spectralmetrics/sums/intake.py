@@ -1,4 +1,4 @@
-"""Intakes of batches: rows wait for a product worth its pass, and the origin follows the data."""
+"""Intakes of batches: small batches wait for a larger product, and the origin follows the data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from spectralmetrics.sums.precision import has_fast_float64
 from spectralmetrics.sums.sum import Intake
 
 WAITING_ROWS = 2048
-"""Batches too small for a product worth its pass over the D x D sum wait in a buffer of so many rows."""
-_FEW_BYTES = 2**16  # that are copied without a call of PyTorch, which takes a few microseconds
-_WAITING_RANGE = 7 / 8  # by what share fewer the first of them may be
+"""Rows of the buffer of small batches: a product of each is not worth its pass over the D x D sum."""
+_FEW_BYTES = 2**16  # up to so many are copied without PyTorch, whose call takes a few microseconds
+_WAITING_RANGE = 7 / 8  # the first flush may come earlier by up to this share of the buffer
 
 
 class DenseIntake(Intake):
@@ -31,7 +31,7 @@ class DenseIntake(Intake):
 
     reaches_other_devices = True
     waiting_bytes: ClassVar[int | None] = None
-    """The most memory for rows that wait; None: as much as they take."""
+    """The most bytes of waiting rows; None: no limit."""
 
     def __init__(self, gram_dtype: torch.dtype | None) -> None:
         self._gram_dtype = gram_dtype
@@ -42,7 +42,7 @@ class DenseIntake(Intake):
         self._buffer: Tensor | None = None  # (WAITING_ROWS, D), or as many as there is memory for
         self._buffer_is_float64 = False
         self._buffer_device: torch.device | None = None
-        self._is_in_step = True  # with the buffers of other streams: all begin empty
+        self._is_in_step = True  # fills at the same time as the buffers of other streams: all begin empty
         self.waiting = 0
 
     def add(self, sums: DenseSums, observations: Observations, batch: int) -> None:
@@ -63,14 +63,14 @@ class DenseIntake(Intake):
         return True
 
     def meet(self, sums: DenseSums) -> None:
-        """Read whether the origin lies near the data, which saves moving it at each update."""
+        """Read whether the origin lies near the data: then updates need not move it."""
         self._accumulations = max(self._accumulations, 1)
         self._origin_is_near = int(sums.count) > 0
         exact = sums.origin.to(torch.float32).to(torch.float64) == sums.origin
         self._origin_is_float32 = self._origin_is_near and bool(exact.all())
 
     def _wait(self, sums: DenseSums, observations: Observations) -> bool:
-        """Let a small batch wait for others; False if it is none, or the first."""
+        """Put a small batch into the buffer; False if the batch has to be added at once."""
         values = observations.values
         dtype, dim = values.dtype, observations.feature_dim
         width = values.shape[dim]
@@ -82,13 +82,13 @@ class DenseIntake(Intake):
         if not few or observations.valid is not None or not self._accumulations:
             return False
         if buffer is None:
-            # In float32 half precision is exact.
+            # Half precision is exact in float32.
             kept = dtype if dtype == torch.float64 else torch.float32
             buffer = self._buffer = torch.empty((room, width), dtype=kept, device=values.device)
             self._buffer_is_float64, self._buffer_device = dtype == torch.float64, values.device
         elif (dtype == torch.float64) != self._buffer_is_float64 or self._buffer_device != values.device:
             return False
-        # Buffers that were emptied together would be full together again, all in one step of a training.
+        # Buffers that were emptied together would all be full again in the same step of a training.
         limit = room - int(self.phase * room * _WAITING_RANGE) if self._is_in_step else room
         if self.waiting + count > limit:
             self.flush(sums)
@@ -109,9 +109,9 @@ class DenseIntake(Intake):
         milestone = self._reaches_milestone()
         rounded = gram_dtype == torch.float32 and not is_float64
         recentre = milestone or not self._origin_is_near or (rounded and not self._origin_is_float32)
-        # float64 products are made where the sums are.
-        there = rounded or (gram_dtype == torch.float64 and sums.second.device == device)
-        if there and not recentre and device.type != "cpu":
+        # float64 products are made on the device of the sums.
+        on_device = rounded or (gram_dtype == torch.float64 and sums.second.device == device)
+        if on_device and not recentre and device.type != "cpu":
             if self._centring is None or not self._centring.serves(device, gram_dtype):
                 self._centring = accelerated.centring(sums, device, gram_dtype)
             accelerated.add(sums, observations, self._centring)
@@ -122,19 +122,19 @@ class DenseIntake(Intake):
             self._origin_is_float32 = self._origin_is_float32 and not is_float64
 
     def _reaches_milestone(self) -> bool:
-        """Count an accumulation; return whether the origin is to follow the data with it."""
-        # The first rows may be unlike the rest, and features drift in training: ever more seldom.
+        """Count an accumulation; True if it should move the origin to the data."""
+        # The first rows may be unlike the rest, and features drift in training. Milestones become ever rarer.
         self._accumulations += 1
         return self._accumulations <= 4 or self._accumulations.bit_count() == 1
 
 
 def products_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of products of rows on a device unless one is asked for.
+    """The default dtype of products of rows on a device.
 
-    float64 on the CPU and where the device multiplies float64 as fast as float32, which is right to the last
-    digits and on an H100 even faster than float32 products whose sums are kept short. float32 on other
-    accelerators, which have little or no arithmetic in float64 (consumer GPUs 1/64 of that in float32); sums
-    are float64 all the same.
+    float64 on the CPU and on devices that multiply float64 as fast as float32: it is right to the last digits,
+    and on an H100 even faster than float32 products whose sums are kept short. float32 on other accelerators,
+    which have little or no arithmetic in float64 (consumer GPUs: 1/64 of the speed in float32). The sums are
+    float64 all the same.
 
     >>> products_dtype(torch.device("cpu"))
     torch.float64

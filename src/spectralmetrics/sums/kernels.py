@@ -1,8 +1,8 @@
 """Kernels for GPUs, in Triton; :mod:`~spectralmetrics.sums.fused` launches them.
 
 Observations are (samples, features, positions) in any memory layout. A program takes a chunk of the positions
-of one sample, and a block of features where there are many programs' worth of them. Every sum is in float64 and
-in an order that depends on the shape alone, without atomic operations, so that a run can be repeated.
+of one sample, and a block of its features where there are many. Every sum is in float64 and in an order that
+depends on the shape alone, without atomic operations, so that runs are reproducible.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def judge(
     features, positions, chunks, sample_stride, feature_stride, position_stride,
     has_valid: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Flags valid and finite observations, and counts those of each program, and those that are not finite."""
+    """Flag observations that are valid and finite; count for each program these, and valid ones not finite."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     position = (program % chunks) * rows + tl.arange(0, rows)
@@ -46,7 +46,7 @@ def measure(
     features, positions, chunks, chunk, sample_stride, feature_stride, position_stride,
     rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Sums x - o, its square, abs(x) and x != 0, and finds the largest abs(x), of each feature of a chunk."""
+    """Sum x - o, its square, abs(x) and x != 0, and find the largest abs(x), of each feature of a chunk."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     first = (program % chunks) * chunk
@@ -88,7 +88,7 @@ def centre(
     features, positions, chunks, chunk, sample_stride, feature_stride, position_stride,
     rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Rows of scale * x + shift, zero for what is left out, and the sums of a chunk's rows."""
+    """Write rows scale * x + shift, zeros for rows left out, and the sum of a chunk's rows."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // chunks
     first = (program % chunks) * chunk
@@ -119,7 +119,7 @@ def finish(
     features, programs, judges,
     sums: tl.constexpr, has_largest: tl.constexpr, width: tl.constexpr, many: tl.constexpr,
 ):  # fmt: skip
-    """The parts of all programs together: sums, then the largest if there is one, and the counts."""
+    """Combine the parts of all programs: sums, then the largest if there is one, and the counts."""
     feature = tl.program_id(0) * width + tl.arange(0, width)
     row = tl.program_id(1)
     of_feature = feature < features
@@ -154,7 +154,7 @@ def write_forward(
     features, forward, step,
     is_more: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """A forward's row of a history, from the marginals of its observations; or what more of it there is."""
+    """Write a forward's row of a history from the marginals of its observations, or add more to it."""
     most = tl.zeros([width], tl.float64)
     first = tl.zeros([width], tl.float64)
     squares = tl.zeros([width], tl.float64)

@@ -1,9 +1,9 @@
 r"""Moments of labelled observations, and the sums of each class beside them.
 
 With the observations :math:`x_i` of class :math:`y_i \in \{0, \dots, K - 1\}`, the sums
-:math:`\sum_{i: y_i = c} (x_i - o)` and the number of each class are kept besides the moments of all of them.
-That is all that a linear regression of the classes on the features needs, with any intercept and any ridge.
-Observations without a label, of a negative one, are passed over.
+:math:`\sum_{i: y_i = c} (x_i - o)` and the number of each class are kept beside the moments of all
+observations. A linear regression of the classes on the features needs no more, with any intercept and ridge.
+Observations with a negative label have no class and are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class OfClasses(Moments):
 
     Attributes:
         class_counts: shape (K,), int64.
-        class_origin: what the sums of the classes are about, shape (D,), float64.
+        class_origin: origin of the sums of the classes, shape (D,), float64.
         class_firsts: shape (K, D), float64.
         stray: number of labels of K and above, shape (), int64.
     """
@@ -111,7 +111,7 @@ class Labelled(InFolds[OfClasses]):
     Attributes:
         counts, non_finites, origins, firsts, seconds: see :class:`~spectralmetrics.sums.Folds`.
         class_counts: shape (g, K), int64.
-        class_origins: what the sums of the classes are about, shape (g, D), float64.
+        class_origins: origin of the sums of the classes, shape (g, D), float64.
         class_firsts: shape (g, K, D), float64.
         strays: number of labels of K and above, shape (g,), int64.
 
@@ -167,12 +167,12 @@ class Labelled(InFolds[OfClasses]):
 
     @property
     def dense(self) -> Folds:
-        """The moments, in folds; views of the tensors here."""
+        """The moments, in folds; views of the stacked tensors."""
         return Folds(self.counts, self.non_finites, self.origins, self.firsts, self.seconds)
 
     @property
     def folds(self) -> tuple[OfClasses, ...]:
-        """The sums of each fold; empty if there is one."""
+        """The sums of each fold; empty if there is only one."""
         return self.each if self.number > 1 else ()
 
     def class_means(self) -> Tensor:
@@ -210,7 +210,7 @@ class Labelled(InFolds[OfClasses]):
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
-        if self._given:  # made of sums again, what was read from a file would lose digits
+        if self._given:  # computing arrays again that were read from a file would lose digits
             yield from self._given.items()
             return
         yield "class_counts", self.class_counts
@@ -252,8 +252,8 @@ class LabelledIntake(Intake):
         labels, classes = observations.labels, len(sums.class_counts)
         if labels is None:
             raise ValueError("expected observations with labels")
-        known = (labels >= 0) & (labels < classes)
-        valid = known if observations.valid is None else known & observations.valid
+        has_class = (labels >= 0) & (labels < classes)
+        valid = has_class if observations.valid is None else has_class & observations.valid
         strays = (labels >= classes).sum()
         with torch.inference_mode(False), torch.no_grad():
             rows = observations.rows().detach()
@@ -277,24 +277,24 @@ class LabelledIntake(Intake):
     def _add_classes(sums: OfClasses, rows: Tensor, labels: Tensor, valid: Tensor) -> None:
         kept = valid & are_finite(rows)[:, 0]
         origin = sums.class_origin
-        # The first rows give the origin; the sums are exact about any, as long as it lies near the data.
+        # The first rows set the origin; sums about any origin near the data are exact.
         is_first = sums.class_counts.sum() == 0
         wide = torch.where(kept[:, None], rows, 0).to(torch.float64)
         mean = wide.sum(0) / kept.sum().clamp(min=1)
         origin.copy_(torch.where(is_first, mean, origin))
         centred = torch.where(kept[:, None], wide - origin, 0)
-        place = torch.where(kept, labels, 0).to(torch.int64)
-        sums.class_firsts.index_add_(0, place, centred)
-        sums.class_counts.index_add_(0, place, kept.to(torch.int64))
+        index = torch.where(kept, labels, 0).to(torch.int64)
+        sums.class_firsts.index_add_(0, index, centred)
+        sums.class_counts.index_add_(0, index, kept.to(torch.int64))
 
 
 def empty_labelled(
     num_classes: int, num_features: int, device: torch.device | str | None = None, *, folds: int = 1
 ) -> Labelled:
-    """Sums of no labelled observations.
+    """Sums by class without observations.
 
     Args:
-        num_classes: K.
+        num_classes: number of classes K.
         num_features: the width D.
         device: device of the sums; the CPU by default.
         folds: number of folds g.

@@ -1,4 +1,4 @@
-"""The library that installing the package compiles from ``csrc/``: where it is, or why there is none."""
+"""Find the library that installing the package compiles from ``csrc/``, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LIBRARY = Path(__file__).with_name("_accumulate.so")
-NOTE = LIBRARY.with_suffix(".txt")  # in its place: why the install has compiled nothing
+NOTE = LIBRARY.with_suffix(".txt")  # says, in the library's place, why the install has compiled nothing
 INTERFACE_VERSION = 4
 _INSTALL_AGAIN = "install spectralmetrics again"
 
@@ -22,8 +22,8 @@ class Found(NamedTuple):
 
     Attributes:
         library: None where PyTorch does the sums.
-        why: there is none, in words.
-        is_broken: whether the install had made one that fits, and something has happened since.
+        why: the reason why there is none, in words.
+        is_broken: True if the install has made a library that is missing or unusable now.
     """
 
     library: ctypes.CDLL | None
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 @functools.cache
 def find() -> Found:
-    """The library beside the package, ready to be called, or why there is none."""
+    """Load the library beside the package, or say why there is none."""
     system, processor = sys.platform, platform.machine()
     if (system, processor) != ("linux", "x86_64"):
         return Found(None, f"they are compiled for Linux on x86-64 only, and this is {system} {processor}")
@@ -67,7 +67,7 @@ def find() -> Found:
 
 
 def _was_installed() -> bool:
-    """True if the package was installed with a library: only then is its wheel one of a platform."""
+    """True if the package was installed with a library: only then is its wheel for one platform."""
     try:
         wheel = importlib.metadata.distribution("spectralmetrics").read_text("WHEEL")
     except importlib.metadata.PackageNotFoundError:
@@ -77,5 +77,5 @@ def _was_installed() -> bool:
 
 @functools.cache
 def is_switched_off() -> bool:
-    """True if the user has PyTorch do all. Read once: what is said later is what was done."""
+    """True if the user has switched compiled code off; read once, so that `describe` stays true."""
     return os.environ.get("SPECTRALMETRICS_COMPILED") == "0"

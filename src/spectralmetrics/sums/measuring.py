@@ -1,8 +1,9 @@
-"""One pass over a batch that says what each feature does by itself.
+"""Measure each feature of a batch on its own, in one pass.
 
-On the CPU this is compiled where it could be, see :mod:`~spectralmetrics.sums.compiled`, and on GPUs fused, see
-:mod:`~spectralmetrics.sums.fused`; the same is done here in PyTorch everywhere else, in more passes. Nothing is
-read from a device. Observations that hold NaN or an infinity are counted and left out.
+On the CPU, compiled code does this where the install has compiled it, see
+:mod:`~spectralmetrics.sums.compiled`; on GPUs, fused kernels do, see :mod:`~spectralmetrics.sums.fused`.
+PyTorch does it here in more passes everywhere else. Nothing is read from a device. Observations that hold NaN
+or an infinity are counted and left out.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Measured(NamedTuple):
     """The marginals of one batch.
 
     Attributes:
-        counts: observations that count and those left out, shape (2,), int64.
-        totals: see :class:`Marginals`; about the origin that they were measured about.
+        counts: numbers of observations counted and left out, shape (2,), int64.
+        totals: see :class:`Marginals`; about ``origin``.
         largest: shape (D,), float64.
         origin: shape (D,), float64.
     """
@@ -42,45 +43,45 @@ class Measured(NamedTuple):
 
 
 def measure(observations: Observations, origin: Tensor) -> Measured:
-    """The marginals of a batch about an origin, where the origin is; kept until this thread measures another.
+    """The marginals of a batch about an origin, on its device; kept until this thread measures another batch.
 
     >>> measure(Observations(torch.tensor([[1.0], [-2.0]])), torch.zeros(1, dtype=torch.float64)).totals[:, 0]
     tensor([-1.,  5.,  3.,  2.], dtype=torch.float64)
     """
     values, valid = observations.values.detach(), observations.valid
     dim = observations.feature_dim % values.ndim
-    if valid is None and values.dtype in _NATIVE and origin.is_cpu and compiled.reads(values):  # in few steps
+    if valid is None and values.dtype in _NATIVE and origin.is_cpu and compiled.reads(values):  # the short way
         counts, totals = compiled.measure(_as_maps(values, dim), None, origin)
         result = Measured(counts, totals[:4], totals[4], origin)
-        _LAST.found = weakref.ref(observations), result
+        _LAST.measured = weakref.ref(observations), result
         return result
-    if valid is not None or values.ndim == 1:  # its rows are enumerated with the features last
+    if valid is not None or values.ndim == 1:  # flags are in the order of rows with the features last
         values, dim = observations.rows().detach(), 1
     with torch.inference_mode(False), torch.no_grad(), no_autocast(values.device.type):
         parts = _measure_compiled if compiled.reads(values) else _measure_by_torch
         if fused.takes(values) and origin.device == values.device:
             parts = _measure_fused
-        found = [_brought(part, origin) for part in parts(values, dim, valid, origin)]
-        result = found[0] if len(found) == 1 else _sum_of(found)
-    _LAST.found = weakref.ref(observations), result
+        measured = [_on_device_of_origin(part, origin) for part in parts(values, dim, valid, origin)]
+        result = measured[0] if len(measured) == 1 else _added(measured)
+    _LAST.measured = weakref.ref(observations), result
     return result
 
 
 def measured_last(observations: Observations) -> Measured | None:
     """The last measurement of this thread, if it was of these observations; None otherwise."""
-    of, found = getattr(_LAST, "found", (None, None))
-    return found if of is not None and of() is observations else None
+    reference, measured = getattr(_LAST, "measured", (None, None))
+    return measured if reference is not None and reference() is observations else None
 
 
-def _brought(part: tuple[Tensor, Tensor, Tensor], origin: Tensor) -> Measured:
+def _on_device_of_origin(part: tuple[Tensor, Tensor, Tensor], origin: Tensor) -> Measured:
     counts, *sums = (each.to(origin.device) for each in part)
     totals, largest = (each.to(torch.float64) for each in sums)
     return Measured(counts, totals, largest, origin)
 
 
-def _sum_of(found: list[Measured]) -> Measured:
-    counts, totals, largest = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:3])
-    return Measured(counts.sum(0), totals.sum(0), largest.amax(0), found[0].origin)
+def _added(pieces: list[Measured]) -> Measured:
+    counts, totals, largest = (torch.stack(parts) for parts in list(zip(*pieces, strict=True))[:3])
+    return Measured(counts.sum(0), totals.sum(0), largest.amax(0), pieces[0].origin)
 
 
 _NATIVE = (torch.float32, torch.float64)
@@ -123,7 +124,7 @@ def _measure_by_torch(
     origin = origin.to(dtype).to(device).view([-1 if each == dim else 1 for each in range(values.ndim)])
     room = _CPU_PIECE_BYTES if device.type == "cpu" else _ACCELERATOR_PIECE_BYTES
     for piece, chosen in _pieces(values, dim, valid, room):
-        # In float64, where half precision is exact, and so is what float32 differs from an origin.
+        # float64 holds half precision exactly, and the difference of float32 values from an origin.
         wide = piece.to(dtype)
         magnitudes = wide.abs()
         kept = magnitudes.amax(dim, keepdim=True) <= torch.finfo(dtype).max
@@ -143,7 +144,7 @@ def _measure_by_torch(
 def _pieces(
     values: Tensor, dim: int, valid: Tensor | None, room: int | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Values cut along their first dimension, as far as memory allows, and which of their rows are valid."""
+    """Cut values along their first dimension to fit memory; yield each piece with its part of ``valid``."""
     length = values.shape[0]
     size = length if room is None or dim == 0 else max(room * length // max(8 * values.numel(), 1), 1)
     for start in range(0, length, size):

@@ -1,10 +1,10 @@
 """Merge sums across processes in a fixed number of collectives.
 
-What is merged is written as a generator that yields a float64 tensor and receives the sum of what all
-processes yielded at that point, see :meth:`.Sum.exchange`. :func:`run_together` drives any number of them in
-lockstep, so that the first yields of all layers and statistics travel in one all-reduce, and the second in
-another: first a few numbers per sum to agree on its width, since a process that saw no rows does not know it,
-then what an origin is agreed on by, then the sums. These may go to the one process that reads them.
+An exchange is a generator that yields a float64 tensor and receives the sum of the tensors that all processes
+yielded at that point, see :meth:`.Sum.exchange`. :func:`run_together` drives exchanges in lockstep: the first
+yields of all layers and statistics travel in one all-reduce, the second yields in another. First come a few
+numbers per sum to agree on its width, which a process without rows lacks; then numbers to agree on an origin;
+then the sums. The sums may go only to the process that reads them.
 
 >>> def average(value):
 ...     total = yield torch.tensor([value, 1.0], dtype=torch.float64)
@@ -34,15 +34,15 @@ _MOST_BYTES = 2**25  # of one collective of :func:`gather_objects`
 
 
 class ForReader(Tensor):
-    """A tensor whose sum only the process that reads the result receives; others may receive None."""
+    """A tensor whose sum goes only to the process that reads the result; others may receive None."""
 
 
 class Piece(NamedTuple):
-    """Numbers that are written where they are sent from, so that they are in memory once.
+    """Numbers that are written straight into the tensor to send, so that memory holds them once.
 
     Attributes:
-        size: their number.
-        write: puts them into a tensor of shape (size,), float64, on the device of the sum.
+        size: number of values.
+        write: writes the numbers into a tensor of shape (size,), float64, on the device of the sum.
     """
 
     size: int
@@ -50,20 +50,20 @@ class Piece(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Piece:
-        """All numbers of a tensor."""
+        """A piece of all numbers of a tensor."""
         return cls(tensor.numel(), lambda out: out.copy_(tensor.reshape(-1)))
 
     @classmethod
     def of_sum(cls, matrix: Tensor, left: Tensor, right: Tensor) -> Piece:
-        """A matrix and the product of two others, row after row."""
+        """A piece of the sum of a matrix and the product ``left @ right``, row after row."""
         return cls(matrix.numel(), lambda out: torch.addmm(matrix, left, right, out=out.view(matrix.shape)))
 
 
 class Pieces(list[Piece]):
-    """Pieces that an exchange yields as one tensor for whoever reads the result.
+    """Pieces that an exchange yields in place of one :class:`ForReader` tensor.
 
     Args:
-        home: the device on which they are written.
+        home: the device on which the pieces are written.
     """
 
     def __init__(self, home: torch.device) -> None:
@@ -76,27 +76,27 @@ class Pieces(list[Piece]):
         return sum(piece.size for piece in self)
 
     def write(self, out: Tensor) -> None:
-        """Put the numbers into a tensor of shape (size,), on any device."""
+        """Write the numbers into a tensor of shape (size,), on any device."""
         for piece, part in zip(self, out.split([piece.size for piece in self]), strict=True):
             if out.device == self.home:
                 piece.write(part)
             else:
-                here = part.new_empty(piece.size, device=self.home)
-                piece.write(here)
-                part.copy_(here)
+                written = part.new_empty(piece.size, device=self.home)
+                piece.write(written)
+                part.copy_(written)
 
 
 class Largest(Tensor):
-    """A tensor of which the largest of each number is received, and not the sum."""
+    """A tensor whose elementwise maximum over the processes is received, and not the sum."""
 
 
 def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int | None = None) -> list[Any]:
-    """Run exchanges in lockstep, one collective for all of them per step; return what each returns.
+    """Run exchanges in lockstep, with one collective for all per step; return the result of each.
 
     Args:
         exchanges: the same number in the same order on every process of the group.
         group: the process group; the default group if None.
-        reader: the process of the group that needs the results, others get None; None for all of them.
+        reader: rank in the group of the only process that gets results, others get None; None: all get them.
     """
     everything = together(exchanges, communication_device(group))
     received: Tensor | None = None
@@ -117,18 +117,18 @@ def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int |
             continue
         dist.reduce(summed, _global_rank(group, reader), op=op, group=group)
         if dist.get_rank(group) != reader:
-            received = None  # what is there is of no use
-        del packed, summed  # as large as all that is sent
+            received = None  # only the reader's memory holds the sum
+        del packed, summed  # as large as the whole message
 
 
 def together(
     exchanges: Sequence[Exchange], device: torch.device | str = "cpu"
 ) -> Generator[Tensor, Tensor | None, list[Any]]:
-    """Several exchanges as one, whose yields are all of theirs in one tensor that are reduced alike.
+    """Combine exchanges into one; each yield packs into one tensor all their tensors that are reduced alike.
 
     Args:
-        exchanges: may end after different numbers of yields.
-        device: the device of what is yielded; each exchange receives its part where it sent it from.
+        exchanges: the exchanges, which may end after different numbers of yields.
+        device: the device of the yielded tensors; each exchange receives its part on the device it sent from.
     """
     results: list[Any] = [None] * len(exchanges)
     waiting: dict[int, Tensor | Pieces] = {}
@@ -143,10 +143,10 @@ def together(
     for index in range(len(exchanges)):
         advance(index, None, is_first=True)
     while waiting:
-        # What is reduced in another way travels by itself.
+        # Tensors that are reduced by their maximum travel alone.
         largest = sorted(index for index, each in waiting.items() if isinstance(each, Largest))
         order = largest or sorted(waiting)
-        # With anything in it that all must have, all get the whole.
+        # If all processes need one of the parts, all receive the whole tensor.
         is_for_reader = all(isinstance(waiting[index], (ForReader, Pieces)) for index in order)
         kind = Largest if largest else ForReader if is_for_reader else Tensor
         layout = [
@@ -156,7 +156,7 @@ def together(
         sizes = [shape.numel() for shape, _ in layout]
         packed = torch.empty(sum(sizes), dtype=torch.float64, device=device)
         for index, part in zip(order, packed.split(sizes), strict=True):
-            # The exchanges keep nothing that they have yielded, nor is it kept here.
+            # Exchanges do not keep tensors that they have yielded; nor does this loop.
             sent = waiting.pop(index)
             if isinstance(sent, Pieces):
                 sent.write(part)
@@ -175,10 +175,10 @@ def together(
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """The objects of all processes of a group, on all of them.
+    """Gather the objects of all processes of a group, on all of them.
 
-    Unlike ``all_gather_object`` of PyTorch it takes no more memory than all of it together, also if one
-    process has most of it, and no backend for tensors on the CPU.
+    Unlike PyTorch's ``all_gather_object`` it takes no more memory than all objects together, also if one
+    process has most of the bytes, and it needs no backend for tensors on the CPU.
 
     Args:
         value: anything that can be pickled.
@@ -194,7 +194,7 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     everything[start : ends[rank]] = own
     view = torch.frombuffer(everything, dtype=torch.uint8)
     for piece in view.split(_MOST_BYTES):
-        # Each byte is zero on all processes but one, so that the sum is that one's.
+        # Each byte is zero on all processes but one, so that the sum is this process' byte.
         moved = piece.to(device)
         dist.all_reduce(moved, group=group)
         if moved is not piece:
@@ -209,9 +209,9 @@ def _global_rank(group: Any, rank: int) -> int:
 def agree(
     num_features: int, is_known: bool, rank: int, world_size: int
 ) -> Generator[Tensor, Tensor, int | None]:
-    """The first step of an exchange: the width that all processes with data have; 0 if none has data.
+    """The first step of an exchange: return the width on all processes with data; 0 if none has data.
 
-    None if all know the result of an earlier exchange, which needs no other then.
+    None if all have the result of an earlier exchange: then they need no other.
 
     Raises:
         ValueError: if the widths differ.
@@ -223,14 +223,14 @@ def agree(
 def agree_beside(
     num_features: int, is_known: bool, rank: int, world_size: int, own: Tensor
 ) -> Generator[Tensor, Tensor, tuple[int | None, Tensor]]:
-    """As :func:`agree`, and in the same step what each process has, shape (world_size, n), on the CPU.
+    """Like :func:`agree`, and gather each process' ``own`` in the same step: (world_size, n), on the CPU.
 
     Args:
         num_features: see :func:`agree`.
         is_known: likewise.
         rank: likewise.
         world_size: likewise.
-        own: what this process has, shape (n,).
+        own: numbers of this process, shape (n,).
     """
     header = torch.zeros(world_size, 2 + len(own), dtype=torch.float64, device="cpu")
     header[rank, :2] = torch.tensor([num_features, not is_known], dtype=torch.float64, device="cpu")
@@ -240,7 +240,7 @@ def agree_beside(
 
 
 def agree_on_width(widths: Tensor) -> int:
-    """The width that all processes with data have; 0 if none has data.
+    """The width on all processes with data; 0 if none has data.
 
     Args:
         widths: one number for each process, 0 where there is no data.

@@ -51,8 +51,8 @@ class Moments(AboutOrigin):
         non_finite: number of observations left out for a NaN or an infinity, shape ``()``, int64.
         origin: :math:`o`, shape ``(D,)``, float64.
         first: :math:`s = \sum_i (x_i - o)`, shape ``(D,)``, float64.
-        second: :math:`S = \sum_i (x_i - o)(x_i - o)^\top`, shape ``(D, D)``, float64. Only its upper triangle
-            is meaningful: half the arithmetic is saved by leaving the lower one alone.
+        second: :math:`S = \sum_i (x_i - o)(x_i - o)^\top`, shape ``(D, D)``, float64. Only the upper triangle
+            is meaningful: leaving the lower one out saves half the arithmetic.
     """
 
     states: ClassVar[dict[str, str]] = {
@@ -119,12 +119,12 @@ class Moments(AboutOrigin):
         return given if center else given.addr(self.origin, self.origin)
 
     def upper_covariance(self, *, center: bool = True) -> Tensor:
-        """As :meth:`covariance`, of which only the upper triangle is meaningful."""
+        """Like :meth:`covariance`, but only the upper triangle is meaningful."""
         return self.covariance(center=center) if self._given else upper_covariance(self, center=center)
 
     def eigenvalues(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
-        # Without the passes that make it symmetric: the solver reads one triangle.
+        # Skip the passes that make the matrix symmetric: the solver reads one triangle.
         return decomposition.eigenvalues(self._upper_in_workspace(center))
 
     def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class Moments(AboutOrigin):
 
     def together_with(self, other: Moments) -> Moments:
         """See :class:`.AboutOrigin`."""
-        # The same in two passes over the matrices.
+        # As in the base class, but in two passes over the matrices.
         origin = torch.where(self.count >= other.count, self.origin, other.origin)
         (left, left_right, left_first), (right, right_right, right_first) = (
             _shifts(each, origin) for each in (self, other)
@@ -152,7 +152,7 @@ class Moments(AboutOrigin):
         )
 
     def _upper_in_workspace(self, center: bool) -> Tensor:
-        """As :meth:`upper_covariance`, in memory that this thread uses again."""
+        """Like :meth:`upper_covariance`, in memory that this thread reuses."""
         if self._given:
             return self.covariance(center=center)
         memory = workspace(self.second, "rows", self.second.shape, torch.float64)
@@ -178,7 +178,7 @@ class Moments(AboutOrigin):
     def of_covariance(
         covariance: Tensor, mean: Tensor, count: int | Tensor, non_finite: int | Tensor
     ) -> Moments:
-        """As :func:`moments_of_covariance`, whatever the covariance holds: decomposing it says that."""
+        """Like :func:`moments_of_covariance`, without checks: decomposing the covariance checks it."""
         mean = mean.to(torch.float64)
         moments = Moments(
             count=torch.as_tensor(count, dtype=torch.int64, device=covariance.device),
@@ -193,16 +193,16 @@ class Moments(AboutOrigin):
 def moments_of_covariance(
     covariance: Tensor, mean: Tensor, count: int | Tensor, non_finite: int | Tensor = 0
 ) -> Moments:
-    """The moments of data of which the covariance is known, such as one read from a file.
+    """The moments of data with a known covariance, for example one from a file.
 
     Args:
         covariance: symmetric, about the mean and divided by n, shape (D, D).
         mean: shape (D,).
         count: the number of observations n.
-        non_finite: the number that was left out.
+        non_finite: the number of observations left out.
 
     Raises:
-        TypeError: for a covariance or a mean that is no tensor of real numbers.
+        TypeError: for a covariance or a mean that is not a tensor of real numbers.
         ValueError: for a covariance that is not square, or not finite; a mean of another width; no count.
 
     >>> moments_of_covariance(torch.eye(2), torch.zeros(2), 3).second
@@ -219,7 +219,7 @@ def moments_of_covariance(
 
 
 def empty_moments(num_features: int, device: torch.device | str | None = None) -> Moments:
-    """Moments of no observations.
+    """Moments without observations.
 
     Args:
         num_features: the width D.
@@ -243,7 +243,7 @@ def empty_moments(num_features: int, device: torch.device | str | None = None) -
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:
-    """The same sums about another origin, exactly up to rounding; the input is left as it was.
+    """Return the same sums about another origin, exact up to rounding; the input stays unchanged.
 
     Args:
         moments: sums about ``moments.origin``.
@@ -264,10 +264,10 @@ def rebase(moments: Moments, origin: Tensor) -> Moments:
 
 
 def merge(left: Moments, right: Moments) -> Moments:
-    """The moments of two disjoint sets of observations together; neither input is changed.
+    """Merge the moments of two disjoint sets of observations; both inputs stay unchanged.
 
-    A side without observations contributes nothing, not even its origin or its width, and the result's origin
-    is one of the two given: it is the same data summed in another order.
+    A side without observations contributes nothing, not even its origin or its width. The result has the origin
+    of one side: it holds the same data, summed in another order.
 
     >>> from spectralmetrics.sums import Observations, accumulate
     >>> left, right = empty_moments(1), empty_moments(1)
@@ -341,7 +341,7 @@ def covariance(moments: Moments, *, center: bool = True, unbiased: bool = False)
 
 
 def upper_covariance(moments: Moments, *, center: bool = True, unbiased: bool = False) -> Tensor:
-    """As :func:`covariance`, but only the upper triangle is meaningful: all that an eigensolver reads.
+    """Like :func:`covariance`, but only the upper triangle is meaningful; an eigensolver reads no more.
 
     >>> from spectralmetrics.sums import Observations, accumulate
     >>> moments = empty_moments(1)
@@ -369,7 +369,7 @@ def _upper_covariance(
 
 
 def _shifts(moments: Moments, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two factors whose product moves the second moments to another origin, and the vector sum there."""
+    """Two factors whose product moves the second moments to another origin, and the vector sum about it."""
     shift = moments.origin - origin
     count = moments.count.to(torch.float64)
     # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
@@ -378,8 +378,8 @@ def _shifts(moments: Moments, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _block_rows(width: int) -> list[slice]:
-    """The rows that travel together, each from the diagonal of the first one on.
+    """Slices of the rows that travel together, each from the column of its first diagonal value on.
 
-    What they hold below the diagonal travels too, an eighth more at most from width 128 on.
+    Values below the diagonal travel too: at most an eighth more numbers, from width 128 on.
     """
     return rows_at_a_time(width, width, most=min(max(width // 8, 16), 64))

@@ -1,4 +1,4 @@
-"""A sample of rows that is chosen by their numbers alone, so that samples of two sources correspond."""
+"""A sample of rows, chosen by the numbers of the rows alone, so that samples of two sources correspond."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class Numbered(Reservoir):
-    """At most m rows of observations that say their ``start``; those without numbers are passed over.
+    """At most m rows of observations with a ``start``; observations without one are skipped.
 
-    The key of a row is a hash of its number: of two sources with as many rows, rows of the same numbers are
-    kept, whatever they are and however they came.
+    The key of a row is a hash of its number. So two sources with equally many rows keep rows of the same
+    numbers, whatever the rows hold and in whatever order they came.
 
     >>> sums = empty_numbered(4, 1)
     >>> rows = torch.arange(100.0)[:, None]
@@ -46,7 +46,7 @@ class Numbered(Reservoir):
         return NumberedIntake()
 
     def paired_with(self, other: Numbered) -> tuple[Tensor, Tensor]:
-        """The rows of the numbers that both have, (k, D) of this sample and (k, D') of the other."""
+        """The rows whose numbers both samples have, (k, D) of this sample and (k, D') of the other."""
         common = self.keys[torch.isin(self.keys, other.keys) & self.keys.isfinite()]
         mine, theirs = (torch.searchsorted(each.keys, common) for each in (self, other))
         return self.rows[mine], other.rows[theirs]
@@ -72,7 +72,7 @@ class NumberedIntake(Intake):
 
 
 def empty_numbered(capacity: int, num_features: int, device: torch.device | str | None = None) -> Numbered:
-    """A sample of ``capacity`` empty places; of none, where the width is unknown.
+    """A sample of ``capacity`` empty slots; without slots while the width is unknown (0).
 
     >>> empty_numbered(4, 2).keys
     tensor([inf, inf, inf, inf], dtype=torch.float64)
@@ -81,7 +81,7 @@ def empty_numbered(capacity: int, num_features: int, device: torch.device | str 
 
 
 def _hashed(start: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) that consecutive integers determine, shape (N,), float64: splitmix64."""
+    """Hash consecutive integers to uniform numbers in [0, 1), shape (N,), float64: splitmix64."""
     mixed = (np.arange(start, start + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -16,14 +16,14 @@ class Observations:
     Attributes:
         values: floating tensor; every dimension but ``feature_dim`` enumerates observations.
         feature_dim: the dimension of size D that holds the features of one observation.
-        valid: shape (N,), boolean, False for rows to pass over, such as padding; None if all count.
-        group: number of what they belong to; folds keep batches of one group together. None: of themselves.
-        labels: class of each row, shape (N,), int64, negative for those without one; None if there are none.
-        forward: number of the forward that put them out, for histories; None: each batch is one by itself, and
-            -1: of none that a history is to hold.
-        step: the step of the optimiser, that the forward belongs to; None if nobody said.
-        start: number of the first observation among all of its source, which are numbered one by one; None
-            where they are not.
+        valid: shape (N,), boolean, False for rows to skip, such as padding; None if all count.
+        group: number of the batch's group, for example its forward: folds keep a group together. None: no other
+            batch belongs to it.
+        labels: class of each row, shape (N,), int64, negative for rows without a class; None without labels.
+        forward: number of the forward that produced them, for histories. None: each batch is a forward of its
+            own; -1: histories skip the batch.
+        step: the optimiser's step that the forward belongs to; None if it is unknown.
+        start: number of the first observation, if its source numbers observations one by one; None otherwise.
 
     >>> Observations(torch.zeros(8, 3, 4, 4), feature_dim=1).rows().shape
     torch.Size([128, 3])
@@ -45,22 +45,22 @@ class Observations:
 
     @property
     def num_observations(self) -> int:
-        """The number of observations N, those passed over included."""
+        """The number of observations N, including rows to skip."""
         return self.values.numel() // max(self.num_features, 1)
 
     def check(self) -> None:
         """Raise unless these are floating observations of at least one feature, and ``valid`` fits them.
 
         Raises:
-            TypeError: for values that are no floating tensor, a ``valid`` that is no boolean one, or labels
-                that are no integers.
+            TypeError: for values that are not a floating tensor, a ``valid`` that is not boolean, or labels
+                that are not integers.
             ValueError: for values without features or ``feature_dim``, or ``valid`` or labels of another
                 length.
         """
         values, valid = self.values, self.valid
         numbered = (self.feature_dim, self.group or 0, self.forward or 0, self.step or 0, self.start or 0)
         for name, number in zip(("feature_dim", "group", "forward", "step", "start"), numbered, strict=True):
-            if type(number) is not int and not isinstance(number, numbers.Integral):  # the first is faster
+            if type(number) is not int and not isinstance(number, numbers.Integral):  # the first test is faster
                 raise TypeError(f"expected {name} to be an integer, got {number!r}")
         if not isinstance(values, Tensor):
             raise TypeError(f"expected rows as a floating tensor of shape (N, D), got {type(values).__name__}")
@@ -69,7 +69,7 @@ class Observations:
                 f"expected observations of a floating dtype, got {values.dtype}; cast them to float first"
             )
         if values.layout != torch.strided or values.is_nested:
-            raise TypeError(f"expected observations as a dense tensor, got {_as_found(values)}")
+            raise TypeError(f"expected observations as a dense tensor, got {_described(values)}")
         if values.ndim and not -values.ndim <= self.feature_dim < values.ndim:
             raise ValueError(
                 f"expected feature_dim among the {values.ndim} dimensions of {tuple(values.shape)}, got"
@@ -106,13 +106,13 @@ class Observations:
         """The observations at the positions ``index`` of :meth:`rows`, without building all rows."""
         valid = None if self.valid is None else self.valid[index]
         labels = None if self.labels is None else self.labels[index]
-        others = (valid, self.group, labels, self.forward, self.step)
+        fields = (valid, self.group, labels, self.forward, self.step)
         moved = self.values if self.feature_dim == -1 else self.values.movedim(self.feature_dim, -1)
         if moved.is_contiguous():
             rows = moved if moved.ndim == 2 else moved.reshape(-1, moved.shape[-1])
             rows = rows.index_select(0, index)
-            is_plain = all(each is None for each in others)
-            return plain_observations(rows) if is_plain else Observations(rows, -1, *others)
+            is_plain = all(each is None for each in fields)
+            return plain_observations(rows) if is_plain else Observations(rows, -1, *fields)
         if self.feature_dim == 1 and self.values.is_contiguous():  # (B, D, *positions) -> (B, P, D)
             moved = self.values.flatten(2).movedim(1, -1)
         positions = []
@@ -120,7 +120,7 @@ class Observations:
             positions.append(index % size)
             index = index // size
         positions.append(index)
-        return Observations(moved[tuple(reversed(positions))], -1, *others)
+        return Observations(moved[tuple(reversed(positions))], -1, *fields)
 
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
@@ -129,27 +129,27 @@ class Observations:
         return replace(self, values=self.values.to(device), valid=valid, labels=labels)
 
 
-def _as_found(values: Tensor) -> str:
+def _described(values: Tensor) -> str:
     if values.is_nested:
         return "a nested one; give `torch.cat(nested.unbind())`"
     return f"one of layout {values.layout}; give its `to_dense()`"
 
 
 def plain_observations(values: Tensor, feature_dim: int = -1) -> Observations:
-    """As ``Observations(values, feature_dim)``, in a quarter of the time, which counts where layers are small.
+    """Like ``Observations(values, feature_dim)``, in a quarter of the time, which matters for small layers.
 
     >>> plain_observations(torch.zeros(8, 3)).rows().shape
     torch.Size([8, 3])
     """
     made = object.__new__(Observations)
-    # A frozen dataclass sets each field by a call; those that are not set have their defaults by the class.
+    # A frozen dataclass sets each field by a call. Fields not set here have the defaults of the class.
     fields = made.__dict__
     fields["values"], fields["feature_dim"] = values, feature_dim
     return made
 
 
 def of_forward(observations: Observations, forward: int, step: int | None) -> Observations:
-    """The same observations, as those of a forward and a step; see :func:`plain_observations` for the time.
+    """The same observations with a forward and a step; fast, as :func:`plain_observations` is.
 
     >>> of_forward(plain_observations(torch.zeros(8, 3)), 7, None).forward
     7

@@ -1,8 +1,8 @@
 r"""Sums of single features, a few numbers each, in one pass over the observations.
 
-Of each feature the sums of :math:`x - o` and :math:`(x - o)^2` about an origin :math:`o` near the data, from
-which mean and variance come with all their digits, and about zero the sum of :math:`|x|`, the number of values
-that are not zero and the largest :math:`|x|`. On x86-64 the pass is compiled, see
+For each feature: the sums of :math:`x - o` and :math:`(x - o)^2` about an origin :math:`o` near the data, which
+give mean and variance with all their digits; and about zero the sum of :math:`|x|`, the number of values that
+are not zero and the largest :math:`|x|`. On x86-64 the pass is compiled, see
 :mod:`~spectralmetrics.sums.compiled`; PyTorch does the same everywhere else. Nothing is read from a device.
 
 >>> import torch
@@ -34,14 +34,14 @@ from spectralmetrics.sums.sum import Intake
 
 @dataclass(frozen=True)
 class Marginals(AboutOrigin):
-    """Sums over each feature by itself; the tensors are updated in place by the intake.
+    """Sums of each feature on its own; the intake updates the tensors in place.
 
     Attributes:
         count: the number of finite observations n, shape (), int64.
-        non_finite: the number left out, shape (), int64.
+        non_finite: the number of observations left out, shape (), int64.
         origin: shape (D,), float64.
-        totals: shape (4, D), float64: of each feature the sums of x − o, of its square and of the magnitude of
-            x, and the number of values that are not zero.
+        totals: for each feature the sums of x − o, (x − o)² and |x|, and the number of values that are not
+            zero; shape (4, D), float64.
         largest: the largest magnitude of each feature, shape (D,), float64.
     """
 
@@ -108,14 +108,15 @@ class Marginals(AboutOrigin):
         """See :class:`.Sum`.
 
         The origin is the mean of the process with most observations, so that features which are constant
-        everywhere keep a variance of exactly zero. Nothing of the width grows with the number of processes.
+        everywhere keep a variance of exactly zero. Only the few numbers of the first step grow with the number
+        of processes.
         """
         own = self.count.reshape(1)
         width, counts = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.count.device)
-        mean = torch.full_like(mine.origin, -torch.inf)  # above none
+        mean = torch.full_like(mine.origin, -torch.inf)  # below every mean
         if rank == int(counts.argmax()):
             mean = mine.origin + mine.first / mine.count.clamp(min=1)
         extremes = yield torch.stack([mine.largest, mean]).as_subclass(Largest)
@@ -143,11 +144,11 @@ class Marginals(AboutOrigin):
         return self.count - self.totals[3]
 
     def zero_shares(self) -> Tensor:
-        """Their share, shape (D,), float64."""
+        """The share of each feature's values that are zero, shape (D,), float64."""
         return self.zeros() / self.count
 
     def covariance(self, *, center: bool = True) -> NoReturn:
-        """Marginals hold no matrix; always a RuntimeError."""
+        """Always raise a RuntimeError: marginals hold no matrix."""
         raise _no_spectrum(self.num_features)
 
     def eigenvalues(self, *, center: bool = True) -> NoReturn:
@@ -183,7 +184,7 @@ class Marginals(AboutOrigin):
 
 
 class MarginalsIntake(Intake):
-    """Adds batches; the origin follows the data, ever more seldom."""
+    """Adds batches; moves the origin to the data, ever less often."""
 
     reaches_other_devices = True
 
@@ -198,17 +199,17 @@ class MarginalsIntake(Intake):
             milestone = self._accumulations <= 4 or self._accumulations.bit_count() == 1
             if milestone or not self._origin_is_near:
                 _follow(sums, observations)
-            found = measure(observations, sums.origin)
-            sums.totals.add_(found.totals)
-            torch.maximum(sums.largest, found.largest, out=sums.largest)
-            if found.counts.is_cpu:  # numbers at hand are added faster than tensors
-                count, left_out = found.counts.tolist()
+            measured = measure(observations, sums.origin)
+            sums.totals.add_(measured.totals)
+            torch.maximum(sums.largest, measured.largest, out=sums.largest)
+            if measured.counts.is_cpu:  # adding Python numbers is faster than adding tensors
+                count, left_out = measured.counts.tolist()
                 sums.count.add_(count)
                 if left_out:
                     sums.non_finite.add_(left_out)
             else:
-                sums.count.add_(found.counts[0])
-                sums.non_finite.add_(found.counts[1])
+                sums.count.add_(measured.counts[0])
+                sums.non_finite.add_(measured.counts[1])
         if self._accumulations == 1:
             self.meet(sums)
 
@@ -219,7 +220,7 @@ class MarginalsIntake(Intake):
 
 
 def empty_marginals(num_features: int, device: torch.device | str | None = None) -> Marginals:
-    """Marginals of no observations.
+    """Marginals without observations.
 
     Args:
         num_features: the width D.
@@ -240,8 +241,8 @@ def empty_marginals(num_features: int, device: torch.device | str | None = None)
 
 
 def _follow(sums: Marginals, observations: Observations) -> None:
-    """Move the origin to the mean of a batch and the sums with it, unless the rows are too few to follow."""
-    # About a row, so that constant features are centred to exactly zero.
+    """Move the origin, and the sums with it, to the mean of a batch, unless its rows are too few."""
+    # Measure about a row, so that constant features are centred to exactly zero.
     rows = observations.rows().detach()
     kept = are_finite(rows)[:, 0]
     if observations.valid is not None:
@@ -250,26 +251,26 @@ def _follow(sums: Marginals, observations: Observations) -> None:
         sums.origin.device, torch.float64
     )
     origin = torch.where(sums.count > 0, sums.origin, torch.where(pivot.isfinite(), pivot, 0))
-    found = measure(observations, origin)
-    number = found.counts[0]
-    offset = found.totals[0] / number.clamp(min=1)
+    measured = measure(observations, origin)
+    number = measured.counts[0]
+    offset = measured.totals[0] / number.clamp(min=1)
     nearer = origin + torch.where(offset.isfinite(), offset, 0)
     nearer = torch.where((number > 0) & (number.square() >= sums.count), nearer, sums.origin)
-    # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
+    # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
     sums.totals.copy_(_moved(sums, torch.where(sums.count > 0, nearer, sums.origin)))
     sums.origin.copy_(nearer)
 
 
 def _moved(sums: Marginals, origin: Tensor) -> Tensor:
     """The totals about another origin."""
-    first, squares, *others = sums.totals
+    first, squares, *about_zero = sums.totals
     shift = sums.origin - origin
     moved = first + sums.count.to(torch.float64) * shift
-    return torch.stack([moved, squares + shift * (first + moved), *others])
+    return torch.stack([moved, squares + shift * (first + moved), *about_zero])
 
 
 def _no_spectrum(num_features: int) -> RuntimeError:
     return RuntimeError(
-        f"the covariance of {num_features} features is not kept, only what each does by itself: add a metric"
+        f"the covariance of {num_features} features is not kept, only sums of each feature: add a metric"
         " that keeps it, such as SaturationMetric()"
     )

@@ -1,4 +1,4 @@
-"""Products at the precision of their dtype, whatever the user's program has switched on around them."""
+"""Products at the precision of their dtype, whatever settings the user's program has switched on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 ROWS_PER_FLOAT32_SUM = 256
-"""A float32 sum of many products of like sign drifts in proportion to their number: by 2.4e-3 for 131,072."""
+"""A float32 sum of products of like sign drifts in proportion to their number: by 2.4e-3 for 131,072."""
 
 
 @contextlib.contextmanager
 def no_autocast(device_type: str) -> Iterator[None]:
-    """Without autocast inside, and afterwards as it was, its cache of cast weights included.
+    """Switch autocast off inside; restore it afterwards and keep its cache of cast weights.
 
-    ``torch.autocast(device_type, enabled=False)`` would clear that cache on leaving, if the user has switched
-    autocast on by a function and not by a context: weights would be cast anew, and gradients differ.
+    ``torch.autocast(device_type, enabled=False)`` would clear the cache on leaving, if the user has switched
+    autocast on by a function and not by a context: weights would be cast again, and gradients would differ.
 
     Args:
-        device_type: the type of device of the tensors to compute with.
+        device_type: device type of the tensors to compute with.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), no_autocast("cpu"):
     ...     (torch.eye(2) @ torch.eye(2)).dtype
@@ -40,11 +40,11 @@ def no_autocast(device_type: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_precision(device_type: str, float32: bool = True) -> Iterator[None]:
-    """Products inside keep their dtype's precision under autocast, TF32 and bfloat16 matmul settings.
+    """Keep the precision of their dtype for products inside, under autocast, TF32 and bfloat16 matmul settings.
 
     Args:
-        device_type: the type of device of the tensors to multiply.
-        float32: whether there will be float32 products; float64 ones know no such settings.
+        device_type: device type of the tensors to multiply.
+        float32: True if there are float32 products; only autocast changes float64 products.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision("cpu"):
     ...     (torch.eye(2) @ torch.eye(2)).dtype
@@ -66,7 +66,7 @@ def _forbid_reduced_precision(device_type: str, stack: contextlib.ExitStack) -> 
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, legacy)
         return
-    # The setting of this backend alone: PyTorch refuses to read the common one once both kinds have been used.
+    # Set this backend alone: PyTorch refuses to read the common setting once both kinds have been used.
     everywhere: Any = torch.backends
     precision = settings.fp32_precision
     if precision not in ("none", "ieee"):
@@ -91,7 +91,7 @@ def are_finite(values: Tensor) -> Tensor:
     """
     if values.dtype.itemsize == 1:
         values = values.to(torch.float32)  # PyTorch has no norm of eight bits
-    # The largest magnitude of a row is NaN or infinite if any is.
+    # The largest magnitude of a row is NaN or infinite if one of its values is.
     largest: Tensor = torch.linalg.vector_norm(values, torch.inf, dim=-1, keepdim=True)
     return largest <= torch.finfo(values.dtype).max
 

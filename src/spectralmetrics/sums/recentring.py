@@ -1,6 +1,6 @@
 """The origin of sums follows the data: it moves to the mean of new rows, and the sums move with it, exactly.
 
-Whatever the origin is, the sums are exact about it, so that it need not be the mean to the last digit.
+The sums are exact about any origin, so that it need not be the mean to the last digit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SumsAboutOrigin(Protocol):
 
 
 def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, dtype: torch.dtype) -> None:
-    """Move the origin to the mean of some rows and the sums with it, unless these rows are too few to follow.
+    """Move the origin, and the sums with it, to the mean of rows, unless these are too few.
 
     Args:
         moments: the sums so far.
@@ -40,7 +40,7 @@ def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, 
     rounded = piece.dtype != torch.float64
     rows = as_rows(workspace(piece, "rows", piece.shape, dtype).copy_(piece), dim)
     if is_read_freely(rows) and valid is None:
-        # Of finite rows in half of the passes.
+        # Finite rows take half of the passes.
         pivot = rows[0].to(torch.float64, copy=True)
         total = rows.new_ones(len(rows)) @ rows.sub_(pivot.to(dtype))
         if total.isfinite().all():
@@ -57,13 +57,13 @@ def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, 
 
 
 def recentre_in_memory(moments: DenseSums, maps: Tensor, valid: Tensor | None, rounded: bool) -> None:
-    """As :func:`recentre`, in one compiled pass over rows of any number.
+    """Like :func:`recentre`, in one compiled pass over any number of rows.
 
     Args:
         moments: the sums so far.
         maps: shape (samples, D, positions), float32 or float64, in any memory layout.
         valid: shape (samples * positions,), boolean; None if all count.
-        rounded: the rows came in float32 or half precision.
+        rounded: True if the rows came in float32 or half precision.
     """
     row = 0 if valid is None else int(first_of(valid))
     pivot = _observation(maps, row)
@@ -78,27 +78,27 @@ def recentre_in_memory(moments: DenseSums, maps: Tensor, valid: Tensor | None, r
 def next_origin(
     sums: SumsAboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
 ) -> Tensor:
-    """The origin that rows call for: their mean, or that of the sums if the rows are too few.
+    """The next origin: the mean of the rows, or the present origin if the rows are too few.
 
     Args:
         sums: the sums so far.
-        pivot: shape (D,), float64: one of the rows, so that constant features are centred to exactly zero.
-        total: shape (D,): the sum of the rows minus ``pivot``.
-        kept: how many rows there are, shape ().
-        rounded: round the origin to float32, so that rows of float32 minus the origin is one subtraction.
+        pivot: one of the rows, so that constant features are centred to exactly zero; shape (D,), float64.
+        total: the sum of the rows minus ``pivot``, shape (D,).
+        kept: the number of rows, shape ().
+        rounded: True rounds the origin to float32, so that float32 rows minus the origin is one subtraction.
     """
     about_pivot = total.to(torch.float64) / kept.clamp(min=1)
     origin = pivot + torch.where(about_pivot.isfinite(), about_pivot, 0)
     if rounded:
         nearest = origin.to(torch.float32).to(torch.float64)
         origin = torch.where(nearest.isfinite(), nearest, origin)
-    # A few rows that are unlike the rest, such as a last incomplete batch, must not carry the origin away.
+    # A few rows that are unlike the rest, such as a last incomplete batch, must not move the origin far.
     return torch.where((kept > 0) & (kept.square() >= sums.count), origin, sums.origin)
 
 
 def _move(moments: DenseSums, origin: Tensor) -> None:
     """Move sums to another origin, in place."""
-    # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
+    # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
     shift = torch.where(moments.count > 0, moments.origin - origin, 0)
     if not is_read_freely(shift) or shift.any():
         count = moments.count.to(torch.float64)
@@ -116,12 +116,12 @@ def _observation(maps: Tensor, number: int) -> Tensor:
 
 
 def first_of(flags: Tensor) -> Tensor:
-    """The place of the first flag that is set, or 0 if none is, shape (1,); reads nothing from a device."""
+    """The index of the first set flag, or 0 if none is set, shape (1,); reads nothing from a device."""
     return flags.to(torch.uint8).argmax().reshape(1)
 
 
 def is_read_freely(values: Tensor) -> bool:
-    """True if the program may branch on values, because it waits for no device to read them."""
+    """True if the program may branch on values, because reading them waits for no device."""
     return values.is_cpu
 
 
@@ -132,27 +132,27 @@ def as_rows(piece: Tensor, dim: int) -> Tensor:
 
 def row_flags(rows: Tensor) -> Tensor:
     """Flags of rows (N, D) without NaN and infinities, shape (N, 1)."""
-    # These show in the sum of the row. The summands are made so small that nothing else does.
+    # NaN and infinities make the sum of the row not finite. Small summands ensure that nothing else does.
     small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
     return torch.mv(rows, small).isfinite().unsqueeze(1)
 
 
 def clear(centred: Tensor, mask: Tensor) -> None:
     """Set the rows to leave out to zero, whatever they hold."""
-    # As bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
+    # Mask bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
     bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
     centred.view(bits).bitwise_and_(mask.to(bits).neg_())
 
 
-def block_rows(of: Tensor, size: int) -> Iterator[tuple[int, int]]:
+def block_rows(like: Tensor, size: int) -> Iterator[tuple[int, int]]:
     """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work.
 
     Args:
-        of: shape (..., D), on the device of the product.
-        size: rows of a block on the CPU.
+        like: shape (..., D), on the device of the product.
+        size: number of rows of a block on the CPU.
     """
-    features = of.shape[-1]
-    if not of.is_cpu:
+    features = like.shape[-1]
+    if not like.is_cpu:
         size = max(128, min(256, features // 4))  # fewer, larger products
     for start in range(0, features, size):
         yield start, min(start + size, features)

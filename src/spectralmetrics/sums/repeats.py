@@ -1,9 +1,8 @@
-"""Tells whether the same inputs have come in several folds, which then know each other.
+"""Detect inputs that have come in several folds, which are not independent then.
 
-Of each input a few values are hashed to a sign and one of 256 places, and each fold adds up the signs at each
-place (a count sketch: Charikar, Chen & Farach-Colton 2002). Where two folds share inputs their sums resemble
-each other; different inputs cancel. Memory is constant, and nothing is read from the device before the
-question is asked.
+A few values of each input are hashed to a sign and one of 256 slots, and each fold adds up the signs in each
+slot (a count sketch: Charikar, Chen & Farach-Colton 2002). Two folds that share inputs have similar sums;
+different inputs cancel. Memory is constant, and only :meth:`Repeats.found` reads from the device.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-_PLACES = 256
-_LOOKED_AT = 16  # values of an input
+_SLOTS = 256
+_HASHED_VALUES = 16  # of an input
 _WAITING = 256  # inputs, so that an update is one copy
-_FEWEST = 64  # inputs of which anything is said
-# Of what the inputs would share if each came twice, half is shared; six times what chance makes of it.
+_FEWEST = 64  # inputs: fewer give no verdict
+# A share of the inputs: half of the result if each input came twice, and six times the error by chance.
 _SHARED = 0.25
 
 
 class Repeats:
-    """The inputs that the folds of one metric share.
+    """Detects inputs that the folds of one metric share.
 
     Args:
         number: number of folds g.
@@ -38,15 +37,15 @@ class Repeats:
     """
 
     def __init__(self, number: int) -> None:
-        self._sums: Tensor | None = None  # (g, _PLACES), int64
-        self._alike: Tensor | None = None  # pairs of inputs of one batch that are alike, by nature
-        self._pairs = 0.0  # of inputs of one batch
+        self._sums: Tensor | None = None  # (g, _SLOTS), int64
+        self._alike: Tensor | None = None  # number of pairs of inputs within a batch that are alike, by nature
+        self._pairs = 0.0  # number of pairs of inputs within a batch
         self._counts = [0] * number
-        self._buffer: Tensor | None = None  # (_WAITING, up to _LOOKED_AT), float32
+        self._buffer: Tensor | None = None  # (_WAITING, up to _HASHED_VALUES), float32
         self._waiting: list[tuple[int, int]] = []  # fold and number of inputs of each batch
 
     def add(self, inputs: Tensor, fold: int) -> None:
-        """Note inputs of one batch, shape (N, ...)."""
+        """Record the inputs of one batch, shape (N, ...)."""
         chosen = _chosen(inputs)
         self._counts[fold] += len(chosen)
         self._pairs += len(chosen) * (len(chosen) - 1) / 2
@@ -69,14 +68,14 @@ class Repeats:
         total = sum(self._counts)
         if self._sums is None or self._alike is None or total < _FEWEST:
             return False
-        sums = self._sums.cpu().to(torch.float64)  # which not every device has
+        sums = self._sums.cpu().to(torch.float64)  # not every device has float64
         shared = (sums.sum(0).square().sum() - sums.square().sum()) / 2
         apart = (total**2 - sum(count**2 for count in self._counts)) / 2
         by_nature = float(self._alike) / max(self._pairs, 1.0) * apart
         return float(shared) - 2 * by_nature > _SHARED * total
 
     def merge(self, other: Repeats) -> None:
-        """Add what another has noted of as many folds."""
+        """Add the records of another, which must have as many folds."""
         self._flush()
         other._flush()
         if other._sums is not None and other._alike is not None:
@@ -86,12 +85,12 @@ class Repeats:
             self._sums += other._sums.to(self._sums.device)
             self._alike += other._alike.to(self._alike.device)
         self._pairs += other._pairs
-        self._counts = [own + its for own, its in zip(self._counts, other._counts, strict=True)]
+        self._counts = [left + right for left, right in zip(self._counts, other._counts, strict=True)]
 
     @torch.inference_mode(False)
     def _into(self, device: torch.device) -> None:
         if self._sums is None or self._alike is None:
-            self._sums = torch.zeros(len(self._counts), _PLACES, dtype=torch.int64, device=device)
+            self._sums = torch.zeros(len(self._counts), _SLOTS, dtype=torch.int64, device=device)
             self._alike = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.inference_mode(False)
@@ -108,7 +107,7 @@ class Repeats:
         assert self._sums is not None
         assert self._alike is not None
         signs = (hashes >> 8 & 1) * 2 - 1
-        index, home = folds * _PLACES + (hashes & _PLACES - 1), self._sums.device
+        index, home = folds * _SLOTS + (hashes & _SLOTS - 1), self._sums.device
         self._sums.view(-1).index_add_(0, index.to(home), signs.to(home))
         same = (hashes[:, None] == hashes) & (batches[:, None] == batches)
         self._alike += ((same.sum() - len(labels)) // 2).to(home)
@@ -117,7 +116,7 @@ class Repeats:
 def _chosen(inputs: Tensor) -> Tensor:
     """A few values of each input, evenly apart in each dimension; a view."""
     dims = inputs.ndim - 1
-    take = max(int(_LOOKED_AT ** (1 / max(dims, 1)) + 1e-9), 1)
+    take = max(int(_HASHED_VALUES ** (1 / max(dims, 1)) + 1e-9), 1)
     for dim in range(1, inputs.ndim):
         number = 4 if dims == 3 and dim == 1 else take
         step = max(inputs.shape[dim] // number, 1)
@@ -128,7 +127,7 @@ def _chosen(inputs: Tensor) -> Tensor:
 
 def _hashes(values: Tensor) -> Tensor:
     """A number for each row, the same for rows that agree in all but the last digits, shape (N,), int64."""
-    # Which other inputs are in a batch changes the last digits. Of few values all digits are needed.
+    # The other inputs of a batch change the last digits of values. With few values, all digits are needed.
     bits = values.view(torch.int32).to(torch.int64) >> (11 if values.shape[1] >= 4 else 0)
     factors = torch.arange(1, values.shape[1] + 1, device=values.device) * 0x9E3779B97F4A7C1 | 1
     hashes = (bits * factors).sum(1)

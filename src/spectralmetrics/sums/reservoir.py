@@ -31,13 +31,13 @@ from spectralmetrics.sums.sum import Intake, Sum
 
 @dataclass(frozen=True)
 class Reservoir(Sum):
-    """A sample of at most m rows; the tensors are updated in place by its intake.
+    """A sample of at most m rows; the intake updates the tensors in place.
 
     Attributes:
-        keys: shape (m,), float64, ascending; infinite where the place is empty.
+        keys: shape (m,), float64, ascending; infinite for empty slots.
         rows: shape (m, D), float64.
-        capacity: m.
-        seed: the seed of the keys.
+        capacity: the largest number of rows m.
+        seed: the seed of the random keys.
     """
 
     states: ClassVar[dict[str, str]] = {"rows": "sample_rows", "keys": "sample_keys"}
@@ -86,19 +86,19 @@ class Reservoir(Sum):
     ) -> Generator[Tensor, Any, Reservoir | None]:
         """See :class:`.Sum`.
 
-        The keys of all samples are shared first; then each row that is kept travels once, from the one process
-        that has it.
+        Processes first share the keys of all samples; then each row that is kept travels once, from the one
+        process that has it.
         """
         own = self.keys if self.num_features else torch.full((self.capacity,), torch.inf)
         width, keys = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
         if not width:
             return known if width is None else None
         smallest = torch.topk(keys.flatten(), self.capacity, largest=False, sorted=True)
-        owner, place = smallest.indices // self.capacity, smallest.indices % self.capacity
+        owner, slot = smallest.indices // self.capacity, smallest.indices % self.capacity
         rows = torch.zeros(self.capacity, width, dtype=torch.float64, device=self.rows.device)
         if self.num_features:
             mine = (owner == rank).to(rows.device)
-            rows[mine] = self.rows[place.to(rows.device)[mine]]
+            rows[mine] = self.rows[slot.to(rows.device)[mine]]
         rows = yield rows.as_subclass(ForReader)
         return None if rows is None else replace(self, keys=smallest.values.to(rows.device), rows=rows)
 
@@ -126,7 +126,7 @@ class SampleIntake(Intake):
         if matrix.dtype != torch.float64:
             matrix = matrix.to(torch.float32)
         device = matrix.device
-        # A fresh generator for each batch, so that copies and pickles of the metric go on alike.
+        # A fresh generator for each batch, so that copies and pickles of the metric draw the same keys.
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         entropy = np.random.SeedSequence([sums.seed, rank, batch]).generate_state(1, np.uint64)
         generator = torch.Generator(device).manual_seed(int(entropy[0]) >> 1)
@@ -135,7 +135,7 @@ class SampleIntake(Intake):
         if observations.valid is not None:
             eligible = eligible & observations.valid
         keys = torch.where(eligible, keys, torch.inf)
-        # Only the smallest new keys can enter, so only their rows are looked at.
+        # Only the smallest new keys can enter, so only their rows are read.
         smallest = torch.topk(keys, min(len(keys), sums.capacity), largest=False)
         offer(sums, matrix.index_select(0, smallest.indices), smallest.values)
 
@@ -143,16 +143,16 @@ class SampleIntake(Intake):
 def empty_reservoir(
     capacity: int, num_features: int, device: torch.device | str | None = None, *, seed: int = 0
 ) -> Reservoir:
-    """A reservoir of ``capacity`` empty places; of none, where the width is unknown.
+    """A reservoir of ``capacity`` empty slots; without slots while the width is unknown (0).
 
     >>> empty_reservoir(4, 2).keys
     tensor([inf, inf, inf, inf], dtype=torch.float64)
     """
-    places = capacity if num_features else 0
+    slots = capacity if num_features else 0
     with torch.inference_mode(False):
         return Reservoir(
-            keys=torch.full((places,), torch.inf, dtype=torch.float64, device=device or "cpu"),
-            rows=torch.zeros(places, num_features, dtype=torch.float64, device=device or "cpu"),
+            keys=torch.full((slots,), torch.inf, dtype=torch.float64, device=device or "cpu"),
+            rows=torch.zeros(slots, num_features, dtype=torch.float64, device=device or "cpu"),
             capacity=capacity,
             seed=seed,
         )
@@ -180,7 +180,7 @@ def offer(reservoir: Reservoir, rows: Tensor, keys: Tensor) -> None:
 
 
 def kept_rows(reservoir: Reservoir) -> Tensor:
-    """The rows in occupied places, shape (k, D), k at most m; reads k from the device.
+    """The rows in occupied slots, shape (k, D), k at most m; reads k from the device.
 
     >>> kept_rows(empty_reservoir(4, 2)).shape
     torch.Size([0, 2])

@@ -1,8 +1,8 @@
 """A history of the last forwards, a few numbers each: a ring of rows that is written without being read.
 
-A row holds what adds up, so that the forwards of several processes, or of one step of the optimiser, can be
-added: the number of observations, the sums of all values and of their squares, the values that are not zero,
-and the observations left out; and the largest magnitude.
+A row holds numbers that add up, so that the forwards of several processes, or of one step of the optimiser, can
+be added: the number of observations, the sums of all values and of their squares, the number of values that are
+not zero, and of observations left out; and the largest magnitude.
 
 >>> import torch
 >>> history = empty_history(2, 3)
@@ -31,19 +31,19 @@ from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import Intake, Sum
 
 COLUMNS = ("forward", "step", "largest", "count", "left_out", "total", "squares", "nonzero")
-"""Of a row. The number of the forward is -1 where there is none, the step -1 where nobody told it."""
+"""The columns of a row. The forward is -1 in an empty row, the step -1 where it is unknown."""
 FORWARD, STEP, LARGEST, COUNT, LEFT_OUT, TOTAL, SQUARES, NONZERO = range(len(COLUMNS))
 _ADDED = slice(COUNT, None)
 
 
 @dataclass(frozen=True)
 class ForwardHistory(Sum):
-    """The last forwards of a layer; the tensors are updated in place by the intake.
+    """The last forwards of a layer; the intake updates the tensors in place.
 
     Attributes:
         ring: shape (steps, 8), float64; see :data:`COLUMNS`. The latest forward is at the end.
-        width: shape (D, 0), float64: holds nothing and says the width.
-        steps: the number of forwards that it holds.
+        width: an empty tensor whose shape (D, 0) gives the width, float64.
+        steps: the number of forwards that the ring holds.
     """
 
     states: ClassVar[dict[str, str]] = {"ring": "history_ring", "width": "history_width"}
@@ -74,7 +74,7 @@ class ForwardHistory(Sum):
         return HistoryIntake()
 
     def forwards(self) -> Tensor:
-        """The rows of the forwards there are, earliest first, shape (k, 8), float64; reads from the device."""
+        """The rows of the forwards, earliest first, shape (k, 8), float64; reads from the device."""
         rows = _together(self.ring, self.steps)  # a forward may go on after the next has begun
         return rows[rows[:, FORWARD] >= 0]
 
@@ -97,7 +97,7 @@ class ForwardHistory(Sum):
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.ring.device)
-        # Which forwards the others have seen is not known, so that each process sends all of its own.
+        # A process has no list of the other processes' forwards, so each sends all of its own.
         rings = torch.zeros(world_size, *mine.ring.shape, dtype=torch.float64, device=mine.ring.device)
         rings[rank] = mine.ring
         rings = yield rings.as_subclass(ForReader)
@@ -122,7 +122,7 @@ class ForwardHistory(Sum):
 
 
 class HistoryIntake(Intake):
-    """Puts each forward at the end, in the place of the earliest; several batches of one forward are added."""
+    """Writes each forward at the end and drops the earliest; adds up several batches of one forward."""
 
     reaches_other_devices = True
 
@@ -135,23 +135,23 @@ class HistoryIntake(Intake):
         if forward < 0:
             return
         with torch.inference_mode(False), torch.no_grad():
-            found = measured_last(observations)
-            if found is None:
+            measured = measured_last(observations)
+            if measured is None:
                 device = sums.ring.device
                 origin = torch.zeros(observations.num_features, dtype=torch.float64, device=device)
-                found = measure(observations, origin)
+                measured = measure(observations, origin)
             is_more, self._latest = forward == self._latest, forward
             step = -1 if observations.step is None else observations.step
-            if found.totals.is_cpu:
-                _write_in_memory(sums.ring, found, None if is_more else (forward, step))
+            if measured.totals.is_cpu:
+                _write_in_memory(sums.ring, measured, None if is_more else (forward, step))
                 return
             if not is_more:
                 sums.ring[:-1] = sums.ring[1:].clone()
             end = sums.ring[-1]
             if fused.takes(end):
-                fused.write_forward(*found, end, None if is_more else (forward, step))
+                fused.write_forward(*measured, end, None if is_more else (forward, step))
                 return
-            row = _row(found)
+            row = _row(measured)
             if is_more:
                 end[_ADDED] += row[1:]
                 end[LARGEST] = torch.maximum(end[LARGEST], row[0])
@@ -167,7 +167,7 @@ class HistoryIntake(Intake):
 
 
 def empty_history(steps: int, num_features: int, device: torch.device | str | None = None) -> ForwardHistory:
-    """A history of no forward.
+    """A history without forwards.
 
     >>> empty_history(4, 2).ring.shape
     torch.Size([4, 8])
@@ -181,36 +181,36 @@ def empty_history(steps: int, num_features: int, device: torch.device | str | No
         return ForwardHistory(ring, width, steps)
 
 
-def _row(found: Measured) -> Tensor:
-    """The numbers of one batch from the largest magnitude on, about zero, shape (6,)."""
-    count, left_out = found.counts.to(torch.float64)
-    first, squares, _, nonzero = found.totals
-    total, about_zero = _about_zero(first, squares, count, found.origin)
-    return torch.stack([found.largest.amax(), count, left_out, total, about_zero, nonzero.sum()])
+def _row(measured: Measured) -> Tensor:
+    """The columns of one batch from the largest magnitude on, about zero, shape (6,)."""
+    count, left_out = measured.counts.to(torch.float64)
+    first, squares, _, nonzero = measured.totals
+    total, about_zero = _about_zero(first, squares, count, measured.origin)
+    return torch.stack([measured.largest.amax(), count, left_out, total, about_zero, nonzero.sum()])
 
 
 def _about_zero(first: Any, squares: Any, count: Any, origin: Any) -> tuple[Any, Any]:
-    """The sums of all values and of their squares, of arrays or tensors of sums about an origin."""
+    """The sums of all values and of their squares, from sums about an origin, as arrays or tensors."""
     moved = count * origin
     # Σ x² = Σ (x − o)² + 2 o Σ (x − o) + n o²
     return (first + moved).sum(), (squares + origin * (2 * first + moved)).sum()
 
 
-def _write_in_memory(ring: Tensor, found: Measured, started: tuple[int, int] | None) -> None:
-    """Write a batch down by numpy, which takes a third of the time for so few numbers.
+def _write_in_memory(ring: Tensor, measured: Measured, started: tuple[int, int] | None) -> None:
+    """Write a batch with numpy, which takes a third of the time for so few numbers.
 
     Args:
         ring: shape (steps, 8).
-        found: the measurement of the batch.
-        started: the numbers of the forward and the step that begin with it; None for more of the last forward.
+        measured: the measurement of the batch.
+        started: numbers of the forward and the step that the batch begins; None adds to the last forward.
     """
-    rows, origin = ring.numpy(), found.origin.numpy()
-    first, squares, _, nonzero = found.totals.numpy()
-    count, left_out = found.counts.tolist()
-    with np.errstate(all="ignore"):  # numbers beyond range become infinities, without a word as by PyTorch
+    rows, origin = ring.numpy(), measured.origin.numpy()
+    first, squares, _, nonzero = measured.totals.numpy()
+    count, left_out = measured.counts.tolist()
+    with np.errstate(all="ignore"):  # overflow gives infinities without a warning, as in PyTorch
         total, about_zero = _about_zero(first, squares, count, origin)
     added = (count, left_out, total, about_zero, nonzero.sum())
-    largest, end = found.largest.numpy().max(), rows[-1]
+    largest, end = measured.largest.numpy().max(), rows[-1]
     if started is None:
         with np.errstate(all="ignore"):
             end[_ADDED] += added
@@ -221,20 +221,20 @@ def _write_in_memory(ring: Tensor, found: Measured, started: tuple[int, int] | N
 
 
 def _together(rows: Tensor, steps: int) -> Tensor:
-    """Rows of several rings as one: those of one forward added, the last forwards kept, the latest at the end.
+    """Merge rows of several rings: add rows of one forward, and keep the last forwards, the latest at the end.
 
     Args:
         rows: shape (n, 8).
-        steps: how many to keep.
+        steps: number of forwards to keep.
     """
     rows = rows[rows[:, FORWARD].argsort(descending=True, stable=True)]
     forwards = rows[:, FORWARD]
     is_next = torch.ones_like(forwards, dtype=torch.bool)
     is_next[1:] = forwards[1:] != forwards[:-1]
-    place = is_next.cumsum(0) - 1  # of the forward that a row belongs to
+    target = is_next.cumsum(0) - 1  # the row of the result for each row's forward
     result = torch.zeros_like(rows)
-    result.index_add_(0, place, torch.where((forwards >= 0)[:, None], rows, 0))
-    index = place[:, None].expand(-1, _ADDED.start)
+    result.index_add_(0, target, torch.where((forwards >= 0)[:, None], rows, 0))
+    index = target[:, None].expand(-1, _ADDED.start)
     largest = torch.full_like(rows[:, : _ADDED.start], -1).scatter_reduce(
         0, index, rows[:, : _ADDED.start], "amax"
     )

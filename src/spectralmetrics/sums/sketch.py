@@ -1,22 +1,21 @@
-r"""A covariance of any width, seen through a few random combinations of its columns.
+r"""A covariance of any width, reduced to a few random combinations of its columns.
 
 In place of the D x D sum a sketch keeps the image of a random test matrix :math:`\Omega` of k columns,
 
 .. math:: Y = \sum_i (x_i - o) \left((x_i - o)^\top \Omega\right) = S \Omega,
 
-its diagonal, the vector sum and the count. All of these are sums: about another origin :math:`o'` they are,
-with
-:math:`d = o - o'`,
+its diagonal, the vector sum and the count. All of these are sums. About another origin :math:`o'` the image
+is, with :math:`d = o - o'`,
 
 .. math:: Y' = Y + s\, d^\top\Omega + d\, (s + n d)^\top\Omega ,
 
-and those of disjoint data add up. From them the Nyström approximation
-:math:`\hat\Sigma = \Sigma\Omega (\Omega^\top\Sigma\Omega)^+ (\Sigma\Omega)^\top` is read (Tropp, Yurtsever,
-Udell & Cevher 2017, arXiv:1706.05736), which never exceeds the covariance: with the trace, which is exact,
-its eigenvalues enclose those of the covariance.
+and sums of disjoint data add up. They give the Nyström approximation
+:math:`\hat\Sigma = \Sigma\Omega (\Omega^\top\Sigma\Omega)^+ (\Sigma\Omega)^\top` (Tropp, Yurtsever, Udell &
+Cevher 2017, arXiv:1706.05736), which never exceeds the covariance: its eigenvalues, with the exact trace,
+enclose the eigenvalues of the covariance.
 
-The test matrix holds signs. They are drawn from the raw bits of a generator of numpy's, whose stream is the
-same on every machine and in every release, so that it need not be saved, and all processes have the same.
+The test matrix holds signs, drawn from the raw bits of a numpy generator. Its stream is the same on every
+machine and in every release, so the matrix need not be saved, and all processes have the same one.
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ from spectralmetrics.sums.precision import (
 )
 from spectralmetrics.sums.recentring import first_of, next_origin
 
-# Features of a product's block, whose result stays in the cache until it is added.
+# Features in a block of a product. The block's result stays in the cache until it is added.
 _FEATURES_PER_PRODUCT = 4096
 _ROWS_ON_ACCELERATORS = 2048
-# Directions of the sketch in which the covariance is smaller than this many times the error of the products
-# tell more of the error than of the covariance.
+# Directions of the sketch are left out if the covariance along them is below this many times the error of the
+# products: their values would show mostly the error.
 _TRUSTED = 100.0
 
 
 @dataclass(frozen=True)
 class Sketch(AboutOrigin):
-    """The sketch of a covariance; its tensors are updated in place by its intake.
+    """The sketch of a covariance; the intake updates its tensors in place.
 
     Attributes:
         count: the number of finite observations n, shape (), int64.
-        non_finite: the number left out, shape (), int64.
+        non_finite: the number of observations left out, shape (), int64.
         origin: shape (D,), float64.
         first: the vector sum about the origin, shape (D,), float64.
         diagonal: the sum of squares about the origin, shape (D,), float64.
@@ -132,7 +131,7 @@ class Sketch(AboutOrigin):
         return _test_matrix(self.num_features, self.size, self.seed, self.image.device)
 
     def combine(self, rows: Tensor) -> Tensor:
-        """Combines the features of rows (n, D) by the test matrix: (n, k), of the rows' dtype."""
+        """Combine the features of rows (n, D) by the test matrix: (n, k), of the rows' dtype."""
         signs = self._signs
         return sum_of(rows[:, part] @ signs[part].to(rows.dtype) for part in _parts(self.num_features))
 
@@ -146,7 +145,7 @@ class Sketch(AboutOrigin):
         return self.diagonal
 
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
-        """See :class:`.AboutOrigin`: what there is of each feature, then the image, some rows at a time."""
+        """See :class:`.AboutOrigin`: counts and sums of each feature, then the image, some rows at a time."""
         left, right, diagonal, first = _shifts(self, origin)
         counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
         yield Piece.of(torch.cat([counts, first, diagonal]))
@@ -168,7 +167,7 @@ class Sketch(AboutOrigin):
             yield slot_of(self.image[rows])
 
     def covariance(self, *, center: bool = True) -> Tensor:
-        """A sketch holds no matrix; always a RuntimeError."""
+        """Always raise a RuntimeError: a sketch holds no matrix."""
         raise RuntimeError(
             f"the covariance of {self.num_features} features is not kept: a sketch of {self.size} columns is;"
             " keep it without `sketch_size`, in a probe with a larger `max_features`"
@@ -197,7 +196,7 @@ class Sketch(AboutOrigin):
     def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
         """The eigenvalues (k,) and eigenvectors (D, k) of the approximation, float64.
 
-        The vector of an eigenvalue of zero is zero, and so is the sign of each fixed as elsewhere.
+        The vector of a zero eigenvalue is zero. Signs are fixed as in :func:`.decomposition.eigenvectors`.
         """
         factor, values, rotation = self._factor(center)
         vectors = factor @ (rotation / torch.where(values > 0, values, 1.0).sqrt() * (values > 0))
@@ -208,23 +207,23 @@ class Sketch(AboutOrigin):
         image = self.covariance_image(center=center)
         signs, parts = self._signs, _parts(self.num_features)
         core = sum_of(signs[part].to(torch.float64).mT @ image[part] for part in parts)  # Ωᵀ Σ Ω
-        # It would be symmetric, were it not for the errors of the products, which are seen by that.
+        # Exact products would make it symmetric, so the asymmetry shows their error.
         error = torch.linalg.vector_norm(core - core.mT) / 2**0.5
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         least = 16 * self.size * torch.finfo(torch.float64).eps * values.amax()
-        # What is left out makes the approximation smaller and never larger, so that the bounds stay bounds.
+        # Leaving directions out makes the approximation smaller and never larger, so the bounds stay bounds.
         kept = values > torch.maximum(least, _TRUSTED * error)
         inverse = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0)
         image = image.clone() if self._given else image
-        for part in parts:  # in place: the image may be as large as the memory
+        for part in parts:  # in place: memory may have no room for a second image
             image[part] = image[part] @ (vectors * inverse)
         factor = image
-        found, rotation = torch.linalg.eigh(factor.mT @ factor)
-        found = without_round_off(found.flip(0))
-        # By the trace, which is exact: what rounding has added in all is taken from each in proportion.
+        values, rotation = torch.linalg.eigh(factor.mT @ factor)
+        values = without_round_off(values.flip(0))
+        # The trace is exact: if rounding has made the sum of the values larger, scale all of them down.
         trace = self.variances(center=center).sum()
-        found = found * (trace / found.sum().clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
-        return factor, found, rotation.flip(1)
+        values = values * (trace / values.sum().clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
+        return factor, values, rotation.flip(1)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
@@ -263,15 +262,15 @@ class SketchIntake(DenseIntake):
             milestone = self._reaches_milestone()
             rows, valid = observations.rows().detach(), observations.valid
             size = ROWS_PER_FLOAT32_SUM
-            if gram_dtype == torch.float64 and rows.device.type != "cpu":  # which wants fewer, larger products
+            if gram_dtype == torch.float64 and rows.device.type != "cpu":  # fewer, larger products are faster
                 size = _ROWS_ON_ACCELERATORS
             for start in range(0, len(rows), size):
                 block = rows[start : start + size]
                 chosen = are_finite(block)
                 offered: Tensor | int = len(block)
                 if valid is not None:
-                    counting = valid[start : start + len(block), None]
-                    chosen, offered = chosen & counting, counting.sum()
+                    flags = valid[start : start + len(block), None]
+                    chosen, offered = chosen & flags, flags.sum()
                 if milestone and start == 0:
                     _recentre(sums, block, chosen)
                 with full_precision(rows.device.type, gram_dtype == torch.float32):
@@ -282,7 +281,7 @@ class SketchIntake(DenseIntake):
 
 
 def _add(sums: Sketch, rows: Tensor, chosen: Tensor, gram_dtype: torch.dtype) -> None:
-    """Add rows, some features at a time, which stay in the cache; no copy of all of them is made."""
+    """Add rows, some features at a time, which stay in the cache; no copy of all rows is made."""
     signs, parts = sums._signs, _parts(sums.num_features)
 
     def centred(part: slice) -> Tensor:
@@ -290,7 +289,7 @@ def _add(sums: Sketch, rows: Tensor, chosen: Tensor, gram_dtype: torch.dtype) ->
 
     fast = gram_dtype == torch.float32
     scale = torch.ones((), dtype=torch.float64, device=rows.device)
-    if fast:  # to the middle of the range of float32
+    if fast:  # scale rows to the middle of the range of float32
         scale = power_of_two_scale(torch.stack([centred(part).abs().amax() for part in parts]).amax())
     combined = torch.zeros(len(rows), sums.size, dtype=gram_dtype, device=rows.device)
     for part in parts:
@@ -307,11 +306,11 @@ def _add(sums: Sketch, rows: Tensor, chosen: Tensor, gram_dtype: torch.dtype) ->
 
 
 def _recentre(sums: Sketch, rows: Tensor, chosen: Tensor) -> None:
-    """Move the origin to the mean of rows and the sums with it, unless these are too few to follow."""
+    """Move the origin, and the sums with it, to the mean of rows, unless these are too few."""
     pivot = rows.index_select(0, first_of(chosen[:, 0]))[0].to(torch.float64)
     total = torch.where(chosen, rows.to(torch.float64) - pivot, 0).sum(0)
     origin = next_origin(sums, pivot, total, chosen.sum())
-    # Without observations the sums are zero, and a shift from an origin that means nothing must leave them so.
+    # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
     image, diagonal, first = _moved(sums, torch.where(sums.count > 0, origin, sums.origin))
     sums.image.copy_(image)
     sums.diagonal.copy_(diagonal)
@@ -326,7 +325,7 @@ def _moved(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shifts(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two factors whose product moves the image to another origin; the diagonal and the vector sum there."""
+    """Two factors whose product moves the image to another origin; the diagonal and the vector sum about it."""
     shift = sums.origin - origin
     first = sums.first + sums.count.to(torch.float64) * shift
     left = torch.stack([sums.first, shift], 1)  # (D, 2)
@@ -335,7 +334,7 @@ def _shifts(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _parts(features: int) -> list[slice]:
-    """The features, some at a time."""
+    """Slices of the features, some at a time."""
     starts = range(0, features, _FEATURES_PER_PRODUCT)
     return [slice(start, min(start + _FEATURES_PER_PRODUCT, features)) for start in starts]
 
@@ -360,7 +359,7 @@ def _test_matrix(features: int, size: int, seed: int, device: torch.device) -> T
 def empty_sketch(
     size: int, num_features: int, device: torch.device | str | None = None, *, seed: int = 0
 ) -> Sketch:
-    """A sketch of no observations.
+    """A sketch without observations.
 
     Args:
         size: number of columns k.

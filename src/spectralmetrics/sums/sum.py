@@ -1,8 +1,8 @@
-"""The interface of every kind of sum; metrics, probes, merging and recorders know no more of them.
+"""The interface of every kind of sum; metrics, probes, merging and recorders use no more of them.
 
 A sum over observations is a few tensors of constant size and the settings that they were made with. A new kind
 is one file: a frozen dataclass that subclasses :class:`Sum` (or :class:`SpectralSum`, if eigenvalues can be
-read from it) and defines the methods below. Defining it registers it, so that runs keep it and read it again.
+read from it) and defines the methods below. Defining the class registers it, so that runs save and restore it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from spectralmetrics.sums.observations import Observations
 
 Exchange: TypeAlias = Generator[Any, Any, Any]
-"""Yields what this process sends and receives the sum of what all sent; see :mod:`~.sums.merging`."""
+"""Yields a tensor to send, and receives the sum over all processes; see :mod:`~.sums.merging`."""
 
 _KINDS: list[type[Sum]] = []
 
@@ -28,22 +28,22 @@ class Sum(ABC):
     """A sum over observations: tensors, of width zero until a width is known, and settings."""
 
     states: ClassVar[Mapping[str, str]]
-    """Attribute -> name of the metric's state that holds it. The first one tells sums apart: it is replaced
-    whenever the sum is, and updated in place otherwise."""
+    """Attribute -> name of the metric's state that holds it. The first tensor identifies the sum: it is
+    replaced whenever the sum is, and updated in place otherwise."""
     described: ClassVar[str] = "sums"
-    """What it is, for messages, with an article."""
+    """The kind in words, with an article, for messages."""
     additive: ClassVar[frozenset[str]] = frozenset()
     """The attributes that add up as they are, if the origins of both sides agree."""
     arrays: ClassVar[tuple[str, ...]] = ()
-    """Names under which a run keeps it, the first of which is in no other kind."""
+    """Names of the arrays in which a run keeps the sum; no other kind has the first one."""
     counts_batches: ClassVar[bool] = False
-    """Whether what is added depends on the number of the batch."""
+    """True if adding a batch depends on the number of the batch."""
     takes_all_rows: ClassVar[bool] = False
-    """Whether a probe gives it every row of a forward, also where it draws some for others."""
+    """True if a probe gives the sum every row of a forward, also where other sums get some rows."""
     _given: Mapping[str, Any] = MappingProxyType({})
-    """Values that a file has of sums that were restored from it: sums divided by n again would lose a digit.
+    """Values from the file that a sum was restored from: dividing the sums by n again would lose a digit.
 
-    It is no field of the dataclass, so that sums which are made of these, as when others are added, have none.
+    This is not a field of the dataclass, so that sums made from this one, for example by adding, have none.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class Sum(ABC):
 
     @abstractmethod
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Self:
-        """The same kind with the same settings, of no observations of this width."""
+        """A sum of the same kind and settings, of this width, without observations."""
 
     def settings(self) -> tuple[object, ...]:
         """Settings that must agree for two sums to be added or shared."""
@@ -73,7 +73,7 @@ class Sum(ABC):
         changes: dict[str, Any] = {name: tensors[state] for name, state in self.states.items()}
         twin = copy.copy(self)
         for name, tensor in changes.items():
-            object.__setattr__(twin, name, tensor)  # a frozen dataclass, and this is its constructor
+            object.__setattr__(twin, name, tensor)  # constructs a frozen dataclass
         return twin
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -82,7 +82,7 @@ class Sum(ABC):
 
     @abstractmethod
     def intake(self, gram_dtype: torch.dtype | None) -> Intake:
-        """Adds observations to this sum, and remembers between batches what that needs.
+        """Make the intake that adds observations to this sum.
 
         Args:
             gram_dtype: dtype of products; None: float64 on the CPU, float32 on accelerators.
@@ -90,16 +90,16 @@ class Sum(ABC):
 
     @abstractmethod
     def merged(self, other: Self) -> Self:
-        """The sum of two disjoint sets of observations together, on the device of this one.
+        """Merge this sum with one of other observations, on the device of this one.
 
-        Neither is changed. A side of width zero contributes nothing that needs a width.
+        Both stay unchanged. A side of width zero contributes nothing that needs a width.
 
         Raises:
             ValueError: if their settings differ.
         """
 
     def beside(self, other: Self) -> Self:
-        """The other sum, in the arrangement in which it is best merged with this one."""
+        """The other sum, rearranged so that it merges best with this one."""
         return other
 
     @abstractmethod
@@ -113,22 +113,22 @@ class Sum(ABC):
             world_size: the number of processes in the group.
 
         Returns:
-            The sum, the same on all processes; None if none knows a width.
+            The sum, the same on all processes; None if no process has a width.
 
         Raises:
             ValueError: on every process, if the widths differ between processes.
         """
 
     def num_exchanged(self, num_features: int, world_size: int) -> int:
-        """About how many numbers an exchange of sums of this width has in memory at a time."""
+        """The approximate number of values that an exchange of sums of this width has in memory at a time."""
         return sum(tensor.numel() for tensor in self.empty(num_features, "meta").tensors().values())
 
     def plain(self) -> Self:
-        """The sum without what a file said of it besides, which no longer holds once others are added."""
+        """The sum without values from its file, which are no longer right once observations are added."""
         return copy.copy(self)._as_given()
 
     def _as_given(self, **values: Any) -> Self:
-        """This sum, which nobody else has yet, with the values that a file has of it."""
+        """Attach values from a file to this sum, which must be new."""
         vars(self)["_given"] = values
         return self
 
@@ -138,10 +138,10 @@ class Sum(ABC):
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Sum:
-        """The sum that :meth:`saved` gave, as far as a statistic can tell.
+        """Restore the sum that :meth:`saved` wrote; statistics get the same values.
 
         Args:
-            read: gives the tensor of a name.
+            read: returns the tensor of a name.
         """
         raise NotImplementedError(f"{cls.__name__} is not kept by runs")
 
@@ -149,13 +149,13 @@ class Sum(ABC):
 class SpectralSum(Sum):
     """A sum from which the mean, the variances and the spectrum of the observations can be read.
 
-    Where there are no observations, what is read is NaN. ``center=False`` reads the second moment about zero.
+    Without observations all readings are NaN. ``center=False`` reads the second moment about zero.
     """
 
     describes_layer: ClassVar[bool] = True
-    """Whether the spectrum of a layer is read from it; False for one of other observations, such as means."""
+    """True if a layer's spectrum is read from this kind; False for sums over other observations."""
     keeps_products: ClassVar[bool] = True
-    """Whether its memory grows with the square of the width."""
+    """True if the memory grows with the square of the width."""
 
     @property
     @abstractmethod
@@ -169,12 +169,12 @@ class SpectralSum(Sum):
 
     @property
     def total(self) -> SpectralSum:
-        """All folds together."""
+        """All folds merged."""
         return self
 
     @property
     def folds(self) -> tuple[SpectralSum, ...]:
-        """The sums of disjoint parts of the data; empty if they are kept in one."""
+        """The sums of disjoint parts of the data; empty if one sum holds all data."""
         return ()
 
     @abstractmethod
@@ -187,7 +187,7 @@ class SpectralSum(Sum):
 
     @abstractmethod
     def centred(self, rows: Tensor) -> Tensor:
-        """Rows (N, D) about the mean, float64, with the digits that the mean as one number would lose."""
+        """Rows (N, D) minus the mean, float64, with the digits that subtracting it at once would lose."""
 
     @abstractmethod
     def variances(self, *, center: bool = True) -> Tensor:
@@ -206,39 +206,39 @@ class SpectralSum(Sum):
         """Eigenvalues and, in columns, eigenvectors (D, D), float64."""
 
     def matrix(self, *, center: bool = True) -> Tensor | None:
-        """The matrix whose decomposition these are, so that several sums can be decomposed as one batch.
+        """The matrix that :meth:`eigenvectors` decomposes, so that several sums can be decomposed as one batch.
 
-        Shape (D, D), float64; only the upper triangle counts. None for a sum with a way of its own.
+        Shape (D, D), float64; only the upper triangle counts. None for a sum that is decomposed in another way.
         """
         return None
 
 
 class Intake(ABC):
-    """Adds observations to one sum, in place, and remembers what that needs between batches."""
+    """Adds observations to one sum, in place, and keeps the state that this needs between batches."""
 
     reaches_other_devices: bool = False
-    """Whether observations may be on a device without float64 while the sum is in the memory of the CPU."""
+    """True if observations may be on a device without float64 while the sum is in the memory of the CPU."""
     phase: float = 0.0
-    """From 0 to 1; streams of different phase have their dear moments at different steps."""
+    """From 0 to 1; streams of different phases do their costly work at different steps."""
 
     @abstractmethod
     def add(self, sums: Any, observations: Observations, batch: int) -> None:
-        """Add a batch, or let it wait.
+        """Add a batch, or keep it to be added later.
 
         Args:
             sums: the sum, of the observations' width and on their device.
-            observations: floating, at least one.
+            observations: at least one floating observation.
             batch: number of the batch in its stream, from 0.
         """
 
     def flush(self, sums: Any) -> bool:
-        """Add what waits; return whether anything did."""
+        """Add the rows that wait; True if there were any."""
         return False
 
-    def meet(self, sums: Any) -> None:  # noqa: B027  # most need not look
-        """Look at a sum that was made elsewhere, or has its first rows; may read from the device."""
+    def meet(self, sums: Any) -> None:  # noqa: B027  # most kinds need nothing
+        """Prepare for a sum that was made elsewhere, or has its first rows; may read from the device."""
 
 
 def kinds() -> tuple[type[Sum], ...]:
-    """All kinds of sums that a run keeps; of those that give a spectrum, the most detailed comes last."""
+    """All kinds of sums that a run keeps; among kinds with a spectrum, the most detailed comes last."""
     return tuple(_KINDS)

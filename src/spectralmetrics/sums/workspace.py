@@ -1,4 +1,4 @@
-"""Memory that is needed again and again, kept by each thread."""
+"""Memory that each thread keeps and reuses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of a thread and for one role.
+# The most memory that a thread keeps for one role.
 _KEPT_WORKSPACE_BYTES = 2**26
 _KEPT = threading.local()
 
 
 def workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of any content, on a CPU the same again for the same role, since fresh pages are dear there."""
+    """Memory of any content; on a CPU it is reused for the same role, since fresh pages are slow there."""
     size = math.prod(shape)
     if like.device.type != "cpu" or size * dtype.itemsize > _KEPT_WORKSPACE_BYTES:
         return torch.empty(tuple(shape), dtype=dtype, device=like.device)
