@@ -400,6 +400,16 @@ def bare_copy(module: nn.Module, replaced: Callable[[Any], Any]) -> nn.Module:
 
 # -- torch.distributed ----------------------------------------------------------------------------------------
 
+
+def spec_of_part(parameter: Tensor) -> Any:
+    """The spec of a DTensor of which a parameter is this process' part between forwards; None if it is none.
+
+    ``torch.distributed.tensor.parallel.ddp._pre_dp_module_transform``, for DDP over tensor parallelism, puts it
+    on the parameter as ``_st_info``, 2.8 to 2.13.
+    """
+    return getattr(parameter, "_st_info", None)
+
+
 _STAGE = "torch.distributed.pipelining.stage"
 # The method's name in 2.8 and in 2.13. Without it the made-up inputs with which a stage learns shapes are data.
 _INFERENCES = ("_shape_inference", "_forward_metadata_inference")

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from spectralmetrics.probing.hooks import Hooks, Observe, Select
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.parts import Part, is_dtensor
-from spectralmetrics.torch_private import dims_of_fsdp
+from spectralmetrics.torch_private import dims_of_fsdp, spec_of_part
 
 
 class FirstOrLast:
@@ -64,12 +64,18 @@ def watch_outputs(hooks: Hooks, module: nn.Module, observe: Observe) -> None:
 
 
 def dtensors_of(module: nn.Module) -> list[Any]:
-    """The parameters of a layer that are DTensors, or may be."""
+    """The weights of a layer that are DTensors, or may be, or are parts of them between forwards."""
     return [
         each
-        for each in module.parameters(recurse=False)
-        if type(each) is not nn.Parameter or is_dtensor(each.data)
+        for each in _weights_of(module)
+        if type(each) is not nn.Parameter or is_dtensor(each.data) or spec_of_part(each) is not None
     ]
+
+
+def _weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of a layer, and DTensors in the place of parameters while it runs."""
+    yield from module.parameters(recurse=False)
+    yield from (each for each in vars(module).values() if isinstance(each, Tensor) and is_dtensor(each))
 
 
 def smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
@@ -86,7 +92,7 @@ def ranks_in(group: Any) -> list[int]:
 
 
 def placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Module, Any, range]]:
-    """Modules, DTensors among their parameters, and the dimensions of the mesh without FSDP2's.
+    """Modules, DTensors or specs of their weights, and the dimensions of the mesh without FSDP2's.
 
     FSDP2 puts its own dimensions first: one, or two if it also replicates. A module that runs is whole, as is
     everything that FSDP2 gathers with it.
@@ -95,9 +101,9 @@ def placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Mod
     # A unit inside another comes later and replaces it.
     unit = {id(each): outer for outer in model.modules() if isinstance(outer, fsdp) for each in outer.modules()}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if is_dtensor(parameter):
-                tensor: Any = parameter
+        for weight in _weights_of(module):
+            tensor: Any = weight if is_dtensor(weight) else spec_of_part(weight)
+            if tensor is not None:
                 number = tensor.device_mesh.ndim
                 of_fsdp = 0
                 if id(module) in unit and unit[id(module)] is not unit.get(id(running)):

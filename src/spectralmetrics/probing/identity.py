@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectralmetrics.torch_private import default_store
+from spectralmetrics.torch_private import default_store, spec_of_part
 
 _SAMPLES = 16  # of the weights of a layer
 _PATIENCE = 15.0  # seconds for which a process may be behind another in making its probe
@@ -167,6 +167,7 @@ def _weight(module: nn.Module) -> Tensor | None:
     """A weight that is alike on all processes that have the layer; None for a shard, or if there is none."""
     for parameter in module.parameters():
         is_shard = hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
+        is_shard = is_shard or spec_of_part(parameter) is not None
         if isinstance(parameter, nn.parameter.UninitializedParameter) or is_shard or parameter.is_meta:
             return None
         if getattr(parameter, "tensor_model_parallel", False):  # Megatron's

@@ -881,6 +881,58 @@ def fsdp_alone_adds_up(rank, world):
         assert_holds(probe, "train", rows([batch for some in batches for batch in some]))
 
 
+def data_parallel_over_tensor_parallel(rank, world):
+    """DDP gets this process' parts of weights as plain parameters, which are DTensors in a forward."""
+    from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
+
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    replica = mesh["dp"].get_local_rank()
+    batches = [[tokens(10 * each + seed, 4, 6) for seed in range(2)] for each in range(world // 2)]
+    everything = [batch for each in batches for batch in each]
+    for made, observe in itertools.product(("before", "between", "after"), ("outputs", "gradients")):
+        model = llama()
+        probes, kinds = [], KINDS if observe == "outputs" else LINEAR
+
+        def make(when, made=made, observe=observe, model=model, probes=probes, kinds=kinds):
+            if when == made:
+                metric = sm.CovarianceMetric()
+                probes.append(sm.LayerProbe(model, metric, layers=list(kinds), observe=observe))
+
+        make("before")
+        parallelize_module(model, mesh["tp"], plan(is_local=True))
+        make("between")
+        _pre_dp_module_transform(model)
+        parallel = nn.parallel.DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+        make("after")
+        for batch in batches[replica]:
+            loss_of(parallel(batch)).backward()
+        expected = rows(everything) if observe == "outputs" else gradients(everything)
+        covariances = probes[0].covariances("train")
+        with probes[0].merged():
+            counts = {name: int(probes[0]["train", name]["covariance"].count) for name in expected}
+        assert counts == {name: len(each) for name, each in expected.items()}, (made, observe)
+        for name, each in expected.items():
+            assert_same(covariances[name], torch.cov(each.T, correction=0), 1e-12)
+        probes[0].remove()
+
+
+def gradients(batches):
+    """The gradients of each linear layer's outputs in one process, by name."""
+    model, kept = llama(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda module, args, output, name=name: kept.setdefault(name, []).append(output)
+            )
+    loss = sum(loss_of(model(batch)) for batch in batches)
+    found = torch.autograd.grad(loss, [each for calls in kept.values() for each in calls])
+    number = len(batches)
+    return {
+        name: torch.cat([each.flatten(0, -2) for each in found[number * k : number * (k + 1)]])
+        for k, name in enumerate(kept)
+    }
+
+
 EVERYWHERE = [
     every_placement_of_rows,
     tensor_parallel_equals_one_process,
@@ -905,6 +957,7 @@ EVERYWHERE = [
     tensor_parallel_and_fsdp,
     tensor_parallel_and_replicas_of_fsdp,
     fsdp_alone_adds_up,
+    data_parallel_over_tensor_parallel,
     compiled_layers,
     *settings.SCENARIOS,
     *training.SCENARIOS,
