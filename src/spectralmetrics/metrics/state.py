@@ -53,9 +53,9 @@ class SumsMetric(DealingMetric):
         self._batches = 0  # taken so far, never reset: the next random draw depends on it
         self._live: _Live | None = None
         self._prototypes: tuple[Sum, ...] = ()
-        # torchmetrics forms compute groups by comparing states with a tolerance, in some releases the first state
-        # alone. This state differs between metrics that accumulate differently, whatever the data: small integers
-        # differ by more than the tolerance.
+        # torchmetrics forms compute groups by comparing states with a tolerance, in some releases only the
+        # first. This state differs between metrics that accumulate differently, whatever the data: small
+        # integers differ by more than the tolerance.
         self.add_state("configuration", torch.zeros(4, dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
 
     # -- which sums there are ----------------------------------------------------------------------------
