@@ -218,7 +218,7 @@ def _of_conv1d(layer: Any) -> int | None:
 
 
 def _dim_of_norm(layer: Any) -> int | Literal["input"]:
-    """Last; of a norm over several dimensions, such as (C, H, W), as in its input."""
+    """Last; for a norm over several dimensions, such as (C, H, W), as in its input."""
     return -1 if len(layer.normalized_shape) == 1 else "input"
 
 
@@ -228,7 +228,7 @@ def _dim_of_prelu(layer: nn.PReLU) -> int | Literal["input"]:
 
 
 def _dim_of_glu(layer: nn.GLU) -> int:
-    """Its `dim`, along which it halves them."""
+    """Its `dim`, along which it halves the features."""
     return layer.dim
 
 
@@ -333,7 +333,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: weakref.WeakKeyDictionary[type[nn.Module], LayerKind] = weakref.WeakKeyDictionary(_table())
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")  # the linear layer of GPT-2
-# Types of packages that need not be there, by module and name.
+# Types of packages that may not be installed, by module and name.
 _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
     _CONV1D: LayerKind(
         -1,

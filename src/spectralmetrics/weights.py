@@ -27,7 +27,7 @@ DEFAULT_STATISTICS = ("effective_rank", "stable_rank", "alpha")
 """Read by default; ``"alpha"`` is the exponent of :func:`~.functional.power_law_tail`."""
 _LOW_RANK = 0.02  # share of the narrower side
 _HEAVY, _RANDOM = 2.0, 6.0  # exponents between which the spectra of trained layers lie, see arXiv:1810.01075
-_FEWEST = 50  # singular values, below which alpha is not fitted
+_FEWEST = 50  # the fewest singular values to which alpha is fitted
 _DATA_PARALLEL = "module"
 _AWAY = "it is on the meta device: if its weights are offloaded, read the checkpoint"
 
@@ -278,7 +278,7 @@ def without_wrappers(name: str) -> str:
 
 @torch.no_grad()
 def _squared_singular_values(matrix: Tensor) -> Tensor | None:
-    """Descending, float64, as many as the narrower side; None if the matrix is not finite."""
+    """Squared singular values, descending, float64; None if the matrix is not finite."""
     if not bool(matrix.isfinite().all()):
         return None
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix

@@ -97,7 +97,7 @@ class SpectralMetric(SumsMetric):
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can test on one fold
-            what was fitted to the others. Values use all data; the state is g times as large. Processes
+            the directions fitted to the others. Values use all data; the state is g times as large. Processes
             begin with different folds, and ``merge_state`` pairs folds so that all are filled alike.
         sketch_size: with k, a sketch of k columns, of 8·D·k bytes, replaces the covariance, and
             :meth:`interval` gives bounds that hold for certain. None keeps the covariance.

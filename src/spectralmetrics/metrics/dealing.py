@@ -69,7 +69,7 @@ class DealingMetric(FollowingMetric):
         """The value of one batch, which is added; see ``torchmetrics.Metric``."""
         before = self._repeats
         with self.changed_by_user():
-            value = super().forward(*args, **kwargs)  # resets between the two
+            value = super().forward(*args, **kwargs)  # this resets in between
         if before is not None and before is not self._repeats:
             if self._repeats is not None:
                 before.merge(self._repeats)

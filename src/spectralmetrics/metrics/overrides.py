@@ -273,7 +273,7 @@ class OverriddenMetric(MergingMetric):
         """True if there are sums of a known width."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # torchmetrics copies and pickles the instance's dictionary, in which states and waiting rows may lack.
+        # torchmetrics copies and pickles the instance's dictionary, without borrowed states and waiting rows.
         self.flush()
         state: dict[str, Any] = super().__getstate__() | {name: getattr(self, name) for name in self._defaults}
         return {key: value for key, value in state.items() if key not in ("_live", "_leader")}

@@ -106,7 +106,7 @@ class LinearCKAMetric(MergingMetric):
                 "non_finite": len(left) - number,
             }
             for name, value in sums.items():
-                # The state lives where the rows do.
+                # The state moves to the device of the rows.
                 setattr(self, name, getattr(self, name).to(value.device) + value)
 
     def compute(self) -> Tensor:

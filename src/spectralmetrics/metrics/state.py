@@ -182,7 +182,7 @@ class SumsMetric(DealingMetric):
         own["_changes"] = self._changes + 1
 
     def _prepare(self, observations: Observations) -> tuple[_Live, Observations]:
-        """The state, allocated and writable, and the observations; on one device if that has float64."""
+        """The state, allocated and writable, and the observations, on one device if theirs has float64."""
         device = observations.values.device
         live = self._revive()
         if live is None:
