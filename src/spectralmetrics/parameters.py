@@ -1,7 +1,7 @@
-"""The weights that modules compute with: parameters, or what is made of several of them.
+"""The weights that modules compute with: parameters, or tensors made of several parameters.
 
-``torch.nn.utils`` has both ways: parametrisations, whose weights are made whenever they are read, and hooks,
-which make them before each forward, as those of pruning.
+``torch.nn.utils`` makes weights in two ways: a parametrisation makes them at each reading, a hook, such as the
+hook of pruning, before each forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
-    """The weights that a module computes with: name, a parameter that it is made of, and what brings it."""
+    """The weights that a module computes with: name, a parameter behind it, and a function that returns it."""
     if is_parametrized(module):
         for own, chain in module.parametrizations.items():  # type: ignore[union-attr,operator]
             for parameter in itertools.islice(chain.parameters(), 1):
@@ -24,7 +24,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Te
     buffers = dict(module.named_buffers(recurse=False))
     for name, parameter in module.named_parameters(recurse=False):
         own = name.rpartition("_")[0] if name.endswith(("_orig", "_g", "_v")) else name
-        made = vars(module).get(own)  # which hooks of `torch.nn.utils` set before each forward
+        made = vars(module).get(own)  # hooks of `torch.nn.utils` set it before each forward
         if not isinstance(made, Tensor):
             yield name, parameter, functools.partial(_itself, parameter)
         elif (mask := buffers.get(f"{own}_mask")) is not None:  # pruned
@@ -35,7 +35,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Te
 
 @torch.no_grad()
 def _made(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
-    """A parametrised weight, as in evaluation: in training mode, reading it may change what it is made of."""
+    """A parametrised weight, as in evaluation: reading it in training mode may change the parametrisation."""
     modes = [(each, each.training) for each in chain.modules()]
     chain.eval()
     try:
@@ -51,7 +51,7 @@ def _itself(value: Tensor) -> Tensor:
 
 
 def weight_in(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """A weight in a state dict, pruned if it is; None if it is not there, or only what it is made of.
+    """A weight in a state dict, with its pruning mask; None if it is missing or there are only its parts.
 
     >>> weight_in({"0.weight_orig": torch.ones(2), "0.weight_mask": torch.eye(2)[0]}, "0.weight")
     tensor([1., 0.])
@@ -63,7 +63,7 @@ def weight_in(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 
 def why_no_numbers(dtype: torch.dtype) -> str:
-    """The reason why the values of a dtype are no weights that can be read; empty if they are.
+    """The reason why the values of a dtype cannot be read as weights; empty if they can.
 
     >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8)
     ('', 'it holds uint8: packed or quantised weights')

@@ -1,7 +1,7 @@
-"""Pictures of values; knows nothing of models and probes. Needs matplotlib: ``spectralmetrics[plot]``.
+"""Pictures of values, without models or probes. Needs matplotlib: ``spectralmetrics[plot]``.
 
-Every function returns ``(figure, axis)``, draws into ``ax`` if one is given, and shows or saves nothing:
-``figure.savefig("profile.png")``, or in a notebook ``figure`` as a cell's last line, does.
+Every function returns ``(figure, axis)``, draws into ``ax`` if one is given, and shows or saves nothing: call
+``figure.savefig("profile.png")``, or end a notebook cell with ``figure``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 Quantity: TypeAlias = Literal["rms", "mean", "max_abs", "zero_share", "non_finite"]
 
-# The palette of Okabe and Ito without its yellow, which is too light for lines; colour-blind readers tell these
-# apart, and the markers help where there is no colour at all.
+# The palette of Okabe and Ito without its yellow, which is too light for lines. Colour-blind readers can
+# distinguish these colours, and the markers help where there is no colour.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-# Petroff's sequence of ten (arXiv:2107.02270), for more classes than these.
+# Petroff's sequence of ten colours (arXiv:2107.02270), for more classes.
 _MORE_COLOURS = (
     "#3F90DA",
     "#FFA90E",
@@ -41,7 +41,7 @@ _MORE_COLOURS = (
     "#92DADD",
 )
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_NAME_INCHES = 0.145  # that one layer name needs at the size below
+_NAME_INCHES = 0.145  # room for one layer name at the size below
 _NAME_POINTS = 8
 
 
@@ -58,15 +58,15 @@ def plot_profile(
     """Draw one value per layer, in forward order, one line for each stage.
 
     Args:
-        profiles: stage, or whatever else is compared -> layer name -> value. Layers are drawn in the order of
-            the first profile. Layers that a profile lacks and values that are not finite leave a gap.
-        statistic: what the values are; labels the axis.
+        profiles: stage, or anything else that is compared -> layer name -> value. Layers are drawn in the order
+            of the first profile. Layers that a profile lacks and values that are not finite leave a gap.
+        statistic: name of the values; labels the axis.
         title: the title of the picture.
         tail: layers to shade.
         bands: the bands of some profiles, layer name -> low and high, shaded around the line.
         ceilings: layer name -> the most that a value can be, drawn as a faint step line.
-        ax: axes to draw on; if None a new figure, large enough for the names. Where a given axis has not room
-            for all names, evenly spaced ones are written.
+        ax: axes to draw on; if None a new figure, large enough for the names. If a given axis has no room for
+            all names, evenly spaced names are written.
 
     Returns:
         The figure and the axis. Nothing is shown or saved.
@@ -141,8 +141,8 @@ def plot_heatmap(
     """Draw one value per layer and epoch as colours: layers downwards in forward order, epochs to the right.
 
     Args:
-        profiles: epoch -> layer name -> value; what is missing or not finite stays grey.
-        statistic: what the values are; labels the colours, which for saturation run from 0 to 1.
+        profiles: epoch -> layer name -> value; missing values and values that are not finite stay grey.
+        statistic: name of the values; labels the colours, which for saturation run from 0 to 1.
         title: the title of the picture.
         ax: axes to draw on; if None a new figure, large enough for the names.
 
@@ -190,10 +190,10 @@ def plot_similarity(
     """Draw how alike layers are as colours: one network's layers downwards, the other's to the right.
 
     Args:
-        matrix: values such as linear CKA, shape (L1, L2). Colours run from 0 to 1; what lies below 0 by chance
-            has the colour of 0. Small matrices have their numbers written into them.
+        matrix: values such as linear CKA, shape (L1, L2). Colours run from 0 to 1; values below 0, which occur
+            by chance, have the colour of 0. Small matrices show their numbers.
         layers: names of the L1 rows.
-        other_layers: names of the L2 columns; those of the rows if None.
+        other_layers: names of the L2 columns; the names of the rows if None.
         title: the title of the picture.
         ax: axes to draw on; if None a new figure, large enough for the names.
 
@@ -201,7 +201,7 @@ def plot_similarity(
         The figure and the axis.
 
     Raises:
-        ValueError: if the names are not as many as rows and columns, or there are none.
+        ValueError: if there are no names, or not as many as rows and columns.
         ModuleNotFoundError: without matplotlib.
 
     >>> figure, axis = plot_similarity(torch.eye(2), ["conv1", "head"])
@@ -252,7 +252,7 @@ def plot_spectrum(
     """Draw the positive eigenvalues of one spectrum, or of several, on logarithmic axes.
 
     Args:
-        eigenvalues: shape (D,), descending; or a sequence of such.
+        eigenvalues: shape (D,), descending; or a sequence of such tensors.
         threshold: share of the variance in (0, 1]; a dashed line then stands at the intrinsic dimension, where
             the cumulative share crosses it.
         labels: the labels of the spectra, for the legend; ``step 0``, ``step 1``, ... if None.
@@ -300,7 +300,7 @@ def plot_spectrum(
         ax.set_xscale("log")
         ax.set_yscale("log")
         if max(int((values > 0).sum()) for values in spectra) <= 12:
-            # Less than a decade, or little more: powers of ten would say nothing, and all in between too much.
+            # About one decade: powers of ten alone would be too few labels, all numbers in between too many.
             from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
             ax.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8]))
@@ -353,9 +353,9 @@ def plot_embedding(
     """Draw observations in the plane of the first two leading eigenvectors.
 
     Args:
-        points: shape (m, k); of one component, a line of points is drawn.
-        labels: m of them, to colour the points by. Up to 14 different ones are told apart by colour and
-            marker, with a legend; more, which must be numbers, by a scale of colours.
+        points: shape (m, k); a single component is drawn as a line of points.
+        labels: m labels that colour the points. Up to 14 different labels get a colour and a marker each, with
+            a legend; more, which must be numbers, get a scale of colours.
         title: the title of the picture.
         ax: axes to draw on; a new figure if None.
 
@@ -375,8 +375,8 @@ def plot_embedding(
     values = points.detach().cpu().numpy()
     classes = None if labels is None else np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if classes is not None and classes.shape != values.shape[:1]:
-        came = f"shape {classes.shape}" if classes.ndim else repr(labels)
-        raise ValueError(f"expected {values.shape[0]} labels, one for each point, got {came}")
+        given = f"shape {classes.shape}" if classes.ndim else repr(labels)
+        raise ValueError(f"expected {values.shape[0]} labels, one for each point, got {given}")
     ax = _axis(ax, (5.4, 4.2))
     first, second = values[:, 0], values[:, 1] if values.shape[1] > 1 else values[:, 0] * 0
     if classes is None:
@@ -410,9 +410,9 @@ def plot_layers(
     """Draw one small picture per layer, row by row in forward order.
 
     Args:
-        values: layer name -> what ``draw`` takes.
+        values: layer name -> argument of ``draw``.
         draw: one of the functions of this module, such as :func:`plot_spectrum`.
-        title: the title of the whole.
+        title: the title of the whole figure.
         options: passed on to ``draw``.
 
     Returns:
@@ -444,7 +444,7 @@ def plot_layers(
     for ax, (layer, value) in zip(axes.flat, values.items(), strict=False):
         ax.set_axis_on()
         draw(value, ax=ax, **options)
-        # Of a long name the end says more than the beginning.
+        # The end of a long name says more than its beginning.
         ax.set_title(literal(layer if len(layer) <= 34 else f"…{layer[-33:]}"), fontsize=_NAME_POINTS)
         ax.tick_params(labelsize=7, which="both")
         ax.xaxis.label.set_size(7)
@@ -466,18 +466,18 @@ def plot_history(
     columns: int = 4,
     ax: Axes | None = None,
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """Draw what each layer did over the forwards of a training, a small picture for each layer.
+    """Draw a quantity over the forwards of a training, a small picture for each layer.
 
-    All share the horizontal axis. Each scale, rms and max_abs, has a vertical axis of its own, since what
-    matters is how it changes; shares and counts have one for all.
+    All share the horizontal axis. For scales, rms and max_abs, each picture has its own vertical axis, since
+    their change matters; for shares and counts, all pictures share one.
 
     Args:
         series: layer name -> pairs of a forward or step and a value.
-        quantity: what the values are.
-        along: what the horizontal axis counts; labels it.
+        quantity: name of the values.
+        along: unit of the horizontal axis; labels it.
         title: the title of the picture.
         columns: the most pictures in a row.
-        ax: where to draw the only layer; a new figure if None.
+        ax: axis to draw a single layer on; a new figure if None.
 
     Returns:
         The figure and an array of axes, of shape (rows, columns). Nothing is shown or saved.
@@ -540,7 +540,7 @@ def plot_history(
 
 
 def literal(text: str) -> str:
-    r"""A text as it is: matplotlib would set what stands between dollar signs as mathematics.
+    r"""A text with escaped dollar signs: matplotlib would set text between dollar signs as mathematics.
 
     For titles; the names of layers, statistics and stages are taken literally by every function here.
 
@@ -552,7 +552,7 @@ def literal(text: str) -> str:
 
 
 def _layers_of(profiles: Mapping[Any, Mapping[str, float | Tensor]]) -> list[str]:
-    """The names of all layers; a TypeError or ValueError unless these are profiles of numbers."""
+    """The names of all layers; raises a TypeError or ValueError unless ``profiles`` hold numbers."""
     if not isinstance(profiles, Mapping) or not all(isinstance(each, Mapping) for each in profiles.values()):
         raise TypeError(f"expected a dict of dicts, each of layers and values, got {profiles!r}")
     for profile in profiles.values():
@@ -563,10 +563,10 @@ def _layers_of(profiles: Mapping[Any, Mapping[str, float | Tensor]]) -> list[str
     return layers
 
 
-def _check_numbers(what: str, values: Mapping[str, float | Tensor]) -> None:
+def _check_numbers(noun: str, values: Mapping[str, float | Tensor]) -> None:
     for name, value in values.items():
         if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
-            raise TypeError(f"expected {what} that is a number, got {value!r} for {name!r}")
+            raise TypeError(f"expected {noun} that is a number, got {value!r} for {name!r}")
 
 
 def _check_text(argument: str, value: object) -> None:
@@ -593,7 +593,7 @@ def _with_figure(ax: Axes) -> tuple[Figure, Axes]:
 
 
 def _longest(names: Sequence[str]) -> float:
-    """Inches that the longest name needs."""
+    """The width of the longest name, in inches."""
     return 0.065 * max(map(len, names))
 
 

@@ -1,6 +1,6 @@
-"""Receptive fields of layers, read off one forward pass.
+"""Receptive fields of layers, read from one forward pass.
 
-A receptive field is followed through the operations themselves, so that any forward written in PyTorch will do,
+A receptive field is followed through the operations themselves, so that any forward written in PyTorch works,
 with skip connections and control flow: every tensor carries the extent of the input that one of its positions
 sees, convolutions and pools widen it, a sum or a concatenation of paths keeps the smallest and the largest.
 """
@@ -30,9 +30,9 @@ class ReceptiveField:
     """The part of the input that one position of a layer's output sees, in positions along each spatial axis.
 
     Attributes:
-        smallest: along the path through the network that sees least.
-        largest: along the path that sees most; the same without skip connections and branches. ``inf`` where an
-            operation such as a global pool sees all of any input.
+        smallest: the extent along the path through the network that sees least.
+        largest: the extent along the path that sees most; equal to ``smallest`` without skip connections and
+            branches. ``inf`` where an operation such as a global pool sees all of any input.
     """
 
     smallest: Extent
@@ -45,14 +45,14 @@ def receptive_fields(
     """The receptive field of every layer's output, in the order of the forward pass.
 
     A convolution or pool of kernel size k and dilation d, whose input positions lie j input pixels apart,
-    widens the field by (k − 1)·d·j; a stride multiplies j, a transposed one divides it. Where paths meet, the
+    widens the field by (k − 1)·d·j; a stride multiplies j, a transposed one divides it. Where paths join, the
     smallest and the largest field go on.
 
     Args:
         model: any module whose forward takes ``example``. It runs once in evaluation mode without gradients,
             and is left as it was.
-        example: one input, ``(N, C, *spatial)`` with one to three spatial axes, as large as those that the
-            network is used on, since adaptive pools depend on it.
+        example: one input, ``(N, C, *spatial)`` with one to three spatial axes, as large as the inputs that the
+            network is used on, since adaptive pools depend on the size.
         layers: as in :class:`LayerProbe`; None takes the layers that a probe takes.
 
     Returns:
@@ -60,11 +60,11 @@ def receptive_fields(
         A layer that is called several times has the field of its last call.
 
     Raises:
-        TypeError: for a model that is no module, or an example that is no tensor.
+        TypeError: for a model that is not a module, or an example that is not a tensor.
         ValueError: if the example has no spatial axis.
 
-    Operations that mix positions in ways of their own (attention, a reshape of positions into features, a mean
-    over them) count as seeing everything. Observers such as a probe see this forward, too: pause them.
+    Operations that mix positions in other ways (attention, a reshape of positions into features, a mean over
+    them) count as seeing everything. Observers such as a probe see this forward, too: pause them.
 
     >>> model = nn.Sequential(
     ...     nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
@@ -84,14 +84,14 @@ def receptive_fields(
     axes = example.ndim - 2
     follower = _Follower(axes)
     follower.set(example, _Field((1,) * axes, (1,) * axes, (Fraction(1),) * axes))
-    found: dict[str, ReceptiveField] = {}
+    fields: dict[str, ReceptiveField] = {}
 
     def read(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
-            field = follower.meet(output)
+            field = follower.joined(output)
             if field is not None:
-                found.pop(name, None)
-                found[name] = ReceptiveField(_plain(field.smallest), _plain(field.largest))
+                fields.pop(name, None)
+                fields[name] = ReceptiveField(_plain(field.smallest), _plain(field.largest))
 
         return hook
 
@@ -108,7 +108,7 @@ def receptive_fields(
             handle.remove()
         for module, flag in training.items():
             module.training = flag
-    return found
+    return fields
 
 
 def border_layer(
@@ -119,20 +119,20 @@ def border_layer(
 ) -> str | None:
     """The first layer whose receptive field exceeds the input along every spatial axis.
 
-    From there on, a layer sees nothing of the input that the layers before it could not see together, and
-    low-saturation tails are expected to begin (`arXiv:2106.12307 <https://arxiv.org/abs/2106.12307>`_).
+    From there on, a layer sees nothing of the input that the layers before it could not see together:
+    low-saturation tails are expected to begin there (`arXiv:2106.12307 <https://arxiv.org/abs/2106.12307>`_).
 
     Args:
         fields: from :func:`receptive_fields`.
         input_size: extent of the input, one number or one per axis.
-        paths: with skip connections, whether the path that sees most decides, or the one that sees least.
+        paths: with skip connections, take the path that sees most (``"largest"``) or least (``"smallest"``).
 
     Returns:
-        The layer's name; None if every layer sees a part of the input only.
+        The layer's name; None if every layer sees only a part of the input.
 
     Raises:
         TypeError: for fields of another kind.
-        ValueError: for other ``paths``, an extent that is no positive integer, or a number of axes that the
+        ValueError: for other ``paths``, an extent that is not a positive integer, or a number of axes that the
             fields do not have.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 8, 3))
@@ -159,14 +159,14 @@ def border_layer(
 
 @dataclass(frozen=True)
 class _Field:
-    """A receptive field on its way, with the distance of neighbouring positions in input positions."""
+    """The receptive field of a tensor, with the distance of neighbouring positions in input positions."""
 
     smallest: Extent
     largest: Extent
     jump: tuple[Fraction, ...]
 
     def widen(self, reach: Sequence[int], stride: Sequence[Fraction]) -> _Field:
-        """Behind an operation that sees ``reach`` positions more than one, and moves by ``stride``."""
+        """The field behind an operation that sees ``reach`` positions besides one and moves by ``stride``."""
 
         def grow(extent: Extent) -> Extent:
             return tuple(float(e + r * j) for e, r, j in zip(extent, reach, self.jump, strict=True))
@@ -175,7 +175,7 @@ class _Field:
         return _Field(grow(self.smallest), grow(self.largest), jump)
 
     def see_all(self, axes: Sequence[bool]) -> _Field:
-        """Behind an operation that sees the whole of the given axes."""
+        """The field behind an operation that sees the whole of the given axes."""
 
         def grow(extent: Extent) -> Extent:
             return tuple(math.inf if all_ else e for e, all_ in zip(extent, axes, strict=True))
@@ -184,12 +184,12 @@ class _Field:
 
 
 class _Follower(TorchFunctionMode):
-    """Gives every tensor that comes out of an operation the field of those that went in."""
+    """Gives every output of an operation the field of its inputs."""
 
     def __init__(self, axes: int) -> None:
         super().__init__()
         self.axes = axes
-        # The tensors are kept, so that no identity is used twice.
+        # The tensors are kept, so that no `id` is used twice.
         self._fields: dict[int, tuple[Tensor, _Field]] = {}
 
     def set(self, tensor: Tensor, field: _Field) -> None:
@@ -198,15 +198,15 @@ class _Follower(TorchFunctionMode):
     def get(self, tensor: Tensor) -> _Field | None:
         return self._fields[id(tensor)][1] if id(tensor) in self._fields else None
 
-    def meet(self, value: object) -> _Field | None:
-        """Smallest and largest of the fields of all tensors in a value."""
+    def joined(self, value: object) -> _Field | None:
+        """The smallest and the largest field of all tensors in a value."""
         fields = [field for tensor in _tensors(value) if (field := self.get(tensor)) is not None]
         if not fields:
             return None
         return _Field(
             tuple(map(min, zip(*(field.smallest for field in fields), strict=True))),
             tuple(map(max, zip(*(field.largest for field in fields), strict=True))),
-            # Paths that meet have the same positions, but where one is pooled to a single one and broadcast.
+            # Paths that join have the same positions, unless one is pooled to a single position and broadcast.
             tuple(map(min, zip(*(field.jump for field in fields), strict=True))),
         )
 
@@ -218,7 +218,7 @@ class _Follower(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        field = self.meet((args, kwargs))  # before an operation in place replaces what its input sees
+        field = self.joined((args, kwargs))  # before an operation in place replaces the field of its input
         result = func(*args, **kwargs)
         if field is not None:
             source = next(t for t in _tensors((args, kwargs)) if self.get(t) is not None)
@@ -235,7 +235,7 @@ class _Follower(TorchFunctionMode):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> _Field:
-        """The field of an operation's result, from that of its inputs."""
+        """The field of an operation's result, from the field of its inputs."""
         name = getattr(func, "__name__", "").removesuffix("_with_indices")
 
         def argument(index: int, key: str, default: Any) -> tuple[int, ...]:
@@ -254,7 +254,7 @@ class _Follower(TorchFunctionMode):
             reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
             stride = argument(3, "stride", 1)
             if transposed:
-                # An output position sees those input positions whose kernels cover it.
+                # An output position sees the input positions whose kernels cover it.
                 seen = [(r + s) // s - 1 for r, s in zip(reach, stride, strict=True)]
                 return field.widen(seen, [Fraction(1, s) for s in stride])
             return field.widen(reach, [Fraction(s) for s in stride])

@@ -1,4 +1,4 @@
-"""LayerSimilarity: which layers of one network, or of two, tell the same samples apart."""
+"""LayerSimilarity: which layers of one network, or of two, represent the same samples alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """The alignment of every layer of one network with every layer of another, or of the same.
+    """The alignment of every layer of one network with every layer of another or the same network.
 
     Attributes:
         matrix: debiased linear CKA, shape (L1, L2), float64, in [−1, 1].
@@ -63,13 +63,13 @@ class Similarity:
         return self.matrix[self.layers.index(row), self.other_layers.index(column)]
 
     def plot(self, *, title: str | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw it as a heat map, see :func:`~spectralmetrics.plotting.plot_similarity`."""
+        """Draw a heat map, see :func:`~spectralmetrics.plotting.plot_similarity`."""
         from spectralmetrics.plotting import plot_similarity
 
         return plot_similarity(self.matrix, self.layers, self.other_layers, title=title, ax=ax)
 
 
-# Of each layer in one forward: inner products between samples, and which samples are finite.
+# Layer -> inner products between the samples of one forward, and a mask of the finite samples.
 _Outputs: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -79,8 +79,8 @@ class _Forward:
 
     Attributes:
         outputs: the outputs of its layers.
-        calls: layer -> how often it has run.
-        ranks: the processes that share it, all with the same outputs; empty for this one alone.
+        calls: layer -> number of its runs.
+        ranks: the processes that share the forward and have the same outputs; empty for this process alone.
     """
 
     outputs: _Outputs = field(default_factory=dict)
@@ -96,7 +96,7 @@ class _Side:
     layout: Layout
     meshes: Meshes
     forward_order: list[str] = field(default_factory=list)
-    times: Counter[str] = field(default_factory=Counter)  # that a layer was in a batch that counted
+    times: Counter[str] = field(default_factory=Counter)  # layer -> number of counted batches with it
     current: _Forward | None = None  # while a forward runs
 
 
@@ -113,18 +113,19 @@ class LayerSimilarity:
     a batch of N samples, and as much again at its end.
 
     A sample is one row of features per layer. Feature maps and sequences are flattened, as is usual for CKA:
-    two layers are then alike if they tell the same samples apart by what is where. Means forget the place, and
-    are cheaper. A layer that runs several times in a forward has the features of all runs. A sample with NaN or
-    infinities in any layer is left out of the whole batch and counted. A batch needs at least four samples.
+    two layers are then alike if they separate the same samples by features and positions. Means ignore
+    positions, and are cheaper. A layer that runs several times in a forward has the features of all runs. A
+    sample with NaN or infinities in any layer is left out of the whole batch and counted. A batch needs at
+    least four samples.
 
     Where processes share a forward, as under tensor and sequence parallelism, each layer's output is gathered
     whole on all of them, and counted once.
 
     Args:
-        model: any module; wrappers for compilation and ``DistributedDataParallel`` are looked through.
+        model: any module; wrappers for compilation and ``DistributedDataParallel`` are unwrapped.
         other: the second model; None compares the layers of ``model`` with each other.
-        layers: which layers of both, as for :class:`~spectralmetrics.LayerProbe`.
-        exclude: taken away from these, likewise.
+        layers: the layers of both models, selected as for :class:`~spectralmetrics.LayerProbe`.
+        exclude: layers to leave out of these, selected likewise.
         feature_maps: ``"flatten"``, or ``"mean"``, ``"max"`` or ``"median"`` of each map.
         sequences: ``"flatten"`` (padding is zero), ``"mean"`` of the valid steps, or the ``"last"`` one.
         process_group: the processes whose samples :meth:`compute` adds up; the default group if None.
@@ -181,7 +182,7 @@ class LayerSimilarity:
             )
             for each, names in zip(models, chosen, strict=True)
         ]
-        self._waiting: tuple[int, _Forward] | None = None  # of the model that has run first
+        self._waiting: tuple[int, _Forward] | None = None  # index and forward of the model that ran first
         self._paused = 0
         self._warned: set[str] = set()
         self._hooks = Hooks(self)
@@ -194,7 +195,7 @@ class LayerSimilarity:
             raise
 
     def _watch(self, index: int, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Put hooks on one of the models: the first before its forward, the last behind its layers'."""
+        """Put hooks on one of the models: before its forward, behind each layer, and behind its forward."""
         self._hooks.before(model, Weakly(self._begin, index))
         for name, module in layers.items():
             watch_outputs(self._hooks, module, Weakly(self._observe, index, name))
@@ -207,7 +208,7 @@ class LayerSimilarity:
 
     @property
     def other_layers(self) -> list[str]:
-        """Those of the other model, or of the only one."""
+        """The layers of the other model, or of the only one."""
         return _ordered(self._sides[-1])
 
     def compute(self) -> Similarity:
@@ -226,9 +227,9 @@ class LayerSimilarity:
             _warn(f"samples left out for NaN or infinite values in some layer: {left_out}")
         kept: list[list[int]] = []
         for side, times, order in zip(self._sides, seen, positions, strict=True):
-            # The mean place over the processes that have seen the layer: the place itself where they agree.
-            place = (order / times.clamp(min=1)).tolist()
-            kept.append(sorted((i for i, t in enumerate(times.tolist()) if t), key=lambda i: place[i]))
+            # The mean position over the processes that ran the layer: the position itself where they agree.
+            position = (order / times.clamp(min=1)).tolist()
+            kept.append(sorted((i for i, t in enumerate(times.tolist()) if t), key=lambda i: position[i]))
             if unseen := [name for name, t in zip(side.layers, times.tolist(), strict=True) if not t]:
                 _warn(f"layers that saw nothing are left out: {', '.join(map(repr, unseen))}")
         rows, columns = kept[0], kept[-1]
@@ -237,7 +238,7 @@ class LayerSimilarity:
         return Similarity(matrix, names[0], list(names[-1]), count)
 
     def reset(self) -> None:
-        """Forget all samples, and a forward that waits for that of the other model."""
+        """Forget all samples, and a forward that waits for the other model's forward."""
         self._waiting = None
         self._sums: Tensor | None = None
         self._counts: Tensor | None = None
@@ -273,18 +274,18 @@ class LayerSimilarity:
         try:
             is_off = is_off or how_it_runs(output) != "run"
         except Exception:
-            is_off = True  # a tensor that nothing can be asked of must not end a forward
+            is_off = True  # a tensor that refuses every operation must not end a forward
         self._sides[index].current = None if is_off else _Forward()
 
     def _observe(
         self, index: int, name: str, module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
-        """A layer has run, maybe by itself; nothing that happens here may end a forward."""
+        """A layer has run, maybe by itself. No error here may end a forward."""
         side = self._sides[index]
         if in_backward():
             return
         forward = None if self._paused else side.current
-        # Processes that share a layer gather its output together, whoever of them looks at it.
+        # Processes that share a layer gather its output together, even if only some of them observe it.
         if forward is None and not side.meshes.concerns(output):
             return
         try:
@@ -354,10 +355,10 @@ class LayerSimilarity:
             self._warn_once(f"a batch could not be compared and was left out: {type(error).__name__}: {error}")
 
     def _is_first(self, ranks: set[int]) -> bool:
-        """True if this process counts what these share, of which each has the same."""
+        """True if this process counts the outputs that all these ranks share."""
         try:
             merged = set(dist.get_process_group_ranks(self.process_group))
-        except (KeyError, ValueError):  # this one is not among those that are merged
+        except (KeyError, ValueError):  # this process is not in the group
             merged = set()
         return dist.get_rank() == min(ranks & merged or ranks)
 
@@ -383,7 +384,7 @@ class LayerSimilarity:
         valid = torch.stack([each.to(device) for side in pair for _, each in side.values()]).all(0)
         stacks = [_stack(side, outputs, valid) for side, outputs in zip(self._sides, pair, strict=True)]
         (left, left_present), (right, right_present) = stacks[0], stacks[-1]
-        # Of each pair of layers the sums run over the batches that both have seen.
+        # The sums of a pair of layers run over the batches of both.
         sums = torch.stack(
             [
                 left @ right.mT,
@@ -391,7 +392,7 @@ class LayerSimilarity:
                 left_present[:, None] * right.square().sum(1),
             ]
         )
-        # Weighed by its samples, a batch has n · HSIC = ⟨K̂, L̂⟩ / (n − 3).
+        # A batch weighed by its samples has n · HSIC = ⟨K̂, L̂⟩ / (n − 3).
         number = valid.sum()
         enough = number >= MINIMUM_SAMPLES
         sums = torch.where(enough, sums / (number - 3), 0.0)
@@ -400,17 +401,17 @@ class LayerSimilarity:
         self._counts = counts if self._counts is None else self._counts.to(device) + counts
 
     def _merged(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Sums, counts, and per side on how many processes each layer ran and the sum of its places there."""
+        """Sums and counts; per side, the number of processes that ran each layer, and its summed positions."""
         shape = (3, len(self._sides[0].layers), len(self._sides[-1].layers))
         sums = torch.zeros(shape, dtype=torch.float64) if self._sums is None else self._sums
         counts = torch.zeros(2) if self._counts is None else self._counts
-        places = []
+        by_layer = []
         for side in self._sides:
             seen = [float(side.times[name] > 0) for name in side.layers]
             order = _ordered(side)
-            places += [seen, [s * order.index(name) for s, name in zip(seen, side.layers, strict=True)]]
+            by_layer += [seen, [s * order.index(name) for s, name in zip(seen, side.layers, strict=True)]]
         parts = [sums.flatten(), counts.to(torch.float64)]
-        parts += [torch.tensor(place, dtype=torch.float64, device=sums.device) for place in places]
+        parts += [torch.tensor(each, dtype=torch.float64, device=sums.device) for each in by_layer]
         packed = torch.cat(parts)
         group = self.process_group
         if dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0:
@@ -427,9 +428,9 @@ class LayerSimilarity:
             )
         ran = [bool(side.forward_order) for side in self._sides]
         if all(ran):
-            what = "run both models on the same batch" if len(ran) == 2 else "run the model"
-            return f"no batch has been counted; {what}, with at least {MINIMUM_SAMPLES} samples"
-        which = (
+            advice = "run both models on the same batch" if len(ran) == 2 else "run the model"
+            return f"no batch has been counted; {advice}, with at least {MINIMUM_SAMPLES} samples"
+        models = (
             "the model"
             if len(ran) == 1
             else " and ".join(name for name, has in zip(("`model`", "`other`"), ran, strict=True) if not has)
@@ -440,7 +441,7 @@ class LayerSimilarity:
             if ignores_hooks()
             else "a model that is exported, scripted or run inside transforms of torch.func is not observed"
         )
-        return f"no forward of {which} has been seen since the LayerSimilarity was made; {because}"
+        return f"no forward of {models} has been seen since the LayerSimilarity was made; {because}"
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -449,13 +450,13 @@ class LayerSimilarity:
 
 
 def _stack(side: _Side, outputs: _Outputs, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Debiased inner products of all layers, shape (L, N²), and which of them are there, (L,), as 0 and 1."""
+    """Debiased inner products of all layers, shape (L, N²), and a mask of the layers present, (L,), 0 or 1."""
     device = valid.device
     stacked = torch.zeros(len(side.layers), len(valid) ** 2, dtype=torch.float64, device=device)
     present = [name in outputs for name in side.layers]
     for row, name in enumerate(side.layers):
         if name in outputs:
-            products, _ = outputs.pop(name)  # so that one matrix less is in memory
+            products, _ = outputs.pop(name)  # so that its memory is freed at once
             stacked[row] = u_centred(products.to(device), valid).flatten()
             side.times[name] += 1
     if all(present):  # without a copy to the device, which would wait for it

@@ -43,7 +43,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in the unit that people read.
+    """A share in per cent.
 
     >>> percent(0.995)
     '99.5 %'
@@ -52,7 +52,7 @@ def percent(share: float) -> str:
 
 
 def wrap_name(name: str, width: int) -> list[str]:
-    """A qualified name in lines that end at a dot, slash, dash or underscore; a word is broken if it must be.
+    """A qualified name in lines that end at a dot, slash, dash or underscore; too long words are broken.
 
     >>> wrap_name("encoder.layers.11.attention", 18)
     ['encoder.layers.11.', 'attention']
@@ -78,15 +78,15 @@ def text_table(
 ) -> list[str]:
     r"""The lines of a table: names in the first column, words in the last, numbers between them.
 
-    Names and words that have no room go on in further lines of their row.
+    Names and words without room continue in further lines of their row.
 
     Args:
         heads: the heads of the columns; a line break begins another line.
-        rows: their cells.
+        rows: the cells of the rows.
         left: heads of further columns that are text and not numbers.
         width: the width of the screen.
         rule: draw a line below the heads.
-        name_width: the name width of the first column; None leaves it what the words do not need.
+        name_width: the width of the first column; None gives it the room that the words do not need.
 
     >>> print(*text_table(["layer", "n", "note"], [["layer1.conv", "12", "few"], ["fc", "9", ""]]), sep="\n")
     layer         n  note
@@ -101,7 +101,7 @@ def text_table(
     room = width - sum(widths[1:]) - 2 * len(widths)
     words_room = min(max(len(line[-1]) for line in lines), max(room // 2, 18))
     widths[0] = min(widths[0], max(room - words_room, 12) if name_width is None else name_width)
-    found = []
+    printed = []
     for line in lines:
         names = wrap_name(line[0], widths[0])
         words = textwrap.wrap(line[-1], max(room - widths[0], 12)) or [""]
@@ -112,10 +112,10 @@ def text_table(
                 for text, size, head in zip(middle, widths[1:], heads[1:-1], strict=True)
             ]
             first = (names[index] if index < len(names) else "").ljust(widths[0])
-            found.append("  ".join([first, *cells, words[index] if index < len(words) else ""]).rstrip())
+            printed.append("  ".join([first, *cells, words[index] if index < len(words) else ""]).rstrip())
     if rule:
-        found.insert(height, "-" * max(map(len, found)))
-    return found
+        printed.insert(height, "-" * max(map(len, printed)))
+    return printed
 
 
 def encodable(text: str) -> str:
@@ -125,7 +125,7 @@ def encodable(text: str) -> str:
 
 
 def import_pandas() -> Any:
-    """The module, for tables that become data frames.
+    """The pandas module, for data frames.
 
     Raises:
         ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.

@@ -1,4 +1,4 @@
-"""Spectra of weight matrices, of a model or of a checkpoint, and of what training has changed in them."""
+"""Spectra of weight matrices in a model or a checkpoint, and of their changes in training."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     import pandas
 
 DEFAULT_STATISTICS = ("effective_rank", "stable_rank", "alpha")
-"""Read unless told otherwise; ``"alpha"`` is the exponent of :func:`~.functional.power_law_tail`."""
+"""Read by default; ``"alpha"`` is the exponent of :func:`~.functional.power_law_tail`."""
 _LOW_RANK = 0.02  # share of the narrower side
 _HEAVY, _RANDOM = 2.0, 6.0  # exponents between which the spectra of trained layers lie, see arXiv:1810.01075
-_FEWEST = 50  # singular values, below which alpha is not fitted
+_FEWEST = 50  # the fewest singular values to which alpha is fitted
 _DATA_PARALLEL = "module"
 _AWAY = "it is on the meta device: if its weights are offloaded, read the checkpoint"
 
 
 class WeightMatrix(NamedTuple):
-    """A matrix that is brought into memory when it is its turn.
+    """A matrix that is read into memory when it is needed.
 
     Attributes:
         layer: name of its row.
-        kind: type of its module; empty if that is unknown.
+        kind: type of its module; empty if unknown.
         parameter: name of the parameter that holds it.
-        bring: gives the parameter.
-        expert: which of the matrices stacked in the parameter it is; None if the parameter is one matrix.
-        inputs_first: whether the parameter holds the inputs in its first dimension.
+        bring: returns the parameter.
+        expert: index among the matrices stacked in the parameter; None if the parameter is one matrix.
+        inputs_first: True if the first dimension of the parameter is the inputs.
         groups: groups of a convolution, each with its own inputs.
     """
 
@@ -65,7 +65,7 @@ class WeightMatrix(NamedTuple):
         if self.expert is not None:
             weight = weight[self.expert]
         if self.inputs_first:
-            # (in, out/groups, *kernel) -> (out, in/groups, *kernel), as of a convolution that is not transposed
+            # (in, out/groups, *kernel) -> (out, in/groups, *kernel), as in a convolution that is not transposed
             weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.flatten(1).to(torch.float64)
 
@@ -78,9 +78,9 @@ class WeightRow(NamedTuple):
         kind: the module's type; empty for a checkpoint.
         shape: fan-out and fan-in.
         value: statistic -> value.
-        update: the same of what has changed, and ``"relative_size"``, its Frobenius norm over that of the
-            weights it was added to; empty without ``since``.
-        stands_out: what does, in words.
+        update: the same for the change of the weights, and ``"relative_size"``, the Frobenius norm of the
+            change over the norm of the earlier weights; empty without ``since``.
+        stands_out: remarks on what stands out.
     """
 
     layer: str
@@ -125,7 +125,7 @@ class WeightSummary:
     __repr__ = __str__
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The rows as a data frame, a column for each statistic; those of updates begin with ``update_``.
+        """The rows as a data frame, a column for each statistic; names of updates begin with ``update_``.
 
         Raises:
             ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
@@ -155,25 +155,25 @@ def weight_spectra(
 ) -> WeightSummary:
     r"""The spectra of a model's weight matrices, one at a time.
 
-    A statistic is read of the squared singular values of a matrix W, as if its rows were observations about
+    A statistic is read from the squared singular values of a matrix W, as if its rows were observations about
     zero: the eigenvalues of :math:`W W^\top` or :math:`W^\top W`, whichever is smaller. Convolutions are
     fan-out × fan-in matrices. Parameters of three dimensions that hold the matrices of experts are split.
 
     Args:
-        model: any module; wrappers are looked through, sharded weights (DTensors) are gathered one by one, by
+        model: any module. Wrappers are unwrapped, and sharded weights (DTensors) are gathered one by one, by
             all processes together.
         statistics: short names of statistics that are one number, and ``"alpha"``, the exponent of
             :func:`~spectralmetrics.functional.power_law_tail` (NaN with fewer than 50 singular values). By
             default the effective rank, the stable rank and alpha.
-        layers: which modules, see :class:`~spectralmetrics.LayerProbe`; by default all that have matrices.
-        since: an earlier ``state_dict`` of the model: the statistics are read of the difference, too.
-        progress: called with the number of matrices that are done, and of all.
+        layers: the modules, selected as in :class:`~spectralmetrics.LayerProbe`; by default all with matrices.
+        since: an earlier ``state_dict`` of the model: the statistics of the difference are read, too.
+        progress: called with the number of matrices done and the number of all.
 
     Returns:
-        A row for each matrix in the order of registration; a matrix of several names has the first.
+        A row for each matrix in the order of registration; a matrix with several names has the first.
 
     Raises:
-        TypeError: for anything but a module, or a state dict that is none.
+        TypeError: for a model that is not a module, or ``since`` that is not a state dict.
         ValueError: for an unknown statistic, a selector that matches nothing, a model without matrices, or a
             state dict of other shapes.
 
@@ -201,7 +201,7 @@ def weight_spectra(
 
 
 def first_reason(skipped: Mapping[str, str]) -> str:
-    """The reason why the first of what was skipped is none, for the end of an error; empty if nothing was.
+    """The first skipped tensor with its reason, for the end of an error; empty if none was skipped.
 
     >>> first_reason({"0.weight": "it is empty", "1.weight": "it is no matrix"})
     "; '0.weight': it is empty"
@@ -216,13 +216,13 @@ def summarise_weights(
     skipped: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> WeightSummary:
-    """The summary of matrices, of which one is in memory at a time.
+    """The summary of matrices, with one in memory at a time.
 
     Args:
-        matrices: what to read.
+        matrices: the matrices to read.
         statistics: see :func:`weight_spectra`.
-        before: parameter -> its value earlier; None if no update is asked for.
-        skipped: what could not be read already.
+        before: parameter -> its earlier value; None reads no updates.
+        skipped: name of a tensor that was skipped before -> reason.
         progress: see :func:`weight_spectra`.
     """
     readers = {name: _reader(name) for name in (DEFAULT_STATISTICS if statistics is None else statistics)}
@@ -233,10 +233,10 @@ def summarise_weights(
         if values is None:
             left_out[matrix.layer] = "it holds NaN or infinite values"
         else:
-            found = {name: read(values) for name, read in readers.items()}
+            own = {name: read(values) for name, read in readers.items()}
             update = {} if before is None else _update(matrix, weight, before, readers)
             shape = (weight.shape[0], weight.shape[1])
-            rows.append(WeightRow(matrix.layer, matrix.kind, shape, found, update, _words(values, found)))
+            rows.append(WeightRow(matrix.layer, matrix.kind, shape, own, update, _words(values, own)))
         if progress is not None:
             progress(done, len(matrices))
     return WeightSummary(rows, left_out)
@@ -267,7 +267,7 @@ def _of_modules(
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a parameter without what wrappers for compilation and parallelism put into it.
+    """The name of a parameter without the parts that wrappers for compilation and parallelism add.
 
     >>> without_wrappers("module.layer.weight")
     'layer.weight'
@@ -278,7 +278,7 @@ def without_wrappers(name: str) -> str:
 
 @torch.no_grad()
 def _squared_singular_values(matrix: Tensor) -> Tensor | None:
-    """Descending, float64, as many as the narrower side; None if the matrix is not finite."""
+    """Squared singular values, descending, float64; None if the matrix is not finite."""
     if not bool(matrix.isfinite().all()):
         return None
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
@@ -329,7 +329,7 @@ def _update(
     return {"relative_size": relative, **{name: read(values) for name, read in readers.items()}}
 
 
-def _words(values: Tensor, found: Mapping[str, float]) -> tuple[str, ...]:
+def _words(values: Tensor, statistics: Mapping[str, float]) -> tuple[str, ...]:
     if not bool(values.any()):
         return ("all zero",)
     words = []
@@ -338,7 +338,7 @@ def _words(values: Tensor, found: Mapping[str, float]) -> tuple[str, ...]:
         words.append(f"low rank: {rank:.3g} of {len(values)}")
     if zero := int((values == 0).sum()):
         words.append(f"{zero} singular value{'s' if zero > 1 else ''} of zero")
-    alpha = found.get("alpha", math.nan)
+    alpha = statistics.get("alpha", math.nan)
     if alpha < _HEAVY:
         words.append("alpha below 2: very heavy tail")
     elif alpha > _RANDOM:

@@ -33,7 +33,7 @@ ROWS_OF_FILES = [
             (
                 sm.sums.empty_moments(3),
                 ValueError,
-                "expected `source` to be the sums of some rows, got those of none",
+                "expected `source` to be the sums of some rows, got sums of no rows",
             ),
         ],
         metrics=[

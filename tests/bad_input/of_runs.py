@@ -29,10 +29,10 @@ ARRAYS = [
 ]
 TABLES = [*NO_PATH, (EMPTY, FileNotFoundError, "expected a run with a records.csv, got …/empty")]
 EPOCHS = [
-    ((0,), ValueError, "expected two epochs, that of the left and that of the right side, got (0,)"),
-    ((0, 1, 2), ValueError, "expected two epochs, that of the left and that of the right side, got (0, 1, 2)"),
-    (3, ValueError, "expected two epochs, that of the left and that of the right side, got 3"),
-    ("01", ValueError, "expected two epochs, that of the left and that of the right side, got '01'"),
+    ((0,), ValueError, "expected two epochs, for the left and for the right side, got (0,)"),
+    ((0, 1, 2), ValueError, "expected two epochs, for the left and for the right side, got (0, 1, 2)"),
+    (3, ValueError, "expected two epochs, for the left and for the right side, got 3"),
+    ("01", ValueError, "expected two epochs, for the left and for the right side, got '01'"),
     ((0, 7), ValueError, "expected an epoch of …/run that has arrays, 0 to 1, got 7"),
     ((0, "1"), ValueError, "expected an epoch of …/run that has arrays, 0 to 1, got '1'"),
 ]

@@ -1,4 +1,4 @@
-"""Rows that are there already: in files, in memory, or in the partitions of an engine."""
+"""Existing rows: in files, in memory, or in the partitions of an engine."""
 
 from spectralmetrics.files.engines import moments_of
 from spectralmetrics.files.fields import ReadError

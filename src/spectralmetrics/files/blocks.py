@@ -17,9 +17,9 @@ from spectralmetrics.files.label_source import is_file, labels_of, read_labels
 from spectralmetrics.files.sources import Part, parts_of
 
 _MOST_BYTES = 2**25
-"""Of a block, whatever its number of rows."""
+"""The most bytes of a block, whatever its number of rows."""
 _BLOCKS_A_FOLD = 8
-"""Of rows in one piece so many blocks, from all over it, make a fold."""
+"""If folds are made of blocks, the least number of blocks in a fold, taken from all over the rows."""
 
 
 class Block(NamedTuple):
@@ -28,9 +28,10 @@ class Block(NamedTuple):
     Attributes:
         rows: shape (n, D), floating.
         labels: shape (n,), int64, -1 where there is none; None without labels.
-        start: number of the first among all rows of the source.
-        group: what of this number is left after division by the number of folds is the fold.
-        done: rows that this process has come by so far, and of how many; the same where that is not known.
+        start: number of the first row among all rows of the source.
+        group: the fold is this number modulo the number of folds.
+        done: rows that this process has read so far, and the number that it will read; if this is unknown, the
+            first number again.
     """
 
     rows: Tensor
@@ -41,14 +42,14 @@ class Block(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A part of which the columns are known.
+    """A part with its columns.
 
     Attributes:
-        number: its place among those that are not empty.
+        number: its number among the parts that are not empty.
         name: the name in messages.
-        columns: all of it.
-        features: the rows; None if ``error`` says why there are none.
-        error: raised when the part's turn comes.
+        columns: all its columns.
+        features: the column of rows; None if there is an ``error``.
+        error: raised when the part is read.
     """
 
     number: int
@@ -63,7 +64,7 @@ class _Opened(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows of a part that are read together, and what is known of them before."""
+    """Rows of a part that will be read together."""
 
     part: _Opened
     start: int
@@ -72,7 +73,7 @@ class _Piece(NamedTuple):
 
 
 class Rows:
-    """The rows that this process reads of a source, among processes that are given the same source.
+    """The rows of a source that this process reads; all processes share the source.
 
     Args:
         source: see :func:`~spectralmetrics.measure`.
@@ -81,13 +82,14 @@ class Rows:
         folds: likewise.
         block_rows: likewise.
         rank: the rank of this process.
-        world_size: how many there are; each takes some parts or, of fewer parts than processes, some blocks.
+        world_size: the number of processes; each takes some parts or, with fewer parts than processes, some
+            blocks.
 
     Attributes:
-        width: the number of features D; 0 if nothing has rows.
+        width: the number of features D; 0 if no part has rows.
         dtype: the dtype of the features, as the first part calls it.
-        unit: what is dealt to folds, in words.
-        num_parts: how many parts have been come by.
+        unit: the unit that is dealt to folds, in words.
+        num_parts: the number of parts opened so far.
         empty: names of parts without rows.
     """
 
@@ -120,9 +122,9 @@ class Rows:
             known = [] if first is None else [first]
         else:
             self._parts = known = self._known
-        described = next((each.features for each in known if each.features is not None), None)
-        self.width = 0 if described is None else described.shape[1]
-        self.dtype = "" if described is None else described.described
+        features = next((each.features for each in known if each.features is not None), None)
+        self.width = 0 if features is None else features.shape[1]
+        self.dtype = "" if features is None else features.described
         self._like = next((each.name for each in known if each.features is not None), "")
         self._by_part = self._known is None or len(self._known) >= folds
         self.unit = "items" if self._known is None else "whole files" if self._by_part else "blocks"
@@ -135,7 +137,7 @@ class Rows:
         """One more than the largest label; 0 without labels.
 
         Raises:
-            ValueError: where labels are in columns of an iterable, which can be read but once.
+            ValueError: if labels are in columns of an iterable, which can be read only once.
         """
         if self._label_field is not None:
             return self._largest(self._label_field, self._label_name) + 1
@@ -154,14 +156,14 @@ class Rows:
 
     def _largest(self, field: Field, name: str) -> int:
         size = field.shape[0]
-        found = (read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
-        return max((int(each.max()) for each in found), default=-1)
+        blocks = (read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
+        return max((int(each.max()) for each in blocks), default=-1)
 
     def __iter__(self) -> Iterator[Block]:
         """The blocks of this process.
 
         Raises:
-            ReadError: at a part or a row that cannot be read, after all that come before it.
+            ReadError: at a part or a row that cannot be read, after all blocks before it.
         """
         pieces: Iterable[_Piece]
         total: int | None
@@ -180,7 +182,7 @@ class Rows:
         if self._known is None and self._label_field is not None:
             self._check_count(self._offset)
 
-    _offset = 0  # rows of the parts that have been come by
+    _offset = 0  # rows of the parts passed so far
 
     # -- parts and pieces --------------------------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class Rows:
             self.num_parts += 1
 
     def _plan(self, parts: list[_Opened]) -> Iterator[_Piece]:
-        """The pieces of this process, where all parts are known."""
+        """The pieces of this process, if all parts are known in advance."""
         group = 0
         for part in parts:
             size = self._size(part)
@@ -214,7 +216,7 @@ class Rows:
             group += count
 
     def _pieces(self, part: _Opened, group: int) -> Iterator[_Piece]:
-        """The pieces of a part that are this process', numbered from a number on unless a part is one group."""
+        """This process' pieces of a part, numbered from ``group`` on unless the part is one group."""
         if self._known is None and part.number % self._world_size != self._rank:
             self._offset += part.num_rows
             return
@@ -242,7 +244,7 @@ class Rows:
     # -- reading -----------------------------------------------------------------------------------------
 
     def _read(self, piece: _Piece) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The rows of a piece; up to the first that cannot be read, and then an error."""
+        """The rows of a piece up to the first row that cannot be read, then an error."""
         part = piece.part
         if part.error is not None or part.features is None:
             raise part.error or ReadError(part.name, "expected rows")
@@ -297,15 +299,15 @@ def _read(field: Field, name: str, start: int, stop: int) -> Tensor:
     except ReadError as error:
         error.file = error.file or name
         raise
-    except Exception as error:  # whatever damaged data brings about in whichever library
+    except Exception as error:  # damaged data raises any kind of error in other libraries
         raise ReadError(name, f"cannot be read: {error}", start) from error
-    if rows.dtype.itemsize == 1:  # of eight bits; nothing is calculated in these
+    if rows.dtype.itemsize == 1:  # PyTorch does not calculate with floats of eight bits
         rows = rows.to(torch.float32)
     return rows
 
 
 def warn_of_empty(rows: Rows) -> None:
-    """Name the files without rows."""
+    """Warn of files without rows."""
     if rows.empty:
         named = ", ".join(map(repr, rows.empty))
         warnings.warn(f"skipped, for there are no rows in them: {named}", UserWarning, stacklevel=4)

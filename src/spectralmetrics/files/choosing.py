@@ -1,4 +1,4 @@
-"""The metrics of rows of some width: those of the user, or a choice of them."""
+"""The metrics for rows of some width: the user's metrics, or a default choice."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from spectralmetrics.probing.collections import Metrics, named_metrics
 from spectralmetrics.sums import SpectralSum
 
 WIDEST = 8192
-"""The most features of which a covariance is kept."""
+"""The most features for which a covariance is kept."""
 _SKETCH_SIZE = 512
 
 
 def metrics_for(
     metrics: Metrics | None, width: int, classes: int, center: bool, folds: int
 ) -> dict[str, Metric]:
-    """The metrics by name, with these folds where they can have any.
+    """The metrics by name, with these folds if they can keep folds.
 
     Args:
         metrics: the user's metrics; None: a choice for this width.
@@ -41,7 +41,7 @@ def metrics_for(
         ValueError: for a metric whose covariance would be too large.
     """
     named = _defaults(width, classes, center) if metrics is None else named_metrics(metrics)
-    found: dict[str, Metric] = {}
+    chosen: dict[str, Metric] = {}
     for name, metric in named.items():
         if isinstance(metric, SpectralMetric) and metric.takes_observations:
             metric = metric.with_folds(1 if metric.sketch_size is not None else folds)
@@ -53,15 +53,15 @@ def metrics_for(
                     f"expected at most {WIDEST} features for {name!r}, whose covariance would take"
                     f" {8 * width**2 / 2**30:.1f} GiB, got {width}; give it sketch_size={_SKETCH_SIZE}"
                 )
-        found[name] = metric
-    return found
+        chosen[name] = metric
+    return chosen
 
 
 def _defaults(width: int, classes: int, center: bool) -> dict[str, Metric]:
     if width > WIDEST:
         kinds = (IntrinsicDimensionMetric, SaturationMetric, ParticipationRatioMetric, StableRankMetric)
         return named_metrics([kind(center=center, sketch_size=_SKETCH_SIZE) for kind in kinds])
-    found: list[Metric] = [
+    metrics: list[Metric] = [
         kind(center=center, nan_strategy="ignore")  # the findings say how many rows were left out
         for kind in (
             IntrinsicDimensionMetric,
@@ -72,7 +72,7 @@ def _defaults(width: int, classes: int, center: bool) -> dict[str, Metric]:
             CovarianceTraceMetric,
         )
     ]
-    found.append(SpreadMetric(nan_strategy="ignore"))
+    metrics.append(SpreadMetric(nan_strategy="ignore"))
     if classes > 1:
-        found += [kind(classes, nan_strategy="ignore") for kind in (LinearProbeMetric, NeuralCollapseMetric)]
-    return named_metrics(found)
+        metrics += [kind(classes, nan_strategy="ignore") for kind in (LinearProbeMetric, NeuralCollapseMetric)]
+    return named_metrics(metrics)

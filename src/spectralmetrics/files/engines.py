@@ -1,4 +1,4 @@
-"""Moments of one partition of data that lives in an engine, which merges them in its own reduction."""
+"""Moments of one partition of data in an engine, which merges the moments in its own reduction."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def moments_of(rows: Any) -> Moments:
         return empty_moments(widths[0] if widths else len(fields) if columns.join else 0)
     field = columns.features(None, None)
     size, width = field.shape
-    found = empty_moments(width)
+    moments = empty_moments(width)
     for start in range(0, size, _ROWS):
         block = field.read(start, min(start + _ROWS, size))
-        accumulate(found, Observations(block.cpu()))
-    return found
+        accumulate(moments, Observations(block.cpu()))
+    return moments

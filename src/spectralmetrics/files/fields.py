@@ -20,13 +20,13 @@ class ReadError(ValueError):
 
     Attributes:
         file: its name.
-        row: number of the first row that could not be read, from 0; None where that is not known.
+        row: number of the first row that could not be read, from 0; None if unknown.
         partial: the :class:`~spectralmetrics.Measurement` of the rows that were read before; None if there
             were none.
     """
 
     def __init__(self, file: str, problem: str, row: int | None = None) -> None:
-        super().__init__(file, problem, row)  # as it is pickled
+        super().__init__(file, problem, row)  # pickle passes these arguments
         self.file = file
         self.problem = problem
         self.row = row
@@ -42,10 +42,10 @@ class Field:
     """A column.
 
     Attributes:
-        shape: rows first: (N,) of numbers, (N, D) of vectors, or whatever else it is.
-        dtype: the dtype of what :attr:`read` returns; None if it holds no numbers.
+        shape: rows first: (N,) for numbers, (N, D) for vectors, or any other shape.
+        dtype: the dtype of the rows that :attr:`read` returns; None if they are not numbers.
         described: the dtype as its file calls it.
-        read: (start, stop) -> these rows. Called with starts that never fall.
+        read: (start, stop) -> these rows. From call to call, the start must not decrease.
     """
 
     shape: tuple[int, ...]
@@ -74,8 +74,8 @@ class Columns:
     Attributes:
         name: the name of the file or object.
         fields: the fields by name, in their order; an object without columns has one field ``""``.
-        join: columns of numbers, by name -> the field of their rows as vectors.
-        index: names of columns that number or name the rows: no features unless they are asked for.
+        join: names of columns of numbers -> the field of their rows as vectors.
+        index: names of columns that number or name the rows: features only if the user chooses them.
     """
 
     name: str
@@ -92,21 +92,21 @@ class Columns:
         """The column of feature vectors.
 
         Args:
-            column: its name, or a pattern as in ``fnmatch``; of columns of numbers a pattern for all. None: the
-                only candidate.
-            labels: name of the column of labels, which is no candidate.
+            column: its name, or a pattern as in ``fnmatch``, which may match several columns of numbers. None:
+                the only candidate.
+            labels: name of the column of labels, which is not a candidate.
 
         Raises:
             ReadError: if there is none, or there are several.
         """
-        found = {name: each for name, each in self.fields.items() if name != labels}
+        fields = {name: each for name, each in self.fields.items() if name != labels}
         if column is None:
-            found = {name: each for name, each in found.items() if name not in self.index}
+            fields = {name: each for name, each in fields.items() if name not in self.index}
         else:
-            found = {name: each for name, each in found.items() if fnmatch.fnmatchcase(name, column)}
-            if not found:
+            fields = {name: each for name, each in fields.items() if fnmatch.fnmatchcase(name, column)}
+            if not fields:
                 raise ReadError(self.name, f"expected a column {column!r}, got {self.listed()}")
-        vectors = {name: each for name, each in found.items() if each.is_floating and len(each.shape) == 2}
+        vectors = {name: each for name, each in fields.items() if each.is_floating and len(each.shape) == 2}
         if len(vectors) > 1:
             raise ReadError(
                 self.name,
@@ -115,10 +115,10 @@ class Columns:
             )
         if vectors:
             return next(iter(vectors.values()))
-        numbers = [name for name, each in found.items() if each.is_floating and len(each.shape) == 1]
+        numbers = [name for name, each in fields.items() if each.is_floating and len(each.shape) == 1]
         if numbers and self.join is not None:
             return self.join(numbers)
-        raise ReadError(self.name, self._refusal(found))
+        raise ReadError(self.name, self._refusal(fields))
 
     def labels(self, name: str) -> Field:
         """The column of labels.
@@ -131,23 +131,23 @@ class Columns:
                 self.name,
                 f"expected labels as a column {name!r} or a file of that name, got {self.listed()}",
             )
-        found = self.fields[name]
-        if len(found.shape) != 1 or not (found.is_integer or found.is_floating):
+        field = self.fields[name]
+        if len(field.shape) != 1 or not (field.is_integer or field.is_floating):
             raise ReadError(
                 self.name,
-                f"expected an integer label for each row in {name!r}, got {found}: number the classes",
+                f"expected an integer label for each row in {name!r}, got {field}: number the classes",
             )
-        return found
+        return field
 
     def listed(self, fields: Mapping[str, Field] | None = None) -> str:
-        """Some fields in words, all by default."""
+        """Fields in words, by default all."""
         chosen = self.fields if fields is None else fields
         shown = [f"{name!r} ({each})" if name else f"one array ({each})" for name, each in chosen.items()]
         more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
         return (", ".join(shown[:12]) + more) if shown else "no columns"
 
     def _refusal(self, fields: Mapping[str, Field]) -> str:
-        """The reason why none of these columns can be features, and what to do."""
+        """The reason why none of these columns can be features, with advice."""
         if not fields:
             return f"expected a column of features, got {self.listed()}"
         words = f"expected floating rows of shape (N, D), got {self.listed(fields)}"
@@ -166,7 +166,7 @@ def _advice(fields: Iterable[Field]) -> str:
         return "give each observation a row, of one feature as rows[:, None]"
     if torch.uint8 in dtypes:
         return (
-            "of bits packed into bytes save np.unpackbits(rows, axis=1).astype(np.float16), of quantised ones"
+            "for bits packed into bytes save np.unpackbits(rows, axis=1).astype(np.float16), for quantised rows"
             " the numbers that they stand for"
         )
     if torch.int8 in dtypes:
@@ -184,28 +184,28 @@ EMPTY: Mapping[str, Field] = {"": Field((0, 0), torch.float32, "nothing", lambda
 
 
 def columns_of(value: Any, name: str) -> Columns | None:
-    """The columns of an object in memory; None for one that is no array, tensor, data frame or dict of these.
+    """The columns of an object in memory; None for an object of another kind.
 
     Args:
-        value: a tensor, an array, whatever gives one by ``__array__``, a data frame, or a dict of these.
-        name: what messages are to call it.
+        value: a tensor, an array, an object with ``__array__``, a data frame, or a dict of these.
+        name: the name of the object in messages.
     """
     if isinstance(value, Tensor):
         return Columns(name, {"": field_of_tensor(value)})
     if isinstance(value, Mapping):
         check_names(name, map(str, value))
-        fields = {str(key): found for key, each in value.items() if (found := _field_of(each)) is not None}
+        fields = {str(key): field for key, each in value.items() if (field := _field_of(each)) is not None}
         return Columns(name, fields)
     if hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a data frame
         check_names(name, map(str, value.columns))
         fields = {str(key): _field_of_series(value[key]) for key in value.columns}
         return Columns(name, fields, lambda names: _joined([fields[each] for each in names]))
-    found = None if isinstance(value, list) else _field_of(value)
-    return None if found is None else Columns(name, {"": found})
+    own = None if isinstance(value, list) else _field_of(value)
+    return None if own is None else Columns(name, {"": own})
 
 
 def check_names(name: str, columns: Iterable[str]) -> None:
-    """Raise a ReadError for several columns of one name, of which only one could be read."""
+    """Raise a ReadError for several columns of one name: only one of them could be read."""
     if twice := [column for column, number in Counter(columns).items() if number > 1]:
         raise ReadError(
             name, f"expected columns of different names, got several called {twice[0]!r}; rename all but one"
@@ -240,7 +240,7 @@ def field_of_tensor(value: Tensor) -> Field:
 
 
 def field_of_array(value: np.ndarray[Any, Any]) -> Field:
-    """The field of an array; one of objects that are vectors is one of lists. What is masked is missing."""
+    """The field of an array. An array of objects may hold vectors; masked values are missing."""
     if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in "iuf":
         is_float = value.dtype.kind == "f"
 
@@ -263,8 +263,8 @@ def _field_of_series(series: Any) -> Field:
     values = series.to_numpy()
     if values.dtype == object and kind in "iuf":  # some are missing
         values = series.to_numpy(dtype=np.float64, na_value=np.nan)
-    found = field_of_array(values)
-    return replace(found, dtype=torch.int64, described="int64") if kind in "iu" else found
+    field = field_of_array(values)
+    return replace(field, dtype=torch.int64, described="int64") if kind in "iu" else field
 
 
 def _field_of_vectors(values: np.ndarray[Any, Any]) -> Field:
@@ -274,7 +274,7 @@ def _field_of_vectors(values: np.ndarray[Any, Any]) -> Field:
     if width is None or first is None or first.ndim != 1 or torch_dtype(first.dtype) is None:
         return Field(values.shape, None, "objects", lambda a, b: torch.empty(0))
 
-    # Vectors of several floating dtypes lose no digits.
+    # The common dtype, so that vectors of several floating dtypes lose no digits.
     floating = {each.dtype for each in values if isinstance(each, np.ndarray) and each.dtype.kind == "f"}
     common = np.result_type(*floating) if floating else first.dtype
 
@@ -299,18 +299,18 @@ def _joined(fields: Sequence[Field]) -> Field:
     return Field((fields[0].shape[0], len(fields)), dtype, fields[0].described, read)
 
 
-def ragged(expected: int, found: int) -> str:
+def ragged(expected: int, width: int) -> str:
     """The message for a row of another width."""
-    return f"expected {expected} features as in the rows before, got {found}"
+    return f"expected {expected} features as in the rows before, got {width}"
 
 
 # -- dtypes ---------------------------------------------------------------------------------------------------
 
-_BFLOAT16 = ("V2", "bfloat16")  # as numpy reads what ml_dtypes and JAX have saved, and as ml_dtypes calls it
+_BFLOAT16 = ("V2", "bfloat16")  # numpy's name in files from ml_dtypes and JAX, and ml_dtypes' own name
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
-    """The dtype of :func:`as_tensor`; None for what holds no numbers."""
+    """The dtype of :func:`as_tensor`; None for a dtype without numbers."""
     if dtype.names is not None or dtype.subdtype is not None:
         return None
     if dtype.str.lstrip("|<=") in _BFLOAT16 or dtype.name == "bfloat16":

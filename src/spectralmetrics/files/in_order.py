@@ -14,12 +14,12 @@ AT_A_TIME = 4096
 
 
 class InOrder:
-    """Reads rows of what can only be read from its beginning on; the file is closed behind the last one.
+    """Reads rows of a file that can only be read from its beginning on, and closes it after the last row.
 
     Args:
         path: the path of the file.
         size: the number of all rows.
-        stream: begins anew, and yields a function that takes so many of the next rows, or fewer at the end.
+        stream: opens the file and yields a function: number -> this many of the next rows, fewer at the end.
     """
 
     def __init__(self, path: Path, size: int, stream: Callable[[], Iterator[Callable[[int], Tensor]]]) -> None:
@@ -44,7 +44,7 @@ class InOrder:
         except RowError as error:
             self._open = None
             raise ReadError(str(self._path), str(error), self._at + error.row) from error
-        except Exception as error:  # whatever damaged data brings about
+        except Exception as error:  # damaged data raises any kind of error
             self._open = None
             raise ReadError(str(self._path), f"is damaged: {first_line(error)}", self._at) from error
         if len(rows) < count:
@@ -59,7 +59,7 @@ class InOrder:
 
 
 class RowError(ValueError):
-    """Raised for a row, counted from the next one."""
+    """Raised for a row that cannot be read, counted from the next row."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(problem)

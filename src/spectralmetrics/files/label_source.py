@@ -15,20 +15,20 @@ from spectralmetrics.files.readers import READERS, read_columns
 
 
 def read_labels(field: Field, name: str, start: int, stop: int) -> Tensor:
-    """Some labels, shape (n,), int64; -1 where there is none."""
-    found = field.read(start, stop)
-    if found.is_floating_point():
-        is_there = found.isfinite()
-        wrong = is_there & (found != found.round())
+    """Labels of some rows, shape (n,), int64; -1 for a row without one."""
+    labels = field.read(start, stop)
+    if labels.is_floating_point():
+        is_there = labels.isfinite()
+        wrong = is_there & (labels != labels.round())
         if bool(wrong.any()):
             row = int(wrong.to(torch.uint8).argmax())
-            raise ReadError(name, f"expected an integer label, got {float(found[row])}", start + row)
-        found = torch.where(is_there, found, -1)
-    return found.to(torch.int64)
+            raise ReadError(name, f"expected an integer label, got {float(labels[row])}", start + row)
+        labels = torch.where(is_there, labels, -1)
+    return labels.to(torch.int64)
 
 
 def labels_of(labels: Any) -> tuple[str | None, Field | None]:
-    """The column of labels, or all of them, one after the other."""
+    """The name of the column of labels, or the field of all labels."""
     if labels is None:
         return None, None
     if isinstance(labels, (str, Path)):

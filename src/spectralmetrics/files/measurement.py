@@ -32,12 +32,12 @@ from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.table import number, text_table
 
 LAYER = "embeddings"
-"""The name of the layer in records, the same for all sources, so that ``compare`` pairs those of two runs."""
+"""The name of the layer in records, equal for all sources, so that ``compare`` pairs the layers of two runs."""
 _STAGE = "eval"
 _MOST_OF_CLASSES = 2**32
-"""Bytes for the sums of each class."""
+"""The most bytes for the sums of all classes."""
 _SAMPLE = 1024
-"""Rows that a run keeps."""
+"""The most rows that a run keeps."""
 _IN_SUMMARY = ("intrinsic_dimension", "saturation")
 
 
@@ -48,8 +48,8 @@ class Measurement(NamedTuple):
         values: statistic -> its value, on the CPU.
         intervals: statistic -> its :class:`~spectralmetrics.Interval`; empty without folds.
         summary: a :class:`~spectralmetrics.Summary` of one row.
-        findings: a :class:`~spectralmetrics.Finding` for whatever stands out, problems first.
-        sums: what the values were read from: :class:`~spectralmetrics.sums.Moments`,
+        findings: a :class:`~spectralmetrics.Finding` for everything that stands out, problems first.
+        sums: the sums behind the values: :class:`~spectralmetrics.sums.Moments`,
             :class:`~spectralmetrics.sums.Folds` or another sum, which :func:`measure` takes again.
     """
 
@@ -98,7 +98,7 @@ def measure(
     Parquet, missing values are left out with their labels, and counted.
 
     In a process group (``torchrun``) all processes call it with the same source: each reads some of the files
-    or, of fewer files than processes, some blocks, and all get the result of all rows.
+    or, with fewer files than processes, some blocks, and all get the result of all rows.
 
     Args:
         source: rows of shape (N, D) in any floating dtype: a path of a ``.npy``, ``.npz``, ``.safetensors``,
@@ -109,20 +109,20 @@ def measure(
         metrics: a metric, or a sequence or dict of them; by default dimension, saturation, effective rank,
             participation ratio, stable rank, total variance and spread, and with labels linear probe and
             neural collapse.
-        column: which column of a file holds the features, by name or pattern, of a Parquet file also columns
-            of numbers; None: the only column of floating vectors, or all columns of floating numbers.
-            Integers are never features.
+        column: name or pattern of the column of features; in a Parquet file a pattern may match columns of
+            numbers. None: the only column of floating vectors, or all columns of floating numbers. Integers
+            are never features.
         labels: an integer for each row: the name of a column, a path of a file (one of the above, or ``.txt``
             with one in each line), or the labels themselves; -1, NaN or a missing value for none. None: no
             labels.
-        center: False reads the second moment about zero: the effective rank is RankMe then.
-        folds: with g > 1 values have intervals. From g files on, each file is in one fold; of fewer, and of
-            arrays, blocks from all over the rows are dealt to folds. Items of an iterable are not divided.
+        center: False reads the second moment about zero: the effective rank is then RankMe.
+        folds: with g > 1 values have intervals. With g files or more, each file is in one fold; with fewer, and
+            for arrays, blocks from all over the rows are dealt to folds. Items of an iterable are not divided.
         block_rows: the most rows in memory at a time; fewer if they are wide.
         record: directory of a run to write, which report, ``compare`` and ``recompute`` read; the rows are its
             layer ``"embeddings"`` in stage ``"eval"``.
-        progress: called with the number of rows that this process has read, and of all that it will (of an
-            iterable the same number). An exception stops the work.
+        progress: called with the number of rows that this process has read and the number that it will read
+            (for an iterable, the first number again). An exception stops the work.
 
     Returns:
         A :class:`Measurement`, the same on all processes.
@@ -130,12 +130,12 @@ def measure(
     Raises:
         ReadError: a ``ValueError`` that names file and row, for rows that cannot be read: another width or
             dtype, a damaged file, several columns that could be meant. Its ``partial`` is the measurement of
-            what was read before.
+            the rows before.
         FileNotFoundError: if there is no such file.
         FileExistsError: if ``record`` holds a run.
         ModuleNotFoundError: for Parquet or safetensors without the extra ``spectralmetrics[files]``.
-        TypeError, ValueError: for an argument out of range, a source of another kind or without rows, or a
-            number of labels other than that of the rows.
+        TypeError, ValueError: for an argument out of range, a source of another kind or without rows, or
+            different numbers of labels and rows.
         RuntimeError: if the rows overflow the range of the sums.
 
     >>> rows = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
@@ -185,12 +185,12 @@ def measure(
 
 
 class _Measuring:
-    """A probe that is given rows which no model has put out.
+    """A probe that measures rows without a model.
 
     Args:
         templates: its metrics.
         width: the number of features.
-        kind: what takes the place of the layer's type.
+        kind: shown in place of the layer's type.
         record: see :func:`measure`.
     """
 
@@ -204,7 +204,7 @@ class _Measuring:
         self._recorder = None if record is None else Recorder(record, self._probe, ["csv", "arrays"])
 
     def _keep_sample(self, size: int) -> None:
-        """Keep rows that ``compare`` pairs by their numbers with those of another run."""
+        """Keep numbered rows, which ``compare`` pairs with the rows of another run."""
         for leader in self._place.spectral_leaders:
             if leader.takes_observations and not leader.needs_labels:
                 leader.accumulate_also([empty_numbered(size, 0)])
@@ -230,28 +230,28 @@ class _Measuring:
             elif error is not None:
                 raise error
             deals = "" if self._place.folds == 1 else f", {self._place.folds} folds of {rows.unit}"
-            found = self._read(lambda n: f"{n:,} x {rows.width} {rows.dtype}{_in_parts(rows)}{deals}")
-            if found is not None:
+            measured = self._read(lambda n: f"{n:,} x {rows.width} {rows.dtype}{_in_parts(rows)}{deals}")
+            if measured is not None:
                 warn_of_empty(rows)
             if fault is not None:
-                fault.partial = found
+                fault.partial = measured
                 raise fault
-            if found is None:
+            if measured is None:
                 named = f" in {', '.join(map(repr, rows.empty))}" if rows.empty else ""
                 raise ValueError(f"expected rows in `source`, got none{named}")
             self._record()
-        return found
+        return measured
 
     def of_sums(self, sums: SpectralSum) -> Measurement:
         """Measures sums that were made elsewhere."""
         with contextlib.closing(self._recorder) if self._recorder else contextlib.nullcontext():
             [leader] = self._place.spectral_leaders
             leader.replace_sums([sums.map(torch.clone)])
-            found = self._read(lambda n: f"{n:,} x {sums.num_features}")
-            if found is None:
-                raise ValueError("expected `source` to be the sums of some rows, got those of none")
+            measured = self._read(lambda n: f"{n:,} x {sums.num_features}")
+            if measured is None:
+                raise ValueError("expected `source` to be the sums of some rows, got sums of no rows")
             self._record()
-        return found
+        return measured
 
     def _read(self, describe: Any) -> Measurement | None:
         """The values of all processes' rows; None if there were none."""
@@ -293,7 +293,7 @@ def _add(place: LayerMetrics, block: Block) -> None:
 
 
 def _sums_of(source: Any) -> SpectralSum | None:
-    """Sums that are given in place of rows; those of several parts as folds."""
+    """Sums that are given in place of rows; several moments become folds."""
     if isinstance(source, SpectralSum):
         return source
     if isinstance(source, Sequence) and source and all(isinstance(each, Moments) for each in source):

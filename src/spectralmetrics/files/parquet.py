@@ -26,7 +26,7 @@ _BUFFER = 2**20
 
 
 def parquet_columns(path: Path) -> Columns:
-    """The columns of a Parquet file; a column of lists of floating numbers is one of vectors."""
+    """The columns of a Parquet file; a column of lists of floating numbers holds vectors."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
@@ -42,7 +42,7 @@ def parquet_columns(path: Path) -> Columns:
         # Without `pre_buffer`, pages are read as they are decoded; a row group may be larger than the memory.
         with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             for batch in file.iter_batches(size, columns=list(names), use_threads=False):
-                # A tensor of fixed shape is a list with something wrapped around it.
+                # A tensor of fixed shape is a list inside an extension type.
                 yield [getattr(column, "storage", column) for column in map(batch.column, names)]
 
     def field(name: str) -> Field:
@@ -72,7 +72,7 @@ def parquet_columns(path: Path) -> Columns:
         words = str(dtype).removeprefix("torch.")
         return Field((rows, len(names)), dtype, words, _in_order(path, rows, lambda: batches(names), rows_of))
 
-    # pandas keeps the index of a frame as columns, and says which; of one that only counts it keeps a dict.
+    # pandas keeps the index of a frame as columns and names them; an index that only counts it keeps as a dict.
     index = (schema.pandas_metadata or {}).get("index_columns", ())
     names = frozenset(each for each in index if isinstance(each, str))
     return Columns(str(path), {name: field(name) for name in types}, join, names)
@@ -89,7 +89,7 @@ def _dtype_of_arrow(kind: Any) -> torch.dtype | None:
 def _in_order(
     path: Path, size: int, batches: Callable[[], Iterator[Any]], rows_of: Callable[[Any], Tensor]
 ) -> Callable[[int, int], Tensor]:
-    """Reads some rows of batches of another size."""
+    """A function that reads rows from batches of another size."""
     return InOrder(path, size, lambda: _in_pieces(batches(), rows_of)).read
 
 
@@ -115,12 +115,12 @@ def _in_pieces(batches: Iterator[Any], rows_of: Callable[[Any], Tensor]) -> Iter
 
 
 def _numbers(column: Any) -> Tensor:
-    """Numbers; missing ones are NaN, of integers that have some, too."""
+    """Numbers; missing numbers are NaN, also among integers."""
     return as_tensor(column.to_numpy(zero_copy_only=False))
 
 
 def _width_of_lists(batches: Iterator[list[Any]]) -> int:
-    """The length of the first list that is there; 0 if none is."""
+    """The length of the first list that is not missing; 0 if all are missing."""
     for (column,) in batches:
         if len(there := column.drop_null()):
             return int(there.value_lengths()[0].as_py())

@@ -1,7 +1,8 @@
-"""Files of rows: one function for each format, which reads what the columns are and no rows yet.
+"""Files of rows: one function for each format, which describes the columns and reads no rows yet.
 
-Rows are read some at a time, and a file is not kept open or mapped between two reads of them: memory is bounded
-by what is read at a time, whatever the size of the file. Files are read as data; nothing in them is run.
+Rows are read some at a time. Between two reads no file stays mapped, and only a file that must be read in order
+stays open: memory is bounded by the rows of one read, whatever the size of the file. Files are read as data; no
+code in them is run.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def read_columns(path: Path) -> Columns:
         return READERS[path.suffix.lower()](path)
     except (ReadError, ModuleNotFoundError, FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # whatever a damaged file brings about in whichever library
+    except Exception as error:  # a damaged file raises any kind of error in other libraries
         raise ReadError(name, f"cannot be read as {path.suffix}: {first_line(error)}") from error
 
 
@@ -72,7 +73,7 @@ def _instead(path: Path) -> str:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and dtype; the file is then at its first number."""
+    """Shape, True if columns come first, and dtype; the file is then at its first number."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
@@ -107,7 +108,7 @@ def _npy(path: Path) -> Columns:
 def _of_columns(
     path: Path, offset: int, shape: Sequence[int], dtype: np.dtype[Any], start: int, stop: int
 ) -> np.ndarray[Any, Any]:
-    """Rows of a matrix that lies column by column: mapped, much of the file would count as memory in use."""
+    """Rows of a matrix stored column by column. If mapped, much of the file would count as memory in use."""
     columns = np.empty((shape[1], (stop - start) * dtype.itemsize), np.uint8)
     with path.open("rb") as file:
         for index, column in enumerate(columns):
@@ -205,7 +206,7 @@ def _pt(path: Path) -> Columns:
 
     def field(name: str, tensor: Tensor) -> Field:
         own = field_of_tensor(tensor)
-        if not is_zip:  # it has been read as a whole
+        if not is_zip:  # `load` has read all of it
             return own
         # Mapped anew for each read: pages that were read once would count as memory in use.
         return Field(own.shape, own.dtype, own.described, lambda a, b: load()[name][a:b].clone())
@@ -232,4 +233,4 @@ READERS: Mapping[str, Callable[[Path], Columns]] = {
     ".pt": _pt,
     ".pth": _pt,
 }
-"""Suffix -> what reads the columns of such a file."""
+"""Suffix -> function that reads the columns of such a file."""

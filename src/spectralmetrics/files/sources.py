@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: the name in messages.
-        columns: reads what its columns are.
+        columns: reads the descriptions of its columns.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Part(NamedTuple):
 
 
 def parts_of(source: Any) -> list[Part] | Iterator[Part]:
-    """The parts of a source: a list where they are known, an iterator where they are made one by one.
+    """The parts of a source: a list if they are known, an iterator if they are made one by one.
 
     Args:
         source: a path (a file, a folder, or a glob), an array, tensor, data frame or dict of arrays, a sequence
             of these, or any other iterable of them.
 
     Raises:
-        FileNotFoundError: for a path or a glob of which there is no file.
+        FileNotFoundError: for a path or a glob without a file.
         TypeError: for anything else.
     """
     if (own := _one(source, "the array")) is not None:
@@ -53,38 +53,38 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """The files of a path in numeric order, ``shard-2`` before ``shard-10``.
 
     Args:
-        path: a file, a folder, of which the files that can be read are taken, or a glob, ``**`` included.
+        path: a file, a folder, whose readable files are taken, or a glob, ``**`` included.
 
     Raises:
         FileNotFoundError: if there are none.
     """
     text = os.path.expanduser(path)
     if os.path.isdir(text):
-        found = [each for each in Path(text).iterdir() if each.suffix.lower() in READERS and each.is_file()]
-        found = [each for each in found if not each.name.startswith(".")]
-        if not found:
+        files = [each for each in Path(text).iterdir() if each.suffix.lower() in READERS and each.is_file()]
+        files = [each for each in files if not each.name.startswith(".")]
+        if not files:
             kinds = sorted({each.suffix for each in Path(text).iterdir() if each.suffix})
             raise FileNotFoundError(
                 f"expected files among {', '.join(READERS)} in {text!r}, got {', '.join(kinds) or 'none'}; a"
                 f" glob such as '{text}/**/*.npy' looks into the folders below"
             )
     elif os.path.lexists(text):
-        found = [Path(text)]
+        files = [Path(text)]
     else:
-        # Folders that are there by their own names are no patterns, whatever is in these names.
+        # A folder that exists is not a pattern, even if its name holds the characters of one.
         folder = next((each for each in Path(text).parents if each.is_dir()), Path())
         pattern = os.path.join(glob.escape(str(folder)), *Path(text).parts[len(folder.parts) :])
-        found = [Path(each) for each in glob.glob(pattern, recursive=True) if not os.path.isdir(each)]
-    for each in found:
+        files = [Path(each) for each in glob.glob(pattern, recursive=True) if not os.path.isdir(each)]
+    for each in files:
         if not each.exists():
             raise FileNotFoundError(f"expected a file, got {str(each)!r}, a link to nothing")
-    if not found:
+    if not files:
         raise FileNotFoundError(f"expected a file, a folder or a glob, found no {text!r}")
-    return sorted(found, key=numeric_order)
+    return sorted(files, key=numeric_order)
 
 
 def numeric_order(path: str | Path) -> list[tuple[tuple[int, int, str], ...]]:
-    """Sorts paths as people count: numbers in names by their values.
+    """The key that sorts paths with numbers in their names by value.
 
     >>> sorted(["s-10.npy", "s-9.npy", "s-1.npy"], key=numeric_order)
     ['s-1.npy', 's-9.npy', 's-10.npy']
@@ -121,18 +121,18 @@ def _of_item(item: Any, index: int) -> list[Part]:
 
 
 def _once(parts: list[Part]) -> list[Part]:
-    """Without files that come twice, by another name or through a link."""
+    """The parts, each file once even if it comes twice, by another name or through a link."""
     seen: dict[str, str] = {}
-    found, twice = [], []
+    kept, twice = [], []
     for part in parts:
-        place = os.path.realpath(part.name) if os.path.exists(part.name) else ""
-        if place and place in seen:
+        path = os.path.realpath(part.name) if os.path.exists(part.name) else ""
+        if path and path in seen:
             twice.append(part.name)
             continue
-        seen[place] = part.name
-        found.append(part)
+        seen[path] = part.name
+        kept.append(part)
     if twice:
         warnings.warn(
             f"read once, though named twice: {', '.join(map(repr, twice))}", UserWarning, stacklevel=5
         )
-    return found
+    return kept

@@ -50,10 +50,10 @@ from spectralmetrics.sums.checks import check_positive_integer
 NanStrategy = Literal["warn", "error", "ignore"]
 
 REPEATED_INPUTS = (
-    "the same inputs came in several folds, which know each other then: intervals are too narrow. Call reset()"
-    " before each pass over the data, and show what belongs to one input in one batch"
+    "the same inputs came in several folds, which then depend on each other: intervals are too narrow. Call"
+    " reset() before each pass over the data, and show what belongs to one input in one batch"
 )
-"""What is said of intervals whose folds share inputs."""
+"""The warning that folds share inputs."""
 
 _STATISTICS: dict[str, type[SpectralMetric]] = {}
 
@@ -71,7 +71,7 @@ class Interval(NamedTuple):
 
 
 def statistics() -> dict[str, type[SpectralMetric]]:
-    """All statistics defined so far, by short name, those of the user included.
+    """All statistics defined so far, by short name, including the user's own.
 
     >>> from spectralmetrics import statistics
     >>> statistics()["saturation"].__name__
@@ -96,15 +96,15 @@ class SpectralMetric(SumsMetric):
             float32 on other accelerators. The sums are float64 in any case.
         nan_strategy: rows that hold NaN or infinities are left out and counted. ``"warn"`` says so at
             ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
-        folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can test on some what
-            was fitted to the others. Values use all data; the state is g times as large. Processes
+        folds: with g > 1, batches are dealt in turn to g sums, so that :meth:`interval` can test on one fold
+            the directions fitted to the others. Values use all data; the state is g times as large. Processes
             begin with different folds, and ``merge_state`` pairs folds so that all are filled alike.
-        sketch_size: with k, a sketch of k columns is kept in place of the covariance, 8·D·k bytes of any
-            width D, and :meth:`interval` gives bounds that hold for certain. None keeps the covariance.
+        sketch_size: with k, a sketch of k columns, of 8·D·k bytes, replaces the covariance, and
+            :meth:`interval` gives bounds that hold for certain. None keeps the covariance.
         kwargs: see `torchmetrics.Metric`.
 
     Raises:
-        TypeError: from ``update``, for rows that are no floating tensor.
+        TypeError: from ``update``, for rows that are not a floating tensor.
         ValueError: for an argument out of range; from ``update``, for rows that are not 2-D or whose width
             is not D.
         RuntimeError: from ``compute``, if no observation has been counted, or if the observations overflow.
@@ -115,21 +115,21 @@ class SpectralMetric(SumsMetric):
     full_state_update = False
 
     is_statistic: ClassVar[bool] = True
-    """Whether the value is one of all observations, however they came; False for what tells batches apart."""
+    """True if the value does not depend on how the observations were divided into batches."""
     short_name: ClassVar[str]
     """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
     needs_eigenvectors: ClassVar[bool] = False
-    """Whether :meth:`statistic` reads eigenvectors, so that a probe decomposes once for all."""
+    """True if :meth:`statistic` reads eigenvectors; a probe then decomposes once for all metrics."""
     needs_eigenvalues: bool = True
-    """Whether :meth:`statistic` reads eigenvalues; a probe decomposes nothing for those that do not."""
+    """True if :meth:`statistic` reads eigenvalues; if False, a probe decomposes nothing for it."""
     needs_labels: ClassVar[bool] = False
-    """Whether ``update`` takes labels beside the rows."""
+    """True if ``update`` takes labels beside the rows."""
     suits_sketches: ClassVar[bool] = False
-    """Whether :meth:`statistic` can be read from a sketch as it is; otherwise :meth:`from_sketch` does that."""
+    """True if :meth:`statistic` can read a sketch as it is; if False, :meth:`from_sketch` must read it."""
     counts_directions: ClassVar[bool] = False
-    """Whether the value is a number or share of directions, which other draws of the data hardly move."""
+    """True if the value is a number or share of directions, which other draws of the data hardly change."""
     has_interval: ClassVar[bool] = True
-    """Whether :meth:`statistic` can be read from held-out eigenvalues, too."""
+    """True if :meth:`statistic` can also read held-out eigenvalues."""
     count: Tensor
     non_finite: Tensor
     origin: Tensor
@@ -186,11 +186,11 @@ class SpectralMetric(SumsMetric):
         return empty_folds(self.folds, 0) if self.folds > 1 else empty_moments(0)
 
     def other_sums(self) -> Sequence[Sum]:
-        """Sums that :meth:`statistic` reads besides the moments, empty and of width zero; a subclass' own."""
+        """The sums that :meth:`statistic` of a subclass reads besides the moments, empty and of width zero."""
         return ()
 
     def with_folds(self, folds: int) -> SpectralMetric:
-        """A metric with the same settings and without observations, which it will keep in so many folds."""
+        """A metric with the same settings, this number of folds and no observations."""
         check_positive_integer("folds", folds)
         if self.sketch_size is not None and folds > 1:
             raise ValueError(f"expected folds=1 of a metric with sketch_size={self.sketch_size}, got {folds}")
@@ -200,24 +200,24 @@ class SpectralMetric(SumsMetric):
         return twin
 
     def check_folds(self) -> None:
-        """Raise a ValueError if :meth:`statistic` compares folds, and there is one; called by a probe."""
+        """Raise a ValueError if :meth:`statistic` compares folds and there is only one; a probe calls it."""
 
     def sketch_instead(self, sketch_size: int) -> None:
-        """Keep a sketch from now on, in place of the covariance; what has been observed is forgotten."""
+        """Keep a sketch from now on in place of the covariance, and forget all observations."""
         self.folds, self.sketch_size = 1, sketch_size
         self.accumulate_instead((self.spectral_sum(), *self.prototypes[1:]))
 
     # -- what a statistic reads --------------------------------------------------------------------------
 
     def statistic(self, spectrum: Spectrum) -> Tensor:
-        """The value of this metric for the given spectrum; what a subclass defines."""
+        """The value of this metric for the given spectrum; every subclass defines it."""
         raise NotImplementedError(f"{type(self).__name__} must define `statistic(self, spectrum)`")
 
     def from_sketch(self, spectrum: Spectrum) -> Estimate:
-        """The value of a spectrum of which a sketch is known, and certain bounds of it.
+        """The value for a sketched spectrum, with bounds that hold for certain.
 
         Raises:
-            RuntimeError: for a statistic that needs all of the spectrum.
+            RuntimeError: for a statistic that needs the whole spectrum.
         """
         if not self.suits_sketches:
             raise RuntimeError(
@@ -228,7 +228,7 @@ class SpectralMetric(SumsMetric):
 
     @property
     def moments(self) -> Moments | None:
-        """The moments, all folds together, or None before the first rows; without folds the state itself."""
+        """The moments of all folds together; None before the first rows. One fold gives the state itself."""
         first = self.sums[0]
         assert isinstance(first, SpectralSum)
         total = first.total
@@ -236,7 +236,7 @@ class SpectralMetric(SumsMetric):
 
     @property
     def spectrum(self) -> Spectrum:
-        """The spectrum of what has been accumulated, shared by the metrics that share this state.
+        """The spectrum of all observations so far, shared by the metrics that share this state.
 
         Raises:
             RuntimeError: if no observation has been counted.
@@ -245,7 +245,7 @@ class SpectralMetric(SumsMetric):
         return self._shared_spectrum()
 
     def wanted(self, device: torch.device | None = None) -> list[Wanted]:
-        """The decompositions that :meth:`read` needs, to be shared; none with an own ``compute``."""
+        """The decompositions that :meth:`read` needs, to be shared; none for an own ``compute``."""
         if type(self).compute is not SpectralMetric.compute:
             return []
         if self.needs_eigenvectors:
@@ -253,17 +253,17 @@ class SpectralMetric(SumsMetric):
         return [Wanted(self._shared_spectrum(device), "eigenvalues" if self.needs_eigenvalues else "variances")]
 
     def read(self, device: torch.device | None = None) -> Tensor:
-        """The value of ``compute`` for this process' observations, without its checks, on a device."""
+        """The value of ``compute`` for this process' observations, read on a device without checks."""
         if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
             return type(self).compute(self)
         return self.value_of(self._shared_spectrum(device)).clone()  # the spectrum itself is shared
 
     def read_interval(self, device: torch.device | None = None) -> Interval:
-        """The value of :meth:`interval` for this process' observations, without its checks, on a device."""
+        """The value of :meth:`interval` for this process' observations, read on a device without checks."""
         return self.interval_of(self._shared_spectrum(device))
 
     def dimension_read(self) -> int:
-        """The intrinsic dimension, if all eigenvalues have been read anyway; 0 if they have not."""
+        """The intrinsic dimension if all eigenvalues were read already; 0 otherwise."""
         spectrum = self._shared_spectrum(torch.device("cpu"))
         if spectrum.sketch is not None or not spectrum.knows("eigenvalues"):
             return 0
@@ -273,7 +273,7 @@ class SpectralMetric(SumsMetric):
         """The value of :meth:`interval` for a given spectrum.
 
         Raises:
-            RuntimeError: for observations that were kept in one fold.
+            RuntimeError: if the observations were kept in one fold.
         """
         if spectrum.sketch is not None:
             return Interval(*self.from_sketch(spectrum)[1:])
@@ -292,9 +292,9 @@ class SpectralMetric(SumsMetric):
         return Interval(low, high)
 
     def counts(self) -> Tensor:
-        """Counts to check before reading: observations, those left out, and whether none overflowed.
+        """Counts to check before reading: observations, observations left out, and 1 if none overflowed.
 
-        Shape (3,), int64, where the sums are.
+        Shape (3,), int64, on the device of the sums.
         """
         spectral = self.sums[0]
         assert isinstance(spectral, SpectralSum)
@@ -302,7 +302,7 @@ class SpectralMetric(SumsMetric):
         return torch.stack([spectral.num_observations, spectral.num_left_out, in_range])
 
     def check_range(self, in_range: bool | None = None) -> None:
-        """Raise a RuntimeError if the observations have overflowed; that is read unless it is given."""
+        """Raise a RuntimeError if the observations have overflowed; None checks the sums."""
         first = self.sums[0]
         assert isinstance(first, SpectralSum)
         if in_range is None:
@@ -317,7 +317,7 @@ class SpectralMetric(SumsMetric):
             )
 
     def value_of(self, spectrum: Spectrum) -> Tensor:
-        """The value for a given spectrum, of which a sketch may be all that is known."""
+        """The value for a given spectrum, exact or sketched."""
         if spectrum.sketch is not None:
             return self.from_sketch(spectrum).value
         return self._tensor(self.statistic(spectrum), spectrum)
@@ -326,7 +326,7 @@ class SpectralMetric(SumsMetric):
     def _tensor(value: Any, spectrum: Spectrum) -> Tensor:
         if isinstance(value, Tensor):
             return value
-        # A number, from a statistic of the user's.
+        # A user's statistic may return a number.
         dtype = torch.float64 if isinstance(value, float) else None
         return torch.tensor(value, dtype=dtype, device=spectrum.num_observations.device)
 
@@ -360,7 +360,7 @@ class SpectralMetric(SumsMetric):
         self._take_given(observations)
 
     def compute(self) -> Tensor:
-        """The statistic of all observations so far, merged across processes as torchmetrics is told to."""
+        """The statistic of all observations so far, merged across processes as torchmetrics is set up to."""
         value = self.value_of(self.spectrum)
         if self.misses(value):
             warnings.warn(
@@ -391,19 +391,18 @@ class SpectralMetric(SumsMetric):
         return self.sketch_size is not None and self.counts_directions and bool(value.isnan().any())
 
     def interval(self) -> Interval:
-        """Two values expected to enclose the one for unlimited data; merged like ``compute``.
+        """Two values expected to enclose the value for unlimited data; merged like ``compute``.
 
-        One is the statistic of the spectrum; the other that of the spectrum on held-out data, see
+        One is the statistic of the spectrum, the other the statistic of the spectrum on held-out data, see
         :func:`~spectralmetrics.functional.held_out_eigenvalues`. Directions that are fitted to few observations
         look too unequal on these and too equal on others: for dimension, saturation, effective rank and
         participation ratio the truth lies between; for the stable rank as well, unless several leading
-        eigenvalues are equal. Of a sketch the two enclose the value for these observations, for certain.
-        Unless the statistic counts directions, both
-        ends are moved outwards by what other draws of the data may change, see
-        :func:`~spectralmetrics.functional.sampling_margin`.
+        eigenvalues are equal. From a sketch, the two enclose the value for these observations for certain.
+        Unless the statistic counts directions, both ends are moved outwards by what other draws of the data
+        may change, see :func:`~spectralmetrics.functional.sampling_margin`.
 
         Returns:
-            low and high, of the shape of ``compute``. The end that is unknown while a fold is empty is NaN.
+            low and high, of the shape of ``compute``. While a fold is empty, the unknown end is NaN.
 
         Raises:
             RuntimeError: with ``folds=1``, for what ``compute`` raises, and for a statistic that has no
@@ -420,7 +419,7 @@ class SpectralMetric(SumsMetric):
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
 
         Args:
-            val: what ``compute`` or ``forward`` returned, or a sequence of such; None computes.
+            val: a value of ``compute`` or ``forward``, or a sequence of values; None computes one.
             ax: a matplotlib axis to draw into.
 
         Returns:
@@ -462,8 +461,8 @@ class SpectralMetric(SumsMetric):
             raise RuntimeError(f"{type(self).__name__} has no interval")
         if self.folds < 2 and self.sketch_size is None:
             raise RuntimeError(
-                f"{type(self).__name__} has kept its observations in one fold, of which there is no"
-                " interval; make it with folds=8, say"
+                f"{type(self).__name__} has kept its observations in one fold, which gives no interval; make it"
+                " with folds=8, say"
             )
 
     def _read_counts(self) -> Sequence[int]:
@@ -476,8 +475,8 @@ class SpectralMetric(SumsMetric):
         cache = live.stream.cache
         if "counts" not in cache:
             cache["counts"] = self.counts().tolist()
-        found: Sequence[int] = cache["counts"]
-        return found
+        cached: Sequence[int] = cache["counts"]
+        return cached
 
     def _check_observed(self) -> None:
         count, non_finite, in_range = self._read_counts()
@@ -501,4 +500,4 @@ class SpectralMetric(SumsMetric):
             )
 
 
-SpectralMetric.declare(Moments.states.values())  # also of metrics that keep folds
+SpectralMetric.declare(Moments.states.values())  # metrics that keep folds have these states, too

@@ -19,29 +19,29 @@ class DealingMetric(FollowingMetric):
     """A metric that deals groups of batches to folds in turn."""
 
     folds: int = 1
-    """The number of folds, to which groups of batches are dealt in turn."""
+    """The number of folds; groups of batches are dealt to them in turn."""
     replica: tuple[int, int] | None = None
-    """The number of this process among those that observe different data, and how many these are.
+    """The number of this process among the processes that observe different data, and the number of these.
 
-    None is the rank in the process group. Processes that share their forwards, as under tensor parallelism,
-    are to have one number.
+    None: the rank in the process group and its size. Give one number to processes that share their forwards,
+    as under tensor parallelism.
     """
 
-    _dealt = 0  # groups so far, never reset
+    _dealt = 0  # groups dealt so far, never reset
     _first_fold: int | None = None
-    _has_own_groups = False  # whether the user said what belongs together
+    _has_own_groups = False  # True if the user gave `Observations.group`
     _rearranges = False
     _repeats: Repeats | None = None
 
     def deal(self) -> int:
-        """The number of the next group of batches; what is left of it after division by g is its fold."""
+        """The number of the next group of batches; its fold is this number modulo g."""
         if self._first_fold is None:
             self._first_fold = first_fold(self.folds, *(self.replica or self._rank()))
         self._dealt += 1
         return self._first_fold + self._dealt - 1
 
     def grouped(self, observations: Observations) -> Observations:
-        """Observations from the user with the number of their group; what they show is noted."""
+        """The user's observations with the number of their group; their inputs are noted."""
         self._has_own_groups = self._has_own_groups or observations.group is not None
         if self.folds == 1 or not observations.values.numel():
             return observations
@@ -51,7 +51,7 @@ class DealingMetric(FollowingMetric):
         return replace(observations, group=group)
 
     def note(self, inputs: Tensor, group: int) -> None:
-        """Remember what inputs, shape (N, ...), a group has shown; see :meth:`repeats`."""
+        """Remember the inputs of a group, shape (N, ...); see :meth:`repeats`."""
         if self._repeats is None:
             self._repeats = Repeats(self.folds)
         self._repeats.add(inputs, group % self.folds)
@@ -69,7 +69,7 @@ class DealingMetric(FollowingMetric):
         """The value of one batch, which is added; see ``torchmetrics.Metric``."""
         before = self._repeats
         with self.changed_by_user():
-            value = super().forward(*args, **kwargs)  # resets between the two
+            value = super().forward(*args, **kwargs)  # this resets in between
         if before is not None and before is not self._repeats:
             if self._repeats is not None:
                 before.merge(self._repeats)
@@ -85,8 +85,8 @@ class DealingMetric(FollowingMetric):
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the observations of another metric of this class, or of its state as a dict.
 
-        Its folds are paired with those here so that all are as equal as can be, unless the user has said by
-        ``Observations.group`` what belongs together.
+        Its folds are paired with the folds of this metric so that all are filled as equally as possible, unless
+        the user gave ``Observations.group``.
         """
         has_groups = getattr(incoming_state, "_has_own_groups", False)
         self._rearranges = not (self._has_own_groups or has_groups)
@@ -103,10 +103,10 @@ class DealingMetric(FollowingMetric):
             self._repeats.merge(theirs)
 
     def save_deals(self, destination: dict[str, Any], prefix: str) -> None:
-        """Put into a state dict how many groups have been dealt."""
+        """Put the number of groups dealt into a state dict."""
         if self.folds > 1:
             destination[prefix + "deals"] = torch.tensor(self._dealt)
 
     def read_deals(self, saved: dict[str, Any], prefix: str, batches: Any) -> None:
-        """Take out of a state dict how many groups have been dealt; 0.2.0 saved the number of batches alone."""
+        """Take the number of groups dealt from a state dict; 0.2.0 saved only the number of batches."""
         self._dealt = int(saved.pop(prefix + "deals", self._dealt if batches is None else batches))

@@ -72,8 +72,8 @@ class IntrinsicDimensionMetric(_ThresholdMetric):
 
     def from_sketch(self, spectrum: Spectrum) -> Estimate:
         """See :meth:`SpectralMetric.from_sketch`."""
-        known = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
-        return sketched.intrinsic_dimension(*known, self.threshold, self.rule)
+        arguments = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
+        return sketched.intrinsic_dimension(*arguments, self.threshold, self.rule)
 
 
 class SaturationMetric(_ThresholdMetric):
@@ -112,8 +112,8 @@ class SaturationMetric(_ThresholdMetric):
 
     def from_sketch(self, spectrum: Spectrum) -> Estimate:
         """See :meth:`SpectralMetric.from_sketch`."""
-        known = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
-        return sketched.saturation(*known, self.threshold, self.rule)
+        arguments = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
+        return sketched.saturation(*arguments, self.threshold, self.rule)
 
 
 class EffectiveRankMetric(SpectralMetric):
@@ -150,14 +150,14 @@ class ParticipationRatioMetric(SpectralMetric):
 
     ``compute`` returns a tensor of shape (), float64, between 1 and D, or 0 for constant features.
 
-    Few observations show too small a ratio. ``unbiased=True`` reads the value for unlimited data from folds,
+    Few observations give too small a ratio. ``unbiased=True`` reads the value for unlimited data from folds,
     see :func:`~spectralmetrics.functional.unbiased_participation_ratio`: 24 observations of 192 independent
-    features show 20, and without bias 194 ± 24. It warns where few observations give a value above D, and
-    returns D. Until two folds hold two observations it is NaN.
+    features give 20, and 194 ± 24 without bias. It warns where few observations give a value above D, and
+    returns D. The value is NaN until two folds hold two observations.
 
     Args:
         num_features: the width D; None reads it from the first rows.
-        unbiased: whether to read the value for unlimited data; needs ``folds``, and keeps nothing else.
+        unbiased: True reads the value for unlimited data; needs ``folds``, and no other memory.
         kwargs: see :class:`SpectralMetric`.
 
     Raises:
@@ -172,7 +172,7 @@ class ParticipationRatioMetric(SpectralMetric):
         >>> metric.compute()
         tensor(2., dtype=torch.float64)
 
-        Of 96 observations of 50 large and 142 small features, whose ratio is 62:
+        96 observations of 50 large and 142 small features, whose ratio is 62:
 
         >>> rows = torch.randn(96, 192, generator=torch.Generator().manual_seed(0))
         >>> rows[:, 50:] *= 0.2
@@ -206,7 +206,7 @@ class ParticipationRatioMetric(SpectralMetric):
         return clipped_ratio(self._products(spectrum), spectrum.num_features)
 
     def interval_of(self, spectrum: Spectrum) -> Interval:
-        """See :meth:`SpectralMetric.interval_of`; unbiased, the margin of the value on both sides."""
+        """See :meth:`SpectralMetric.interval_of`; without bias, a margin on both sides of the value."""
         if not self.unbiased:
             return super().interval_of(spectrum)
         return Interval(*participation_interval(self._products(spectrum), spectrum.num_features))
@@ -215,8 +215,8 @@ class ParticipationRatioMetric(SpectralMetric):
         """See :meth:`SpectralMetric.clips`."""
         if not self.unbiased:
             return False
-        found = participation_of_products(self._products(spectrum))
-        return bool(found > spectrum.num_features * (1 + 1e-9))
+        ratio = participation_of_products(self._products(spectrum))
+        return bool(ratio > spectrum.num_features * (1 + 1e-9))
 
     def check_folds(self) -> None:
         """See :meth:`SpectralMetric.check_folds`."""

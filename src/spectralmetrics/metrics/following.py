@@ -1,4 +1,4 @@
-"""Metrics that read the states of another one, in the place of states of their own."""
+"""Metrics that read the states of another metric in place of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spectralmetrics.metrics.overrides import OverriddenMetric, count_of_updates
 
 
 def state(name: str) -> Any:
-    """A state whose reader, whoever it is, finds the waiting rows added."""
+    """A property for a state; reading it first adds the waiting rows."""
 
     def read(metric: FollowingMetric) -> Tensor:
         metric.flush()
@@ -25,11 +25,11 @@ def state(name: str) -> Any:
         return value
 
     def write(metric: FollowingMetric, value: Tensor) -> None:
-        metric.refresh()  # what is set now is to last
+        metric.refresh()  # first, or a later refresh would drop the new value
         own = metric.__dict__
         if metric._leader is not None and metric._leader.__dict__.get(name) is value:
             own.pop(name, None)
-        elif own.get(name) is not value:  # a collection gives its members what they have at every turn
+        elif own.get(name) is not value:  # a collection often sets states to the tensors that they are already
             own[name] = value
             own["_live"] = None
             own["_changes"] = metric._changes + 1
@@ -38,20 +38,20 @@ def state(name: str) -> Any:
 
 
 class FollowingMetric(OverriddenMetric):
-    """A metric that may read the states of another one, its leader, which has all that it needs.
+    """A metric that may read the states of another metric, its leader, which has all states that it needs.
 
-    What changes this metric alone, such as an update, lasts until the leader's states change; an update of the
-    leader by the user leaves it, too, since each metric of a collection may be given the same rows.
+    A change of this metric alone, such as an update, lasts until the leader's states change. It also lasts when
+    the user updates the leader, since each metric of a collection may be given the same rows.
     """
 
     _leader: FollowingMetric | None = None
-    _changes = 0  # how often the states were replaced or added to
-    _by_user = 0  # how often of these by the user
-    _seen = (0, 0)  # both numbers of the leader, when this metric looked last
+    _changes = 0  # number of times that the states were replaced or added to
+    _by_user = 0  # number of these changes that the user made
+    _seen = (0, 0)  # both numbers of the leader at the last refresh
 
     def follow(self, leader: FollowingMetric) -> None:
         """Read the states of another metric from now on."""
-        self.__dict__.update(_leader=leader, _seen=(-1, 0))  # which does not make it a submodule
+        self.__dict__.update(_leader=leader, _seen=(-1, 0))  # setattr would make the leader a submodule
 
     def refresh(self) -> None:
         """Read the leader's states again, if these have changed."""
@@ -67,7 +67,7 @@ class FollowingMetric(OverriddenMetric):
 
     @contextlib.contextmanager
     def changed_by_user(self) -> Iterator[None]:
-        """Inside, those who follow this metric and have been changed alone stay as they are."""
+        """Inside, metrics that follow this one and were changed alone keep their states."""
         before = self._changes - self._by_user
         try:
             yield
@@ -76,18 +76,18 @@ class FollowingMetric(OverriddenMetric):
 
     @abstractmethod
     def state_names(self) -> Iterable[str]:
-        """The states that a leader may have in the place of this metric."""
+        """The names of the states that this metric may read from its leader."""
 
     @abstractmethod
     def derived_state(self, name: str) -> Tensor | None:
-        """The value of what is no state, but can be told from those that are; None if it cannot."""
+        """The value that the states give for a name that is not a state; None if they give none."""
 
     def all_states(self) -> Mapping[str, Any]:
         """The states by name, the leader's where this metric has none."""
         return self.__dict__ if self._leader is None else ChainMap(self.__dict__, self._leader.__dict__)
 
     def is_borrowed(self) -> bool:
-        """True if other metrics have the same states: those of the leader, or what was merged for all."""
+        """True if other metrics share the states: the leader's states, or states merged for all."""
         return self._is_synced or (
             self._leader is not None and next(iter(self.state_names())) not in self.__dict__
         )

@@ -17,9 +17,9 @@ from spectralmetrics.sums.checks import check_positive_integer
 class LabelledMetric(SpectralMetric):
     """Base class of statistics of labelled observations.
 
-    ``update`` takes rows (N, D), floating, and labels (N,), integers from 0 to K - 1; rows of a negative
-    label, such as -100, are passed over. The state holds the sum of each class beside the moments of all of
-    them, and metrics of one number of classes share it.
+    ``update`` takes rows (N, D), floating, and labels (N,), integers from 0 to K - 1; rows with a
+    negative label, such as -100, are skipped. The state holds the sum of each class beside the moments of all
+    classes, and metrics with the same number of classes share it.
 
     Args:
         num_classes: K.
@@ -28,7 +28,7 @@ class LabelledMetric(SpectralMetric):
 
     Raises:
         ValueError: for fewer than 2 classes; from ``update`` on the CPU, and from ``compute`` elsewhere, for
-            labels of K and above.
+            labels of K or more.
     """
 
     takes_observations = True
@@ -40,7 +40,7 @@ class LabelledMetric(SpectralMetric):
         if num_classes < 2:
             raise ValueError(f"expected num_classes to be at least 2, got {num_classes!r}")
         if not kwargs.get("center", True):
-            raise ValueError("expected center=True: what is read of labels is about the mean")
+            raise ValueError("expected center=True: statistics of labels are about the mean")
         if kwargs.get("sketch_size") is not None:
             raise ValueError(
                 f"expected sketch_size=None for {type(self).__name__}, which cannot be read from a sketch, got"
@@ -90,10 +90,10 @@ class LinearProbeMetric(LabelledMetric):
     A ridge regression of one-hot labels with an intercept, from sums alone, see
     :func:`~spectralmetrics.functional.ridge_explained_variance`. With ``folds`` each fold is scored by the
     regression on the others, without a second pass over the data, see
-    :func:`~spectralmetrics.functional.held_out_explained_variance`; without, the regression is scored on what
-    it was fitted to, which is too good if there are few observations per feature. ``compute`` returns a
-    tensor of shape (), float64: :math:`R^2`, at most 1. The ends of :meth:`interval` are the held-out value
-    and the other.
+    :func:`~spectralmetrics.functional.held_out_explained_variance`; without, the regression is scored on the
+    data that it was fitted to, which is too good if there are few observations per feature. ``compute``
+    returns a tensor of shape (), float64: :math:`R^2`, at most 1. The ends of :meth:`interval` are the
+    held-out value and the fitted value.
 
     Args:
         num_classes: K.

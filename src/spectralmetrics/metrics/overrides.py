@@ -1,4 +1,4 @@
-"""Private parts of torchmetrics, overridden and used here and nowhere else.
+"""Private parts of torchmetrics, which no other file overrides or uses.
 
 Each override names the behaviour of torchmetrics that forces it, and has a test in ``TestWhatIsOverridden``
 that fails if that behaviour changes.
@@ -22,7 +22,7 @@ from spectralmetrics.torch_private import untraced
 
 
 def count_update(metric: Metric) -> None:
-    """Note that a metric's states have been updated without its ``update``."""
+    """Count an update of a metric's states that did not go through ``update``."""
     own = metric.__dict__  # `torch.nn.Module` looks for an attribute in many places
     own["_computed"] = None
     own["_update_count"] += 1
@@ -36,8 +36,8 @@ def count_of_updates(metric: Metric, new: int | None = None) -> int:
 
 
 def add_earlier(metric: Metric, earlier: dict[str, Any], updates: int) -> None:
-    """Add the states of earlier updates to those of another library's metric, as if it had made all of them."""
-    # torchmetrics puts what comes in first, and weighs a mean that comes in by one update less than it counts.
+    """Add states of earlier updates to another library's metric, as if it had made these updates itself."""
+    # torchmetrics puts incoming states first, and weighs an incoming mean by one update less than it counts.
     own = metric._update_count
     metric.__dict__["_update_count"] = updates / own + 1
     metric.merge_state(earlier)
@@ -46,8 +46,8 @@ def add_earlier(metric: Metric, earlier: dict[str, Any], updates: int) -> None:
 
 def defaults(metric: Metric) -> dict[str, Any]:
     """The states by name, with the values that they have before the first update."""
-    found: dict[str, Any] = metric._defaults
-    return found
+    states: dict[str, Any] = metric._defaults
+    return states
 
 
 def has_persistent_states(metric: Metric) -> bool:
@@ -56,18 +56,18 @@ def has_persistent_states(metric: Metric) -> bool:
 
 
 def drop_states(metric: Metric, names: Sequence[str]) -> None:
-    """Forget that there are states of these names; torchmetrics can only add some."""
+    """Remove the states of these names; torchmetrics can only add states."""
     for name in names:
-        for kept in (metric._defaults, metric._reductions, metric._persistent, metric.__dict__):
-            kept.pop(name, None)
+        for by_name in (metric._defaults, metric._reductions, metric._persistent, metric.__dict__):
+            by_name.pop(name, None)
 
 
 def merged_as_in_compute(metric: Metric) -> contextlib.AbstractContextManager[None]:
-    """Inside, the states are what ``compute`` reads: those of all processes, if it merges them."""
-    found: contextlib.AbstractContextManager[None] = metric.sync_context(
+    """Inside, the states are as ``compute`` reads them: merged over all processes if it merges."""
+    merged: contextlib.AbstractContextManager[None] = metric.sync_context(
         dist_sync_fn=metric.dist_sync_fn, should_sync=metric._to_sync, should_unsync=metric._should_unsync
     )
-    return found
+    return merged
 
 
 def copy_metric(metric: Metric) -> Metric:
@@ -76,7 +76,7 @@ def copy_metric(metric: Metric) -> Metric:
 
 
 class MergingMetric(Metric):
-    """A ``torchmetrics.Metric`` that is itself again after a merge, whatever went wrong meanwhile."""
+    """A ``torchmetrics.Metric`` that has its own states again after a merge, even after a failed one."""
 
     _computing: bool = False
     _value_shape: torch.Size | None = None
@@ -84,8 +84,8 @@ class MergingMetric(Metric):
     @property
     def update_called(self) -> bool:
         """True if rows have been offered since construction or reset."""
-        # torchmetrics warns in `compute` when this is False, also on a process that had no data while others
-        # had. Whether there are observations is checked after the merge, with an error.
+        # torchmetrics warns in `compute` when this is False, also on a process without data while others have
+        # some. After the merge, no observations are an error.
         return self._computing or self._update_count > 0
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
@@ -114,7 +114,7 @@ class MergingMetric(Metric):
         @functools.wraps(compute)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self._to_sync and self.distributed_available_fn():
-                # A cached value would skip the merge on the processes that had no new rows, and the others
+                # A cached value would skip the merge on the processes without new rows, and the other processes
                 # would wait for them for ever.
                 self._computed = None
             self.refresh()
@@ -129,11 +129,11 @@ class MergingMetric(Metric):
         return wrapped
 
     def refresh(self) -> None:
-        """Forget the value that was computed of other states than those that are there now."""
+        """Forget the computed value if the states have changed since."""
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Merge the states across processes, as torchmetrics does; if that fails they are as they were."""
-        # torchmetrics keeps a copy of the states, and leaves it and half-merged states behind an error.
+        """Merge the states across processes, as torchmetrics does; an error leaves them as they were."""
+        # After an error, torchmetrics leaves half-merged states, and keeps its copy of the earlier states.
         before = self._cache
         try:
             super().sync(*args, **kwargs)
@@ -153,7 +153,7 @@ class MergingMetric(Metric):
         should_unsync: bool = True,
         distributed_available: Callable[..., Any] | None = None,
     ) -> Iterator[None]:
-        """Merged states inside, and this process' own afterwards, whatever is raised inside."""
+        """Inside, the states are merged; afterwards they are this process' own, even after an error."""
         # torchmetrics has no `finally` here: an error in `compute` leaves the metric synced.
         self.sync(
             dist_sync_fn=dist_sync_fn,
@@ -182,7 +182,7 @@ class MergingMetric(Metric):
 
 
 class OverriddenMetric(MergingMetric):
-    """A ``torchmetrics.Metric`` whose states are sums about origins of their own and may have rows waiting."""
+    """A ``torchmetrics.Metric`` whose states are sums, each about its own origin, and may have rows waiting."""
 
     @abstractmethod
     def flush(self) -> None:
@@ -194,19 +194,19 @@ class OverriddenMetric(MergingMetric):
 
     @abstractmethod
     def merge_processes(self, group: Any) -> None:
-        """Replace the states by those of all processes of a group together."""
+        """Replace the states by the merged states of all processes of a group."""
 
     @abstractmethod
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Look at a saved state before it is loaded: translate names, refuse what does not fit."""
+        """Prepare a saved state for loading: translate names, add an error for a state that does not fit."""
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.
         return untraced(super()._wrap_update(update))
 
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
-        # torchmetrics clones the state before `sync` and `forward`, in case it is modified in place. Here it
-        # is only ever replaced there, and may be large.
+        # torchmetrics clones the state before `sync` and `forward`, in case these modify it in place. Here they
+        # only replace it, and it may be large.
         return {name: getattr(self, name) for name in self._defaults}
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class OverriddenMetric(MergingMetric):
         if dist_sync_fn is gather_all_tensors:
             self.merge_processes(group)
             return
-        # A gather function of the user's returns one tensor per process.
+        # A user's gather function returns one tensor per process.
         gathered = {name: dist_sync_fn(getattr(self, name), group=group) for name in self._defaults}
         states = [dict(zip(gathered, parts, strict=True)) for parts in zip(*gathered.values(), strict=True)]
         for name, default in self._defaults.items():
@@ -248,8 +248,8 @@ class OverriddenMetric(MergingMetric):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, whatever their
-        # shapes.
+        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, and accepts any
+        # shape.
         refused: list[str] = []
         self.read_saved(state_dict, prefix, refused)
         names = [name for name in self._defaults if prefix + name in state_dict]
@@ -273,7 +273,7 @@ class OverriddenMetric(MergingMetric):
         """True if there are sums of a known width."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # torchmetrics copies and pickles what is in the instance's dictionary.
+        # torchmetrics copies and pickles the instance's dictionary, without borrowed states and waiting rows.
         self.flush()
         state: dict[str, Any] = super().__getstate__() | {name: getattr(self, name) for name in self._defaults}
         return {key: value for key, value in state.items() if key not in ("_live", "_leader")}

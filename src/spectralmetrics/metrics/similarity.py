@@ -32,7 +32,7 @@ class LinearCKAMetric(MergingMetric):
     <https://arxiv.org/abs/2010.15327>`_. Batches count by their samples, so that a short last one does not
     weigh as much as a full one. The value is 1 if the features differ by a rotation, a shift and a scale only,
     and about 0 if they are uncorrelated. It lies in [−1, 1] for any data, and is 0 where a side is constant
-    within every batch. Batches make it differ from that of all samples at once; the guide shows by how much.
+    within every batch. It differs from the CKA of all samples at once; the guide shows by how much.
 
     The state is three float64 sums and two counts, so merging across batches, metrics and processes is a sum.
 
@@ -106,7 +106,7 @@ class LinearCKAMetric(MergingMetric):
                 "non_finite": len(left) - number,
             }
             for name, value in sums.items():
-                # The state lives where the rows do.
+                # The state moves to the device of the rows.
                 setattr(self, name, getattr(self, name).to(value.device) + value)
 
     def compute(self) -> Tensor:
@@ -128,7 +128,7 @@ class LinearCKAMetric(MergingMetric):
         """Plot one value or a sequence of them, as torchmetrics' metrics do.
 
         Args:
-            val: what ``compute`` or ``forward`` returned, or a sequence of such; None computes.
+            val: a value of ``compute`` or ``forward``, or a sequence of values; None computes one.
             ax: a matplotlib axis to draw into.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The covariance and its spectrum themselves, and observations seen in its leading eigenvectors."""
+"""The covariance, its spectrum, and observations in the basis of its leading eigenvectors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CovarianceMetric(SpectralMetric):
         return spectrum.covariance * (count / (count - 1))
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the covariance as an image; of a sequence, the last. See :meth:`SpectralMetric.plot`."""
+        """Draw the covariance as an image, the last of a sequence. See :meth:`SpectralMetric.plot`."""
         values = self.compute() if val is None else val
         return plot_covariance(values if isinstance(values, Tensor) else values[-1], ax=ax)
 
@@ -62,7 +62,7 @@ class CovarianceMetric(SpectralMetric):
 class SpectrumMetric(SpectralMetric):
     r"""The eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D` of the covariance.
 
-    ``compute`` returns a tensor of shape (D,), float64; of a sketch the leading k, each of them a lower bound.
+    ``compute`` returns a tensor of shape (D,), float64; from a sketch the leading k, each a lower bound.
 
     Args:
         num_features: the width D; None reads it from the first rows.
@@ -104,11 +104,11 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         num_components: number of eigenvectors k.
         max_samples: largest number of observations m.
         seed: seed of the sample. Give different seeds to metrics that you merge yourself (``merge_state``), or
-            the same places of both streams are sampled; processes of a group draw differently by themselves.
+            they sample the same positions of both streams; processes of a group draw differently by themselves.
         kwargs: see :class:`SpectralMetric`.
 
     Raises:
-        ValueError: if ``num_components`` or ``max_samples`` is no positive integer, or ``seed`` is negative.
+        ValueError: if ``num_components`` or ``max_samples`` is not a positive integer, or ``seed`` is negative.
 
     Example:
         >>> import torch
@@ -152,6 +152,6 @@ class EigenspaceEmbeddingMetric(SpectralMetric):
         return spectrum.coordinates(kept_rows(spectrum.part(Reservoir)), self.num_components)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the first two components; of a sequence, the last. See :meth:`SpectralMetric.plot`."""
+        """Draw the first two components, the last of a sequence. See :meth:`SpectralMetric.plot`."""
         values = self.compute() if val is None else val
         return plot_embedding(values if isinstance(values, Tensor) else values[-1], ax=ax)

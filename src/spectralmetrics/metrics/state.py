@@ -1,7 +1,6 @@
 """Sums as the states of a ``torchmetrics.Metric``: added to, shared, merged, moved, saved and loaded.
 
-What the sums are is told in :mod:`spectralmetrics.sums`, and what is read from them in
-:mod:`spectralmetrics.metrics.base`.
+:mod:`spectralmetrics.sums` defines the sums, and :mod:`spectralmetrics.metrics.base` reads values from them.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ class SumsMetric(DealingMetric):
 
     Args:
         num_features: the width D; None reads it from the first rows.
-        gram_dtype: dtype of the products; None: float64 of rows on the CPU, float32 on accelerators.
+        gram_dtype: dtype of the products; None chooses by the device of the rows, see ``SpectralMetric``.
         kwargs: see ``torchmetrics.Metric``.
     """
 
     takes_observations: ClassVar[bool] = True
-    """Whether ``update`` also takes ``Observations``; False for a subclass that overrides it."""
+    """True if ``update`` also takes ``Observations``; False for a subclass that overrides it."""
 
     phase: float = 0.0
-    """See :class:`~spectralmetrics.sums.Intake`; set by a probe, so that its layers take turns."""
+    """See :class:`~spectralmetrics.sums.Intake`; a probe sets it, so that its layers take turns."""
     configuration: Tensor
 
     def __init__(self, num_features: int | None, gram_dtype: torch.dtype | None, **kwargs: Any) -> None:
@@ -51,11 +50,11 @@ class SumsMetric(DealingMetric):
         self._given_features = num_features
         self.gram_dtype = gram_dtype
         self._pinned_device: torch.device | None = None
-        self._batches = 0  # taken so far, never reset: what is drawn next
+        self._batches = 0  # taken so far, never reset: the next random draw depends on it
         self._live: _Live | None = None
         self._prototypes: tuple[Sum, ...] = ()
-        # Compute groups are formed by comparing states with a tolerance, in some releases of torchmetrics only
-        # the first state: this one tells apart metrics that accumulate differently, whatever the data. Small
+        # torchmetrics forms compute groups by comparing states with a tolerance, in some releases only the
+        # first. This state differs between metrics that accumulate differently, whatever the data: small
         # integers differ by more than the tolerance.
         self.add_state("configuration", torch.zeros(4, dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
 
@@ -75,7 +74,7 @@ class SumsMetric(DealingMetric):
 
     @classmethod
     def declare(cls, names: Iterable[str]) -> None:
-        """Have states of these names be read with the waiting rows added, by all metrics."""
+        """Make reading states of these names add the waiting rows first, in all metrics."""
         for name in names:
             if not isinstance(getattr(cls, name, None), property):
                 setattr(SumsMetric, name, state(name))
@@ -94,7 +93,7 @@ class SumsMetric(DealingMetric):
         spectral = self._current()[0] if "_prototypes" in self.__dict__ else None
         if not isinstance(spectral, SpectralSum):
             return None
-        if name == "count":  # what is asked for most needs no merge of matrices
+        if name == "count":  # read most often, and needs no merge of matrices
             return spectral.num_observations
         return spectral.num_left_out if name == "non_finite" else spectral.total.tensors().get(name)
 
@@ -127,9 +126,11 @@ class SumsMetric(DealingMetric):
     # -- observations ------------------------------------------------------------------------------------
 
     def observe(self, observations: Observations, everything: Observations | None = None) -> None:
-        """As ``update`` without gradients and outside inference mode, and without torchmetrics' way there.
+        """Like ``update``, without torchmetrics' wrapper; call it without gradients, outside inference mode.
 
-        Sums that take all rows get ``everything``, which the observations were drawn from; None: the same.
+        Args:
+            observations: the observations to add.
+            everything: the rows that they were drawn from, for sums that take all rows; None for the same.
         """
         count_update(self)
         live: _Live | None = self.__dict__["_live"]
@@ -139,7 +140,7 @@ class SumsMetric(DealingMetric):
         self._take(observations, everything)
 
     def flush(self) -> None:
-        """Add the rows that wait. Called by whoever reads a state."""
+        """Add the rows that wait. Every reading of a state calls it first."""
         self.refresh()
         live: _Live | None = self.__dict__.get("_live")
         if live is None and "_prototypes" in self.__dict__:
@@ -176,9 +177,9 @@ class SumsMetric(DealingMetric):
             live is None
             or live.anchor.device != device
             or live.anchor.is_inference()
-            or (self._is_synced or self._leader is not None)  # the sums of others, it may be
+            or (self._is_synced or self._leader is not None)  # other metrics may share the sums
         ):
-            live = self._meet(observations)
+            live = self._prepare(observations)
             if live.anchor.device != device:
                 home = live.anchor.device
                 if home.type != "cpu" or self._pinned_device is not None or has_float64(device):
@@ -189,7 +190,7 @@ class SumsMetric(DealingMetric):
         own["_batches"] += 1
         own["_changes"] = self._changes + 1
 
-    def _meet(self, observations: Observations) -> _Live:
+    def _prepare(self, observations: Observations) -> _Live:
         """The state, allocated and writable."""
         device = observations.values.device
         live = self._revive()
@@ -198,7 +199,7 @@ class SumsMetric(DealingMetric):
             before = self._current()
             fresh = [each.empty(observations.num_features, home) for each in before]
             self.replace_sums(
-                [each.merged(its.map(lambda t: t.to(home))) for each, its in zip(fresh, before, strict=True)]
+                [new.merged(old.map(lambda t: t.to(home))) for new, old in zip(fresh, before, strict=True)]
             )
         else:
             current = live.anchor.device
@@ -218,17 +219,17 @@ class SumsMetric(DealingMetric):
     # -- merging -----------------------------------------------------------------------------------------
 
     def sums_of(self, states: Mapping[str, Tensor]) -> list[Sum]:
-        """The sums that are kept, of saved states; kinds that were not kept then are empty."""
+        """The sums of saved states; kinds of sums that were not saved are empty."""
         first, *others = self._prototypes
-        found = [first.with_tensors(states)]
-        width, home = found[0].num_features, states[self._anchor_name()].device
+        sums = [first.with_tensors(states)]
+        width, home = sums[0].num_features, states[self._anchor_name()].device
         for each in others:
             is_there = states.keys() >= each.tensors().keys()
-            found.append(each.with_tensors(states) if is_there else each.empty(width, home))
-        return found
+            sums.append(each.with_tensors(states) if is_there else each.empty(width, home))
+        return sums
 
     def replace_sums(self, sums: Sequence[Sum]) -> None:
-        """Put other sums in the place of the states."""
+        """Replace the states by the tensors of other sums."""
         for each in sums:
             for name, tensor in each.tensors().items():
                 setattr(self, name, tensor)
@@ -261,11 +262,11 @@ class SumsMetric(DealingMetric):
         mine = self.sums
         live = self._revive()
         unknown: Sequence[Sum | None] = [None] * len(mine)
-        known = unknown if live is None else live.stream.merged.get(group_object(group), unknown)
-        return [each.exchange(its, rank, world_size) for each, its in zip(mine, known, strict=True)]
+        earlier = unknown if live is None else live.stream.merged.get(group_object(group), unknown)
+        return [own.exchange(merged, rank, world_size) for own, merged in zip(mine, earlier, strict=True)]
 
     def absorb(self, results: Sequence[Sum | None], group: Any = None) -> None:
-        """Replace the states by what the :meth:`exchanges` returned; the old tensors are left as they were."""
+        """Replace the states by the results of :meth:`exchanges`; the old tensors are left as they were."""
         if any(each is None for each in results):
             return
         merged = [each for each in results if each is not None]
@@ -275,7 +276,7 @@ class SumsMetric(DealingMetric):
         self.replace_sums(merged)
 
     def merge_processes(self, group: Any) -> None:
-        """Replace the states by those of all processes of a group together."""
+        """Replace the states by the merged states of all processes of a group."""
         if dist.get_rank(group) >= 0:  # a process outside the group keeps its own state
             self.absorb(run_together(self.exchanges(group), group), group)
 
@@ -288,7 +289,7 @@ class SumsMetric(DealingMetric):
     def state_dict(  # type: ignore[override]  # torchmetrics' signature
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The persistent states and, where it matters to what comes next, how many batches came."""
+        """The persistent states and, if later draws depend on it, the number of batches so far."""
         destination = super().state_dict(destination, prefix, keep_vars)
         if any(each.counts_batches for each in self._prototypes) and has_persistent_states(self):
             destination[prefix + "draws"] = torch.tensor(self._batches)
@@ -296,11 +297,11 @@ class SumsMetric(DealingMetric):
         return destination
 
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Look at a saved state before it is loaded."""
-        known = saved.pop(prefix + "draws", None)
-        self._batches = self._batches if known is None else int(known)
-        self.read_deals(saved, prefix, known)
-        if prefix + "configuration" in saved:  # how this metric accumulates is not for a saved state to say
+        """See :class:`~spectralmetrics.metrics.overrides.OverriddenMetric`."""
+        batches = saved.pop(prefix + "draws", None)
+        self._batches = self._batches if batches is None else int(batches)
+        self.read_deals(saved, prefix, batches)
+        if prefix + "configuration" in saved:  # a saved state must not change how this metric accumulates
             saved[prefix + "configuration"] = defaults(self)["configuration"]
         states = {name: saved[prefix + name] for name in defaults(self) if prefix + name in saved}
         if not states.keys() >= self._prototypes[0].tensors().keys():
@@ -345,6 +346,6 @@ class SumsMetric(DealingMetric):
                 return None
             anchor = sums[0].tensors()[self._anchor_name()]
             live = _Live(sums, anchor, Stream.of(anchor), sums[0].num_features)
-            if self._leader is None:  # which may replace them
+            if self._leader is None:  # a leader may replace them
                 own["_live"] = live
         return live

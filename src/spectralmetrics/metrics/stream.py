@@ -1,4 +1,4 @@
-"""The intakes and the cache of sums, whichever metrics share these."""
+"""The intakes and the cache of sums, shared by all metrics that share the sums."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import Intake, Observations, SpectralSum, Sum
 
-# A stream is found by the tensor that its sums are anchored in, and lives as long as that. There is no other
-# way: the metrics of a compute group share sums because torchmetrics sets the state tensors of one on the
-# others, one by one and by reference; the tensor is all that says who shares with whom.
+# A stream is found by the tensor that anchors its sums, and lives as long as this tensor. There is no other
+# way: the metrics of a compute group share sums because torchmetrics sets the state tensors of one metric on
+# the others, one by one and by reference. Only the tensor shows which metrics share.
 _STREAMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def group_object(group: Any) -> Any:
-    """The process group itself, where None stands for the default group of the moment."""
+    """The process group itself; None stands for the current default group."""
     return dist.group.WORLD if group is None else group
 
 
@@ -33,7 +33,7 @@ def stream_of(sums: Sequence[Sum]) -> Stream | None:
 
 
 def spectrum_of(sums: Sequence[Sum]) -> Spectrum | None:
-    """The spectrum of sums, on the CPU, with what has been read already; None if the first gives none."""
+    """The spectrum of sums on the CPU, with all earlier readings; None if the first sum has no spectrum."""
     stream = stream_of(sums)
     if stream is None or not isinstance(sums[0], SpectralSum):
         return None
@@ -41,14 +41,14 @@ def spectrum_of(sums: Sequence[Sum]) -> Spectrum | None:
 
 
 class Stream:
-    """The sums' intakes, and what has been read from them.
+    """The intakes of sums, and a cache of readings.
 
     It must not hold the sums themselves, or it would keep them alive for ever.
 
     Attributes:
-        cache: what has been read since the last observation: decompositions, see
+        cache: readings since the last observation, such as decompositions, see
             :class:`~.functional.Spectrum`.
-        noted: what somebody who reads the sums has left here since then.
+        noted: a note of a reader of the sums since then.
     """
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class Stream:
 
     @property
     def merged(self) -> MutableMapping[Any, list[Sum]]:
-        """Process group -> the sums of all processes, as exchanged since then; gone with the group."""
+        """Process group -> sums of all processes, exchanged since the last observation; gone with the group."""
         if self._merged is None:
             self._merged = weakref.WeakKeyDictionary()
         return self._merged
 
     @staticmethod
     def of(anchor: Tensor) -> Stream:
-        """The stream of the sums that are anchored in a tensor."""
+        """The stream of the sums that a tensor anchors."""
         stream: Stream | None = _STREAMS.get(anchor)
         if stream is None:
             stream = _STREAMS[anchor] = Stream()
@@ -88,16 +88,16 @@ class Stream:
         phase: float,
         home: torch.device | None,
     ) -> None:
-        """Add observations to each sum; to sums that were made elsewhere after a look at them.
+        """Add observations to each sum; intakes of sums that were made elsewhere are prepared first.
 
         Args:
             sums: the sums of this stream.
             observations: observations that fit them.
             everything: observations for sums that take all rows; None: the same.
             batch: number of the batch.
-            gram_dtype: dtype of products; None: by the device of the observations.
+            gram_dtype: dtype of products; None chooses by the device of the observations.
             phase: the phase of the intakes.
-            home: the device of the sums, if the observations are on another, without float64.
+            home: the device of the sums, if the observations are on another device without float64.
         """
         if not self._intakes:
             self.begin(sums, gram_dtype, phase)
@@ -124,7 +124,7 @@ class Stream:
                 self.forget()
 
     def forget(self) -> None:
-        """Forget what has been read: there are more observations now."""
+        """Forget all readings: there are more observations now."""
         if self.cache:
             self.cache = {}
         self._merged = self.noted = None

@@ -1,4 +1,4 @@
-r"""PCA projections: restrict a layer's output to its leading eigenspace and see whether the network minds.
+r"""PCA projections: restrict a layer's output to its leading eigenspace and see if the network is worse.
 
 While the network trains, or inside ``with projections.collect():`` while it stays in evaluation, a
 :class:`PCAProjection` passes its input through and accumulates its covariance. In evaluation it projects onto
@@ -6,7 +6,7 @@ the leading eigenvectors :math:`V` about the mean :math:`\mu`,
 
 .. math:: x \mapsto \mu + V V^\top (x - \mu),
 
-which leaves at most a share :math:`1 - \delta` of the variance behind, where :math:`\delta` is the threshold.
+which removes at most a share :math:`1 - \delta` of the variance, where :math:`\delta` is the threshold.
 If the network is as good as before, the directions left out were not needed
 (`arXiv:1907.08589 <https://arxiv.org/abs/1907.08589>`_).
 

@@ -1,4 +1,4 @@
-"""Putting projections behind the layers of a model, and handling all projections of one."""
+"""Puts projections behind the layers of a model, and sets all projections of a model."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class InsertedProjection(PCAProjection):
 
     Args:
         name: the name of the layer.
-        dims: finds the dimension of the features; None goes by ``dim``.
+        dims: finds the dimension of the features; None uses ``dim``.
         options: see :class:`PCAProjection`.
     """
 
     _dims: FeatureDim | None = None
-    _has_told = False
+    _has_warned = False
 
     def __init__(self, name: str, dims: FeatureDim | None, *options: Any, **named: Any) -> None:
         super().__init__(*options, **named)
@@ -56,20 +56,20 @@ class InsertedProjection(PCAProjection):
         self._dims = dims
 
     def forward(self, output: Any) -> Any:
-        """The output with that tensor passed on or projected; see :class:`PCAProjection`."""
+        """The output, with its first floating tensor passed on or projected; see :class:`PCAProjection`."""
         return _apply_to_first(super().forward, output)[0]
 
     def _dim_in(self, input: Tensor) -> int:
         if self._dims is None or input.ndim == 0:
             return super()._dim_in(input)
-        found = self._dims.find(input)
-        if found.is_guess and not self._has_told:
-            self._has_told = True
+        place = self._dims.find(input)
+        if place.is_guess and not self._has_warned:
+            self._has_warned = True
             tell(
-                f"nothing tells where the features of {self._name!r} are: dimension {found.dim} of {input.ndim}"
-                f" is taken, of size {input.shape[found.dim]}. Give `dim`, or call register_layer for its type"
+                f"nothing tells where the features of {self._name!r} are: dimension {place.dim} of {input.ndim}"
+                f" is taken, of size {input.shape[place.dim]}. Give `dim`, or call register_layer for its type"
             )
-        return found.dim
+        return place.dim
 
 
 class InsertedProjections(Sequence[PCAProjection]):
@@ -94,7 +94,7 @@ class InsertedProjections(Sequence[PCAProjection]):
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
-        """Inside, all pass on what they get and accumulate its covariance; the model stays in evaluation.
+        """Inside, all pass on their input and accumulate its covariance; the model stays in evaluation.
 
         Each block starts new covariances. See :meth:`PCAProjection.collect`.
 
@@ -144,20 +144,20 @@ def insert_projections(
     center: bool = True,
     dim: int | None = None,
 ) -> InsertedProjections:
-    """Put a projection behind each of some layers of a model that was not written for it.
+    """Put projections behind layers of a model that was written without them.
 
     Each becomes a submodule ``pca_projection`` of its layer: it follows the model to other devices, into copies
-    and state dicts, and changes the layer's output in evaluation. Of a tuple, the first floating tensor is
-    projected; of a ``PackedSequence`` its valid steps. To load a state dict with projections into a fresh
+    and state dicts, and changes the layer's output in evaluation. In a tuple, the first floating tensor is
+    projected; in a ``PackedSequence``, the valid steps. To load a state dict with projections into a fresh
     network, insert them there first.
 
     Args:
         model: any module.
-        layers: which, as in :class:`~spectralmetrics.LayerProbe`.
+        layers: the layers, selected as in :class:`~spectralmetrics.LayerProbe`.
         threshold: share of the variance to keep.
-        exclude: taken away from these.
+        exclude: layers to leave out of these.
         center: see :class:`PCAProjection`.
-        dim: dimension of the features; None takes the one that a :class:`~spectralmetrics.LayerProbe` takes.
+        dim: dimension of the features; None finds it as a :class:`~spectralmetrics.LayerProbe` does.
 
     Returns:
         The projections; ``remove()`` takes them off.
@@ -185,13 +185,13 @@ def insert_projections(
     behind: dict[str, tuple[nn.Module, PCAProjection, Any]] = {}
     dims = find_dims(model, chosen) if dim is None else {}
     for name, layer in chosen.items():
-        of_layer = dims.get(name)
-        own = None if isinstance(layer, nn.Sequential) else dim_of(layer).dim  # as its type says
-        fixed = dim if of_layer is None else own
-        projection = InsertedProjection(name, of_layer, None, threshold, center=center, dim=fixed)
+        layer_dims = dims.get(name)
+        type_dim = None if isinstance(layer, nn.Sequential) else dim_of(layer).dim
+        fixed = dim if layer_dims is None else type_dim
+        projection = InsertedProjection(name, layer_dims, None, threshold, center=center, dim=fixed)
         projection.train(layer.training)
         projection._starts_anew = False
-        # A sequence calls all its modules by itself, the projection as the last of them.
+        # A sequence calls all its modules by itself, the projection last.
         is_called = type(layer).forward is nn.Sequential.forward
         handle = None if is_called else layer.register_forward_hook(_project_output)
         layer.add_module(_NAME, projection)
@@ -200,9 +200,9 @@ def insert_projections(
 
 
 def set_projection_threshold(model: nn.Module, threshold: float) -> list[ProjectionRow]:
-    """Set the threshold of every projection in a model, and see what it keeps; no new data is needed.
+    """Set the threshold of every projection in a model and return the dimensions kept; it needs no new data.
 
-    Projections with random directions go back to their eigenvectors. On several processes all call this.
+    Projections with random directions go back to their eigenvectors. With several processes, all must call it.
 
     Args:
         model: any module.
@@ -222,7 +222,7 @@ def set_projection_threshold(model: nn.Module, threshold: float) -> list[Project
     """
     threshold = check_threshold(threshold)
     projections = _projections(model)
-    # Of all, as each is an exchange between processes, which find the same.
+    # A list, not `any`: each check is an exchange, and all processes must make the same exchanges.
     if not [each for each in projections.values() if _has_seen_data(each)]:
         raise RuntimeError(
             f"no projection of this {type(unwrap(model)).__name__} has seen data, so none has a dimension: run"
@@ -236,9 +236,9 @@ def set_projection_threshold(model: nn.Module, threshold: float) -> list[Project
 def randomize_projections(model: nn.Module, generator: torch.Generator | None = None) -> list[ProjectionRow]:
     """Replace the directions of every projection in a model by random orthonormal ones, of the same rank.
 
-    What a network makes of a random subspace of that rank is what its eigenspace must be compared with.
-    Setting the threshold goes back to the eigenvectors. On several processes all call this, and the first one's
-    directions count.
+    Compare a network restricted to its eigenspaces with the network restricted to such random subspaces.
+    Setting the threshold goes back to the eigenvectors. With several processes, all must call it, and all use
+    the directions of the first.
 
     Args:
         model: any module.
@@ -266,19 +266,19 @@ def randomize_projections(model: nn.Module, generator: torch.Generator | None = 
 
 
 def _projections(model: nn.Module) -> dict[str, PCAProjection]:
-    """All of a model, by the names that their rows have."""
+    """All projections of a model, by the names of their rows."""
     check_type("model", model, nn.Module)
     inner = unwrap(model)
-    found: dict[str, PCAProjection] = {}
+    projections: dict[str, PCAProjection] = {}
     for name, module in named_modules(inner).items():
         if isinstance(module, InsertedProjection):
             layer = name.removesuffix(_NAME).removesuffix(".")
-            found[layer or root_name(inner)] = module
+            projections[layer or root_name(inner)] = module
         elif isinstance(module, PCAProjection):
-            found["" if module is inner else name] = module
-    if not found:
+            projections["" if module is inner else name] = module
+    if not projections:
         raise ValueError(f"expected a model with projections, got {type(model).__name__} without any")
-    return found
+    return projections
 
 
 def _rows(projections: dict[str, PCAProjection]) -> list[ProjectionRow]:
@@ -295,7 +295,7 @@ def _each_row(projections: dict[str, PCAProjection]) -> Iterator[ProjectionRow]:
 
 
 def _has_seen_data(projection: PCAProjection) -> bool:
-    """True if it has on any process; all call this together."""
+    """True if the projection has seen data on any process; all processes call this together."""
     try:
         projection.spectrum()
     except RuntimeError:
@@ -310,7 +310,7 @@ def _project_output(layer: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _apply_to_first(projection: Callable[[Tensor], Tensor], output: Any) -> tuple[Any, bool]:
-    """The output with its first floating tensor projected, and whether there was one."""
+    """The output with its first floating tensor projected, and True if there was one."""
     if isinstance(output, Tensor):
         return (projection(output), True) if output.is_floating_point() else (output, False)
     if isinstance(output, PackedSequence):

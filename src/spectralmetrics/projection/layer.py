@@ -1,4 +1,4 @@
-"""The layer that passes its input on while it learns its eigenspace, and then projects onto it."""
+"""A layer that passes its input on in training, and projects it onto its leading eigenspace in evaluation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from spectralmetrics.torch_private import in_backward, outside_transforms, untra
 class PCAProjection(nn.Module):
     r"""Passes its input through in training; in evaluation, projects it onto its leading eigenspace.
 
-    The covariance is that of the training forwards since the module last was in evaluation: training again
-    starts a new one. :meth:`collect` accumulates while the module stays in evaluation. On several processes the
-    first evaluation merges the data of all, so all evaluate. A forward that activation checkpointing repeats is
-    not counted again; under ``torch.func`` every row counts that ``vmap`` runs over.
+    The covariance covers the training forwards since the last evaluation: training again starts a new
+    covariance. :meth:`collect` accumulates while the module stays in evaluation. With several processes, the
+    first evaluation merges the data of all, so all must evaluate. A forward that activation checkpointing
+    repeats is not counted again; under ``torch.func``, every row that ``vmap`` runs over counts.
 
     Args:
         num_features: the width D; None reads it from the first input.
@@ -38,13 +38,13 @@ class PCAProjection(nn.Module):
             of D, whose covariance over the training data is diagonal.
         dim: the dimension of the features: 1 for vectors (N, D) and feature maps ``(N, C, *spatial)``, −1 for
             token sequences (N, T, D). None: 1 for inputs of four and more dimensions, or else −1.
-        sketch_size: with k, the directions are those of a sketch of k columns, see
-            :class:`~spectralmetrics.SpectralMetric`, in place of the D x D covariance.
+        sketch_size: with k, a sketch of k columns replaces the D x D covariance, see
+            :class:`~spectralmetrics.SpectralMetric`.
 
     Raises:
         ValueError: for an argument out of range; from ``forward``, for an input without ``dim`` or of another
             width.
-        TypeError: from ``forward``, for an input that is no floating tensor.
+        TypeError: from ``forward``, for an input that is not a floating tensor.
         RuntimeError: from ``forward`` in evaluation, before any data was seen.
 
     >>> projection = PCAProjection(2, threshold=0.9)
@@ -79,8 +79,8 @@ class PCAProjection(nn.Module):
         self.keep_dim = keep_dim
         self.dim = dim
         self._is_collecting = False
-        self._starts_anew = False  # at the next forward that is observed
-        self._is_merged = False  # whether the sums are those of all processes
+        self._starts_anew = False  # at the next observed forward
+        self._is_merged = False  # True if the sums hold the data of all processes
         self._random: Tensor | None = None
         self._spectrum: Spectrum | None = None
         self._projectors: dict[Any, tuple[Tensor, Tensor, bool]] = {}
@@ -111,17 +111,17 @@ class PCAProjection(nn.Module):
         if self._random is not None:
             return self._random.shape[1]
         spectrum = self.spectrum()
-        found = IntrinsicDimensionMetric(threshold=self.threshold).value_of(spectrum)
-        if spectrum.sketch is not None and found.isnan():
+        dimension = IntrinsicDimensionMetric(threshold=self.threshold).value_of(spectrum)
+        if spectrum.sketch is not None and dimension.isnan():
             share = float(spectrum.eigenvalues.sum() / spectrum.total_variance)
             raise RuntimeError(
                 f"a sketch of {spectrum.sketch.size} columns holds {100 * share:.3g} % of the variance, and not"
                 f" {100 * self.threshold:.4g} %: lower the threshold, or collect with a larger sketch_size"
             )
-        return int(found)
+        return int(dimension)
 
     def spectrum(self) -> Spectrum:
-        """The spectrum of the training data of all processes, which call this together.
+        """The spectrum of the training data of all processes, which must call it together.
 
         Raises:
             RuntimeError: before any data was seen.
@@ -146,7 +146,7 @@ class PCAProjection(nn.Module):
         """Inside, pass on the input and accumulate its covariance, whatever the mode of the model.
 
         Each block starts a new covariance with its first forward. A model in evaluation stays there, so that
-        its BatchNorm and Dropout do not notice.
+        its BatchNorm and Dropout work as in evaluation.
 
         >>> projection = PCAProjection(2).eval()
         >>> with projection.collect():
@@ -166,8 +166,8 @@ class PCAProjection(nn.Module):
         """Project onto random orthonormal directions of the same rank, until the threshold is set again.
 
         Args:
-            generator: generator of the directions; PyTorch's global one if None. On several processes, which
-                call this together, the first one's directions count.
+            generator: generator of the directions; PyTorch's global one if None. With several processes, all
+                must call it together, and all use the directions of the first.
 
         Raises:
             RuntimeError: before any data was seen.
@@ -177,12 +177,12 @@ class PCAProjection(nn.Module):
         device = "cpu" if generator is None else generator.device
         with torch.inference_mode(False), torch.no_grad():
             normal = torch.randn(width, rank, generator=generator, dtype=torch.float64, device=device)
-            # Of a Gaussian matrix, Q is uniform on all subspaces of that rank.
+            # Q of a Gaussian matrix spans a subspace drawn uniformly from all subspaces of that rank.
             directions = torch.linalg.qr(normal).Q
             if is_one_of_several():
-                told = [directions.cpu()]
-                dist.broadcast_object_list(told)
-                directions = told[0]
+                broadcast = [directions.cpu()]
+                dist.broadcast_object_list(broadcast)
+                directions = broadcast[0]
         self._random = directions
         self._projectors = {}
 
@@ -231,11 +231,11 @@ class PCAProjection(nn.Module):
     def _observe(self, input: Tensor, dim: int) -> None:
         if in_backward():  # in backward: a checkpoint's recomputation
             return
-        found = untransformed(input, dim)
-        if found is None:
+        plain = untransformed(input, dim)
+        if plain is None:
             return
         with outside_transforms():
-            values, dim = found
+            values, dim = plain
             if self._starts_anew:
                 self.covariance.reset()
                 self._starts_anew = False
@@ -263,7 +263,7 @@ class PCAProjection(nn.Module):
 
     @untraced
     def _projector(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
-        """Directions (D, k), mean (D,), and False; if D − k are fewer, the directions left out, and True."""
+        """Directions (D, k), mean (D,) and False; if D − k is smaller, the directions left out, and True."""
         if (device, dtype) not in self._projectors:
             # Tensors made in inference mode could not be used where gradients are wanted.
             with outside_transforms(), torch.inference_mode(False), torch.no_grad():
@@ -309,12 +309,12 @@ class PCAProjection(nn.Module):
         return self.dim if self.dim is not None else (1 if input.ndim >= 4 else -1)
 
 
-# Where it is the last part of an `nn.Sequential`, dimensions are where the part before it has put them.
+# As the last part of an `nn.Sequential`, it keeps the dimension of the features of the part before it.
 register_layer(PCAProjection, dim="input")
 
 
 def check_dim(dim: int | None) -> None:
-    """Raise a ValueError unless ``dim`` can be the place of a dimension."""
+    """Raise a ValueError unless ``dim`` is an integer or None."""
     if dim is not None and (not isinstance(dim, numbers.Integral) or isinstance(dim, bool)):
         raise ValueError(f"expected dim to be an integer or None, got {dim!r}")
 

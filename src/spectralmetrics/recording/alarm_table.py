@@ -1,4 +1,4 @@
-"""``alarms.csv``: what a :class:`~spectralmetrics.Monitor` said while the run was recorded."""
+"""``alarms.csv``: the alarms of a :class:`~spectralmetrics.Monitor` while the run was recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_alarms(directory: Path) -> list[Alarm]:
     """The alarms of a run, in the order in which they were raised; none without the file.
 
     Raises:
-        ValueError: if it is no table of alarms.
+        ValueError: if it is not a table of alarms.
     """
     path = directory / FILE_NAME
     if not path.exists():
@@ -29,7 +29,7 @@ def read_alarms(directory: Path) -> list[Alarm]:
 
 
 def write_alarms(directory: Path, alarms: Iterable[Alarm]) -> None:
-    """Put these alarms in the place of those of a run: all lines, or the earlier ones if that fails."""
+    """Replace the alarms of a run by these alarms; an error leaves the earlier ones."""
     sweep(directory, FILE_NAME)
     lines = [
         [alarm.step, *("" if each != each else each for each in alarm.finding), _text(alarm.before)]
@@ -39,7 +39,7 @@ def write_alarms(directory: Path, alarms: Iterable[Alarm]) -> None:
         (directory / FILE_NAME).unlink(missing_ok=True)
         return
     text = io.StringIO(newline="")
-    writer = csv.writer(text)  # which quotes a name with a line break in it
+    writer = csv.writer(text)  # it quotes a name with a line break
     writer.writerows([COLUMNS, *lines])
     with replacing(directory / FILE_NAME) as file:
         file.write(text.getvalue().encode())

@@ -42,12 +42,12 @@ def compare(
     Args:
         left: directory of a run.
         right: another run; None compares two epochs of ``left``.
-        epochs: (left, right), of which the last record with arrays is compared; default: the last of each run.
+        epochs: epochs (left, right), whose last records with arrays are compared; default: each run's last.
         stage: the stage of the observations, ``"train"`` or ``"eval"``.
         threshold: the leading eigenspaces explain this share of the variance, in (0, 1].
 
     Returns:
-        A dict for each layer, in forward order, first of the left side and then what only the right one has:
+        A dict for each layer, in forward order: first the left layers, then layers only on the right:
 
         - ``layer``;
         - ``{statistic}_left`` and ``{statistic}_right`` for each recorded statistic, as it was recorded;
@@ -56,12 +56,12 @@ def compare(
         - ``overlap_by_chance``: what random subspaces of these dimensions share on average, max(k, l) / D;
         - ``frechet_distance`` as a share of the total variance of both sides, tr Σ₁ + tr Σ₂: 0 for equal
           distributions, at most 1 where the means agree;
-        - ``linear_cka`` of up to 1,024 rows of the same numbers, also where the widths differ, if both runs are
-          of sources with as many rows, see :func:`~spectralmetrics.measure`: rows of one number are taken for
-          the same sample;
-        - ``note``: why a value is missing, or ``""``.
+        - ``linear_cka`` of up to 1,024 rows with the same numbers, also where the widths differ, if both runs
+          measured sources with equally many rows, see :func:`~spectralmetrics.measure`: rows with one number
+          are taken for the same sample;
+        - ``note``: the reason why a value is missing, or ``""``.
 
-        What a side lacks, or what cannot be compared because the widths differ, is None.
+        Values that a side lacks, or that cannot be compared because the widths differ, are None.
 
     Raises:
         FileNotFoundError: if a run holds no arrays.
@@ -99,7 +99,7 @@ def _sides(
         raise ValueError("expected a second run, or epochs=(first, second) of one run; got one run only")
     given = (None, None) if epochs is None else tuple(epochs) if isinstance(epochs, Iterable) else (epochs,)
     if len(given) != 2 or isinstance(epochs, str):
-        raise ValueError(f"expected two epochs, that of the left and that of the right side, got {epochs!r}")
+        raise ValueError(f"expected two epochs, for the left and for the right side, got {epochs!r}")
     return [
         _open(directory, epoch, stage)
         for directory, epoch in zip((left, left if right is None else right), given, strict=True)
@@ -152,7 +152,7 @@ def _open(directory: str | Path, epoch: int | None, stage: str) -> _Side:
 def _pairs(
     left: Iterator[SavedLayer], right: Iterator[SavedLayer]
 ) -> Iterator[tuple[SavedLayer | None, SavedLayer | None]]:
-    """Layers of one name; of two runs of one network a single pair is in memory at a time."""
+    """Pairs of layers of one name; for two runs of one network, one pair is in memory at a time."""
     passed: dict[str, SavedLayer] = {}
     for first in left:
         while first.layer not in passed and (second := next(right, None)) is not None:
@@ -177,10 +177,10 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
         return _without("no covariance was kept") | _alignment(first, second)
     variance = float(spectra[0].total_variance + spectra[1].total_variance)
     metric = IntrinsicDimensionMetric(threshold=threshold)
-    found = [float(metric.value_of(spectrum)) for spectrum in spectra]
-    if any(map(math.isnan, found)):
+    sizes = [float(metric.value_of(spectrum)) for spectrum in spectra]
+    if any(map(math.isnan, sizes)):
         return _without("a sketch does not hold the share")
-    bases = [s.eigenvectors[:, : int(size)] for s, size in zip(spectra, found, strict=True)]
+    bases = [s.eigenvectors[:, : int(size)] for s, size in zip(spectra, sizes, strict=True)]
     dimensions = [basis.shape[1] for basis in bases]
     row = _without("") | _alignment(first, second)
     if any(spectrum.sketch is not None for spectrum in spectra):
@@ -198,7 +198,7 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
 
 
 def _alignment(first: SavedLayer, second: SavedLayer) -> dict[str, float]:
-    """Linear CKA of rows that correspond; empty where none are known to."""
+    """Linear CKA of corresponding rows; empty if no rows are known to correspond."""
     samples = [each for layer in (first, second) for each in layer.sums if isinstance(each, Numbered)]
     if len(samples) < 2 or first.count + first.non_finite != second.count + second.non_finite:
         return {}
@@ -270,20 +270,20 @@ def describe_comparison(
 def _numbers_of_runs(
     sides: Sequence[_Side], stage: str
 ) -> tuple[dict[str, list[float | None]], dict[str, list[float | None]]]:
-    """Means over the layers, and what the task added: name -> the number of either side."""
-    found: list[dict[str, float]] = []
+    """Means over the layers, and scalars that the task added: name -> the numbers of both sides."""
+    averaged: list[dict[str, float]] = []
     added: list[dict[str, float]] = []
     for side in sides:
         rows = side.rows if side.run.has_table else []
         means = [row for row in rows if row.layer == MEAN_LAYER and row.stage == stage]
-        found.append({f"mean {row.statistic.replace('_', ' ')}": row.value for row in means})
+        averaged.append({f"mean {row.statistic.replace('_', ' ')}": row.value for row in means})
         scalars = [row for row in rows if not row.layer]
         added.append({f"{row.stage} {row.statistic}".strip(): row.value for row in scalars})
-    return _side_by_side(found), _side_by_side(added)
+    return _side_by_side(averaged), _side_by_side(added)
 
 
 def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]:
-    """Problems of either side, a line for each layer and kind."""
+    """Problems on both sides, a line for each layer and kind."""
     lines = []
     for name, side in zip(("left", "right"), sides, strict=True):
         numbers = []
@@ -293,8 +293,8 @@ def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]
                 numbers.append(
                     read_numbers(layer.layer, layer.spectrum(), facts.ceiling, threshold, facts.of_gradients)
                 )
-        found = [each for each in find(stage, numbers) if each.severity == "problem"] if numbers else []
-        lines += [f"problem on the {name}: {each.layer}: {each.message}" for each in found]
+        problems = [each for each in find(stage, numbers) if each.severity == "problem"] if numbers else []
+        lines += [f"problem on the {name}: {each.layer}: {each.message}" for each in problems]
     return ["", *lines] if lines else []
 
 
@@ -335,7 +335,7 @@ def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list
     else:
         lines += [
             "In most layers the eigenspaces share no more than random ones: units of the two networks do not",
-            "correspond, as after different seeds, and overlap and Fréchet distance tell little. Compare the",
+            "correspond, as after different seeds, and overlap and Fréchet distance say little. Compare the",
             "statistics, and the networks themselves by LayerSimilarity (CKA).",
         ]
     for statistic in [key.removesuffix("_left") for key in (rows[0] if rows else {}) if key.endswith("_left")]:

@@ -35,11 +35,11 @@ def draw_run(
 ) -> list[Path]:
     """Draw a recorded run: profiles of one epoch, heat maps over all, and spectra if arrays were kept.
 
-    Layers of which there is no spectrum are left out of that picture, with one warning that names them.
+    Layers without a spectrum are left out of that picture, with one warning that names them.
 
     Args:
         directory: the directory of the run; needs its ``records.csv``.
-        epoch: whose last record the profiles and spectra are of; the last of all if None.
+        epoch: epoch whose last record is drawn as profiles and spectra; the last epoch if None.
         statistics: names as in ``records.csv``, and ``"spectrum"``; all if None.
         threshold: threshold of the dashed lines in the spectra; default: as recorded for saturation, or 0.99.
         output: folder for the pictures; ``plots`` in the run's own if None.
@@ -52,7 +52,7 @@ def draw_run(
 
     Raises:
         FileNotFoundError: if the directory has no records.
-        TypeError: for statistics that are no sequence of names.
+        TypeError: for statistics that are not a sequence of names.
         ValueError: for an epoch or statistic that was not recorded, or a threshold or ``dpi`` out of range.
         ModuleNotFoundError: without matplotlib.
     """
@@ -67,10 +67,10 @@ def draw_run(
     at_epoch = {other for other in run.arrays if other.epoch == key.epoch}
     spectra_key = max(at_epoch, key=lambda other: other.order, default=None)
     recorded = _statistics_of(rows)
-    known = [*recorded, *([] if spectra_key is None or "spectrum" in recorded else ["spectrum"])]
-    chosen = known if statistics is None else list(statistics)
-    if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"expected statistics among {known}, got {unknown[0]!r}")
+    drawable = [*recorded, *([] if spectra_key is None or "spectrum" in recorded else ["spectrum"])]
+    chosen = drawable if statistics is None else list(statistics)
+    if unknown := [name for name in chosen if name not in drawable]:
+        raise ValueError(f"expected statistics among {drawable}, got {unknown[0]!r}")
 
     folder = run.directory / "plots" if output is None else Path(output)
     written = []
@@ -104,7 +104,7 @@ def draw_run(
             progress(f"spectrum of {layer.layer} in {layer.stage}")
             with failures.of(spectra_key, layer, "the spectrum"):
                 spectrum = layer.spectrum()
-                if spectrum.sketch is not None:  # where the threshold is crossed would be drawn wrong
+                if spectrum.sketch is not None:  # its line for the threshold would be wrong
                     raise ValueError("a sketch of its covariance was kept")
                 spectra.setdefault(layer.stage, {})[layer.layer] = spectrum.eigenvalues
         for stage, of_stage in spectra.items():
@@ -141,9 +141,9 @@ def draw_runs(
 
     Raises:
         FileNotFoundError: if a directory has no records.
-        TypeError: for directories or statistics that are no sequence.
+        TypeError: for directories or statistics that are not a sequence.
         ValueError: for an epoch that a run has not recorded, a statistic that none has, one run twice, no run,
-            or a ``dpi`` that is no positive integer.
+            or a ``dpi`` that is not a positive integer.
         ModuleNotFoundError: without matplotlib.
     """
     check_names("statistics", statistics)
@@ -165,9 +165,9 @@ def draw_runs(
             if row.key == key and row.layer not in ("", MEAN_LAYER):
                 of_run = profiles.setdefault((row.statistic, row.stage), {}).setdefault(label, {})
                 of_run[row.layer] = row.value
-    known = list(dict.fromkeys(statistic for statistic, _ in profiles))
-    if unknown := [name for name in statistics or () if name not in known]:
-        raise ValueError(f"expected statistics among {known}, got {unknown[0]!r}")
+    recorded = list(dict.fromkeys(statistic for statistic, _ in profiles))
+    if unknown := [name for name in statistics or () if name not in recorded]:
+        raise ValueError(f"expected statistics among {recorded}, got {unknown[0]!r}")
     settings = runs[0].statistics
     folder = paths[0] / "plots" if output is None else Path(output)
     written = []
@@ -184,7 +184,7 @@ def draw_runs(
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest ends of the paths that differ between the runs."""
     parts = [os.path.abspath(path) for path in paths]
     if len(set(parts)) < len(parts):
         twice = next(path for path, each in zip(paths, parts, strict=True) if parts.count(each) > 1)

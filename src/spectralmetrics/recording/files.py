@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed."""
+"""Files that are whole or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` at the end of the block, all at once.
+    """A file to write to; at the end of the block it replaces ``path``, all at once.
 
     If the block raises, ``path`` is as it was. A process killed inside leaves a hidden ``.tmp`` file beside it,
     which the next call for the same path replaces and :func:`sweep` removes.
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):  # the new name itself must survive a loss of power
-        with contextlib.suppress(OSError):  # but the file is there: this is no failure to write it
+        with contextlib.suppress(OSError):  # the file is there: its writing did not fail
             directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(directory)
@@ -58,14 +58,14 @@ def kept_size(path: Path, size: int) -> int:
 
     Args:
         path: the path of the file, which may be missing.
-        size: bytes after the last record that was written; the file is shorter if that was taken back, and
-            longer if the process was interrupted once it had written one more.
+        size: bytes after the last record that was written. The file is shorter if this record was taken back,
+            and longer if the process was interrupted after it wrote another one.
     """
     return min(size, path.stat().st_size) if path.exists() else 0
 
 
 def lengthen(path: Path, size: int, added: bytes) -> int:
-    """Replace a file by a copy of its first bytes and what is added; return the size of the copy."""
+    """Replace a file by a copy of its first bytes with others added; return the size of the copy."""
     with replacing(path) as file:
         if size:
             with open(path, "rb") as earlier:
@@ -77,11 +77,11 @@ def lengthen(path: Path, size: int, added: bytes) -> int:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove what a process left that was killed while it replaced a file.
+    """Remove the temporary files of processes that were killed while they replaced a file.
 
     Args:
-        folder: the folder of the file.
-        pattern: glob of the names that the files were to have.
+        folder: the folder of the files.
+        pattern: glob of the names of the files to replace.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -91,7 +91,7 @@ def sweep(folder: Path, pattern: str) -> None:
     []
     """
     for path in folder.glob(f".{pattern}.tmp"):
-        with contextlib.suppress(OSError):  # one that cannot be removed does no harm
+        with contextlib.suppress(OSError):  # a file that cannot be removed does no harm
             path.unlink()
 
 
@@ -106,20 +106,20 @@ def read_table(
 
     Args:
         path: the path of the file.
-        what: a line is, with its article.
-        parse: makes something of the cells of a line; raises a ValueError where it cannot.
+        what: the content of a line, with its article, for errors.
+        parse: makes an object of the cells of a line; raises a ValueError if it cannot.
         columns: the columns of the header.
         earlier: other headers, which earlier releases wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such table, with the line.
+        ValueError: if it is not such a table; names the line.
     """
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
-    found = []
+    parsed = []
     with io.StringIO(text, newline="") as file:
         reader = csv.reader(file)
         try:
@@ -130,10 +130,10 @@ def read_table(
                 try:
                     if len(cells) != len(header):
                         raise ValueError
-                    found.append(parse(cells))
+                    parsed.append(parse(cells))
                 except ValueError:
                     line = f"line {reader.line_num} of {path}"
                     raise ValueError(f"expected {what} in {line}, got {','.join(cells)!r}") from None
         except csv.Error as error:
             raise ValueError(f"expected {what} in line {reader.line_num} of {path}: {error}") from None
-    return found
+    return parsed

@@ -18,21 +18,21 @@ else:
 
 FILE_NAME = ".recorder.lock"
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-_FAR = 2**30  # Windows lets nobody read what is locked, and others shall read who holds it
+_FAR = 2**30  # on Windows no process can read locked bytes, and others must read the holder's name
 
 
 class DirectoryLock:
-    """Held by one owner at a time, whether in this process or in another; gone with a process that is killed.
+    """A lock of one owner at a time, in this process or in another; it ends if its process is killed.
 
     The lock is the operating system's, on a hidden file in the directory that :meth:`release` removes.
-    Processes that are forked while it is held, such as those of a data loader, do not hold it. On a file system
-    that knows no locks, nothing is locked.
+    Processes that are forked while it is held, such as a data loader's workers, do not hold it. On a file
+    system without locks, nothing is locked.
 
     Args:
-        directory: to lock; it exists.
+        directory: the directory to lock; it must exist.
 
     Raises:
-        BlockingIOError: while another holds it, with the process that does.
+        BlockingIOError: while another owner holds the lock; names its process.
         OSError: if the file cannot be made.
 
     >>> import tempfile
@@ -50,13 +50,13 @@ class DirectoryLock:
         _HELD.add(self)
 
     def release(self) -> None:
-        """Let others have it; without effect the second time and in a forked process."""
+        """Release the lock; has no effect the second time and in a forked process."""
         if self._file is None or os.getpid() != self._process:
             return
         file, self._file = self._file, None
-        if sys.platform == "win32":  # where no file is removed that is open
+        if sys.platform == "win32":  # which removes no open file
             file.close()
-        # While the lock is held, so that nobody else can hold the one that goes.
+        # While the lock is held, so that no other process can lock the file that is removed.
         with contextlib.suppress(OSError):
             self._path.unlink()
         file.close()
@@ -66,11 +66,11 @@ class DirectoryLock:
             file = open(self._path, "a+b", buffering=0)  # noqa: SIM115  # it stays open as long as the lock is held
             try:
                 _lock(file)
-                # Between opening and locking, whoever held it may have removed the file.
+                # Between opening and locking, the earlier holder may have removed the file.
                 if not _is_at(file, self._path):
                     file.close()
                     continue
-                with contextlib.suppress(OSError):  # on a full disk: nobody needs to know who holds it
+                with contextlib.suppress(OSError):  # on a full disk the lock works without its holder's name
                     file.truncate(0)
                     file.write(f"{self._process} {socket.gethostname()}".encode())
             except BlockingIOError:

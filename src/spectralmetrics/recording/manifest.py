@@ -1,4 +1,4 @@
-"""``recording.json``: what the files of a run do not say themselves."""
+"""``recording.json``: the facts about a run that its other files do not hold."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Manifest:
     """The state of a run.
 
     Attributes:
-        writers: name -> the last record before that writer joined, None for one from the beginning. A record up
-            to that one needs no part of it to be whole.
-        statistics: name -> settings of the metric, see :func:`~spectralmetrics.recording.record.describe`.
-        layers: name -> what is known of the layer besides its data: ``kind``, ``ceiling``, and
-            ``of_gradients`` where gradients were observed.
-        last: the last whole record; what counts for a run of which no writer keeps records.
+        writers: name -> the last record before that writer joined; None if it joined at the beginning. Records
+            up to that one are whole without this writer's part.
+        statistics: name -> settings of the metric, see :func:`~spectralmetrics.recording.settings.describe`.
+        layers: name -> facts about the layer besides its data: ``kind``, ``ceiling``, and
+            ``of_gradients`` if gradients were observed.
+        last: the last whole record, for runs whose writers keep no records.
     """
 
     writers: dict[str, RecordKey | None] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def _key(name: str, content: Any) -> RecordKey | None:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise a ValueError unless all parts that others read are of their kind."""
+    """Raise a ValueError unless all parts have the types that their readers expect."""
     if not all(isinstance(part, dict) for part in (manifest.writers, manifest.statistics, manifest.layers)):
         raise ValueError("writers, statistics and layers are no objects")
     for name, facts in manifest.layers.items():

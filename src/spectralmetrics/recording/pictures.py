@@ -1,4 +1,4 @@
-"""Pictures of records: which rows go into them and what their titles say."""
+"""Pictures of records: their rows and titles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw_profile(
     settings: Mapping[str, Settings],
     facts: Mapping[str, LayerFacts] | None = None,
 ) -> Figure:
-    """One epoch of a statistic, all stages together; the task's own numbers in the title."""
+    """Draw one epoch of a statistic, all stages together, with the task's own numbers in the title."""
     own = [row for row in rows if row.statistic == statistic and row.layer not in ("", MEAN_LAYER)]
     profiles: dict[str, dict[str, float]] = {}
     bands: dict[str, dict[str, tuple[float, float]]] = {}
@@ -64,7 +64,7 @@ def draw_heatmap(
     places: Mapping[RecordKey, int],
     by_step: bool = False,
 ) -> Figure:
-    """All epochs, or steps, of a statistic in one stage; for the places see :meth:`.SavedRun.places`."""
+    """Draw all epochs or steps of a statistic in one stage; for the places see :meth:`.SavedRun.places`."""
     profiles: dict[int, dict[str, float]] = {}
     for row in rows:
         is_one = row.statistic == statistic and row.stage == stage and row.layer not in ("", MEAN_LAYER)
@@ -87,7 +87,7 @@ def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
 
 
 def check_names(argument: str, names: object) -> None:
-    """Raise a TypeError unless these are a sequence of names, or None; a single one is often meant as such.
+    """Raise a TypeError unless ``names`` is a sequence of names or None; a string alone is a common mistake.
 
     >>> check_names("statistics", "saturation")
     Traceback (most recent call last):

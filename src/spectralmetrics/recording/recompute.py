@@ -31,8 +31,8 @@ def recompute(
 
     Args:
         directory: the directory of the run.
-        threshold: threshold of the statistics that have one, in (0, 1]; None: as recorded, or 0.99. Of several
-            thresholds, each has its rows under ``"saturation@0.95"`` and the like.
+        threshold: threshold of the statistics that have one, in (0, 1]; None: as recorded, or 0.99. With
+            several thresholds, each has its rows under ``"saturation@0.95"`` and the like.
         statistics: short names (:func:`spectralmetrics.statistics` lists them) or names that were recorded;
             metrics, for settings of their own; or a dict of metrics by name. None: the numbers recorded. A
             name that was recorded has its recorded settings.
@@ -40,15 +40,15 @@ def recompute(
 
     Returns:
         Rows with the columns of ``records.csv``, in its order, means over the layers included. With folds, low
-        and high are the ends of the values' intervals. Values of a statistic that is no number are arrays.
-        What cannot be had of some layers is left out with one warning that names it: statistics that are not
-        read from sketches, and layers that are damaged.
+        and high are the ends of the values' intervals. Values of a statistic that is not a number are arrays.
+        One warning names what is left out: statistics that cannot be read from the sketch of a layer, and
+        damaged layers.
 
     Raises:
         FileNotFoundError: if the run holds no arrays.
         TypeError: for statistics of another kind.
-        ValueError: for an unknown statistic or a threshold outside (0, 1]; for an embedding of which no sample
-            was kept.
+        ValueError: for an unknown statistic or a threshold outside (0, 1]; for an embedding without a saved
+            sample.
 
     >>> import tempfile, torch
     >>> from spectralmetrics import LayerProbe, Recorder
@@ -77,12 +77,12 @@ def recompute(
             for (name, stage, layer), value in values.items():
                 if value.ndim:
                     rows.append(Row(key.epoch, stage, layer, name, value.numpy(), step=key.step))  # type: ignore[arg-type]
-    found = {row.statistic for row in rows}
+    present = {row.statistic for row in rows}
     for name in metrics:
-        if not found or (name not in found and statistics is not None):
+        if not present or (name not in present and statistics is not None):
             failures.check(repr(name))
     failures.warn()
-    # What was recorded has been warned of then.
+    # Recorded statistics were warned of when they were recorded.
     warn_of_undefined([row for row in rows if isinstance(row.value, (int, float))], run.statistics)
     return [row._asdict() for row in rows]
 
@@ -99,7 +99,7 @@ def summarise_run(
 
     Args:
         directory: the directory of the run.
-        epoch: whose last record that has arrays; None: the last of all.
+        epoch: epoch whose last record with arrays is read; None: the last epoch.
         stage: ``"train"`` or ``"eval"``.
         statistic: a name that was recorded or a short name, of a statistic that is one number.
         threshold: share of the variance, in (0, 1]; as recorded if None, or else 0.99.
@@ -135,7 +135,7 @@ def summarise_run(
     failures = Failures()
     for layer in run.layers(key, stage):
         with failures.of(key, layer, "all"):
-            layer.spectrum(metric.center)  # with all that was saved of it
+            layer.spectrum(metric.center)  # reads the saved eigenvalues, which the next spectrum shares
             spectra[layer.layer] = layer.spectrum()
     if not spectra:
         failures.check("all")
@@ -159,29 +159,29 @@ def _metrics(
             try:
                 metrics[name] = rebuild_statistic(name, recorded)
             except ValueError as error:
-                if "metric" in settings:  # not one of another library, of which there is no hope
+                if "metric" in settings:  # metrics of other libraries can never be rebuilt
                     warnings.warn(f"left out {name!r}: {error}", UserWarning, stacklevel=3)
-        found = {name: each for name, each in metrics.items() if not each.other_sums()}
-        if not found:
-            raise ValueError("expected the names of statistics: of those recorded, none can be recomputed")
-        return found
-    found = {}
+        usable = {name: each for name, each in metrics.items() if not each.other_sums()}
+        if not usable:
+            raise ValueError("expected the names of statistics: no recorded statistic can be recomputed")
+        return usable
+    by_name = {}
     for each in [chosen] if isinstance(chosen, (str, SpectralMetric)) else chosen:
         if isinstance(each, SpectralMetric):
-            found[each.short_name] = each
+            by_name[each.short_name] = each
         else:
-            found[each] = rebuild_statistic(each, recorded)
-    return found
+            by_name[each] = rebuild_statistic(each, recorded)
+    return by_name
 
 
 def _at(metrics: dict[str, SpectralMetric], threshold: float, named: bool) -> dict[str, SpectralMetric]:
-    """The metrics at a threshold, and those that have none."""
+    """The metrics, with this threshold if they have one."""
     threshold = check_threshold(threshold)
-    found: dict[str, SpectralMetric] = {}
+    moved: dict[str, SpectralMetric] = {}
     for name, metric in metrics.items():
         if hasattr(metric, "threshold"):
             metric = copy.deepcopy(metric)
             metric.threshold = threshold
             name = f"{name}@{threshold}" if named else name
-        found[name] = metric
-    return found
+        moved[name] = metric
+    return moved

@@ -31,7 +31,7 @@ from spectralmetrics.sums import Marginals
 
 
 class SavedRun:
-    """A recorded run, each part read when it is asked for.
+    """A recorded run; an access to a part reads it.
 
     Args:
         directory: the directory of the run.
@@ -41,7 +41,7 @@ class SavedRun:
         arrays: key of a record -> its array file, earliest first.
 
     Raises:
-        ValueError: when a file is read that is none of a recorder's, or damaged.
+        ValueError: on access, if a file is damaged or was not written by a recorder.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -49,7 +49,7 @@ class SavedRun:
         self.arrays: dict[RecordKey, Path] = saved_records(self.directory)
 
     def check(self, *, rows: bool = False, arrays: bool = False) -> None:
-        """Raise a FileNotFoundError unless there are the rows or the arrays that are needed, or either."""
+        """Raise a FileNotFoundError unless the needed rows or arrays exist, or at least one of both."""
         if arrays and not self.arrays:
             raise FileNotFoundError(f"expected a run recorded with the writer 'arrays', got {self.directory}")
         if rows and not self.has_table:
@@ -66,7 +66,7 @@ class SavedRun:
 
     @cached_property
     def history(self) -> dict[str, list[HistoryRow]]:
-        """Stage -> what each layer did in each forward that was recorded; none without the writer "history".
+        """Stage -> rows of each layer and recorded forward; empty without the writer "history".
 
         The numbers of the forwards rise over all processes that made the run.
         """
@@ -98,34 +98,34 @@ class SavedRun:
             ValueError: if there is none.
         """
         keys = list(self.arrays) if arrays else self.records
-        found = [key for key in keys if epoch is None or key.epoch == epoch]
-        if not found:
+        matching = [key for key in keys if epoch is None or key.epoch == epoch]
+        if not matching:
             epochs = list(dict.fromkeys(key.epoch for key in keys))
             is_whole = len(epochs) > 1 and epochs == list(range(epochs[0], epochs[-1] + 1))
             known = f"{epochs[0]} to {epochs[-1]}" if is_whole else ", ".join(map(str, epochs))
-            what = "has arrays" if arrays else "was recorded"
-            raise ValueError(f"expected an epoch of {self.directory} that {what}, {known}, got {epoch!r}")
-        return found[-1]
+            verb = "has arrays" if arrays else "was recorded"
+            raise ValueError(f"expected an epoch of {self.directory} that {verb}, {known}, got {epoch!r}")
+        return matching[-1]
 
     @property
     def has_epochs(self) -> bool:
-        """True if the end of an epoch was recorded, or else only steps."""
+        """True if the end of an epoch was recorded; False if only steps were."""
         return any(key.step is None for key in self.records)
 
     def places(self, by_step: bool = False) -> dict[RecordKey, int]:
-        """The places of records over time: the last one of each epoch, or each at its step.
+        """The places of records over time: the last record of each epoch, or each record at its step.
 
         Args:
-            by_step: by steps; the same step in several epochs has its last record.
+            by_step: True gives steps; a step that several epochs have gets its last record.
         """
         if by_step:
-            found = {key.step: key for key in self.records if key.step is not None}
-            return {key: step for step, key in found.items()}
+            by_number = {key.step: key for key in self.records if key.step is not None}
+            return {key: step for step, key in by_number.items()}
         return {key: epoch for epoch, key in {key.epoch: key for key in self.records}.items()}
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The rest of what the recorder wrote down."""
+        """The manifest of the recorder."""
         return read_manifest(self.directory)
 
     @property
@@ -139,7 +139,7 @@ class SavedRun:
         return self.manifest.facts
 
     def layers_in(self, key: RecordKey) -> list[tuple[str, str]]:
-        """(stage, layer) of all that has arrays in a record, in the order in which it was recorded."""
+        """(stage, layer) of all arrays in a record, in the order in which they were recorded."""
         return saved_layers(self.arrays[key]) if key in self.arrays else []
 
     def layers(self, key: RecordKey, stage: str | None = None) -> Iterator[SavedLayer]:
@@ -147,7 +147,7 @@ class SavedRun:
 
         Args:
             key: the key of the record.
-            stage: whose layers; None: of all stages.
+            stage: the stage of the layers; None: all stages.
         """
         for layer in read_layers(self.arrays[key], self._needs_vectors):
             if stage in (None, layer.stage):
@@ -155,7 +155,7 @@ class SavedRun:
 
     @cached_property
     def _needs_vectors(self) -> bool:
-        """As in the recording, where an embedding's eigenvectors bring the eigenvalues that all read."""
+        """True if, as in the recording, an embedding's eigenvectors give the eigenvalues for all metrics."""
         kinds = all_statistics()
         names = (each.get("metric") for each in self.statistics.values())
         return any(kinds[name].needs_eigenvectors for name in names if name in kinds)
@@ -170,26 +170,26 @@ class SavedRun:
     def rebuilt(
         self, key: RecordKey, metrics: Mapping[str, SpectralMetric], failures: Failures
     ) -> tuple[dict[Key, Tensor], dict[Key, Interval]]:
-        """Values of a record from its arrays, and the intervals of those that have one.
+        """Values of a record from its arrays, and the intervals of statistics that have one.
 
         Args:
             key: the key of the record.
             metrics: the metrics by the names of their statistics.
-            failures: told of what cannot be had.
+            failures: collects the parts that cannot be read.
         """
         values: dict[Key, Tensor] = {}
         intervals: dict[Key, Interval] = {}
         for layer in self.layers(key):
-            found = {}
-            # Eigenvectors first: they come with the eigenvalues that the others read.
+            of_layer = {}
+            # Eigenvectors first: they come with the eigenvalues that the other metrics read.
             for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
                 with failures.of(key, layer, repr(name)):
                     spectrum = layer.spectrum(metrics[name].center)
-                    found[name] = _value_from(metrics[name], spectrum)
+                    of_layer[name] = _value_from(metrics[name], spectrum)
             for name, metric in metrics.items():
-                if name not in found:
+                if name not in of_layer:
                     continue
-                values[name, layer.stage, layer.layer] = found[name]
+                values[name, layer.stage, layer.layer] = of_layer[name]
                 spectrum = layer.spectrum(metric.center)
                 if metric.has_interval and (spectrum.num_folds > 1 or spectrum.sketch is not None):
                     intervals[name, layer.stage, layer.layer] = metric.interval_of(spectrum)
@@ -198,7 +198,7 @@ class SavedRun:
     def record(self, key: RecordKey) -> Record:
         """A record as the files hold it: numbers if there is a table or arrays, the rest if there are arrays.
 
-        With a table, its ``values`` are those that are no single numbers, rebuilt when one is read.
+        With a table, ``values`` has only the values that are not single numbers; the first access rebuilds all.
         """
         rows = [row for row in self.rows if row.key == key]
         values: _SavedValues | dict[str, Tensor] = {}
@@ -212,10 +212,10 @@ class SavedRun:
 
 
 class Failures:
-    """Parts of a run that cannot be had, collected for one warning that names them."""
+    """Parts of a run that cannot be read, collected for one warning that names them."""
 
     def __init__(self) -> None:
-        self._found: dict[str, dict[str, list[RecordKey]]] = {}
+        self._parts: dict[str, dict[str, list[RecordKey]]] = {}
         self._errors: dict[str, tuple[str, Exception]] = {}
 
     @contextlib.contextmanager
@@ -226,21 +226,21 @@ class Failures:
         except Exception as error:  # of a damaged file, of a sketch, or of a user's own statistic
             words = str(error) or type(error).__name__
             part = f"{what} of {layer.layer!r} in {layer.stage}"
-            self._found.setdefault(words, {}).setdefault(part, []).append(key)
+            self._parts.setdefault(words, {}).setdefault(part, []).append(key)
             self._errors.setdefault(what, (f"{part}, {key}: {words}", error))
 
     def check(self, what: str) -> None:
-        """Raise a ValueError for the first failure of a part, of which nothing could be had."""
+        """Raise a ValueError for the first failure of a part that no layer could give."""
         if what in self._errors:
             words, error = self._errors[what]
             raise ValueError(words) from error
 
     def warn(self, *, stacklevel: int = 2) -> None:
-        """Warn of everything that was left out, if anything was."""
-        if self._found:
+        """Warn of all parts that were left out, if there are any."""
+        if self._parts:
             words = [
                 f"{', '.join(f'{part}, {_when(keys)}' for part, keys in parts.items())} ({why})"
-                for why, parts in self._found.items()
+                for why, parts in self._parts.items()
             ]
             warnings.warn(f"left out {'; '.join(words)}", UserWarning, stacklevel=stacklevel + 1)
 
@@ -250,7 +250,7 @@ def _when(keys: Sequence[RecordKey]) -> str:
 
 
 class _SavedValues(Mapping[str, Tensor]):
-    """``"{statistic}/{stage}/{layer}"`` -> value, all of them rebuilt from the arrays when one is read."""
+    """``"{statistic}/{stage}/{layer}"`` -> value; the first access rebuilds all values from the arrays."""
 
     def __init__(self, run: SavedRun, key: RecordKey, metrics: dict[str, SpectralMetric]) -> None:
         self._run = run
@@ -279,13 +279,13 @@ class _SavedValues(Mapping[str, Tensor]):
 
 
 def _value_from(metric: SpectralMetric, spectrum: Spectrum) -> Tensor:
-    """The value of a metric, or a ValueError if something that it needs was not recorded."""
-    wanted = [*metric.other_sums()]
+    """The value of a metric; raises a ValueError if a sum that it needs was not recorded."""
+    needed = [*metric.other_sums()]
     if isinstance(metric, MarginalMetric):
-        wanted += [] if metric.can_read_matrix else [metric.spectral_sum()]
+        needed += [] if metric.can_read_matrix else [metric.spectral_sum()]
     elif isinstance(spectrum.sums, Marginals):
         raise ValueError(f"expected a covariance for {metric.short_name!r}; only marginals were recorded")
-    for each in wanted:
+    for each in needed:
         if not spectrum.has(type(each)):
             raise ValueError(f"expected {each.described} for {metric.short_name!r}; none was recorded")
     return metric.value_of(spectrum)
@@ -304,7 +304,7 @@ def read_records(directory: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if the directory has no ``records.csv``.
-        ValueError: if that is no table of records.
+        ValueError: if that is not a table of records.
 
     >>> import tempfile, torch
     >>> from spectralmetrics import LayerProbe, Recorder
@@ -323,7 +323,7 @@ def read_records(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def run_names(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the directories apart; a number where they are the same.
+    """The shortest ends of the paths that differ between the directories; with a number if paths are equal.
 
     >>> run_names([Path("/runs/mnist"), Path("/runs/cifar")])
     ['mnist', 'cifar']

@@ -15,16 +15,16 @@ from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 
 Settings: TypeAlias = dict[str, Any]
-"""Of a metric, as JSON holds them; see :func:`describe`."""
+"""The settings of a metric, as JSON holds them; see :func:`describe`."""
 
 MODULE = "module"
-"""Under which :func:`describe` names the module of a statistic that is not of this package."""
+"""The key of the module of a statistic from another package, see :func:`describe`."""
 UNKNOWN = "settings not recorded"
-"""Under which :func:`describe` names settings that JSON cannot hold."""
+"""The key of the names of settings that JSON cannot hold, see :func:`describe`."""
 
 
 def describe(metric: Metric) -> Settings:
-    """The statistic and the settings of a metric, as JSON can hold them; what ``recompute`` rebuilds it from.
+    """The statistic and the settings of a metric, as JSON can hold them; ``recompute`` rebuilds it from these.
 
     >>> from spectralmetrics import SaturationMetric
     >>> describe(SaturationMetric(threshold=0.9))["threshold"]
@@ -38,7 +38,7 @@ def describe(metric: Metric) -> Settings:
     for name, parameter in inspect.signature(type(metric)).parameters.items():
         value = getattr(metric, name, parameter.default)
         if name in ("num_features", "gram_dtype", "nan_strategy", "folds") or value is parameter.empty:
-            continue  # a width of no consequence, and what changes how data is taken but not what it says
+            continue  # these change how data is accumulated, but not the value
         if isinstance(value, (list, tuple)):
             value = list(value)
         try:
@@ -49,7 +49,7 @@ def describe(metric: Metric) -> Settings:
 
 
 def _module_of(kind: type) -> str:
-    """The module to import for a class; empty for one of a script, which cannot be imported by its name."""
+    """The module to import for a class; empty for a class of a script, which cannot be imported by name."""
     if kind.__module__ != "__main__":
         return kind.__module__
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
@@ -57,7 +57,7 @@ def _module_of(kind: type) -> str:
 
 
 def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
-    """The metrics of a run, by name, as far as they can be made from their settings."""
+    """The metrics of a run that can be made from their settings, by name."""
     metrics = {}
     for name in recorded:
         with contextlib.suppress(ValueError):

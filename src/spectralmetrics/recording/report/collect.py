@@ -27,17 +27,17 @@ Progress: TypeAlias = Callable[[str, int], None]
 Content: TypeAlias = dict[str, Any]
 Array: TypeAlias = npt.NDArray[Any]
 Family: TypeAlias = tuple[Rule, bool]
-"""The settings, rule and center, on which a dimension depends besides the threshold."""
+"""Rule and center: the settings besides the threshold on which a dimension depends."""
 
 DEFAULT_THRESHOLD = 0.99
 DEFAULT_FAMILY: Family = ("explained", True)
-"""That of summaries, and of statistics that were not recorded."""
+"""The family of summaries, and of statistics that were not recorded."""
 KINDS = {"saturation": "share", "intrinsic_dimension": "dimension"}
 """The statistics that the slider moves: a dimension, or one divided by the width."""
 NARROW = 512
 """Below this width one thread decomposes a covariance as fast as several."""
 MOST_POINTS = 1_280_000
-"""Of all spectra together, so that a page of 200 layers and 100 epochs stays below 10 MB."""
+"""The most points of all spectra together, so that a page of 200 layers and 100 epochs stays below 10 MB."""
 
 
 def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
@@ -45,13 +45,13 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
 
     Arrays have the axes (stage, layer, epoch), or (stage, layer, threshold or point, epoch), in the order of
     the page's and the run's lists. Where nothing was recorded, they hold ``MISSING``, or ``"is_recorded"`` 0.
-    ``"held_out"`` has the dimensions of what was held out, ``MISSING`` without folds and ``UNKNOWN`` while one
-    of them is empty; with the dimension they are the ends of its interval. ``"stands_out"`` has places in the
-    list ``"words"``, ``"in_tail"`` 0 or 1. Where no run recorded the end of an epoch, epochs are steps.
+    ``"held_out"`` has the dimensions of held-out data, ``MISSING`` without folds and ``UNKNOWN`` while a fold
+    is empty; with the dimension they are the ends of its interval. ``"stands_out"`` has indices into the list
+    ``"words"``, ``"in_tail"`` 0 or 1. If no run recorded the end of an epoch, epochs are steps.
 
     Args:
         runs: the runs by their names.
-        progress: called before each layer with what it is, and the number of all.
+        progress: called before each layer with its name and the number of all layers.
 
     Raises:
         ValueError: if a file cannot be read.
@@ -69,7 +69,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
     total = sum(len(run.layers_in(key)) for run in runs.values() for key in run.places(by_step))
     most = min(max(MOST_POINTS // max(total, 1), 16), 128)
     has_arrays = any(run.arrays for run in runs.values())
-    found = []
+    contents = []
     chosen = []
     failures = Failures()
     for name, run in runs.items():
@@ -82,14 +82,14 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
         if run.arrays:
             parts = (np.array(thresholds), most, failures, words)
 
-            def tell(what: str, name: str = name) -> None:
-                progress(f"{name}, {what}", total)
+            def advance(part: str, name: str = name) -> None:
+                progress(f"{name}, {part}", total)
 
-            arrays = _from_arrays(run, axes, families, *parts, tell)
+            arrays = _from_arrays(run, axes, families, *parts, advance)
         else:
             _words_of_values(run, axes, content["statistics"], words, None if not has_arrays else thresholds)
         facts = [run.facts.get(layer, UNKNOWN_LAYER)._asdict() for layer in layers]
-        found.append(
+        contents.append(
             {
                 "name": name,
                 "epochs": list(axes.epochs),
@@ -103,19 +103,21 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
         )
     failures.warn(stacklevel=3)
     shares = [
-        name for name in chosen if any(run["statistics"].get(name, {}).get("kind") == "share" for run in found)
+        name
+        for name in chosen
+        if any(run["statistics"].get(name, {}).get("kind") == "share" for run in contents)
     ]
-    own = [name for run in found for name, entry in run["statistics"].items() if "values" in entry]
+    own = [name for run in contents for name, entry in run["statistics"].items() if "values" in entry]
     return {
         "unit": "step" if by_step else "epoch",
         "thresholds": thresholds,
         "threshold": thresholds.index(recorded[0] if recorded else DEFAULT_THRESHOLD),
-        # What was recorded, saturation before others.
+        # A statistic that was recorded, saturation before others.
         "statistic": next((name for name in [*shares, *chosen] if name in own), next(iter(chosen), None)),
         "quantities": QUANTITIES,
         "stages": stages,
         "layers": layers,
-        "runs": found,
+        "runs": contents,
     }
 
 
@@ -152,7 +154,7 @@ def _family(settings: Settings) -> Family:
 
 
 def _from_records(run: SavedRun, axes: _Axes, families: list[Family]) -> Content:
-    """The numbers of ``records.csv``, and which of them the slider moves."""
+    """The numbers of ``records.csv``, and the ``"kind"`` of the statistics that the slider moves."""
     statistics: dict[str, Content] = {}
     scalars: dict[tuple[str, str], Content] = {}
     for row in run.rows:
@@ -176,10 +178,10 @@ def _from_records(run: SavedRun, axes: _Axes, families: list[Family]) -> Content
                     ends = statistics[row.statistic].setdefault(end, axes.new(np.nan))
                     ends[where] = value
     recorded = list(statistics)
-    # With arrays these two can be had of every run.
+    # With arrays every run has these two.
     names = list(dict.fromkeys([*statistics, *(KINDS if run.arrays else ())]))
     for name in names:
-        # As recompute does of a name that was not recorded.
+        # As recompute does for a name that was not recorded.
         settings = run.statistics.get(name, {"metric": name})
         kind = KINDS.get(str(settings.get("metric")))
         entry = statistics.setdefault(name, {})
@@ -206,10 +208,10 @@ def _from_arrays(
     words: Words,
     progress: Callable[[str], None],
 ) -> Content:
-    """Dimensions at all thresholds, points of the spectra, and what the sums say of the observations."""
-    found = {name: axes.new(MISSING) for name in ("width", "observations", "non_finite", "dead")}
-    found["largest"] = axes.new(np.nan)
-    found["points"] = axes.new(MISSING, most)
+    """Dimensions at all thresholds, points of the spectra, and counts of the observations."""
+    arrays = {name: axes.new(MISSING) for name in ("width", "observations", "non_finite", "dead")}
+    arrays["largest"] = axes.new(np.nan)
+    arrays["points"] = axes.new(MISSING, most)
     tables = [axes.new(MISSING, len(thresholds)) for _ in families]
     held_out = [axes.new(MISSING, len(thresholds)) for _ in families]
     chosen: dict[int, Array] = {}
@@ -220,30 +222,32 @@ def _from_arrays(
             where = axes.of(layer.stage, layer.layer, key)
             with failures.of(key, layer, "the spectrum"):
                 width = len(layer.mean)
-                found["width"][where] = width
-                found["observations"][where] = layer.count
-                found["non_finite"][where] = layer.non_finite
+                arrays["width"][where] = width
+                arrays["observations"][where] = layer.count
+                arrays["non_finite"][where] = layer.non_finite
                 measured = _measured(layer, families, thresholds)
                 for table, other, each in zip(tables, held_out, measured, strict=True):
                     table[where], other[where] = each
                 facts = run.facts.get(layer.layer, UNKNOWN_LAYER)
                 known = Known.of_layer(layer, facts, where, measured[families.index(DEFAULT_FAMILY)])
                 of_stage.setdefault(layer.stage, []).append(known)
-                found["dead"][where] = known.numbers.dead
+                arrays["dead"][where] = known.numbers.dead
                 spectrum = layer.spectrum(families[0][1])
                 if spectrum.sketch is not None:
-                    raise ValueError("a sketch of its covariance was kept, of which the page draws no spectrum")
+                    raise ValueError(
+                        "a sketch of its covariance was kept, and the page draws no spectrum of it"
+                    )
                 drawn = spectrum.eigenvalues.numpy()
                 if width not in chosen:
                     chosen[width] = positions(width, most)
-                found["largest"][where] = drawn[0]
-                found["points"][where][: len(chosen[width])] = points(drawn, chosen[width])
+                arrays["largest"][where] = drawn[0]
+                arrays["points"][where][: len(chosen[width])] = points(drawn, chosen[width])
         for layers in of_stage.values():
             words.add(layers)
     return {
-        **found,
+        **arrays,
         "dimensions": tables,
-        # Most runs have no folds, and their pages are not to carry tables of nothing.
+        # Most runs have no folds; their pages carry no empty tables.
         **({"held_out": held_out} if any((table != MISSING).any() for table in held_out) else {}),
         "positions": {width: list(map(int, each)) for width, each in chosen.items()},
     }
@@ -264,20 +268,20 @@ def _words_of_values(
     words: Words,
     thresholds: Sequence[float] | None,
 ) -> None:
-    """Findings where only numbers were recorded.
+    """Add the findings of a run of which only numbers were recorded.
 
     Args:
-        run: without arrays.
+        run: a run without arrays.
         axes: the axes of its arrays.
         statistics: the statistics of the page.
-        words: to add to.
-        thresholds: those of the page, of which the words hold at the recorded one; None: at all.
+        words: the words to add to.
+        thresholds: the thresholds of the page; the words hold at the recorded one. None: they hold at all.
     """
     kinds = {entry["kind"]: (name, entry["threshold"]) for name, entry in statistics.items() if entry["kind"]}
     if "share" not in kinds:
         return
     threshold = kinds["share"][1]
-    dimension, its_threshold = kinds.get("dimension", ("", None))
+    dimension, dimension_threshold = kinds.get("dimension", ("", None))
     at = slice(None) if thresholds is None else [thresholds.index(threshold)]
     numbers: dict[tuple[str, RecordKey], dict[str, dict[str, float]]] = {}
     for row in run.rows:
@@ -291,15 +295,15 @@ def _words_of_values(
         for layer, values in layers.items():
             if kinds["share"][0] in values:
                 share = values[kinds["share"][0]]
-                found = values.get(dimension, np.nan) if its_threshold == threshold else np.nan
+                value = values.get(dimension, np.nan) if dimension_threshold == threshold else np.nan
                 facts = run.facts.get(layer, UNKNOWN_LAYER)
                 where = axes.of(stage, layer, key)
-                known.append(Known.of_values(layer, share, found, values.get("spread", np.nan), facts, where))
+                known.append(Known.of_values(layer, share, value, values.get("spread", np.nan), facts, where))
         words.add(known, at)
 
 
 def _in_order(sequences: Iterable[Iterable[str]]) -> list[str]:
-    """All names of several sequences, each new one behind the one that it follows in its own.
+    """All names of several sequences; a new name comes behind the name before it in its own sequence.
 
     >>> _in_order([["a", "c"], ["a", "b", "c", "d"]])
     ['a', 'b', 'c', 'd']
@@ -320,7 +324,7 @@ def _in_order(sequences: Iterable[Iterable[str]]) -> list[str]:
 
 @contextlib.contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """Torch's threads inside the block.
+    """Inside the block, torch uses this number of threads.
 
     Where other programs keep the cores busy, threads that share a small matrix wait for each other hundreds of
     times: the 420 spectra of the demo have taken 45 s on two threads, and 0.8 s on one.

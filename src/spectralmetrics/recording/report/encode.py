@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 MISSING = -1
-"""What an array of integers holds where nothing was recorded."""
+"""The number in an array of integers where nothing was recorded."""
 UNKNOWN = -2
-"""What it holds where something was recorded that says nothing yet."""
+"""The number in an array of integers where the recorded sums give no value yet."""
 
 
 def pack(content: dict[str, Any]) -> str:
@@ -24,12 +24,12 @@ def pack(content: dict[str, Any]) -> str:
 
     - ``"integers"``: int32. Neighbours along the last axis, epochs, are nearly equal: each number is stored as
       its difference from the one before. 0, -1, 1, -2, ... become 0, 1, 2, 3, ..., so that small differences
-      of both signs have leading zeros. All first bytes come first, then all second ones, so that these zeros
-      stand together; compression leaves little of them.
+      of both signs have leading zeros. All first bytes come first, then all second bytes, so that these zeros
+      stand together and compress well.
     - ``"floats"``: float64, the bytes in the same order. NaN and infinities are kept.
 
     Args:
-        content: what is JSON once the arrays are out; they are of integers below 2³⁰, or floats.
+        content: JSON except for its arrays, which hold integers below 2³⁰ or floats.
 
     Returns:
         zlib, as base64: letters and digits that no HTML parser takes for markup.
@@ -42,12 +42,12 @@ def pack(content: dict[str, Any]) -> str:
         if not isinstance(array, np.ndarray):
             raise TypeError(f"expected JSON or an array, got {array!r}")
         kind = "floats" if array.dtype.kind == "f" else "integers"
-        found = {"array": kind, "start": position, "shape": list(array.shape)}
+        reference = {"array": kind, "start": position, "shape": list(array.shape)}
         parts.append(_planes(array.astype("<f8")) if kind == "floats" else _planes(_differences(array)))
         position += len(parts[-1])
-        return found
+        return reference
 
-    # NaN is no JSON: a float outside an array must be finite.
+    # JSON has no NaN: a float outside an array must be finite.
     header = json.dumps(content, default=take_out, allow_nan=False, ensure_ascii=False).encode(
         errors="replace"  # a lone surrogate in a name
     )

@@ -17,13 +17,13 @@ from spectralmetrics.recording.report.encode import MISSING, UNKNOWN
 Thresholds = npt.NDArray[np.float64]
 
 STEPS_PER_DECADE = 4096
-"""Of the points of a spectrum: each is within 0.03 % of its eigenvalue."""
+"""Resolution of the points of a spectrum: each is within 0.03 % of its eigenvalue."""
 ZERO = 2**20
-"""What stands for an eigenvalue of zero among those points."""
+"""The point that stands for an eigenvalue of zero."""
 
 
 def slider(recorded: list[float]) -> list[float]:
-    """The thresholds that a page offers: hundredths from 0.5, thousandths from 0.97, 1, and those recorded.
+    """The thresholds that a page offers: hundredths from 0.5, thousandths from 0.97, 1, and recorded ones.
 
     >>> positions = slider([0.985, 0.9999])
     >>> positions[:3], positions[-3:]
@@ -37,8 +37,8 @@ def slider(recorded: list[float]) -> list[float]:
 def dimensions(eigenvalues: Tensor, thresholds: Thresholds, rule: Rule = "explained") -> npt.NDArray[np.int64]:
     """The intrinsic dimension at many thresholds.
 
-    Equal to :func:`spectralmetrics.functional.intrinsic_dimension` at each: the cumulative sums rise, so that
-    those below a limit can be found by bisection.
+    Equal to :func:`spectralmetrics.functional.intrinsic_dimension` at each threshold, but found by bisection,
+    since the cumulative sums rise.
 
     Args:
         eigenvalues: descending and finite, shape (D,).
@@ -68,8 +68,8 @@ class Bounds(NamedTuple):
     """Dimensions at the positions of the slider.
 
     Attributes:
-        values: shape (T,); MISSING where a sketch does not tell.
-        others: the other ends of their intervals, shape (T,); MISSING without, UNKNOWN while a fold is empty.
+        values: shape (T,); MISSING where a sketch gives no value.
+        others: the other ends of the intervals, shape (T,); MISSING without one, UNKNOWN while a fold is empty.
     """
 
     values: npt.NDArray[np.int64]
@@ -77,12 +77,12 @@ class Bounds(NamedTuple):
 
 
 def bounds(spectrum: Spectrum, thresholds: Thresholds, rule: Rule) -> Bounds:
-    """The dimensions of a spectrum of which the covariance, folds of it, or a sketch is kept."""
+    """The dimensions of a spectrum that is kept as a covariance, as folds, or as a sketch."""
     if spectrum.sketch is not None:
         leading, total, width = spectrum.eigenvalues, spectrum.total_variance, spectrum.num_features
-        found = [intrinsic_dimension(leading, total, width, each, rule) for each in thresholds.tolist()]
-        known = [MISSING if each.value.isnan() else int(each.value) for each in found]
-        return Bounds(np.array(known), np.array([int(each.low) for each in found]))
+        estimates = [intrinsic_dimension(leading, total, width, each, rule) for each in thresholds.tolist()]
+        known = [MISSING if each.value.isnan() else int(each.value) for each in estimates]
+        return Bounds(np.array(known), np.array([int(each.low) for each in estimates]))
     values = dimensions(spectrum.eigenvalues, thresholds, rule)
     if spectrum.num_folds < 2:
         return Bounds(values, np.full_like(values, MISSING))
@@ -93,7 +93,7 @@ def bounds(spectrum: Spectrum, thresholds: Thresholds, rule: Rule) -> Bounds:
 
 
 def positions(width: int, most: int) -> npt.NDArray[np.int64]:
-    """The eigenvalues to draw of ``width``, counted from 1: all, or as many as ``most``, evenly on a log axis.
+    """The numbers, from 1, of the eigenvalues to draw of ``width``: all, or ``most``, evenly on a log axis.
 
     >>> positions(5, 10), positions(1000, 7)
     (array([1, 2, 3, 4, 5]), array([   1,    3,   10,   32,  100,  316, 1000]))
@@ -108,7 +108,7 @@ def points(eigenvalues: npt.NDArray[np.float64], chosen: npt.NDArray[np.int64]) 
 
     Args:
         eigenvalues: descending, shape (D,).
-        chosen: which, counted from 1, shape (P,).
+        chosen: the numbers of the eigenvalues, counted from 1, shape (P,).
 
     Returns:
         Shape (P,): 0 for the largest, ``ZERO`` for zero.
@@ -117,8 +117,8 @@ def points(eigenvalues: npt.NDArray[np.float64], chosen: npt.NDArray[np.int64]) 
     array([      0,    4096, 1048576])
     """
     picked = eigenvalues[chosen - 1]
-    found = np.full(len(picked), ZERO)
+    steps = np.full(len(picked), ZERO)
     positive = picked > 0
-    found[positive] = np.rint(-np.log10(picked[positive] / eigenvalues[0]) * STEPS_PER_DECADE)
-    capped: npt.NDArray[np.int64] = np.minimum(found, ZERO)
+    steps[positive] = np.rint(-np.log10(picked[positive] / eigenvalues[0]) * STEPS_PER_DECADE)
+    capped: npt.NDArray[np.int64] = np.minimum(steps, ZERO)
     return capped

@@ -12,20 +12,20 @@ from spectralmetrics.probing.movers import HistoryRow
 
 QUANTITIES = {"rms": "root mean square", "max_abs": "largest magnitude", "zero_share": "share of zeros"}
 MOST_COLUMNS = 400
-"""Of the picture; more forwards than these share some."""
+"""The most columns of the picture; with more forwards, several share a column."""
 
 
 def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, Any]:
-    """Layers by forwards; of several forwards in one column the largest value.
+    """Arrays of layers by forwards; a column of several forwards has their largest value.
 
     Args:
         rows: the rows of a stage.
         layers: the layers of the page, in its order.
 
     Returns:
-        ``"layers"``, places in the page's list; ``"forwards"`` and ``"steps"``, the first and the last of each
-        column, steps -1 where nobody told them; and for each of :data:`QUANTITIES` an array (layer, column),
-        NaN where nothing was observed.
+        ``"layers"``, indices into the page's list; ``"forwards"`` and ``"steps"``, the first and the last of
+        each column, -1 for an unknown step; and for each of :data:`QUANTITIES` an array (layer, column), NaN
+        where nothing was observed.
     """
     present = {row.layer for row in rows}
     shown = [place for place, layer in enumerate(layers) if layer in present]
@@ -36,7 +36,7 @@ def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, A
     place = {forward: index for index, forward in enumerate(forwards)}
     columns = -(-len(forwards) // size)
     ends = [(forwards[at * size], forwards[min((at + 1) * size, len(forwards)) - 1]) for at in range(columns)]
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "layers": shown,
         "forwards": [list(each) for each in ends],
         "steps": [[steps[first], steps[last]] for first, last in ends],
@@ -47,6 +47,6 @@ def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, A
             if row.layer in of_layer:
                 values[of_layer[row.layer], place[row.forward]] = getattr(row, name)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of columns without a value
-            found[name] = np.nanmax(values.reshape(len(shown), columns, size), axis=2)
-    return found
+            warnings.simplefilter("ignore", RuntimeWarning)  # for columns without a value
+            content[name] = np.nanmax(values.reshape(len(shown), columns, size), axis=2)
+    return content

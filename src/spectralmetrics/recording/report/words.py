@@ -28,16 +28,16 @@ Array: TypeAlias = npt.NDArray[Any]
 
 DEFAULT_THRESHOLD = 0.99
 UNKNOWN_NUMBER = sys.maxsize
-"""Of observations, where it was not recorded: they are not to be called few."""
+"""Stands for a number of observations that was not recorded, so that the page does not call it small."""
 
 
 class Known(NamedTuple):
     """The numbers of a layer in one record.
 
     Attributes:
-        where: in arrays of the page.
-        numbers: what findings are made from; of the dimension at some threshold.
-        shares: saturations at the thresholds, NaN where one is unknown, shape (T,) or (1,) for all.
+        where: index into the arrays of the page.
+        numbers: the numbers for findings, with the dimension at some threshold.
+        shares: saturations at the thresholds, NaN if unknown, shape (T,), or (1,) for all thresholds.
         dimensions: likewise, with the ends of their intervals, shape (3, T) or (3, 1).
     """
 
@@ -47,13 +47,13 @@ class Known(NamedTuple):
     dimensions: Array
 
     @classmethod
-    def of_layer(cls, layer: SavedLayer, facts: LayerFacts, where: tuple[Any, ...], found: Bounds) -> Known:
-        """Adds a layer with arrays."""
+    def of_layer(cls, layer: SavedLayer, facts: LayerFacts, where: tuple[Any, ...], bounds: Bounds) -> Known:
+        """The numbers of a layer with arrays."""
         numbers = read_numbers(
             layer.layer, layer.spectrum(), facts.ceiling, DEFAULT_THRESHOLD, facts.of_gradients
         )
-        values, others = (np.where(each >= 0, each, np.nan) for each in (found.values, found.others))
-        one = np.where(np.isnan(values), others, values)  # of a sketch the value may be out of reach
+        values, others = (np.where(each >= 0, each, np.nan) for each in (bounds.values, bounds.others))
+        one = np.where(np.isnan(values), others, values)  # a sketch may give no value
         ends = np.fmin(one, others), np.maximum(one, others)
         return cls(where, numbers, values / numbers.width, np.stack([values, *ends]))
 
@@ -67,7 +67,7 @@ class Known(NamedTuple):
         facts: LayerFacts,
         where: tuple[Any, ...],
     ) -> Known:
-        """Adds recorded numbers alone; shares are of the width."""
+        """The numbers of a layer without arrays; its width is the dimension over the share."""
         is_known = share > 0 and not math.isnan(dimension)
         width = round(dimension / share) if is_known else 0
         ceiling = width if facts.ceiling is None else min(facts.ceiling, width)
@@ -87,7 +87,7 @@ class Words:
     """Findings at each stage, layer, threshold and epoch.
 
     Args:
-        empty: an array of these axes in which nothing is known.
+        empty: an array with these axes that is ``MISSING`` everywhere.
     """
 
     def __init__(self, empty: Array) -> None:
@@ -100,37 +100,37 @@ class Words:
         """Add the layers of one stage and record, in forward order.
 
         Args:
-            layers: to add.
-            at: the thresholds where they hold.
+            layers: the layers to add.
+            at: index of the thresholds at which they hold.
         """
         if not layers:
             return
         shares = np.stack([each.shares for each in layers])
         is_known = ~np.isnan(shares).any(0)
         if any(each.numbers.of_gradients for each in layers):
-            is_known[:] = False  # of gradients nothing is a tail
+            is_known[:] = False  # gradients have no tail
         first_of_tail = tail_start(np.nan_to_num(shares))
         numbers = [each.numbers for each in layers]
         for place, each in enumerate(layers):
             is_in_tail = is_known & (first_of_tail <= place) & (place < len(layers) - 1)
-            known: dict[tuple[Any, ...], int] = {}
-            found, ceilings = [], []
+            indices: dict[tuple[Any, ...], int] = {}
+            texts, ceilings = [], []
             for index in range(each.dimensions.shape[1]):
                 here = each.at(index)
                 key = (*np.nan_to_num(here.dimension, nan=-1), bool(is_in_tail[index]))
-                if key not in known:
+                if key not in indices:
                     tail = [in_tail("", here.layer, each.shares[index])] if is_in_tail[index] else []
-                    known[key] = self._place(here, numbers[:place], numbers[-1], tail)
-                found.append(known[key])
+                    indices[key] = self._place(here, numbers[:place], numbers[-1], tail)
+                texts.append(indices[key])
                 ceilings.append(true_ceiling(here))
-            self._stands_out[each.where][at] = found
+            self._stands_out[each.where][at] = texts
             if here.width:
                 self._ceilings[each.where][at] = ceilings
             if not np.isnan(shares).any():
                 self._in_tail[each.where][at] = is_in_tail
 
     def content(self) -> dict[str, Any]:
-        """For the page."""
+        """The texts and arrays for the page."""
         return {
             "words": list(self._texts),
             "problems": self._problems,
@@ -144,16 +144,18 @@ class Words:
         layer: LayerNumbers,
         before: Sequence[LayerNumbers],
         last: LayerNumbers,
-        found: Sequence[Finding],
+        tail: Sequence[Finding],
     ) -> int:
+        """The index of the text of a layer's findings."""
         own = of_layer("", layer, before, last) if layer.width else ()
         reasons = ", ".join(layer.few_because())
-        told = [
+        findings = [
             each._replace(message=f"{each.message}: {reasons}") if each.kind == "few_observations" else each
-            for each in (*own, *found)
+            for each in (*own, *tail)
         ]
-        text = "; ".join(in_words(told))
+        text = "; ".join(in_words(findings))
         if text not in self._texts:
             self._texts[text] = len(self._texts)
-            self._problems.append("; ".join(in_words(each for each in told if each.severity == "problem")))
+            problems = in_words(each for each in findings if each.severity == "problem")
+            self._problems.append("; ".join(problems))
         return self._texts[text]

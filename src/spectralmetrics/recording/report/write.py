@@ -25,14 +25,14 @@ def write_report(
     """Write recorded runs as one page that a browser opens without a network or a server.
 
     The page has sliders for the epoch and, if the runs have arrays, the threshold: at each of its positions
-    dimension, saturation and what stands out are those that :func:`recompute` and :func:`summarise_run` give.
-    Of runs of earlier releases, and of runs that recorded no eigenvalues, each covariance is decomposed first.
-    What cannot be had of some layers is left out, with one warning that names it.
+    dimension, saturation and what stands out equal the results of :func:`recompute` and :func:`summarise_run`.
+    For runs of earlier releases, and runs that recorded no eigenvalues, each covariance is decomposed first.
+    Parts of layers that cannot be read are left out, with one warning that names them.
 
     Args:
         directories: the directories of one or several runs, each with a ``records.csv`` or arrays.
-        path: the path of the HTML file; one that is there is replaced.
-        progress: called before each spectrum with what it is of, and the number of all spectra.
+        path: the path of the HTML file; an existing file is replaced.
+        progress: called before each spectrum with its name and the number of all spectra.
 
     Returns:
         The path of the file.
@@ -62,7 +62,7 @@ def write_page(
     progress: Progress = lambda name, total: None,
     refresh: float | None = None,
 ) -> Path:
-    """As :func:`write_report`.
+    """Like :func:`write_report`, for a page that may reload.
 
     Args:
         directories: the directories of the runs.
@@ -95,5 +95,5 @@ def write_page(
         text = text.replace(f"<!-- {name} -->", part, 1)
     path = Path(path)
     with replacing(path) as file:
-        file.write(text.encode(errors="replace"))  # a name of a directory may be no text
+        file.write(text.encode(errors="replace"))  # a directory's name may not be valid text
     return path

@@ -23,7 +23,7 @@ from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import SpectralSum, Sum, kinds
 
 FOLDER_NAME = "arrays"
-# Of spectra about the mean and about zero.
+# True: names of eigenvalues about the mean; False: about zero.
 _EIGENVALUES = {True: "eigenvalues", False: "second_moment_eigenvalues"}
 _HELD_OUT, _OTHERS = "held_out_", "left_out_"
 
@@ -37,17 +37,17 @@ class ArraysWriter(Writer):
     - ``"{stage}/{layer}/mean"``, (D,);
     - ``"{stage}/{layer}/count"``, (), int64: the number of observations n;
     - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities;
-    - ``"{stage}/{layer}/eigenvalues"``, (D,), if a statistic has read them, descending; of a sketch its k. Of
-      the second moment about zero ``".../second_moment_eigenvalues"``;
+    - ``"{stage}/{layer}/eigenvalues"``, (D,), descending, if a statistic has read them; (k,) for a sketch. For
+      the second moment about zero, ``".../second_moment_eigenvalues"``;
     - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample;
     - with labels of K classes (and g folds, or 1), ``".../class_counts"``, (g, K), int64,
       ``".../class_deviations"``,
-      (g, K, D), the mean of each class about that of its fold, and ``".../labelled_covariances"``,
-      ``"…_means"``, ``"…_counts"`` and ``"…_non_finites"`` of what has a label, as of folds:
+      (g, K, D), the mean of each class about the mean of its fold, and ``".../labelled_covariances"``,
+      ``"…_means"``, ``"…_counts"`` and ``"…_non_finites"`` of rows with a label, laid out as for folds:
     - with g folds, ``".../fold_covariances"``, (g, D·(D+1)/2), the upper triangles row by row,
       ``".../fold_means"``, (g, D), ``".../fold_counts"`` and ``".../fold_non_finites"``, (g,), int64, and the
       eigenvalues behind the intervals: ``".../held_out_eigenvalues"``, (D,), and
-      ``".../left_out_eigenvalues"``, (g, D), those of all folds but one.
+      ``".../left_out_eigenvalues"``, (g, D), of all folds but one.
 
     Covariances, means and counts of disjoint data merge exactly: with the difference d of two means,
     n Σ = n₁ Σ₁ + n₂ Σ₂ + (n₁ n₂ / n) d dᵀ. Needs 8·D² bytes on disk for each layer, stage and epoch,
@@ -104,17 +104,17 @@ class ArraysWriter(Writer):
 
 
 class SavedLayer:
-    """One stage and layer of an array file, read when it is asked for.
+    """One stage and layer of an array file; an access reads the arrays.
 
     Args:
         stage: the stage of the layer.
         layer: its name.
         file: the open array file.
         names: the names of the layer's arrays.
-        needs_vectors: whether eigenvalues that were not saved come with eigenvectors, as in the record.
+        needs_vectors: True if eigenvalues that were not saved come with eigenvectors, as in the record.
 
     Raises:
-        ValueError: when something is read that is damaged, with the file and the layer.
+        ValueError: on access to damaged arrays; names the file and the layer.
     """
 
     def __init__(
@@ -137,12 +137,12 @@ class SavedLayer:
         """The sums, the spectral one first."""
         for name in self._names:
             with self._array(name):
-                pass  # a name that says something else beside the array would hide it
-        found = [kind for kind in kinds() if set(kind.arrays) <= set(self._names)]
-        spectral = [kind for kind in found if issubclass(kind, SpectralSum)]
+                pass  # opening it checks its name: a damaged name would hide the array
+        present = [kind for kind in kinds() if set(kind.arrays) <= set(self._names)]
+        spectral = [kind for kind in present if issubclass(kind, SpectralSum)]
         own = [kind for kind in spectral if kind.describes_layer][-1:]  # the most detailed
         beside = [kind for kind in spectral if not kind.describes_layer]
-        others = [kind for kind in found if not issubclass(kind, SpectralSum)]
+        others = [kind for kind in present if not issubclass(kind, SpectralSum)]
         if not spectral:
             raise self._error(f"there are only {', '.join(self._names)}")
         return tuple(kind.restored(self._read) for kind in (*own, *beside, *others))
@@ -156,11 +156,11 @@ class SavedLayer:
 
     @contextlib.contextmanager
     def _array(self, name: str) -> Iterator[IO[bytes]]:
-        """An array's bytes; whatever happens to damaged ones is a ValueError."""
+        """An array's bytes; any error of damaged bytes becomes a ValueError."""
         try:
             with self._file.open(f"{self.stage}/{self.layer}/{name}.npy") as entry:
                 yield entry
-        except Exception as error:  # of many kinds, from the bytes' format or the module that reads it
+        except Exception as error:  # damaged bytes raise any kind of error
             raise self._error(f"{name} cannot be read, {str(error) or type(error).__name__}") from error
 
     def _error(self, why: str) -> ValueError:
@@ -176,12 +176,12 @@ class SavedLayer:
 
     @property
     def covariance(self) -> Tensor:
-        """About the mean and divided by n, shape (D, D)."""
+        """The covariance about the mean, divided by n, shape (D, D)."""
         return self.spectral.covariance()
 
     @property
     def mean(self) -> Tensor:
-        """Shape (D,)."""
+        """The mean, shape (D,)."""
         return self.spectral.mean()
 
     @property
@@ -195,7 +195,7 @@ class SavedLayer:
         return int(self.spectral.num_left_out)
 
     def spectrum(self, center: bool = True) -> Spectrum:
-        """The spectrum that the metrics of this layer have read, with the eigenvalues that were saved."""
+        """The spectrum that the metrics of this layer read, with the saved eigenvalues."""
         others = [each for each in self.sums if each is not self.spectral]
         spectrum = Spectrum(self.spectral, center=center, cache=self._cache, others=others)
         name = _EIGENVALUES[center]
@@ -211,32 +211,32 @@ class SavedLayer:
 
 def saved_records(directory: Path) -> dict[RecordKey, Path]:
     """The array files of a run, earliest first."""
-    found = {}
+    paths = {}
     for path in (directory / FOLDER_NAME).glob("epoch-*.npz"):
         if match := re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?\.npz", path.name):
-            found[RecordKey(int(match[1]), int(match[2]) if match[2] else None)] = path
-    return dict(sorted(found.items(), key=lambda each: each[0].order))
+            paths[RecordKey(int(match[1]), int(match[2]) if match[2] else None)] = path
+    return dict(sorted(paths.items(), key=lambda each: each[0].order))
 
 
 def saved_layers(path: Path) -> list[tuple[str, str]]:
-    """(stage, layer) of all that an array file holds, in the order in which it was recorded.
+    """(stage, layer) of all arrays in a file, in the order in which they were recorded.
 
     Raises:
-        ValueError: if the file is no archive.
+        ValueError: if the file is not an archive.
     """
     with _opened(path) as file:
         return list(_names_in(file))
 
 
 def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]:
-    """The layers of one array file in the order in which they were recorded; each reads its arrays when asked.
+    """The layers of one array file in the order in which they were recorded; each reads its arrays on access.
 
     Args:
         path: the path of the file, which stays open as long as one of its layers lives.
         needs_vectors: see :class:`SavedLayer`.
 
     Raises:
-        ValueError: if the file is no archive.
+        ValueError: if the file is not an archive.
     """
     file = _opened(path)
     for (stage, layer), names in _names_in(file).items():
@@ -244,7 +244,7 @@ def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]
 
 
 def _write_layer(archive: zipfile.ZipFile, record: Record, stage: str, layer: str) -> None:
-    """Write the arrays of a layer; nothing of it is held when the next one's sums are fetched."""
+    """Write the arrays of a layer, and release it before the next layer's sums are fetched."""
     for name, tensor in _entries(record.sums[stage, layer], record.spectrum(stage, layer)):
         with archive.open(f"{stage}/{layer}/{name}.npy", "w", force_zip64=True) as entry:
             np.lib.format.write_array(entry, np.asanyarray(tensor.cpu()), allow_pickle=False)
@@ -273,12 +273,12 @@ def _opened(path: Path) -> zipfile.ZipFile:
         return file
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:  # whatever the module makes of damaged bytes
+    except Exception as error:  # damaged bytes raise any kind of error
         raise ValueError(f"expected {path} to be an array file of a recorder: {error}") from error
 
 
 def _entries_counted(path: Path) -> int | None:
-    """The number of entries that the end of an archive states; None where it is too large or has a comment."""
+    """The number of entries that the end of an archive states; None if it is too large or has a comment."""
     with open(path, "rb") as file:
         file.seek(-22, os.SEEK_END)
         end = file.read()

@@ -34,7 +34,7 @@ class ConsoleWriter(Writer):
         max_layers: a network with more layers is shown by its means alone; None: always show all.
 
     Raises:
-        ValueError: for ``max_layers`` that is no positive integer.
+        ValueError: for ``max_layers`` that is not a positive integer.
         ModuleNotFoundError: without rich.
     """
 
@@ -73,19 +73,19 @@ class ConsoleWriter(Writer):
         if len(active):
             bars.tqdm.write(text)  # type: ignore[union-attr]
         else:
-            # As text: rich redirects that around its progress bars, but not what another console prints.
+            # As text: rich prints text above its progress bars, but not the output of another console.
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
     def _summary(self, record: Record) -> str | None:
-        """The findings, unless only means are to be shown; without a spectrum they are all."""
+        """A summary of the last stage, or its findings if it has no spectrum; None if only means are shown."""
         if self.max_layers is not None and len({layer for _, layer in record.sums}) > self.max_layers:
             return None
         stages = {stage for stage, _ in record.sums}
         if not stages:
             return None
         stage = "eval" if "eval" in stages else "train"
-        layers = [layer for its_stage, layer in record.sums if its_stage == stage]
+        layers = [layer for each, layer in record.sums if each == stage]
         given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
         metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
         rows = [row for layer in layers for row in _rows_of(record, stage, layer, metric)]
@@ -98,20 +98,20 @@ class ConsoleWriter(Writer):
 def _rows_of(
     record: Record, stage: str, layer: str, metric: IntrinsicDimensionMetric
 ) -> list[tuple[SummaryRow, LayerNumbers]]:
-    """The row of a layer, if it has one; nothing of the layer is held when the next one's sums are fetched."""
+    """The row of a layer, if it has one; the layer is released before the next layer's sums are fetched."""
     spectrum = record.spectrum(stage, layer)
-    known = {} if spectrum is None else {layer: spectrum}
-    return summary_rows(known, record.layers, metric, threshold=metric.threshold)
+    spectra = {} if spectrum is None else {layer: spectrum}
+    return summary_rows(spectra, record.layers, metric, threshold=metric.threshold)
 
 
 def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:
     """The numbers of a record as tables: a line for each layer, a column for each statistic and stage.
 
     Args:
-        record: to show.
+        record: the record to show.
         max_layers: with more layers, only their means are shown.
-        width: width of the screen, in characters. Columns that have no room go into further tables, one at
-            least into each; names longer than half of it are folded.
+        width: width of the screen, in characters. Columns without room go into further tables, at least one
+            into each; names longer than half the width are folded.
     """
     from rich.table import Table
     from rich.text import Text
@@ -132,7 +132,7 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
         for column in columns
     }
     tables: list[Table] = []
-    for shown in _that_fit(widths, width - _table_width([name_width])) or [[]]:
+    for shown in _groups_that_fit(widths, width - _table_width([name_width])) or [[]]:
         title = f"E{str(record.key)[1:]}"
         title = title if tables else ", ".join([title, *scalars])
         table = Table(title=Text(title), title_justify="left")
@@ -147,8 +147,8 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
     return tables
 
 
-def _that_fit(widths: Mapping[tuple[str, str], int], room: int) -> list[list[tuple[str, str]]]:
-    """Columns in groups, none of which is wider than the room unless it is of one column."""
+def _groups_that_fit(widths: Mapping[tuple[str, str], int], room: int) -> list[list[tuple[str, str]]]:
+    """Columns in groups no wider than the room, unless a group has one column."""
     groups: list[list[tuple[str, str]]] = []
     left = 0
     for column, width in widths.items():
@@ -165,7 +165,7 @@ def _table_width(widths: Sequence[int]) -> int:
 
 
 def _longest(texts: Sequence[str]) -> int:
-    """Characters of the screen that the longest of them takes."""
+    """The width of the longest text, in characters of the screen."""
     from rich.cells import cell_len
 
     return max(map(cell_len, texts))

@@ -13,7 +13,7 @@ from spectralmetrics.recording.record import COLUMNS, Record, RecordKey, Row
 from spectralmetrics.recording.writer import Writer
 
 FILE_NAME = "records.csv"
-# Those of 0.1.0, which knew no intervals, and of 0.2.0, which knew no steps.
+# The columns of 0.1.0, without intervals, and of 0.2.0, without steps.
 _EARLIER_COLUMNS = (COLUMNS[:5], COLUMNS[:7])
 
 
@@ -22,7 +22,7 @@ class CSVWriter(Writer):
 
     Low and high are the ends of the value's interval, empty without folds; the step is empty at the end of an
     epoch. Rows are in forward order. The file is replaced as a whole by a copy that is one record longer: at
-    any moment it holds whole records only.
+    any moment it holds only whole records.
     """
 
     name = "csv"
@@ -37,8 +37,8 @@ class CSVWriter(Writer):
                 head = earlier.readline().strip().decode(errors="replace")
                 is_earlier = tuple(head.split(",")) in _EARLIER_COLUMNS
                 earlier.seek(-1, os.SEEK_END)
-                is_cut = earlier.read() != b"\n"  # an editor's doing
-            if is_earlier or is_cut:  # what will be added has more columns, or begins a line
+                is_cut = earlier.read() != b"\n"  # by an editor
+            if is_earlier or is_cut:  # new rows have more columns, or must begin a line
                 rows = read_rows(self._path)
                 with replacing(self._path) as file:
                     file.write(format_rows(rows))
@@ -92,7 +92,7 @@ class CSVWriter(Writer):
 def format_rows(rows: Iterable[Row | Mapping[str, Any]], *, header: bool = True) -> bytes:
     """Rows as CSV text; floats with all their digits."""
     lines = _Lines()
-    # It quotes the characters that end its lines, and some of them would be taken for the end of a line.
+    # The csv module quotes names that hold a character of the terminator: either one would end a line.
     writer = csv.writer(lines, lineterminator="\r\n")
     if header:
         writer.writerow(COLUMNS)
@@ -101,7 +101,7 @@ def format_rows(rows: Iterable[Row | Mapping[str, Any]], *, header: bool = True)
 
 
 class _Lines(list[str]):
-    """A file for the csv module, which writes each row at once."""
+    """A file for the csv module, which writes a whole row in each call."""
 
     def write(self, line: str) -> None:
         self.append(line.removesuffix("\r\n") + "\n")
@@ -112,7 +112,7 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no table of records.
+        ValueError: if it is not a table of records.
     """
     return read_table(path, "a record", _row, COLUMNS, *_EARLIER_COLUMNS)
 

@@ -33,7 +33,7 @@ class PlotWriter(Writer):
         dpi: dots per inch.
 
     Raises:
-        ValueError: for ``dpi`` that is no positive integer.
+        ValueError: for ``dpi`` that is not a positive integer.
         ModuleNotFoundError: without matplotlib.
     """
 
@@ -59,7 +59,7 @@ class PlotWriter(Writer):
             self._save(draw(), self._path(name, record.epoch))
 
     def restore(self, record: Record) -> None:
-        """Draw the pictures that are not there."""
+        """Draw the pictures that are missing."""
         for name, draw in _pictures(record).items():
             if not (path := self._path(name, record.epoch)).exists():
                 self._save(draw(), path)
@@ -90,7 +90,7 @@ class PlotWriter(Writer):
 
 
 def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
-    """Pictures to draw, by name; values that are no numbers are read when they are drawn."""
+    """Pictures to draw, by name; values that are not numbers are read only when they are drawn."""
     numbers = list(dict.fromkeys(row.statistic for row in record.rows if row.layer))
     pictures: dict[str, Callable[[], Figure | None]] = {
         statistic: functools.partial(draw_profile, record.rows, statistic, record.statistics, record.layers)
@@ -99,7 +99,7 @@ def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
     of_stage: dict[tuple[str, str], dict[str, str]] = {}
     for key in record.values:
         statistic, stage, layer = from_text(key)
-        # Of another library's values nothing is known.
+        # Values of another library's metrics may be of any shape.
         if layer and statistic not in numbers and "metric" in record.statistics.get(statistic, {}):
             of_stage.setdefault((statistic, stage), {})[layer] = key
     for (statistic, stage), keys in of_stage.items():
@@ -109,8 +109,8 @@ def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
 
 def _draw_layers(record: Record, statistic: str, stage: str, keys: Mapping[str, str]) -> Figure | None:
     """One small picture per layer; None for values of a shape that no picture shows."""
-    found = {layer: record.values.get(key) for layer, key in keys.items()}
-    values = {layer: value for layer, value in found.items() if value is not None and value.ndim in (1, 2)}
+    given = {layer: record.values.get(key) for layer, key in keys.items()}
+    values = {layer: value for layer, value in given.items() if value is not None and value.ndim in (1, 2)}
     if not values:
         return None
     draw: Any = plot_spectrum
@@ -122,9 +122,9 @@ def _draw_layers(record: Record, statistic: str, stage: str, keys: Mapping[str, 
 
 
 def _files(directory: Path) -> dict[Path, int]:
-    found = {}
+    epochs = {}
     for path in (directory / FOLDER_NAME).glob("*-epoch-*.png"):
         number = path.stem.rpartition("-")[2]
         if number.isdecimal() and len(number) >= 6:
-            found[path] = int(number)
-    return found
+            epochs[path] = int(number)
+    return epochs

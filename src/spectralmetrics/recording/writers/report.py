@@ -1,4 +1,4 @@
-"""The report of the run, beside it while it goes on."""
+"""The report of a run, in its directory while the run goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ReportWriter(Writer):
         refresh: seconds after which the page reloads.
 
     Raises:
-        ValueError: for ``refresh`` that is no positive number.
+        ValueError: for ``refresh`` that is not a positive number.
     """
 
     name = "report"
@@ -44,7 +44,7 @@ class ReportWriter(Writer):
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
-        from spectralmetrics.recording.report.write import write_page  # which reads what the writers have kept
+        from spectralmetrics.recording.report.write import write_page  # here, since it imports the writers
         from spectralmetrics.recording.saved import SavedRun
 
         if SavedRun(self._directory).records:  # a history alone has no numbers to draw
@@ -66,7 +66,7 @@ class ReportWriter(Writer):
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
-        """See :class:`Writer`: what it holds is drawn from the files of others."""
+        """See :class:`Writer`; the page is drawn from the files of other writers."""
         return False
 
     @classmethod

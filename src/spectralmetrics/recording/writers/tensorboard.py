@@ -22,7 +22,7 @@ class TensorBoardWriter(Writer):
     """Curves for TensorBoard in the folder ``tensorboard``; extra ``spectralmetrics[tensorboard]``.
 
     Steps are epochs. Tags are ``"{statistic}/{stage}/{layer}"``, which TensorBoard groups by statistic. Records
-    at steps are curves of a run of their own, ``steps``.
+    at steps are curves of a separate run, ``steps``.
 
     Raises:
         ModuleNotFoundError: without tensorboard.
@@ -44,12 +44,12 @@ class TensorBoardWriter(Writer):
     def open_after(self, directory: Path, last: RecordKey | None) -> None:
         """See :class:`Writer`."""
         self._folder = directory / FOLDER_NAME
-        # TensorBoard itself hides what was written of later records, by a process that was killed, say.
+        # TensorBoard itself hides later records, which a killed process may have written.
         ended = None if last is None else last.ended_epoch
         step = -1 if last is None else last.step
         self._purge: Any = {False: 0 if ended is None else ended + 1, True: None if step is None else step + 1}
-        # It reads files in the order of their names, which begin with the second in which they were made and
-        # go on with the process: made in the same second as a killed process' file, ours might come first.
+        # It reads files in the order of their names: the second in which a file was made, then the process. In
+        # the same second as a killed process' file, the new file might come first.
         newest = max((int(path.name.split(".")[3]) for path in _event_files(directory)), default=0)
         time.sleep(min(max(newest + 1 - time.time(), 0.0), 1.0))
 
@@ -71,7 +71,7 @@ class TensorBoardWriter(Writer):
         opened, self._events = list(self._events.values()), {}
         with contextlib.ExitStack() as stack:  # all are closed, also if one fails
             for events in opened:
-                if events.file_writer is not None:  # its thread ends, also if nothing can be flushed any more
+                if events.file_writer is not None:  # its thread must end, even if flushing fails
                     stack.callback(events.file_writer.close)
                 stack.callback(events.close)
 
