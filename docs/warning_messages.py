@@ -12,7 +12,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "spectralmetrics"
 GAP = "…"
-WARNERS = {"warnings.warn", "_warn", "self._warn_once", "tell"}
+WARNERS = {"warnings.warn", "_warn", "self._warn_once", "warn_user"}
 """What warns: the standard library, and functions of the package that pass their message on to it."""
 
 

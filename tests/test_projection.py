@@ -385,7 +385,9 @@ def test_where_features_are_is_asked_once():
 
     model = nn.Sequential(Odd())
     insert_projections(model, layers=["0"])
-    with pytest.warns(UserWarning, match="features of '0' are: dimension 2 of 3 is taken, of size 6"):
+    with pytest.warns(
+        UserWarning, match="the feature dimension of '0' is unknown: dimension 2 of 3, of size 6, is used"
+    ):
         model(torch.randn(4, 5, 6))
     model(torch.randn(4, 5, 6))  # which would be an error
 

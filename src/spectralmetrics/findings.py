@@ -279,7 +279,7 @@ class LayerNumbers(NamedTuple):
     of_gradients: bool = False
 
     @property
-    def found(self) -> int:
+    def known_dimension(self) -> int:
         """The dimension, or its lower bound if only this is known; 0 if the spectrum is unknown."""
         value, low, _ = self.dimension
         value = low if math.isnan(value) else value
@@ -300,7 +300,7 @@ class LayerNumbers(NamedTuple):
         """The reasons not to trust the numbers of so few observations; empty if there are enough."""
         reasons = []
         times = _RULES["few_observations", "note", "observations"].threshold
-        if self.observations < times * max(self.found, 1):
+        if self.observations < times * max(self.known_dimension, 1):
             reasons.append(f"below {times:g} times the dimension")
         is_dying = self.dead > _RULES["dead", "problem", "dead_features"].threshold * self.width
         kinds = {"collapsed", "dead"} if is_dying else {"collapsed"}
@@ -512,15 +512,15 @@ def _of_dimension(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
         ends = [math.nan, math.nan]
 
     def note(kind: str, words: str) -> Finding:
-        return Finding(stage, layer.layer, kind, "note", words, layer.found, *ends)
+        return Finding(stage, layer.layer, kind, "note", words, layer.known_dimension, *ends)
 
     full = _RULES["at_ceiling", "note", "intrinsic_dimension"].threshold
-    if layer.found > layer.ceiling:
+    if layer.known_dimension > layer.ceiling:
         yield note("above_ceiling", f"more directions than its final weights allow ({layer.ceiling})")
-    elif layer.found and layer.found >= full * layer.ceiling:
+    elif layer.known_dimension and layer.known_dimension >= full * layer.ceiling:
         yield note("at_ceiling", "at its ceiling")
     if layer.is_sketched:
-        more = f"more than {layer.found - 1} directions: larger sketch"
+        more = f"more than {layer.known_dimension - 1} directions: larger sketch"
         yield note("sketched", more if math.isnan(value) else "sketched")
 
 
@@ -562,7 +562,7 @@ def true_ceiling(numbers: LayerNumbers) -> int:
     >>> true_ceiling(numbers), true_ceiling(numbers._replace(dimension=(60.0, 60.0, 60.0)))
     (128, 64)
     """
-    return numbers.width if numbers.found > numbers.ceiling else numbers.ceiling
+    return numbers.width if numbers.known_dimension > numbers.ceiling else numbers.ceiling
 
 
 def in_words(findings: Iterable[Finding]) -> tuple[str, ...]:

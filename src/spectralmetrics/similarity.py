@@ -17,7 +17,7 @@ from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_c
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.dtensors import watch_outputs
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, undisturbed, warn_user
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
@@ -199,7 +199,7 @@ class LayerSimilarity:
         self._hooks.before(model, Weakly(self._begin, index))
         for name, module in layers.items():
             watch_outputs(self._hooks, module, Weakly(self._observe, index, name))
-        self._hooks.behind(model, Weakly(self._end, index), looks=False)
+        self._hooks.behind(model, Weakly(self._end, index), needs_values=False)
 
     @property
     def layers(self) -> list[str]:
@@ -294,7 +294,7 @@ class LayerSimilarity:
             if isinstance(output, Unobservable):
                 raise TypeError(output.why)
             with undisturbed(output):
-                side.meshes.look(module)
+                side.meshes.search(module)
                 dims = side.layout.dims[name]
                 calls = Counter[str]() if side.current is None else side.current.calls
                 part = side.meshes.part_of(name, module, output, dims, calls[name])
@@ -446,7 +446,7 @@ class LayerSimilarity:
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            tell(message)
+            warn_user(message)
 
 
 def _stack(side: _Side, outputs: _Outputs, valid: Tensor) -> tuple[Tensor, Tensor]:

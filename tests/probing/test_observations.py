@@ -405,6 +405,8 @@ def test_a_guess_names_the_size_that_is_taken():
 
     model = nn.Sequential(Odd())
     probe = LayerProbe(model, layers=[Odd])
-    with pytest.warns(UserWarning, match=r"features of '0' are: dimension 2 of 3, of size 6, is taken"):
+    with pytest.warns(
+        UserWarning, match=r"the feature dimension of '0' is unknown: dimension 2 of 3, of size 6, is used"
+    ):
         model(torch.randn(4, 5, 6))
     assert probe["train", "0"]["saturation"].num_features == 6

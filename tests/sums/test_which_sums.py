@@ -113,10 +113,10 @@ def test_why(state, install, caplog):
     assert bool(compiled.fault()) == (state in FAULTS)
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            told = []
-            patch.setattr(probing, "tell", told.append)
+            messages = []
+            patch.setattr(probing, "warn_user", messages.append)
             LayerProbe(nn.Linear(3, 2)).remove()
-        assert len(told) == (state in FAULTS and not _)
+        assert len(messages) == (state in FAULTS and not _)
 
 
 def test_where_it_is_said(install, capsys):

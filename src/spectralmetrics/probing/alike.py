@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spectralmetrics.probing.hooks import tell
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.parts import LeftOut
 from spectralmetrics.probing.steps import Steps
@@ -101,7 +101,7 @@ class Alike:
             if not self._has_warned:
                 self._has_warned = True
                 now = _words(differing)
-                tell(f"layers that processes share go on with earlier settings, which differ now: {now}")
+                warn_user(f"layers that processes share go on with earlier settings, which differ now: {now}")
             return
         self._has_warned = False
         self._take_over()
@@ -127,7 +127,7 @@ class Alike:
         """Settings that differ but must not, in words; warns about settings that may differ."""
         allowed, differing = _differing(dict(sorted(by_rank.items())))
         for name, values in allowed.items():
-            tell(f"processes that share layers differ in {_words({name: values})}: {_MAY_DIFFER[name]}")
+            warn_user(f"processes that share layers differ in {_words({name: values})}: {_MAY_DIFFER[name]}")
         return _words(differing)
 
     def _take_over(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralmetrics.probing.hooks import tell
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.rules import Batch
 
 
@@ -78,7 +78,7 @@ class Beside(ABC):
         if new:
             self._named.update(new)
             misses = ", ".join(f"{layer!r} {shape}" for layer, shape in new.items())
-            tell(self.complaint(value, misses, fits_others=given.fits))
+            warn_user(self.complaint(value, misses, fits_others=given.fits))
 
     def note(self, layer: str, shape: tuple[int, ...], *, fits: bool) -> None:
         """Record if the tensor fitted a layer's output."""
@@ -124,7 +124,7 @@ class Masks(Beside):
             f" counted of {misses}; exclude them, or have `select` return (N, T, D)"
         )
 
-    def met(self, layer: str, batch: Batch) -> None:
+    def note_fit(self, layer: str, batch: Batch) -> None:
         """Record if the mask fitted a layer's output."""
         if self.value is None or batch.is_feature_map:
             return

@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from spectralmetrics.probing.collections import LayerMetrics, Places
-from spectralmetrics.probing.hooks import Select, how_it_runs, tell, undisturbed
+from spectralmetrics.probing.hooks import Select, how_it_runs, undisturbed, warn_user
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Alone, Meshes
 from spectralmetrics.probing.parts import reason_of
@@ -107,7 +107,7 @@ class Core:
                 if not is_idle:
                     of_layer.given_up = reason_of(error)
                 if is_news:
-                    tell(f"layer {name!r} is not observed any more in {stage}: {of_layer.given_up}")
+                    warn_user(f"layer {name!r} is not observed any more in {stage}: {of_layer.given_up}")
             finally:
                 self.thread.observing = False
         return None
@@ -168,7 +168,9 @@ class Core:
     def _is_closed(self, name: str) -> bool:
         """True if nothing can be added to the sums of a layer, which is said."""
         if self.is_merged:
-            tell(f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed")
+            warn_user(
+                f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed"
+            )
         return self.is_merged
 
     def take_again(self, of_layer: LayerMetrics, output: Any) -> bool:

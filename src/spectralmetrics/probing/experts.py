@@ -306,7 +306,7 @@ class Watched:
         self.experts: dict[str, Expert] = {}
         self.forwards = 0
 
-    def shown(self, calls: Calls) -> list[tuple[str, Expert, Pairs]]:
+    def pairs(self, calls: Calls) -> list[tuple[str, Expert, Pairs]]:
         """The tokens of each expert in a forward, with the name of its layer."""
         return [
             (name, expert, Pairs(calls.states, calls, int(name.rpartition(".")[2]), expert.index or 0))

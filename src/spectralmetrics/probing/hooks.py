@@ -72,10 +72,10 @@ class Hooks:
         heed_hooks()
 
     def before(
-        self, module: nn.Module, observe: Observe, select: Select | None = None, *, looks: bool = False
+        self, module: nn.Module, observe: Observe, select: Select | None = None, *, needs_values: bool = False
     ) -> None:
-        """Call ``observe`` before each forward of a module; with the arguments if ``looks`` is True."""
-        hook = Entering(module, Observer(module, observe, select, looks=looks))
+        """Call ``observe`` before each forward of a module; with the arguments if ``needs_values`` is True."""
+        hook = Entering(module, Observer(module, observe, select, needs_values=needs_values))
         self._note(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def behind(
@@ -84,7 +84,7 @@ class Hooks:
         observe: Observe,
         select: Select | None = None,
         *,
-        looks: bool = True,
+        needs_values: bool = True,
         always_call: bool = False,
         prepend: bool = False,
     ) -> None:
@@ -92,7 +92,7 @@ class Hooks:
 
         For ``always_call`` and ``prepend`` see ``torch.nn.Module.register_forward_hook``.
         """
-        hook = Observer(module, observe, select, looks=looks)
+        hook = Observer(module, observe, select, needs_values=needs_values)
         self._note(module, module.register_forward_hook(hook, always_call=always_call, prepend=prepend))
 
     def put(self, module: nn.Module, hook: Any, *, prepend: bool = False) -> None:
@@ -146,16 +146,16 @@ class Observer(OwnHook):
         module: the module that it will be put on.
         observe: see :data:`Observe`.
         select: function of the output; None takes the first floating tensor.
-        looks: False for a hook that needs no output; compiled code then passes none.
+        needs_values: False for a hook that needs no output; compiled code then passes none.
     """
 
     def __init__(
-        self, module: nn.Module, observe: Observe, select: Select | None = None, *, looks: bool = True
+        self, module: nn.Module, observe: Observe, select: Select | None = None, *, needs_values: bool = True
     ) -> None:
         self._module = weakref.ref(module)
         self._observe = observe
         self._select = select
-        self._looks = looks
+        self._needs_values = needs_values
         self._number = number_of(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -167,7 +167,7 @@ class Observer(OwnHook):
             # graph. The gradient mode is a guard anyway. It must be read here: while the compiled graph runs,
             # the mode is another one.
             mode = "" if torch.is_grad_enabled() else _WITHOUT_GRADIENTS
-            if not self._looks:
+            if not self._needs_values:
                 see([], TICKET, self._number, mode + "nothing")
                 return
             if self._select is None or isinstance(output, Tensor):
@@ -224,7 +224,7 @@ skip_frames(Observer.__call__.__code__)
 skip_frames(Entering.__call__.__code__)
 
 
-def tell(message: str) -> None:
+def warn_user(message: str) -> None:
     """Warn, or log where warnings are errors: a warning in a forward must not end it."""
     try:
         warnings.warn(message, UserWarning, stacklevel=4)

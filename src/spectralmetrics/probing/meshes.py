@@ -80,7 +80,7 @@ class Meshes:
         self._experts: weakref.WeakKeyDictionary[nn.Module, Spread] = weakref.WeakKeyDictionary()
         self._has_searched = False
 
-    def look(self, module: nn.Module | None = None) -> None:
+    def search(self, module: nn.Module | None = None) -> None:
         """Search for tensor-parallel weights: once in the whole model, and in a module that runs.
 
         Args:
@@ -120,13 +120,13 @@ class Meshes:
     def shares(self) -> bool:
         """True if some layer shares its forwards, as far as can be known before it runs."""
         if not self._has_searched:
-            self.look()
+            self.search()
         return self.active
 
     def concerns(self, output: Any) -> bool:
         """True if a process that observes nothing must still take part in a layer's forward."""
         if not self._has_searched and is_one_of_several():
-            self.look()
+            self.search()
         return self.active or (type(output) is not Tensor and (isinstance(output, Part) or is_dtensor(output)))
 
     def part_of(
@@ -199,7 +199,7 @@ class Meshes:
         Raises:
             LeftOut: if weights are cut and tokens differ.
         """
-        self.look(module)
+        self.search(module)
         spread = self._experts.get(module)
         if spread is not None:
             return spread
@@ -272,7 +272,7 @@ class Meshes:
         if whole == _UNKNOWN:
             raise LeftOut(
                 f"its outputs of shape {tuple(values.shape)} differ between the processes of tensor"
-                " parallelism, and nothing tells whether features or samples are divided: give the probe"
+                " parallelism, and it is unknown whether features or samples are divided: give the probe"
                 f" select={{{name!r}: lambda out: DTensor.from_local(out, mesh, [Shard(-1)])}}"
             )
         self._placements[place] = whole or "own"
@@ -290,7 +290,7 @@ class Meshes:
                     raise LeftOut(f"process {rank} had the same output long before this one, which counts once")
         if not is_whole:
             raise LeftOut(
-                "other processes of tensor parallelism have not run it for seconds, and nothing tells whether"
+                "other processes of tensor parallelism have not run it for seconds, and it is unknown whether"
                 " its features are divided"
             )
         self._placements[place] = "own"

@@ -86,7 +86,7 @@ def place(part: Part, make: Callable[[Tensor, bool], Batch], rule: ObservationRu
     feature_dim = order[1 if whole.kind == "maps" else -1]
     sample_dim = order[0]
     dims = set(part.row_dims(feature_dim))
-    how = how_of_wholes(whole, rule)
+    how = whole_sample_setting(whole, rule)
     if how and dims - ({sample_dim} if not whole.was_flat else set()):
         raise LeftOut(
             f"{how} needs whole samples, and its output {part.shape} is placed as {part.words()} with features"
@@ -165,7 +165,7 @@ def has_some_positions(batch: Batch) -> bool:
     return is_context_parallel() and not is_whole and is_one_of_several()
 
 
-def how_of_wholes(whole: Batch, rule: ObservationRule) -> str:
+def whole_sample_setting(whole: Batch, rule: ObservationRule) -> str:
     """The argument of the probe that needs whole samples; empty if none does."""
     if whole.kind == "sequence" and rule.sequences != "timesteps":
         return f"sequences={rule.sequences!r}"

@@ -32,7 +32,7 @@ from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly, warn_user
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.layout import find_layout
@@ -58,8 +58,8 @@ from spectralmetrics.probing.reading import (
     read_covariance,
     read_layers,
     read_others,
-    tell_covariances,
-    tell_readings,
+    report_covariances,
+    report_readings,
 )
 from spectralmetrics.probing.routed import Choose
 from spectralmetrics.probing.routing import Router
@@ -283,7 +283,7 @@ class LayerProbe(nn.Module):
         try:
             for whole, watched in wholes.items():
                 observe_them = Weakly(self._router.observe_experts, watched)
-                self._hooks.before(whole, observe_them, Choose(whole), looks=True)
+                self._hooks.before(whole, observe_them, Choose(whole), needs_values=True)
             self._watch(chosen, selected)
         except BaseException:
             self.remove()
@@ -312,7 +312,7 @@ class LayerProbe(nn.Module):
             elif self.observe == "inputs":
                 function = selected.get(name)
                 chooses = None if function is None else _of_arguments(function)
-                self._hooks.before(module, observe, chooses, looks=True)
+                self._hooks.before(module, observe, chooses, needs_values=True)
             elif name in selected:
                 self._hooks.behind(module, observe, selected[name])
             else:
@@ -511,7 +511,7 @@ class LayerProbe(nn.Module):
         values: dict[Key, Any] = {}
         has_data = False
         for stage, of_stage in readings.items():
-            new = tell_readings(stage, of_stage, self._names)
+            new = report_readings(stage, of_stage, self._names)
             has_data = has_data or new is not None
             values.update(new or {})
         if not has_data:
@@ -953,7 +953,7 @@ class LayerProbe(nn.Module):
             by_layer = dict(self._each_merged(call, stage, read))
             for each in by_layer.values() if self._expects_overflow else ():
                 each.left_out = 0
-            covariances = tell_covariances(stage, by_layer)
+            covariances = report_covariances(stage, by_layer)
             if covariances is None:
                 warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=2)
         return covariances or {}
@@ -1213,7 +1213,7 @@ def _warn_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     share, names = unseen_parameters(model, chosen.values())
     if share > _UNSEEN:
         shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        tell(
+        warn_user(
             f"{100 * share:.0f} % of the model's parameters lie in layers that are not probed by default:"
             f" {shown}; `layers` chooses any module by name or type"
         )
@@ -1223,7 +1223,7 @@ def _warn_unseen(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 def _warn_fault() -> None:
     """Warn once in a process if the compiled sums of the install are missing."""
     if fault := compiled.fault():
-        tell(f"sums in the memory of the CPU take about twice as long as they could: {fault}")
+        warn_user(f"sums in the memory of the CPU take about twice as long as they could: {fault}")
 
 
 def read_probe(

@@ -91,9 +91,9 @@ def read_layers(
     counted = count_together(places)
     readings = {(place.stage, place.layer): _left_out(place, counted) for place in places}
     seen = [place for place in places if place.has_seen(counted)]
-    tell = _Steps(progress, len(seen))
+    steps = _Steps(progress, len(seen))
     if not any(reading.refused for reading in readings.values()):
-        decompose_together(_wanted(seen, question, counted), tell.decomposed)
+        decompose_together(_wanted(seen, question, counted), steps.decomposed)
     for place in seen:
         reading = readings[place.stage, place.layer]
         reading.seen = True
@@ -126,7 +126,7 @@ def read_layers(
         reading.few = place.too_few(counted)
         if question.for_record and (spectrum := place.spectrum()) is not None:
             reading.known = spectrum.known()
-        tell.read()
+        steps.read()
     return readings
 
 
@@ -143,7 +143,9 @@ def read_others(place: LayerMetrics, question: Question, reading: Reading) -> No
                 reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
 
 
-def tell_readings(stage: str, readings: Mapping[str, Reading], names: Collection[str]) -> dict[Key, Any] | None:
+def report_readings(
+    stage: str, readings: Mapping[str, Reading], names: Collection[str]
+) -> dict[Key, Any] | None:
     """The values of one stage; None if no layer has seen anything.
 
     Warns of what has to be said.
@@ -244,7 +246,7 @@ def read_covariance(place: LayerMetrics, *, unbiased: bool, center: bool) -> Cov
     return found
 
 
-def tell_covariances(stage: str, read: Mapping[str, Covariance]) -> dict[str, Tensor] | None:
+def report_covariances(stage: str, read: Mapping[str, Covariance]) -> dict[str, Tensor] | None:
     """Layer -> covariance, of those that have one; None if no layer has seen anything.
 
     A layer that has none, or is refused one by ``nan_strategy="error"``, is named in a warning.

@@ -77,7 +77,7 @@ class Router(Rows):
         routed = output
         try:
             routed = output if select is None else select(output)
-            shown = watched.shown(self._calls(watched, module, routed, stage))
+            shown = watched.pairs(self._calls(watched, module, routed, stage))
         except Exception as error:
             why = routed if isinstance(routed, Unobservable) else Unobservable(reason_of(error))
             shown = [(name, expert, why) for name, expert in watched.experts.items()]
@@ -87,7 +87,7 @@ class Router(Rows):
     def _calls(self, watched: Watched, module: nn.Module, routed: Routed, stage: str) -> Calls:
         """The tokens of experts in a forward, which may come from other processes; all of these call it."""
         calls = Calls(watched.name, watched.number, module, routed, self.masks, self.labels)
-        self.meshes.look(module)  # before anything else asks, since what FSDP2 shards is whole now
+        self.meshes.search(module)  # before anything else asks, since what FSDP2 shards is whole now
         if how_it_runs(calls.states) != "run" or not self.meshes.shares():
             return calls
         with self.lock, undisturbed(calls.states):
@@ -153,7 +153,7 @@ class Router(Rows):
         if name not in self.order:
             self.order.append(name)
         self.facts[name] = self._facts_of(name, module)  # a lazy layer has its weights now
-        self.meshes.look(module.whole if isinstance(module, Expert) else module)
+        self.meshes.search(module.whole if isinstance(module, Expert) else module)
         self.meshes.agree(name)
 
     def _moment(

@@ -221,7 +221,7 @@ class Steps:
             return
         self._is_watching = True
         hooks.before(model, self.enter)
-        hooks.behind(model, self.leave, looks=False, always_call=True)
+        hooks.behind(model, self.leave, needs_values=False, always_call=True)
 
     def _allows(self, stage: str, number: int) -> bool:
         """True if the budget allows to observe the forward that begins."""

@@ -263,7 +263,7 @@ def _row(numbers: LayerNumbers, about_mean: Spectrum, facts: LayerFacts, metric:
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"
         )
     dimension, _, end = numbers.dimension
-    enough = end if numbers.has_interval and not math.isnan(end) else numbers.found
+    enough = end if numbers.has_interval and not math.isnan(end) else numbers.known_dimension
     return SummaryRow(
         numbers.layer,
         facts.kind,

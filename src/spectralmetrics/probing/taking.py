@@ -16,12 +16,12 @@ from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.core import Core
 from spectralmetrics.probing.experts import Pairs
-from spectralmetrics.probing.hooks import how_it_runs, tell
+from spectralmetrics.probing.hooks import how_it_runs, warn_user
 from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.parts import LeftOut, Part, Split, first_rank
-from spectralmetrics.probing.placement import bring, has_some_positions, how_of_wholes, place, placed_as
+from spectralmetrics.probing.placement import bring, has_some_positions, place, placed_as, whole_sample_setting
 from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw, sample_size
 from spectralmetrics.probing.steps import Moment, Steps
@@ -65,7 +65,7 @@ class Rows(Core):
 
     def _of_some_positions(self, name: str, batch: Batch) -> Batch:
         """A batch where each process has some positions of each sample, and has nothing of whole samples."""
-        if how := how_of_wholes(batch, self.rule):
+        if how := whole_sample_setting(batch, self.rule):
             raise LeftOut(
                 f"{how} needs whole samples, of which each process has some positions inside context_parallel."
                 " Take every position (sequences='timesteps', feature_maps='positions')"
@@ -237,10 +237,10 @@ class Rows(Core):
         name = of_layer.layer
         batch = self._plain_batch(name, module, output, moment.mask, dims)
         if moment.mask is self.masks.value:  # or it has been noted in the forward
-            self.masks.met(name, batch)
+            self.masks.note_fit(name, batch)
         if name not in self._told_layout and (doubt := _doubt_of(name, batch, self.layout, self.rule)):
             self._told_layout.add(name)
-            tell(doubt)
+            warn_user(doubt)
         if of_layer.takes_labels and moment.labels is not None:
             batch = self.labels.join(name, batch, moment.labels, name in self.layout.time_first)
         return batch
@@ -263,9 +263,9 @@ def _doubt_of(name: str, batch: Batch, layout: Layout, rule: ObservationRule) ->
     if batch.guessed_dim is not None:
         width = values.shape[2 if batch.kind == "sequence" else 1]
         return (
-            f"nothing tells where the features of {name!r} are: dimension {batch.guessed_dim} of"
-            f" {values.ndim}, of size {width}, is taken. Call register_layer for its type, or give a"
-            " `select` for this layer, or batch_first=True if it is a sequence (N, T, D)"
+            f"the feature dimension of {name!r} is unknown: dimension {batch.guessed_dim} of {values.ndim}, of"
+            f" size {width}, is used. Call register_layer for its type, or give a `select` for this layer, or"
+            " batch_first=True if it is a sequence (N, T, D)"
         )
     if name not in layout.unsure:
         return ""

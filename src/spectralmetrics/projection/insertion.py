@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.probing.hooks import tell
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.layout import FeatureDim, dim_of, find_dims
 from spectralmetrics.probing.selection import Selectors, named_modules, root_name, select_layers, unwrap
 from spectralmetrics.projection.layer import PCAProjection, check_dim, check_generator
@@ -65,9 +65,9 @@ class InsertedProjection(PCAProjection):
         place = self._dims.find(input)
         if place.is_guess and not self._has_warned:
             self._has_warned = True
-            tell(
-                f"nothing tells where the features of {self._name!r} are: dimension {place.dim} of {input.ndim}"
-                f" is taken, of size {input.shape[place.dim]}. Give `dim`, or call register_layer for its type"
+            warn_user(
+                f"the feature dimension of {self._name!r} is unknown: dimension {place.dim} of {input.ndim}, of"
+                f" size {input.shape[place.dim]}, is used. Give `dim`, or call register_layer for its type"
             )
         return place.dim
 
