@@ -49,7 +49,7 @@ DIMENSIONS = [
     (dim, ValueError, f"expected dim to be an integer or None, got {dim!r}") for dim in ("1", 1.5, True)
 ]
 ROWWISE = "expected feature_maps and sequences that make one row of each sample"
-METRIC_NAME = "expected a metric name without dots and slashes that torch.nn.Module has not, got"
+METRIC_NAME = "expected a metric name without '.' and '/', no attribute of torch.nn.Module, got"
 
 ROWS_OF_MODELS = [
     *refuses(

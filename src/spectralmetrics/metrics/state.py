@@ -259,8 +259,7 @@ class SumsMetric(DealingMetric):
     def exchanges(self, group: Any = None) -> list[Exchange]:
         """The exchanges with other processes, for :func:`~spectralmetrics.sums.run_together`."""
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        mine = self.sums
-        live = self._revive()
+        mine, live = self.sums, self._revive()
         unknown: Sequence[Sum | None] = [None] * len(mine)
         earlier = unknown if live is None else live.stream.merged.get(group_object(group), unknown)
         return [own.exchange(merged, rank, world_size) for own, merged in zip(mine, earlier, strict=True)]

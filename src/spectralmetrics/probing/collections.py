@@ -1,4 +1,4 @@
-"""The metrics of one layer in one stage: how they share their sums, and how they are updated and read."""
+"""The metrics of one layer in one stage: sharing of sums, updates and reading."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Counts(NamedTuple):
     """Counts to check before the sums of a metric are read.
 
     Attributes:
-        observations: the number that was counted.
-        left_out: the number left out for a NaN or an infinity.
-        in_range: 0 if some have overflowed.
+        observations: the number of observations counted.
+        left_out: the number of observations left out for a NaN or an infinity.
+        in_range: 0 if some sum has overflowed.
     """
 
     observations: int
@@ -38,11 +38,11 @@ class Counts(NamedTuple):
 
 
 class Templates(NamedTuple):
-    """Metrics of which each layer keeps copies.
+    """The metrics that each layer copies.
 
     Attributes:
         metrics: name -> metric.
-        groups: names of those that share their sums; the first of each keeps these.
+        groups: names of metrics that share their sums; the first of each group keeps the sums.
     """
 
     metrics: Mapping[str, Metric]
@@ -62,37 +62,37 @@ Places: TypeAlias = Mapping[tuple[str, str], "LayerMetrics"]
 """(stage, layer) -> its metrics."""
 
 Counted: TypeAlias = Mapping[int, Counts]
-"""Of each leader, by its ``id``."""
+"""The ``id`` of a leader -> its counts."""
 
 
 def count_together(places: Iterable[LayerMetrics]) -> Counted:
-    """The counts of all layers, with one reading for each device."""
+    """The counts of all layers, with one transfer for each device."""
     leaders = [leader for place in places for leader in place.spectral_leaders]
     read = read_together([leader.counts() for leader in leaders])
     return {id(leader): Counts(*numbers) for leader, numbers in zip(leaders, read, strict=True)}
 
 
 class LayerMetrics:
-    """The metrics of one layer in one stage, and what a probe remembers beside them.
+    """The metrics of one layer in one stage, and the probe's counters and flags beside them.
 
     Attributes:
         stage: ``"train"`` or ``"eval"``.
-        layer: its name.
+        layer: the name of the layer.
         number: the number of the layer.
-        kept: name -> the metrics that keep sums, one for each group that shares them.
-        leaders: the same in the order of the groups.
-        spectral_leaders: those of them that are metrics of this package.
-        leader_of: name of any metric -> the one that keeps its sums.
+        kept: name -> metric that keeps sums, a leader; one for each group that shares sums.
+        leaders: the leaders in the order of the groups.
+        spectral_leaders: the leaders that are metrics of this package.
+        leader_of: name of any metric -> its leader.
         forwards: forwards of the layer since the last reset, observed or not; shared ones while paused, too.
-        ran: forwards of the layer ever; with a history, the number of the last one.
-        samples: observed since the last reset.
+        ran: all forwards of the layer; with a history, the number of the last one.
+        samples: number of samples observed since the last reset.
         epoch: number of resets so far.
-        given_up: why it is not observed until the next reset; empty if it is.
-        too_wide: whether it is left out for its width, for good.
-        is_sketched: whether it turned out so wide that sketches are kept.
-        transformed: whether it ran under a ``torch.func`` transform, where nothing can be observed.
+        given_up: the reason why the layer is not observed until the next reset; empty if it is observed.
+        too_wide: True if the layer is left out for good since it is too wide.
+        is_sketched: True if the layer is so wide that sketches are kept.
+        transformed: True if the layer ran under a ``torch.func`` transform, where nothing can be observed.
         before_update: called before observations are added.
-        needs_more_than_rows: whether metrics take labels, groups or numbers of forwards, or are of others.
+        needs_more_than_rows: True if metrics need labels, groups or numbers of forwards, or are not ours.
     """
 
     def __init__(self, stage: str, layer: str, templates: Templates, number: int) -> None:
@@ -107,16 +107,16 @@ class LayerMetrics:
         self.too_wide = False
         self.transformed = False
         self.before_update: Callable[[], None] | None = None
-        self._has_lost = False  # observations, since the sums were read
-        self._read_empty: dict[int, weakref.ref[Any]] = {}  # place of a leader -> who found it without sums
+        self._has_lost = False  # True if sums were reset or replaced since they were read
+        self._read_empty: dict[int, weakref.ref[Any]] = {}  # place of a leader -> last reader, if without data
         self.keep(templates)
 
     def keep(self, templates: Templates) -> None:
-        """Keep copies of these metrics from now on; what others hold is forgotten."""
+        """Keep copies of these metrics from now on, and drop the earlier metrics with their observations."""
         self.is_sketched = False
         self.templates = templates
         self._collection: MetricCollection | None = None
-        self._followers: dict[str, Any] = {}  # those that keep no sums, once somebody has asked
+        self._followers: dict[str, Any] = {}  # metrics that keep no sums, made when first read
         self.leaders = [templates.leader(names) for names in templates.groups]
         named = {names[0]: leader for names, leader in zip(templates.groups, self.leaders, strict=True)}
         self.kept = nn.ModuleDict(dict(sorted(named.items())))
@@ -125,8 +125,8 @@ class LayerMetrics:
             name: leader for names, leader in zip(templates.groups, self.leaders, strict=True) for name in names
         }
         for leader in self.spectral_leaders:
-            # Layers that are alike would all be dear at the same step. The fractions of multiples of the golden
-            # ratio lie as far apart as so many numbers can.
+            # Otherwise similar layers would all have their costly update at the same step. The fractions of
+            # multiples of the golden ratio lie as far apart as possible.
             leader.phase = self.number * _GOLDEN_RATIO % 1
         self.takes_labels = any(metric.needs_labels for metric in self.spectral_leaders)
         self._whole = [_takes_all_rows(leader) for leader in self.leaders]
@@ -137,12 +137,12 @@ class LayerMetrics:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes its own.
+        # A copy makes its own collection.
         return {**self.__dict__, "_collection": None, "_followers": {}, "_read_empty": {}}
 
     @property
     def collection(self) -> MetricCollection:
-        """All metrics; those that keep no sums are made when somebody asks first, and read what others keep."""
+        """All metrics; those without own sums are made at the first call, and read the sums of their leader."""
         if self._collection is None:
             for name, leader in self.leader_of.items():
                 if name not in self.kept:
@@ -156,7 +156,7 @@ class LayerMetrics:
 
     @property
     def members(self) -> list[Metric]:
-        """The metrics that there are so far; those that keep sums come last."""
+        """The metrics made so far; the leaders come last."""
         return [*self._followers.values(), *self.leaders]
 
     @property
@@ -166,7 +166,7 @@ class LayerMetrics:
 
     @property
     def sketch_size(self) -> int | None:
-        """The columns of the sketches that are kept for the width's sake; None where there are none."""
+        """The columns of the sketches, if the layer is so wide that sketches are kept; otherwise None."""
         sizes = [metric.sketch_size for metric in self.spectral_leaders if not metric.needs_labels]
         return sizes[0] if self.is_sketched and sizes else None
 
@@ -175,11 +175,11 @@ class LayerMetrics:
         return self.sketch_size, tuple(leader.sums[0].num_features for leader in self.spectral_leaders)
 
     def note_reading(self, reader: Any) -> bool:
-        """Note that somebody reads the sums; return whether they have changed since it did so before."""
+        """Note that a reader reads the sums; return True if they have changed since it last did."""
         changed, self._has_lost = self._has_lost, False
         for place, leader in enumerate(self.spectral_leaders):
             stream = stream_of(leader.sums)
-            if stream is None:  # as a reset leaves it
+            if stream is None:  # after a reset
                 last = self._read_empty.get(place)
                 changed = changed or last is None or last() is not reader
                 self._read_empty[place] = weakref.ref(reader)
@@ -190,7 +190,7 @@ class LayerMetrics:
         return changed
 
     def note_other_states(self) -> None:
-        """Note that the sums are others now, so that whoever keeps what was merged of them reads them again."""
+        """Note that other sums were put in, so that :meth:`note_reading` reports a change."""
         self._has_lost = True
 
     @property
@@ -201,7 +201,7 @@ class LayerMetrics:
 
     @property
     def history(self) -> ForwardHistory | None:
-        """The history of the last forwards, where a metric keeps one."""
+        """The history of the last forwards; None if no metric keeps one."""
         kept = [each for metric in self.spectral_leaders for each in metric.sums]
         return next((each for each in kept if isinstance(each, ForwardHistory)), None)
 
@@ -211,7 +211,7 @@ class LayerMetrics:
         return all(isinstance(metric, SpectralMetric) and metric.needs_labels for metric in self.leaders)
 
     def sketch(self, sketch_size: int) -> None:
-        """Keep sketches from now on, in place of covariances; metrics that need labels see nothing then."""
+        """Keep sketches instead of covariances from now on; metrics that need labels then get no data."""
         for metric in self.members:
             if isinstance(metric, SpectralMetric) and not metric.needs_labels:
                 metric.sketch_instead(sketch_size)
@@ -229,11 +229,11 @@ class LayerMetrics:
 
         Args:
             observations: observations for metrics that take no labels.
-            labelled: observations for metrics that do; None if there are no labels.
-            groups: leader, by its ``id`` -> group of these observations, noted here for later calls of the
-                layer in the same forward; what one forward shows of its inputs stays in one fold.
-            inputs: what the layer showed of each sample, shape (N, ...), before any was drawn.
-            everything: observations for sums that take all rows; None if nothing was drawn from these.
+            labelled: observations for metrics that take labels; None if there are no labels.
+            groups: ``id`` of a leader -> group of these observations. It is filled here for later calls of the
+                layer in the same forward: all observations of one forward must be in one fold.
+            inputs: the layer's output for each sample, shape (N, ...), before rows were drawn.
+            everything: observations for sums that take all rows; None if ``observations`` has all rows.
         """
         if self.before_update is not None:
             self.before_update()
@@ -256,13 +256,13 @@ class LayerMetrics:
             first.note(inputs, groups[id(first)])
 
     def pass_over(self, groups: dict[int, int]) -> None:
-        """Add nothing of a forward that others share, and keep to the fold that they go on with."""
+        """Add nothing of a forward that other processes share, but draw its fold, to stay in step with them."""
         for leader in self.spectral_leaders:
             if leader.folds > 1 and id(leader) not in groups:
                 groups[id(leader)] = leader.deal()
 
     def share_with(self, replica: tuple[int, int]) -> None:
-        """Have all processes that share the layer's forwards begin with one fold."""
+        """Make all processes that share the layer's forwards begin with the same fold."""
         for leader in self.spectral_leaders:
             leader.replica = leader.replica or replica
 
@@ -271,7 +271,7 @@ class LayerMetrics:
         return bool(self.samples or self.forwards) or any(each.has_observed() for each in self.spectral_leaders)
 
     def too_few(self, counted: Counted) -> int:
-        """The number of observations, if it is below twice the dimension that was read of them; 0 if not."""
+        """The number of observations, if it is below twice the dimension read from them; otherwise 0."""
         for name, metric in self.readable().items():
             if not isinstance(metric, SpectralMetric) or metric.needs_labels:
                 continue
@@ -281,18 +281,18 @@ class LayerMetrics:
         return 0
 
     def repeats(self) -> bool:
-        """True if the same inputs have come in several folds."""
+        """True if the same inputs are in several folds."""
         return any(leader.repeats() for leader in self.spectral_leaders)
 
     def sums(self, *, with_left_out: bool = False) -> list[Sum]:
-        """The sums of the metrics, each kind once, of exact products before others; empty without data.
+        """The sums of the metrics, each kind once, preferring exact products; empty without data.
 
         Args:
-            with_left_out: take sums of which all observations were left out for data.
+            with_left_out: True if sums whose observations were all left out count as data.
         """
         spectral: dict[type[Sum], SpectralSum] = {}
         others: dict[type[Sum], Sum] = {}
-        # Exact products first, and more folds before fewer: they hold all that the others do.
+        # Exact products first, and more folds before fewer: sums with more folds hold all of the others.
         for metric in sorted(self.spectral_leaders, key=lambda m: (m.gram_dtype == torch.float32, -m.folds)):
             if not metric.takes_observations:
                 continue
@@ -305,16 +305,16 @@ class LayerMetrics:
                     spectral.setdefault(type(each), each)
         own = [each for each in spectral.values() if each.describes_layer][:1]
         beside = [each for each in spectral.values() if not each.describes_layer]
-        found = [*own, *beside]
-        return [*found, *others.values()] if found else []
+        first = [*own, *beside]
+        return [*first, *others.values()] if first else []
 
     def spectrum(self, *, with_left_out: bool = False) -> Spectrum | None:
-        """The spectrum of :meth:`sums`, with the eigenvalues that have been read already; None without data."""
+        """The spectrum of :meth:`sums`, with the eigenvalues read so far; None without data."""
         return spectrum_of(self.sums(with_left_out=with_left_out))
 
     def reset(self) -> None:
         """Forget the observations."""
-        with torch.inference_mode(False):  # states made inside could not be updated outside
+        with torch.inference_mode(False):  # states made in inference mode cannot be updated outside
             for leader in self.leaders:
                 leader.reset()
         self.forwards = self.samples = 0
@@ -334,13 +334,13 @@ class LayerMetrics:
         return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.leaders)
 
     def readable(self) -> dict[str, Metric]:
-        """The metrics by name, those first whose eigenvectors bring the eigenvalues that the others read."""
+        """The metrics by name; metrics that need eigenvectors first, since these bring the eigenvalues, too."""
         named = dict(self.collection.items(keep_base=True, copy_state=False))
         return dict(sorted(named.items(), key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
 
 
 def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[int, int] | None) -> Observations:
-    """The observations with the number of their group, which is new to a leader once in a forward."""
+    """The observations with the number of their group; a leader draws a group once in a forward."""
     if leader.folds == 1 or groups is None:
         return observations
     if id(leader) not in groups:
@@ -349,11 +349,11 @@ def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[in
 
 
 def named_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """Metrics by the names that their values will have.
+    """Metrics by the names of their values.
 
     Raises:
-        TypeError: for anything that is no metric.
-        ValueError: for no metric, or a name that cannot be one or comes twice.
+        TypeError: for anything but metrics.
+        ValueError: without a metric, and for a name that is invalid or comes twice.
     """
     if isinstance(metrics, Metric):
         metrics = [metrics]
@@ -375,7 +375,7 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
             )
         if not isinstance(name, str) or {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
             raise ValueError(
-                f"expected a metric name without dots and slashes that torch.nn.Module has not, got {name!r}"
+                f"expected a metric name without '.' and '/', no attribute of torch.nn.Module, got {name!r}"
             )
     names = [name for name, _ in named]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -384,7 +384,7 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
 
 
 def collect(metrics: Mapping[str, Metric]) -> Templates:
-    """Groups metrics by the sums that they can share; their settings decide, not the first data."""
+    """Group metrics by the sums that they can share; their settings decide, not the first data."""
     metrics = _sharing_matrices(metrics)
     return Templates(metrics, _groups(metrics))
 
@@ -398,29 +398,29 @@ def _fresh(metric: Metric) -> Any:
 
 
 def described(name: str, metric: Metric) -> tuple[object, ...]:
-    """The settings that processes must have alike for their metrics of one name to be merged."""
+    """The settings of a metric that must be equal on all processes, so that it can be merged."""
     sums = metric.prototypes if isinstance(metric, SpectralMetric) else ()
     return (name, type(metric).__qualname__, *(setting for each in sums for setting in each.settings()))
 
 
 def _sharing_matrices(templates: Mapping[str, Metric]) -> Mapping[str, Metric]:
-    """Have metrics of single features read the covariance, where another metric keeps one."""
+    """Let metrics of single features read the covariance, if another metric keeps one."""
     spectral = [each for each in templates.values() if isinstance(each, SpectralMetric)]
     owners = [
         each
         for each in spectral
         if each.takes_observations and not each.needs_labels and not isinstance(each, MarginalMetric)
     ]
-    found: dict[str, Metric] = {}
+    metrics: dict[str, Metric] = {}
     for name, metric in templates.items():
-        found[name] = metric
+        metrics[name] = metric
         if isinstance(metric, MarginalMetric) and metric.can_read_matrix:
             way = (metric.process_group, metric.sync_on_compute)
             for owner in owners:
                 if way == (owner.process_group, owner.sync_on_compute):
-                    found[name] = metric.reading(owner)
+                    metrics[name] = metric.reading(owner)
                     break
-    return found
+    return metrics
 
 
 def _takes_all_rows(metric: Metric) -> bool:
@@ -428,7 +428,7 @@ def _takes_all_rows(metric: Metric) -> bool:
 
 
 def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:
-    """Names of metrics that can share their sums; the first of each group accumulates for all of them."""
+    """Groups of metrics, by name, that can share their sums; the first of a group accumulates for all."""
     groups: list[tuple[Any, dict[type[Sum], tuple[object, ...]], list[str]]] = []
     for name, metric in templates.items():
         if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
@@ -438,15 +438,15 @@ def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:
         kind = (type(spectral), spectral.settings())
         key = (metric.gram_dtype, kind, metric.process_group, metric.sync_on_compute)
         others = {type(each): each.settings() for each in _others(metric)}
-        for its_key, kept, names in groups:
+        for group_key, kept, names in groups:
             # Two sums of one kind with different settings, such as samples with different seeds, stay apart.
-            if its_key == key and all(kept.get(kind, own) == own for kind, own in others.items()):
+            if group_key == key and all(kept.get(kind, own) == own for kind, own in others.items()):
                 kept.update(others)
                 names.append(name)
                 break
         else:
             groups.append((key, others, [name]))
-    # The one that needs most leads: it accumulates all of that anyway, and saved states go by its name.
+    # The metric that needs most leads: it accumulates all sums anyway, and saved states have its name.
     return [sorted(names, key=lambda name: -len(_others(templates[name]))) for _, _, names in groups]
 
 

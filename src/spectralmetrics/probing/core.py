@@ -1,7 +1,7 @@
 """The core on one page: a hook, an observation, a metric.
 
-A forward hook shows :meth:`Core.observe` what its layer has put out. The rows of that are observations, which
-the metrics of the layer add to their sums. For a plain eager model this is all:
+A forward hook passes its layer's output to :meth:`Core.observe`. The rows of the output are observations, and
+the metrics of the layer add them to their sums. For a plain eager model this is all:
 
 >>> from spectralmetrics import SaturationMetric
 >>> from spectralmetrics.probing.collections import collect
@@ -15,14 +15,14 @@ the metrics of the layer add to their sums. For a plain eager model this is all:
 >>> torch.equal(metrics.collection["saturation"].compute(), SaturationMetric()(output))
 True
 
-Everything else has a room of its own and joins at one seam, which :class:`~.routing.Router` fills:
+Everything else is in other files and joins at one of these seams, which :class:`~.routing.Router` fills:
 
 - ``steps``: stages, sampling and budgets; ``limits``: how many rows and features;
 - ``meshes``: processes that share the forwards of a layer;
-- ``_passes``: forwards that are not observed, in few steps; ``_measuring``: the time that others take;
+- ``_passes``: forwards that are not observed, in few steps; ``_measuring``: the time that observing takes;
 - ``take_again``: outputs like the last one, in few steps;
-- ``_begin``: what is looked at in the first forward of a layer;
-- ``_moment``: sampling, histories, folds, and what lies beside the model;
+- ``_begin``: checks in the first forward of a layer;
+- ``_moment``: sampling, histories, folds, masks and labels;
 - ``_route``: outputs that are selected, spread over processes, or of experts;
 - ``_batch``: layouts, masks, labels, context parallelism;
 - ``take``: gradients, which arrive later.
@@ -52,14 +52,14 @@ from spectralmetrics.torch_private import in_backward
 
 
 class Core:
-    """Turns what layers put out into observations, and hands them to the metrics of the layer and stage.
+    """Turns layers' outputs into observations, and passes them to the metrics of the layer and stage.
 
     Attributes:
         places: (stage, layer) -> its metrics.
-        rule: what is an observation.
-        paused: how many times; 0 observes.
-        is_merged: whether the states are those of all processes, so that nothing can be added.
-        lock: held while anything is added or read.
+        rule: the rule that makes observations from outputs.
+        paused: the number of pauses in force; 0 observes.
+        is_merged: True while the states are merged over processes, so that nothing can be added.
+        lock: held while observations are added or read.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Core:
         self.places, self.rule, self.limits, self.steps, self.meshes = places, rule, limits, steps, meshes
         self.paused, self.is_merged = 0, False
         self.lock, self.thread = threading.RLock(), steps.thread
-        self.plain: dict[str, Plain | None] = {}  # layer -> what its last output was like
+        self.plain: dict[str, Plain | None] = {}  # layer -> the form of its last output
 
     def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> Any:
-        """Observes an output; called by hooks, so that nothing here may end a forward."""
+        """Observe an output; hooks call this, so that an error here must not end a forward."""
         # In backward this is a checkpoint's recomputation, and the forward has been counted.
         if in_backward() or self.thread.observing:
             return None
@@ -90,9 +90,9 @@ class Core:
     def guard(
         self, stage: str, name: str, values: Any, is_idle: bool, function: Callable[..., Any], *arguments: Any
     ) -> Any:
-        """Call a function of a layer's metrics, ``is_idle`` and other arguments; an error ends that layer.
+        """Call a function with a layer's metrics, ``is_idle`` and other arguments; an error gives up the layer.
 
-        ``is_idle`` says that this process only takes part in a forward that others observe.
+        ``is_idle`` is True if this process only takes part in a forward that other processes observe.
         """
         of_layer = self.places[stage, name]
         if not is_idle and self._is_closed(name):
@@ -115,7 +115,7 @@ class Core:
     def take(
         self, of_layer: LayerMetrics, is_idle: bool, module: nn.Module, output: Any, select: Any, has_grad: bool
     ) -> Any:
-        """Hand what a layer has put out to its metrics."""
+        """Pass the output of a layer to its metrics."""
         if select is None and not (is_idle or self.meshes.active) and self.take_again(of_layer, output):
             return None
         moment = self.enter(of_layer, is_idle, module, output, has_grad)
@@ -138,14 +138,14 @@ class Core:
             self._begin(of_layer, module)
         is_full = most is not None and of_layer.samples >= most
         is_idle = bool(is_idle or of_layer.given_up or of_layer.too_wide or is_full)
-        # Where others may share the forward, what follows depends on nothing but the seed, the stage and the
-        # number of the forward, until rows have travelled.
+        # If other processes may share the forward, the next steps must depend only on the seed, the stage and
+        # the number of the forward, until rows are exchanged.
         if is_idle and not self.meshes.concerns(output):
             return None
         return self._moment(of_layer, output, forward, has_grad, is_idle)
 
     def take_rows(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> None:
-        """Hand the rows of an output to the metrics."""
+        """Pass the rows of an output to the metrics."""
         limits = self.limits
         batch = self._batch(of_layer, module, output, moment)
         if limits.max_samples is not None:
@@ -166,15 +166,13 @@ class Core:
         of_layer.update(observations, labelled, moment.groups, batch.values, everything)
 
     def _is_closed(self, name: str) -> bool:
-        """True if nothing can be added to the sums of a layer, which is said."""
+        """True if nothing can be added to the sums of a layer; warns of it."""
         if self.is_merged:
-            warn_user(
-                f"layer {name!r} ran inside `merged()`, where states are those of all processes: not observed"
-            )
+            warn_user(f"layer {name!r} ran inside `merged()`, where its states are merged: it is not observed")
         return self.is_merged
 
     def take_again(self, of_layer: LayerMetrics, output: Any) -> bool:
-        """Take an output like the last one of its layer in few steps; return whether it did."""
+        """Take an output in few steps if it is like the last one of its layer; return True if it was taken."""
         return False
 
     # -- seams, as a plain eager model needs them --------------------------------------------------------

@@ -1,8 +1,9 @@
 """Observers of gradients in autograd's graph: hooks in eager code, operations in compiled code.
 
-In eager code that is a hook on the output, and one on the tensor that it is a view of: whatever changes a view
-in place gives it another place in the graph, and hooks on the view are never called. In compiled code it is a
-copy of the output, whose backward is one opaque operation; the compiler merges the copy into what comes next.
+Eager code gets a hook on the output and one on the tensor of which it is a view: an operation that changes a
+view in place gives the view another place in the graph, and hooks on the view are never called. Compiled code
+gets a copy of the output, whose backward is one opaque operation; the compiler merges the copy into the next
+operation.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Form(NamedTuple):
     """The change of a gradient into the form of the output.
 
     Attributes:
-        stride: the stride of the output, where nothing else tells its layout; None where something does.
-        packing: what a packed sequence holds besides its data; None for anything else.
-        region: where the output lies in the tensor whose gradient arrives; None if that is the output.
+        stride: the stride of the output, if its layout was guessed; None if the layout is known.
+        packing: the fields of a packed sequence besides its data; None for anything else.
+        region: the output's region in the tensor whose gradient arrives; None if this tensor is the output.
     """
 
     stride: tuple[int, ...] | None = None
@@ -36,7 +37,7 @@ class Form(NamedTuple):
     region: Region | None = None
 
     def of(self, gradient: Tensor) -> Any:
-        """The gradient as its layer would put it out."""
+        """The gradient in the form in which the layer returned its output."""
         values = gradient if self.region is None else self.region.of(gradient)
         if self.stride is not None:
             values = _with_stride(values, values.shape, self.stride)
@@ -44,7 +45,7 @@ class Form(NamedTuple):
 
 
 class Region(NamedTuple):
-    """The part of a tensor that a view of it shows.
+    """The part of a tensor that a view covers.
 
     Attributes:
         view: size, stride and offset of the view.
@@ -61,7 +62,7 @@ class Region(NamedTuple):
         return cls((values.size(), values.stride(), offset), (base.size(), base.stride()))
 
     def of(self, gradient: Tensor) -> Tensor:
-        """The part of the base's gradient, whatever its layout."""
+        """The part of the base's gradient, in any layout."""
         size, stride, offset = self.view
         gradient = _with_stride(gradient, *self.base)
         return gradient.as_strided(size, stride, gradient.storage_offset() + offset)
@@ -72,9 +73,9 @@ def _with_stride(values: Tensor, size: tuple[int, ...], stride: tuple[int, ...])
 
 
 class Arrival:
-    """A hook on the output of one forward, which shows its gradients as long as the hook on the layer is there.
+    """A hook on the output of one forward; passes gradients to the router while the hook on the layer exists.
 
-    Autograd's graph holds it, and with it nothing of the model or of the probe.
+    Autograd's graph keeps it alive; it keeps neither the model nor the probe alive.
     """
 
     __torch_unserializable__ = True  # or PyTorch would warn where the output is saved
@@ -91,17 +92,17 @@ class Arrival:
         self.show(gradient, self.form)
 
     def show(self, gradient: Tensor, form: Form, why: str = "") -> None:
-        """Show the router a gradient, see :meth:`.GradientRouter.arrive`."""
+        """Pass a gradient to the router, see :meth:`.GradientRouter.arrive`."""
         hook = self._hook()
         router = None if hook is None else hook.router
         if router is not None:
             router.arrive(self._awaited, gradient, form, why)
 
 
-class OfBase:
-    """A hook on what an output is a view of, for when the output is changed in place behind the layer.
+class BaseArrival:
+    """A hook on the base of an output that is a view, for outputs that are changed in place behind the layer.
 
-    Then nothing arrives at the view, and the gradient of the output as it was is part of the base's.
+    No gradient arrives at such a view; the gradient of the unchanged output is part of the base's gradient.
     """
 
     __torch_unserializable__ = True
@@ -110,11 +111,11 @@ class OfBase:
         self._arrival = arrival
         self._form = arrival.form._replace(region=Region.of_view(values, base))
         self._version = Version(values)
-        self._why = _CHANGED_INPUT if is_input else ""  # whose gradient has other parts
+        self._why = _CHANGED_INPUT if is_input else ""  # an input's gradient has other summands
 
     def __call__(self, gradient: Tensor) -> None:
         """See ``torch.Tensor.register_hook``."""
-        # Autograd is through with a view before it comes to its base.
+        # Autograd finishes a view before it comes to the base.
         if not self._arrival.has_come and self._version.has_changed():
             self._arrival.show(gradient, self._form, self._why)
 
@@ -122,12 +123,12 @@ class OfBase:
 _TOKENS = itertools.count()
 
 
-# Neither this nor the next changes the ticket that `see` changes: autograd would keep it for backward and would
-# not take it changed by another forward. Empty tensors are never the same to compilers, so that no two tokens
-# are; what is used is not left out.
+# Neither this operation nor the next changes the ticket that `see` changes: autograd would keep it for backward
+# and refuse it once another forward has changed it. Compilers never merge two empty tensors, and so no two
+# tokens; they do not remove a token, since it is used.
 @torch.library.custom_op("spectralmetrics::gradient_token", mutates_args=(), tags=TAGS)
 def gradient_token(empty: Tensor) -> Tensor:
-    """A number of its own for the gradient of one forward; compilers do not look inside."""
+    """A unique number for the gradient of one forward; opaque to compilers."""
     with without_modes(), torch.inference_mode(False):
         return torch.tensor(next(_TOKENS), device="cpu")
 
@@ -139,12 +140,12 @@ def _(empty: Tensor) -> Tensor:
 
 @gradient_token.register_vmap
 def _(info: Any, in_dims: Any, empty: Tensor) -> tuple[Tensor, None]:
-    return torch.full((), -1, device="cpu"), None  # values that stand for others are no observations
+    return torch.full((), -1, device="cpu"), None  # values under vmap are no observations
 
 
 @torch.library.custom_op("spectralmetrics::see_gradient", mutates_args=(), tags=TAGS)
 def see_gradient(gradient: Tensor, token: Tensor, number: Tensor) -> Tensor:
-    """A copy of a gradient, which is shown to a hook; compilers do not look inside."""
+    """A copy of a gradient, which is passed to a hook; opaque to compilers."""
     hook = observer_of(number)
     if hook is not None:
         hook.arrive_compiled(gradient, token)
@@ -162,7 +163,7 @@ def _(info: Any, in_dims: Any, gradient: Tensor, token: Tensor, number: Tensor) 
 
 
 class Through(torch.autograd.Function):
-    """A copy, so that what changes it in place behind the layer leaves alone what the gradient is of."""
+    """A copy of an output, so that the output itself stays as it is if the copy is changed in place."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, token: Tensor, number: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class Through(torch.autograd.Function):
 
 
 def tensors_in(nest: Any) -> list[Tensor]:
-    """All tensors in a nest of tuples, lists and dicts; Dynamo looks into this."""
+    """All tensors in a nest of tuples, lists and dicts; Dynamo traces this."""
     if isinstance(nest, Tensor):
         return [nest]
     parts: Any = ()
@@ -185,11 +186,11 @@ def tensors_in(nest: Any) -> list[Tensor]:
         parts = nest.values()
     elif isinstance(nest, (tuple, list)):
         parts = nest
-    return [found for part in parts for found in tensors_in(part)]
+    return [each for part in parts for each in tensors_in(part)]
 
 
 def holds(nest: Any, values: Tensor) -> bool:
-    """True if :func:`replaced` finds a tensor in a nest; Dynamo looks into this."""
+    """True if :func:`replaced` finds a tensor in a nest; Dynamo traces this."""
     if nest is values:
         return True
     if type(nest) in (tuple, list) or (isinstance(nest, tuple) and hasattr(nest, "_make")):
@@ -198,7 +199,7 @@ def holds(nest: Any, values: Tensor) -> bool:
 
 
 def replaced(nest: Any, values: Tensor, other: Tensor) -> Any:
-    """A nest with another tensor in the place of one; Dynamo looks into this."""
+    """A nest in which another tensor replaces ``values``; Dynamo traces this."""
     if nest is values:
         return other
     if type(nest) is dict:

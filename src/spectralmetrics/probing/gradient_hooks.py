@@ -1,4 +1,4 @@
-"""Forward hooks that have the gradients of a layer's outputs observed: eager, compiled, of DTensors."""
+"""Forward hooks that prepare the observation of gradients of outputs: eager, compiled, of DTensors."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _let_go(held: _Held) -> None:
 
 
 class GradientHook(OwnHook):
-    """A forward hook of one module, called with its arguments by name too, for a :class:`GradientRouter`.
+    """A forward hook of one module for a :class:`GradientRouter`; it also gets arguments that go by name.
 
     Args:
-        router: not kept alive.
+        router: the router; not kept alive.
         layer: name of the module.
-        module: the module that it will be put on.
+        module: the module that gets this hook.
         select: function of the output; None takes the first floating tensor.
-        first: the first hook of the module, which has watched outputs that are DTensors.
+        first: the first hook of the module, which watches outputs that are DTensors.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class GradientHook(OwnHook):
         self._module = weakref.ref(module)
         self._select = select
         self._number = number_of(self)
-        self._pending: dict[int, Awaited | None] = {}  # of compiled forwards whose graph is there
+        self._pending: dict[int, Awaited | None] = {}  # token -> its compiled forward, while the graph exists
         self._latest: Awaited | None = None
         self._held: _Held = []
         weakref.finalize(self, _let_go, self._held).atexit = False
 
     @property
     def router(self) -> GradientRouter | None:
-        """The router, if it is there."""
+        """The router; None if it is gone."""
         return self._router()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -91,11 +91,11 @@ class GradientHook(OwnHook):
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As an `Observer`.
+        # See `Observer.__reduce__`.
         return getattr, (contextlib.nullcontext(), "__exit__")
 
     def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
-        """Take an earlier hook off an output that is a leaf, such as a parameter: it outlives its forwards."""
+        """Remove an earlier hook from an output that is a leaf and outlives its forwards, like a parameter."""
         before, self._held[:] = list(self._held), [(weakref.ref(leaf), handle)]
         for each, earlier in before:
             if each() is leaf:
@@ -104,7 +104,7 @@ class GradientHook(OwnHook):
                 self._held.append((each, earlier))
 
     def watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """Have the gradients of an output of eager code observed."""
+        """Prepare the observation of the gradients of an eager output."""
         router = self._router()
         if router is None:
             return
@@ -135,14 +135,14 @@ class GradientHook(OwnHook):
             return None
         token = gradient_token(torch.empty(0, device="cpu"))
         see([token], TICKET, self._number, "")
-        # Dynamo warns of what it does itself with any function of autograd; where warnings are errors, that
-        # would end the forward. It does this while it traces, and puts nothing into the graph for it.
+        # Dynamo warns about its own handling of autograd functions, which would end the forward where warnings
+        # are errors. It evaluates this context while it traces; the graph does not contain it.
         with warnings.catch_warnings(action="ignore"):
             through: Tensor = Through.apply(values, token, self._number)  # type: ignore[no-untyped-call]
         return replaced(output, values, through)
 
     def see_compiled(self, parts: list[Tensor], kind: str) -> None:
-        """A compiled forward runs, whose gradient will arrive with a token, the only part."""
+        """Register a compiled forward; its gradient will arrive with the token in ``parts``."""
         router, module = self._router(), self._module()
         if router is None or module is None:
             return
@@ -158,7 +158,7 @@ class GradientHook(OwnHook):
             weakref.finalize(token, self._pending.pop, number, None).atexit = False
 
     def arrive_compiled(self, gradient: Tensor, token: Tensor) -> None:
-        """The gradient of a compiled forward has arrived."""
+        """Pass the gradient of a compiled forward to the router."""
         # A checkpoint that is compiled with the model makes another token in backward: the last forward counts.
         router, awaited = self._router(), self._pending.get(int(token), self._latest)
         if router is not None and awaited is not None:
@@ -166,9 +166,9 @@ class GradientHook(OwnHook):
 
 
 class FirstGradientHook(OwnHook):
-    """The first forward hook of a module with weights that are DTensors, which sees outputs that are.
+    """The first forward hook of a module whose weights are DTensors; it sees outputs that are DTensors.
 
-    What is behind it may hand out this process' part alone.
+    Later hooks may replace such an output by this process' part.
     """
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class FirstGradientHook(OwnHook):
         self.last: weakref.ref[GradientHook] | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """See ``torch.nn.Module.register_forward_hook``; while Dynamo traces, the last hook does all."""
+        """See ``torch.nn.Module.register_forward_hook``; while Dynamo traces, only the last hook works."""
         if torch.compiler.is_compiling():
             return
         last = None if self.last is None else self.last()
@@ -185,12 +185,12 @@ class FirstGradientHook(OwnHook):
             last.watch(module, (args, kwargs), output)
 
     def has_watched(self) -> bool:
-        """True if the output of the forward that ends has been watched; asked once."""
+        """True if this hook has watched the output of the current forward; the call clears it."""
         is_seen, self._is_seen = self._is_seen, False
         return is_seen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As an `Observer`.
+        # See `Observer.__reduce__`.
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 

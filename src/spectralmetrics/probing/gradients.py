@@ -1,8 +1,8 @@
-"""Gradients with respect to what layers put out: taken as they arrive in backward, and passed on unchanged.
+"""Gradients with respect to layers' outputs: observed as they arrive in backward, and passed on unchanged.
 
-A forward hook, see :mod:`~spectralmetrics.probing.gradient_hooks`, asks the router whether the gradients of
-this forward are wanted, and leaves something in autograd's graph that shows them, see
-:mod:`~spectralmetrics.probing.gradient_graph`.
+In a forward, a hook (:mod:`~spectralmetrics.probing.gradient_hooks`) calls :meth:`GradientRouter.expect`, and
+puts an observer into autograd's graph if the gradients are to be observed
+(:mod:`~spectralmetrics.probing.gradient_graph`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.gradient_graph import Arrival, Form, OfBase, Region, tensors_in
+from spectralmetrics.probing.gradient_graph import Arrival, BaseArrival, Form, Region, tensors_in
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.outputs import first_tensor, not_floating
 from spectralmetrics.probing.parts import LeftOut, is_dtensor
@@ -32,10 +32,10 @@ COMPUTED = "`select` returns a tensor that is no part of the layer's output: no 
 
 
 class Holds(Protocol):
-    """A hook on a layer, which is called with its outputs."""
+    """A hook on a layer."""
 
     def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
-        """Take an earlier hook off an output that is a leaf, and keep a handle of this one."""
+        """Remove an earlier hook from an output that is a leaf, and keep the handle of the new one."""
 
 
 @dataclass(eq=False)
@@ -44,9 +44,9 @@ class Awaited:
 
     Attributes:
         stage: the stage of the forward.
-        layer: its name.
-        moment: what else belongs to the forward.
-        is_for_inputs: whether its gradient has come in a backward for inputs, whose part for weights follows.
+        layer: the name of the layer.
+        moment: the moment of the forward.
+        is_for_inputs: True if the gradient came in a backward for inputs, before the backward for weights.
     """
 
     stage: str
@@ -62,7 +62,7 @@ class GradientRouter(Router):
     """Turns gradients into observations, see :class:`.Router`.
 
     Attributes:
-        scale: the factor of the loss that is taken out of gradients, read whenever one arrives.
+        scale: the factor of the loss; gradients are divided by it, and it is read whenever one arrives.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -74,20 +74,20 @@ class GradientRouter(Router):
         return {**super().__getstate__(), "scale": 1.0, "_recomputed": Recomputed()}
 
     def expect(self, name: str, module: nn.Module, output: Any, training: bool) -> Awaited | None:
-        """Decide, in a forward, whether to observe its gradients; nothing that happens here may end it.
+        """Decide, in a forward, whether to observe its gradients; an error here must not end the forward.
 
-        Returns what is awaited, None for nothing, and :data:`UNKNOWN` where a forward is run again of which
-        nothing is known, such as by a checkpoint whose gradients arrive in the graph of the first run.
+        Returns the awaited forward, None if its gradients are not observed, and :data:`UNKNOWN` for the second
+        run of an unknown forward, such as in a checkpoint whose gradients arrive in the graph of the first run.
 
         Args:
             name: the name of the layer.
             module: the layer.
-            output: what it put out; None if only the compiler knows.
-            training: the flag that tells the stage.
+            output: the output of the layer; None if it exists only in a compiled graph.
+            training: the layer's ``training`` flag, which decides the stage.
         """
         if self.thread.observing:
             return None
-        if in_backward():  # a checkpoint's recomputation, whose gradients are those of the forward
+        if in_backward():  # a checkpoint's recomputation, whose gradients belong to the first forward
             awaited: Awaited | None = self._recomputed.recorded(name, UNKNOWN)
             if awaited is UNKNOWN:
                 return UNKNOWN
@@ -106,7 +106,7 @@ class GradientRouter(Router):
         select: Select | None,
         has_grad: bool,
     ) -> Awaited | None:
-        """Count a forward, whose gradients arrive later; see :meth:`.Core.take`."""
+        """Count a forward whose gradients arrive later; see :meth:`.Core.take`."""
         moment = self.enter(of_layer, is_idle, module, output, has_grad)
         return None if moment is None else Awaited(of_layer.stage, of_layer.layer, moment)
 
@@ -119,15 +119,15 @@ class GradientRouter(Router):
         arguments: Any,
         hook: Holds,
     ) -> None:
-        """Put hooks on an output of eager code, which is awaited.
+        """Put hooks on an eager output.
 
         Args:
-            awaited: what :meth:`expect` has returned.
+            awaited: the result of :meth:`expect`.
             module: the layer.
-            output: with autograd's graph behind it.
+            output: the output of the layer, part of autograd's graph.
             select: function of the output.
             arguments: the arguments of the layer's forward.
-            hook: on the layer; once it is gone nothing is observed any more.
+            hook: the hook on the layer; gradients are observed as long as it exists.
         """
         where = awaited.stage, awaited.layer, output, False
         self.guard(*where, self._attach, awaited, module, output, select, arguments, hook)
@@ -157,7 +157,7 @@ class GradientRouter(Router):
             return
         stride = None
         if packing is None and not values.is_nested and values.ndim:
-            # What there is to say of layouts, masks and labels is said in the forward, as of any output.
+            # Warnings about layouts, masks and labels belong to the forward, as for any output.
             batch = self.batch_of(of_layer, module, values, awaited.moment)
             stride = None if batch.guessed_dim is None else values.stride()
         region = None if whole is values else Region.of_view(values, whole)
@@ -168,13 +168,13 @@ class GradientRouter(Router):
         whole.register_hook(arrival)
         if whole is values and base is not None and not base.is_leaf and base.requires_grad:
             is_input = any(base is each or base is base_of_view(each) for each in tensors_in(arguments))
-            base.register_hook(OfBase(values, base, arrival, is_input=is_input))
+            base.register_hook(BaseArrival(values, base, arrival, is_input=is_input))
 
     def arrive(self, awaited: Awaited, gradient: Tensor, form: Form, why: str = "") -> None:
-        """Observe a gradient, or leave the layer out and say why; nothing that happens here ends a backward."""
+        """Observe a gradient, or leave the layer out and say why; an error here does not end a backward."""
         part = part_of_backward()
         if part == "weights" and awaited.is_for_inputs:
-            return  # the same again, or a summand of it
+            return  # the same gradient again, or a summand of it
         awaited.is_for_inputs = awaited.is_for_inputs or part == "inputs"
         is_idle = bool(self.paused) or awaited.moment.is_idle or self._is_closed(awaited.layer)
         if self.thread.observing or (is_idle and not self.meshes.concerns(gradient)):
@@ -206,17 +206,17 @@ class GradientRouter(Router):
 
 
 def _holding(values: Tensor, base: Tensor | None, output: Any) -> Tensor:
-    """The tensor whose gradient holds that of a selected part of an output."""
-    found = tensors_in(output)
-    if any(values is each for each in found):
+    """The tensor whose gradient contains the gradient of a selected part of an output."""
+    tensors = tensors_in(output)
+    if any(values is each for each in tensors):
         return values
-    if base is not None and any(base is each or base is base_of_view(each) for each in found):
+    if base is not None and any(base is each or base is base_of_view(each) for each in tensors):
         return base
     raise LeftOut(COMPUTED)
 
 
 def check_scale(scale: Any) -> None:
-    """Raise an error for what is no factor of a loss."""
+    """Raise an error for anything but a factor of a loss."""
     if isinstance(scale, numbers.Real) and not isinstance(scale, bool):
         if not 0 < float(scale) < math.inf:
             raise ValueError(f"expected gradient_scale to be a positive number, got {scale!r}")
@@ -225,7 +225,7 @@ def check_scale(scale: Any) -> None:
 
 
 def unscaled(gradient: Tensor, scale: Any) -> Tensor:
-    """A gradient without the factor of its loss, which is read now: a scaler changes it between steps.
+    """A gradient without the factor of its loss. The factor is read now: a scaler changes it between steps.
 
     >>> unscaled(torch.tensor([6.0, 8.0]), 2.0)
     tensor([3., 4.])
@@ -234,10 +234,10 @@ def unscaled(gradient: Tensor, scale: Any) -> Tensor:
         return gradient
     if isinstance(scale, numbers.Real):
         factor: Any = float(scale)
-    elif isinstance(scale, torch.amp.GradScaler):  # whose factor is on a device, and not waited for
+    elif isinstance(scale, torch.amp.GradScaler):  # its factor is on a device: do not wait for it
         factor = scale.scale(torch.ones((), device=gradient.device))
     else:
         factor = scale.get_scale()
-    # What was scaled to fit into half precision may not fit without.
+    # A gradient that was scaled to fit into half precision may not fit unscaled.
     full = gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.to(torch.float32)
     return full.div(factor)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from spectralmetrics.torch_private import default_store, spec_of_part
 
-_SAMPLES = 16  # of the weights of a layer
+_SAMPLES = 16  # elements of a layer's weights
 _PATIENCE = 15.0  # seconds for which a process may be behind another in making its probe
-# Weights of different layers have nothing in common; those of replicas that drift apart a while do.
+# Weights of different layers are unrelated; weights of replicas that drift apart stay similar for a while.
 _DIFFERENT = 0.5
 
 
@@ -27,8 +27,8 @@ class _Probes:
     """The probes of this process in one default process group.
 
     Attributes:
-        made: how many there have been.
-        read: ranks of the processes that have read a probe together -> how many.
+        made: the number of probes made so far.
+        read: ranks of processes that read probes together -> the number of probes that they have read.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ _PROBES: weakref.WeakKeyDictionary[Any, _Probes] = weakref.WeakKeyDictionary()
 
 
 class Weights(NamedTuple):
-    """A few numbers by which the weights of a layer are told from those of another.
+    """A few numbers that distinguish the weights of a layer from another layer's.
 
     Attributes:
         kind: type of the layer.
@@ -56,23 +56,23 @@ class Weights(NamedTuple):
         """True if these are weights of two layers."""
         if self.shape != other.shape:
             return True
-        mine, its = (torch.tensor(each.samples, dtype=torch.float64, device="cpu") for each in (self, other))
-        return bool((mine - its).norm() > _DIFFERENT * torch.maximum(mine.norm(), its.norm()))
+        left, right = (torch.tensor(each.samples, dtype=torch.float64, device="cpu") for each in (self, other))
+        return bool((left - right).norm() > _DIFFERENT * torch.maximum(left.norm(), right.norm()))
 
 
 class Identity:
-    """The modules behind the names of a probe, and whether the other processes have them, too.
+    """Checks that the other processes have a probe, too, with the same modules behind its names.
 
     Args:
-        modules: the probed layers by name; kept alive by none of this.
+        modules: the probed layers by name; not kept alive.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self._is_compared = False
-        self._announced: Any = None  # where this process has said that it has a probe
+        self._announced: Any = None  # the process group in which this process has announced its probe
         if is_one_of_several():
-            with contextlib.suppress(RuntimeError, AttributeError):  # a store that cannot, or none
+            with contextlib.suppress(RuntimeError, AttributeError):  # no store, or one that cannot do this
                 probes = _PROBES.setdefault(dist.group.WORLD, _Probes())
                 default_store().set(_key(dist.get_rank(), probes.made + 1), "1")
                 probes.made += 1
@@ -81,12 +81,12 @@ class Identity:
     def check_presence(self, group: Any) -> None:
         """Raise a RuntimeError if some process of a group has made fewer probes, instead of waiting for it.
 
-        The n-th probe that processes read for the first time needs n of them on each; there may be more, which
-        nobody reads.
+        When processes first read their n-th probe, each must have made n probes or more; probes that are never
+        read count, too.
         """
         announced, self._announced = self._announced, None
         if announced is None or announced() is not dist.group.WORLD:
-            return  # made before the group was; so may be those of others
+            return  # made before the group was, as the other processes' probes may be
         store, end = default_store(), time.monotonic() + _PATIENCE
         ranks, probes = dist.get_process_group_ranks(group), _PROBES[dist.group.WORLD]
         missing, number = ranks, probes.read[tuple(ranks)] + 1
@@ -107,29 +107,29 @@ class Identity:
         """The weights to compare, unless they have been compared; sharded ones are left out."""
         if self._is_compared:
             return {}
-        found: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        weights: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
         for name, reference in self._modules.items():
             module = reference()
             weight = None if module is None else _weight(module)
             if module is not None and weight is not None:
                 flat = weight.detach().reshape(-1)
                 step = max(len(flat) // _SAMPLES, 1)
-                found[name] = module, weight, flat[::step][:_SAMPLES].to(torch.float32)
-        numbers = iter(_brought([samples for _, _, samples in found.values()]))
+                weights[name] = module, weight, flat[::step][:_SAMPLES].to(torch.float32)
+        numbers = iter(_brought([samples for _, _, samples in weights.values()]))
         return {
             name: Weights(type(module).__name__, tuple(weight.shape), tuple(next(numbers)))
-            for name, (module, weight, _) in found.items()
+            for name, (module, weight, _) in weights.items()
         }
 
     def compare(self, of_processes: Mapping[int, Mapping[str, Weights]]) -> None:
         """Warn once if a name means different layers on different processes."""
         self._is_compared = True
         for name in dict.fromkeys(name for each in of_processes.values() for name in each):
-            known = [(rank, each[name]) for rank, each in of_processes.items() if name in each]
-            (first, mine), *others = known
-            for rank, its in others:
-                if mine.differ(its):
-                    _warn(name, first, mine, rank, its)
+            by_rank = [(rank, each[name]) for rank, each in of_processes.items() if name in each]
+            (first, weights), *others = by_rank
+            for rank, other in others:
+                if weights.differ(other):
+                    _warn(name, first, weights, rank, other)
                     return
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,19 +140,19 @@ class Identity:
 
 
 def digest_of(weights: Mapping[str, Weights]) -> int:
-    """The same number for the same weights; 0 for none."""
+    """A number that is equal for equal weights; 0 without weights."""
     return digest(repr(sorted(weights.items()))) if weights else 0
 
 
 def digest(text: str) -> int:
-    """The same number for the same text, which fits into a tensor of int64 with either sign."""
+    """A number that is equal for equal texts; with either sign it fits into a tensor of int64."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
-def _warn(name: str, first: int, mine: Weights, rank: int, its: Weights) -> None:
+def _warn(name: str, first: int, weights: Weights, rank: int, other: Weights) -> None:
     described = (
         f"{each.kind} with weights {' x '.join(map(str, each.shape))} on process {where}"
-        for where, each in ((first, mine), (rank, its))
+        for where, each in ((first, weights), (rank, other))
     )
     warnings.warn(
         f"the name {name!r} means different layers on different processes, and their observations are added up:"
@@ -164,7 +164,7 @@ def _warn(name: str, first: int, mine: Weights, rank: int, its: Weights) -> None
 
 
 def _weight(module: nn.Module) -> Tensor | None:
-    """A weight that is alike on all processes that have the layer; None for a shard, or if there is none."""
+    """A weight that is alike on all processes that have the layer; None for shards and without weights."""
     for parameter in module.parameters():
         is_shard = hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
         is_shard = is_shard or spec_of_part(parameter) is not None
@@ -178,18 +178,18 @@ def _weight(module: nn.Module) -> Tensor | None:
 
 
 def _brought(samples: Sequence[Tensor]) -> list[list[float]]:
-    """The numbers in these tensors, with one reading for each device."""
-    found: dict[int, list[float]] = {}
+    """The numbers in these tensors, with one transfer for each device."""
+    by_place: dict[int, list[float]] = {}
     for device in {each.device for each in samples}:
         here = [place for place, each in enumerate(samples) if each.device == device]
         numbers = torch.cat([samples[place] for place in here]).tolist()
         for place in here:
-            found[place] = [numbers.pop(0) for _ in range(len(samples[place]))]
-    return [found[place] for place in range(len(samples))]
+            by_place[place] = [numbers.pop(0) for _ in range(len(samples[place]))]
+    return [by_place[place] for place in range(len(samples))]
 
 
 def is_one_of_several() -> bool:
-    """True if there is a default process group with other processes in it."""
+    """True if there is a default process group with other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

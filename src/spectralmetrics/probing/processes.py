@@ -19,19 +19,19 @@ from spectralmetrics.sums.merging import communication_device, gather_objects
 T = TypeVar("T")
 
 NO_GROUP: Any = object()
-"""In the place of a process group: this process does all by itself."""
+"""Stands for a process group if this process works alone."""
 
 
 def merging_group(places: Iterable[LayerMetrics]) -> Any:
-    """The process group in which all metrics of these layers are merged; NO_GROUP without one for all."""
+    """The one process group in which all metrics of these layers are merged; NO_GROUP if there is none."""
     group = _common_group(places)
     return group if group is not NO_GROUP and has_others(group) else NO_GROUP
 
 
 def reading_group(places: Iterable[LayerMetrics]) -> Any:
-    """The process group whose processes read these layers together, and of which the first speaks and writes.
+    """The process group whose processes read these layers together; its first process warns and writes.
 
-    That in which all metrics are merged; that of all processes where there is no such group.
+    It is the group in which all metrics are merged, or the default group if there is no such group.
     """
     group = _common_group(places)
     return None if group is NO_GROUP else group
@@ -49,17 +49,17 @@ def merging_groups(places: Iterable[LayerMetrics]) -> list[Any]:
 
 
 def merges_nothing(places: Iterable[LayerMetrics]) -> bool:
-    """True if each process keeps all metrics of these layers for itself."""
+    """True if no metric of these layers is merged across processes."""
     return not any(is_merged(each) for place in places for each in place.leaders)
 
 
 def has_others(group: Any) -> bool:
-    """True if this process is in the group, and not alone."""
+    """True if this process is in the group and the group has other processes."""
     return is_one_of_several() and dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1
 
 
 def is_first(group: Any) -> bool:
-    """True if this process is the one that speaks for all of a group; a process outside speaks for itself."""
+    """True if this process warns and writes for its group; a process outside of the group does for itself."""
     return not has_others(group) or dist.get_rank(group) == 0
 
 
@@ -69,35 +69,35 @@ def is_merged(metric: Any) -> bool:
 
 
 def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
-    """The objects of all processes; an error on all if one has raised.
+    """The objects of all processes; raises an error on all processes if one had an error.
 
     Args:
         value: the value of this process.
-        error: the error that this process has raised.
+        error: the error of this process; None without one.
         group: the process group.
     """
     described = None if error is None else in_words(error)
-    told = gather_objects((described, value), group)
+    gathered = gather_objects((described, value), group)
     if error is not None:
         raise error
     ranks = dist.get_process_group_ranks(group)
     raised = [
         f"process {rank} raised {words}"
-        for rank, (words, _) in zip(ranks, told, strict=True)
+        for rank, (words, _) in zip(ranks, gathered, strict=True)
         if words is not None
     ]
     if raised:
         raise RuntimeError("; ".join(raised))
-    return [each for _, each in told]
+    return [each for _, each in gathered]
 
 
 def check_agreed(error: BaseException | None, group: Any, call: str = "") -> None:
-    """Raise an error on all processes if one has one, or if not all made the same call; one collective if not.
+    """Raise an error on all processes if one has an error, or if their calls differ; otherwise one collective.
 
     Args:
-        error: the error that this process has raised.
+        error: the error of this process; None without one.
         group: the process group.
-        call: what this process was asked for, with the arguments that must be the same.
+        call: the call on this process, with the arguments that must be equal on all processes.
     """
     number = digest(call)
     flags = torch.tensor(
@@ -110,7 +110,7 @@ def check_agreed(error: BaseException | None, group: Any, call: str = "") -> Non
 
 
 def check_calls(calls: Sequence[str], group: Any) -> None:
-    """Raise a ValueError if the processes of a group were asked for different things, in the order of ranks."""
+    """Raise a ValueError if the calls of a group's processes, in the order of ranks, differ."""
     other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
     if other is not None:
         ranks = dist.get_process_group_ranks(group)
@@ -121,10 +121,10 @@ def check_calls(calls: Sequence[str], group: Any) -> None:
 
 
 def agreed(function: Callable[[], T], groups: Iterable[Any], call: str = "") -> T:
-    """Calls a function; an error on all processes of these groups if one has raised.
+    """Call a function; raise an error on all processes of these groups if one had an error.
 
     Args:
-        function: called here; an interrupt from the keyboard can reach it.
+        function: the function to call; an interrupt from the keyboard can stop it.
         groups: process groups, in the same order on all processes.
         call: see :func:`check_agreed`.
     """
@@ -146,7 +146,7 @@ def agreed(function: Callable[[], T], groups: Iterable[Any], call: str = "") -> 
 
 
 class _Waiting:
-    """A handler of the interrupt from the keyboard that keeps it until :meth:`deliver`."""
+    """A handler of the interrupt from the keyboard that delays it until :meth:`deliver`."""
 
     def __init__(self, handler: Callable[..., Any]) -> None:
         self.handler = handler
@@ -162,18 +162,18 @@ class _Waiting:
 
 
 def _handler() -> Any:
-    """The handler of the interrupt from the keyboard; None where it need not wait."""
+    """The handler of the interrupt from the keyboard; None if an interrupt need not wait."""
     if not is_one_of_several() or threading.current_thread() is not threading.main_thread():
-        return None  # nobody waits, or another thread gets it
+        return None  # no process waits, or another thread gets it
     handler = signal.getsignal(signal.SIGINT)
     return handler if callable(handler) else None
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, an interrupt from the keyboard waits for the end, or for :func:`interruptible`.
+    """Delay an interrupt from the keyboard to the end of the context, or to :func:`interruptible` inside it.
 
-    A process that left between two collectives would keep the others waiting.
+    If a process stopped between two collectives, the others would wait for it.
     """
     handler = _handler()
     if handler is None or isinstance(handler, _Waiting):
@@ -190,7 +190,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, an interrupt from the keyboard is raised at once; what it raises, all processes must be told."""
+    """Let an interrupt from the keyboard raise at once; the caller must send the error to all processes."""
     waiting = _handler()
     if not isinstance(waiting, _Waiting):
         yield
@@ -206,15 +206,15 @@ def interruptible() -> Iterator[None]:
 def on_first_process(
     function: Callable[[], T], group: Any, serve: Callable[[], None] | None = None
 ) -> tuple[T, BaseException | None]:
-    """Call a function on the first process of a group; on this one if it is in no group with others.
+    """Call a function on the first process of a group; on this process if it is in no group with others.
 
     Args:
-        function: to call there.
+        function: the function to call.
         group: the process group.
-        serve: called on the others meanwhile, and afterwards on the first one.
+        serve: called meanwhile on the other processes, and afterwards on the first process.
 
     Returns:
-        What it returned, and what was raised, on all processes.
+        The function's value and the error or None, on all processes.
     """
     value: Any = None
     error: BaseException | None = None
@@ -236,10 +236,10 @@ def on_first_process(
                 serve()
         except BaseException as raised:
             error = error or raised
-        told = gather_objects((value, None if error is None else portable(error)), group)
-    value, error_of_first = told[0]
+        gathered = gather_objects((value, None if error is None else portable(error)), group)
+    value, error_of_first = gathered[0]
     ranks = dist.get_process_group_ranks(group)
-    failed = {rank: each for rank, (_, each) in zip(ranks, told, strict=True) if each is not None}
+    failed = {rank: each for rank, (_, each) in zip(ranks, gathered, strict=True) if each is not None}
     if error is None and failed:
         error = error_of_first
         if not isinstance(error, Exception):
@@ -249,7 +249,7 @@ def on_first_process(
 
 
 def portable(error: BaseException) -> BaseException:
-    """An error that can go to other processes, if there are any, in the place of one that cannot."""
+    """The error, or a RuntimeError with its words if it cannot be sent to other processes."""
     if not is_one_of_several():
         return error
     try:

@@ -1,4 +1,4 @@
-"""Adds to :class:`.Core` sampling, budgets, experts, and outputs of other kinds."""
+"""Adds sampling, budgets, experts, and outputs of other kinds to :class:`.Core`."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ _NOT_MEASURING = contextlib.nullcontext()
 
 
 class Router(Rows):
-    """The way of every output of a model's layers, see :class:`.Core`.
+    """Routes every output of a model's layers to its metrics, see :class:`.Core`.
 
     Args:
         places: (stage, layer) -> its metrics.
         modules: the layers by name.
-        rule: what is an observation.
-        limits: how many of them; looked at in each forward.
-        steps: which forwards of the model.
+        rule: the rule that makes observations from outputs.
+        limits: the limits of rows and features; read in each forward.
+        steps: decides which forwards of the model are observed.
         layout: the layout of sequences.
-        selected: layers of whose output a function of the user's returns a part.
-        meshes: which layers share their forwards with other processes.
+        selected: layers for which the user gave a ``select`` function.
+        meshes: finds the layers that share their forwards with other processes.
 
     Attributes:
         order: the layers that have run, in the order of their first run.
-        facts: layer -> what its weights say.
+        facts: layer -> its facts, read from its weights.
     """
 
     def __init__(
@@ -67,27 +67,27 @@ class Router(Rows):
     def observe_experts(
         self, watched: Watched, module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
-        """Observes a module of experts; see :meth:`observe`, with each expert as a layer."""
+        """Observe a module of experts with each expert as a layer; see :meth:`observe`."""
         if in_backward() or self.thread.observing:
             return
         stage = self.steps.stage_of(training)
         if stage is None:
             return
-        shown: Iterable[tuple[str, Expert, Any]]
+        outputs: Iterable[tuple[str, Expert, Any]]
         routed = output
         try:
             routed = output if select is None else select(output)
-            shown = watched.pairs(self._calls(watched, module, routed, stage))
+            outputs = watched.pairs(self._calls(watched, module, routed, stage))
         except Exception as error:
             why = routed if isinstance(routed, Unobservable) else Unobservable(reason_of(error))
-            shown = [(name, expert, why) for name, expert in watched.experts.items()]
-        for name, expert, pairs in shown:
+            outputs = [(name, expert, why) for name, expert in watched.experts.items()]
+        for name, expert, pairs in outputs:
             self.observe(name, expert, pairs, training, None)
 
     def _calls(self, watched: Watched, module: nn.Module, routed: Routed, stage: str) -> Calls:
-        """The tokens of experts in a forward, which may come from other processes; all of these call it."""
+        """The tokens of experts in a forward. They may come from other processes, which then all call this."""
         calls = Calls(watched.name, watched.number, module, routed, self.masks, self.labels)
-        self.meshes.search(module)  # before anything else asks, since what FSDP2 shards is whole now
+        self.meshes.search(module)  # before other searches, since the weights that FSDP2 shards are whole now
         if how_it_runs(calls.states) != "run" or not self.meshes.shares():
             return calls
         with self.lock, undisturbed(calls.states):
@@ -104,7 +104,7 @@ class Router(Rows):
         return calls
 
     def _passes(self, stage: str, name: str) -> bool:
-        """True if a forward is not observed. Counts it in few steps: nothing of it is in any cache."""
+        """True if a forward is not observed; it is counted in few steps, since caches hold nothing of it."""
         current = self.steps.thread.current
         if current is None or current.is_observed or self.is_merged:
             return False
@@ -177,21 +177,21 @@ class Router(Rows):
         return Moment(forward, steps.groups(), number, steps.step, *beside, is_idle, call)
 
     def untrained(self, layers: Iterable[str]) -> dict[str, bool | None]:
-        """Layer -> whether its weights are as they were initialised; None where it cannot be told."""
+        """Layer -> True if its weights are as they were initialised; None if that is unknown."""
         if self.rule.observe != "outputs":
             return {}
         modules = {name: self.modules[name]() for name in layers if name in self.modules}
         return {name: is_untrained(module) for name, module in modules.items() if module is not None}
 
     def _facts_of(self, name: str, module: nn.Module) -> LayerFacts:
-        if self.rule.observe != "outputs":  # of which the layer's own weights say nothing
+        if self.rule.observe != "outputs":  # the layer's own weights do not bound inputs or gradients
             facts = facts_of(module, is_linear=False)
             return GradientFacts(*facts) if self.rule.observe == "gradients" else facts
         is_linear = name not in self.selected and self.rule.feature_maps in ("positions", "mean")
         return facts_of(module, is_linear=is_linear and self.rule.sequences != "flatten")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of a copy nothing runs, and a lock cannot be copied.
+        # The layers of a copy do not run, and a lock cannot be copied.
         return {**super().__getstate__(), "lock": None, "thread": None, "modules": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Draws of observations from an output, and of the steps of a training that are observed."""
+"""Random draws: of observations from an output, and of the steps to observe."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from spectralmetrics.sums import Observations, compiled, has_float64
 from spectralmetrics.sums.observations import plain_observations
 
 _GENERATORS = threading.local()
-_MOST_BYTES = 2**18  # that one thread copies before others are worth a call
+_MOST_BYTES = 2**18  # up to this size, one thread copies faster than several
 
 
 def draw(observations: Observations, number: int, seed: int) -> Observations:
-    """At most ``number`` of the observations, each with the same probability; the global state is left alone.
+    """Draw at most ``number`` observations, each with the same probability; global random state stays as it is.
 
-    All observations lie on a ring that is cut at a random place into ``number`` arcs whose lengths differ by
-    one at most, and one is drawn from each: none comes twice, all have the same chance, and neighbouring
-    positions of one map, which resemble each other, seldom come together.
+    All observations lie on a ring that is cut at a random place into ``number`` arcs, whose lengths differ by
+    at most one, and one is drawn from each arc: none is drawn twice, all have the same chance, and neighbouring
+    positions of a map, which are similar, are seldom drawn together.
 
     >>> draw(Observations(torch.arange(10.0)[:, None]), 5, seed=0).num_observations
     5
@@ -36,7 +36,7 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     values, device = observations.values, observations.values.device
     turn = zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total  # of the ring
     if device.type == "cpu" and compiled.is_there():
-        # The same numbers as below in few calls, which are most of what a small layer takes.
+        # The same numbers as below in fewer calls; for a small layer, calls take most of the time.
         if _are_rows(observations) and values.nbytes * number <= total * _MOST_BYTES and compiled.reads(values):
             rows = values if values.ndim == 2 else values.view(total, -1)
             return plain_observations(compiled.draw_rows(rows, number, seed, turn))
@@ -52,12 +52,12 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
         return observations.take(torch.from_numpy(places))
     starts, lengths = _arcs(total, number, device)
     index = chances.mul_(lengths).to(torch.int64).add_(starts)
-    index.add_(turn).remainder_(total)  # each of these is a kernel to launch on an accelerator
+    index.add_(turn).remainder_(total)  # in place: each operation launches a kernel on an accelerator
     return observations.take(index)
 
 
 def _are_rows(observations: Observations) -> bool:
-    """True if these are rows that lie side by side, with nothing that belongs to each."""
+    """True if these are contiguous rows without labels or other entries for each row."""
     values = observations.values
     return (
         observations.valid is None
@@ -80,13 +80,13 @@ def sample_size(rows_per_feature: float, num_features: int) -> int:
 
 
 def is_observed(index: int, every: int, seed: object) -> bool:
-    """Decides whether to observe a step: the first, then one drawn from each ``every`` steps.
+    """True if a step is observed: the first step, then one drawn from each ``every`` steps.
 
-    A fixed beat would meet the same one of several forwards that a training makes in each of its steps.
+    With a fixed distance, a training with several forwards a step might always show the same one of them.
 
     Args:
         index: the index of the step.
-        every: 1 observes all.
+        every: length of a block of steps; 1 observes all steps.
         seed: seed of the random draws.
 
     >>> [index for index in range(12) if is_observed(index, 3, "seed")]
@@ -99,7 +99,7 @@ def is_observed(index: int, every: int, seed: object) -> bool:
 
 
 def draw_place(number: int, seed: object) -> int:
-    """One of so many places, each with the same chance.
+    """A number from 0 to ``number - 1``, each with the same chance.
 
     >>> [draw_place(4, block) for block in range(6)]
     [1, 2, 0, 1, 2, 0]
@@ -125,7 +125,7 @@ def _host_arcs(total: int, number: int) -> tuple[Any, Any]:
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
-    """A generator of this thread, which costs less than a new one."""
+    """The generator of this thread; making a new one would cost more."""
     name = str(device)
     generator: torch.Generator | None = getattr(_GENERATORS, name, None)
     if generator is None:

@@ -1,4 +1,4 @@
-"""From a layer's output to its rows, drawn and limited, and from these to the metrics of the layer."""
+"""Makes rows of a layer's output, draws and limits them, and passes them to the metrics of the layer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from spectralmetrics.torch_private import is_fake
 
 
 class Rows(Core):
-    """Outputs of every kind as rows: whole, in part, or those of the tokens of an expert.
+    """Makes rows of all kinds of outputs: whole outputs, parts of them, and experts' outputs for tokens.
 
     Attributes:
-        masks: laid beside the model.
-        labels: likewise.
+        masks: the masks in use.
+        labels: the labels in use.
         layout: the layout of sequences.
-        selected: layers of whose output a function of the user's returns a part.
+        selected: layers for which the user gave a ``select`` function.
     """
 
     meshes: Meshes
@@ -57,14 +57,14 @@ class Rows(Core):
         self.labels = Labels()
         self.layout = layout
         self.selected = selected
-        self._told_layout: set[str] = set()
+        self._warned_layout: set[str] = set()  # layers with a warning about their layout
 
     def _batch(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> Batch:
         batch = self.batch_of(of_layer, module, output, moment)
         return self._of_some_positions(of_layer.layer, batch) if has_some_positions(batch) else batch
 
     def _of_some_positions(self, name: str, batch: Batch) -> Batch:
-        """A batch where each process has some positions of each sample, and has nothing of whole samples."""
+        """A batch of which each process has some positions of each sample; drops labels of whole samples."""
         if how := whole_sample_setting(batch, self.rule):
             raise LeftOut(
                 f"{how} needs whole samples, of which each process has some positions inside context_parallel."
@@ -76,18 +76,18 @@ class Rows(Core):
         return batch
 
     def take_again(self, of_layer: LayerMetrics, output: Any) -> bool:
-        """Take an output like the last one of its layer in few steps, where all of its rows are observations.
+        """Take an output in few steps if it is like the last one of its layer and all rows are observations.
 
-        Does what counting the forward and :meth:`.Core.take_rows` would do.
+        The result is the same as with :meth:`.Core.enter` and :meth:`.Core.take_rows`.
 
         Returns:
-            Whether it did; where anything else is to be looked at, nothing is done.
+            True if the output was taken; otherwise nothing was done.
         """
         plain, limits = self.plain.get(of_layer.layer), self.limits
         if (
             plain is None
             or type(output) is not Tensor
-            or not of_layer.forwards  # since the last reset, when more is looked at than rows
+            or not of_layer.forwards  # the first forward since the last reset needs more checks
             or of_layer.needs_more_than_rows
             or of_layer.given_up
             or of_layer.too_wide
@@ -111,14 +111,14 @@ class Rows(Core):
     def take_part(
         self, of_layer: LayerMetrics, module: nn.Module, part: Part, moment: Moment, is_idle: bool
     ) -> None:
-        """Hand to the metrics what this process gets of an output that is spread over processes.
+        """Pass this process' rows of an output that is spread over processes to the metrics.
 
         Args:
-            of_layer: the layer of the output.
+            of_layer: the metrics of the layer.
             module: the layer.
-            part: what this process has of the output.
-            moment: what else belongs to the forward; its number says what is drawn.
-            is_idle: whether this process only takes part, since others share the forward, and keeps nothing.
+            part: this process' part of the output.
+            moment: the moment of the forward; its number decides which rows are drawn.
+            is_idle: True if this process keeps nothing and only takes part, since others share the forward.
         """
         name, limits = of_layer.layer, self.meshes.alike.limits
         if is_fake(part.local):
@@ -157,12 +157,12 @@ class Rows(Core):
         of_layer.update(observations, labelled, moment.groups, placed.batch.values, everything)
 
     def take_pairs(self, of_layer: LayerMetrics, pairs: Pairs, moment: Moment) -> None:
-        """Hand the rows that an expert puts out for its tokens to the metrics.
+        """Pass the rows that an expert returns for its tokens to the metrics.
 
         Args:
-            of_layer: the expert of the tokens.
-            pairs: the tokens, of which some are drawn before the expert runs on them.
-            moment: what else belongs to the forward.
+            of_layer: the metrics of the expert.
+            pairs: the tokens of the expert; some are drawn before the expert runs on them.
+            moment: the moment of the forward.
         """
         splits = pairs.splits
         if moment.is_idle and not any(split.op for split in splits):
@@ -202,14 +202,14 @@ class Rows(Core):
     def _put_out(
         self, pairs: Pairs, seen: Observations, splits: Sequence[Split], size: int | None, seed: int
     ) -> Observations:
-        """An expert's outputs for some of its tokens, whole; of inputs the tokens themselves."""
+        """An expert's whole outputs for some of its tokens; the tokens themselves if inputs are observed."""
         before = [split for split in splits if split.is_replicated]
         behind = [split for split in splits if not split.is_replicated]
         chosen = bring(seen, placed_as(seen, before), size, seed)
         tokens = chosen.values[:, 0]
         rows = pairs.states[tokens] if self.rule.observe == "inputs" else pairs.outputs(tokens)
-        found = replace(chosen, values=rows)
-        return bring(found, placed_as(found, behind), None, seed) if behind else found
+        outputs = replace(chosen, values=rows)
+        return bring(outputs, placed_as(outputs, behind), None, seed) if behind else outputs
 
     def most(self, stage: str, width: int, where: str) -> tuple[int | None, int]:
         """The number of rows to draw in a forward that processes share, None for all, and a seed."""
@@ -233,31 +233,31 @@ class Rows(Core):
         moment: Moment,
         dims: FeatureDim | None = None,
     ) -> Batch:
-        """The output with samples first, as its layer, its surroundings and the mask tell, and its labels."""
+        """The output with samples first, by its layer, the model and the mask, and with its labels."""
         name = of_layer.layer
         batch = self._plain_batch(name, module, output, moment.mask, dims)
-        if moment.mask is self.masks.value:  # or it has been noted in the forward
+        if moment.mask is self.masks.value:  # otherwise the forward has noted it
             self.masks.note_fit(name, batch)
-        if name not in self._told_layout and (doubt := _doubt_of(name, batch, self.layout, self.rule)):
-            self._told_layout.add(name)
+        if name not in self._warned_layout and (doubt := _doubt_of(name, batch, self.layout, self.rule)):
+            self._warned_layout.add(name)
             warn_user(doubt)
         if of_layer.takes_labels and moment.labels is not None:
             batch = self.labels.join(name, batch, moment.labels, name in self.layout.time_first)
         return batch
 
     def __getstate__(self) -> dict[str, Any]:
-        # What lies beside a model belongs to the original.
+        # Masks and labels belong to the original.
         return {**self.__dict__, "masks": Masks(), "labels": Labels()}
 
 
 def _doubt_of(name: str, batch: Batch, layout: Layout, rule: ObservationRule) -> str:
-    """The question about a layout that a user has to answer; empty if there is none.
+    """A warning that the layout of an output is uncertain; empty if it is certain.
 
     Args:
         name: the name of the layer.
         batch: its output, as it was taken.
-        layout: the layout of sequences, as the model tells.
-        rule: what is an observation.
+        layout: the layout of sequences, as read from the model.
+        rule: the rule that makes observations from outputs.
     """
     values = batch.values
     if batch.guessed_dim is not None:
