@@ -128,7 +128,7 @@ def test_a_jump_is_told_once_with_its_step_and_its_layer(at):
     (alarm,) = jumps({"before": noise(2), "a": first, "b": second})
     assert (alarm.step, alarm.finding.layer, alarm.finding.kind) == (at + 1, "a", "scale")
     assert alarm.finding.value / alarm.before == pytest.approx(30, rel=0.2)
-    assert "and after it that of 1 other layer" in alarm.finding.message
+    assert "in one step, then the scale of 1 other layer" in alarm.finding.message
 
 
 def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():

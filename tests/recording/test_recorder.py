@@ -572,7 +572,7 @@ def test_several_numbers_of_one_metric(tmp_path):
 
 def test_names_that_would_be_misread(tmp_path):
     model = make_model()
-    with pytest.raises(ValueError, match=r"without dots and slashes .* got 'val/SaturationMetric'"):
+    with pytest.raises(ValueError, match=r"without '.' and '/', no attribute .* got 'val/SaturationMetric'"):
         LayerProbe(model, MetricCollection([SaturationMetric()], prefix="val/"))
     with pytest.raises(ValueError, match="got 'mean'"):
         Recorder(tmp_path).add_scalar("loss", 1.0, layer="mean")

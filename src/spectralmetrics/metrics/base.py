@@ -245,7 +245,7 @@ class SpectralMetric(SumsMetric):
         return self._shared_spectrum()
 
     def wanted(self, device: torch.device | None = None) -> list[Wanted]:
-        """The decompositions that :meth:`read` needs, to be shared; none for an own ``compute``."""
+        """The decompositions that :meth:`read` needs, to be shared; none for a subclass' own ``compute``."""
         if type(self).compute is not SpectralMetric.compute:
             return []
         if self.needs_eigenvectors:
@@ -254,9 +254,9 @@ class SpectralMetric(SumsMetric):
 
     def read(self, device: torch.device | None = None) -> Tensor:
         """The value of ``compute`` for this process' observations, read on a device without checks."""
-        if type(self).compute is not SpectralMetric.compute:  # a subclass' own, checks and all
+        if type(self).compute is not SpectralMetric.compute:  # a subclass' own compute, with its checks
             return type(self).compute(self)
-        return self.value_of(self._shared_spectrum(device)).clone()  # the spectrum itself is shared
+        return self.value_of(self._shared_spectrum(device)).clone()  # it may be part of the spectrum
 
     def read_interval(self, device: torch.device | None = None) -> Interval:
         """The value of :meth:`interval` for this process' observations, read on a device without checks."""
@@ -346,7 +346,7 @@ class SpectralMetric(SumsMetric):
         Args:
             rows: shape (N, D), floating. Rows with NaN or infinities are left out and counted; zero rows are
                 a no-op. :class:`~spectralmetrics.functional.Observations` are taken in their own layout.
-            others: none. In a ``MetricCollection`` with metrics that take other arguments, name them:
+            others: not allowed. In a ``MetricCollection`` with metrics that take other arguments, name them:
                 ``collection.update(rows=features, preds=…, target=…)`` gives each metric its own.
         """
         if others:
@@ -432,7 +432,7 @@ class SpectralMetric(SumsMetric):
         super().reset()
 
     def to(self, *args: Any, **kwargs: Any) -> SpectralMetric:
-        """Move the metric; from then on rows are brought to that device. Dtypes are left alone."""
+        """Move the metric; from then on rows are brought to that device. Dtypes stay as they are."""
         device = kwargs.get("device", args[0] if args else None)
         if isinstance(device, Tensor):
             device = device.device

@@ -17,20 +17,20 @@ from spectralmetrics.sums.checks import check_positive_integer
 class HistoryMetric(MarginalMetric):
     r"""Scale, mean, largest magnitude, zeros and rows left out, of each recent forward.
 
-    In a probe, :meth:`.LayerProbe.history` gives the table of all layers. Every row of a forward counts, also
-    where the probe draws some of them for other metrics; these get the rows that they would get without a
-    history. By hand, each ``update`` is a forward.
+    In a probe, :meth:`.LayerProbe.history` returns the table of all layers. Every row of a forward counts, even
+    if the probe draws some of them for other metrics; other metrics get the same rows as without a history. By
+    hand, each ``update`` is a forward.
 
     ``compute`` returns a tensor of shape (k, 8), float64, a row for each of the last k forwards, the latest
-    last: the forward, the step of the optimiser (-1 if nobody told it), the largest magnitude, the number of
-    observations n, that of those left out for a NaN or an infinity, the sums of all n·D values and of their
-    squares, and the number of values that are not zero. So the scale of a forward is
+    last: the forward, the step of the optimiser (-1 if it is unknown), the largest magnitude, the number of
+    observations n, the number of observations left out for a NaN or an infinity, the sums of all n·D values and
+    of their squares, and the number of values that are not zero. So the scale of a forward is
 
     .. math:: \sqrt{\frac{1}{n D} \sum_{ij} x_{ij}^2}
 
     Args:
         num_features: the width D; None reads it from the first rows.
-        steps: how many forwards to remember.
+        steps: number of forwards to remember.
         kwargs: see :class:`MarginalMetric`.
 
     Raises:
@@ -63,7 +63,7 @@ class HistoryMetric(MarginalMetric):
         return spectrum.part(ForwardHistory).forwards()
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the scale of each forward; of a sequence, the last. See :meth:`SpectralMetric.plot`."""
+        """Draw the scale of each forward; a sequence draws its last value. See :meth:`SpectralMetric.plot`."""
         values = self.compute() if val is None else val
         table = values if isinstance(values, Tensor) else values[-1]
         scales = (table[:, ring.SQUARES] / (table[:, ring.COUNT] * (self.num_features or 1))).sqrt()

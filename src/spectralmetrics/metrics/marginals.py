@@ -38,7 +38,7 @@ class MarginalMetric(SpectralMetric):
     has_interval = False
     suits_sketches = True
     parts: ClassVar[Sequence[Part]]
-    """What :meth:`statistic` reads of a spectrum."""
+    """The parts of a spectrum that :meth:`statistic` reads."""
     _reads_matrix = False
 
     def __init__(self, num_features: int | None = None, **kwargs: Any) -> None:
@@ -59,11 +59,11 @@ class MarginalMetric(SpectralMetric):
 
     @property
     def can_read_matrix(self) -> bool:
-        """True if a sum that keeps a covariance serves as well."""
+        """True if this metric can be read from a sum that keeps a covariance."""
         return {"mean", "variances", "second_moments"} >= set(self.parts) and not self.other_sums()
 
     def reading(self, other: SpectralMetric) -> MarginalMetric:
-        """A metric with the same settings and without observations, which will share the sums of another."""
+        """A metric with the same settings and without observations, to share the sums of another metric."""
         twin = copy.deepcopy(self)
         twin._reads_matrix = True
         twin.folds, twin.sketch_size, twin.gram_dtype = other.folds, other.sketch_size, other.gram_dtype
@@ -75,7 +75,7 @@ class MarginalMetric(SpectralMetric):
         return super().spectral_sum() if self._reads_matrix else empty_marginals(0)
 
     def with_folds(self, folds: int) -> SpectralMetric:
-        """See :meth:`SpectralMetric.with_folds`; of marginals there are none."""
+        """See :meth:`SpectralMetric.with_folds`; marginals have no folds."""
         check_positive_integer("folds", folds)
         twin = copy.deepcopy(self)
         twin.reset()
@@ -160,11 +160,11 @@ class SignalToNoiseMetric(MarginalMetric):
 
     .. math:: \frac{\|\mu\|^2}{\operatorname{tr} \Sigma}
 
-    Of gradients, see ``observe`` of :class:`~spectralmetrics.LayerProbe`, it says how far the observations
-    agree. Its inverse is the number of observations whose mean is as large as its error. For gradients
-    with respect to parameters, McCandlish et al. (2018) call it the simple noise scale. Of n observations that
-    have nothing in common it is about 1/n. ``compute`` returns a tensor of shape (), float64; infinite for
-    observations that are all the same, and 0 if they are zero.
+    For gradients (``observe="gradients"`` of :class:`~spectralmetrics.LayerProbe`) it says how far the
+    observations agree. Its inverse is the number of observations whose mean is as large as its error; for
+    gradients with respect to parameters, McCandlish et al. (2018) call the inverse the simple noise scale. The
+    value is about 1/n for n unrelated observations. ``compute`` returns a tensor of shape (), float64; infinite
+    if all observations are the same, and 0 if they are zero.
 
     Args:
         num_features: the width D; None reads it from the first rows.
@@ -214,7 +214,7 @@ class MaxAbsMetric(MarginalMetric):
 
 
 class ZeroShareMetric(MarginalMetric):
-    r"""The share of all values that are exactly zero, such as those that a ReLU has cut off.
+    r"""The share of all values that are exactly zero, such as values that a ReLU has cut off.
 
     .. math:: \frac{1}{n D} \, |\{ (i, j) : x_{ij} = 0 \}|
 
@@ -245,7 +245,7 @@ class ZeroShareMetric(MarginalMetric):
 class DeadFeaturesMetric(MarginalMetric):
     r"""The share of features that never change, :math:`\frac{1}{D} |\{ j : \operatorname{Var} x_j = 0 \}|`.
 
-    ``compute`` returns a tensor of shape (), float64, between 0 and 1; of one observation all are.
+    ``compute`` returns a tensor of shape (), float64, between 0 and 1; 1 for a single observation.
 
     Args:
         num_features: the width D; None reads it from the first rows.

@@ -1,4 +1,4 @@
-"""Alarms: what has changed for the worse in a layer since the readings before.
+"""Alarms: changes for the worse in a layer since earlier readings.
 
 One public table, :data:`DEFAULT_ALARMS`, holds the rules. ``checks/alarms.py`` judges them, on networks, data
 and seeds that they were not calibrated on.
@@ -18,25 +18,25 @@ from spectralmetrics.table import plural
 AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "rms"]
 
 _NARROW = 4
-"""In narrower layers, and in networks of fewer outputs, few directions are as many as the task has; nor do few
-features have a scale apart from that of their means."""
+"""In narrower layers and networks of fewer outputs, the task may need only few directions, and the scale of so
+few features is hardly more than the scale of their means."""
 _FALLEN = 4.0
-"""A spread that was never larger by this factor has not fallen."""
+"""A spread has fallen if it was once larger by this factor."""
 _PAST, _LAG = 6, 3
-"""Readings that a rank is compared with: the last six, and the six before the last three, for slow falls."""
+"""A rank is compared with the last six readings and, for slow falls, with the six before the last three."""
 _FEWEST_CHANGES, _MOST_CHANGES = 12, 64
-"""Changes of the scale by which a jump is told."""
+"""The number of earlier changes of the scale that a jump is compared with."""
 _ROBUST = 1.4826
-"""From a median of absolute deviations to the standard deviation of a normal distribution."""
+"""The standard deviation of a normal distribution over its median of absolute deviations."""
 
 
 class Alarm(NamedTuple):
     """Something that went wrong in a layer.
 
     Attributes:
-        step: the number of optimiser steps when it was found, or when the scale jumped.
-        finding: what it is; see :class:`~spectralmetrics.Finding`.
-        before: the value of the same statistic before; NaN where there is none.
+        step: the number of optimiser steps when the problem was found, or when the scale jumped.
+        finding: the problem, with its layer, message and value.
+        before: the earlier value of the same statistic; NaN if there is none.
     """
 
     step: int
@@ -52,14 +52,14 @@ class AlarmRule(NamedTuple):
 
     Attributes:
         kind: the kind of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
-        statistic: what is compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``, ``"effective_rank"``
-            or ``"rms"``.
-        threshold: the limit of its value; of ``"rms"`` the factor of a change.
-        reads: readings in a row that must show it.
-        min_observations: with fewer rows since the last reading, these are kept for the next one.
+        statistic: the value compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``,
+            ``"effective_rank"`` or ``"rms"``.
+        threshold: the limit of the value; for ``"rms"`` the factor of a change.
+        reads: number of readings in a row that must show it.
+        min_observations: if fewer rows came since the last reading, they are kept for the next one.
         first_step: the rule is silent before this step.
-        factor: how far below its own past the value must be; NaN where the past does not count.
-        deviations: the same in robust deviations of its own past.
+        factor: factor by which the value must be below its own past; NaN if the past does not count.
+        deviations: the same margin in robust deviations of its own past; NaN if the past does not count.
         when: the rule in words.
     """
 
@@ -128,12 +128,12 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
         " less than 4 features by more than its square",
     ),
 )
-"""The rules of a :class:`~spectralmetrics.Monitor`, unless it is given others."""
+"""The default rules of a :class:`~spectralmetrics.Monitor`."""
 
 STATISTICS: tuple[str, ...] = ("non_finite", "spread", "dead_features", "effective_rank", "rms")
 
 Past: TypeAlias = dict[str, Any]
-"""What is remembered of one layer, as JSON holds it."""
+"""The memory of one layer, in types that JSON has."""
 
 
 def judge(
@@ -146,23 +146,23 @@ def judge(
     """The alarms of a reading, in forward order.
 
     Args:
-        rules: to apply.
+        rules: the rules to apply.
         stage: the stage of the observations.
         step: number of optimiser steps so far.
-        layers: what was read, in forward order.
-        past: layer -> what is remembered of it; brought up to date.
+        layers: the numbers and scales of layers, in forward order.
+        past: layer -> its memory, which is updated.
     """
-    found: list[Alarm] = []
+    alarms: list[Alarm] = []
     last = layers[-1][0] if layers else None
     for numbers, _ in layers:
         for rule in rules:
             if rule.statistic != "rms" and last is not None:
-                found += _of_level(rule, stage, step, numbers, last, past[numbers.layer])
+                alarms += _of_level(rule, stage, step, numbers, last, past[numbers.layer])
     for rule in rules:
         if rule.statistic == "rms":
-            found += _of_jumps(rule, stage, step, layers, past)
+            alarms += _of_jumps(rule, stage, step, layers, past)
     order = [numbers.layer for numbers, _ in layers]
-    return sorted(found, key=lambda alarm: order.index(alarm.finding.layer))
+    return sorted(alarms, key=lambda alarm: order.index(alarm.finding.layer))
 
 
 def enough(rules: Sequence[AlarmRule], numbers: LayerNumbers) -> bool:
@@ -178,7 +178,7 @@ def _of_level(
 ) -> Iterator[Alarm]:
     value = _VALUES[rule.statistic](numbers, last)
     if math.isnan(value) or (rule.statistic == "effective_rank" and not enough([rule], numbers)):
-        return  # few rows have few directions
+        return  # few rows span few directions
     own = past.setdefault(
         f"{rule.kind}/{rule.statistic}", {"seen": [], "reads": 0, "since": 0, "raised": False}
     )
@@ -201,8 +201,8 @@ def _of_level(
 
 
 def _spread(numbers: LayerNumbers, last: LayerNumbers) -> float:
-    is_told = numbers.width >= _NARROW and numbers.observations > 1 and not numbers.is_dead
-    return numbers.spread if is_told else math.nan
+    counts = numbers.width >= _NARROW and numbers.observations > 1 and not numbers.is_dead
+    return numbers.spread if counts else math.nan
 
 
 def _dead(numbers: LayerNumbers, last: LayerNumbers) -> float:
@@ -234,7 +234,7 @@ _WORDS: dict[str, Callable[[LayerNumbers, float, float], str]] = {
 
 
 def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) -> bool:
-    """True if a value is where it should not be, and was not."""
+    """True if a value is beyond the limit and, for most rules, was not so in the past."""
     if step < rule.first_step:
         return False
     if rule.statistic == "non_finite":
@@ -245,12 +245,12 @@ def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) 
         return False
     if rule.statistic == "spread":
         return value < max(seen) / rule.factor
-    # Fewer readings do not say what a training is like that has just begun.
+    # Fewer readings do not show the usual range: the training has just begun.
     return any(_has_left(rule, value, past) for past in (seen[-_PAST:], seen[:_PAST]) if len(seen) >= _PAST)
 
 
 def _has_left(rule: AlarmRule, value: float, past: Sequence[float]) -> bool:
-    """True if a rank is below the range of its own past by more than that range allows."""
+    """True if a rank is below the least of its own past by more than the factor and the robust deviations."""
     logarithms = [math.log(max(each, 1e-12)) for each in past]
     middle = statistics.median(logarithms)
     deviation = _ROBUST * statistics.median(abs(each - middle) for each in logarithms)
@@ -259,7 +259,7 @@ def _has_left(rule: AlarmRule, value: float, past: Sequence[float]) -> bool:
 
 
 def _remembered(rule: AlarmRule, seen: Sequence[float], value: float) -> list[float]:
-    """The values that later ones are compared with."""
+    """The values to compare later values with."""
     if rule.statistic == "effective_rank":
         return [*seen, value][-_PAST - _LAG :]
     if rule.statistic == "spread":
@@ -292,13 +292,13 @@ def _of_jumps(
     layers: Sequence[tuple[LayerNumbers, Scales]],
     past: Mapping[str, Past],
 ) -> Iterator[Alarm]:
-    """One alarm for all that jumped, with the layer that did so first."""
+    """One alarm for all layers that jumped; it names the first one."""
     jumps = []
     for order, (numbers, scales) in enumerate(layers):
         own = past[numbers.layer]
-        known = [tuple(each) for each in own.get("scales", ())]
-        series = known + [each for each in scales if not known or each[0] > known[-1][0]]
-        for index in range(max(len(known) - 1, 1), len(series) - 1):
+        earlier = [tuple(each) for each in own.get("scales", ())]
+        series = earlier + [each for each in scales if not earlier or each[0] > earlier[-1][0]]
+        for index in range(max(len(earlier) - 1, 1), len(series) - 1):
             some = [scale for _, _, scale in series[max(index - _MOST_CHANGES - 1, 0) : index + 2]]
             change = _jump(rule, some, is_narrow=numbers.width < _NARROW)
             if change is not None:
@@ -314,22 +314,22 @@ def _of_jumps(
         factor = first.after / first.before
         words = f"the scale changed by a factor of {factor:.3g} in one step"
         if len(jumps) > 1:
-            words += f", and after it that of {plural(len(jumps) - 1, 'other layer')}"
+            words += f", then the scale of {plural(len(jumps) - 1, 'other layer')}"
         finding = Finding(stage, first.layer, rule.kind, "problem", words, first.after)
         yield Alarm(first.step, finding, first.before)
 
 
 def _jump(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> float | None:
-    """The change to the last scale but one, if it is a jump from which the last has not come back."""
+    """The change to the last scale but one, if it is a jump and the last scale has not come back."""
     *earlier, before, now, after = scales
     changes = [abs(b - a) for a, b in zip([*earlier, before], [*earlier[1:], before], strict=False)]
     changes = [each for each in changes if math.isfinite(each)]
     if len(changes) < _FEWEST_CHANGES:
         return None
-    # The scale of one logit is that of its mean, which may pass zero.
+    # The scale of one logit is the magnitude of its mean, which may pass zero.
     factor = rule.threshold**2 if is_narrow else rule.threshold
     limit = max(rule.deviations * statistics.median(changes), math.log(factor))
-    # Compared with the middle of three, too: one odd batch neither begins nor ends with a jump.
+    # Also compared with the median of three: a single odd batch is no jump, nor is the way back from it.
     usual = statistics.median([*earlier[-2:], before])
     moves = [now - before, now - usual, after - before, after - usual]
     if not all(map(math.isfinite, moves)) or not (min(moves) > 0 or max(moves) < 0):

@@ -14,9 +14,9 @@ from spectralmetrics.probing.processes import is_first
 from spectralmetrics.sums.checks import check_positive_integer
 
 _FIRST = 5
-"""Steps to the first reading, which says what was there from the beginning."""
+"""Steps to the first reading, which finds problems that were there from the beginning."""
 _FORWARDS = 256
-"""Of which the scale is remembered at least."""
+"""The least number of forwards whose scale is remembered."""
 
 
 @runtime_checkable
@@ -43,20 +43,20 @@ class Monitor:
     :meth:`.LayerProbe.persistent`: make the monitor before you load a state.
 
     Args:
-        probe: to read. One monitor at a time for each stage.
-        every: steps of the optimiser from one reading to the next.
+        probe: the probe to read. Each stage has one monitor at a time.
+        every: number of steps of the optimiser from one reading to the next.
         stage: ``"train"`` or ``"eval"``.
         alarms: the rules, such as ``[rule for rule in DEFAULT_ALARMS if rule.kind != "scale"]``.
-        on_alarm: ``"warn"`` warns on the first process, of the group in which the probe's metrics are merged.
-            ``"stop"`` does so, too, and sets :attr:`should_stop` on all. A function is called with each alarm,
-            on all processes.
+        on_alarm: ``"warn"`` warns on the first process of the group in which the probe's metrics are merged.
+            ``"stop"`` also sets :attr:`should_stop` on all processes. A function is called with each alarm, on
+            all processes.
         recorder: keeps the alarms, such as a :class:`~spectralmetrics.Recorder`.
 
     Attributes:
-        probe: to read.
-        should_stop: whether there was an alarm, with ``on_alarm="stop"``; the same on all processes. Nothing is
+        probe: the probe to read.
+        should_stop: True after an alarm with ``on_alarm="stop"``; the same on all processes. No exception is
             raised: your loop, or the callback of your trainer, ends the training.
-        raised: the alarms so far, as far as this process has seen the run.
+        raised: the alarms since this process began.
 
     Raises:
         TypeError: for a probe, rules or a recorder of another type.
@@ -74,7 +74,7 @@ class Monitor:
     ...         _ = model[0].weight.data.mul_(32), model[0].bias.data.mul_(32)
     ...     _ = model(batch)  # and a step of the optimizer
     ...     alarms = monitor.step()
-    step 51: '0' in train: the scale changed by a factor of 32 in one step, and after it that of 1 other layer
+    step 51: '0' in train: the scale changed by a factor of 32 in one step, then the scale of 1 other layer
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Monitor:
         self._begun: int | None = None  # the last step that this process has seen
         if probe.step is None:
             probe.step = self._past.get("step", 0)
-        self._told = probe.step
+        self._own_step = probe.step  # the last step that this monitor gave the probe
 
     def step(self) -> list[Alarm]:
         """Call this after each step of the optimiser, on all processes.
@@ -126,18 +126,18 @@ class Monitor:
         """
         probe, past = self.probe, self._past
         own = past.get("step", 0) + 1
-        step = own if probe.step is None or probe.step == self._told else probe.step + 1
+        step = own if probe.step is None or probe.step == self._own_step else probe.step + 1
         if self.recorder is not None and (self._begun is None or step <= self._begun):
             self.recorder.drop_alarms(step)
         past["step"] = self._begun = step
-        probe.step = self._told = step
+        probe.step = self._own_step = step
         if step < past.get("next", min(self.every, _FIRST)):
             return []
         past["next"] = (step // self.every + 1) * self.every
         return self._read(step)
 
     def close(self) -> None:
-        """Read no more; the probe goes on without its windows."""
+        """Stop reading; the probe goes on without the monitor's windows."""
         self.probe._windows.close(self._reader, self.stage)
         self.probe._remembered.pop(self._reader, None)
 
@@ -150,7 +150,7 @@ class Monitor:
         for numbers, _ in found:
             layers.setdefault(numbers.layer, {})
         alarms = judge(self.rules, self.stage, step, found, layers)
-        # The rows of a layer that has too few are part of its next reading.
+        # If a layer has too few rows, they also count in its next reading.
         read = [numbers.layer for numbers, _ in found if enough(self.rules, numbers)]
         self.probe._windows.advance(self._reader, self.stage, read)
         for alarm in alarms:

@@ -19,27 +19,27 @@ from spectralmetrics.table import import_pandas
 if TYPE_CHECKING:
     import pandas
 
-# By how many changes the range of a layer is known: what comes with learning, larger outputs and larger changes
-# of them, must not look like leaving. Calibrated by checks/first_movers.py.
+# Number of changes that define the range of a layer. Learning, which brings larger outputs and larger changes,
+# must not count as leaving the range. Calibrated by checks/first_movers.py.
 _FEWEST_CHANGES, _MOST_CHANGES = 12, 32
-_LEAST_DEVIATION = 0.03  # of one change of the logarithm of the scale; less is noise of small batches
-# Of the sizes of values of a normal distribution: share -> quantile, in standard deviations.
+_LEAST_DEVIATION = 0.03  # for one change of the logarithm of the scale; smaller ones are noise of small batches
+# Share -> quantile of the magnitudes of a normal distribution, in standard deviations.
 _QUANTILES = {0.5: 0.6745, 0.9: 1.6449}
 
 
 Scales: TypeAlias = list[tuple[int, int | None, float]]
-"""Forward, step of the optimiser (None if nobody told it), and the logarithm of the root mean square."""
+"""Forward, step of the optimiser (None if it is unknown), and the logarithm of the root mean square."""
 
 
 class HistoryRow(NamedTuple):
     """One layer in one forward.
 
     Attributes:
-        forward: its number, counted for each stage from the making of the probe; in what is read of a run, from
-            the beginning of the run.
-        step: the step of the optimiser; None if nobody told it, see :attr:`.LayerProbe.step`.
-        layer: its qualified name.
-        observations: that were finite, their number n.
+        forward: number of the forward, counted for each stage from the making of the probe; for a recorded run,
+            from the beginning of the run.
+        step: the step of the optimiser; None if it is unknown, see :attr:`.LayerProbe.step`.
+        layer: qualified name of the layer.
+        observations: the number n of finite observations.
         rms: the root of the mean square of all n·D values; NaN without observations.
         mean: the mean of all values.
         max_abs: the largest magnitude.
@@ -62,11 +62,11 @@ class Mover(NamedTuple):
     """A layer that left its own range.
 
     Attributes:
-        layer: its qualified name.
-        forward: in which it left.
-        distance: the change of its scale in robust deviations of its own changes; infinite where observations
-            were not finite that had been before.
-        tied: whether others left in the same forward, so that their order is only that of execution.
+        layer: qualified name of the layer.
+        forward: number of the forward in which it left.
+        distance: the change of its scale in robust deviations of its own changes; infinite if observations
+            were not finite for the first time.
+        tied: True if other layers left in the same forward, so that their order is only the execution order.
     """
 
     layer: str
@@ -76,11 +76,11 @@ class Mover(NamedTuple):
 
 
 class History:
-    """A table of forwards and layers; what :meth:`.LayerProbe.history` gives.
+    """A table of forwards and layers, as :meth:`.LayerProbe.history` returns it.
 
     Args:
-        stage: ``"train"`` or ``"eval"``, or what it is a history of.
-        tables: layer -> its rows as a :class:`~spectralmetrics.HistoryMetric` gives them, in the order of
+        stage: ``"train"`` or ``"eval"``, or another title.
+        tables: layer -> its rows as a :class:`~spectralmetrics.HistoryMetric` returns them, in the order of
             execution.
         widths: layer -> its number of features D.
 
@@ -99,17 +99,17 @@ class History:
 
     @classmethod
     def of_sums(cls, stage: str, sums: Mapping[str, ForwardHistory]) -> History:
-        """The history that sums hold; layers that have run in no forward are left out."""
+        """The history in these sums; layers that have run in no forward are left out."""
         tables = {layer: each.forwards().cpu().numpy() for layer, each in sums.items() if each.num_features}
         tables = {layer: table for layer, table in tables.items() if len(table)}
         return cls(stage, tables, {layer: sums[layer].num_features for layer in tables})
 
     @classmethod
     def together(cls, histories: Mapping[str, History]) -> History:
-        """Several histories of one training as one, such as those of outputs and of gradients.
+        """Join several histories of one training, such as histories of outputs and of gradients.
 
         Args:
-            histories: name -> history. Layers are named ``"{name}/{layer}"``, and stand in the order of these.
+            histories: name -> history. Layers are named ``"{name}/{layer}"``, in the order of the histories.
 
         Raises:
             TypeError: for anything else.
@@ -141,7 +141,7 @@ class History:
 
     @property
     def rows(self) -> list[HistoryRow]:
-        """All of it: forward by forward, and in each the layers in order of execution."""
+        """All rows, forward by forward, with the layers of each forward in order of execution."""
         rows = [
             _row(layer, line, self._widths[layer]) for layer, table in self._tables.items() for line in table
         ]
@@ -154,9 +154,9 @@ class History:
         return sum(map(len, self._tables.values()))
 
     def __repr__(self) -> str:
-        known = self.forwards
-        span = f", {known[0]} to {known[-1]}" if known else ""
-        return f"History({self.stage}: {len(known)} forwards{span}, of {len(self.layers)} layers)"
+        forwards = self.forwards
+        span = f", {forwards[0]} to {forwards[-1]}" if forwards else ""
+        return f"History({self.stage}: {len(forwards)} forwards{span}, of {len(self.layers)} layers)"
 
     def to_pandas(self) -> pandas.DataFrame:
         """The rows as a data frame, a column for each attribute of :class:`HistoryRow`.
@@ -170,11 +170,11 @@ class History:
     def plot(self, quantity: Quantity = "rms", layers: Sequence[str] | None = None) -> tuple[Any, Any]:
         """Draw a quantity of each layer over the forwards, a small picture for each layer.
 
-        Along the horizontal axis are steps of the optimiser, if they were told, and forwards otherwise.
+        The horizontal axis shows steps of the optimiser if all are known, and forwards otherwise.
 
         Args:
             quantity: ``"rms"``, ``"mean"``, ``"max_abs"``, ``"zero_share"`` or ``"non_finite"``.
-            layers: which layers; None: all.
+            layers: the layers to draw; None: all.
 
         Returns:
             The figure and an array of axes, as :func:`~spectralmetrics.plotting.plot_history`.
@@ -188,34 +188,35 @@ class History:
         chosen = self.layers if layers is None else list(layers)
         if unknown := [each for each in chosen if each not in self._tables]:
             raise ValueError(f"expected layers among {self.layers}, got {unknown}")
-        told = all((table[:, STEP] >= 0).all() for table in self._tables.values())
+        has_steps = all((table[:, STEP] >= 0).all() for table in self._tables.values())
         rows = self.rows
         series = {
             layer: [
-                (row.step if told and row.step is not None else row.forward, getattr(row, quantity))
+                (row.step if has_steps and row.step is not None else row.forward, getattr(row, quantity))
                 for row in rows
                 if row.layer == layer
             ]
             for layer in chosen
         }
-        return plot_history(series, quantity, along="step" if told else "forward", title=self.stage)
+        return plot_history(series, quantity, along="step" if has_steps else "forward", title=self.stage)
 
     def first_movers(self, at: int | None = None, threshold: float = 6.0) -> list[Mover]:
         """The layers that left their own range before a forward, in the order in which they did.
 
-        A layer's range is that of its own changes: the logarithm of its root mean square changes from one
-        forward to the next. Its robust deviation is what the sizes of the last 32 changes have in the middle or
-        at nine tenths, whichever says more, as those of a normal distribution, and at least 0.03. It has left
-        where a change is more than ``threshold`` deviations, or where observations are not finite that had been
-        before. The forwards of one step of the optimiser are pooled. At least 12 changes must have gone before.
+        The range comes from a layer's own changes: the changes of the logarithm of its root mean square from
+        one forward to the next. The median and the 0.9 quantile of the magnitudes of the last 32 changes each
+        give the standard deviation that a normal distribution would have; the robust deviation is the larger of
+        the two, and at least 0.03. A layer has left its range if a change is more than ``threshold`` deviations
+        or observations are not finite for the first time. The forwards of one step of the optimiser are pooled.
+        At least 12 earlier changes are needed.
 
-        Where several layers left in one forward, they stand in order of execution, and are ``tied``: what one
-        layer does moves all behind it in the same forward, and so the first of them is the one to look at. When
-        everything moves at once, because all weights did, the order says nothing.
+        Layers that left in the same forward are in order of execution, and ``tied``: a layer moves all layers
+        behind it in the same forward, so the first of them is the one to examine. If all weights have changed
+        and everything moves at once, the order says nothing.
 
         Args:
             at: number of the forward; None: the last.
-            threshold: in robust deviations.
+            threshold: the largest change within the range, in robust deviations.
 
         Returns:
             A :class:`Mover` for each layer that left; empty if none did.
@@ -235,21 +236,21 @@ class History:
         is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
         if not is_number or not 0 < threshold < math.inf:
             raise ValueError(f"expected threshold to be a positive number, got {threshold!r}")
-        known = self.forwards
-        if at is not None and not (is_integer(at, 0) and known and known[0] <= at <= known[-1]):
-            span = f"from {known[0]} to {known[-1]}" if known else "of which there is none"
+        forwards = self.forwards
+        if at is not None and not (is_integer(at, 0) and forwards and forwards[0] <= at <= forwards[-1]):
+            span = f"from {forwards[0]} to {forwards[-1]}" if forwards else "of which there is none"
             raise ValueError(f"expected at to be the number of a forward in the history, {span}, got {at!r}")
-        found = []
+        movers = []
         for place, (layer, table) in enumerate(self._tables.items()):
             table = table if at is None else table[table[:, FORWARD] <= at]
             pooled = _pooled(table)
             for time, distance in enumerate(_distances(pooled)):
                 if distance > threshold:
-                    found.append((int(pooled[time, FORWARD]), place, layer, float(distance)))
+                    movers.append((int(pooled[time, FORWARD]), place, layer, float(distance)))
                     break
-        found.sort()
-        times = [forward for forward, *_ in found]
-        return [Mover(layer, t, distance, times.count(t) > 1) for t, _, layer, distance in found]
+        movers.sort()
+        times = [forward for forward, *_ in movers]
+        return [Mover(layer, t, distance, times.count(t) > 1) for t, _, layer, distance in movers]
 
 
 def _row(layer: str, line: npt.NDArray[np.float64], width: int) -> HistoryRow:
@@ -269,9 +270,9 @@ def _row(layer: str, line: npt.NDArray[np.float64], width: int) -> HistoryRow:
 
 
 def _pooled(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A row for each step of the optimiser, or for each forward of which no step is known.
+    """A row for each step of the optimiser, or for each forward whose step is unknown.
 
-    Its forward is the first of those in it.
+    The row has the number of its first forward.
     """
     if not len(table):
         return table
@@ -290,15 +291,15 @@ def _log_scales(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The logarithm of the root mean square of each row, up to a constant; NaN without observations."""
     count = table[:, COUNT]
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: npt.NDArray[np.float64] = 0.5 * np.log(table[:, SQUARES] / np.where(count > 0, count, np.nan))
-    return found
+        scales: npt.NDArray[np.float64] = 0.5 * np.log(table[:, SQUARES] / np.where(count > 0, count, np.nan))
+    return scales
 
 
 def scales_of(sums: ForwardHistory | None) -> Scales:
-    """The scale of a layer in each step of the optimiser, or in each forward of which no step is known.
+    """The scale of a layer in each step of the optimiser, or in each forward whose step is unknown.
 
     Args:
-        sums: the sums of the layer; None where no history is kept.
+        sums: the sums of the layer; None if no history is kept.
 
     >>> scales_of(None)
     []
@@ -314,23 +315,24 @@ def scales_of(sums: ForwardHistory | None) -> Scales:
 
 
 def _distances(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Distances of rows from those before, in robust deviations; 0 where unknown."""
+    """Distances of rows from the rows before them, in robust deviations; 0 if unknown."""
     left_out = table[:, LEFT_OUT]
     with np.errstate(invalid="ignore"):
         changes = np.diff(_log_scales(table))
-    # Without observations, or from zero to zero, there is no change to speak of.
+    # Without observations, or from zero to zero, the change is undefined and counts as none.
     changes[np.isnan(changes)] = 0.0
-    found = np.zeros(len(table))
+    distances = np.zeros(len(table))
     for time in range(_FEWEST_CHANGES + 1, len(table)):
         if left_out[time] and not left_out[:time].any():
-            found[time] = math.inf
+            distances[time] = math.inf
             continue
         before = changes[: time - 1]
         before = before[np.isfinite(before)]
         if len(before) < _FEWEST_CHANGES:
             continue
-        # About zero: of changes to and fro, as of real and generated batches in turn, the median is either.
+        # Magnitudes, not deviations from the median: if real and generated batches alternate, changes go to and
+        # fro and the median may be either value.
         sizes = np.quantile(np.abs(before[-_MOST_CHANGES:]), list(_QUANTILES))
         deviation = max(_LEAST_DEVIATION, *(sizes / list(_QUANTILES.values())))
-        found[time] = abs(changes[time - 1]) / deviation
-    return found
+        distances[time] = abs(changes[time - 1]) / deviation
+    return distances

@@ -1,4 +1,4 @@
-"""The values of all layers in one stage, and what has to be said of them."""
+"""The values of all layers in one stage, and the warnings about them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spectralmetrics.torch_private import ignores_hooks
 
 _OF_LEFT_OUT = "observations with NaN or infinite values were left out in {}: {}"
 HOST = torch.device("cpu")
-"""Where values go: whoever looks at them would otherwise wait for the device, one by one."""
+"""The device of values: reading them from an accelerator would wait for it, value by value."""
 
 
 @dataclass
@@ -30,17 +30,17 @@ class Reading:
     """The values of one layer in one stage, and the warnings about it; sent between processes.
 
     Attributes:
-        seen: whether there was anything to read.
-        values: metric -> what was read.
-        failed: values that could not be, in words.
-        unlabelled: metrics for which no labels came.
-        missed: columns of a sketch that was too small; None for one that was not.
-        is_clipped: whether a value is the limit of what is possible.
-        few: number of observations, if they are too few.
-        left_out: number of observations that were not finite and are to be warned of.
-        refused: likewise, if they are an error.
+        seen: True if the layer has data.
+        values: metric -> its value.
+        failed: descriptions of values that could not be read.
+        unlabelled: metrics that got no labels.
+        missed: columns of a sketch that was too small; None if it was not.
+        is_clipped: True if a limit of the possible values replaces a value.
+        few: number of observations, if they are too few; otherwise 0.
+        left_out: number of observations that were not finite, if a warning is wanted; otherwise 0.
+        refused: number of observations that were not finite, if they are an error; otherwise 0.
         intervals: metric -> interval of its value, for a record.
-        known: what was read of the spectrum, see :meth:`.Spectrum.known`, for a record; None if there is none.
+        known: eigenvalues that were read, see :meth:`.Spectrum.known`, for a record; None without a spectrum.
     """
 
     seen: bool = False
@@ -58,13 +58,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Question:
-    """A question to the sums of a layer.
+    """A reading to take of layers' metrics.
 
     Attributes:
         names: the names of the metrics.
-        read: reads a metric.
-        applies: whether it can be read of a metric of some layer; where not, nothing is said.
-        for_record: whether intervals are read too, and eigenvalues that were read go to all processes.
+        read: function that reads a metric.
+        applies: True for a metric that ``read`` can read; others are skipped without a warning.
+        for_record: True to read intervals, too, and to send the eigenvalues that were read to all processes.
     """
 
     names: Collection[str]
@@ -73,7 +73,7 @@ class Question:
     for_record: bool = False
 
     def of(self, place: LayerMetrics) -> dict[str, Metric]:
-        """The metrics of a layer of which it is read."""
+        """The metrics of a layer that are read."""
         named = place.readable().items()
         return {name: metric for name, metric in named if name in self.names and self.applies(metric)}
 
@@ -81,12 +81,12 @@ class Question:
 def read_layers(
     places: Sequence[LayerMetrics], question: Question, progress: Progress | None = None
 ) -> dict[tuple[str, str], Reading]:
-    """Reads the metrics of this package, and what to warn of, by stage and layer.
+    """Read the metrics of this package and the reasons for warnings, by stage and layer.
 
     Args:
         places: layers whose states are merged.
-        question: what is read.
-        progress: told how much is done, and of how much.
+        question: the reading to take.
+        progress: called with the number of finished steps and their total.
     """
     counted = count_together(places)
     readings = {(place.stage, place.layer): _left_out(place, counted) for place in places}
@@ -103,7 +103,7 @@ def read_layers(
             if not isinstance(metric, SpectralMetric):
                 continue
             if _saw_nothing(place, name, counted):
-                if not metric.needs_labels:  # such as one that a loaded state did not have
+                if not metric.needs_labels:  # such as a metric that was not in a loaded state
                     reading.failed.append(f"{name!r} of {place.layer!r} (it saw nothing)")
                 elif place.is_sketched:
                     reading.failed.append(f"{name!r} of {place.layer!r} (not read from sketches)")
@@ -118,10 +118,10 @@ def read_layers(
                 if isinstance(value, Tensor) and metric.is_clipped(HOST):
                     reading.is_clipped = True
                 if question.for_record and metric.keeps_interval:
-                    with contextlib.suppress(Exception):  # there is the value all the same
+                    with contextlib.suppress(Exception):  # the value is there without an interval
                         reading.intervals[name] = metric.read_interval(HOST)
             except Exception as error:
-                # One value less: a user's statistic on a width it was not made for, say.
+                # Only this value is missing: a user's statistic may not allow this width, for example.
                 reading.failed.append(f"{name!r} of {place.layer!r} ({type(error).__name__}: {error})")
         reading.few = place.too_few(counted)
         if question.for_record and (spectrum := place.spectrum()) is not None:
@@ -131,12 +131,12 @@ def read_layers(
 
 
 def read_others(place: LayerMetrics, question: Question, reading: Reading) -> None:
-    """Reads metrics of other libraries, which merge themselves: all processes read in one order."""
+    """Read metrics of other libraries. They merge themselves, so that all processes read in one order."""
     for name, metric in question.of(place).items():
         if not isinstance(metric, SpectralMetric):
             try:
                 with warnings.catch_warnings():
-                    # Others may have updated it; where warnings are errors they would wait for this process.
+                    # Maybe only other processes have updated it; an error here would make them wait.
                     warnings.filterwarnings("ignore", message=".*was called before.*update")
                     reading.values[name] = question.read(metric)
             except Exception as error:
@@ -146,13 +146,11 @@ def read_others(place: LayerMetrics, question: Question, reading: Reading) -> No
 def report_readings(
     stage: str, readings: Mapping[str, Reading], names: Collection[str]
 ) -> dict[Key, Any] | None:
-    """The values of one stage; None if no layer has seen anything.
-
-    Warns of what has to be said.
+    """The values of one stage, with warnings about them; None if no layer has data.
 
     Args:
         stage: the stage of the readings.
-        readings: layer -> what was read, in the order of the values.
+        readings: layer -> its reading, in the order of the values.
         names: the names of the metrics, in the order of the values.
 
     Raises:
@@ -204,13 +202,13 @@ def report_readings(
 
 @dataclass
 class Covariance:
-    """The covariance of one layer in one stage, or why there is none.
+    """The covariance of one layer in one stage, or the reason why there is none.
 
     Attributes:
-        seen: whether there was anything to read.
+        seen: True if the layer has data.
         value: shape (D, D), float64; None if there is none.
-        failed: why, in words.
-        left_out: number of observations that were not finite and are to be warned of.
+        failed: the reason why there is none.
+        left_out: number of observations that were not finite, if a warning is wanted; otherwise 0.
     """
 
     seen: bool = False
@@ -224,39 +222,39 @@ def read_covariance(place: LayerMetrics, *, unbiased: bool, center: bool) -> Cov
 
     Args:
         place: the layer.
-        unbiased: divide by n - 1.
-        center: False leaves the mean in.
+        unbiased: True divides by n - 1.
+        center: False does not subtract the mean.
     """
     counted = count_together([place])
     reading = _left_out(place, counted)
-    found = Covariance(place.has_seen(counted), left_out=reading.left_out)
+    result = Covariance(place.has_seen(counted), left_out=reading.left_out)
     if reading.refused:
-        found.failed = _refusal(place.layer, place.stage, reading.refused)
-    elif found.seen:
+        result.failed = _refusal(place.layer, place.stage, reading.refused)
+    elif result.seen:
         spectral = next((each for each in place.sums() if isinstance(each, SpectralSum)), None)
         if spectral is None:
             overflowed = any(not counted[id(leader)].in_range for leader in place.spectral_leaders)
-            found.failed = "its sums overflowed" if overflowed else "no metric keeps it"
-            return found
+            result.failed = "its sums overflowed" if overflowed else "no metric keeps it"
+            return result
         count = spectral.num_observations.to(torch.float64)
         try:
-            found.value = spectral.covariance(center=center) * (count / (count - 1) if unbiased else 1)
+            result.value = spectral.covariance(center=center) * (count / (count - 1) if unbiased else 1)
         except Exception as error:
-            found.failed = str(error)
-    return found
+            result.failed = str(error)
+    return result
 
 
 def report_covariances(stage: str, read: Mapping[str, Covariance]) -> dict[str, Tensor] | None:
-    """Layer -> covariance, of those that have one; None if no layer has seen anything.
+    """Layer -> covariance, for layers that have one; None if no layer has data.
 
-    A layer that has none, or is refused one by ``nan_strategy="error"``, is named in a warning.
+    Warnings name the layers without a covariance, also those with an error by ``nan_strategy="error"``.
     """
     if left_out := [f"{each.left_out} of {layer!r}" for layer, each in read.items() if each.left_out]:
         _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)), stacklevel=4)
     if failed := [f"{layer!r} ({each.failed})" for layer, each in read.items() if each.failed]:
         _warn(f"covariances that are not there in {stage} are left out: {', '.join(failed)}", stacklevel=4)
-    found = {layer: each.value for layer, each in read.items() if each.value is not None}
-    return found if failed or any(each.seen for each in read.values()) else None
+    covariances = {layer: each.value for layer, each in read.items() if each.value is not None}
+    return covariances if failed or any(each.seen for each in read.values()) else None
 
 
 def _refusal(layer: str, stage: str, number: int) -> str:
@@ -278,12 +276,12 @@ def _wanted(places: Sequence[LayerMetrics], question: Question, counted: Counted
 
 
 def _saw_nothing(place: LayerMetrics, name: str, counted: Counted) -> bool:
-    """True if a metric of this package has no observations, as for want of labels, while others may have."""
+    """True if a metric of this package has no observations, such as without labels; others may have some."""
     return not counted[id(place.leader_of[name])].observations
 
 
 class _Steps:
-    """Tells of decompositions first, and then of layers that are read."""
+    """Reports progress: first of decompositions, then of layers that are read."""
 
     def __init__(self, progress: Progress | None, layers: int) -> None:
         self._progress = progress
@@ -312,27 +310,27 @@ def nothing_observed(
     """A message that nothing was observed, with the reason.
 
     Args:
-        stages: the stages that were asked for.
+        stages: the stages that were to be read.
         places: all layers in all stages.
-        is_off: whether the probe is paused or removed.
+        is_off: True if the probe is paused or removed.
         budget: the budget of the probe.
-        observe: what the probe observes.
+        observe: the probe's argument ``observe``.
     """
     places = list(places)
-    asked = [place for place in places if place.stage in set(stages)]
+    of_stages = [place for place in places if place.stage in set(stages)]
     where = " or ".join(stages)
-    if any(place.forwards for place in asked):
+    if any(place.forwards for place in of_stages):
         reason = "the layers ran, but put out no observations"
-        given_up = {place.given_up for place in asked if place.given_up}
+        given_up = {place.given_up for place in of_stages if place.given_up}
         if given_up:
             reason += f" ({next(iter(given_up))})"
-        elif all(place.needs_labels for place in asked):
+        elif all(place.needs_labels for place in of_stages):
             reason = "the layers ran, but no labels came that fit: run the model inside `with probe.labels(y):`"
         elif budget is not None:
             reason = f"the layers ran, but the budget of {100 * budget:.4g} % has paid for no forward yet"
         elif observe == "gradients":
             reason = "the layers ran, but no gradient arrived: there was no backward, or the layers are frozen"
-    elif any(place.transformed for place in asked):
+    elif any(place.transformed for place in of_stages):
         reason = "the model ran inside transforms of torch.func, which are not observed"
     elif any(place.forwards for place in places):
         other = next(place.stage for place in places if place.forwards)
@@ -353,7 +351,7 @@ def nothing_observed(
 
 
 def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
-    """The number of observations left out, where a metric wants that to be said."""
+    """A reading with the number of observations left out, as an error or a warning by ``nan_strategy``."""
     dropped = max((counted[id(leader)].left_out for leader in place.spectral_leaders), default=0)
     metrics = place.templates.metrics.values()
     strategies = {metric.nan_strategy for metric in metrics if isinstance(metric, SpectralMetric)}

@@ -1,4 +1,4 @@
-"""The answer in a table: how wide each layer's features are, how sure that is, and what stands out."""
+"""The summary table: the dimension of each layer's features, how certain it is, and what stands out."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class SummaryRow(NamedTuple):
     """One layer.
 
     Attributes:
-        layer: its qualified name.
-        kind: its type; empty if it is unknown.
+        layer: qualified name of the layer.
+        kind: type of the layer; empty if it is unknown.
         width: the number of features D.
         ceiling: the most directions that its weights allow; D if that is unknown.
-        observations: their number n.
+        observations: the number of observations n.
         value: the value of the statistic.
         low: the lower end of its interval; NaN without folds.
         high: the upper end of its interval; NaN without folds or while a fold is empty.
         saturation: the intrinsic dimension as a share of D.
-        sufficient_width: the upper end of the intrinsic dimension, or itself without folds: so many directions
-            hold the threshold's share of the variance.
-        stands_out: what does, in words; empty for a layer of which there is nothing to say.
+        sufficient_width: number of directions that hold the threshold's share of the variance: the upper end
+            of the intrinsic dimension, or the dimension itself without folds.
+        stands_out: the layer's findings in words; empty without any.
     """
 
     layer: str
@@ -65,17 +65,17 @@ class SummaryRow(NamedTuple):
 
 
 class Summary:
-    """A table of layers; printing it fits 100 columns, and a notebook shows it as one.
+    """A table of layers; its text fits into 100 columns, and a notebook shows an HTML table.
 
     Args:
         rows: the rows in forward order.
-        title: what it is a summary of.
+        title: title of the table, such as the stage.
         statistic: name of the value.
-        findings: what stands out, problems first.
+        findings: the findings of the layers, problems first.
 
     Attributes:
         rows: a :class:`SummaryRow` for each layer.
-        findings: a :class:`~spectralmetrics.Finding` for whatever stands out.
+        findings: the list of :class:`~spectralmetrics.Finding`, problems first.
 
     >>> row = SummaryRow("fc", "Linear", 64, 32, 900, 12, 11, 14, 0.1875, 14, ("in the tail",))
     >>> print(Summary([row], "eval", "intrinsic_dimension"))
@@ -134,7 +134,7 @@ class Summary:
         if not math.isnan(row.low):
             ends: tuple[float, ...] = (row.low, row.high)
             counts = isinstance(row.value, int) or (math.isnan(row.value) and all(map(float.is_integer, ends)))
-            if counts:  # and so are its ends, but for one that is unknown
+            if counts:  # the ends are counts, too, except for an unknown end
                 ends = tuple(end if math.isnan(end) else int(end) for end in ends)
             value += f" ({'-'.join(map(number, ends))})"
         numbers = [str(each) for each in (row.width, row.ceiling, row.observations)]
@@ -149,18 +149,18 @@ def summarise(
     threshold: float = 0.99,
     where: str,
 ) -> Summary:
-    """The summary of layers of which the spectra are known.
+    """The summary of layers from their spectra.
 
     Args:
         layers: name -> spectrum about the mean, on the CPU, in forward order.
-        facts: name -> what is known of the layer besides.
-        metric: the metric of the value to show; one that gives a single number.
+        facts: name -> the layer's facts, known without its data.
+        metric: the metric of the value to show; its value must be a single number.
         threshold: share of the variance for dimension and saturation.
-        where: the stage, and whatever else the title is to begin with.
+        where: the beginning of the title, such as the stage.
 
     Raises:
-        ValueError: for a statistic that is no single number, or that can be read of no layer. Where it cannot
-            be read of some layers, it is NaN there, with one warning that names them.
+        ValueError: for a statistic that is no single number, or that cannot be read of any layer. If it cannot
+            be read of some layers, it is NaN there, and one warning names them.
     """
     rows = summary_rows(layers, facts, metric, threshold=threshold)
     return summary_of(
@@ -176,7 +176,7 @@ def summary_rows(
     threshold: float,
     progress: Progress | None = None,
 ) -> list[tuple[SummaryRow, LayerNumbers]]:
-    """The rows of layers, each by itself, and the numbers that findings are made from."""
+    """The row of each layer without findings, and the numbers that findings are made from."""
     return [
         (_row(numbers, layers[numbers.layer], facts.get(numbers.layer, UNKNOWN_LAYER), metric), numbers)
         for numbers in numbers_of(layers, facts, threshold, progress)
@@ -189,13 +189,13 @@ def numbers_of(
     threshold: float,
     progress: Progress | None = None,
 ) -> list[LayerNumbers]:
-    """The numbers that findings need, of layers whose spectra are known.
+    """The numbers that findings need, read from layers' spectra.
 
     Args:
         spectra: name -> spectrum about the mean.
-        facts: name -> what is known of the layer besides.
+        facts: name -> the layer's facts, known without its data.
         threshold: share of the variance for the dimension.
-        progress: told how many spectra are decomposed, and of how many.
+        progress: called with the number of decomposed spectra and their total.
     """
     wanted = [
         Wanted(each, "eigenvalues" if has_eigenvalues(each) else "variances")
@@ -203,9 +203,9 @@ def numbers_of(
         if int(each.num_observations)
     ]
     decompose_together(wanted, progress)
-    known = {name: facts.get(name, UNKNOWN_LAYER) for name in spectra}
+    of_layers = {name: facts.get(name, UNKNOWN_LAYER) for name in spectra}
     return [
-        read_numbers(name, each, known[name].ceiling, threshold, known[name].of_gradients)
+        read_numbers(name, each, of_layers[name].ceiling, threshold, of_layers[name].of_gradients)
         for name, each in spectra.items()
     ]
 
@@ -218,7 +218,7 @@ def summary_of(
     threshold: float,
     where: str,
 ) -> Summary:
-    """The summary of rows in forward order, with what stands out of them; see :func:`summarise`."""
+    """The summary of rows in forward order, with the findings of their layers; see :func:`summarise`."""
     unread = [row for row, _ in rows if row.stands_out]
     if unread:
         named = ", ".join(repr(row.layer) for row in unread)
@@ -226,18 +226,18 @@ def summary_of(
         if len(unread) == len(rows):
             raise ValueError(words)
         warnings.warn(f"left out {words}", UserWarning, stacklevel=4)
-    shown = [
+    complete = [
         row._replace(
             stands_out=(*in_words(each for each in findings if each.layer == row.layer), *row.stands_out)
         )
         for row, _ in rows
     ]
     title = f"{where}, dimension at {percent(threshold)} of the variance"
-    return Summary(shown, title, metric.short_name, findings)
+    return Summary(complete, title, metric.short_name, findings)
 
 
 def threshold_of(metrics: Iterable[object]) -> float:
-    """The share of variance that the first metric which has one explains; 0.99 if none has.
+    """The threshold of the first metric that has one, a share of the variance; 0.99 if none has.
 
     >>> from spectralmetrics import IntrinsicDimensionMetric
     >>> threshold_of([IntrinsicDimensionMetric(threshold=0.9)])

@@ -1,4 +1,4 @@
-"""A record of a run, as a writer gets it: its key, its values and rows, and how layers are named."""
+"""A record of a run, as writers get it: its key, values, rows and sums, and the names of layers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RecordKey(NamedTuple):
     """The identity of a record.
 
     Attributes:
-        epoch: the epoch that has ended, or that goes on at a step.
-        step: number of optimiser steps so far, of a record within an epoch; None at the end of the epoch.
+        epoch: the epoch that has ended, or the current epoch at a step.
+        step: number of optimiser steps so far, for a record within an epoch; None at the end of the epoch.
     """
 
     epoch: int
@@ -33,7 +33,7 @@ class RecordKey(NamedTuple):
 
     @property
     def order(self) -> tuple[int, float]:
-        """Keys sort by it: steps come before the end of their epoch.
+        """The sort key of records: steps come before the end of their epoch.
 
         >>> RecordKey(1, 700).order < RecordKey(1).order < RecordKey(2, 800).order
         True
@@ -55,10 +55,10 @@ class Row(NamedTuple):
 
     Attributes:
         epoch: the epoch of the record.
-        stage: ``"train"``, ``"eval"``, or what :meth:`Recorder.add_scalar` was given.
-        layer: its qualified name, or ``"mean"`` for the mean over all layers of that stage.
+        stage: ``"train"``, ``"eval"``, or the stage given to :meth:`Recorder.add_scalar`.
+        layer: qualified name of the layer, or ``"mean"`` for the mean over all layers of the stage.
         statistic: the name of the metric or scalar.
-        value: dimensions are int, all else is float.
+        value: the number; int for dimensions, otherwise float.
         low: the lower end of its interval, see :meth:`.SpectralMetric.interval`; None without folds.
         high: the upper end of its interval; None without folds.
         step: the step of a record within an epoch; None at the end of the epoch.
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> RecordKey:
-        """The record that it belongs to."""
+        """The key of its record."""
         return RecordKey(self.epoch, self.step)
 
 
@@ -87,15 +87,15 @@ class Record:
     """One record of a run: the end of an epoch, or a step within one.
 
     Attributes:
-        epoch: its number.
+        epoch: number of the epoch.
         values: ``"{statistic}/{stage}/{layer}"`` -> value of any shape, in forward order, as
             :meth:`LayerProbe.compute` returns them, means over layers and added scalars included.
-        rows: those of the values that are numbers.
+        rows: the values that are numbers.
         sums: (stage, layer) -> sums over the observations of all processes, the spectral one first. They are
-            the state itself, which goes on changing: read what you need before ``write`` returns. On several
-            processes they are fetched from the others when they are read; keep one layer's at a time.
+            the state itself, which changes later: read what you need before ``write`` returns. On several
+            processes, reading them fetches them from the others; keep the sums of one layer at a time.
         statistics: name -> settings, see :func:`describe`.
-        layers: name -> what is known of the layer besides its data.
+        layers: name -> facts of the layer, known without its data.
         step: number of optimiser steps; None at the end of an epoch.
         known: (stage, layer) -> the eigenvalues that the values were read from; see :meth:`spectrum`.
     """
@@ -111,11 +111,11 @@ class Record:
 
     @property
     def key(self) -> RecordKey:
-        """Its identity."""
+        """The key of the record."""
         return RecordKey(self.epoch, self.step)
 
     def spectrum(self, stage: str, layer: str) -> Spectrum | None:
-        """The spectrum of a layer about its mean, on the CPU; None where no covariance or sketch is kept."""
+        """The spectrum of a layer about its mean, on the CPU; None if no covariance or sketch is kept."""
         spectrum = spectrum_of(self.sums[stage, layer])
         if spectrum is not None:
             spectrum.learn_known(self.known.get((stage, layer), {}))
@@ -123,7 +123,7 @@ class Record:
 
     @property
     def moments(self) -> dict[tuple[str, str], Moments]:
-        """(stage, layer) -> moments, all folds together; those of all layers are held at once."""
+        """(stage, layer) -> moments, all folds together; holds the moments of all layers in memory at once."""
         totals = {
             place: each.total
             for place, sums in self.sums.items()
@@ -134,17 +134,17 @@ class Record:
 
     @property
     def samples(self) -> dict[tuple[str, str], Reservoir]:
-        """(stage, layer) -> sample of observations, where an ``EigenspaceEmbeddingMetric`` keeps one."""
+        """(stage, layer) -> sample of observations, if an ``EigenspaceEmbeddingMetric`` keeps one."""
         return {
             place: each for place, sums in self.sums.items() for each in sums if isinstance(each, Reservoir)
         }
 
 
 class RecordedSums(Mapping[tuple[str, str], Sequence[Sum]]):
-    """Sums of layers by the names under which these are recorded.
+    """Sums of layers by the layers' recorded names.
 
     Args:
-        sums: (stage, layer) -> sums, fetched when they are asked for.
+        sums: (stage, layer) -> sums; may be fetched at each reading.
     """
 
     def __init__(self, sums: Mapping[tuple[str, str], Sequence[Sum]]) -> None:
@@ -186,9 +186,9 @@ def tidy_rows(
 
     Args:
         key: the key of the record.
-        values: (statistic, stage, layer) -> value, stage by stage and in forward order. What is no single
-            number is left out.
-        intervals: the intervals of some of them, by the same keys.
+        values: (statistic, stage, layer) -> value, stage by stage and in forward order. Values that are no
+            single numbers are left out.
+        intervals: the intervals of some of the values, by the same keys.
 
     >>> import torch
     >>> values = {("saturation", "eval", layer): torch.tensor(0.5 * k) for k, layer in enumerate("ab", 1)}
@@ -198,8 +198,8 @@ def tidy_rows(
     rows: list[Row] = []
     for stage in dict.fromkeys(stage for _, stage, _ in values):
         of_stage: dict[str, dict[str, float]] = {}
-        for (statistic, its_stage, layer), value in values.items():
-            if its_stage == stage and value.ndim == 0 and not value.is_complex():
+        for (statistic, value_stage, layer), value in values.items():
+            if value_stage == stage and value.ndim == 0 and not value.is_complex():
                 number = int(value) if value.dtype == torch.bool else value.item()
                 ends = (intervals or {}).get((statistic, stage, layer), ())
                 low, high = (end.item() for end in ends) if ends else (None, None)
@@ -212,7 +212,7 @@ def tidy_rows(
 
 
 def undefined_layers(rows: Iterable[Row]) -> dict[str, dict[str, list[str]]]:
-    """Statistic -> stage -> layers that its mean leaves out, where it is defined for others of that stage."""
+    """Statistic -> stage -> layers that the mean leaves out, if it is defined for other layers of the stage."""
     missing: dict[str, dict[str, list[str]]] = {}
     rows = list(rows)
     defined = {(row.key, row.statistic, row.stage) for row in rows if row.layer and not math.isnan(row.value)}
@@ -229,20 +229,20 @@ def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stackl
 
     Args:
         rows: the rows of one record or several.
-        known: statistics of which nothing is to be said, such as those that were warned of before.
+        known: statistics without a warning, such as statistics with an earlier warning.
         stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """
     records: dict[RecordKey, list[Row]] = {}
     for row in rows:
         records.setdefault(row.key, []).append(row)
-    worst: dict[str, dict[str, tuple[list[str], int]]] = {}  # of several records the one that leaves out most
+    worst: dict[str, dict[str, tuple[list[str], int]]] = {}  # from the record that leaves out most layers
     for of_record in records.values():
         for statistic, stages in undefined_layers(of_record).items():
             for stage, layers in stages.items():
-                found = {row.layer for row in of_record if (row.statistic, row.stage) == (statistic, stage)}
-                told = worst.setdefault(statistic, {})
-                if len(layers) > len(told.get(stage, ([], 0))[0]):
-                    told[stage] = layers, len(found - {"", MEAN_LAYER})
+                of_layers = {row.layer for row in of_record if (row.statistic, row.stage) == (statistic, stage)}
+                by_stage = worst.setdefault(statistic, {})
+                if len(layers) > len(by_stage.get(stage, ([], 0))[0]):
+                    by_stage[stage] = layers, len(of_layers - {"", MEAN_LAYER})
     for statistic, named in worst.items():
         if statistic in known:
             continue

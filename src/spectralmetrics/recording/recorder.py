@@ -36,29 +36,28 @@ from spectralmetrics.sums.checks import is_integer
 
 
 class Recorder:
-    """Keeps what a probe sees, epoch by epoch, in a directory; a record is whole or absent.
+    """Keeps a probe's values in a directory, epoch by epoch; a record is whole or absent.
 
     Epochs count from 0, as in ``for epoch in range(recorder.next_epoch, epochs)``, unless :meth:`record` is
     given other numbers. A process killed at any moment leaves all earlier records readable. A directory has one
-    recorder at a time, until that is closed or collected or its process ends. On several processes make the
-    recorder and call :meth:`record` on all of them: they merge, and the first one writes. If all metrics of the
-    probe are merged in one ``process_group``, do so on the processes of this group: its first one writes. Each
-    group needs a directory of its own.
+    recorder at a time, until it is closed or collected or its process ends. On several processes make the
+    recorder and call :meth:`record` on all of them: they merge, and the first process writes. If all metrics of
+    the probe are merged in one ``process_group``, use the processes of this group: its first process writes.
+    Each group needs its own directory.
 
     Args:
-        directory: the directory of the run; made if it is not there.
+        directory: the directory of the run; made if it does not exist.
         probe: the probe whose values to record; None records added scalars only.
         writers: names among ``"csv"``, ``"arrays"``, ``"history"``, ``"console"``, ``"tensorboard"``,
             ``"plot"`` and ``"report"``, or instances of :class:`Writer`.
         mode: ``"create"`` refuses a directory that holds records and leaves it as it is; ``"resume"`` goes on
-            after the last whole record, also of a directory that holds none yet, and draws the pictures of that
-            record that are missing; ``"overwrite"`` removes earlier records at once (not other files), and logs
-            how many there were.
+            after the last whole record, if there is one, and draws missing pictures of this record;
+            ``"overwrite"`` removes earlier records at once (not other files), and logs how many there were.
 
     Raises:
         FileExistsError: in mode ``"create"``, if the directory holds records.
         TypeError, ValueError: for other arguments; for layers or metrics whose names hold null characters or
-            lone surrogates; in mode ``"resume"``, for metrics with other settings than those recorded.
+            lone surrogates; in mode ``"resume"``, for metrics with other settings than recorded.
         BlockingIOError: while another recorder of the directory is open, in this process or another.
         OSError: if the directory cannot be written to.
         ModuleNotFoundError: if a writer's extra is not installed.
@@ -97,7 +96,7 @@ class Recorder:
         self._statistics: dict[str, Settings] = {}
         if probe is not None:
             self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
-        self._undefined: set[str] = set()  # statistics of which a warning has named the layers
+        self._undefined: set[str] = set()  # statistics with a warning that named their undefined layers
         self._run: RunDirectory | None = None  # on the first process
         self._last, error = on_first_process(lambda: self._open(mode), group_of(probe))
         if error is not None:
@@ -111,7 +110,7 @@ class Recorder:
 
     @property
     def next_epoch(self) -> int:
-        """The epoch of the next record, unless it is given another."""
+        """The epoch of the next record, if :meth:`record` gets no other."""
         return 0 if self._last is None or (ended := self._last.ended_epoch) is None else ended + 1
 
     def add_scalar(self, name: str, value: float | Tensor, *, stage: str = "", layer: str = "") -> None:
@@ -120,14 +119,14 @@ class Recorder:
         The first process' number counts. A name given twice before a record keeps the later value.
 
         Args:
-            name: its statistic.
+            name: the name of the number, in the column ``statistic``.
             value: a number, or a tensor of one element.
-            stage: such as ``"eval"``.
+            stage: stage of the number, such as ``"eval"``.
             layer: the layer of a metric kept by hand.
 
         Raises:
             TypeError: if the value is no number, or ``stage`` or ``layer`` no string.
-            ValueError: if the name is empty or that of a probed statistic, if the layer is ``"mean"``, or for
+            ValueError: if the name is empty or names a probed statistic, if the layer is ``"mean"``, or for
                 names that the files of a run cannot hold.
         """
         if not isinstance(name, str) or not name:
@@ -154,32 +153,32 @@ class Recorder:
         *,
         step: int | None = None,
     ) -> dict[str, Tensor]:
-        """Compute, write and reset.
+        """Compute the values, write them and reset the probe.
 
-        After an OSError, nothing of this record was kept and no observation was lost: fix the cause and call it
-        again. The same holds for an interrupt and for errors of other processes, a RuntimeError here.
-        If it raises a RuntimeError because a writer that only shows records has failed (console, plot or one of
+        After an OSError, nothing of this record was kept and no observation was lost: fix the cause and call
+        this again. The same holds for an interrupt and for errors of other processes, a RuntimeError here. If
+        this raises a RuntimeError because a writer that only shows records has failed (console, plot or one of
         your own), the record has been kept, and the next call records the next one.
 
         Args:
-            epoch: its number, above that of the last epoch that was recorded; None: :attr:`next_epoch`.
+            epoch: number of the epoch, above the last recorded epoch; None: :attr:`next_epoch`.
             reset: False goes on accumulating over the next record.
             progress: see :meth:`LayerProbe.compute`. If it raises, nothing of the record is kept and no
                 observation is lost.
             step: step of a record within an epoch, or in a training without epochs: the number of optimiser
-                steps so far, above that of the last record of the same epoch. Such records hold numbers;
+                steps so far, above the last recorded step of the same epoch. Such records hold numbers;
                 ``ArraysWriter(every_step=True)`` keeps their arrays, too. None: the end of the epoch.
 
         Returns:
-            What :meth:`LayerProbe.compute` returns, the mean of each statistic over the layers where it is
-            defined as ``"{statistic}/{stage}/mean"``, and the added scalars. A layer that is itself called
-            ``"mean"`` is recorded as ``"mean (layer)"``. Empty, with a warning and without a record, if nothing
-            was observed or added.
+            The values of :meth:`LayerProbe.compute`, the added scalars and, as ``"{statistic}/{stage}/mean"``,
+            the mean of each statistic over the layers where it is defined. A layer that is itself called
+            ``"mean"`` is recorded as ``"mean (layer)"``. If nothing was observed or added, the result is empty,
+            a warning says so, and there is no record.
 
         Raises:
-            ValueError: for an epoch or step that does not come after the last record, or that is another one on
-                another process.
-            RuntimeError: after :meth:`close`; for what :meth:`LayerProbe.compute` or a writer raises.
+            ValueError: for an epoch or step that does not come after the last record, or that differs between
+                processes.
+            RuntimeError: after :meth:`close`; if :meth:`LayerProbe.compute` or a writer raises it.
             OSError: if the record cannot be written; earlier records are intact.
         """
         is_kept, failed = None, None
@@ -189,7 +188,7 @@ class Recorder:
             self._check_open()
             key = self._next_key(epoch, step)
             call = f"record(epoch={key.epoch}, step={key.step}, reset={bool(reset)})"
-        except Exception as raised:  # the others are on their way to read
+        except Exception as raised:  # the other processes will read, and must get the error
             error = raised
         run: Any = self._run
         group = group_of(self.probe)
@@ -197,12 +196,12 @@ class Recorder:
             with contextlib.ExitStack() as stack:
 
                 def read() -> tuple[Record, ProbeReading | None]:
-                    its = None
+                    reading = None
                     if self.probe is not None:
-                        its = stack.enter_context(read_probe(self.probe, progress, error))
+                        reading = stack.enter_context(read_probe(self.probe, progress, error))
                     elif error is not None:
                         raise error
-                    return self._make_record(key, its), its
+                    return self._make_record(key, reading), reading
 
                 record, reading = agreed(read, [group] if has_others(group) else [], call)
                 serve = None if reading is None else reading.serve
@@ -212,7 +211,7 @@ class Recorder:
                 if error is not None:
                     raise error
         finally:
-            if is_kept:  # whatever happens then, an interrupt from the keyboard too
+            if is_kept:  # even if an error or an interrupt from the keyboard came after it
                 self._last = key
                 self._scalars.clear()
                 if self.probe is not None and reset:
@@ -231,15 +230,15 @@ class Recorder:
         return dict(record.values)
 
     def add_alarm(self, alarm: Alarm) -> None:
-        """Keep an alarm at once, in ``alarms.csv``; what a :class:`~spectralmetrics.Monitor` calls.
+        """Keep an alarm at once, in ``alarms.csv``; a :class:`~spectralmetrics.Monitor` calls this.
 
-        On several processes all call it, and the first one writes. A process killed at any moment leaves whole
-        lines.
+        On several processes, call it on all of them; the first process writes. A process killed at any moment
+        leaves whole lines.
 
         Raises:
             TypeError: for anything but an alarm.
             RuntimeError: after :meth:`close`.
-            OSError: if it cannot be written; the earlier ones are intact.
+            OSError: if the alarm cannot be written; earlier alarms are intact.
         """
         if not isinstance(alarm, Alarm):
             raise TypeError(f"expected an Alarm, got {alarm!r}")
@@ -250,7 +249,7 @@ class Recorder:
             raise error
 
     def drop_alarms(self, step: int) -> None:
-        """Forget the alarms from a step on; called by a monitor that goes on from there.
+        """Forget the alarms from a step on; a monitor that goes on from this step calls this.
 
         Raises:
             ValueError: for a step that is no integer, or negative.
@@ -265,7 +264,7 @@ class Recorder:
             raise error
 
     def close(self) -> None:
-        """Close the writers. What was added after the last record is not kept, and a warning says so."""
+        """Close the writers. Scalars added after the last record are not kept, and a warning says so."""
         if not self._is_open:
             return
         self._is_open = False
@@ -312,9 +311,9 @@ class Recorder:
         sums: Mapping[Any, Any] = {}
         known, facts = {}, {}
         if reading is not None:
-            for (statistic, stage, layer), found in reading.values.items():
+            for (statistic, stage, layer), result in reading.values.items():
                 # Metrics of other libraries may return several numbers by name.
-                parts: Any = found if isinstance(found, Mapping) else {"": found}
+                parts: Any = result if isinstance(result, Mapping) else {"": result}
                 for part, value in parts.items():
                     if isinstance(value, (Tensor, int, float)):
                         name = f"{statistic}_{part}" if part else statistic

@@ -1,4 +1,4 @@
-"""The base class of what keeps or shows records."""
+"""The base class of writers, which keep or show records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from spectralmetrics.recording.record import Record, RecordKey
 class Writer:
     """Keeps or shows records; subclass it and define :meth:`write`.
 
-    A writer is used on the first process only, and reads ``record.sums`` inside :meth:`write`.
-    One that shows records (prints, draws, sends) needs ``write``
-    alone. One that keeps them sets ``keeps_records = True`` and defines the class methods :meth:`last_epoch`
-    and :meth:`discard` as well: a record is whole once all that keep it have it, and ``mode="resume"`` takes
-    back what a killed process had written of one that was not. One that takes records at steps, too, sets
-    ``at_steps = True`` and defines :meth:`last_record` and :meth:`discard_after` in their place.
+    A writer is used on the first process only, and reads ``record.sums`` inside :meth:`write`. A writer that
+    shows records (prints, draws, sends) needs ``write`` alone. A writer that keeps records sets
+    ``keeps_records = True`` and also defines the class methods :meth:`last_epoch` and :meth:`discard`: a record
+    is whole once all these writers have kept it, and ``mode="resume"`` removes the parts of a record that a
+    killed process left incomplete. To get records at steps, too, set ``at_steps = True`` and define
+    :meth:`last_record` and :meth:`discard_after` instead.
 
     >>> class LargestWriter(Writer):
     ...     def write(self, record):
@@ -28,14 +28,14 @@ class Writer:
     """
 
     name: ClassVar[str]
-    """By which the recorder's own file knows it; the class' name unless set."""
+    """The writer's name in the recorder's own file; the class' name unless set."""
     keeps_records: ClassVar[bool] = False
-    """Whether a record is not whole without this writer's part."""
+    """True if a record is whole only with this writer's part."""
     takes_back: ClassVar[bool] = False
-    """Whether :meth:`open` hides what was written of later epochs, so that this writer can go before those that
-    keep records, and has no gap where a process was killed."""
+    """True if :meth:`open` hides later epochs. Such a writer writes before those that keep records, so that it
+    has no gap if the process is killed."""
     at_steps: bool = False
-    """Whether it is given the records at steps, besides those at the end of an epoch."""
+    """True if the writer also gets the records at steps, not only the records at the end of an epoch."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -47,11 +47,11 @@ class Writer:
 
         Args:
             directory: the directory of the run; it exists.
-            last_epoch: the last epoch of which the end has been recorded, or None.
+            last_epoch: the last epoch whose end has been recorded, or None.
         """
 
     def open_after(self, directory: Path, last: RecordKey | None) -> None:
-        """As :meth:`open`, which it calls, with the key of the last record."""
+        """Like :meth:`open`, but with the key of the last record; calls :meth:`open` unless overridden."""
         self.open(directory, None if last is None else last.ended_epoch)
 
     def write(self, record: Record) -> None:
@@ -59,11 +59,11 @@ class Writer:
         raise NotImplementedError(f"{type(self).__name__} must define `write(self, record)`")
 
     def restore(self, record: Record) -> None:
-        """Called after :meth:`open` in a run that is resumed; show what a killed process had not shown.
+        """Called after :meth:`open` in a resumed run, to show what a killed process had not shown.
 
         Args:
-            record: the last one, as the files hold it: its ``rows`` if the run has a table, and its values that
-                are no single numbers, rebuilt when one is first read, if the run has arrays. No moments.
+            record: the last record, read from the files: its ``rows`` if the run has a table and, if it has
+                arrays, the values that are no single numbers, rebuilt when one is first read. No moments.
         """
 
     def close(self) -> None:
@@ -71,18 +71,18 @@ class Writer:
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
-        """The last epoch that the directory holds of this writer, or None."""
+        """The last epoch of this writer in the directory, or None."""
         return None
 
     @classmethod
     def last_record(cls, directory: Path) -> RecordKey | None:
-        """The key of the last record that the directory holds of this writer, or None."""
+        """The key of this writer's last record in the directory, or None."""
         epoch = cls.last_epoch(directory)
         return None if epoch is None else RecordKey(epoch)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
-        """True if the directory holds anything of this writer."""
+        """True if the directory has records of this writer."""
         return cls.last_record(directory) is not None
 
     @classmethod
@@ -91,5 +91,5 @@ class Writer:
 
     @classmethod
     def discard_after(cls, directory: Path, after: RecordKey | None) -> None:
-        """Remove this writer's part of all records after one; None: of all records."""
+        """Remove this writer's part of all records after the given one; None: of all records."""
         cls.discard(directory, None if after is None else after.ended_epoch)

@@ -1,4 +1,4 @@
-"""The writers that a recorder knows by name."""
+"""The writers that a recorder can be given by name."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ __all__ = [
 
 
 def make_writers(writers: str | Writer | Sequence[str | Writer]) -> list[Writer]:
-    """Writers from names and instances.
+    """Make writers from names and instances.
 
     Raises:
         TypeError: for anything else.
-        ValueError: for an unknown name, or two writers of one name.
+        ValueError: for an unknown name, or two writers with the same name.
         ModuleNotFoundError: for a writer whose extra is not installed.
 
     >>> [writer.name for writer in make_writers(["arrays", CSVWriter()])]

@@ -1,4 +1,4 @@
-"""The history of the last forwards, as a tidy table."""
+"""The file with the history of the last forwards, a tidy table."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from spectralmetrics.sums import ForwardHistory
 
 T = TypeVar("T")
 
-_Known: TypeAlias = dict[tuple[str, str], dict[int, HistoryRow]]
-"""(Stage, layer) -> number of a forward as it was recorded -> its row, with the number that is read."""
+_Recorded: TypeAlias = dict[tuple[str, str], dict[int, HistoryRow]]
+"""(Stage, layer) -> recorded number of a forward -> its row, with its number in the whole run."""
 
 FILE_NAME = "history.csv"
 HISTORY_COLUMNS = ("epoch", "stage", *HistoryRow._fields)
 
 
 class HistoryWriter(Writer):
-    """All that a :class:`~spectralmetrics.HistoryMetric` remembers, in one ``history.csv``.
+    """Writes the forwards that a :class:`~spectralmetrics.HistoryMetric` remembers to one ``history.csv``.
 
     A row for each record, stage, forward and layer, with the columns of :class:`~spectralmetrics.HistoryRow`
-    after ``epoch`` and ``stage``; a step that nobody told and a value without observations are empty. Forwards
-    have the numbers that the probe gives them, from 0 in a process that does not load its state. The file is
+    after ``epoch`` and ``stage``; unknown steps and values without observations are empty. Forwards have the
+    probe's numbers, which begin at 0 in a process that does not load the state of the probe. The file is
     replaced as a whole by a copy that is one record longer: at any moment it holds whole records only.
     """
 
@@ -45,18 +45,18 @@ class HistoryWriter(Writer):
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
-        found: dict[str, dict[str, ForwardHistory]] = {}
+        histories: dict[str, dict[str, ForwardHistory]] = {}
         for stage, layer in record.sums:
             kept = next((each for each in record.sums[stage, layer] if isinstance(each, ForwardHistory)), None)
             if kept is not None:
-                found.setdefault(stage, {})[layer] = kept
+                histories.setdefault(stage, {})[layer] = kept
         lines = [
             [record.epoch, stage, *("" if _is_missing(value) else value for value in row)]
-            for stage, layers in found.items()
+            for stage, layers in histories.items()
             for row in History.of_sums(stage, layers)
         ]
         text = io.StringIO(newline="")
-        writer = csv.writer(text)  # which quotes a name with a line break in it
+        writer = csv.writer(text)  # quotes names with line breaks
         size = kept_size(self._path, self._size)
         if size == 0:
             writer.writerow(HISTORY_COLUMNS)
@@ -91,28 +91,28 @@ class HistoryWriter(Writer):
 
 
 def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
-    """Stage -> the rows of a run's ``history.csv``, each forward of a layer once; none without one.
+    """Stage -> the rows of a run's ``history.csv``, each forward of a layer once; empty without the file.
 
-    The numbers of the forwards rise over the whole run. Where it was resumed without the state of the probe,
-    which then counts from 0 again, they go on from the last ones.
+    The numbers of the forwards rise over the whole run. If the run was resumed without the state of the probe,
+    which then counts from 0 again, the numbers continue after the last ones.
 
     Args:
         directory: the directory of the run.
 
     Raises:
-        ValueError: for a file that is none of a recorder's, or damaged.
+        ValueError: if the file is damaged or was not written by a recorder.
     """
-    found: dict[str, dict[tuple[int, str], HistoryRow]] = {}
-    known: _Known = {}
+    by_stage: dict[str, dict[tuple[int, str], HistoryRow]] = {}
+    recorded: _Recorded = {}
     offsets: dict[str, int] = {}  # stage -> added to the numbers since they began anew
     for _, lines in itertools.groupby(_read(directory, _epoch_stage_and_row), lambda line: line[0]):
         record = [(stage, row) for _, stage, row in lines]
-        begins_anew, remembers = _compare(known, record)
-        earlier = known
+        begins_anew, remembers = _compare(recorded, record)
+        earlier = recorded
         if begins_anew:
-            known, offsets = {}, {}
+            recorded, offsets = {}, {}
         for stage, row in record:
-            of_stage, place = found.setdefault(stage, {}), (stage, row.layer)
+            of_stage, place = by_stage.setdefault(stage, {}), (stage, row.layer)
             same = earlier.get(place, {}).get(row.forward)
             if same is not None and (not begins_anew or (remembers and _is_same(same, row))):
                 number = same.forward
@@ -121,32 +121,32 @@ def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
                     last = max((each for each, _ in of_stage), default=-1)
                     offsets[stage] = max(last + 1 - row.forward, 0)
                 number = row.forward + offsets[stage]
-            shown = row._replace(forward=number)
-            known.setdefault(place, {})[row.forward] = of_stage[number, row.layer] = shown
+            renumbered = row._replace(forward=number)
+            recorded.setdefault(place, {})[row.forward] = of_stage[number, row.layer] = renumbered
     by_forward = operator.attrgetter("forward")
-    return {stage: sorted(rows.values(), key=by_forward) for stage, rows in found.items()}
+    return {stage: sorted(rows.values(), key=by_forward) for stage, rows in by_stage.items()}
 
 
-def _compare(known: _Known, record: Iterable[tuple[str, HistoryRow]]) -> tuple[bool, bool]:
-    """Compare a record with what is known: (its numbers begin anew, its first forwards are known).
+def _compare(recorded: _Recorded, record: Iterable[tuple[str, HistoryRow]]) -> tuple[bool, bool]:
+    """Compare a record with earlier ones: (its numbers begin anew, its first forwards were recorded before).
 
-    A history reaches back beyond the record before it, and the forwards in both are the same ones: all numbers
-    begin anew where a forward of some layer is another one, or comes before one that is known.
+    A history reaches back beyond the record before it, and the same forwards are in both. All numbers begin
+    anew if a forward of some layer differs from the recorded one of its number, or comes before recorded ones.
 
     Args:
-        known: what was recorded before, since the numbers last began anew.
+        recorded: the rows recorded before, since the numbers last began anew.
         record: (stage, row), the forwards of each layer in their order.
     """
     begins_anew = False
-    firsts: dict[tuple[str, str], bool] = {}  # whether the first forward that both have is the same
+    firsts: dict[tuple[str, str], bool] = {}  # True if the first forward with a number in both is the same
     for stage, row in record:
-        before = known.get((stage, row.layer), {})
+        before = recorded.get((stage, row.layer), {})
         earlier = before.get(row.forward)
         if earlier is None:
             begins_anew = begins_anew or row.forward < next(reversed(before), 0)
             continue
         is_same = _is_same(earlier, row)
-        # More of a forward may have come since, so that its row has grown.
+        # More rows of a forward may have come after the record, so that its counts have grown.
         has_grown = firsts.get((stage, row.layer), False) and _offered(row) > _offered(earlier)
         begins_anew = begins_anew or not (is_same or has_grown)
         firsts.setdefault((stage, row.layer), is_same)
@@ -154,8 +154,8 @@ def _compare(known: _Known, record: Iterable[tuple[str, HistoryRow]]) -> tuple[b
 
 
 def _is_same(left: HistoryRow, right: HistoryRow) -> bool:
-    """True for rows of one forward, whose sums over processes may be rounded otherwise."""
-    # What is missing is one and the same NaN, which tuples take for equal.
+    """True if both are rows of the same forward; sums over processes may be rounded differently."""
+    # Missing values are one and the same NaN object, which tuples compare as equal.
     exact = [each._replace(forward=0, rms=0.0, mean=0.0) for each in (left, right)]
     return exact[0] == exact[1] and (not left.observations or math.isclose(left.rms, right.rms))
 
