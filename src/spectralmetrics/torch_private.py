@@ -437,10 +437,10 @@ _PARTS = {"stage_backward_input": "inputs", "stage_backward_weight": "weights"}
 
 
 def part_of_backward() -> str | None:
-    """The part of a pipeline stage's backward that runs, where its schedule splits it; only frames tell.
+    """The part of a pipeline stage's backward that runs, if its schedule splits it; read from stack frames.
 
-    Zero-bubble schedules ask for the gradients of a stage's inputs first, and for those of its weights when
-    there is time: that runs parts of the graph again.
+    Zero-bubble schedules compute the gradients of a stage's inputs first, and the gradients of its weights when
+    there is time: this second part runs parts of the graph again.
 
     Returns:
         ``"inputs"``, ``"weights"``, or None for a backward that is not split.

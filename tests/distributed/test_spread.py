@@ -112,7 +112,7 @@ def load(rank, world, folder, saved):
 
 def load_too_few(rank, world, folder):
     _, probe = probe_of(["shared", "own1"])
-    with pytest.raises(ValueError, match="got those of 'own0', 'own2', 'own3'"):
+    with pytest.raises(ValueError, match="got sums of 'own0', 'own2', 'own3'"):
         dcp.load({"probe": probe.sharded()}, checkpoint_id=folder)
 
 

@@ -149,9 +149,7 @@ def test_labels_that_fit_nothing_are_told_once():
     probe = LayerProbe(model, LinearProbeMetric(3))
     with torch.no_grad():
         with (
-            pytest.warns(
-                UserWarning, match=r"shape \(7,\) fit no output that was observed: not that of 'conv'"
-            ),
+            pytest.warns(UserWarning, match=r"shape \(7,\) fit no output that was observed: 'conv'"),
             probe.labels(torch.zeros(7, dtype=torch.int64)),
         ):
             model(torch.randn(20, 1, 8, 8))
@@ -214,8 +212,8 @@ def test_each_layer_that_labels_miss_is_named_once():
     model = Parts(lambda x: x.chunk(4)).eval()
     probe = LayerProbe(model, LinearProbeMetric(10), layers=["body", "head"])
     for labels, said in (
-        (torch.arange(20) % 10, r"shape \(20,\) fit no output of some layers: not that of 'head' \(5, 3\);"),
-        (torch.arange(5), r"shape \(5,\) fit no output of some layers: not that of 'body' \(20, 3\);"),
+        (torch.arange(20) % 10, r"shape \(20,\) fit no output of some layers: 'head' \(5, 3\);"),
+        (torch.arange(5), r"shape \(5,\) fit no output of some layers: 'body' \(20, 3\);"),
     ):
         with pytest.warns(UserWarning, match=said), probe.labels(labels):
             model(torch.randn(20, 3))

@@ -1033,7 +1033,7 @@ class TestResume:
         probe = LayerProbe(nn.Sequential(nn.Linear(3, 3)))
         probe.persistent(True)
         other = LayerProbe(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
-        with pytest.raises(ValueError, match="2 probed layers, got that of 1"):
+        with pytest.raises(ValueError, match="2 probed layers, got a state of 1"):
             other.load_state_dict(probe.state_dict())
 
     def test_a_copied_probe_keeps_the_observations(self):

@@ -67,7 +67,7 @@ def test_layers_in_another_order_keep_nobody_waiting_for_ever(ask):
 
 def test_a_key_for_each_probe_and_subject(monkeypatch):
     monkeypatch.setattr(rendezvous, "_PROBES", rendezvous.Counter())
-    keys = [key_of_probe("told", names) for names in ("ab", "ba", "ac")] + [key_of_probe("select", "ab")]
+    keys = [key_of_probe("numbers", names) for names in ("ab", "ba", "ac")] + [key_of_probe("select", "ab")]
     assert [key.rpartition("/")[2] for key in keys] == ["1", "2", "1", "1"]
     assert keys[0].rpartition("/")[0] == keys[1].rpartition("/")[0]
     assert len(set(keys)) == 4

@@ -151,8 +151,8 @@ class Labels(Beside):
         """See :class:`.Beside`."""
         which = "of some layers" if fits_others else "that was observed"
         return (
-            f"labels of shape {tuple(value.shape)} fit no output {which}: not that of {misses}; what needs"
-            " labels leaves these out"
+            f"labels of shape {tuple(value.shape)} fit no output {which}: {misses}; metrics that need labels"
+            " leave these out"
         )
 
     def join(self, layer: str, batch: Batch, labels: Tensor, time_first: bool = False) -> Batch:

@@ -324,7 +324,7 @@ def _plain(values: Tensor) -> Tensor:
         return values
     part = part_of(values)
     if not all(split.is_replicated for split in part.splits):
-        raise LeftOut(f"tokens of experts that are placed as {part.words()} cannot be told apart")
+        raise LeftOut(f"tokens of experts that are placed as {part.words()} cannot be distinguished")
     return part.local
 
 

@@ -1245,9 +1245,9 @@ def read_probe(
 
 
 def group_of(probe: LayerProbe | None) -> Any:
-    """The process group whose processes read a probe together, and of which the first speaks and writes.
+    """The process group whose processes read a probe together; its first process warns and writes.
 
-    See :func:`~.processes.reading_group`; that of all processes without a probe.
+    See :func:`~.processes.reading_group`; the default group without a probe.
     """
     return None if probe is None else reading_group(probe._places.values())
 

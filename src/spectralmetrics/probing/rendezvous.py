@@ -61,7 +61,7 @@ class Rendezvous:
 
     def __init__(self, layers: Collection[str]) -> None:
         self._patience = PATIENCE
-        self._key = key_of_probe("told", layers)
+        self._key = key_of_probe("numbers", layers)
 
     def gather(self, topic: str, numbers: Sequence[int], ranks: Sequence[int]) -> Gathered:
         """Send this process' numbers to some processes, and receive theirs.

@@ -61,7 +61,7 @@ def load_progress(
         return None
     if progress.shape[0] != len(places):
         raise ValueError(
-            f"expected the state of {len(places) // 2} probed layers, got that of {progress.shape[0] // 2}"
+            f"expected the state of {len(places) // 2} probed layers, got a state of {progress.shape[0] // 2}"
         )
     for place, (forwards, samples, epoch, given_up, *ran) in zip(places, progress.tolist(), strict=True):
         place.forwards, place.samples, place.epoch = forwards, samples, epoch
@@ -201,7 +201,7 @@ class Sharded:
             missing = sorted({layer for (_, layer), target in targets.items() if target < 0})
         if missing:
             raise ValueError(
-                "expected the sums of layers that this probe has on some process, got those of"
+                "expected the sums of layers that this probe has on some process, got sums of"
                 f" {', '.join(map(repr, missing))}"
             )
         if agreement is None:
@@ -287,7 +287,7 @@ def _unpack(packed: _Packed, of_layer: LayerMetrics) -> None:
     for name, states in packed.sums.items():
         leader = of_layer.leader_of.get(name)
         if not isinstance(leader, SpectralMetric):
-            raise ValueError(f"expected the sums of a metric of this probe for {where}, got those of {name!r}")
+            raise ValueError(f"expected the sums of a metric of this probe for {where}, got sums of {name!r}")
         prototypes = leader.prototypes
         wanted = [state for each in prototypes for state in each.tensors()]
         if not set(wanted) >= set(states) >= set(prototypes[0].tensors()):
@@ -303,7 +303,7 @@ def _unpack(packed: _Packed, of_layer: LayerMetrics) -> None:
     for name, values in packed.others.items():
         metric = of_layer.leader_of.get(name)
         if metric is None:
-            raise ValueError(f"expected states of a metric of this probe for {where}, got those of {name!r}")
+            raise ValueError(f"expected states of a metric of this probe for {where}, got states of {name!r}")
         for state, value in values.items():
             setattr(metric, state, value)
         count_update(metric)

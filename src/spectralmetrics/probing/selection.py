@@ -24,7 +24,7 @@ def select_layers(
     """The chosen modules of a model by qualified name, in the order in which they are registered.
 
     Args:
-        model: wrappers (compiled, data parallel) are looked through; names are those of the model inside.
+        model: the model; names leave out its wrappers (compiled, data parallel).
         layers: one selector or a sequence of them, any of which may match. A pattern is matched against the
             whole qualified name, and its ``*`` also matches dots; a module of any type can be named. None
             selects :data:`DEFAULT_LAYERS`, the ``Conv1D`` of ``transformers``, and what was registered as such.

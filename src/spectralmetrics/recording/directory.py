@@ -82,15 +82,15 @@ class RunDirectory:
         try:
             for writer in self._unfinished:
                 self._take_back(writer)
-            # Those that can take back come first, and the table last: it has a record only if the others do.
+            # Writers that can take back come first, and the table last: it has a record only if the others do.
             for writer in sorted(counting, key=lambda each: (not each.takes_back, each.name == "csv")):
                 writer.write(record)
             if not any(writer.keeps_records for writer in counting):
-                self._tell_manifest(record)
+                self._update_manifest(record)
         except BaseException as error:
             self._unfinished = [*counting]
             for writer in counting:
-                with contextlib.suppress(OSError):  # the next record does it, or whoever resumes
+                with contextlib.suppress(OSError):  # the next record does it, or the next recorder
                     self._take_back(writer)
             if not isinstance(error, OSError):
                 raise
@@ -98,7 +98,7 @@ class RunDirectory:
             raise OSError(error.errno, message, str(error.filename or self.directory)) from error
         self.last = record.key
         with contextlib.suppress(OSError):  # the record is there: what the manifest says is a lower bound
-            self._tell_manifest(record)
+            self._update_manifest(record)
         return True
 
     def show(self, record: Record) -> tuple[str, BaseException] | None:
@@ -192,7 +192,7 @@ class RunDirectory:
     def _last_whole(self) -> RecordKey | None:
         directory, known, manifest = self.directory, self._known, self._manifest
         names = {writer.name for writer in self.writers}
-        if not manifest.writers:  # records without a manifest: those of any writer count
+        if not manifest.writers:  # records without a manifest: records of any writer count
             manifest.writers = {
                 name: None
                 for name, writer in known.items()
@@ -240,7 +240,7 @@ class RunDirectory:
             writer.discard_after(self.directory, self.last)
         self._unfinished = [each for each in self._unfinished if each is not writer]
 
-    def _tell_manifest(self, record: Record) -> None:
+    def _update_manifest(self, record: Record) -> None:
         layers = self._manifest.layers | {name: facts.saved() for name, facts in record.layers.items()}
         manifest = replace(self._manifest, last=record.key, layers=layers)
         write_manifest(self.directory, manifest)
