@@ -34,7 +34,7 @@ from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHo
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, tell
 from spectralmetrics.probing.identity import Identity, is_one_of_several
-from spectralmetrics.probing.keys import Key, ProbeReading, as_text
+from spectralmetrics.probing.keys import Key, ProbeReading, as_text, module_key
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
@@ -258,7 +258,7 @@ class LayerProbe(nn.Module):
             for number, name in enumerate(chosen)
         }
         self.metrics = nn.ModuleDict(
-            {_module_key(*place): of_layer.kept for place, of_layer in self._places.items()}
+            {module_key(*place): of_layer.kept for place, of_layer in self._places.items()}
         )
         self._resets: list[str | None] = []  # to be done once states are no longer merged
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
@@ -1177,7 +1177,7 @@ class LayerProbe(nn.Module):
         self._windows.forget()
         load_remembered(state_dict, prefix, self._remembered, self._steps)
         for place, of_layer in self._places.items():
-            start = f"{prefix}metrics.{_module_key(*place)}."
+            start = f"{prefix}metrics.{module_key(*place)}."
             saving.give_to_leaders(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
@@ -1269,7 +1269,7 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
         kept = collect(probe._templates)
         for key, place in probe._places.items():
             place.keep(kept)
-            probe.metrics[_module_key(*key)] = place.kept
+            probe.metrics[module_key(*key)] = place.kept
             for leader in place.spectral_leaders if pinned[key] else ():
                 leader._pinned_device = pinned[key][0]
         if probe._is_persistent:
@@ -1355,9 +1355,3 @@ def _with_folds(metric: Metric, folds: int) -> Metric:
     return (
         metric.with_folds(folds) if isinstance(metric, SpectralMetric) and metric.takes_observations else metric
     )
-
-
-def _module_key(stage: str, name: str) -> str:
-    """A key for ``nn.ModuleDict``, which takes neither dots nor the names of its own methods."""
-    name = name.replace("%", "%25").replace("/", "%2F")
-    return f"{stage}/{name.replace('.', '/')}"

@@ -95,18 +95,25 @@ class LayerWindow:
         self._earlier: Taken | None = None  # set aside while the layer holds what came after
         self._pieces: list[Taken] = []  # what some reader has yet to read, in order
         self._begins: dict[str, int] = {}  # reader -> the first piece that it has yet to read
+        self._given: dict[str, Taken] = {}  # reader -> what it has yet to read before these
 
     def advance(self, reader: str) -> None:
         """A reader has read everything, or begins to read here."""
         self.join()
         self._place.before_update = self._cut
         self._begins[reader] = len(self._pieces)
+        self._given.pop(reader, None)
         self._drop()
+
+    def give(self, reader: str, taken: Taken) -> None:
+        """Have a reader who begins here read this first, which the layer holds already."""
+        self._given[reader] = taken
 
     def close(self, reader: str) -> None:
         """A reader reads no more."""
         self.join()
         self._begins.pop(reader, None)
+        self._given.pop(reader, None)
         self._drop()
         if not self._begins:
             self._place.before_update = None
@@ -135,7 +142,8 @@ class LayerWindow:
         self.join()
         whole = take_out(self._place, to_merge=True)
         try:
-            for piece in self._pieces[self._begins[reader] :]:
+            given = [self._given[reader]] if reader in self._given else []
+            for piece in [*given, *self._pieces[self._begins[reader] :]]:
                 merge_in(self._place, piece)
             yield
         finally:
@@ -175,6 +183,15 @@ class Windows:
         """A reader has read these layers of a stage; None: all of them."""
         for window in self._of(stage, layers):
             window.advance(reader)
+
+    def readers(self) -> list[tuple[str, str]]:
+        """Each reader with a stage that it reads; the same on all processes, in one order."""
+        return sorted({(reader, key[0]) for key, window in self._windows.items() for reader in window._begins})
+
+    def give(self, reader: str, taken: Mapping[tuple[str, str], Taken]) -> None:
+        """Have a reader who begins here read this of some layers first, which they hold already."""
+        for key, each in taken.items():
+            self._windows[key].give(reader, each)
 
     def close(self, reader: str, stage: str) -> None:
         """A reader reads no more of a stage."""
