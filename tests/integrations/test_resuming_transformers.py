@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import math
-import shutil
 
 import pytest
-import torch
 from transformers import TrainerCallback
 
 from spectralmetrics.integrations.transformers import LayerProbeCallback
@@ -28,7 +26,12 @@ class Failing(TrainerCallback):
 
 
 def train(folder, run, checkpoint=None, fails_at=None, probing=None, **arguments):
-    how = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": 8, "logging_steps": 4, "eval_strategy": "no"}
+    how = {
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 4,
+        "eval_strategy": "no",
+    }
     trainer = hf.make_trainer(folder, hf.Net(), **how | arguments)
     callback = LayerProbeCallback(trainer, metrics(), recorder=run, **drawing() | (probing or {}))
     trainer.add_callback(callback)
@@ -87,7 +90,9 @@ def test_each_row_is_that_of_a_training_in_one_go(case, is_fresh, whole, tmp_pat
     def counts(key):
         if case in LOSE_AN_EVALUATION and key[2] == "eval":
             return False
-        return not is_fresh or key[0] > epoch or (not has_ended and key[0] == epoch and (key[1] or math.inf) > at)
+        return (
+            not is_fresh or key[0] > epoch or (not has_ended and key[0] == epoch and (key[1] or math.inf) > at)
+        )
 
     assert differing(run, whole(**arguments), counts) == {}
     assert {key[0] for key in numbers(run)} == set(range(epoch + has_ended if is_fresh else 0, EPOCHS))

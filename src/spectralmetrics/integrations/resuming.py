@@ -35,7 +35,7 @@ def read_state(folders: Iterable[Path]) -> dict[str, Any] | None:
         saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"cannot read what the probe had observed from {str(file)!r}: {error}; without the file the training"
-            " goes on and the probe begins anew"
+            f"cannot read the probe's observations from {str(file)!r}: {error}; remove the file to go on"
+            " without them"
         ) from error
     return saved

@@ -1,8 +1,9 @@
 """The state of a probe of all processes as one, so that a training can go on from it exactly.
 
 It has the merged sums of all layers, what the readers of windows have yet to read, and the progress of each
-process, which decides what is drawn next. The first process saves it. After loading, each layer's sums belong to
-one process, and each process draws as it would have: in a group of another size as the one that was furthest.
+process, which decides what is drawn next. The first process saves it. After loading, the sums of each layer
+belong to one process, and each process draws as it would have. Among another number of processes, each goes on
+from the furthest, so that nothing is drawn twice.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from spectralmetrics.probing.windows import Taken, take_out
 from spectralmetrics.sums.merging import gather_objects
 
 WholeState: TypeAlias = dict[str, Any]
-"""``"probe"``: the state dict of the first process, with merged sums. ``"others"``: those of the others, with the
-sums of layers alone that no process before them has. ``"layers"``: the layers of each. ``"windows"``: reader ->
-stage -> the first two of these, of what that reader has yet to read."""
+"""The state dict of each process, with merged sums, of which each is in one state dict alone.
+
+``"probe"`` is that of the first process, ``"others"`` those of the others, ``"layers"`` the layers of each, and
+``"windows"`` has by reader and stage the first two of these for what that reader has yet to read.
+"""
 STATES = ("probe", "others", "layers", "windows")
+"""The keys of a whole state."""
 _State: TypeAlias = dict[str, Any]
 _PROGRESS = ("draws", "deals")  # among a metric's saved states
 
