@@ -6,6 +6,7 @@ from torch import nn
 
 import spectralmetrics as sm
 from spectralmetrics.probing.whole_state import load_whole_state, whole_state
+from tests.integrations.rows import Rows
 
 
 class Apart(nn.ModuleDict):
@@ -16,7 +17,13 @@ class Apart(nn.ModuleDict):
 
 def probe_of(*names, **arguments):
     """A probe of layers that put out what they are given, and a reader of windows."""
-    metrics = [sm.SpectrumMetric(), sm.HistoryMetric(steps=16), sm.SaturationMetric(), sm.MaxAbsMetric()]
+    metrics = {
+        "rows": Rows(),  # it is not merged but read
+        "spectrum": sm.SpectrumMetric(),
+        "saturation": sm.SaturationMetric(),
+        "history": sm.HistoryMetric(steps=16),
+        "max_abs": sm.MaxAbsMetric(),
+    }
     model = Apart({name: nn.Identity() for name in names})
     how = {"folds": 2, "rows_per_feature": 2, "every_n_steps": 2} | arguments
     probe = sm.LayerProbe(model, metrics, layers=list(names), **how)
@@ -73,35 +80,43 @@ def processes_go_on_as_if_nothing_had_been_put_away(rank, world):
 
 
 def other_processes_hold_what_was_saved(rank, world):
-    """Fewer or more of them, or with the layers of others."""
-    own = (rank + 1) % world
-    for names in (("shared",), ("shared", f"own{rank}")):
-        model, probe = probe_of(*names, every_n_steps=1, rows_per_feature=None)
-        for each in forwards(rank, 4 + rank, *names):
-            model(each)
-        expected, saved = read(probe), whole_state(probe)
-        states = [saved["probe"], *saved["others"]] if saved else []
-        variants = [saved]
-        if len(names) == 1 and saved:
-            alone = {"probe": states[0], "windows": {"reader": {"train": {"probe": states[0], "others": []}}}}
-            more = {"others": [*states[1:], dict(states[-1])], "layers": [*saved["layers"], ["shared"]]}
-            if world == 1:  # the sums that the first has are not there twice
-                more["others"] = [{k: v for k, v in states[0].items() if not k.startswith("metrics.")}]
-            window = saved["windows"]["reader"]["train"]
-            more["windows"] = {"reader": {"train": {**window, "others": more["others"]}}}
-            variants += [alone, saved | more]
-        elif len(names) == 1:
-            variants += [None, None]
-        for each in variants:
-            model, probe = probe_of(
-                *(names if len(names) == 1 else ("shared", f"own{own}")), every_n_steps=1, rows_per_feature=None
-            )
-            load_whole_state(probe, each)
-            assert_same(read(probe), expected)
-            told = [None] * world
-            dist.all_gather_object(told, (probe._places["train", "shared"].forwards, dict(probe._steps.counts)))
-            if each is not saved or len(names) > 1:
-                assert len({repr(every) for every in told}) == 1  # the furthest
+    """More or fewer of them than have saved, or with the layers of others."""
+    how = {"every_n_steps": 1, "rows_per_feature": None}
+    names = ("shared", f"own{rank}")
+    model, probe = probe_of(*names, **how)
+    for each in forwards(rank, 4 + rank, *names):
+        model(each)
+    expected, saved = read(probe), whole_state(probe)
+
+    def assert_goes_on(state, own):
+        _, probe = probe_of("shared", own, **how)
+        load_whole_state(probe, state)
+        assert_same(read(probe), expected)
+        told = [None] * world
+        dist.all_gather_object(told, (probe._places["train", "shared"].forwards, dict(probe._steps.counts)))
+        return set(map(repr, told))
+
+    assert len(assert_goes_on(saved, f"own{rank}")) == world
+    progress = assert_goes_on(more(saved), f"own{rank}")
+    assert len(progress) == 1  # that of the furthest
+    assert assert_goes_on(saved, f"own{(rank + 1) % world}") == progress or world == 1
+
+
+def more(saved):
+    """The same as of one process more, which has seen nothing that is not in the sums of others."""
+    if saved is None:
+        return None
+
+    def added(states):
+        last = [states["probe"], *states["others"]][-1]
+        is_progress = lambda key: not key.startswith("metrics.") or key.endswith(("draws", "deals"))  # noqa: E731
+        return {**states, "others": [*states["others"], {k: v for k, v in last.items() if is_progress(k)}]}
+
+    windows = {
+        reader: {stage: added(each) for stage, each in of_it.items()}
+        for reader, of_it in saved["windows"].items()
+    }
+    return {**added(saved), "layers": [*saved["layers"], saved["layers"][-1]], "windows": windows}
 
 
 SCENARIOS = [processes_go_on_as_if_nothing_had_been_put_away, other_processes_hold_what_was_saved]

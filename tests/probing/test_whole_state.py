@@ -100,7 +100,7 @@ def test_other_layers_than_those_that_were_saved():
         for part in each.split(10 if name == "a" else 6):
             model({name: part})
         states.append(whole_state(probe)["probe"])
-    saved = {"probe": states[0], "others": states[1:], "layers": [["a"], ["b"]]}
+    saved = {"probe": states[0], "others": states[1:], "layers": [["a"], ["b"]], "windows": {}}
     model, probe = layered("b", "c", "a")
     load_whole_state(probe, saved)
     assert probe.layers == ["a", "b", "c"]
@@ -116,21 +116,23 @@ def test_other_layers_than_those_that_were_saved():
 
 
 def test_the_furthest_of_processes_with_the_same_layer_counts():
+    """And what each has kept for itself is added up, as of metrics of other libraries."""
     states = []
     for count in (3, 5):
         model, probe = layered("a")
         for _ in range(count):
             model({"a": torch.ones(4, 5)})
         states.append(whole_state(probe)["probe"])
-    only_progress = {
+    own = {
         key: value
         for key, value in states[1].items()
-        if not key.startswith("metrics.") or key.endswith(("draws", "deals"))
+        if ".trace." not in key or key.endswith(("draws", "deals"))
     }
     model, probe = layered("a")
-    load_whole_state(probe, {"probe": states[0], "others": [only_progress], "layers": [["a"], ["a"]]})
+    load_whole_state(probe, {"probe": states[0], "others": [own], "layers": [["a"], ["a"]], "windows": {}})
     place = probe._places["train", "a"]
     assert (place.forwards, place.samples) == (5, 12 + 20)
     assert probe._steps.counts["train"] == 5
     assert probe["train", "a"]["trace"].state_dict()["deals"] == 5
-    assert probe.compute("train")["rows/train/a"] == 12
+    assert probe["train", "a"]["trace"].count == 12
+    assert probe.compute("train")["rows/train/a"] == 12 + 20

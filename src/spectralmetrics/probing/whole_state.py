@@ -9,19 +9,20 @@ from the furthest, so that nothing is drawn twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.probing.exchange import STAGES
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.probing.exchange import STAGES, Place
 from spectralmetrics.probing.identity import is_first, is_one_of_several
 from spectralmetrics.probing.keys import module_key
 from spectralmetrics.probing.probe import LayerProbe
 from spectralmetrics.probing.processes import agreed, gather_agreed, is_merged
-from spectralmetrics.probing.windows import Taken, take_out
+from spectralmetrics.probing.windows import Taken, merge_in, take_out
 from spectralmetrics.sums.merging import gather_objects
 
 WholeState: TypeAlias = dict[str, Any]
@@ -33,7 +34,10 @@ WholeState: TypeAlias = dict[str, Any]
 STATES = ("probe", "others", "layers", "windows")
 """The keys of a whole state."""
 _State: TypeAlias = dict[str, Any]
+_Share: TypeAlias = dict[Place, list[_State]]  # by reader and stage, and all: states that are added up
+_ALL = ("", "")
 _PROGRESS = ("draws", "deals")  # among a metric's saved states
+_SAMPLES = 1  # the column of the progress of layers
 
 
 def whole_state(probe: LayerProbe, without: Iterable[str] = ()) -> WholeState | None:
@@ -72,7 +76,7 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> None:
         ValueError: for layers that no process probes; for what ``load_state_dict`` raises.
     """
     layers = gather_objects(list(probe._layers)) if is_one_of_several() else [list(probe._layers)]
-    dealt: list[dict[tuple[str, str], _State]] = []
+    dealt: list[_Share] = []
     error: BaseException | None = None
     try:
         dealt = _dealt(saved, layers) if saved is not None and is_first() else []
@@ -96,14 +100,15 @@ def _states(probe: LayerProbe, layers: Sequence[Sequence[str]]) -> list[_State]:
     if not is_one_of_several():
         return [state]
     rank = dist.get_rank()
-    for row, ((stage, layer), place) in enumerate(probe._places.items()):
-        for column, (name, leader) in enumerate(place.kept.items()):
-            sharing = dist.get_process_group_ranks(leader.process_group) if is_merged(leader) else [rank]
+    for (stage, layer), place in probe._places.items():
+        for name, leader in place.kept.items():
+            if not (isinstance(leader, SpectralMetric) and is_merged(leader)):
+                continue  # it holds what this process has observed
+            sharing = dist.get_process_group_ranks(leader.process_group)
             if any(layer in layers[other] for other in sharing if other < rank):
                 start = f"{_start(stage, layer)}{name}."
                 for key in [key for key in state if key.startswith(start) and not key.endswith(_PROGRESS)]:
                     del state[key]
-                state["updates"][row, column] = 0
     others = gather_objects(state if rank else None)[1:]
     return [state, *others] if rank == 0 else [state]
 
@@ -117,74 +122,107 @@ def _start(stage: str, layer: str) -> str:
     return f"metrics.{module_key(stage, layer)}."
 
 
-def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[dict[tuple[str, str], _State]]:
-    """For each process (reader, stage) -> its state dict, and under two empty names that of all."""
-    before = saved.get("layers", layers[:1])
+def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[_Share]:
+    """The share of each process in what was saved."""
+    if "layers" not in saved:  # of an earlier release, by the first process
+        state = saved["probe"]
+        memory = {key: value for key, value in state.items() if key == "remembered"}
+        return [{_ALL: [state if rank == 0 else memory]} for rank in range(len(layers))]
+    before = saved["layers"]
     windows = {
         (reader, stage): each
-        for reader, of_it in saved.get("windows", {}).items()
-        for stage, each in of_it.items()
+        for reader, of_reader in saved["windows"].items()
+        for stage, each in of_reader.items()
     }
-    found: list[dict[tuple[str, str], _State]] = [{} for _ in layers]
-    for key, each in {**windows, ("", ""): saved}.items():
-        states = [each["probe"], *each.get("others", ())]
-        for own, state in zip(
-            found, states if before == layers else _regrouped(states, before, layers), strict=True
-        ):
-            own[key] = state
+    found: list[_Share] = [{} for _ in layers]
+    for key, each in {**windows, _ALL: saved}.items():
+        states = [each["probe"], *each["others"]]
+        shares = [[state] for state in states] if before == layers else _regrouped(states, before, layers)
+        for own, share in zip(found, shares, strict=True):
+            own[key] = share
     return found
 
 
-def _load(probe: LayerProbe, states: Mapping[tuple[str, str], _State]) -> None:
-    whole = states["", ""]
-    kept: dict[tuple[str, str], dict[tuple[str, str], Taken]] = {}
-    for reader, stage in probe._windows.readers():
-        if (reader, stage) in states:
-            probe.load_state_dict(states[reader, stage])
-            with probe._router.lock:
-                kept[reader, stage] = {
-                    key: take_out(place, to_merge=True)
-                    for key, place in probe._places.items()
-                    if key[0] == stage
-                }
-            probe.reset()
-    probe.load_state_dict(whole)
-    for (reader, _), of_layers in kept.items():
-        probe._windows.give(reader, of_layers)
+def _load(probe: LayerProbe, share: _Share) -> None:
+    windows = {reader: share[reader] for reader in probe._windows.readers() if reader in share}
+    kept = {reader: _taken(probe, states) for reader, states in windows.items()}
+    whole, *more = share[_ALL]
+    added = [_taken(probe, [state]) for state in more]
+    probe.load_state_dict(whole, strict="progress" in whole)
+    for taken in added:
+        for place, each in taken.items():
+            merge_in(probe._places[place], each)
+    for (reader, stage), taken in kept.items():
+        probe._windows.give(reader, {place: each for place, each in taken.items() if place[0] == stage})
+
+
+def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
+    """What is in some states together; the probe holds nothing afterwards."""
+    first, *more = states
+    added = [_taken(probe, [state]) for state in more]
+    probe.load_state_dict(first)
+    for each in added:
+        for place, taken in each.items():
+            merge_in(probe._places[place], taken)
+    found = {place: take_out(each, to_merge=True) for place, each in probe._places.items()}
+    probe.reset()
+    return found
 
 
 def _regrouped(
     states: Sequence[_State], before: Sequence[Sequence[str]], layers: Sequence[Sequence[str]]
-) -> list[_State]:
-    """The states of processes that have these layers, of those of others: all together have what was saved."""
+) -> list[list[_State]]:
+    """For processes with these layers, states to add up: together they are what others have saved.
+
+    Args:
+        states: the state dict of each process that has saved.
+        before: the layers of each of these.
+        layers: the layers of each process now.
+
+    Raises:
+        ValueError: for a layer that no process has now.
+    """
     known = {layer for own in before for layer in own}
     if missing := sorted(known - {layer for own in layers for layer in own}):
         raise ValueError(
             "expected the state of layers that this probe has on some process, got that of"
             f" {', '.join(map(repr, missing))}"
         )
-    found: list[_State] = []
+    shares: list[list[_State]] = []
     for rank, own in enumerate(layers):
-        state: _State = {}
-        for layer in own:
-            takes_sums = not any(layer in others for others in layers[:rank])
-            for stage in STAGES:
-                for each, _ in _having(states, before, layer):
-                    for key, value in each.items():
-                        if not key.startswith(_start(stage, layer)):
-                            continue
-                        if key.endswith(_PROGRESS):
-                            state[key] = max(value, state.get(key, value))
-                        elif takes_sums:
-                            state.setdefault(key, value)
-        found.append(state | _progress(states, before, layers, own))
-    return found
+        progress = _progress(states, before, layers, own)
+        # Of each layer the first process that has it takes the sums of all.
+        taken = {layer for layer in own if not any(layer in others for others in layers[:rank])}
+        share: list[_State] = []
+        for state, its in zip(states, before, strict=True):
+            part = {
+                key: value
+                for stage in STAGES
+                for layer in taken.intersection(its)
+                for key, value in state.items()
+                if key.startswith(_start(stage, layer)) and not key.endswith(_PROGRESS)
+            }
+            if part or not share:
+                updates = _rows("updates", [state], [its], own)
+                share.append(part | progress | {"updates": torch.stack([rows[0] for rows in updates])})
+        shares.append(share)
+    return shares
 
 
-def _having(
-    states: Sequence[_State], before: Sequence[Sequence[str]], layer: str
-) -> list[tuple[_State, Sequence[str]]]:
-    return [(state, own) for state, own in zip(states, before, strict=True) if layer in own]
+def _rows(
+    name: str, states: Sequence[_State], before: Sequence[Sequence[str]], own: Sequence[str]
+) -> list[list[Tensor]]:
+    """For each stage and layer the rows that some states have of it, or one of zeros."""
+    return [
+        [
+            state[name][STAGES.index(stage) * len(its) + its.index(layer)]
+            for state, its in zip(states, before, strict=True)
+            if layer in its
+        ]
+        or [torch.zeros_like(states[0][name][0])]
+        for stage in STAGES
+        for layer in own
+    ]
 
 
 def _progress(
@@ -194,28 +232,23 @@ def _progress(
     own: Sequence[str],
 ) -> _State:
     """How far a process with these layers is: as the furthest, so that nothing is drawn twice."""
-    first = states[0]
-    found = {key: first[key] for key in ("remembered",) if key in first}
-    for name in ("progress", "updates"):
-        rows = []
-        for stage, layer in ((stage, layer) for stage in STAGES for layer in own):
-            of_layer = [
-                state[name][STAGES.index(stage) * len(its) + its.index(layer)]
-                for state, its in _having(states, before, layer)
-                if name in state
-            ]
-            rows.append(torch.stack(of_layer).amax(0) if of_layer else torch.zeros_like(first[name][0]))
-            if name == "progress" and of_layer:
-                samples = sum(int(row[1]) for row in of_layer)
-                rows[-1][1] = math.ceil(samples / sum(layer in others for others in layers))
-        found[name] = torch.stack(rows)
+    found: _State = {}
+    for key, value in ((key, value) for state in states for key, value in state.items()):
+        if key.endswith(_PROGRESS) and any(
+            key.startswith(_start(stage, name)) for stage in STAGES for name in own
+        ):
+            found[key] = max(value, found.get(key, value))
+    progress = []
+    for rows, layer in zip(_rows("progress", states, before, own), [*own] * len(STAGES), strict=True):
+        progress.append(torch.stack(rows).amax(0))
+        samples = sum(int(row[_SAMPLES]) for row in rows)
+        progress[-1][_SAMPLES] = math.ceil(samples / sum(layer in others for others in layers))
+    found["progress"] = torch.stack(progress)
     found["steps"] = torch.stack([state["steps"] for state in states]).amax(0)
     order = dict.fromkeys(
-        its[index]
+        its[number]
         for state, its in zip(states, before, strict=True)
-        for index in state["forward_order"].tolist()
+        for number in state["forward_order"].tolist()
     )
-    found["forward_order"] = torch.tensor(
-        [own.index(layer) for layer in order if layer in own], dtype=torch.int64
-    )
-    return found
+    found["forward_order"] = torch.tensor([own.index(name) for name in order if name in own], dtype=torch.int64)
+    return found | {key: value for key, value in states[0].items() if key == "remembered"}
