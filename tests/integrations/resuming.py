@@ -1,5 +1,8 @@
 """Records of a training that was cut off and went on, beside those of one that was not."""
 
+import subprocess
+import sys
+
 import pytest
 
 from spectralmetrics import CovarianceTraceMetric, SaturationMetric, read_records
@@ -36,3 +39,31 @@ def differing(run, expected, counts=lambda key: True):
         for key in filter(counts, found.keys() | expected.keys())
         if found.get(key) != pytest.approx(expected.get(key), rel=1e-9, nan_ok=True)
     }
+
+
+def remembered(monitor):
+    """The numbers that a monitor remembers, one beside another."""
+
+    def numbers(value):
+        if isinstance(value, dict):
+            return [each for key in sorted(value) for each in numbers(value[key])]
+        return [each for part in value for each in numbers(part)] if isinstance(value, list) else [value]
+
+    return numbers(monitor._past)
+
+
+def on_two_processes(kind, folder):
+    """The numbers of a training in one go, and those of one that was cut off that differ."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+    ]
+    script = ["-m", "tests.integrations.resuming_processes", kind, str(folder)]
+    subprocess.run(command + script, check=True, timeout=240, capture_output=True)
+    expected = numbers(folder / "whole")
+    return expected, differing(folder / "cut", expected)

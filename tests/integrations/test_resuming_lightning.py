@@ -5,12 +5,14 @@ import functools
 import math
 
 import pytest
-from lightning.pytorch.callbacks import Callback
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from spectralmetrics import Monitor
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
-from tests.integrations.resuming import differing, drawing, metrics, numbers
+from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -148,3 +150,99 @@ def test_each_row_is_that_of_a_fit_in_one_go(case, is_before, is_fresh, whole, t
 
     assert differing(run, whole(**arguments), counts) == {}
     assert {key[0] for key in numbers(run)} == set(range(epoch + has_ended if is_fresh else 0, EPOCHS))
+
+
+def test_a_checkpoint_of_an_earlier_release(whole, tmp_path):
+    path = tmp_path / "saved.ckpt"
+    with pytest.raises(KeyError):
+        fit(tmp_path, [callback(tmp_path / "run"), Saving(path, "on_train_batch_end", 3, 0)])
+    saved = torch.load(path, weights_only=False)
+    (state,) = (each for each in saved["callbacks"].values() if "probe" in each)
+    for key in state.keys() - {"probe", "epoch"}:
+        del state[key]
+    del state["probe"]["updates"]
+    torch.save(saved, path)
+    fit(tmp_path, [callback(tmp_path / "run")], path)
+    is_ours = lambda key: key[3] != "rows"  # noqa: E731  # of others it did not say how much they had seen
+    assert differing(tmp_path / "run", whole(), is_ours) == {}
+
+
+def test_one_callback_in_several_fits(whole, tmp_path):
+    """One of its own after another, one from a checkpoint, and one after a validation of a checkpoint."""
+    path, run = tmp_path / "saved.ckpt", tmp_path / "run"
+    probing = callback(run)
+    with pytest.raises(KeyError):
+        fit(tmp_path, [probing, Saving(path, "on_train_batch_end", 2, 1)])
+    fit(tmp_path, [probing], path)
+    assert differing(run, whole()) == {}
+    make_trainer(tmp_path, probing).validate(Short(0.1), ckpt_path=path, weights_only=False)
+    fit(tmp_path, [probing])
+    later = {(key[0] - EPOCHS - 1, *key[1:]): row for key, row in numbers(run).items() if key[0] > EPOCHS}
+    assert later == {key: pytest.approx(row, rel=1e-9, nan_ok=True) for key, row in whole().items()}
+
+
+class Late(Callback):
+    """Fails at the end of a step, and saves a checkpoint as it does."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == STEPS + 2:
+            raise KeyError("cut off")
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_of_an_error(whole, tmp_path):
+    path = tmp_path / "saved.ckpt"
+    with pytest.raises(KeyError):
+        fit(tmp_path, [callback(tmp_path / "run"), Late(path)])
+    fit(tmp_path, [callback(tmp_path / "run")], path)
+    assert differing(tmp_path / "run", whole()) == {}
+
+
+def test_a_checkpoint_after_a_fit(whole, tmp_path):
+    path, run = tmp_path / "saved.ckpt", tmp_path / "run"
+    fit(tmp_path, [callback(run)], max_epochs=2).save_checkpoint(path)
+    fit(tmp_path, [callback(run)], path)
+    assert differing(run, whole()) == {}
+
+
+def test_lightning_s_own_checkpoints(whole, tmp_path):
+    """At the last batch of each epoch, and as it ends."""
+    by_steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=STEPS, save_top_k=-1)
+    by_epochs = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    saving = {"enable_checkpointing": True, "limit_val_batches": 0}
+    fit(tmp_path, [by_steps, by_epochs, callback(tmp_path / "run")], **saving)
+    for name in (f"step={STEPS}", "epoch=0", f"step={2 * STEPS}", "epoch=1"):
+        fit(tmp_path, [callback(tmp_path / name)], tmp_path / f"{name}.ckpt", limit_val_batches=0)
+        epoch = min(key[0] for key in numbers(tmp_path / name))
+        expected = whole(limit_val_batches=0)
+        is_there = lambda key, epoch=epoch: key[0] > epoch or key[:2] == (epoch, None)  # noqa: E731
+        assert differing(tmp_path / name, expected, is_there) == {}
+        assert epoch == (0 if name == f"step={STEPS}" else 2 if name == "epoch=1" else 1)
+
+
+def test_a_monitor_reads_what_it_would_have(tmp_path):
+    def watching(every=4):
+        return LayerProbeCallback(
+            monitor=lambda probe: Monitor(probe, every=every, on_alarm=lambda alarm: None)
+        )
+
+    path, one, other = tmp_path / "saved.ckpt", watching(), watching()
+    fit(tmp_path, [one])
+    with pytest.raises(KeyError):
+        fit(tmp_path, [watching(), Saving(path, "on_train_batch_end", STEPS + 1, 0)])
+    fit(tmp_path, [other], path)
+    assert one.monitor._past["step"] == EPOCHS * STEPS
+    assert list(one.monitor._past["layers"]) == ["model.0", "model.2"]
+    assert remembered(other.monitor) == pytest.approx(remembered(one.monitor), rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.long
+def test_two_processes(tmp_path):
+    expected, wrong = on_two_processes("lightning", tmp_path)
+    assert wrong == {}
+    assert {key[0] for key in expected} == set(range(EPOCHS))

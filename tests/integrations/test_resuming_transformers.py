@@ -2,18 +2,22 @@
 
 import contextlib
 import functools
+import json
 import math
+import shutil
 
 import pytest
 from transformers import TrainerCallback
 
+from spectralmetrics import Monitor
 from spectralmetrics.integrations.transformers import LayerProbeCallback
 from tests.integrations import test_transformers_forwards as hf
-from tests.integrations.resuming import differing, drawing, metrics, numbers
+from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EPOCHS, STEPS = 3, 6  # and so many in each
+HOW = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": 8, "logging_steps": 4, "eval_strategy": "no"}
 
 
 class Failing(TrainerCallback):
@@ -26,13 +30,7 @@ class Failing(TrainerCallback):
 
 
 def train(folder, run, checkpoint=None, fails_at=None, probing=None, **arguments):
-    how = {
-        "num_train_epochs": EPOCHS,
-        "per_device_train_batch_size": 8,
-        "logging_steps": 4,
-        "eval_strategy": "no",
-    }
-    trainer = hf.make_trainer(folder, hf.Net(), **how | arguments)
+    trainer = hf.make_trainer(folder, hf.Net(), **HOW | arguments)
     callback = LayerProbeCallback(trainer, metrics(), recorder=run, **drawing() | (probing or {}))
     trainer.add_callback(callback)
     if fails_at is not None:
@@ -96,3 +94,76 @@ def test_each_row_is_that_of_a_training_in_one_go(case, is_fresh, whole, tmp_pat
 
     assert differing(run, whole(**arguments), counts) == {}
     assert {key[0] for key in numbers(run)} == set(range(epoch + has_ended if is_fresh else 0, EPOCHS))
+
+
+def cut_off(folder, at=8, **arguments):
+    with pytest.raises(KeyError):
+        train(folder, folder / "run", fails_at=at, **BY_STEPS | arguments)
+    return folder / f"checkpoint-{at}"
+
+
+def test_a_checkpoint_that_was_moved(whole, tmp_path):
+    checkpoint = cut_off(tmp_path)
+    assert not [each.name for each in checkpoint.iterdir() if each.name.startswith(".")]
+    (tmp_path / "checkpoint-6").rename(tmp_path / "other")  # its place is taken by another one
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    shutil.copy(tmp_path / "other" / "layer_probe_state.pt", checkpoint)
+    train(tmp_path, tmp_path / "run", tmp_path / "moved", **BY_STEPS)
+    assert differing(tmp_path / "run", whole(**BY_STEPS)) == {}
+
+
+def test_the_same_trainer_goes_on(whole, tmp_path):
+    trainer = hf.make_trainer(tmp_path, hf.Net(), **HOW | BY_STEPS)
+    trainer.add_callback(LayerProbeCallback(trainer, metrics(), recorder=tmp_path / "run", **drawing()))
+    trainer.add_callback(Failing(9))
+    with pytest.raises(KeyError):
+        trainer.train()
+    trainer.remove_callback(Failing)
+    trainer.train(resume_from_checkpoint=True)
+    assert differing(tmp_path / "run", whole(**BY_STEPS)) == {}
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    file = cut_off(tmp_path) / "layer_probe_state.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"observations from '{file}'.*remove the file to go on without them"):
+        train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
+    file.unlink()  # as of an earlier release
+    train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
+    assert {key[0] for key in numbers(tmp_path / "run")} == set(range(EPOCHS))
+
+
+def watching():
+    return {"monitor": lambda probe: Monitor(probe, every=5, on_alarm=lambda alarm: None)}
+
+
+def monitor_of(trainer):
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, LayerProbeCallback))
+    return callback.monitor
+
+
+def test_a_monitor_reads_what_it_would_have(tmp_path):
+    one = train(tmp_path / "one", tmp_path / "one", probing=watching())
+    with pytest.raises(KeyError):
+        train(tmp_path, tmp_path / "run", fails_at=8, probing=watching(), **BY_STEPS)
+    other = train(tmp_path, tmp_path / "run", str(tmp_path / "checkpoint-8"), probing=watching(), **BY_STEPS)
+    assert monitor_of(one)._past["step"] == EPOCHS * STEPS
+    assert monitor_of(one)._past["layers"].keys() == {"backbone", "head"}
+    assert remembered(monitor_of(other)) == pytest.approx(remembered(monitor_of(one)), rel=1e-9, nan_ok=True)
+
+
+def test_a_checkpoint_with_the_memory_of_a_monitor_alone(tmp_path):
+    checkpoint = cut_off(tmp_path)
+    (checkpoint / "layer_probe_state.pt").unlink()
+    past = {"step": 8, "next": 30, "layers": {}}
+    text = json.dumps({"step": 7, "readers": {"monitor/train": past}})
+    (checkpoint / "layer_probe_monitor.json").write_text(text)
+    trainer = train(tmp_path, tmp_path / "run", str(checkpoint), probing=watching(), **BY_STEPS)
+    assert monitor_of(trainer)._past == past | {"step": EPOCHS * STEPS}  # it has read nothing yet
+
+
+@pytest.mark.long
+def test_two_processes(tmp_path):
+    expected, wrong = on_two_processes("transformers", tmp_path)
+    assert wrong == {}
+    assert {key[0] for key in expected} == set(range(EPOCHS))

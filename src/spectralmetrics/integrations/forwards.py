@@ -188,12 +188,16 @@ class Forwards:
         self.probe._windows.advance(_READER, stage)
         return values
 
+    def leave(self) -> None:
+        """Observe nothing more; what was observed can still be saved."""
+        self.end()
+        self.probe.remove()
+
     def close(self) -> None:
         """The trainer is done, and the probe is its user's."""
-        self.end()
+        self.leave()
         for stage in STAGES:
             self.probe._windows.close(_READER, stage)
-        self.probe.remove()
 
     def _by_flag(self, training: bool) -> str:
         stage = stage_by_flag(training)

@@ -196,10 +196,14 @@ class LayerProbeCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
+        if self._forwards is not None:
+            self._forwards.leave()  # a checkpoint may still be saved
         self._detach(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
+        if self._forwards is not None:
+            self._forwards.close()
         self._detach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,7 +252,6 @@ class LayerProbeCallback(Callback):
         self._keeping.close()
         self._saved = None
         if self._forwards is not None:
-            self._forwards.close()
             self._left = self._forwards if trainer.state.fn == "fit" else None
             self._forwards = None
 

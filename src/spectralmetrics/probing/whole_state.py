@@ -36,7 +36,7 @@ STATES = ("probe", "others", "layers", "windows")
 _State: TypeAlias = dict[str, Any]
 _Share: TypeAlias = dict[Place, list[_State]]  # by reader and stage, and all: states that are added up
 _ALL = ("", "")
-_PROGRESS = ("draws", "deals")  # among a metric's saved states
+_PROGRESS = (".draws", ".deals")  # among a metric's saved states
 _SAMPLES = 1  # the column of the progress of layers
 
 
