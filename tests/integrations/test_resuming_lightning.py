@@ -114,6 +114,7 @@ CASES = {  # event and step of the checkpoint, arguments of the trainer
 # a batch by which it counts when to log.
 LOSE_A_VALIDATION = {"at its last batch", "at its last batch, by steps", "at the last step of all"}
 LOG_AT_OTHER_STEPS = {"as it ends, by steps"}
+FIRST = {"in the middle of an epoch", "at its last batch", "as it ends", "after a validation in the middle"}
 
 
 @pytest.mark.parametrize("is_fresh", [False, True])
@@ -121,7 +122,7 @@ LOG_AT_OTHER_STEPS = {"as it ends, by steps"}
     ("case", "is_before"),
     # Lightning has its own callbacks that save at the end of a step behind all others.
     [
-        (case, is_before)
+        pytest.param(case, is_before, marks=() if case in FIRST else pytest.mark.long)
         for case, (event, *_) in CASES.items()
         for is_before in (False, True)
         if not (is_before and event == "on_train_batch_end")
@@ -152,19 +153,40 @@ def test_each_row_is_that_of_a_fit_in_one_go(case, is_before, is_fresh, whole, t
     assert {key[0] for key in numbers(run)} == set(range(epoch + has_ended if is_fresh else 0, EPOCHS))
 
 
-def test_a_checkpoint_of_an_earlier_release(whole, tmp_path):
-    path = tmp_path / "saved.ckpt"
+@pytest.mark.parametrize(
+    ("event", "at"),
+    [
+        ("on_train_batch_end", 3),
+        ("on_train_batch_end", LAST),
+        ("on_validation_end", LAST),
+        ("on_train_epoch_end", LAST),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_release(event, at, whole, tmp_path):
+    path, run = tmp_path / "saved.ckpt", tmp_path / "run"
     with pytest.raises(KeyError):
-        fit(tmp_path, [callback(tmp_path / "run"), Saving(path, "on_train_batch_end", 3, 0)])
+        fit(tmp_path, [callback(run), Saving(path, event, at, 0)])
     saved = torch.load(path, weights_only=False)
     (state,) = (each for each in saved["callbacks"].values() if "probe" in each)
     for key in state.keys() - {"probe", "epoch"}:
         del state[key]
     del state["probe"]["updates"]
     torch.save(saved, path)
-    fit(tmp_path, [callback(tmp_path / "run")], path)
-    is_ours = lambda key: key[3] != "rows"  # noqa: E731  # of others it did not say how much they had seen
-    assert differing(tmp_path / "run", whole(), is_ours) == {}
+    fit(tmp_path, [callback(run)], path)
+
+    # It did not say how much metrics of others had seen.
+    assert differing(run, whole(), lambda key: key[:3] == (0, None, "train") and key[3] != "rows") == {}
+    assert {key[0] for key in numbers(run)} == set(range(EPOCHS))
+
+
+def test_a_checkpoint_with_nothing_to_train_after_it(whole, tmp_path, recwarn):
+    path, run = tmp_path / "saved.ckpt", tmp_path / "run"
+    fit(tmp_path, [callback(run), Saving(path, "on_train_epoch_end", EPOCHS * STEPS, 1)])
+    for epochs in (EPOCHS, EPOCHS + 1):
+        fit(tmp_path, [callback(run)], path, max_epochs=epochs)
+        assert {key[0] for key in numbers(run)} == set(range(epochs))
+    assert differing(run, whole(max_epochs=EPOCHS + 1)) == {}
+    assert not [each for each in recwarn if "nothing to record" in str(each.message)]
 
 
 def test_one_callback_in_several_fits(whole, tmp_path):

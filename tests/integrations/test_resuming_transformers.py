@@ -71,10 +71,13 @@ CASES = {  # the step of the checkpoint, arguments of the trainer
 }
 # The trainer does not make up for an evaluation that was to follow, and then draws of later ones are others.
 LOSE_AN_EVALUATION = {"at the last step, with evaluations"}
+FIRST = {"in the middle, with evaluations", "at the last step of an epoch", "at the end, with evaluations"}
 
 
 @pytest.mark.parametrize("is_fresh", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in FIRST else pytest.mark.long) for case in CASES]
+)
 def test_each_row_is_that_of_a_training_in_one_go(case, is_fresh, whole, tmp_path):
     at, arguments = CASES[case]
     with pytest.raises(KeyError) if at < EPOCHS * STEPS else contextlib.nullcontext():

@@ -118,7 +118,8 @@ class LayerProbeCallback(Callback):
         """End the epoch of a checkpoint behind which there is nothing to train."""
         if self._saved is not None:
             self._go_on(trainer, pl_module)
-            self._end_epoch(pl_module)
+            if self._begun is not None:
+                self._end_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -220,11 +221,13 @@ class LayerProbeCallback(Callback):
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         forwards = self._attach(pl_module)
-        told = forwards.load(self._saved) or {}
+        told = forwards.load(self._saved)
         self._saved = None
-        self._begun = told.get("begun")
         epoch = None if trainer.ckpt_path is None else trainer.current_epoch
-        self._open(trainer, forwards, told.get("epoch", epoch))
+        number = epoch if told is None else told.get("epoch", epoch)
+        # Earlier releases did not say, but their records count as the trainer does.
+        self._begun = None if told is None else told.get("begun", number)
+        self._open(trainer, forwards, number)
         self._watching.keep(self._keeping)
 
     def _end_epoch(self, pl_module: LightningModule) -> None:
