@@ -132,7 +132,7 @@ class Forwards:
         self._recorded |= self._finished
 
     def saved(self, records: bool) -> dict[str, Any] | None:
-        """What all processes have observed and somebody has yet to read; None but on the first. All call it.
+        """The observations of all processes that are yet to be read; on the first, None on others; all call it.
 
         Args:
             records: whether a stage that has been read has yet to be recorded.

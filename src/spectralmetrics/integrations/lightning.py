@@ -43,8 +43,11 @@ class LayerProbeCallback(Callback):
     evaluation inside a training step, and ``generate`` of a model of transformers are left out.
 
     After a fit or an evaluation ``probe`` still holds what was last observed in each stage:
-    ``callback.probe.summary("eval")``. A checkpoint holds what has been observed since the last values, on all
-    devices, so that an epoch can go on from its middle: of the layers that the first device has.
+    ``callback.probe.summary("eval")``.
+
+    A checkpoint holds what has been observed on all devices and is in no record yet. A fit that goes on from it
+    has the values and records of one that was not cut off, whenever the checkpoint was saved. On another number
+    of devices the sums are right, and other rows may be drawn.
 
     Args:
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars (a spectrum) are not
@@ -54,7 +57,8 @@ class LayerProbeCallback(Callback):
             :class:`~spectralmetrics.Recorder`. Each epoch of a fit becomes a record, with its last validation,
             and so does a validation outside of a fit, and what each layer showed since the trainer last logged,
             where it logs within an epoch. A directory may hold records only if the fit goes on from
-            a checkpoint. The function is called at each fit or validation.
+            a checkpoint; those that it holds from there on stay, and are not recorded again. The function is
+            called at each fit or validation.
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor` of the training, or a function from the probe to
             one: ``lambda probe: Monitor(probe, every=50, on_alarm="stop")``. Where it is to stop, the fit ends.

@@ -67,6 +67,11 @@ class LayerProbeCallback(TrainerCallback):
     After a training or an evaluation ``probe`` still holds what was last observed in each stage:
     ``callback.probe.summary("eval")``.
 
+    The trainer's checkpoints hold what has been observed on all devices and is in no record yet, in
+    ``layer_probe_state.pt``. A training that goes on from one (``resume_from_checkpoint``) has the values and
+    records of one that was not cut off, whenever the checkpoint was saved. On another number of devices the
+    sums are right, and other rows may be drawn.
+
     Args:
         trainer: the trainer that the callback is added to; its model is probed at once.
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars are not logged.
@@ -79,11 +84,11 @@ class LayerProbeCallback(TrainerCallback):
             :class:`~spectralmetrics.Recorder`. Each epoch of a training becomes a record, with the evaluation
             that follows it (of several data sets the last), and so does an evaluation outside of a training,
             and what was observed since the trainer last logged, at steps at which it logs. A directory may hold
-            records only if training goes on from a checkpoint. The function is called at each of them.
+            records only if training goes on from a checkpoint; those that it holds from there on stay, and are
+            not recorded again. The function is called at each training and evaluation.
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
             end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
-            What it remembers is saved in the trainer's checkpoints, and found again where they were written.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:

@@ -44,7 +44,7 @@ def save_progress(
     destination[prefix + "forward_order"] = torch.tensor(list(order), dtype=torch.int64)
     counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards, steps.alone)]
     destination[prefix + "steps"] = torch.tensor(counts, dtype=torch.int64)
-    updates = [[count_of_updates(leader) for leader in place.kept.values()] for place in places]
+    updates = [[*map(count_of_updates, place.kept.values())] for place in places]
     destination[prefix + "updates"] = torch.tensor(updates, dtype=torch.int64)
 
 
@@ -56,10 +56,8 @@ def load_progress(
     Raises:
         ValueError: for the state of another number of layers.
     """
-    progress = state_dict.pop(prefix + "progress", None)
-    order = state_dict.pop(prefix + "forward_order", None)
-    counts = state_dict.pop(prefix + "steps", None)
-    updates = state_dict.pop(prefix + "updates", None)  # up to 0.2.0 there were none
+    names = ("progress", "forward_order", "steps", "updates")  # up to 0.2.0 there were none of the last
+    progress, order, counts, updates = (state_dict.pop(prefix + name, None) for name in names)
     if progress is None:
         return None
     if progress.shape[0] != len(places):
@@ -70,7 +68,7 @@ def load_progress(
         place.forwards, place.samples, place.epoch = forwards, samples, epoch
         place.ran = ran[0] if ran else forwards  # up to 0.2.0 it was not counted
         place.given_up = "before it was saved" if given_up else ""
-    for place, row in zip(places, updates.tolist() if updates is not None else [], strict=False):
+    for place, row in zip(places, () if updates is None else updates.tolist(), strict=False):
         for leader, number in zip(place.kept.values(), row, strict=False):
             if not isinstance(leader, SpectralMetric):  # these say themselves whether they have seen anything
                 count_of_updates(leader, number)

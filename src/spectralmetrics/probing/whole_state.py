@@ -41,7 +41,7 @@ _SAMPLES = 1  # the column of the progress of layers
 
 
 def whole_state(probe: LayerProbe, without: Iterable[str] = ()) -> WholeState | None:
-    """What all processes have observed, on the first one, and None on the others; all processes call it.
+    """The observations of all processes on the first one, None on the others; all processes call it.
 
     Args:
         probe: a persistent probe.
@@ -157,7 +157,7 @@ def _load(probe: LayerProbe, share: _Share) -> None:
 
 
 def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
-    """What is in some states together; the probe holds nothing afterwards."""
+    """The sums of some states, added up; the probe holds nothing afterwards."""
     first, *more = states
     added = [_taken(probe, [state]) for state in more]
     probe.load_state_dict(first)
@@ -231,7 +231,7 @@ def _progress(
     layers: Sequence[Sequence[str]],
     own: Sequence[str],
 ) -> _State:
-    """How far a process with these layers is: as the furthest, so that nothing is drawn twice."""
+    """The progress of a process with these layers: that of the furthest, so that nothing is drawn twice."""
     found: _State = {}
     for key, value in ((key, value) for state in states for key, value in state.items()):
         if key.endswith(_PROGRESS) and any(
