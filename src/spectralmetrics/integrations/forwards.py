@@ -141,7 +141,7 @@ class Forwards:
         stages = {"finished": sorted(self._finished), "recorded": sorted(self._recorded)}
         return None if found is None else found | stages
 
-    def load(self, saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    def load(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
         """Begin anew, or go on from what :meth:`saved` gave; all processes call it.
 
         Args:

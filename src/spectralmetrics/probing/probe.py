@@ -81,7 +81,15 @@ from spectralmetrics.probing.summary import (
     summary_rows,
     threshold_of,
 )
-from spectralmetrics.probing.windows import Windows, load_remembered, put_back, save_remembered, take_out
+from spectralmetrics.probing.windows import (
+    Windows,
+    load_remembered,
+    load_updates,
+    put_back,
+    save_remembered,
+    save_updates,
+    take_out,
+)
 from spectralmetrics.sums import Sum, compiled
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
@@ -1162,6 +1170,8 @@ class LayerProbe(nn.Module):
         if self._is_persistent:
             order = [self._layers.index(name) for name in self._router.order]
             saving.save_progress(destination, prefix, list(self._places.values()), self._steps, order)
+            for place, of_layer in self._places.items():
+                save_updates(destination, f"{prefix}metrics.{module_key(*place)}.", of_layer)
             save_remembered(destination, prefix, self._remembered, self._steps)
 
     def _load_from_state_dict(
@@ -1179,6 +1189,7 @@ class LayerProbe(nn.Module):
         for place, of_layer in self._places.items():
             start = f"{prefix}metrics.{module_key(*place)}."
             saving.give_to_leaders(state_dict, start, of_layer)
+            load_updates(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
                 if any(key.endswith(".sketch_image") for key in names):  # it had turned out wide

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.metrics.overrides import count_of_updates, count_update, defaults
+from spectralmetrics.metrics.overrides import count_update, defaults
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.exchange import Agreement, Place
 from spectralmetrics.probing.processes import check_agreed
@@ -44,8 +44,6 @@ def save_progress(
     destination[prefix + "forward_order"] = torch.tensor(list(order), dtype=torch.int64)
     counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards, steps.alone)]
     destination[prefix + "steps"] = torch.tensor(counts, dtype=torch.int64)
-    updates = [[*map(count_of_updates, place.kept.values())] for place in places]
-    destination[prefix + "updates"] = torch.tensor(updates, dtype=torch.int64)
 
 
 def load_progress(
@@ -56,8 +54,9 @@ def load_progress(
     Raises:
         ValueError: for the state of another number of layers.
     """
-    names = ("progress", "forward_order", "steps", "updates")  # up to 0.2.0 there were none of the last
-    progress, order, counts, updates = (state_dict.pop(prefix + name, None) for name in names)
+    progress = state_dict.pop(prefix + "progress", None)
+    order = state_dict.pop(prefix + "forward_order", None)
+    counts = state_dict.pop(prefix + "steps", None)
     if progress is None:
         return None
     if progress.shape[0] != len(places):
@@ -68,10 +67,6 @@ def load_progress(
         place.forwards, place.samples, place.epoch = forwards, samples, epoch
         place.ran = ran[0] if ran else forwards  # up to 0.2.0 it was not counted
         place.given_up = "before it was saved" if given_up else ""
-    for place, row in zip(places, () if updates is None else updates.tolist(), strict=False):
-        for leader, number in zip(place.kept.values(), row, strict=False):
-            if not isinstance(leader, SpectralMetric):  # these say themselves whether they have seen anything
-                count_of_updates(leader, number)
     if counts is not None:  # 0.1.0 counted the forwards of each layer alone
         # Up to 0.2.0 there were two rows.
         known = (steps.counts, steps.epochs, steps.forwards, steps.alone)

@@ -203,26 +203,9 @@ def _regrouped(
                 if key.startswith(_start(stage, layer)) and not key.endswith(_PROGRESS)
             }
             if part or not share:
-                updates = _rows("updates", [state], [its], own)
-                share.append(part | progress | {"updates": torch.stack([rows[0] for rows in updates])})
+                share.append(part | progress)
         shares.append(share)
     return shares
-
-
-def _rows(
-    name: str, states: Sequence[_State], before: Sequence[Sequence[str]], own: Sequence[str]
-) -> list[list[Tensor]]:
-    """For each stage and layer the rows that some states have of it, or one of zeros."""
-    return [
-        [
-            state[name][STAGES.index(stage) * len(its) + its.index(layer)]
-            for state, its in zip(states, before, strict=True)
-            if layer in its
-        ]
-        or [torch.zeros_like(states[0][name][0])]
-        for stage in STAGES
-        for layer in own
-    ]
 
 
 def _progress(
@@ -239,8 +222,13 @@ def _progress(
         ):
             found[key] = max(value, found.get(key, value))
     progress = []
-    for rows, layer in zip(_rows("progress", states, before, own), [*own] * len(STAGES), strict=True):
-        progress.append(torch.stack(rows).amax(0))
+    for stage, layer in ((stage, layer) for stage in STAGES for layer in own):
+        rows = [
+            state["progress"][STAGES.index(stage) * len(its) + its.index(layer)]
+            for state, its in zip(states, before, strict=True)
+            if layer in its
+        ]
+        progress.append(torch.stack(rows or [torch.zeros_like(states[0]["progress"][0])]).amax(0))
         samples = sum(int(row[_SAMPLES]) for row in rows)
         progress[-1][_SAMPLES] = math.ceil(samples / sum(layer in others for others in layers))
     found["progress"] = torch.stack(progress)

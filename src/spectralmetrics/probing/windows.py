@@ -244,6 +244,30 @@ def load_remembered(
         take_over(json.loads(bytes(saved.tolist())), remembered, steps)
 
 
+def save_updates(destination: dict[str, Any], start: str, place: LayerMetrics) -> None:
+    """Put into a state dict how often a layer's metrics of other libraries were updated, which weighs merges.
+
+    Args:
+        destination: the state dict.
+        start: the beginning of the layer's keys.
+        place: the layer.
+    """
+    for name, leader in _others(place):
+        destination[f"{start}{name}.update_count"] = torch.tensor(count_of_updates(leader))
+
+
+def load_updates(state_dict: dict[str, Any], start: str, place: LayerMetrics) -> None:
+    """Take out of a state dict what :func:`save_updates` put there; up to 0.2.0 there was nothing."""
+    for name, leader in _others(place):
+        if (saved := state_dict.pop(f"{start}{name}.update_count", None)) is not None:
+            count_of_updates(leader, int(saved))
+
+
+def _others(place: LayerMetrics) -> list[tuple[str, Any]]:
+    """The metrics of other libraries; those of this package say by their sums whether they have any."""
+    return [(name, leader) for name, leader in place.kept.items() if not isinstance(leader, SpectralMetric)]
+
+
 def memory(remembered: Mapping[str, Any], steps: Steps) -> dict[str, Any]:
     """The memory of the readers of windows, and the step of the optimiser, for JSON."""
     return {"step": steps.step, "readers": remembered}
