@@ -126,6 +126,26 @@ def test_the_same_trainer_goes_on(whole, tmp_path):
     assert differing(tmp_path / "run", whole(**BY_STEPS)) == {}
 
 
+def test_two_callbacks_keep_apart(tmp_path):
+    runs = {}
+    for is_cut in (False, True):
+        for checkpoint in (None, tmp_path / "checkpoint-8") if is_cut else (None,):
+            trainer = hf.make_trainer(tmp_path, hf.Net(), **HOW | BY_STEPS)
+            for layer in ("backbone", "head"):
+                runs[is_cut, layer] = tmp_path / f"{layer} {is_cut}"
+                trainer.add_callback(
+                    LayerProbeCallback(
+                        trainer, metrics(), recorder=runs[is_cut, layer], layers=layer, **drawing()
+                    )
+                )
+            if is_cut and checkpoint is None:
+                trainer.add_callback(Failing(8))
+            with pytest.raises(KeyError) if is_cut and checkpoint is None else contextlib.nullcontext():
+                trainer.train(resume_from_checkpoint=checkpoint)
+    for layer in ("backbone", "head"):
+        assert differing(runs[True, layer], numbers(runs[False, layer])) == {}
+
+
 def test_a_damaged_file_is_named(tmp_path):
     file = cut_off(tmp_path) / "layer_probe_state.pt"
     file.write_bytes(file.read_bytes()[:100])

@@ -9,26 +9,31 @@ from typing import Any
 
 import torch
 
-_FILE = "layer_probe_state.pt"
 
+def write_state(folder: Path, saved: Mapping[str, Any], number: int) -> None:
+    """Put a state of tensors, numbers and names into a folder, whole or not at all.
 
-def write_state(folder: Path, saved: Mapping[str, Any]) -> None:
-    """Put a state of tensors, numbers and names into a folder, whole or not at all."""
-    beside = folder / f".{_FILE}.{os.getpid()}"
+    Args:
+        folder: of the trainer's checkpoint.
+        saved: the state.
+        number: the number of the callback among those of the trainer.
+    """
+    file = folder / _name(number)
+    beside = folder / f".{file.name}.{os.getpid()}"
     try:
         torch.save(saved, beside)
-        os.replace(beside, folder / _FILE)
+        os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def read_state(folders: Iterable[Path]) -> dict[str, Any] | None:
-    """The state in the first of the folders that has one; None if none has.
+def read_state(folders: Iterable[Path], number: int) -> dict[str, Any] | None:
+    """The state of a callback in the first of the folders that has one; None if none has.
 
     Raises:
         ValueError: for a file that cannot be read.
     """
-    file = next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
+    file = next((folder / _name(number) for folder in folders if (folder / _name(number)).is_file()), None)
     if file is None:
         return None
     try:
@@ -39,3 +44,7 @@ def read_state(folders: Iterable[Path]) -> dict[str, Any] | None:
             " without them"
         ) from error
     return saved
+
+
+def _name(number: int) -> str:
+    return f"layer_probe_state_{number}.pt" if number else "layer_probe_state.pt"

@@ -177,7 +177,7 @@ class LayerProbeCallback(TrainerCallback):
         if (forwards := self._forwards) is None:
             return
         folders = self._resumed_from(args, state) if state.global_step else []
-        saved, error = on_first_process(lambda: read_state(folders))
+        saved, error = on_first_process(lambda: read_state(folders, self._number()))
         if error is not None:
             raise error
         told = forwards.load(saved)
@@ -202,7 +202,7 @@ class LayerProbeCallback(TrainerCallback):
         def write() -> None:
             if saved is not None and args.should_save and folder.is_dir():
                 epoch = {"epoch": self._keeping.epoch} if self._keeping else {}
-                write_state(folder, saved | epoch | {"awaited": self._awaited})
+                write_state(folder, saved | epoch | {"awaited": self._awaited}, self._number())
 
         _, error = on_first_process(write)
         if error is not None:
@@ -343,6 +343,12 @@ class LayerProbeCallback(TrainerCallback):
             yield
         finally:
             self._keeping.close()
+
+    def _number(self) -> int:
+        """The number of this callback among those like it, which save beside one another."""
+        callbacks = self._trainer.callback_handler.callbacks
+        alike = [each for each in callbacks if isinstance(each, LayerProbeCallback)]
+        return alike.index(self) if self in alike else 0
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
         """The folders that may be the checkpoint from which the trainer goes on."""
