@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import files, groups, pipelines, records, scenarios, spread
+from tests.distributed import files, groups, pipelines, records, resuming, scenarios, spread
 
-EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + pipelines.SCENARIOS + records.SCENARIOS + files.SCENARIOS
+EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + pipelines.SCENARIOS + records.SCENARIOS
+EVERYWHERE += files.SCENARIOS + resuming.SCENARIOS
 SCENARIOS = {1: EVERYWHERE, 2: EVERYWHERE + scenarios.ON_TWO, 3: EVERYWHERE, 4: EVERYWHERE}
 
 

@@ -17,11 +17,11 @@ from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.probe import group_of
-from spectralmetrics.probing.processes import is_first
+from spectralmetrics.probing.processes import is_first, on_first_process
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
-from spectralmetrics.probing.windows import load_remembered
+from spectralmetrics.probing.whole_state import STATES, load_whole_state, whole_state
 
 _logger = logging.getLogger("spectralmetrics")
 
@@ -60,6 +60,7 @@ class Forwards:
             if not isinstance(value, bool):
                 raise TypeError(f"expected {name} to be True or False, got {value!r}")
         self.probe = LayerProbe(model, metrics, **arguments)
+        self.probe.persistent()
         self._model = unwrap(model)
         self._each_layer = each_layer
         self._generators = [] if generation else [each for each in model.modules() if _generates(each)]
@@ -130,23 +131,39 @@ class Forwards:
             yield
         self._recorded |= self._finished
 
-    @contextlib.contextmanager
-    def unfinished(self) -> Iterator[LayerProbe]:
-        """Inside, the probe holds only what has yet to be read."""
-        with self.probe._without(self._finished):
-            yield self.probe
-
-    def load(self, state: dict[str, Any] | None, is_first: bool) -> None:
-        """Go on from what :meth:`unfinished` showed; the next window begins here.
+    def saved(self, records: bool) -> dict[str, Any] | None:
+        """The observations of all processes that are yet to be read; on the first, None on others; all call it.
 
         Args:
-            state: what all processes saw together.
-            is_first: whether this process carries it on; the others take over what is remembered of it.
+            records: whether a stage that has been read has yet to be recorded.
         """
-        if state is not None and is_first:
-            self.probe.load_state_dict(state)
-        elif state is not None:
-            load_remembered(dict(state), "", self.probe._remembered, self.probe._steps)
+        found = whole_state(self.probe, self._recorded if records else self._finished)
+        stages = {"finished": sorted(self._finished), "recorded": sorted(self._recorded)}
+        return None if found is None else found | stages
+
+    def load(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Begin anew, or go on from what :meth:`saved` gave; all processes call it.
+
+        Args:
+            saved: counts on the first process, None there for a beginning; an earlier release saved the state
+                of what had yet to be read alone.
+
+        Returns:
+            What else is in it, on all processes.
+
+        Raises:
+            ValueError: for the state of other layers or metrics.
+        """
+        self.reset()
+        told, error = on_first_process(
+            lambda: None if saved is None else {key: saved[key] for key in saved.keys() - STATES}, None
+        )
+        if error is not None:
+            raise error
+        if told is not None:
+            load_whole_state(self.probe, saved)
+            self._finished, self._recorded = (set(told.get(name, ())) for name in ("finished", "recorded"))
+        return told
 
     def compute_step(self, keep: Callable[[], None]) -> dict[tuple[str, str], float]:
         """(metric, layer) -> value at a step of training, of what was observed since the last such step.
@@ -171,12 +188,16 @@ class Forwards:
         self.probe._windows.advance(_READER, stage)
         return values
 
+    def leave(self) -> None:
+        """Observe nothing more; what was observed can still be saved."""
+        self.end()
+        self.probe.remove()
+
     def close(self) -> None:
         """The trainer is done, and the probe is its user's."""
-        self.end()
+        self.leave()
         for stage in STAGES:
             self.probe._windows.close(_READER, stage)
-        self.probe.remove()
 
     def _by_flag(self, training: bool) -> str:
         stage = stage_by_flag(training)

@@ -74,8 +74,8 @@ class Keeping:
         """Record an epoch, with the stages that have been observed since the last record."""
         if self.recorder is None:
             return
-        if self.epoch >= self.recorder.next_epoch:  # or it was recorded before a crash
-            with forwards.unrecorded():
+        with forwards.unrecorded():
+            if self.epoch >= self.recorder.next_epoch:  # or it was recorded before a crash
                 self.recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"))
         self.epoch += 1
 

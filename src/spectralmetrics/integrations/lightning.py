@@ -43,8 +43,11 @@ class LayerProbeCallback(Callback):
     evaluation inside a training step, and ``generate`` of a model of transformers are left out.
 
     After a fit or an evaluation ``probe`` still holds what was last observed in each stage:
-    ``callback.probe.summary("eval")``. A checkpoint holds what has been observed since the last values, on all
-    devices, so that an epoch can go on from its middle: of the layers that the first device has.
+    ``callback.probe.summary("eval")``.
+
+    A checkpoint holds what has been observed on all devices and is in no record yet. A fit that goes on from it
+    has the values and records of one that was not cut off, whenever the checkpoint was saved. On another number
+    of devices the sums are right, and other rows may be drawn.
 
     Args:
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars (a spectrum) are not
@@ -54,7 +57,8 @@ class LayerProbeCallback(Callback):
             :class:`~spectralmetrics.Recorder`. Each epoch of a fit becomes a record, with its last validation,
             and so does a validation outside of a fit, and what each layer showed since the trainer last logged,
             where it logs within an epoch. A directory may hold records only if the fit goes on from
-            a checkpoint. The function is called at each fit or validation.
+            a checkpoint; those that it holds from there on stay, and are not recorded again. The function is
+            called at each fit or validation.
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor` of the training, or a function from the probe to
             one: ``lambda probe: Monitor(probe, every=50, on_alarm="stop")``. Where it is to stop, the fit ends.
@@ -93,7 +97,9 @@ class LayerProbeCallback(Callback):
         self._keeping = Keeping(recorder)
         self._watching = Watching(monitor)
         self._forwards: Forwards | None = None  # while the trainer runs
-        self._saved: dict[str, Any] = {}
+        self._left: Forwards | None = None  # as a fit has left them, for checkpoints that are saved afterwards
+        self._saved: dict[str, Any] | None = None  # of the checkpoint from which a fit goes on
+        self._begun: int | None = None  # the trainer's epoch that has begun and whose end has yet to be seen
         self._step = 0  # of the optimizers, when the batch began
         self._loaders: list[dict[str, Tensor]] = []  # values of the loaders that an evaluation is through with
 
@@ -108,20 +114,22 @@ class LayerProbeCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew, or go on from a checkpoint."""
-        forwards = self._attach(pl_module)
-        forwards.reset()
-        # It holds what all processes saw together; one of them carries it on.
-        forwards.load(self._saved.get("probe"), trainer.is_global_zero)
-        epoch = None if trainer.ckpt_path is None else trainer.current_epoch
-        self._open(trainer, forwards, self._saved.get("epoch", epoch))
-        self._watching.keep(self._keeping)
-        self._saved = {}
+        self._go_on(trainer, pl_module)
+        if self._begun is not None and self._begun < trainer.current_epoch:
+            self._end_epoch(pl_module)  # the checkpoint is of its last batch: the trainer does not end it again
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the epoch of a checkpoint behind which there is nothing to train."""
+        if self._saved is not None:
+            self._go_on(trainer, pl_module)
+            if self._begun is not None:
+                self._end_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Observe the batch."""
-        self._step = trainer.global_step
+        self._step, self._begun = trainer.global_step, trainer.current_epoch
         forwards = self._attach(pl_module)
         forwards.begin("train", pl_module.training)
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
@@ -144,8 +152,9 @@ class LayerProbeCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the epoch's training forwards showed, and record it with the last validation."""
-        self._log(pl_module, "train")
-        self._keeping.record(self._attach(pl_module))
+        if self._begun is not None:  # or it had ended when the checkpoint was saved
+            self._log(pl_module, "train")
+            self._end_epoch(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew, with what the validation shows."""
@@ -192,23 +201,44 @@ class LayerProbeCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
-        self._detach()
+        if self._forwards is not None:
+            self._forwards.leave()  # a checkpoint may still be saved
+        self._detach(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
-        self._detach()
+        if self._forwards is not None:
+            self._forwards.close()
+        self._detach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The observations of all processes since the last values, and the number of the next record."""
-        if self._forwards is None:
+        """The observations of all processes that are in no record, and how far the fit is."""
+        forwards = self._forwards or self._left
+        saved = None if forwards is None else forwards.saved(bool(self._keeping))
+        if saved is None:
             return {}
-        with self._forwards.unfinished() as probe, probe.merged():
-            state = {key: value.clone() for key, value in probe.state_dict().items()}
-        return {"probe": state, "epoch": self._keeping.epoch} if self._keeping else {"probe": state}
+        return saved | {"begun": self._begun} | ({"epoch": self._keeping.epoch} if self._keeping else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's observations until the fit goes on."""
         self._saved = dict(state_dict)
+
+    def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        forwards = self._attach(pl_module)
+        told = forwards.load(self._saved)
+        self._saved = None
+        epoch = None if trainer.ckpt_path is None else trainer.current_epoch
+        number = epoch if told is None else told.get("epoch", epoch)
+        # Earlier releases did not say, but their records count as the trainer does.
+        self._begun = None if told is None else told.get("begun", number)
+        self._open(trainer, forwards, number)
+        self._watching.keep(self._keeping)
+
+    def _end_epoch(self, pl_module: LightningModule) -> None:
+        forwards = self._attach(pl_module)
+        forwards.finish("train")
+        self._keeping.record(forwards)
+        self._begun = None
 
     def _attach(self, pl_module: LightningModule) -> Forwards:
         if self._forwards is None:
@@ -225,10 +255,11 @@ class LayerProbeCallback(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which keeps nothing: neither logs nor checkpoints
             self._keeping.open(forwards, epoch)
 
-    def _detach(self) -> None:
+    def _detach(self, trainer: Trainer) -> None:
         self._keeping.close()
+        self._saved = None
         if self._forwards is not None:
-            self._forwards.close()
+            self._left = self._forwards if trainer.state.fn == "fit" else None
             self._forwards = None
 
     def _begin_evaluation(self, pl_module: LightningModule) -> None:

@@ -32,13 +32,13 @@ class Methods:
         self._owner = owner
         self._surrounded: list[tuple[str, Any, Any]] = []
 
-    def surround(self, name: str, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Run a method inside a context from now on."""
+    def surround(self, name: str, context: Callable[..., AbstractContextManager[Any]]) -> None:
+        """Run a method inside a context from now on, which gets the method's arguments."""
         method, before = getattr(self._owner, name), vars(self._owner).get(name)
 
         @functools.wraps(method)
         def surrounded(*args: Any, **kwargs: Any) -> Any:
-            with context():
+            with context(*args, **kwargs):
                 return method(*args, **kwargs)
 
         setattr(self._owner, name, surrounded)

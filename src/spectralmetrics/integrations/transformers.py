@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
+from spectralmetrics.integrations.resuming import read_state, write_state
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.processes import on_first_process
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 
@@ -64,6 +67,11 @@ class LayerProbeCallback(TrainerCallback):
     After a training or an evaluation ``probe`` still holds what was last observed in each stage:
     ``callback.probe.summary("eval")``.
 
+    The trainer's checkpoints hold what has been observed on all devices and is in no record yet, in
+    ``layer_probe_state.pt``. A training that goes on from one (``resume_from_checkpoint``) has the values and
+    records of one that was not cut off, whenever the checkpoint was saved. On another number of devices the
+    sums are right, and other rows may be drawn.
+
     Args:
         trainer: the trainer that the callback is added to; its model is probed at once.
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars are not logged.
@@ -76,11 +84,11 @@ class LayerProbeCallback(TrainerCallback):
             :class:`~spectralmetrics.Recorder`. Each epoch of a training becomes a record, with the evaluation
             that follows it (of several data sets the last), and so does an evaluation outside of a training,
             and what was observed since the trainer last logged, at steps at which it logs. A directory may hold
-            records only if training goes on from a checkpoint. The function is called at each of them.
+            records only if training goes on from a checkpoint; those that it holds from there on stay, and are
+            not recorded again. The function is called at each training and evaluation.
         each_layer: whether values of each layer are logged at steps, too, and not their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
             end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
-            What it remembers is saved in the trainer's checkpoints, and found again where they were written.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
@@ -130,6 +138,7 @@ class LayerProbeCallback(TrainerCallback):
         self._watching = Watching(monitor)
         self._awaited = 0  # evaluations that belong to the epoch that has ended
         self._arguments = arguments
+        self._given: Any = None  # the checkpoint that `train` was given
         self._evaluations = 0  # that run, one inside another
         self._forwards: Forwards | None = None
         self._masking: Masking | None = None
@@ -138,7 +147,7 @@ class LayerProbeCallback(TrainerCallback):
         if trainer.model is not None:
             self._attach(trainer.model)
         # No event tells that an evaluation begins, and none comes at the end of what fails.
-        self._methods.surround("train", self._keeping_open)
+        self._methods.surround("train", self._going_on)
         self._methods.surround("training_step", self._training)
         for name in ("evaluation_loop", "prediction_loop"):
             if hasattr(trainer, name):  # the second is gone since 5.0
@@ -164,20 +173,40 @@ class LayerProbeCallback(TrainerCallback):
         elif self._forwards is not None:  # maybe after an attempt with a batch size that was too large
             self._forwards.reset()
             self._watching.begin(self.probe)
-        if self._forwards is not None:
-            self._keeping.open(self._forwards, int(state.epoch or 0) if state.global_step else None)
-            self._watching.keep(self._keeping)
-        if state.global_step:  # it goes on from a checkpoint, whose place no event tells
-            given = args.resume_from_checkpoint
-            folders = [Path(given)] if isinstance(given, str) and given else []
-            self._watching.load([*folders, _checkpoint(args, state)])
+        self._awaited = 0
+        if (forwards := self._forwards) is None:
+            return
+        folders = self._resumed_from(args, state) if state.global_step else []
+        saved, error = on_first_process(lambda: read_state(folders, self._number()), None)
+        if error is not None:
+            raise error
+        told = forwards.load(saved)
+        if told is None:
+            self._watching.load(folders)  # of a checkpoint that has only the memory of a monitor
+        going_on = {"epoch": int(state.epoch or 0), "awaited": 0, **(told or {})} if state.global_step else {}
+        self._awaited = going_on.get("awaited", 0)
+        self._keeping.open(forwards, going_on.get("epoch"))
+        self._watching.keep(self._keeping)
+        if told is not None and "train" not in told["finished"] and float(state.epoch or 0).is_integer():
+            self._end_epoch()  # the checkpoint is of its last step: the trainer does not end it again
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save what the monitor remembers beside the trainer's state."""
-        if args.should_save and (folder := _checkpoint(args, state)).is_dir():
-            self._watching.save(folder)
+        """Save what is in no record yet beside the trainer's state; all processes have seen a part of it."""
+        if self._forwards is None:
+            return
+        saved = self._forwards.saved(bool(self._keeping))
+        folder = _checkpoint(args, state)
+
+        def write() -> None:
+            if saved is not None and args.should_save and folder.is_dir():
+                epoch = {"epoch": self._keeping.epoch} if self._keeping else {}
+                write_state(folder, saved | epoch | {"awaited": self._awaited}, self._number())
+
+        _, error = on_first_process(write, None)
+        if error is not None:
+            raise error
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,11 +235,9 @@ class LayerProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log what the epoch's training forwards showed; record it, with the evaluations that follow."""
-        self._log("train")
         sets = self._trainer.eval_dataset
-        self._awaited = len(sets) if control.should_evaluate and isinstance(sets, dict) else 1
-        if not control.should_evaluate:
-            self._record_epoch()
+        evaluations = len(sets) if isinstance(sets, dict) else 1
+        self._end_epoch(evaluations if control.should_evaluate else 0)
 
     def on_evaluate(
         self,
@@ -270,7 +297,7 @@ class LayerProbeCallback(TrainerCallback):
         self._forwards = self._model = None
 
     @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
+    def _training(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if self._forwards is None:
             yield
             return
@@ -286,7 +313,7 @@ class LayerProbeCallback(TrainerCallback):
                 self._forwards.end()
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _evaluating(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         forwards, self._evaluations = self._forwards, self._evaluations + 1
         try:
             if forwards is None:
@@ -305,11 +332,35 @@ class LayerProbeCallback(TrainerCallback):
             self._evaluations -= 1
 
     @contextlib.contextmanager
+    def _going_on(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Iterator[None]:
+        self._given = resume_from_checkpoint
+        with self._keeping_open():
+            yield
+
+    @contextlib.contextmanager
     def _keeping_open(self) -> Iterator[None]:
         try:
             yield
         finally:
             self._keeping.close()
+
+    def _number(self) -> int:
+        """The number of this callback among those like it, which save beside one another."""
+        callbacks = self._trainer.callback_handler.callbacks
+        alike = [each for each in callbacks if isinstance(each, LayerProbeCallback)]
+        return alike.index(self) if self in alike else 0
+
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
+        """The folders that may be the checkpoint from which the trainer goes on."""
+        given = [self._given] if self._given else [args.resume_from_checkpoint]
+        folders = [Path(each) for each in given if isinstance(each, (str, os.PathLike))]
+        return folders if folders and self._given else [*folders, _checkpoint(args, state)]
+
+    def _end_epoch(self, awaited: int = 0) -> None:
+        self._log("train")
+        self._awaited = max(awaited, 1)
+        if not awaited:
+            self._record_epoch()
 
     def _record_epoch(self) -> None:
         if self._awaited and self._forwards is not None:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from spectralmetrics.integrations.keeping import Keeping
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.windows import memory, take_over
+from spectralmetrics.probing.windows import take_over
 
 MakesMonitor: TypeAlias = Callable[[LayerProbe], Monitor]
 _FILE = "layer_probe_monitor.json"
@@ -65,13 +65,6 @@ class Watching:
             return False
         self.monitor.step()
         return self.monitor.should_stop
-
-    def save(self, folder: Path) -> None:
-        """Put what the monitor remembers into a folder, for a training that goes on from there."""
-        if self.monitor is not None:
-            probe = self.monitor.probe
-            text = json.dumps(memory(probe._remembered, probe._steps))
-            (folder / _FILE).write_text(text, encoding="utf-8")
 
     def load(self, folders: Iterable[Path]) -> None:
         """Go on with what the first of the folders has that has any."""

@@ -128,9 +128,7 @@ class SumsMetric(DealingMetric):
     def observe(self, observations: Observations, everything: Observations | None = None) -> None:
         """Like ``update``, without torchmetrics' wrapper; call it without gradients, outside inference mode.
 
-        Args:
-            observations: the observations to add.
-            everything: the rows that they were drawn from, for sums that take all rows; None for the same.
+        Sums that take all rows get ``everything``, from which the observations were drawn; None for the same.
         """
         count_update(self)
         live: _Live | None = self.__dict__["_live"]

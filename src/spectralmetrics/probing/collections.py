@@ -248,7 +248,11 @@ class LayerMetrics:
             if not isinstance(leader, SpectralMetric) or not leader.takes_observations:
                 leader.update(rows)
             elif not leader.needs_labels:
-                leader.observe(_grouped(observations, leader, groups), everything if is_whole else None)
+                grouped = _grouped(observations, leader, groups)
+                if everything is None or not is_whole:
+                    leader.observe(grouped)
+                else:
+                    leader.observe(grouped, everything)
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
         first = next((leader for leader in self.spectral_leaders if leader.folds > 1), None)

@@ -47,3 +47,9 @@ def from_text(key: str) -> Key:
     """The key for a name made by :func:`as_text`; ``""`` for the stage or layer that a scalar does not have."""
     statistic, stage, layer = (*key.split("/", 2), "", "")[:3]
     return statistic, stage, layer
+
+
+def module_key(stage: str, name: str) -> str:
+    """A key for ``nn.ModuleDict``, which takes neither dots nor the names of its own methods."""
+    name = name.replace("%", "%25").replace("/", "%2F")
+    return f"{stage}/{name.replace('.', '/')}"

@@ -34,7 +34,7 @@ from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHo
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
 from spectralmetrics.probing.hooks import Hooks, Select, Weakly, warn_user
 from spectralmetrics.probing.identity import Identity, is_one_of_several
-from spectralmetrics.probing.keys import Key, ProbeReading, as_text
+from spectralmetrics.probing.keys import Key, ProbeReading, as_text, module_key
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
@@ -81,7 +81,15 @@ from spectralmetrics.probing.summary import (
     summary_rows,
     threshold_of,
 )
-from spectralmetrics.probing.windows import Windows, load_remembered, put_back, save_remembered, take_out
+from spectralmetrics.probing.windows import (
+    Windows,
+    load_remembered,
+    load_updates,
+    put_back,
+    save_remembered,
+    save_updates,
+    take_out,
+)
 from spectralmetrics.sums import Sum, compiled
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
 
@@ -258,7 +266,7 @@ class LayerProbe(nn.Module):
             for number, name in enumerate(chosen)
         }
         self.metrics = nn.ModuleDict(
-            {_module_key(*place): of_layer.kept for place, of_layer in self._places.items()}
+            {module_key(*place): of_layer.kept for place, of_layer in self._places.items()}
         )
         self._resets: list[str | None] = []  # calls of reset() inside merged(), done at its end
         deals = any(isinstance(m, SpectralMetric) and m.folds > 1 for m in templates.values())
@@ -1169,6 +1177,8 @@ class LayerProbe(nn.Module):
         if self._is_persistent:
             order = [self._layers.index(name) for name in self._router.order]
             saving.save_progress(destination, prefix, list(self._places.values()), self._steps, order)
+            for place, of_layer in self._places.items():
+                save_updates(destination, f"{prefix}metrics.{module_key(*place)}.", of_layer)
             save_remembered(destination, prefix, self._remembered, self._steps)
 
     def _load_from_state_dict(
@@ -1184,8 +1194,9 @@ class LayerProbe(nn.Module):
         self._windows.forget()
         load_remembered(state_dict, prefix, self._remembered, self._steps)
         for place, of_layer in self._places.items():
-            start = f"{prefix}metrics.{_module_key(*place)}."
+            start = f"{prefix}metrics.{module_key(*place)}."
             saving.give_to_leaders(state_dict, start, of_layer)
+            load_updates(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
                 if any(key.endswith(".sketch_image") for key in names):  # it was too wide for a covariance
@@ -1285,7 +1296,7 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
         kept = collect(probe._templates)
         for key, place in probe._places.items():
             place.keep(kept)
-            probe.metrics[_module_key(*key)] = place.kept
+            probe.metrics[module_key(*key)] = place.kept
             for leader in place.spectral_leaders if pinned[key] else ():
                 leader._pinned_device = pinned[key][0]
         if probe._is_persistent:
@@ -1371,9 +1382,3 @@ def _with_folds(metric: Metric, folds: int) -> Metric:
     return (
         metric.with_folds(folds) if isinstance(metric, SpectralMetric) and metric.takes_observations else metric
     )
-
-
-def _module_key(stage: str, name: str) -> str:
-    """A key for ``nn.ModuleDict``, which takes neither dots nor the names of its own methods."""
-    name = name.replace("%", "%25").replace("/", "%2F")
-    return f"{stage}/{name.replace('.', '/')}"

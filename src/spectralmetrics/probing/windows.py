@@ -95,18 +95,25 @@ class LayerWindow:
         self._earlier: Taken | None = None  # set aside while the layer holds the later sums
         self._pieces: list[Taken] = []  # the sums that some reader has yet to read, in order
         self._begins: dict[str, int] = {}  # reader -> the first piece that it has yet to read
+        self._given: dict[str, Taken] = {}  # reader -> what it has yet to read before these
 
     def advance(self, reader: str) -> None:
         """Begin a reader's window here: its first, or the next after it has read everything."""
         self.join()
         self._place.before_update = self._cut
         self._begins[reader] = len(self._pieces)
+        self._given.pop(reader, None)
         self._drop()
+
+    def give(self, reader: str, taken: Taken) -> None:
+        """Have a reader who begins here read this first, which the layer holds already."""
+        self._given[reader] = taken
 
     def close(self, reader: str) -> None:
         """Forget a reader."""
         self.join()
         self._begins.pop(reader, None)
+        self._given.pop(reader, None)
         self._drop()
         if not self._begins:
             self._place.before_update = None
@@ -135,7 +142,8 @@ class LayerWindow:
         self.join()
         whole = take_out(self._place, to_merge=True)
         try:
-            for piece in self._pieces[self._begins[reader] :]:
+            given = [self._given[reader]] if reader in self._given else []
+            for piece in [*given, *self._pieces[self._begins[reader] :]]:
                 merge_in(self._place, piece)
             yield
         finally:
@@ -175,6 +183,15 @@ class Windows:
         """Begin a reader's next window of these layers of a stage; None: of all layers."""
         for window in self._of(stage, layers):
             window.advance(reader)
+
+    def readers(self) -> list[tuple[str, str]]:
+        """Each reader with a stage that it reads; the same on all processes, in one order."""
+        return sorted({(reader, key[0]) for key, window in self._windows.items() for reader in window._begins})
+
+    def give(self, reader: str, taken: Mapping[tuple[str, str], Taken]) -> None:
+        """Have a reader who begins here read this of some layers first, which they hold already."""
+        for key, each in taken.items():
+            self._windows[key].give(reader, each)
 
     def close(self, reader: str, stage: str) -> None:
         """Forget a reader in a stage."""
@@ -225,6 +242,30 @@ def load_remembered(
     saved = state_dict.pop(prefix + "remembered", None)
     if saved is not None:
         take_over(json.loads(bytes(saved.tolist())), remembered, steps)
+
+
+def save_updates(destination: dict[str, Any], start: str, place: LayerMetrics) -> None:
+    """Put into a state dict how often a layer's metrics of other libraries were updated, which weighs merges.
+
+    Args:
+        destination: the state dict.
+        start: the beginning of the layer's keys.
+        place: the layer.
+    """
+    for name, leader in _others(place):
+        destination[f"{start}{name}.update_count"] = torch.tensor(count_of_updates(leader))
+
+
+def load_updates(state_dict: dict[str, Any], start: str, place: LayerMetrics) -> None:
+    """Take out of a state dict what :func:`save_updates` put there; up to 0.2.0 there was nothing."""
+    for name, leader in _others(place):
+        if (saved := state_dict.pop(f"{start}{name}.update_count", None)) is not None:
+            count_of_updates(leader, int(saved))
+
+
+def _others(place: LayerMetrics) -> list[tuple[str, Any]]:
+    """The metrics of other libraries; those of this package say by their sums whether they have any."""
+    return [(name, leader) for name, leader in place.kept.items() if not isinstance(leader, SpectralMetric)]
 
 
 def memory(remembered: Mapping[str, Any], steps: Steps) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Records of a training that was cut off and went on, beside those of one that was not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from spectralmetrics import CovarianceTraceMetric, SaturationMetric, read_records
+from tests.integrations.rows import Rows
+
+NAMES = ("epoch", "step", "stage", "statistic", "layer")
+
+
+def metrics():
+    """One of another library, and two with intervals."""
+    return {"rows": Rows(), "variance": CovarianceTraceMetric(), "saturation": SaturationMetric()}
+
+
+def drawing():
+    """Arguments of a probe whose draws depend on how far it was."""
+    return {"folds": 2, "rows_per_feature": 0.5, "every_n_steps": 2, "each_layer": True}
+
+
+def numbers(run):
+    """The numbers of each row of a run, by what they are of; a row that is there twice is an error."""
+    found = {}
+    for row in read_records(run):
+        key = tuple(row[name] for name in NAMES)
+        assert key not in found
+        found[key] = [row[name] for name in ("value", "low", "high")]
+    return found
+
+
+def differing(run, expected, counts=lambda key: True):
+    """Rows of a run that are not these, those that it lacks, and others that it has, among those that count."""
+    found = numbers(run)
+    return {
+        key: (found.get(key), expected.get(key))
+        for key in filter(counts, found.keys() | expected.keys())
+        if found.get(key) != pytest.approx(expected.get(key), rel=1e-9, nan_ok=True)
+    }
+
+
+def remembered(monitor):
+    """The numbers that a monitor remembers, one beside another."""
+
+    def numbers(value):
+        if isinstance(value, dict):
+            return [each for key in sorted(value) for each in numbers(value[key])]
+        return [each for part in value for each in numbers(part)] if isinstance(value, list) else [value]
+
+    return numbers(monitor._past)
+
+
+def on_two_processes(kind, folder):
+    """The numbers of a training in one go, and those of one that was cut off that differ."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+    ]
+    script = ["-m", "tests.integrations.resuming_processes", kind, str(folder)]
+    subprocess.run(command + script, check=True, timeout=240, capture_output=True)
+    expected = numbers(folder / "whole")
+    return expected, differing(folder / "cut", expected)

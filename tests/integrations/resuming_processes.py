@@ -1,0 +1,33 @@
+"""Both trainers on two processes as a script: a training in one go, and one that is cut off and goes on."""
+
+import sys
+import warnings
+from pathlib import Path
+
+from tests.integrations import test_resuming_lightning, test_resuming_transformers
+
+
+def fit(folder):
+    two = {"strategy": "ddp", "devices": 2}
+    test_resuming_lightning.fit(folder, [test_resuming_lightning.callback(folder / "whole")], **two)
+    saved = folder / "saved.ckpt"
+    cut = test_resuming_lightning.Saving(saved, "on_train_batch_end", 2, 0)
+    try:
+        test_resuming_lightning.fit(folder, [test_resuming_lightning.callback(folder / "cut"), cut], **two)
+    except KeyError:
+        test_resuming_lightning.fit(folder, [test_resuming_lightning.callback(folder / "cut")], saved, **two)
+
+
+def train(folder):
+    how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "epoch", "ddp_backend": "gloo"}
+    test_resuming_transformers.train(folder / "other", folder / "whole", **how)
+    try:
+        test_resuming_transformers.train(folder, folder / "cut", fails_at=5, **how)
+    except KeyError:
+        test_resuming_transformers.train(folder, folder / "cut", str(folder / "checkpoint-4"), **how)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    kind, folder = sys.argv[1:]
+    {"lightning": fit, "transformers": train}[kind](Path(folder))
