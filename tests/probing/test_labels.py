@@ -197,9 +197,7 @@ def test_labels_of_another_number_of_samples_are_left_out(parts):
     for step in range(2):
         with contextlib.ExitStack() as stack:
             if not step:  # said once
-                stack.enter_context(
-                    pytest.warns(UserWarning, match=r"fit no output of some layers: 'head' ")
-                )
+                stack.enter_context(pytest.warns(UserWarning, match=r"fit no output of some layers: 'head' "))
             stack.enter_context(probe.labels(labels))
             model(features)
     with pytest.warns(UserWarning, match="'linear_probe' in eval is left out, since no labels came for 'head'"):

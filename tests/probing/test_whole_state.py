@@ -111,7 +111,7 @@ def test_other_layers_than_those_that_were_saved():
         assert values[f"rows/train/{name}"] == 30
         assert float(values[f"trace/train/{name}"]) == pytest.approx(float(each.var(0, correction=0).sum()))
     model, probe = layered("a")
-    with pytest.raises(ValueError, match="layers that this probe has on some process, got that of 'b'"):
+    with pytest.raises(ValueError, match="layers that this probe has on some process, got a state of 'b'"):
         load_whole_state(probe, saved)
 
 

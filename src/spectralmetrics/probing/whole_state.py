@@ -26,10 +26,10 @@ from spectralmetrics.probing.windows import Taken, merge_in, take_out
 from spectralmetrics.sums.merging import gather_objects
 
 WholeState: TypeAlias = dict[str, Any]
-"""The state dict of each process, with merged sums, of which each is in one state dict alone.
+"""The state dict of each process, with merged sums; each sum is in one state dict only.
 
-``"probe"`` is that of the first process, ``"others"`` those of the others, ``"layers"`` the layers of each, and
-``"windows"`` has by reader and stage the first two of these for what that reader has yet to read.
+``"probe"`` is the first process' state dict, ``"others"`` the others' state dicts, ``"layers"`` the layers of
+each, and ``"windows"`` has by reader and stage the first two of these for rows that the reader has yet to read.
 """
 STATES = ("probe", "others", "layers", "windows")
 """The keys of a whole state."""
@@ -185,7 +185,7 @@ def _regrouped(
     known = {layer for own in before for layer in own}
     if missing := sorted(known - {layer for own in layers for layer in own}):
         raise ValueError(
-            "expected the state of layers that this probe has on some process, got that of"
+            "expected the state of layers that this probe has on some process, got a state of"
             f" {', '.join(map(repr, missing))}"
         )
     shares: list[list[_State]] = []
@@ -214,7 +214,7 @@ def _progress(
     layers: Sequence[Sequence[str]],
     own: Sequence[str],
 ) -> _State:
-    """The progress of a process with these layers: that of the furthest, so that nothing is drawn twice."""
+    """The progress for a process with these layers: the furthest of all, so that nothing is drawn twice."""
     found: _State = {}
     for key, value in ((key, value) for state in states for key, value in state.items()):
         if key.endswith(_PROGRESS) and any(

@@ -264,7 +264,7 @@ def load_updates(state_dict: dict[str, Any], start: str, place: LayerMetrics) ->
 
 
 def _others(place: LayerMetrics) -> list[tuple[str, Any]]:
-    """The metrics of other libraries; those of this package say by their sums whether they have any."""
+    """The metrics of other libraries; metrics of this package show by their sums if they have data."""
     return [(name, leader) for name, leader in place.kept.items() if not isinstance(leader, SpectralMetric)]
 
 
