@@ -31,18 +31,17 @@ _READER = "log"
 
 
 class Forwards:
-    """Probes the model of a trainer, and tells the probe what the trainer is doing.
+    """Probes the model of a trainer; the trainer's work decides the stage of each forward.
 
-    The ``training`` flags of layers do not tell it: a frozen layer in eval mode takes part in training all the
-    same, and its forwards count in ``"train"``. What runs in a validation counts in ``"eval"``, whatever its
-    mode.
+    The ``training`` flags of layers do not decide: a frozen layer in eval mode takes part in training, and its
+    forwards count in ``"train"``. All forwards of a validation count in ``"eval"``, whatever their mode.
 
     Args:
-        model: the model that is trained; wrappers are looked through.
+        model: the model that is trained, or a wrapper of it.
         metrics: see :class:`~spectralmetrics.LayerProbe`.
-        generation: whether what ``generate`` of a model of transformers runs counts. It runs the encoder
+        generation: True counts the forwards of ``generate`` of a model of transformers. It runs the encoder
             again, and feeds the decoder tokens that are not in the data.
-        each_layer: whether values at steps are those of each layer, too, and not the means alone.
+        each_layer: True gives the values of each layer at steps; False the means over the layers alone.
         **arguments: see :class:`~spectralmetrics.LayerProbe`.
 
     Attributes:
@@ -121,7 +120,7 @@ class Forwards:
             self._begin_anew(each)
 
     def finish(self, stage: Stage) -> None:
-        """A stage has been read. The probe keeps it for whoever looks, until its next forward."""
+        """Note that a stage has been read. The probe keeps it for the user until the stage's next forward."""
         self._finished.add(stage)
 
     @contextlib.contextmanager
@@ -132,38 +131,38 @@ class Forwards:
         self._recorded |= self._finished
 
     def saved(self, records: bool) -> dict[str, Any] | None:
-        """The observations of all processes that are yet to be read; on the first, None on others; all call it.
+        """The unread observations of all processes, on the first process; None on the others. All call it.
 
         Args:
-            records: whether a stage that has been read has yet to be recorded.
+            records: True if there is a recorder, so that stages without a record are unread.
         """
         found = whole_state(self.probe, self._recorded if records else self._finished)
         stages = {"finished": sorted(self._finished), "recorded": sorted(self._recorded)}
         return None if found is None else found | stages
 
     def load(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Begin anew, or go on from what :meth:`saved` gave; all processes call it.
+        """Begin anew, or go on from a state of :meth:`saved`; all processes call it.
 
         Args:
-            saved: counts on the first process, None there for a beginning; an earlier release saved the state
-                of what had yet to be read alone.
+            saved: the state, used on the first process alone; None begins anew. Earlier releases saved the
+                unread observations alone.
 
         Returns:
-            What else is in it, on all processes.
+            The other entries of the state, on all processes; None for a beginning.
 
         Raises:
             ValueError: for the state of other layers or metrics.
         """
         self.reset()
-        told, error = on_first_process(
+        entries, error = on_first_process(
             lambda: None if saved is None else {key: saved[key] for key in saved.keys() - STATES}, None
         )
         if error is not None:
             raise error
-        if told is not None:
+        if entries is not None:
             load_whole_state(self.probe, saved)
-            self._finished, self._recorded = (set(told.get(name, ())) for name in ("finished", "recorded"))
-        return told
+            self._finished, self._recorded = (set(entries.get(name, ())) for name in ("finished", "recorded"))
+        return entries
 
     def compute_step(self, keep: Callable[[], None]) -> dict[tuple[str, str], float]:
         """(metric, layer) -> value at a step of training, of what was observed since the last such step.

@@ -31,7 +31,7 @@ class LayerProbeCallback(Callback):
 
     Values go through ``log_dict``, so that every Lightning logger gets them and ``EarlyStopping`` or
     ``ModelCheckpoint`` can monitor them, as ``"saturation/eval/model.0"`` or ``"saturation/eval/mean"``. On
-    several devices values are those of all of them together.
+    several devices, values are computed from the observations of all devices.
 
     - Training values of an epoch are logged at its end. Whenever the trainer logs, the means over the layers
       are logged too, of what was observed since it last logged.
@@ -39,7 +39,7 @@ class LayerProbeCallback(Callback):
       on name the values of each; those without this suffix are of all loaders together.
 
     Only the trainer's batches are observed: training batches as ``"train"``, frozen layers in eval mode
-    included, those of a validation or test as ``"eval"``. The sanity check, trials of a batch size, an
+    included, batches of a validation or test as ``"eval"``. The sanity check, trials of a batch size, an
     evaluation inside a training step, and ``generate`` of a model of transformers are left out.
 
     After a fit or an evaluation ``probe`` still holds what was last observed in each stage:
@@ -52,14 +52,14 @@ class LayerProbeCallback(Callback):
     Args:
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars (a spectrum) are not
             logged; read them from ``probe`` in a callback of your own.
-        generation: whether to observe what ``generate`` of a model of transformers runs.
+        generation: True observes the forwards of ``generate`` of a model of transformers, too.
         recorder: a directory for records and arrays, or a function from the probe to a
             :class:`~spectralmetrics.Recorder`. Each epoch of a fit becomes a record, with its last validation,
             and so does a validation outside of a fit, and what each layer showed since the trainer last logged,
             where it logs within an epoch. A directory may hold records only if the fit goes on from
             a checkpoint; those that it holds from there on stay, and are not recorded again. The function is
             called at each fit or validation.
-        each_layer: whether values of each layer are logged at steps, too, and not their means alone.
+        each_layer: True logs the values of each layer at steps, too; False their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor` of the training, or a function from the probe to
             one: ``lambda probe: Monitor(probe, every=50, on_alarm="stop")``. Where it is to stop, the fit ends.
             The recorder keeps its alarms.
@@ -139,7 +139,7 @@ class LayerProbeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look away; at a step of the optimizer ask the monitor, and log and record if the trainer logs."""
+        """Stop observing; after an optimizer step, run the monitor, and log and record if the trainer logs."""
         forwards = self._attach(pl_module)
         forwards.end(observes=False)
         step = trainer.global_step
@@ -172,7 +172,7 @@ class LayerProbeCallback(Callback):
             self._begin_batch(pl_module, dataloader_idx)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Look away."""
+        """Stop observing."""
         self._attach(pl_module).end(observes=False)
 
     def on_test_batch_start(
@@ -182,7 +182,7 @@ class LayerProbeCallback(Callback):
         self._begin_batch(pl_module, dataloader_idx)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Look away."""
+        """Stop observing."""
         self._attach(pl_module).end(observes=False)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,12 +225,12 @@ class LayerProbeCallback(Callback):
 
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         forwards = self._attach(pl_module)
-        told = forwards.load(self._saved)
+        entries = forwards.load(self._saved)
         self._saved = None
         epoch = None if trainer.ckpt_path is None else trainer.current_epoch
-        number = epoch if told is None else told.get("epoch", epoch)
-        # Earlier releases did not say, but their records count as the trainer does.
-        self._begun = None if told is None else told.get("begun", number)
+        number = epoch if entries is None else entries.get("epoch", epoch)
+        # Earlier releases did not save it, but their records are numbered as the trainer's epochs.
+        self._begun = None if entries is None else entries.get("begun", number)
         self._open(trainer, forwards, number)
         self._watching.keep(self._keeping)
 
@@ -297,7 +297,7 @@ class LayerProbeCallback(Callback):
             f"{metric}/{stage}/{layer}{suffix}": torch.tensor(value, dtype=torch.float64)
             for (metric, layer), value in values.items()
         }
-        # All processes have the same values, in orders of their own. Lightning reduces and warns unless it is
-        # told that a value is to be reduced, but belongs to one process alone; each process logs it all the
-        # same, so that callbacks can monitor it.
+        # All processes have the same values, in different orders. These two arguments together keep Lightning
+        # from reducing the values and from a warning. Each process logs them, so that callbacks can monitor
+        # them.
         pl_module.log_dict(named, sync_dist=True, rank_zero_only=True, **how)

@@ -3,7 +3,7 @@
 A model with one sequence has one mask. An encoder-decoder model has two: the encoder's layers see the source
 sequence, the decoder's the target, and the keys and values of cross-attention, which lie in the decoder, are
 made of the encoder's output and see the source again. As both sequences may have the same length, the shape of
-a mask does not tell where it belongs.
+a mask does not decide where it belongs.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Methods:
         self._surrounded.append((name, surrounded, before))
 
     def restore(self) -> None:
-        """Put the methods back, but for those that somebody else has surrounded since."""
+        """Put the methods back, except those that other code has wrapped since."""
         while self._surrounded:
             name, surrounded, before = self._surrounded.pop()
             if vars(self._owner).get(name) is not surrounded:

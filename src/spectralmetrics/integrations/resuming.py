@@ -14,9 +14,9 @@ def write_state(folder: Path, saved: Mapping[str, Any], number: int) -> None:
     """Put a state of tensors, numbers and names into a folder, whole or not at all.
 
     Args:
-        folder: of the trainer's checkpoint.
+        folder: folder of the trainer's checkpoint.
         saved: the state.
-        number: the number of the callback among those of the trainer.
+        number: index of the callback among the callbacks of this type on the trainer.
     """
     file = folder / _name(number)
     beside = folder / f".{file.name}.{os.getpid()}"

@@ -52,12 +52,12 @@ class LayerProbeCallback(TrainerCallback):
       ``"eval_saturation/{layer}"``, ``"eval_saturation/mean"``. ``EarlyStoppingCallback`` finds them there, and
       so do callbacks of your own that are added later.
     - All of them are in ``trainer.state.log_history`` and reach TensorBoard, Weights & Biases, MLflow and
-      whatever else the trainer reports to. The progress bar and the printed log show the means alone.
+      every other logger of the trainer. The progress bar and the printed log show the means alone.
 
-    On several devices values are those of all together. In the trainer's work a training step is observed as
-    ``"train"``, with frozen layers that are in eval mode, and an evaluation or prediction as ``"eval"``. What
-    ``generate`` runs in either, an evaluation inside a training step, and an attempt with a batch size that did
-    not fit are left out.
+    On several devices, values are computed from the observations of all devices. A training step of the trainer
+    is observed as ``"train"``, with frozen layers that are in eval mode, and an evaluation or prediction as
+    ``"eval"``. The forwards of ``generate`` in either, an evaluation inside a training step, and an attempt
+    with a batch size that did not fit are left out.
 
     Padding is left out, by the masks that the model is called with. In an encoder-decoder model the encoder's
     layers and the keys and values of cross-attention go by ``attention_mask``, all others by
@@ -75,18 +75,18 @@ class LayerProbeCallback(TrainerCallback):
     Args:
         trainer: the trainer that the callback is added to; its model is probed at once.
         metrics: as for :class:`~spectralmetrics.LayerProbe`. Values that are no scalars are not logged.
-        attention_mask: name of the model's argument that tells valid tokens, (N, T), non-zero for valid; None
+        attention_mask: name of the model's argument that marks valid tokens, (N, T), non-zero for valid; None
             counts padding, too.
         decoder_attention_mask: likewise for the decoder of an encoder-decoder model; None counts its padding.
-        generation: whether to observe what ``generate`` runs: it runs an encoder again, and counts tokens that
-            are not in the data.
+        generation: True observes the forwards of ``generate``, too: it runs an encoder again, and feeds tokens
+            that are not in the data.
         recorder: a directory for records and arrays, or a function from the probe to a
             :class:`~spectralmetrics.Recorder`. Each epoch of a training becomes a record, with the evaluation
             that follows it (of several data sets the last), and so does an evaluation outside of a training,
             and what was observed since the trainer last logged, at steps at which it logs. A directory may hold
             records only if training goes on from a checkpoint; those that it holds from there on stay, and are
             not recorded again. The function is called at each training and evaluation.
-        each_layer: whether values of each layer are logged at steps, too, and not their means alone.
+        each_layer: True logs the values of each layer at steps, too; False their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
             end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
@@ -146,7 +146,7 @@ class LayerProbeCallback(TrainerCallback):
         self._methods = Methods(trainer)
         if trainer.model is not None:
             self._attach(trainer.model)
-        # No event tells that an evaluation begins, and none comes at the end of what fails.
+        # There is no event at the beginning of an evaluation, and none at the end of one that fails.
         self._methods.surround("train", self._going_on)
         self._methods.surround("training_step", self._training)
         for name in ("evaluation_loop", "prediction_loop"):
@@ -180,14 +180,16 @@ class LayerProbeCallback(TrainerCallback):
         saved, error = on_first_process(lambda: read_state(folders, self._number()), None)
         if error is not None:
             raise error
-        told = forwards.load(saved)
-        if told is None:
+        entries = forwards.load(saved)
+        if entries is None:
             self._watching.load(folders)  # of a checkpoint that has only the memory of a monitor
-        going_on = {"epoch": int(state.epoch or 0), "awaited": 0, **(told or {})} if state.global_step else {}
+        going_on = (
+            {"epoch": int(state.epoch or 0), "awaited": 0, **(entries or {})} if state.global_step else {}
+        )
         self._awaited = going_on.get("awaited", 0)
         self._keeping.open(forwards, going_on.get("epoch"))
         self._watching.keep(self._keeping)
-        if told is not None and "train" not in told["finished"] and float(state.epoch or 0).is_integer():
+        if entries is not None and "train" not in entries["finished"] and float(state.epoch or 0).is_integer():
             self._end_epoch()  # the checkpoint is of its last step: the trainer does not end it again
 
     def on_save(
@@ -318,7 +320,7 @@ class LayerProbeCallback(TrainerCallback):
         try:
             if forwards is None:
                 yield
-            elif self._evaluations > 1:  # by `compute_metrics`, say; the values are those of the outer one
+            elif self._evaluations > 1:  # by `compute_metrics`, for example; only the outer one counts
                 with self.probe.paused():
                     yield
             else:
@@ -407,7 +409,7 @@ class LayerProbeCallback(TrainerCallback):
             handler.callbacks = callbacks
 
     def _go_before_early_stopping(self) -> None:
-        """Whoever stops early reads the metrics when it is its turn, and must find the values there."""
+        """Move this callback before early stopping, which reads the metrics in its turn."""
         callbacks = self._trainer.callback_handler.callbacks
         first = next((k for k, each in enumerate(callbacks) if isinstance(each, EarlyStoppingCallback)), None)
         if first is not None and self in callbacks and callbacks.index(self) > first:

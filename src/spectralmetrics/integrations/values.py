@@ -45,7 +45,7 @@ def loggable(values: Mapping[str, Any]) -> dict[str, float]:
     name longer than 250 characters is cut; names stay apart from one another.
 
     Args:
-        values: what :meth:`LayerProbe.compute` or :meth:`Recorder.record` returned.
+        values: the dict from :meth:`LayerProbe.compute` or :meth:`Recorder.record`.
 
     Raises:
         TypeError: for anything but a dict with names as keys.
