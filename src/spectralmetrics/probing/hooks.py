@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -44,6 +45,19 @@ from spectralmetrics.torch_private import (
 )
 
 _logger = logging.getLogger("spectralmetrics")
+
+# Packages whose frames lie between a warning and the user's line.
+_BETWEEN = {
+    "accelerate",
+    "contextlib",
+    "functools",
+    "lightning",
+    "pytorch_lightning",
+    "spectralmetrics",
+    "torch",
+    "torchmetrics",
+    "transformers",
+}
 
 Select = Callable[..., Any]
 Observe = Callable[[nn.Module, Any, bool, Select | None], None]
@@ -227,9 +241,17 @@ skip_frames(Entering.__call__.__code__)
 def warn_user(message: str) -> None:
     """Warn, or log where warnings are errors: a warning in a forward must not end it."""
     try:
-        warnings.warn(message, UserWarning, stacklevel=4)
+        warnings.warn(message, UserWarning, stacklevel=level_of_user())
     except UserWarning:
         _logger.warning(message)
+
+
+def level_of_user() -> int:
+    """The ``stacklevel`` with which a warning of the calling function points at the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:

@@ -32,7 +32,7 @@ from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly, warn_user
+from spectralmetrics.probing.hooks import Hooks, Select, Weakly, level_of_user, warn_user
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text, module_key
 from spectralmetrics.probing.layout import find_layout
@@ -284,6 +284,7 @@ class LayerProbe(nn.Module):
         )
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
+        self._warned: set[str] = set()  # stages and layers without observations that have been named
         self._windows = Windows(self._places)
         self._remembered: dict[str, dict[str, Any]] = {}  # by reader of windows; saved with the states
         self._identity = Identity(chosen)
@@ -519,11 +520,11 @@ class LayerProbe(nn.Module):
         values: dict[Key, Any] = {}
         has_data = False
         for stage, of_stage in readings.items():
-            new = report_readings(stage, of_stage, self._names)
+            new = report_readings(stage, of_stage, self._names, self._warned)
             has_data = has_data or new is not None
             values.update(new or {})
         if not has_data:
-            warnings.warn(self._nothing_in(list(readings)), UserWarning, stacklevel=4)
+            warnings.warn(self._nothing_in(list(readings)), UserWarning, stacklevel=level_of_user())
         return values
 
     def _nothing_in(self, stages: Sequence[str]) -> str:
@@ -963,7 +964,7 @@ class LayerProbe(nn.Module):
                 each.left_out = 0
             covariances = report_covariances(stage, by_layer)
             if covariances is None:
-                warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=2)
+                warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=level_of_user())
         return covariances or {}
 
     @property

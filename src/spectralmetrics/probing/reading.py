@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
+from spectralmetrics.probing.hooks import level_of_user
 from spectralmetrics.probing.keys import Key
 from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
@@ -144,7 +145,7 @@ def read_others(place: LayerMetrics, question: Question, reading: Reading) -> No
 
 
 def report_readings(
-    stage: str, readings: Mapping[str, Reading], names: Collection[str]
+    stage: str, readings: Mapping[str, Reading], names: Collection[str], warned: set[str]
 ) -> dict[Key, Any] | None:
     """The values of one stage, with warnings about them; None if no layer has data.
 
@@ -152,6 +153,7 @@ def report_readings(
         stage: the stage of the readings.
         readings: layer -> its reading, in the order of the values.
         names: the names of the metrics, in the order of the values.
+        warned: stages and layers without observations that have been named; each of these is named once.
 
     Raises:
         RuntimeError: if observations were not finite and a metric has ``nan_strategy="error"``.
@@ -185,12 +187,17 @@ def report_readings(
         )
     if few := [f"{layer!r} ({reading.few})" for layer, reading in seen.items() if reading.few]:
         _warn(
-            f"in {stage} there are fewer observations than twice the dimension found, which is too small then:"
+            f"in {stage} the dimension is probably too small, with fewer observations than twice its value:"
             f" {', '.join(few)}; observe more, or ask for intervals with folds=8"
         )
     if seen and len(seen) < len(readings):
         unseen = ", ".join(repr(layer) for layer in readings if layer not in seen)
-        _warn(f"layers that saw nothing in {stage} are left out: {unseen}")
+        if f"{stage}: {unseen}" not in warned:
+            warned.add(f"{stage}: {unseen}")
+            _warn(
+                f"layers that saw nothing in {stage} are left out: {unseen}. They did not run, or the model"
+                " uses their weights without calling them"
+            )
     values = {
         (name, stage, layer): reading.values[name]
         for layer, reading in seen.items()
@@ -250,9 +257,9 @@ def report_covariances(stage: str, read: Mapping[str, Covariance]) -> dict[str, 
     Warnings name the layers without a covariance, also those with an error by ``nan_strategy="error"``.
     """
     if left_out := [f"{each.left_out} of {layer!r}" for layer, each in read.items() if each.left_out]:
-        _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)), stacklevel=4)
+        _warn(_OF_LEFT_OUT.format(stage, ", ".join(left_out)))
     if failed := [f"{layer!r} ({each.failed})" for layer, each in read.items() if each.failed]:
-        _warn(f"covariances that are not there in {stage} are left out: {', '.join(failed)}", stacklevel=4)
+        _warn(f"covariances that are not there in {stage} are left out: {', '.join(failed)}")
     covariances = {layer: each.value for layer, each in read.items() if each.value is not None}
     return covariances if failed or any(each.seen for each in read.values()) else None
 
@@ -336,7 +343,7 @@ def nothing_observed(
         other = next(place.stage for place in places if place.forwards)
         reason = f"the layers ran in {other} only; the stage is the layer's own `training` flag"
     elif is_off:
-        reason = "the probe is paused or removed"
+        reason = "no probed layer has run since the probe was made or reset, and it is paused or removed now"
     elif ignores_hooks():
         reason = (
             "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
@@ -360,5 +367,5 @@ def _left_out(place: LayerMetrics, counted: Counted) -> Reading:
     return Reading(left_out=dropped if "warn" in strategies else 0)
 
 
-def _warn(message: str, stacklevel: int = 6) -> None:
-    warnings.warn(message, UserWarning, stacklevel=stacklevel)
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=level_of_user())

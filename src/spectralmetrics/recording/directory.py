@@ -140,7 +140,7 @@ class RunDirectory:
         if holding:
             raise FileExistsError(
                 f"{self.directory} already holds records ({', '.join(holding)}); mode='resume' goes on after"
-                " them, mode='overwrite' removes them"
+                " them, mode='overwrite' removes them (arguments of Recorder); or choose another directory"
             )
 
     def _prepare(self, mode: Mode) -> None:

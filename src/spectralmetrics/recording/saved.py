@@ -50,12 +50,18 @@ class SavedRun:
 
     def check(self, *, rows: bool = False, arrays: bool = False) -> None:
         """Raise a FileNotFoundError unless the needed rows or arrays exist, or at least one of both."""
+        missing = ""
         if arrays and not self.arrays:
-            raise FileNotFoundError(f"expected a run recorded with the writer 'arrays', got {self.directory}")
-        if rows and not self.has_table:
-            raise FileNotFoundError(f"expected a run with a {FILE_NAME}, got {self.directory}")
-        if not self.has_table and not self.arrays:
-            raise FileNotFoundError(f"expected a run with a {FILE_NAME} or arrays, got {self.directory}")
+            missing = "a run recorded with the writer 'arrays'"
+        elif rows and not self.has_table:
+            missing = f"a run with a {FILE_NAME}"
+        elif not self.has_table and not self.arrays:
+            missing = f"a run with a {FILE_NAME} or arrays"
+        if missing:
+            is_run = self.has_table or self.arrays
+            has = f", which has {FILE_NAME if self.has_table else 'arrays'} only" if is_run else ""
+            has = has if self.directory.is_dir() else ", which is no directory"
+            raise FileNotFoundError(f"expected {missing}, got {self.directory}{has}")
         if not self.records:
             raise ValueError(f"expected records in {self.directory}, got none")
 
