@@ -112,7 +112,9 @@ function tailWords() {
         : `low-saturation tail of ${names.length} layers, ${names[0]} to ${names[names.length - 1]}`;
     return `${heading(run)}${problems}${found}`;
   });
-  return `${condition(current, true)}: ${words.join("; ")}.`.replace(/^./, (letter) => letter.toUpperCase());
+  const said = `${condition(current, true)}: ${words.join("; ")}.`.replace(/^./, (letter) => letter.toUpperCase());
+  const unchecked = "Without covariances (writer “arrays”), collapsed and dead layers and NaN are not found.";
+  return page.hasArrays ? said : `${said} ${unchecked}`;
 }
 
 // The layers with a problem, which are said before anything else.
