@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from spectralmetrics import (
+    CovarianceMetric,
+    CovarianceTraceMetric,
     EffectiveRankMetric,
     EigenspaceEmbeddingMetric,
+    HistoryMetric,
     IntrinsicDimensionMetric,
     LayerProbe,
     LinearProbeMetric,
@@ -131,6 +134,39 @@ def test_reset_and_go_on():
     run(model, 3)
     assert int(probe["eval", "0"].saturation.count) == 150
     assert len(probe.compute()) == 2
+
+
+def test_a_run_is_resumed_whose_first_layer_is_sketched(tmp_path):
+    """Metrics that the probe has turned into sketches still have the settings with which the run began."""
+    model = network().eval()
+    states = []
+    for mode in ("create", "resume"):
+        probe = LayerProbe(
+            model, [SaturationMetric(), CovarianceTraceMetric()], max_features=50, sketch_size=12
+        )
+        probe.persistent()
+        for state in states:
+            probe.load_state_dict(state)
+        with Recorder(tmp_path, probe, ["csv", "arrays"], mode=mode) as recorder:
+            run(model)
+            recorder.record(reset=False)
+        states.append(probe.state_dict())
+    assert {row["epoch"] for row in read_records(tmp_path) if row["layer"] == "0"} == {0, 1}
+
+
+@pytest.mark.filterwarnings("ignore:values that could not be computed")
+def test_a_history_may_come_first():
+    """It keeps marginals, whatever the other metrics keep."""
+    values = []
+    for history in ({}, {"history": HistoryMetric()}):
+        model = network().eval()
+        metrics = {**history, "covariance": CovarianceMetric(), "saturation": SaturationMetric()}
+        probe = LayerProbe(model, metrics, max_features=50, sketch_size=12)
+        run(model)
+        values.append(probe.compute())
+    without, beside = values
+    assert "saturation/eval/0" in without
+    assert all(torch.equal(beside[key], value) for key, value in without.items())
 
 
 @pytest.mark.filterwarnings("ignore:left out the spectrum of '0'")

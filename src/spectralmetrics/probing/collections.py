@@ -167,8 +167,9 @@ class LayerMetrics:
     @property
     def sketch_size(self) -> int | None:
         """The columns of the sketches, if the layer is so wide that sketches are kept; otherwise None."""
-        sizes = [metric.sketch_size for metric in self.spectral_leaders if not metric.needs_labels]
-        return sizes[0] if self.is_sketched and sizes else None
+        # Marginals, such as those of a history, stay as they are.
+        sizes = (metric.sketch_size for metric in self.spectral_leaders if not metric.needs_labels)
+        return next(filter(None, sizes), None) if self.is_sketched else None
 
     def widths(self) -> tuple[int | None, tuple[int, ...]]:
         """The columns of sketches, or None, and the width of the sums of each leader; 0 without data."""

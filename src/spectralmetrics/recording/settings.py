@@ -19,6 +19,8 @@ Settings: TypeAlias = dict[str, Any]
 
 MODULE = "module"
 """The key of the module of a statistic from another package, see :func:`describe`."""
+# These decide how data is accumulated, not which value is read. A probe itself sketches wide layers.
+_OF_ACCUMULATION = ("num_features", "gram_dtype", "nan_strategy", "folds", "sketch_size")
 UNKNOWN = "settings not recorded"
 """The key of the names of settings that JSON cannot hold, see :func:`describe`."""
 
@@ -37,8 +39,8 @@ def describe(metric: Metric) -> Settings:
         settings[MODULE] = _module_of(type(metric))
     for name, parameter in inspect.signature(type(metric)).parameters.items():
         value = getattr(metric, name, parameter.default)
-        if name in ("num_features", "gram_dtype", "nan_strategy", "folds") or value is parameter.empty:
-            continue  # these change how data is accumulated, but not the value
+        if name in _OF_ACCUMULATION or value is parameter.empty:
+            continue
         if isinstance(value, (list, tuple)):
             value = list(value)
         try:
