@@ -138,12 +138,9 @@ def test_reset_and_go_on():
 
 def test_a_run_is_resumed_whose_first_layer_is_sketched(tmp_path):
     """Metrics that the probe has turned into sketches still have the settings with which the run began."""
-    model = network().eval()
-    states = []
+    model, states = network(), []
     for mode in ("create", "resume"):
-        probe = LayerProbe(
-            model, [SaturationMetric(), CovarianceTraceMetric()], max_features=50, sketch_size=12
-        )
+        probe = LayerProbe(model, CovarianceTraceMetric(), max_features=50, sketch_size=12)
         probe.persistent()
         for state in states:
             probe.load_state_dict(state)
