@@ -204,6 +204,27 @@ def test_one_callback_in_several_fits(whole, tmp_path):
     assert later == {key: pytest.approx(row, rel=1e-9, nan_ok=True) for key, row in whole().items()}
 
 
+def test_a_validation_between_a_fit_and_its_next_part(whole, tmp_path):
+    """It is one more record; no epoch of the fit is lost, again or after another such validation."""
+    run = tmp_path / "run"
+
+    def go_on(epochs, ckpt_path=None):
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        how = {"enable_checkpointing": True, "max_epochs": epochs}
+        trainer = fit(tmp_path, [callback(run), saving], ckpt_path, **how)
+        trainer.validate(Short(0.1))
+
+    go_on(1)
+    go_on(2, tmp_path / "epoch=0.ckpt")
+    go_on(EPOCHS, tmp_path / "epoch=1.ckpt")
+    go_on(EPOCHS, tmp_path / "epoch=0.ckpt")  # as after a crash: these epochs are there
+    outside = {1, 3, 5, 6}
+    assert {key[0] for key in numbers(run) if key[2] == "train"} == {0, 2, 4}
+    assert {key[0] for key in numbers(run)} == {0, 2, 4} | outside
+    found = {(key[0] // 2, *key[1:]): row for key, row in numbers(run).items() if key[0] not in outside}
+    assert found == {key: pytest.approx(row, rel=1e-9, nan_ok=True) for key, row in whole().items()}
+
+
 class Late(Callback):
     """Fails at the end of a step, and saves a checkpoint as it does."""
 

@@ -9,8 +9,9 @@ import shutil
 import pytest
 from transformers import TrainerCallback
 
-from spectralmetrics import Monitor
+from spectralmetrics import Monitor, Recorder
 from spectralmetrics.integrations.transformers import LayerProbeCallback
+from spectralmetrics.recording.saved import SavedRun
 from tests.integrations import test_transformers_forwards as hf
 from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
 
@@ -124,6 +125,17 @@ def test_the_same_trainer_goes_on(whole, tmp_path):
     trainer.remove_callback(Failing)
     trainer.train(resume_from_checkpoint=True)
     assert differing(tmp_path / "run", whole(**BY_STEPS)) == {}
+
+
+@pytest.mark.parametrize("recorder", ["records", "arrays"])
+def test_an_evaluation_between_a_training_and_its_next_part(recorder, tmp_path):
+    run = tmp_path / "run"
+    make = run if recorder == "records" else lambda probe: Recorder(run, probe, ["arrays"], mode="resume")
+    train(tmp_path, make, num_train_epochs=1, **BY_EPOCHS).evaluate()
+    train(tmp_path, make, True, **BY_EPOCHS)
+    saved = SavedRun(run)
+    stages = {key.epoch: {stage for stage, _ in saved.layers_in(key)} for key in saved.arrays}
+    assert stages == {0: {"train"}, 1: {"eval"}, 2: {"train"}, 3: {"train"}}
 
 
 def test_two_callbacks_keep_apart(tmp_path):
