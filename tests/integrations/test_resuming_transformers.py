@@ -127,6 +127,14 @@ def test_the_same_trainer_goes_on(whole, tmp_path):
     assert differing(tmp_path / "run", whole(**BY_STEPS)) == {}
 
 
+def test_going_on_with_all_of_an_epoch_warns_of_nothing(tmp_path, recwarn):
+    checkpoint = cut_off(tmp_path)
+    train(tmp_path, tmp_path / "run", str(checkpoint), **BY_STEPS)
+    (tmp_path / "checkpoint-6" / "layer_probe_state.pt").unlink()  # where an epoch begins
+    train(tmp_path, tmp_path / "run", str(tmp_path / "checkpoint-6"), **BY_STEPS)
+    assert not [each for each in recwarn if "has no layer_probe_state" in str(each.message)]
+
+
 @pytest.mark.parametrize("recorder", ["records", "arrays"])
 def test_an_evaluation_between_a_training_and_its_next_part(recorder, tmp_path):
     run = tmp_path / "run"
@@ -158,13 +166,34 @@ def test_two_callbacks_keep_apart(tmp_path):
         assert differing(runs[True, layer], numbers(runs[False, layer])) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [
+        ("observe", "gradients", "outputs"),
+        ("feature_maps", "max", "positions"),
+        ("sequences", "last", "timesteps"),
+    ],
+)
+def test_a_checkpoint_of_other_observations(name, value, default, tmp_path):
+    checkpoint = cut_off(tmp_path)
+    words = (
+        f"of a callback with {name}='{value}', got those of one with {name}='{default}'; add the callbacks in"
+    )
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, tmp_path / "other", str(checkpoint), probing={name: value}, **BY_STEPS)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     file = cut_off(tmp_path) / "layer_probe_state.pt"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"observations from '{file}'.*remove the file to go on without them"):
         train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
     file.unlink()  # as of an earlier release
-    train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
+    words = (
+        "the checkpoint of step 8 has no layer_probe_state.pt: the values and the record of epoch 1 are of what"
+    )
+    with pytest.warns(UserWarning, match=words):
+        train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
     assert {key[0] for key in numbers(tmp_path / "run")} == set(range(EPOCHS))
 
 

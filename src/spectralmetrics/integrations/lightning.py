@@ -269,13 +269,16 @@ class LayerProbeCallback(Callback):
 
     def _check_names(self, trainer: Trainer) -> None:
         """Raise a ValueError for a name in two callbacks: Lightning would log the mean of both values."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, LayerProbeCallback) and other is not self and other._forwards is not None:
-                if both := sorted(other.probe.statistics.keys() & self.probe.statistics.keys()):
-                    raise ValueError(
-                        f"expected callbacks whose metrics have different names, got {both[0]!r} in two; name the"
-                        f" metrics of one: metrics={{'other {both[0]}': ...}}"
-                    )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        alike = [each for each in callbacks if isinstance(each, LayerProbeCallback)]
+        probes = [each._forwards.probe for each in alike if each._forwards is not None]
+        names = [name for probe in probes for name in probe.statistics]
+        both = next((name for name in names if names.count(name) > 1), None)
+        if both is not None:
+            raise ValueError(
+                f"expected callbacks whose metrics have different names, got {both!r} in two; name the metrics"
+                f" of one: metrics={{'other {both}': ...}}"
+            )
 
     def _open(self, trainer: Trainer, forwards: Forwards, epoch: int | None = None) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which keeps nothing: neither logs nor checkpoints
