@@ -190,7 +190,7 @@ def test_a_damaged_file_is_named(tmp_path):
         train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
     file.unlink()  # as of an earlier release
     words = (
-        "the checkpoint of step 8 has no layer_probe_state.pt: the values and the record of epoch 1 are of what"
+        "step 8 has no layer_probe_state.pt with the observations before it: values and record of epoch 1 are"
     )
     with pytest.warns(UserWarning, match=words):
         train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)

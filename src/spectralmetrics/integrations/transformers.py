@@ -188,8 +188,8 @@ class LayerProbeCallback(TrainerCallback):
             if not float(state.epoch or 0).is_integer() and is_first(None):
                 warnings.warn(
                     f"the checkpoint of step {state.global_step} has no {file_name(self._number())} with the"
-                    f" observations before it: values and record of epoch {int(state.epoch or 0)} are of what comes"
-                    " after it alone",
+                    f" observations before it: values and record of epoch {int(state.epoch or 0)} are of what"
+                    " comes after it alone",
                     UserWarning,
                     stacklevel=level_of_user(),
                 )
