@@ -13,6 +13,7 @@ from spectralmetrics import Monitor
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
 from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
+from tests.integrations.rows import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -202,6 +203,51 @@ def test_one_callback_in_several_fits(whole, tmp_path):
     fit(tmp_path, [probing])
     later = {(key[0] - EPOCHS - 1, *key[1:]): row for key, row in numbers(run).items() if key[0] > EPOCHS}
     assert later == {key: pytest.approx(row, rel=1e-9, nan_ok=True) for key, row in whole().items()}
+
+
+def test_a_validation_between_a_fit_and_its_next_part(whole, tmp_path):
+    """It is one more record; no epoch of the fit is lost, again or after another such validation."""
+    run = tmp_path / "run"
+
+    def go_on(epochs, ckpt_path=None):
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        how = {"enable_checkpointing": True, "max_epochs": epochs}
+        trainer = fit(tmp_path, [callback(run), saving], ckpt_path, **how)
+        trainer.validate(Short(0.1))
+
+    go_on(1)
+    go_on(2, tmp_path / "epoch=0.ckpt")
+    go_on(EPOCHS, tmp_path / "epoch=1.ckpt")
+    go_on(EPOCHS, tmp_path / "epoch=0.ckpt")  # as after a crash: these epochs are there
+    outside = {1, 3, 5, 6}
+    assert {key[0] for key in numbers(run) if key[2] == "train"} == {0, 2, 4}
+    assert {key[0] for key in numbers(run)} == {0, 2, 4} | outside
+    found = {(key[0] // 2, *key[1:]): row for key, row in numbers(run).items() if key[0] not in outside}
+    assert found == {key: pytest.approx(row, rel=1e-9, nan_ok=True) for key, row in whole().items()}
+
+
+def test_two_callbacks_keep_apart(tmp_path):
+    def probing(name):
+        return [
+            LayerProbeCallback({observe: Rows()}, observe=observe, recorder=tmp_path / name / observe)
+            for observe in ("outputs", "gradients")
+        ]
+
+    path = tmp_path / "saved.ckpt"
+    fit(tmp_path, probing("whole"))
+    with pytest.raises(KeyError):
+        fit(tmp_path, [*probing("cut"), Saving(path, "on_train_batch_end", 2, 0)])
+    saved = torch.load(path, weights_only=False)["callbacks"]
+    assert {"LayerProbeCallback", "LayerProbeCallback_1"} <= saved.keys()
+    fit(tmp_path, probing("cut"), path)
+    for observe in ("outputs", "gradients"):
+        assert differing(tmp_path / "cut" / observe, numbers(tmp_path / "whole" / observe)) == {}
+
+
+def test_two_callbacks_of_one_name(tmp_path):
+    """Lightning would log the mean of their values."""
+    with pytest.raises(ValueError, match="different names, got 'variance' in two"):
+        fit(tmp_path, [LayerProbeCallback({"variance": Rows(), name: Rows()}) for name in "ab"])
 
 
 class Late(Callback):

@@ -9,8 +9,9 @@ import shutil
 import pytest
 from transformers import TrainerCallback
 
-from spectralmetrics import Monitor
+from spectralmetrics import Monitor, Recorder
 from spectralmetrics.integrations.transformers import LayerProbeCallback
+from spectralmetrics.recording.saved import SavedRun
 from tests.integrations import test_transformers_forwards as hf
 from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
 
@@ -126,6 +127,25 @@ def test_the_same_trainer_goes_on(whole, tmp_path):
     assert differing(tmp_path / "run", whole(**BY_STEPS)) == {}
 
 
+def test_going_on_with_all_of_an_epoch_warns_of_nothing(tmp_path, recwarn):
+    checkpoint = cut_off(tmp_path)
+    train(tmp_path, tmp_path / "run", str(checkpoint), **BY_STEPS)
+    (tmp_path / "checkpoint-6" / "layer_probe_state.pt").unlink()  # where an epoch begins
+    train(tmp_path, tmp_path / "run", str(tmp_path / "checkpoint-6"), **BY_STEPS)
+    assert not [each for each in recwarn if "has no layer_probe_state" in str(each.message)]
+
+
+@pytest.mark.parametrize("recorder", ["records", "arrays"])
+def test_an_evaluation_between_a_training_and_its_next_part(recorder, tmp_path):
+    run = tmp_path / "run"
+    make = run if recorder == "records" else lambda probe: Recorder(run, probe, ["arrays"], mode="resume")
+    train(tmp_path, make, num_train_epochs=1, **BY_EPOCHS).evaluate()
+    train(tmp_path, make, True, **BY_EPOCHS)
+    saved = SavedRun(run)
+    stages = {key.epoch: {stage for stage, _ in saved.layers_in(key)} for key in saved.arrays}
+    assert stages == {0: {"train"}, 1: {"eval"}, 2: {"train"}, 3: {"train"}}
+
+
 def test_two_callbacks_keep_apart(tmp_path):
     runs = {}
     for is_cut in (False, True):
@@ -146,13 +166,34 @@ def test_two_callbacks_keep_apart(tmp_path):
         assert differing(runs[True, layer], numbers(runs[False, layer])) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [
+        ("observe", "gradients", "outputs"),
+        ("feature_maps", "max", "positions"),
+        ("sequences", "last", "timesteps"),
+    ],
+)
+def test_a_checkpoint_of_other_observations(name, value, default, tmp_path):
+    checkpoint = cut_off(tmp_path)
+    words = (
+        f"of a callback with {name}='{value}', got those of one with {name}='{default}'; add the callbacks in"
+    )
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, tmp_path / "other", str(checkpoint), probing={name: value}, **BY_STEPS)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     file = cut_off(tmp_path) / "layer_probe_state.pt"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"observations from '{file}'.*remove the file to go on without them"):
         train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
     file.unlink()  # as of an earlier release
-    train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
+    words = (
+        "step 8 has no layer_probe_state.pt with the observations before it: values and record of epoch 1 are"
+    )
+    with pytest.warns(UserWarning, match=words):
+        train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
     assert {key[0] for key in numbers(tmp_path / "run")} == set(range(EPOCHS))
 
 

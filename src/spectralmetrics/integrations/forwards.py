@@ -138,7 +138,7 @@ class Forwards:
         """
         found = whole_state(self.probe, self._recorded if records else self._finished)
         stages = {"finished": sorted(self._finished), "recorded": sorted(self._recorded)}
-        return None if found is None else found | stages
+        return None if found is None else found | stages | {"rule": self._rule()}
 
     def load(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
         """Begin anew, or go on from a state of :meth:`saved`; all processes call it.
@@ -151,7 +151,7 @@ class Forwards:
             The other entries of the state, on all processes; None for a beginning.
 
         Raises:
-            ValueError: for the state of other layers or metrics.
+            ValueError: for the state of other layers, metrics or observations.
         """
         self.reset()
         entries, error = on_first_process(
@@ -160,6 +160,7 @@ class Forwards:
         if error is not None:
             raise error
         if entries is not None:
+            self._check_rule(entries.get("rule", {}))
             load_whole_state(self.probe, saved)
             self._finished, self._recorded = (set(entries.get(name, ())) for name in ("finished", "recorded"))
         return entries
@@ -197,6 +198,18 @@ class Forwards:
         self.leave()
         for stage in STAGES:
             self.probe._windows.close(_READER, stage)
+
+    def _rule(self) -> dict[str, str]:
+        rule = self.probe.rule
+        return {"observe": rule.observe, "feature_maps": rule.feature_maps, "sequences": rule.sequences}
+
+    def _check_rule(self, saved: Mapping[str, str]) -> None:
+        for name, value in self._rule().items():
+            if (other := saved.get(name, value)) != value:  # earlier releases did not save it
+                raise ValueError(
+                    f"expected the saved observations of a callback with {name}={value!r}, got those of one"
+                    f" with {name}={other!r}; add the callbacks in the same order, with the same arguments"
+                )
 
     def _by_flag(self, training: bool) -> str:
         stage = stage_by_flag(training)

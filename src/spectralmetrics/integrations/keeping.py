@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import TypeAlias
 
 from spectralmetrics.integrations.forwards import Forwards
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.probe import group_of
+from spectralmetrics.probing.processes import on_first_process
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.recording import Recorder
 from spectralmetrics.recording.record import RecordKey
+from spectralmetrics.recording.saved import SavedRun
 
 MakesRecorder: TypeAlias = Callable[[LayerProbe], Recorder]
 _WRITERS = ("csv", "arrays")
@@ -38,17 +42,20 @@ class Keeping:
         self._was_open = False
         self.recorder: Recorder | None = None  # while it is open
         self.epoch = 0  # of the next record
+        self._outside: list[int] = []  # epochs whose records are of evaluations outside of the training
 
     def open(self, forwards: Forwards, epoch: int | None = None) -> None:
         """Open the recorder, unless it is open.
 
         Args:
             forwards: the forwards of the model; its probe is recorded.
-            epoch: with which a training goes on from a checkpoint; records of it and later epochs that are
-                there already stay. None begins with the next record.
+            epoch: with which a training goes on from a checkpoint; its records of this and later epochs that
+                are there already stay, and the numbers of evaluations outside of it are passed over. None
+                begins with the next record.
 
         Raises:
             TypeError: if the function returns no recorder of this probe; for what :class:`.Recorder` raises.
+            ValueError: if the records that are there cannot be read.
         """
         if self._made_by is None:
             return
@@ -64,7 +71,14 @@ class Keeping:
                     self._made_by, forwards.probe, _WRITERS, mode="resume" if goes_on else "create"
                 )
             self._was_open = True
-        self.epoch = self.recorder.next_epoch if epoch is None else epoch
+        self.epoch, self._outside = self.recorder.next_epoch, []
+        if epoch is not None:
+            directory = self.recorder.directory
+            found, error = on_first_process(lambda: _evaluations(directory, epoch), group_of(forwards.probe))
+            if error is not None:
+                raise error
+            self._outside = found
+            self._go_to(epoch)
 
     def __bool__(self) -> bool:
         """True if anything is recorded."""
@@ -77,7 +91,7 @@ class Keeping:
         with forwards.unrecorded():
             if self.epoch >= self.recorder.next_epoch:  # or it was recorded before a crash
                 self.recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"))
-        self.epoch += 1
+        self._go_to(self.epoch + 1)
 
     def record_step(self, step: int) -> None:
         """Record what the probe holds, of the training within an epoch.
@@ -96,3 +110,18 @@ class Keeping:
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
+
+    def _go_to(self, epoch: int) -> None:
+        self.epoch = next(each for each in itertools.count(epoch) if each not in self._outside)
+
+
+def _evaluations(directory: Path, first: int) -> list[int]:
+    """The epochs, from the first one on, whose records are of an evaluation alone."""
+    run, found = SavedRun(directory), []
+    for key in run.records:
+        if key.step is None and key.epoch >= first:
+            stages = {row.stage for row in run.rows if row.key == key}
+            stages |= {stage for stage, _ in run.layers_in(key)} if not stages else set()
+            if "eval" in stages and "train" not in stages:
+                found.append(key.epoch)
+    return found

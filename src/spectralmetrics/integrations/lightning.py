@@ -72,6 +72,7 @@ class LayerProbeCallback(Callback):
     Raises:
         TypeError: for a recorder or monitor of another type; when the trainer starts, for what
             :class:`~spectralmetrics.LayerProbe` and :class:`~spectralmetrics.Recorder` raise.
+        ValueError: when the trainer starts, if two callbacks have metrics of the same name.
         ModuleNotFoundError: on import, without ``lightning``.
 
     >>> from spectralmetrics import SaturationMetric
@@ -102,11 +103,25 @@ class LayerProbeCallback(Callback):
         self._begun: int | None = None  # the trainer's epoch that has begun and whose end has yet to be seen
         self._step = 0  # of the optimizers, when the batch began
         self._loaders: list[dict[str, Tensor]] = []  # values of the loaders that an evaluation is through with
+        self._number: int | None = None  # among the callbacks of this class in the trainer
 
     @property
     def monitor(self) -> Monitor | None:
         """See the class."""
         return self._watching.monitor
+
+    @property
+    def state_key(self) -> str:
+        """The name in a checkpoint: that of the class for a trainer's first callback of this class."""
+        name = type(self).__qualname__
+        if self._number is None:  # no trainer has set it up, and Lightning asks for names that differ
+            return f"{name}_{id(self):#x}"
+        return f"{name}_{self._number}" if self._number else name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Count the callbacks of this class before this one."""
+        alike = [each for each in trainer.callbacks if type(each) is type(self)]  # type: ignore[attr-defined]
+        self._number = alike.index(self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the probe."""
@@ -247,9 +262,23 @@ class LayerProbeCallback(Callback):
             )
             self._forwards.end(observes=False)
             self.probe = self._forwards.probe
+            self._check_names(pl_module.trainer)
             self.probe.persistent()
             self._watching.begin(self.probe)
         return self._forwards
+
+    def _check_names(self, trainer: Trainer) -> None:
+        """Raise a ValueError for a name in two callbacks: Lightning would log the mean of both values."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        alike = [each for each in callbacks if isinstance(each, LayerProbeCallback)]
+        probes = [each._forwards.probe for each in alike if each._forwards is not None]
+        names = [name for probe in probes for name in probe.statistics]
+        both = next((name for name in names if names.count(name) > 1), None)
+        if both is not None:
+            raise ValueError(
+                f"expected callbacks whose metrics have different names, got {both!r} in two; name the metrics"
+                f" of one: metrics={{'other {both}': ...}}"
+            )
 
     def _open(self, trainer: Trainer, forwards: Forwards, epoch: int | None = None) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which keeps nothing: neither logs nor checkpoints

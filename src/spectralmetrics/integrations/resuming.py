@@ -18,7 +18,7 @@ def write_state(folder: Path, saved: Mapping[str, Any], number: int) -> None:
         saved: the state.
         number: index of the callback among the callbacks of this type on the trainer.
     """
-    file = folder / _name(number)
+    file = folder / file_name(number)
     beside = folder / f".{file.name}.{os.getpid()}"
     try:
         torch.save(saved, beside)
@@ -33,7 +33,9 @@ def read_state(folders: Iterable[Path], number: int) -> dict[str, Any] | None:
     Raises:
         ValueError: for a file that cannot be read.
     """
-    file = next((folder / _name(number) for folder in folders if (folder / _name(number)).is_file()), None)
+    file = next(
+        (folder / file_name(number) for folder in folders if (folder / file_name(number)).is_file()), None
+    )
     if file is None:
         return None
     try:
@@ -46,5 +48,6 @@ def read_state(folders: Iterable[Path], number: int) -> dict[str, Any] | None:
     return saved
 
 
-def _name(number: int) -> str:
+def file_name(number: int) -> str:
+    """The name of the file of a callback, by its index as for :func:`write_state`."""
     return f"layer_probe_state_{number}.pt" if number else "layer_probe_state.pt"

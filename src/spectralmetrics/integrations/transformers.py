@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
-from spectralmetrics.integrations.resuming import read_state, write_state
+from spectralmetrics.integrations.resuming import file_name, read_state, write_state
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.processes import on_first_process
+from spectralmetrics.probing.hooks import level_of_user
+from spectralmetrics.probing.processes import is_first, on_first_process
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 
@@ -183,6 +185,14 @@ class LayerProbeCallback(TrainerCallback):
         entries = forwards.load(saved)
         if entries is None:
             self._watching.load(folders)  # of a checkpoint that has only the memory of a monitor
+            if not float(state.epoch or 0).is_integer() and is_first(None):
+                warnings.warn(
+                    f"the checkpoint of step {state.global_step} has no {file_name(self._number())} with the"
+                    f" observations before it: values and record of epoch {int(state.epoch or 0)} are of what"
+                    " comes after it alone",
+                    UserWarning,
+                    stacklevel=level_of_user(),
+                )
         going_on = (
             {"epoch": int(state.epoch or 0), "awaited": 0, **(entries or {})} if state.global_step else {}
         )
