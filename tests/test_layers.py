@@ -424,12 +424,12 @@ def doubtful():
 def test_a_guess_is_told_once_with_the_way_out():
     model = doubtful()
     probe = LayerProbe(model, layers="act")
-    with pytest.warns(UserWarning, match=r"features of 'act' are: dimension 1 of 3.*register_layer.*select"):
+    with pytest.warns(UserWarning, match=r"'act' is unknown: dimension 1 of 3.*register_layer.*select"):
         model(tensor(*SERIES))
     model(tensor(*SERIES))  # said already
     probe.remove()
     with insert_projections(model.eval(), layers="act") as projections, projections.collect():
-        with pytest.warns(UserWarning, match="features of 'act' are: .*Give `dim`"):
+        with pytest.warns(UserWarning, match="feature dimension of 'act' is unknown: .*Give `dim`"):
             model(tensor(*SERIES))
         model(tensor(*SERIES))
 
@@ -438,7 +438,7 @@ def test_a_transposed_tensor_shows_in_memory():
     model = doubtful()
     model._forward = lambda m, x: m.head(m.act(m.conv(x).transpose(1, 2)))
     probe = LayerProbe(model, layers="act")
-    with pytest.warns(UserWarning, match="features of 'act' are: dimension 2 of 3"):
+    with pytest.warns(UserWarning, match="feature dimension of 'act' is unknown: dimension 2 of 3"):
         model(tensor(*SERIES))
     assert int(probe["train", "act"].saturation.count) == 45
 
