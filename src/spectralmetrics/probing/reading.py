@@ -187,8 +187,8 @@ def report_readings(
         )
     if few := [f"{layer!r} ({reading.few})" for layer, reading in seen.items() if reading.few]:
         _warn(
-            f"in {stage} there are fewer observations than twice the dimension found, which is probably too small:"
-            f" {', '.join(few)}; observe more, or ask for intervals with folds=8"
+            f"in {stage} there are fewer observations than twice the dimension found, which is probably too"
+            f" small: {', '.join(few)}; observe more, or ask for intervals with folds=8"
         )
     if seen and len(seen) < len(readings):
         unseen = ", ".join(repr(layer) for layer in readings if layer not in seen)
