@@ -47,6 +47,8 @@ ON_ANY_BUT_TORCH = (
 
 # Workers whose threads wait for each other's cores take twice as long.
 TWO_WORKERS, ONE_THREAD = ("-n", "2"), {"OMP_NUM_THREADS": "1"}
+# Two are busy for minutes with tests whose processes wait for each other.
+THREE_WORKERS = ("-n", "3")
 
 ZIG = "ziglang==0.17.1"
 MANYLINUX = "manylinux_2_17_x86_64"
@@ -65,7 +67,7 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """Tests and doctests, on the torch of constraints.txt; ``-- -m ""`` runs the long ones, too."""
     install(session, "test")
-    session.run("pytest", *TWO_WORKERS, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *THREE_WORKERS, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

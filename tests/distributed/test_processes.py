@@ -10,9 +10,9 @@ import pytest
 
 from tests.distributed import files, groups, pipelines, records, resuming, scenarios, spread
 
-EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + pipelines.SCENARIOS + records.SCENARIOS
-EVERYWHERE += files.SCENARIOS + resuming.SCENARIOS
-SCENARIOS = {1: EVERYWHERE, 2: EVERYWHERE + scenarios.ON_TWO, 3: EVERYWHERE, 4: EVERYWHERE}
+EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + records.SCENARIOS + files.SCENARIOS
+ON_SEVERAL = EVERYWHERE + pipelines.SCENARIOS + resuming.SCENARIOS
+SCENARIOS = {1: EVERYWHERE, 2: ON_SEVERAL + scenarios.ON_TWO, 3: EVERYWHERE, 4: ON_SEVERAL}
 
 
 pytestmark = pytest.mark.xdist_group("processes")

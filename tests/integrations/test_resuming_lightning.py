@@ -118,14 +118,15 @@ LOG_AT_OTHER_STEPS = {"as it ends, by steps"}
 FIRST = {"in the middle of an epoch", "at its last batch", "as it ends", "after a validation in the middle"}
 
 
-@pytest.mark.parametrize("is_fresh", [False, True])
 @pytest.mark.parametrize(
-    ("case", "is_before"),
-    # Lightning has its own callbacks that save at the end of a step behind all others.
+    ("case", "is_before", "is_fresh"),
+    # Lightning has its own callbacks that save at the end of a step behind all others. Long cases have a fresh
+    # directory or the same one, in turn.
     [
-        pytest.param(case, is_before, marks=() if case in FIRST else pytest.mark.long)
-        for case, (event, *_) in CASES.items()
+        pytest.param(case, is_before, is_fresh, marks=() if case in FIRST else pytest.mark.long)
+        for number, (case, (event, *_)) in enumerate(CASES.items())
         for is_before in (False, True)
+        for is_fresh in ((False, True) if case in FIRST else (bool((number + is_before) % 2),))
         if not (is_before and event == "on_train_batch_end")
     ],
 )
