@@ -1,5 +1,6 @@
 """Records of a training that was cut off and went on, beside those of one that was not."""
 
+import functools
 import subprocess
 import sys
 
@@ -29,6 +30,23 @@ def numbers(run):
         assert key not in found
         found[key] = [row[name] for name in ("value", "low", "high")]
     return found
+
+
+def in_one_go(tmp_path_factory, train):
+    """A function from the arguments of a trainer to the numbers of a training that is not cut off.
+
+    Args:
+        tmp_path_factory: see pytest.
+        train: trains in a folder with these arguments, and records in the folder "run" there.
+    """
+
+    @functools.cache
+    def of(**arguments):
+        folder = tmp_path_factory.mktemp("whole")
+        train(folder, **arguments)
+        return numbers(folder / "run")
+
+    return of
 
 
 def differing(run, expected, counts=lambda key: True):

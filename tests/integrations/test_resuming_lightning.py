@@ -1,7 +1,6 @@
 """A fit of Lightning that goes on from a checkpoint has the records of one that was not cut off."""
 
 import contextlib
-import functools
 import math
 
 import pytest
@@ -12,7 +11,15 @@ from torch.utils.data import DataLoader
 from spectralmetrics import Monitor
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
-from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
+from tests.integrations.resuming import (
+    differing,
+    drawing,
+    in_one_go,
+    metrics,
+    numbers,
+    on_two_processes,
+    remembered,
+)
 from tests.integrations.rows import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,15 +85,9 @@ def fit(folder, callbacks, ckpt_path=None, **arguments):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The numbers of a fit in one go, by the arguments of its trainer."""
-
-    @functools.cache
-    def of(**arguments):
-        folder = tmp_path_factory.mktemp("whole")
-        fit(folder, [callback(folder / "run")], **arguments)
-        return numbers(folder / "run")
-
-    return of
+    return in_one_go(
+        tmp_path_factory, lambda folder, **arguments: fit(folder, [callback(folder / "run")], **arguments)
+    )
 
 
 def has_no_validation(epoch):

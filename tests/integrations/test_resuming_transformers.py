@@ -1,7 +1,6 @@
 """A training of the Hugging Face trainer that goes on from a checkpoint has the records of one in one go."""
 
 import contextlib
-import functools
 import json
 import math
 import shutil
@@ -13,7 +12,15 @@ from spectralmetrics import Monitor, Recorder
 from spectralmetrics.integrations.transformers import LayerProbeCallback
 from spectralmetrics.recording.saved import SavedRun
 from tests.integrations import test_transformers_forwards as hf
-from tests.integrations.resuming import differing, drawing, metrics, numbers, on_two_processes, remembered
+from tests.integrations.resuming import (
+    differing,
+    drawing,
+    in_one_go,
+    metrics,
+    numbers,
+    on_two_processes,
+    remembered,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,15 +49,7 @@ def train(folder, run, checkpoint=None, fails_at=None, probing=None, **arguments
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The numbers of a training in one go, by the arguments of its trainer."""
-
-    @functools.cache
-    def of(**arguments):
-        folder = tmp_path_factory.mktemp("whole")
-        train(folder, folder / "run", **arguments)
-        return numbers(folder / "run")
-
-    return of
+    return in_one_go(tmp_path_factory, lambda folder, **arguments: train(folder, folder / "run", **arguments))
 
 
 BY_STEPS = {"save_strategy": "steps", "save_steps": 2}

@@ -117,11 +117,14 @@ class Keeping:
 
 def _evaluations(directory: Path, first: int) -> list[int]:
     """The epochs, from the first one on, whose records are of an evaluation alone."""
-    run, found = SavedRun(directory), []
+    run = SavedRun(directory)
+    of_rows: dict[RecordKey, set[str]] = {}
+    for row in run.rows:
+        of_rows.setdefault(row.key, set()).add(row.stage)
+    found = []
     for key in run.records:
         if key.step is None and key.epoch >= first:
-            stages = {row.stage for row in run.rows if row.key == key}
-            stages |= {stage for stage, _ in run.layers_in(key)} if not stages else set()
+            stages = of_rows.get(key) or {stage for stage, _ in run.layers_in(key)}
             if "eval" in stages and "train" not in stages:
                 found.append(key.epoch)
     return found
