@@ -160,6 +160,7 @@ def benchmarks(session: nox.Session) -> None:
     install(session, "test")
     scripts = (
         "update",
+        "pieces",
         "training_step",
         "arithmetic",
         "budget",

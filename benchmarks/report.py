@@ -7,6 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
+import pieces as pieces_benchmark
 from budget import HEADS, SHORT_HEADS, row_of, short_row
 from common import RESULTS, table
 from matplotlib.figure import Figure
@@ -167,6 +168,15 @@ def update(results):
             milliseconds = f"{1e3 * statistics.median(values):.2f}"
             rows.append([result["width"], result["rows"], name, milliseconds, *cells])
     yield table(["D", "rows", "arm", "ms", "of `syrk`", "of Delve's rate"], rows)
+
+
+def pieces(results):
+    yield (
+        "### Beside the peak of a core\n\nThe rate of the compiled sums over the most multiply-adds that a loop in registers"
+        " makes on the same core, one thread, processor time; BLAS beside it, on rows that are converted already. Median,"
+        " least and most of the rounds.\n"
+    )
+    yield table(pieces_benchmark.HEADS, map(pieces_benchmark.row_of, results))
 
 
 def training_step(results):
@@ -423,6 +433,7 @@ def main():
     parts = [HEAD.format(headline=said, alternative=alternative, machine=processor(updates["machine"]))]
     for write in (
         update,
+        pieces,
         training_step,
         arithmetic,
         accelerator,
