@@ -37,10 +37,12 @@ def schedules(rank, world):
         ("ScheduleLoopedBFS", several, 2 * world),
         ("ScheduleInterleaved1F1B", several, 2 * world),
         ("ScheduleInterleavedZeroBubble", several, 2 * world),
-        ("ScheduleZBVZeroBubble", folded, 2 * world),
-        ("ScheduleDualPipeV", folded, 2 * world),  # since torch 2.9
     ]
-    return [(getattr(pipelining, name), *rest) for name, *rest in known if hasattr(pipelining, name)]
+    if hasattr(
+        pipelining, "ScheduleDualPipeV"
+    ):  # torch 2.8 has none, and its ZBV fails over gloo, with no probe
+        known += [("ScheduleZBVZeroBubble", folded, 2 * world), ("ScheduleDualPipeV", folded, 2 * world)]
+    return [(getattr(pipelining, name), *rest) for name, *rest in known]
 
 
 def expected_of(blocks, batches, micro):
