@@ -31,7 +31,7 @@ def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
     ]
     namespace = {}
     exec(compile(block, str(GUIDE), "exec"), namespace)
-    namespace.update(images=namespace["images"][:1600], labels=namespace["labels"][:1600])  # 25 steps an epoch
+    namespace.update(images=namespace["images"][:640], labels=namespace["labels"][:640])  # 10 steps an epoch
 
     def killing(function, before):
         calls = []
@@ -68,4 +68,4 @@ def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
     assert {key[0] for key in recorded} == {"0", "1", "2"}
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 3
     counts = [torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"][0]["step"]]
-    assert counts == [3 * 25]  # no epoch was lost or counted twice in what is trained
+    assert counts == [3 * 10]  # no epoch was lost or counted twice in what is trained
