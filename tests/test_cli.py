@@ -146,7 +146,8 @@ class TestDemo:
     def test_same_seed_same_values(self, tmp_path, monkeypatch):
         whole = demo.load_digits
         monkeypatch.setattr(demo, "load_digits", lambda seed: tuple(part[:64] for part in whole(seed)))
-        monkeypatch.setattr(demo, "ResidualNetwork", SmallNetwork)  # of which pictures take less time
+        monkeypatch.setattr(demo, "ResidualNetwork", SmallNetwork)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes long
         runs = [demo.run(epochs=1, seed=seed, output=tmp_path) for seed in (3, 3, 4)]
         texts = [repr(rows) for rows in runs]  # where the upper end of an interval is unknown it is NaN
         assert texts[0] == texts[1]

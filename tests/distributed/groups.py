@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests import processes
+
 STRICT = (
     ("error", ""),
     ("ignore", ".*barrier.*"),  # torch.distributed's own, on some platforms
@@ -54,12 +56,13 @@ def run(world, scenarios, folder, *, method="fork", filters=STRICT, timeout=60, 
         world: how many processes.
         scenarios: the functions; the first that fails ends its process, and the others soon after.
         folder: where the group meets, and notes what has passed and failed, with the seconds that it took.
-        method: ``"fork"`` is fast; ``"spawn"`` knows nothing of what other tests have done to torch.
+        method: ``"forkserver"`` knows nothing of what other tests have done to torch.
         filters: of warnings, action and message.
         timeout: of collectives, in seconds.
         limit: seconds after which what still runs is killed.
         arguments: further ones of the functions; with ``"dies"`` as the first, some process is meant to.
     """
+    processes.fresh()  # says what a server of forks imports
     context = mp.start_processes(
         _process,
         (world, str(folder), scenarios, filters, timeout, arguments),

@@ -71,42 +71,49 @@ def shares(world, without, *, far):
     return parts
 
 
+def each_share(world):
+    """Each distance, and each process that can be without rows, once: one has nothing to do with the other."""
+    if world == 1:
+        return [(None, None), ("zero", None), ("each other", None)]
+    without = [(None, 0), ("zero", world - 1), ("each other", world // 2)]
+    return [(None, None), *without, ("each other", None)]
+
+
 def alone(new, rows):
     """The value on this process, merged with nobody."""
     return feed(new(sync_on_compute=False), rows).compute()
 
 
 def every_statistic_equals_that_of_one_process(rank, world):
-    for far in (None, "zero", "each other"):
-        for without in {None, 0, world // 2, world - 1}:
-            parts = shares(world, without, far=far)
-            everything = torch.cat(parts)
-            # Far apart, all covariances are nearly singular: what follows from the smallest ones drowns.
-            fragile = ("covariance_determinant", "determinant_log", "power_law_exponent")
-            fragile += ("effective_rank",) if far == "each other" else ()
-            for name, new in VARIANTS.items():
-                if far and (name in fragile or name in ("rankme", "uncentred_spectrum")):
-                    continue
-                metric = new()
-                for part in parts[rank].split(7):
-                    if len(part):
-                        metric.update(part)
-                value = metric.compute()
-                if name == "embedding":
-                    assert value.shape == (len(everything), 2)
-                    values = [torch.empty_like(value) for _ in range(world)]
-                    dist.all_gather(values, value)
-                    assert all(torch.equal(value, other) for other in values)
-                else:
-                    assert_same(value, alone(new, everything), 1e-9)
-                # Accumulation goes on, on some processes only, and every one computes again.
-                assert int(metric.count) == len(parts[rank])
-                more = random_rows(100, 9, 6, mean=float(everything.mean()))
-                if rank == 0:
-                    metric.update(more)
-                again = metric.compute()
-                if name != "embedding":
-                    assert_same(again, alone(new, torch.cat([everything, more])), 1e-9)
+    for far, without in each_share(world):
+        parts = shares(world, without, far=far)
+        everything = torch.cat(parts)
+        # Far apart, all covariances are nearly singular: what follows from the smallest ones drowns.
+        fragile = ("covariance_determinant", "determinant_log", "power_law_exponent")
+        fragile += ("effective_rank",) if far == "each other" else ()
+        for name, new in VARIANTS.items():
+            if far and (name in fragile or name in ("rankme", "uncentred_spectrum")):
+                continue
+            metric = new()
+            for part in parts[rank].split(7):
+                if len(part):
+                    metric.update(part)
+            value = metric.compute()
+            if name == "embedding":
+                assert value.shape == (len(everything), 2)
+                values = [torch.empty_like(value) for _ in range(world)]
+                dist.all_gather(values, value)
+                assert all(torch.equal(value, other) for other in values)
+            else:
+                assert_same(value, alone(new, everything), 1e-9)
+            # Accumulation goes on, on some processes only, and every one computes again.
+            assert int(metric.count) == len(parts[rank])
+            more = random_rows(100, 9, 6, mean=float(everything.mean()))
+            if rank == 0:
+                metric.update(more)
+            again = metric.compute()
+            if name != "embedding":
+                assert_same(again, alone(new, torch.cat([everything, more])), 1e-9)
 
 
 def the_covariance_is_exact_far_from_zero(rank, world):
@@ -450,43 +457,42 @@ def dealt(rows, sizes, folds):
 
 def folds_equal_one_process(rank, world):
     sizes = [5 + 2 * k for k in range(world)]
-    for far in (None, "zero", "each other"):
-        for without in {None, 0, world - 1}:
-            parts = shares(world, without, far=far)
-            batches, of_folds = dealt(parts, sizes, 3)
-            for name in ("saturation", "intrinsic_dimension", "participation_ratio", "spectrum", "covariance"):
-                new = VARIANTS[name]
-                folded, plain = new(folds=3), new()
-                one = new(folds=3, sync_on_compute=False)
-                for batch in batches[rank]:
-                    folded.update(batch)
-                    plain.update(batch)
-                for fold, rows in enumerate(of_folds):
-                    one.update(sm.Observations(rows, group=fold))
-                with counted_collectives() as seen:
-                    value = folded.compute()
-                assert [kind for kind, _ in seen] == METRIC
-                assert_same(value, plain.compute(), 1e-9)
-                assert_same(value, one.compute(), 1e-9)
-                if name != "covariance":
-                    with counted_collectives() as seen:
-                        interval = folded.interval()
-                    # Nothing has come since, which a process that never had anything cannot tell.
-                    assert [kind for kind, _ in seen] == (
-                        METRIC if without is not None and world > 1 else METRIC[:1]
-                    )
-                    for mine, its in zip(interval, one.interval(), strict=True):
-                        assert_same(mine, its, 1e-7 if far else 1e-9)
-                assert sum(folded.fold_count.tolist()) == len(parts[rank])  # this process' own again
-            unbiased = sm.ParticipationRatioMetric(unbiased=True, folds=3)
-            one = sm.ParticipationRatioMetric(unbiased=True, folds=3, sync_on_compute=False)
+    for far, without in each_share(world):
+        parts = shares(world, without, far=far)
+        batches, of_folds = dealt(parts, sizes, 3)
+        for name in ("saturation", "intrinsic_dimension", "participation_ratio", "spectrum", "covariance"):
+            new = VARIANTS[name]
+            folded, plain = new(folds=3), new()
+            one = new(folds=3, sync_on_compute=False)
             for batch in batches[rank]:
-                unbiased.update(batch)
+                folded.update(batch)
+                plain.update(batch)
             for fold, rows in enumerate(of_folds):
                 one.update(sm.Observations(rows, group=fold))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # with so few rows it may lie at its limit
-                assert_same(unbiased.compute(), one.compute(), 1e-9 if far else 1e-12)
+            with counted_collectives() as seen:
+                value = folded.compute()
+            assert [kind for kind, _ in seen] == METRIC
+            assert_same(value, plain.compute(), 1e-9)
+            assert_same(value, one.compute(), 1e-9)
+            if name != "covariance":
+                with counted_collectives() as seen:
+                    interval = folded.interval()
+                # Nothing has come since, which a process that never had anything cannot tell.
+                assert [kind for kind, _ in seen] == (
+                    METRIC if without is not None and world > 1 else METRIC[:1]
+                )
+                for mine, its in zip(interval, one.interval(), strict=True):
+                    assert_same(mine, its, 1e-7 if far else 1e-9)
+            assert sum(folded.fold_count.tolist()) == len(parts[rank])  # this process' own again
+        unbiased = sm.ParticipationRatioMetric(unbiased=True, folds=3)
+        one = sm.ParticipationRatioMetric(unbiased=True, folds=3, sync_on_compute=False)
+        for batch in batches[rank]:
+            unbiased.update(batch)
+        for fold, rows in enumerate(of_folds):
+            one.update(sm.Observations(rows, group=fold))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # with so few rows it may lie at its limit
+            assert_same(unbiased.compute(), one.compute(), 1e-9 if far else 1e-12)
 
 
 def intervals_of_a_probe_take_few_collectives(rank, world):
@@ -694,8 +700,6 @@ def hybrid_sharded_training_is_observed(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if world != 4:
-        return
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
     def new():
@@ -915,27 +919,26 @@ def histories_are_added_by_the_number_of_the_forward(rank, world):
 def labels_equal_one_process(rank, world):
     """Each process has classes and a place of its own, and one has no labels at all."""
     classes = 2 * world
-    for far in (None, "zero"):
-        for silent in {None, 0, world - 1}:
-            parts = shares(world, None, far=far)
-            labels = [2 * k + torch.arange(len(part)) % 2 for k, part in enumerate(parts)]
-            if silent is not None and world > 1:
-                labels[silent] = torch.full_like(labels[silent], -100)
-            batches, of_folds = dealt(parts, [5 + k for k in range(world)], 3)
-            of_batches, labels_of_folds = dealt(labels, [5 + k for k in range(world)], 3)
-            for new in (sm.LinearProbeMetric, sm.NeuralCollapseMetric):
-                for folds in (1, 3):
-                    metric = new(classes, folds=folds)
-                    one = new(classes, folds=folds, sync_on_compute=False)
-                    for batch, of_batch in zip(batches[rank], of_batches[rank], strict=True):
-                        metric.update(batch, of_batch)
-                    for fold, each in enumerate(zip(of_folds, labels_of_folds, strict=True)):
-                        one.update(sm.Observations(each[0], group=fold), each[1])
-                    with counted_collectives() as seen:
-                        value = metric.compute()
-                    assert [kind for kind, _ in seen] == METRIC
-                    assert_same(value, one.compute(), 1e-7 if far else 1e-9)
-                    assert int(metric.count) == int((labels[rank] >= 0).sum())  # this process' own again
+    for far, silent in each_share(world)[:3]:
+        parts = shares(world, None, far=far)
+        labels = [2 * k + torch.arange(len(part)) % 2 for k, part in enumerate(parts)]
+        if silent is not None and world > 1:
+            labels[silent] = torch.full_like(labels[silent], -100)
+        batches, of_folds = dealt(parts, [5 + k for k in range(world)], 3)
+        of_batches, labels_of_folds = dealt(labels, [5 + k for k in range(world)], 3)
+        for new in (sm.LinearProbeMetric, sm.NeuralCollapseMetric):
+            for folds in (1, 3):
+                metric = new(classes, folds=folds)
+                one = new(classes, folds=folds, sync_on_compute=False)
+                for batch, of_batch in zip(batches[rank], of_batches[rank], strict=True):
+                    metric.update(batch, of_batch)
+                for fold, each in enumerate(zip(of_folds, labels_of_folds, strict=True)):
+                    one.update(sm.Observations(each[0], group=fold), each[1])
+                with counted_collectives() as seen:
+                    value = metric.compute()
+                assert [kind for kind, _ in seen] == METRIC
+                assert_same(value, one.compute(), 1e-7 if far else 1e-9)
+                assert int(metric.count) == int((labels[rank] >= 0).sum())  # this process' own again
 
 
 def labels_beside_a_model_on_some_processes(rank, world):
@@ -1083,7 +1086,6 @@ EVERYWHERE = [
     a_fold_that_is_empty_everywhere,
     data_parallel_training_is_bit_identical,
     gradients_of_data_parallel_training,
-    hybrid_sharded_training_is_observed,
     only_the_first_process_records,
     a_second_recorder_is_refused_everywhere,
     projections_are_alike_everywhere,
@@ -1093,6 +1095,12 @@ EVERYWHERE = [
     large_decompositions_are_shared,
     labels_beside_a_model_on_some_processes,
     a_kind_of_sum_from_elsewhere_is_merged_like_ours,
+]
+ON_FOUR = [
+    every_statistic_equals_that_of_one_process,
+    folds_equal_one_process,
+    a_probe_merges_all_layers_in_few_collectives,
+    hybrid_sharded_training_is_observed,
 ]
 ON_TWO = [
     fully_sharded_training_is_observed,

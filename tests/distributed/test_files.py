@@ -7,27 +7,27 @@ import sys
 import numpy as np
 import pytest
 
+from spectralmetrics.cli import main
 from tests.files.world import rows
 
 pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.mark.long
-def test_torchrun_prints_what_one_process_prints(tmp_path):
+def test_torchrun_prints_what_one_process_prints(tmp_path, capsys):
     for index, shard in enumerate(rows(1000).split(100)):
         np.save(tmp_path / f"{index}.npy", shard)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def printed(*launcher):
-        command = [sys.executable, *launcher, "-m", "spectralmetrics", "measure", str(tmp_path), "--folds", "4"]
-        for _ in range(3):
-            found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-            # A thread of gloo that ends late aborts once in a hundred times.
-            if "terminate called without an active exception" not in found.stderr:
-                break
-        assert found.returncode == 0, found.stderr
-        return found.stdout
-
-    alone = printed()
+    arguments = ["measure", str(tmp_path), "--folds", "4"]
+    assert main(arguments) == 0
+    alone = capsys.readouterr().out
     assert "1,000 x 12 float32 in 10 parts, 4 folds of whole files" in alone
-    assert printed("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone") == alone
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*launcher, "-m", "spectralmetrics", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        # A thread of gloo that ends late aborts once in a hundred times.
+        if "terminate called without an active exception" not in found.stderr:
+            break
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == alone

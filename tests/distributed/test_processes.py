@@ -1,5 +1,6 @@
 """Real process groups (gloo). One group of each size runs all scenarios, since starting it is slow."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,8 +13,14 @@ from tests.distributed import files, groups, pipelines, records, resuming, scena
 
 EVERYWHERE = scenarios.EVERYWHERE + spread.SCENARIOS + records.SCENARIOS + files.SCENARIOS
 ON_SEVERAL = EVERYWHERE + pipelines.SCENARIOS + resuming.SCENARIOS
-# An odd number of processes matters where sums are merged.
-SCENARIOS = {1: EVERYWHERE, 2: ON_SEVERAL + scenarios.ON_TWO, 3: scenarios.EVERYWHERE, 4: ON_SEVERAL}
+SCENARIOS = {
+    1: EVERYWHERE,
+    2: ON_SEVERAL + scenarios.ON_TWO,
+    3: EVERYWHERE + resuming.SCENARIOS,  # an odd number, and a process in the middle
+    # Sums that are merged in two rounds, a grid, stages of a pipeline that have neither end, layers of each.
+    4: scenarios.ON_FOUR + spread.SCENARIOS + pipelines.SCENARIOS,
+}
+ALL = list(dict.fromkeys(itertools.chain(*SCENARIOS.values())))
 
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -26,11 +33,11 @@ GROUPS = [pytest.param(2), *(pytest.param(each, marks=pytest.mark.long) for each
 @pytest.fixture(scope="module", params=GROUPS, ids="processes-{}".format)
 def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"group{request.param}")
-    groups.run(request.param, SCENARIOS[request.param], folder, method="spawn", timeout=300)
+    groups.run(request.param, SCENARIOS[request.param], folder, method="forkserver", timeout=300)
     return request.param, folder
 
 
-@pytest.mark.parametrize("scenario", ON_SEVERAL + scenarios.ON_TWO, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("scenario", ALL, ids=lambda s: s.__name__)
 def test_scenario(finished, scenario):
     world, folder = finished
     if scenario in SCENARIOS[world]:

@@ -98,14 +98,11 @@ class Told(Callback):
 
 
 if __name__ == "__main__":
-    folder, *what = sys.argv[1:]
+    (folder,) = sys.argv[1:]
     two = {"strategy": "ddp_fork", "devices": 2}
-    if what:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            probing = LayerProbeCallback(SaturationMetric(threshold=0.9))
-            make_trainer(folder, None, callbacks=[probing, Told(folder, warned)], **two).validate(Experts())
-    else:
-        make_trainer(folder, LayerProbeCallback(metrics()), **two | {"strategy": "ddp_spawn"}).fit(
-            Classifier(0.0)
-        )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        probing = LayerProbeCallback(SaturationMetric(threshold=0.9))
+        make_trainer(folder, None, callbacks=[probing, Told(folder, warned)], **two).validate(Experts())
+    warnings.simplefilter("ignore")
+    make_trainer(folder, LayerProbeCallback(metrics()), **two).fit(Classifier(0.0))

@@ -4,10 +4,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from tests.integrations import test_resuming_lightning, test_resuming_transformers
-
 
 def fit(folder):
+    from tests.integrations import test_resuming_lightning
+
     two = {"strategy": "ddp", "devices": 2}
     test_resuming_lightning.fit(folder, [test_resuming_lightning.callback(folder / "whole")], **two)
     saved = folder / "saved.ckpt"
@@ -19,6 +19,8 @@ def fit(folder):
 
 
 def train(folder):
+    from tests.integrations import test_resuming_transformers
+
     how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "epoch", "ddp_backend": "gloo"}
     test_resuming_transformers.train(folder / "other", folder / "whole", **how)
     try:

@@ -114,13 +114,16 @@ def test_an_epoch_goes_on_from_a_checkpoint(tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_log_what_all_data_show(tmp_path):
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.integrations.lightning_module", str(tmp_path)],
-        check=True,
-        timeout=240,
-    )
+def test_two_processes_log_what_all_data_show_and_layers_in_any_order(tmp_path):
+    command = [sys.executable, "-m", "tests.integrations.lightning_module", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=240)
     module = Classifier(0.0)
     for stage, start, stop in (("train", 0, 320), ("eval", 320, 480)):
         for key, value in expected(module, start, stop, stage).items():
             assert logged(tmp_path, key) == pytest.approx([float(value)] * 2, rel=1e-5)
+    # Processes that run layers in other orders log the same.
+    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    told = [dict(line.split() for line in text.splitlines()) for text in texts]
+    assert told[0] == told[1]
+    assert float(told[0]["saturation/eval/model.0"]) > 2 * float(told[0]["saturation/eval/model.1"]) > 0
+    assert float(told[0]["warnings"]) == 0

@@ -1,8 +1,6 @@
 """Which forwards the Lightning callback observes, and in which stage; what several processes log."""
 
 import csv
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -209,20 +207,6 @@ def test_a_layer_called_mean_keeps_its_own_value(tmp_path):
     own, other = found["effective_rank/eval/mean (layer)"], found["effective_rank/eval/other"]
     assert own != other
     assert found["effective_rank/eval/mean"] == pytest.approx((own + other) / 2)
-
-
-@pytest.mark.long
-def test_processes_that_run_layers_in_other_orders_log_the_same(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "tests.integrations.lightning_module", str(tmp_path), "experts"],
-        check=True,
-        timeout=240,
-    )
-    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    logged = [dict(line.split() for line in text.splitlines()) for text in texts]
-    assert logged[0] == logged[1]
-    assert float(logged[0]["saturation/eval/model.0"]) > 2 * float(logged[0]["saturation/eval/model.1"]) > 0
-    assert float(logged[0]["warnings"]) == 0
 
 
 @pytest.mark.parametrize(("floor", "epochs"), [(0.5, 3), (100.0, 1)])

@@ -18,10 +18,8 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.filterwarnings("ignore:added after the last record")  # as what is killed cannot warn
-@pytest.mark.parametrize("where", ["before record", "after record", "before the checkpoint", "after it"])
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def train():
     (block,) = [
         text
         for text in re.findall(
@@ -31,8 +29,15 @@ def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
     ]
     namespace = {}
     exec(compile(block, str(GUIDE), "exec"), namespace)
-    namespace.update(images=namespace["images"][:1600], labels=namespace["labels"][:1600])  # 25 steps an epoch
+    # 25 steps an epoch, of which the 20th has a checkpoint, too.
+    namespace.update(images=namespace["images"][:1600], labels=namespace["labels"][:1600])
+    return namespace["train"]
 
+
+@pytest.mark.filterwarnings("ignore:added after the last record")  # as what is killed cannot warn
+@pytest.mark.parametrize("where", ["before record", "after record", "before the checkpoint", "after it"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_each_epoch_is_recorded_once(where, epoch, train, tmp_path, monkeypatch):
     def killing(function, before):
         calls = []
 
@@ -59,8 +64,8 @@ def test_each_epoch_is_recorded_once(where, epoch, tmp_path, monkeypatch):
                 lambda source, target: (replace if "checkpoint" in str(target) else system)(source, target),
             )
         with pytest.raises(Killed):
-            namespace["train"](tmp_path, 3)
-    namespace["train"](tmp_path, 3)
+            train(tmp_path, 3)
+    train(tmp_path, 3)
     recorded = Counter(
         (row["epoch"], row["stage"], row["layer"], row["statistic"]) for row in read_csv(tmp_path)
     )

@@ -1,7 +1,6 @@
 """SIGKILL at random moments: whatever was recorded before is whole, and a resumed run goes on."""
 
 import itertools
-import multiprocessing
 import random
 import time
 
@@ -11,11 +10,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spectralmetrics import Recorder
+from tests import processes
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 LAYERS = 3
 ROWS = 2 * (LAYERS + 1) * 2 + 1
-KILLS = 12
 
 
 def record_for_ever(directory, writers, recorded, started):
@@ -33,21 +32,17 @@ def record_for_ever(directory, writers, recorded, started):
         recorder.record()
 
 
-@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@processes.needs_fork
 @pytest.mark.parametrize(
     ("writers", "kills"),
     [
         (("csv", "arrays", "tensorboard"), 8),
-        *(
-            pytest.param(writers, KILLS, marks=pytest.mark.long)
-            for writers in (("csv", "arrays"), ("csv", "arrays", "tensorboard"))
-        ),
+        pytest.param(("csv", "arrays"), 12, marks=pytest.mark.long),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else f"{value} kills",
 )
 def test_killed_at_random_moments(writers, kills, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.recording.test_killed"])
+    context = processes.fresh()
     moments = random.Random(0)
     seen = 0
     interrupted = 0

@@ -1,7 +1,6 @@
 """Two recorders on one directory: the second is refused while the first lives, and no longer."""
 
 import gc
-import multiprocessing
 import os
 import signal
 
@@ -9,6 +8,7 @@ import pytest
 
 from spectralmetrics import Recorder
 from spectralmetrics.recording.lock import DirectoryLock
+from tests import processes
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 
@@ -21,8 +21,7 @@ def hold(directory, started):
 
 
 def start_holder(directory):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.recording.test_lock"])
+    context = processes.fresh()
     started = context.Event()
     process = context.Process(target=hold, args=(directory, started))
     process.start()

@@ -1,7 +1,6 @@
 import contextlib
 import csv
 import errno
-import multiprocessing
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.recording.writers.history_file import HistoryWriter
+from tests import processes
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 ALL = ["csv", "arrays", "console", "tensorboard", "plot"]
@@ -630,8 +630,7 @@ class TestDisk:
     def test_a_full_disk(self, tmp_path):
         """The system itself refuses to write more than some bytes."""
         pytest.importorskip("resource", reason="Windows has no limit on the size of a file")
-        context = multiprocessing.get_context("spawn")
-        worker = context.Process(target=_record_until_the_disk_is_full, args=(tmp_path,))
+        worker = processes.fresh().Process(target=_record_until_the_disk_is_full, args=(tmp_path,))
         worker.start()
         worker.join(120)
         assert worker.exitcode == 0

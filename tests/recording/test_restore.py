@@ -1,6 +1,5 @@
 """A process killed between a record and its pictures: the resumed run draws them, and nothing is left over."""
 
-import multiprocessing
 import os
 import signal
 
@@ -16,6 +15,7 @@ from spectralmetrics import (
     SpectrumMetric,
     Writer,
 )
+from tests import processes
 from tests.recording.runs import make_model, make_probe, run_epoch
 
 matplotlib.use("Agg")
@@ -28,9 +28,9 @@ ALL = [
 ]
 
 
-def record(directory, writers, epochs=2):
-    model = make_model()
-    with make_probe(model, ALL) as probe, Recorder(directory, probe, writers, mode="resume") as recorder:
+def record(directory, writers, epochs=2, metrics=ALL):
+    model = make_model(layers=1)  # each has a drawing of its own in most pictures, which takes long
+    with make_probe(model, metrics) as probe, Recorder(directory, probe, writers, mode="resume") as recorder:
         for epoch in range(recorder.next_epoch, epochs):
             run_epoch(model, epoch)
             recorder.add_scalar("accuracy", 0.875, stage="eval")
@@ -56,7 +56,7 @@ def pictures(directory):
     return {path.name: path.read_bytes() for path in (directory / "plots").iterdir()}
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
+@processes.needs_fork
 @pytest.mark.parametrize(
     ("writers", "drawn"),
     [
@@ -66,9 +66,7 @@ def pictures(directory):
     ],
 )
 def test_resume_draws_what_is_missing(writers, drawn, tmp_path):
-    worker = multiprocessing.get_context("spawn").Process(
-        target=record_and_die, args=(tmp_path / "killed", writers, drawn)
-    )
+    worker = processes.fresh().Process(target=record_and_die, args=(tmp_path / "killed", writers, drawn))
     worker.start()
     worker.join(120)
     assert worker.exitcode == -signal.SIGKILL
@@ -98,10 +96,11 @@ def test_what_is_there_is_not_drawn_again(tmp_path):
 
 
 def test_what_cannot_be_shown_now_costs_no_record(tmp_path, caplog):
-    record(tmp_path, ["csv", "arrays", "plot"])
+    spectrum = [SpectrumMetric()]
+    record(tmp_path, ["csv", "arrays", "plot"], metrics=spectrum)
     (tmp_path / "arrays" / "epoch-000001.npz").write_bytes(b"broken")
     (tmp_path / "plots" / "spectrum-train-epoch-000001.png").unlink()
-    record(tmp_path, ["csv", "arrays", "plot"], epochs=3)
+    record(tmp_path, ["csv", "arrays", "plot"], epochs=3, metrics=spectrum)
     assert any("cannot show epoch 1 now" in message for message in caplog.messages)
     assert (tmp_path / "arrays" / "epoch-000002.npz").exists()
 
@@ -123,7 +122,7 @@ def test_a_writer_of_ones_own_may_restore(tmp_path):
 
 @pytest.mark.parametrize("mode", ["resume", "overwrite"])
 def test_leftovers_are_removed_and_files_of_others_are_not(mode, tmp_path):
-    record(tmp_path, ["csv", "arrays", "plot"])
+    record(tmp_path, ["csv", "arrays", "plot"], metrics=[SaturationMetric()])
     ours = ["arrays/epoch-000002.npz", "plots/s-epoch-000002.png", "plots/s-eval-epochs.png", "records.csv"]
     for name in ours:
         path = tmp_path / name

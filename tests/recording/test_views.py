@@ -179,7 +179,7 @@ class TestConsole:
 
 
 class TestPictures:
-    @pytest.mark.parametrize("layers", [10, 40])
+    @pytest.mark.parametrize("layers", [3, 12])
     def test_of_a_run(self, layers, tmp_path):
         record(tmp_path, ["csv", "arrays"], layers=layers)
         names = []

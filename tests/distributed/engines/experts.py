@@ -246,9 +246,7 @@ def experts_that_count_from_zero_on_each_process_are_told(rank, world):
         probe.compute("train")
 
 
-SCENARIOS = [
-    experts_that_are_spread_equal_one_process,
-    tokens_that_travel_to_experts_of_other_processes_are_seen,
+ON_TWO = [
     a_history_leaves_what_experts_draw,
     experts_that_each_process_makes_are_merged_by_name,
     experts_that_count_from_zero_on_each_process_are_told,

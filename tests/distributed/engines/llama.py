@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-VOCABULARY, WIDTH, HEADS, INNER, BLOCKS = 40, 16, 4, 24, 2
+VOCABULARY, WIDTH, HEADS, INNER = 40, 16, 4, 24
 
 
 class Attention(nn.Module):
@@ -69,7 +69,7 @@ def mesh_of(world):
     return init_device_mesh("cpu", (world,))
 
 
-def llama(dtype=torch.float64, blocks=BLOCKS):
+def llama(dtype=torch.float64, blocks=1):
     torch.manual_seed(0)
     return Llama(blocks).to(dtype)
 
@@ -81,7 +81,7 @@ def tokens(seed, samples=5, steps=6):
     return torch.randint(VOCABULARY, (samples, steps), generator=torch.Generator().manual_seed(seed))
 
 
-def plan(*, is_local=True, sequence=False, blocks=BLOCKS):
+def plan(*, is_local=True, sequence=False, blocks=1):
     """A plan for ``parallelize_module`` like torchtitan's, of tensor or also of sequence parallelism."""
     columns, rows = ColwiseParallel, RowwiseParallel
     between = Shard(1) if sequence else Replicate()

@@ -15,7 +15,7 @@ def finished(request, tmp_path_factory):
     group = request.param
     folder = tmp_path_factory.mktemp(f"engines{group}")
     # What is forked knows of the device that other tests emulate, and transformers puts models there.
-    method = "spawn" if "long" in group else "fork"
+    method = "forkserver" if "long" in group else "fork"
     groups.run(int(group[0]), scenarios.SCENARIOS[group], folder, method=method)
     return group, folder
 

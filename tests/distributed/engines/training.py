@@ -42,8 +42,7 @@ def gradients_equal_one_process(rank, world):
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(2)]
     expected = gradients(batches)
-    ways = ((0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 0, 0))
-    for sequence, is_local, is_before in ways if world == 2 else ways[1:3]:
+    for sequence, is_local, is_before in ((0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 0, 0)):
         ends = []
         for has_probe in (False, True):
             model = llama()
@@ -77,7 +76,7 @@ def gradients_equal_one_process(rank, world):
         probe.resume()
     with probe.merged():
         counts = {int(probe["train", name]["spectrum"].count) for name in probe.layers}
-    assert counts == {4 * 10 * world - 3 * 10} if world == 2 else len(counts) == 1
+    assert counts == {4 * 10 * world - 3 * 10}
 
 
 def gradients_of_compiled_layers(rank, world):
@@ -123,7 +122,7 @@ def gradients_of_compiled_layers(rank, world):
 def trained(rank, spread, has_probe, is_before=False, compiles=False):
     """Weights, gradients and random state after two steps."""
     torch.compiler.reset()
-    model, layers = llama(torch.float32, blocks=1), list(KINDS)
+    model, layers = llama(torch.float32), list(KINDS)
     new = lambda: sm.LayerProbe(model, sm.SpectrumMetric(), layers=layers, rows_per_feature=1)  # noqa: E731
     probe = new() if has_probe and is_before else None
     spread(model)
@@ -168,7 +167,7 @@ def training_with_sharded_weights_is_the_same_to_the_bit(rank, world):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
     def both(model):
-        parallelize_module(model, mesh["tp"], plan(blocks=1))
+        parallelize_module(model, mesh["tp"], plan())
         sharded_weights(mesh["dp"])(model)
 
     replica = mesh["dp"].get_local_rank()
@@ -246,9 +245,4 @@ def context_parallel_of_torch(rank, world):
         model(batch)
 
 
-SCENARIOS = [
-    gradients_equal_one_process,
-    gradients_of_compiled_layers,
-    training_with_sharded_weights_is_the_same_to_the_bit,
-    context_parallel_of_torch,
-]
+ON_TWO = [gradients_equal_one_process, gradients_of_compiled_layers, context_parallel_of_torch]
