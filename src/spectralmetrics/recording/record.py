@@ -224,13 +224,12 @@ def undefined_layers(rows: Iterable[Row]) -> dict[str, dict[str, list[str]]]:
     return missing
 
 
-def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stacklevel: int = 2) -> None:
+def warn_of_undefined(rows: Sequence[Row], known: Container[str] = ()) -> None:
     """Warn once for each statistic whose means leave out layers.
 
     Args:
         rows: the rows of one record or several.
         known: statistics without a warning, such as statistics with an earlier warning.
-        stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """
     records: dict[RecordKey, list[Row]] = {}
     for row in rows:
@@ -253,5 +252,5 @@ def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stackl
         warnings.warn(
             f"the mean of {statistic!r} is {' and '.join(words)}, where it is undefined (NaN)",
             UserWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
