@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectralmetrics.extras import from_extra
-from spectralmetrics.functional.tail import MEAN_LAYER, layer_profile, low_saturation_tail
+from spectralmetrics.functional.tail import layer_profile, low_saturation_tail
 from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric, SaturationMetric
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
@@ -224,7 +224,7 @@ def describe_labels(explained: Mapping[str, Tensor]) -> str:
 def draw_both(rows: Sequence[Row], title: str) -> Figure:
     """Draw each layer's saturation and the share of the labels that it explains, in the last evaluation."""
     last = [row for row in rows if row.epoch == rows[-1].epoch and row.stage == "eval"]
-    of_layers = [row for row in last if row.layer not in ("", MEAN_LAYER)]
+    of_layers = [row for row in last if row.is_of_layer]
     shown = {"saturation": "saturation", "linear_probe": "labels explained (R²)"}
     profiles = {
         label: {row.layer: row.value for row in of_layers if row.statistic == statistic}

@@ -141,7 +141,7 @@ def _open(directory: str | Path, epoch: int | None, stage: str) -> _Side:
     rows = [row for row in rows if row.key == key]
     values: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.stage == stage and row.layer not in ("", MEAN_LAYER):
+        if row.stage == stage and row.is_of_layer:
             values.setdefault(row.layer, {})[row.statistic] = row.value
     if not values:
         stages = sorted({row.stage for row in rows if row.layer})
