@@ -1,14 +1,12 @@
-"""Hooks that hatchling runs when it builds this package.
+"""The hook that hatchling runs when it builds this package.
 
-One compiles csrc/ where that is possible; PyTorch does the same work without it. pip shows the reason for a
-failure only with -v, so a note in the library's place keeps the reason, and the package can say it. The other
-hook gives the links of the published README addresses that work outside the repository.
+It compiles csrc/ where that is possible; PyTorch does the same work without it. pip shows the reason for a
+failure only with -v, so a note in the library's place keeps the reason, and the package can say it.
 """
 
 import contextlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SOURCE = "csrc/accumulate.cpp"
 LIBRARY = "spectralmetrics/sums/_accumulate.so"
 NOTE = "spectralmetrics/sums/_accumulate.txt"  # read by src/spectralmetrics/sums/library.py
 OPTIONS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -fvisibility=hidden -fno-exceptions -fno-rtti"
-# Code comes first: text in it that looks like a link is not a link.
-CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]*`|\]\((?!https?:|mailto:|#)(?P<path>[^)\s]+)\)", re.DOTALL)
 
 
 class CompileHook(BuildHookInterface):
@@ -84,33 +79,3 @@ def in_short(error: Exception) -> str:
         return " ".join(str(error).split())
     messages = [line.strip() for line in error.stderr.splitlines() if "error" in line]
     return ": ".join([f"{error.cmd[0]} returned exit status {error.returncode}", *messages[:1]])
-
-
-class ReadmeHook(MetadataHookInterface):
-    """Makes README.md the description of the package, with links and pictures of the version's tag."""
-
-    def update(self, metadata: dict[str, Any]) -> None:
-        """Called by hatchling when it puts the metadata together."""
-        readme = Path(self.root, "README.md").read_text(encoding="utf-8")
-        text = absolute(readme, metadata["urls"]["Repository"], f"v{metadata['version']}")
-        metadata["readme"] = {"content-type": "text/markdown", "text": text}
-
-
-def absolute(markdown: str, repository: str, revision: str) -> str:
-    """The same text with relative links turned into links to a repository on GitHub.
-
-    Args:
-        markdown: text whose links are relative to the root of the repository.
-        repository: the repository's address.
-        revision: the branch, tag or commit to link to.
-    """
-
-    def replaced(match: re.Match[str]) -> str:
-        path = match["path"]
-        if path is None:
-            return match[0]
-        # GitHub shows a page about a picture under "blob", and the picture itself under "raw".
-        kind = "raw" if path.endswith((".png", ".svg", ".gif", ".jpg")) else "blob"
-        return f"]({repository}/{kind}/{revision}/{path})"
-
-    return CODE_OR_LINK.sub(replaced, markdown)

@@ -106,9 +106,10 @@ def smoke(session: nox.Session, torch: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    session.install("ruff", "clang-format==23.1.5")
+    session.install("ruff", "clang-format==23.1.5", "import-linter")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", "--no-cache", "--no-logo", env={"PYTHONPATH": "src"})
     session.run("clang-format", "--dry-run", "--Werror", *map(str, Path("csrc").glob("*.?pp")))
 
 

@@ -7,37 +7,20 @@ types alone count like any other.
 """
 
 import argparse
-import ast
 import graphlib
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "spectralmetrics"
-PAGE = ROOT / "CONTRIBUTING.md"
+import grimp
+
+PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 _DRAWING = re.compile(r"(<!-- imports -->\n\n```text\n)(.*?)(```)", re.DOTALL)
 
 
-def module_imports(package=PACKAGE):
-    """Module -> the modules of the same package that it imports, by full names."""
-    name = package.name
-    modules = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = (name, *path.relative_to(package).with_suffix("").parts)
-        modules[".".join(parts).removesuffix(".__init__")] = path
-    found = {}
-    for module, path in modules.items():
-        imported = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                if node.level:
-                    raise ValueError(f"expected absolute imports, got a relative one in {path}")
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-                imported |= {full if full in modules else node.module for full in names}
-        found[module] = sorted(each for each in imported if each in modules and each != module)
-    return found
+def module_imports():
+    """Module -> the modules of the package that it imports, by full names."""
+    graph = grimp.build_graph("spectralmetrics", cache_dir=None)
+    return {each: sorted(graph.find_modules_directly_imported_by(each)) for each in sorted(graph.modules)}
 
 
 def part_of(module):

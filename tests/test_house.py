@@ -1,4 +1,4 @@
-"""How the code is laid out: what may import what, and where torchmetrics is overridden."""
+"""How the code is laid out; what may import what stands in `pyproject.toml`, for import-linter."""
 
 import ast
 import graphlib
@@ -26,98 +26,10 @@ draw_imports = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(draw_imports)
 
 IMPORTS = draw_imports.module_imports()
-# From the bottom up: each part may import those before it, and none of those after it.
-TOWER = (
-    "torch_private",
-    "sums",
-    "functional",
-    "metrics",
-    "probing",
-    "monitoring",
-    "recording",
-    ("cli", "demo", "integrations"),
-)
-# What stands beside the tower, and the parts of it and of each other that it stands on.
-BESIDE = {
-    "plotting": {"functional", "sums"},
-    "layers": set(),
-    "table": set(),
-    "receptive_field": {"probing"},
-    "similarity": {"torch_private", "functional", "plotting", "probing", "sums"},
-    "projection": {"torch_private", "sums", "functional", "metrics", "probing", "layers"},
-    "findings": {"functional", "layers", "metrics", "sums", "table"},
-    "parameters": set(),
-    "weights": {"functional", "layers", "metrics", "parameters", "probing", "table", "torch_private"},
-    "checkpoints": {"parameters", "weights"},
-    "files": {"findings", "functional", "metrics", "probing", "recording", "sums", "table"},
-    "__main__": {"cli"},
-}
-# Who may use what stands beside; the command line and the demo may use anything.
-USED_BY = {
-    "metrics": {"plotting"},
-    "probing": {"findings", "plotting", "table", "layers"},
-    "monitoring": {"findings", "table"},
-    "recording": {"findings", "plotting", "table"},
-    "integrations": {"plotting"},
-}
-LEVELS = [level if isinstance(level, tuple) else (level,) for level in TOWER]
-
-
-def allowed(part):
-    """The parts that a part may import."""
-    if part in BESIDE:
-        return BESIDE[part]
-    (height,) = (height for height, level in enumerate(LEVELS) if part in level)
-    below = {each for level in LEVELS[:height] for each in level}
-    if part in ("cli", "demo"):
-        return below | set(BESIDE) - {"__main__"} | {"demo"} - {part}
-    return below | USED_BY.get(part, set())
 
 
 def test_no_module_imports_itself_in_a_circle():
     list(graphlib.TopologicalSorter(IMPORTS).static_order())  # raises a CycleError that names one
-
-
-@pytest.mark.parametrize("part", sorted(draw_imports.part_imports(IMPORTS)))
-def test_imports_run_one_way(part):
-    forbidden = draw_imports.part_imports(IMPORTS)[part] - allowed(part)
-    where = [
-        f"{module} imports {each}"
-        for module, imported in IMPORTS.items()
-        for each in imported
-        if draw_imports.part_of(module) == part and draw_imports.part_of(each) in forbidden
-    ]
-    assert not where
-
-
-def test_only_the_command_line_looks_at_the_face_of_the_package():
-    users = {module for module, imported in IMPORTS.items() if "spectralmetrics" in imported}
-    assert users <= {"spectralmetrics.cli"}
-
-
-def test_the_reader_sees_imports_for_types_and_inside_functions(tmp_path):
-    package = tmp_path / "house"
-    (package / "attic").mkdir(parents=True)
-    (package / "__init__.py").write_text("from house.attic import box\n")
-    (package / "attic" / "__init__.py").touch()
-    (package / "attic" / "box.py").write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.cellar import Rat\n"
-    )
-    (package / "cellar.py").write_text("def look():\n    import house.attic.box\n")
-    found = draw_imports.module_imports(package)
-    assert found == {
-        "house": ["house.attic.box"],
-        "house.attic": [],
-        "house.attic.box": ["house.cellar"],
-        "house.cellar": ["house.attic.box"],
-    }
-    with pytest.raises(graphlib.CycleError):
-        list(graphlib.TopologicalSorter(found).static_order())
-    with pytest.raises(graphlib.CycleError):
-        draw_imports.draw(draw_imports.part_imports(found))
-    (package / "cellar.py").write_text("from . import attic\n")
-    with pytest.raises(ValueError, match="relative"):
-        draw_imports.module_imports(package)
 
 
 def test_the_drawing_is_that_of_the_code():

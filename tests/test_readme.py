@@ -1,5 +1,4 @@
 import email
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -99,17 +98,3 @@ def test_the_published_links_lead_to_the_repository(tmp_path, monkeypatch):
         assert (README.parent / path).is_file()
         assert (kind == "raw") == path.endswith(".png")
     assert re.sub(base, "", published).strip() == README.read_text(encoding="utf-8").strip()
-
-
-def test_code_is_published_as_it_is():
-    pytest.importorskip("hatchling", reason="hatchling is not installed")
-    spec = importlib.util.spec_from_file_location("hatch_build", README.parent / "hatch_build.py")
-    hatch_build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hatch_build)
-    text = (
-        "[`a[0](x)`](a.md#b) [c](https://c.org) [d](#e) [![f](g.svg)](h)\n```python\nlayers[0](x)\n```\n[i](j)"
-    )
-    assert hatch_build.absolute(text, "https://r", "v1") == (
-        "[`a[0](x)`](https://r/blob/v1/a.md#b) [c](https://c.org) [d](#e) "
-        "[![f](https://r/raw/v1/g.svg)](https://r/blob/v1/h)\n```python\nlayers[0](x)\n```\n[i](https://r/blob/v1/j)"
-    )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.parameters import weight_in, why_no_numbers
 from spectralmetrics.weights import (
     WeightMatrix,
@@ -142,12 +143,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _safetensors(path: Path) -> dict[str, _Stored]:
-    try:
+    with from_extra("weights", ".safetensors files need safetensors"):
         import safetensors
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            '.safetensors files need safetensors: pip install "spectralmetrics[weights]"'
-        ) from error
     try:
         with safetensors.safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no dict

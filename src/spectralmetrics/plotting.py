@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
 from spectralmetrics.sums.checks import check_positive_integer, check_real
 
@@ -125,10 +126,8 @@ def plot_profile(
     ax.set_xlabel("layers in forward order")
     ax.grid(axis="y", color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
-    if title:
-        ax.set_title(title, fontsize=10)
     ax.legend(frameon=False, fontsize=9)
-    return _with_figure(ax)
+    return _titled(ax, title)
 
 
 def plot_heatmap(
@@ -174,9 +173,7 @@ def plot_heatmap(
     _name_layers(ax, layers, "y", room=not given)
     ax.set_xlabel("epoch")
     ax.set_ylabel("layers in forward order")
-    if title:
-        ax.set_title(title, fontsize=10)
-    return _with_figure(ax)
+    return _titled(ax, title)
 
 
 def plot_similarity(
@@ -236,9 +233,7 @@ def plot_similarity(
                 "black" if value > 0.6 else "white",
             )
             ax.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
-    if title:
-        ax.set_title(title, fontsize=10)
-    return _with_figure(ax)
+    return _titled(ax, title)
 
 
 def plot_spectrum(
@@ -309,11 +304,9 @@ def plot_spectrum(
     ax.set_xlabel("index")
     ax.set_ylabel("eigenvalue")
     ax.grid(color="0.9")
-    if title:
-        ax.set_title(title, fontsize=10)
     if len(spectra) > 1 or threshold is not None or labels is not None:
         ax.legend(frameon=False, fontsize=9)
-    return _with_figure(ax)
+    return _titled(ax, title)
 
 
 def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -340,7 +333,7 @@ def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figu
     ax.figure.colorbar(image, ax=ax, label="covariance")
     ax.set_xlabel("feature")
     ax.set_ylabel("feature")
-    return _with_figure(ax)
+    return _titled(ax, None)
 
 
 def plot_embedding(
@@ -395,9 +388,7 @@ def plot_embedding(
         ax.figure.colorbar(scatter, ax=ax, label="label")
     ax.set_xlabel("component 1")
     ax.set_ylabel("component 2")
-    if title:
-        ax.set_title(title, fontsize=10)
-    return _with_figure(ax)
+    return _titled(ax, title)
 
 
 def plot_layers(
@@ -509,7 +500,7 @@ def plot_history(
         figure = _new_figure((2.4 * across + 0.6, 1.35 * down + 0.7))
         axes = figure.subplots(down, across, sharex=True, sharey=not is_scale, squeeze=False)
     else:
-        figure, _ = _with_figure(_axis(ax))
+        figure, _ = _titled(_axis(ax), None)
         axes = np.array([[ax]])
     for index, ax in enumerate(axes.flat):
         if index >= len(series):
@@ -581,14 +572,14 @@ def _axis(ax: Axes | None, size: tuple[float, float] = (6.0, 4.2)) -> Axes:
 
 
 def _new_figure(size: tuple[float, float]) -> Figure:
-    try:
+    with from_extra("plot", "plots need matplotlib"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots need matplotlib: pip install "spectralmetrics[plot]"') from error
     return Figure(figsize=size, layout="constrained")
 
 
-def _with_figure(ax: Axes) -> tuple[Figure, Axes]:
+def _titled(ax: Axes, title: str | None) -> tuple[Figure, Axes]:
+    if title:
+        ax.set_title(title, fontsize=10)
     return ax.figure, ax  # type: ignore[return-value]  # a SubFigure if ax lies in one
 
 

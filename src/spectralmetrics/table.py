@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from spectralmetrics.extras import from_extra
+
 WIDTH = 100
 """Columns of the screen that tables fit."""
 
@@ -72,7 +74,6 @@ def text_table(
     rows: Sequence[Sequence[str]],
     *,
     left: Sequence[str] = (),
-    width: int = WIDTH,
     rule: bool = False,
     name_width: int | None = None,
 ) -> list[str]:
@@ -84,7 +85,6 @@ def text_table(
         heads: the heads of the columns; a line break begins another line.
         rows: the cells of the rows.
         left: heads of further columns that are text and not numbers.
-        width: the width of the screen.
         rule: draw a line below the heads.
         name_width: the width of the first column; None gives it the room that the words do not need.
 
@@ -98,7 +98,7 @@ def text_table(
     above = list(zip(*stacked, strict=True))
     lines = [*above, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads) - 1)]
-    room = width - sum(widths[1:]) - 2 * len(widths)
+    room = WIDTH - sum(widths[1:]) - 2 * len(widths)
     words_room = min(max(len(line[-1]) for line in lines), max(room // 2, 18))
     widths[0] = min(widths[0], max(room - words_room, 12) if name_width is None else name_width)
     printed = []
@@ -130,8 +130,6 @@ def import_pandas() -> Any:
     Raises:
         ModuleNotFoundError: without pandas, extra ``spectralmetrics[pandas]``.
     """
-    try:
+    with from_extra("pandas", "a data frame needs pandas"):
         import pandas
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('a data frame needs pandas: pip install "spectralmetrics[pandas]"') from error
     return pandas

@@ -420,8 +420,8 @@ def a_probe_merges_all_layers_in_few_collectives(rank, world):
     # The same on one process that sees everything.
     single = Experts(world)
     reference = sm.LayerProbe(single, [m.clone() for m in metrics])
-    for stage in reference._all_collections():
-        for metric in stage.values(copy_state=False):
+    for place in reference._places.values():
+        for metric in place.collection.values(copy_state=False):
             metric.sync_on_compute = False
     for k in range(world):
         single(parts[k], k)

@@ -19,14 +19,14 @@ from tests.oracles import relative_error, two_pass_covariance
 from tests.sums.toy import CrestFactorMetric
 
 
-def every_linear(model, batches):
-    """The rows that each linear layer of a model puts out, by name, in one process without any probe."""
-    rows, handles = {}, []
+def outputs(model, batches, kinds):
+    """Layer of these kinds -> its output for each batch, in one process without any probe."""
+    found, handles = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, kinds):
 
             def keep(module, args, output, name=name):
-                rows.setdefault(name, []).append(output.detach().double().flatten(0, -2))
+                found.setdefault(name, []).append(output.detach().double())
 
             handles.append(module.register_forward_hook(keep))
     with torch.no_grad():
@@ -34,7 +34,13 @@ def every_linear(model, batches):
             model(batch)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(each) for name, each in rows.items()}
+    return found
+
+
+def every_linear(model, batches):
+    """The rows that each linear layer of a model puts out, by name."""
+    found = outputs(model, batches, nn.Linear)
+    return {name: torch.cat([each.flatten(0, -2) for each in every]) for name, every in found.items()}
 
 
 def assert_holds(probe, stage, rows, tolerance=1e-12):

@@ -91,19 +91,27 @@ def streams(**fixed):
 # -- what each kind must hold, in extended precision --------------------------------------------------------
 
 
-def check_moments(sums, batches, error=1e-12):
-    """Counts, mean, variances and covariance are those of the rows that count."""
+def check_mean(sums, batches, error):
+    """Counts and mean are those of the rows that count; returns these and their largest squared deviation."""
     rows = rows_of(batches)
     assert int(sums.num_observations) == len(rows)
     assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
     if not len(rows):
-        return
+        return rows, None
     extended = rows.numpy().astype(np.longdouble)
     mean = extended.mean(0)
     spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
     # The mean is one float64, so this is as near as it can be.
     scale = np.abs(mean).max() + np.sqrt(spread)
     assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * scale
+    return rows, spread
+
+
+def check_moments(sums, batches, error=1e-12):
+    """Counts, mean, variances and covariance are those of the rows that count."""
+    rows, spread = check_mean(sums, batches, error)
+    if not len(rows):
+        return
     for center in (True, False):
         exact = two_pass_covariance(rows, center=center)
         bound = error * (spread if center else np.abs(exact).max() + spread)
@@ -121,20 +129,12 @@ def check_folds(sums, batches, error=1e-12):
 
 def check_sketch(sums, batches, error=1e-12):
     """Trace, mean and image are exact, and the eigenvalues that are read never exceed those of the rows."""
-    rows = rows_of(batches)
-    assert int(sums.num_observations) == len(rows)
-    assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
+    rows, spread = check_mean(sums, batches, error)
     if not len(rows):
         return
     exact = two_pass_covariance(rows, center=True)
     omega = sums.test_matrix().numpy().astype(np.longdouble)
-    extended = rows.numpy().astype(np.longdouble)
-    mean = extended.mean(0)
-    spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
     bound = error * spread * len(omega)
-    assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * (
-        np.abs(mean).max() + np.sqrt(spread)
-    )
     assert np.abs(sums.variances().numpy() - exact.diagonal()).max() <= bound
     assert np.abs(sums.covariance_image().numpy() - exact @ omega).max() <= bound
     true = np.linalg.eigvalsh(exact.astype(np.float64))[::-1]
@@ -165,17 +165,11 @@ def check_labelled(sums, batches, error=1e-12):
 
 def check_marginals(sums, batches, error=1e-12):
     """Counts, mean, variances, magnitudes, zeros and maxima are those of the rows that count."""
-    rows = rows_of(batches)
-    assert int(sums.num_observations) == len(rows)
-    assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
+    rows, spread = check_mean(sums, batches, error)
     if not len(rows):
         return
     extended = rows.numpy().astype(np.longdouble)
-    mean = extended.mean(0)
-    spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
-    scale = np.abs(mean).max() + np.sqrt(spread)
-    assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * scale
-    for center, exact in ((True, ((extended - mean) ** 2).mean(0)), (False, (extended**2).mean(0))):
+    for center, exact in ((True, extended.var(0)), (False, (extended**2).mean(0))):
         bound = error * (spread if center else exact.max() + spread)
         assert np.abs(sums.variances(center=center).numpy() - exact).max() <= bound
     magnitudes = np.abs(extended).mean(0)

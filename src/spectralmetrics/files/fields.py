@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NEEDS_EXTRA = 'need {package}: pip install "spectralmetrics[files]"'
-
 
 class ReadError(ValueError):
     """Raised where a file, or an item of an iterable, cannot be read as rows.

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.files.fields import (
     EMPTY,
-    NEEDS_EXTRA,
     Columns,
     Field,
     as_tensor,
@@ -27,10 +27,8 @@ _BUFFER = 2**20
 
 def parquet_columns(path: Path) -> Columns:
     """The columns of a Parquet file; a column of lists of floating numbers holds vectors."""
-    try:
+    with from_extra("files", ".parquet files need pyarrow"):
         import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f".parquet files {NEEDS_EXTRA.format(package='pyarrow')}") from error
     with pyarrow.parquet.ParquetFile(path) as file:
         rows, schema = file.metadata.num_rows, file.schema_arrow
     if not rows:

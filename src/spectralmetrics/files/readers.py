@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.files.fields import (
     EMPTY,
-    NEEDS_EXTRA,
     Columns,
     Field,
     ReadError,
@@ -168,10 +168,8 @@ def _of_member(path: Path, archive: zipfile.ZipFile, member: str) -> Field:
 
 
 def _safetensors(path: Path) -> Columns:
-    try:
+    with from_extra("files", ".safetensors files need safetensors"):
         import safetensors
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f".safetensors files {NEEDS_EXTRA.format(package='safetensors')}") from error
 
     def field(name: str, piece: Any) -> Field:
         shape = tuple(piece.get_shape())

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.checks import check_real
 from spectralmetrics.sums.decomposition import eigenvectors, round_off
+from spectralmetrics.sums.recentring import first_of
 
 MINIMUM_SAMPLES = 4
 """The unbiased estimator divides by n − 3."""
@@ -381,14 +382,9 @@ def _centred(rows: Tensor, valid: Tensor | None) -> Tensor:
         rows = rows - rows[:1]
         return rows - rows.mean(0)
     keep = valid[:, None]
-    rows = torch.where(keep, rows - rows.index_select(0, _first(valid)), 0.0)
+    rows = torch.where(keep, rows - rows.index_select(0, first_of(valid)), 0.0)
     mean = rows.sum(0) / valid.sum().clamp(min=1)
     return torch.where(keep, rows - mean, 0.0)
-
-
-def _first(valid: Tensor) -> Tensor:
-    """The index of the first valid sample, shape (1,)."""
-    return valid.to(torch.uint8).argmax()[None]
 
 
 def _number(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -226,12 +226,6 @@ class Spectrum:
         return self._sums.num_observations.device
 
     @property
-    def num_values(self) -> int:
-        """The number of eigenvalues that are read."""
-        sketch = self.sketch
-        return self.num_features if sketch is None else sketch.size
-
-    @property
     def identity(self) -> tuple[int, bool]:
         """A key that is equal for spectra with the same cache and ``center``."""
         return id(self._cache), self.center

@@ -269,7 +269,7 @@ class LayerProbeCallback(TrainerCallback):
             else:
                 self._record_epoch()
         elif self._forwards is not None:
-            with self._keeping_open():
+            with contextlib.closing(self._keeping):
                 self._keeping.open(self._forwards)
                 self._keeping.record(self._forwards)
 
@@ -346,15 +346,8 @@ class LayerProbeCallback(TrainerCallback):
     @contextlib.contextmanager
     def _going_on(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Iterator[None]:
         self._given = resume_from_checkpoint
-        with self._keeping_open():
+        with contextlib.closing(self._keeping):
             yield
-
-    @contextlib.contextmanager
-    def _keeping_open(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._keeping.close()
 
     def _number(self) -> int:
         """The number of this callback among those like it, which save beside one another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
 from typing import Any, TypeAlias
@@ -24,6 +25,11 @@ class OwnHook:
                 " call its remove(), script the model, and probe the model that is not scripted"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For the few classes that copy themselves: a function of the standard library that takes any three
+        # arguments and does nothing.
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class _CopyMethod:

@@ -131,13 +131,12 @@ class Core:
         if how != "run":
             of_layer.transformed = of_layer.transformed or how == "transformed"
             return None
-        forward, most = of_layer.forwards, self.limits.max_samples
+        forward = of_layer.forwards
         of_layer.forwards += 1
         of_layer.ran += 1
         if not forward:
             self._begin(of_layer, module)
-        is_full = most is not None and of_layer.samples >= most
-        is_idle = bool(is_idle or of_layer.given_up or of_layer.too_wide or is_full)
+        is_idle = is_idle or self.limits.keeps_nothing(of_layer)
         # If other processes may share the forward, the next steps must depend only on the seed, the stage and
         # the number of the forward, until rows are exchanged.
         if is_idle and not self.meshes.concerns(output):
@@ -147,9 +146,9 @@ class Core:
     def take_rows(self, of_layer: LayerMetrics, module: nn.Module, output: Any, moment: Moment) -> None:
         """Pass the rows of an output to the metrics."""
         limits = self.limits
-        batch = self._batch(of_layer, module, output, moment)
-        if limits.max_samples is not None:
-            batch = batch.first(limits.max_samples - of_layer.samples)
+        batch, room = self._batch(of_layer, module, output, moment), limits.room(of_layer)
+        if room is not None:
+            batch = batch.first(room)
         if batch.values.numel() == 0:
             return
         of_layer.samples += batch.num_samples

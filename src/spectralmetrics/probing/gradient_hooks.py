@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
 from typing import Any, TypeAlias
@@ -89,10 +88,6 @@ class GradientHook(OwnHook):
         elif not is_exporting():
             return self._trace((args, kwargs), output)
         return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # See `Observer.__reduce__`.
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
     def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
         """Remove an earlier hook from an output that is a leaf and outlives its forwards, like a parameter."""
@@ -188,10 +183,6 @@ class FirstGradientHook(OwnHook):
         """True if this hook has watched the output of the current forward; the call clears it."""
         is_seen, self._is_seen = self._is_seen, False
         return is_seen
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # See `Observer.__reduce__`.
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 skip_frames(GradientHook.__call__.__code__)

@@ -185,14 +185,13 @@ class GradientRouter(Router):
     def _arrive(
         self, of_layer: LayerMetrics, is_idle: bool, awaited: Awaited, gradient: Tensor, form: Form, why: str
     ) -> None:
-        module, limit = self.modules[awaited.layer](), self.limits.max_samples
+        module = self.modules[awaited.layer]()
         if module is None or how_it_runs(gradient) != "run" or is_many_at_once(gradient):
             return
         if why:
             raise LeftOut(why)
         moment, name, meshes = awaited.moment, awaited.layer, self.meshes
-        is_full = limit is not None and of_layer.samples >= limit
-        is_idle = bool(is_idle or of_layer.given_up or of_layer.too_wide or is_full)
+        is_idle = is_idle or self.limits.keeps_nothing(of_layer)
         if is_idle and not meshes.concerns(gradient):
             return
         values = form.of(unscaled(gradient.detach(), self.scale))

@@ -191,11 +191,6 @@ class Observer(OwnHook):
                 kind = _SELECTED + kind
             see(parts, TICKET, self._number, mode + kind)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # For the few classes that copy themselves, see `copies`: a function of the standard library that takes
-        # any three arguments and does nothing.
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
     def see_compiled(self, parts: list[Tensor], kind: str) -> None:
         """Pass on a compiled module's output, which :func:`take_apart` has taken apart."""
         module = self._module()

@@ -34,6 +34,14 @@ class Limits:
         if rows is not None and not (isinstance(rows, numbers.Real) and 0 < rows < math.inf):
             raise ValueError(f"expected rows_per_feature to be a positive number or None, got {rows!r}")
 
+    def room(self, of_layer: LayerMetrics) -> int | None:
+        """The number of samples that a layer can still take; None: any number."""
+        return None if self.max_samples is None else max(self.max_samples - of_layer.samples, 0)
+
+    def keeps_nothing(self, of_layer: LayerMetrics) -> bool:
+        """True if the sums of a layer get no further rows."""
+        return bool(of_layer.given_up or of_layer.too_wide or self.room(of_layer) == 0)
+
     def check_width(self, of_layer: LayerMetrics, width: int) -> None:
         """Keep a sketch for a layer that is too wide for a covariance, or leave the layer out."""
         if width <= self.max_features or not of_layer.keeps_matrices or of_layer.is_sketched:

@@ -18,7 +18,7 @@ from spectralmetrics.probing.dtensors import dtensors_of, may_share_layers, plac
 from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.outputs import first_tensor
-from spectralmetrics.probing.parts import Cut, LeftOut, Part, Split, is_dtensor, part_of, split_of
+from spectralmetrics.probing.parts import Cut, LeftOut, Part, Split, is_dtensor, part_of
 from spectralmetrics.probing.rendezvous import Gathered, Rendezvous
 from spectralmetrics.probing.selecting import Selecting
 
@@ -179,13 +179,11 @@ class Meshes:
             return None
         shape = list(values.shape)
         if placement == "replicated":
-            splits = [
-                Split(group, dist.get_rank(group), dist.get_world_size(group)) for group in self._for_plain
-            ]
+            splits = [Split.along(group) for group in self._for_plain]
         else:
             assert isinstance(placement, int)
             (group,) = self._for_plain
-            splits = [Split(group, dist.get_rank(group), dist.get_world_size(group), dim)]
+            splits = [Split.along(group, dim)]
             shape[dim] = placement
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
 
@@ -222,7 +220,7 @@ class Meshes:
                     f"its weights are sharded in dimensions {sorted(dims_of)} among processes that have other"
                     " tokens"
                 )
-            split = Split(group, dist.get_rank(group), dist.get_world_size(group))
+            split = Split.along(group)
             if not alike:
                 travels = split if dims_of else travels
             elif not dims_of:
@@ -316,8 +314,7 @@ class Meshes:
         """True if this process' shard of a number of features has this width."""
         if len(self._for_plain) != 1:
             return False
-        split = split_of(self._for_plain[0], torch.distributed.tensor.Shard(0), 1)
-        span = Part(torch.empty(0), (whole,), (1,), (split,)).spans(0)
+        span = Part(torch.empty(0), (whole,), (1,), (Split.along(self._for_plain[0], 0),)).spans(0)
         return span.stop - span.start == width < whole
 
     def __getstate__(self) -> dict[str, Any]:

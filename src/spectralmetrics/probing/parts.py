@@ -42,6 +42,11 @@ class Split(NamedTuple):
     dim: int | None = None
     op: str = ""
 
+    @classmethod
+    def along(cls, group: Any, dim: int | None = None, op: str = "") -> Split:
+        """The split along a group of processes, of which this process is one."""
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), dim, op)
+
     @property
     def is_replicated(self) -> bool:
         """True if all processes have the same tensor."""
@@ -198,11 +203,8 @@ def part_from(parts: Sequence[Tensor], kind: str) -> Part:
     splits = []
     for each, name in zip(kinds.split(","), names.split(","), strict=True):
         placement, detail = each.split(":")
-        group = group_named(name)
-        split = Split(group, dist.get_rank(group), dist.get_world_size(group))
-        if placement == "Shard":
-            split = split._replace(dim=int(detail) % local.ndim)
-        splits.append(split._replace(op=detail) if placement == "Partial" else split)
+        dim = int(detail) % local.ndim if placement == "Shard" else None
+        splits.append(Split.along(group_named(name), dim, detail if placement == "Partial" else ""))
     shape = tuple(form.shape[:-1])
     stride = torch.empty(shape, device="meta").stride()
     return Part(waited(local), shape, stride, tuple(split for split in splits if split.size > 1))
@@ -210,14 +212,13 @@ def part_from(parts: Sequence[Tensor], kind: str) -> Part:
 
 def split_of(group: Any, placement: Any, ndim: int) -> Split:
     """The split of a tensor by a placement along a group of processes."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
     kind = type(placement).__name__
     if kind == "Shard":
-        return Split(group, rank, size, placement.dim % ndim)
+        return Split.along(group, placement.dim % ndim)
     if kind == "Replicate":
-        return Split(group, rank, size)
+        return Split.along(group)
     if kind == "Partial":
-        return Split(group, rank, size, op=placement.reduce_op)
+        return Split.along(group, op=placement.reduce_op)
     raise LeftOut(f"its placement is {placement}; of a DTensor, Shard, Replicate and Partial can be observed")
 
 

@@ -1116,9 +1116,6 @@ class LayerProbe(nn.Module):
         shown = ", ".join(self.layers[:6]) + (", …" if len(self.layers) > 6 else "")
         return f"LayerProbe({', '.join(self._names)} of {len(self.layers)} layers: {shown})"
 
-    def _all_collections(self) -> list[MetricCollection]:
-        return [of_layer.collection for of_layer in self._places.values()]
-
     def merge_state(self, other: LayerProbe) -> None:
         """Add what another probe has observed, layer by layer, by their names; the other is left as it was.
 

@@ -131,7 +131,7 @@ class Steps:
 
     def groups(self) -> dict[int, int]:
         """The groups of the model's forward that runs in this thread; a new dict outside of one."""
-        current = self._current()
+        current = self.thread.current
         return {} if current is None else current.groups
 
     def forward(self) -> int | None:
@@ -139,12 +139,12 @@ class Steps:
 
         -1 for a forward in training mode without gradients, such as a rollout.
         """
-        current = self._current()
+        current = self.thread.current
         return None if current is None else current.ever
 
     def call(self, layer: str) -> int:
         """Count a call of a layer; return how many there were before in this forward of the model."""
-        current = self._current()
+        current = self.thread.current
         if current is None:
             return 0
         current.calls[layer] += 1
@@ -163,7 +163,7 @@ class Steps:
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """True if a layer's forward is observed; its number only matters outside of the model's forwards."""
-        current = self._current()
+        current = self.thread.current
         if current is not None:
             return current.is_observed
         if self.budget is not None and not self._allows(stage, forward):
@@ -228,10 +228,6 @@ class Steps:
         assert self.budget is not None
         # A shared forward is found by its number, which is the same on all its processes.
         return self.budget.begins(stage, number) if self.shares() else self.budget.begins(stage)
-
-    def _current(self) -> Forward | None:
-        """The forward of the model that runs in this thread."""
-        return self.thread.current
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "thread"}

@@ -136,7 +136,7 @@ class Rows(Core):
         placed = place(part, make, self.rule)
         if placed.whole.labels is not None and placed.batch.labels is None:
             self.labels.note(name, part.shape, fits=False)
-        remaining = None if limits.max_samples is None else max(limits.max_samples - of_layer.samples, 0)
+        remaining = limits.room(of_layer)
         labelled = placed.batch.labelled()
         observations = placed.observations(self.rule, remaining)
         width = placed.whole_width(observations)
@@ -171,10 +171,8 @@ class Rows(Core):
         limits = self.meshes.alike.limits if splits else self.limits
         width, tokens = pairs.states.shape[-1], pairs.tokens
         limits.check_width(of_layer, width)
-        valid = None
-        remaining = sys.maxsize
-        if limits.max_samples is not None:
-            remaining = max(limits.max_samples - of_layer.samples, 0)
+        valid, remaining = None, limits.room(of_layer)
+        if remaining is not None:
             valid = torch.arange(len(tokens), device=tokens.device) < remaining if splits else None
             tokens = tokens if splits else tokens[:remaining]
         labels = pairs.labels[tokens] if of_layer.takes_labels and pairs.labels is not None else None
@@ -194,7 +192,7 @@ class Rows(Core):
         if moment.is_idle:
             of_layer.pass_over(moment.groups)
             return
-        of_layer.samples += min(len(tokens), remaining)
+        of_layer.samples += len(tokens) if remaining is None else min(len(tokens), remaining)
         if (observations if everything is None else everything).num_observations:
             labelled = observations if labels is not None else None
             of_layer.update(observations, labelled, moment.groups, pairs.states, everything)

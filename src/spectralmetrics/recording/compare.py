@@ -141,7 +141,7 @@ def _open(directory: str | Path, epoch: int | None, stage: str) -> _Side:
     rows = [row for row in rows if row.key == key]
     values: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.stage == stage and row.layer not in ("", MEAN_LAYER):
+        if row.stage == stage and row.is_of_layer:
             values.setdefault(row.layer, {})[row.statistic] = row.value
     if not values:
         stages = sorted({row.stage for row in rows if row.layer})
@@ -262,7 +262,7 @@ def describe_comparison(
     lines += _pairs_of_numbers({**scalars, **means})
     lines += _problems(sides, stage, threshold)
     lines += _alarms(sides)
-    lines += _answer(rows, means)
+    lines += _answer(rows)
     lines += ["", *_table(rows), "", *_LEGEND]
     return "\n".join(lines)
 
@@ -320,7 +320,7 @@ def _pairs_of_numbers(numbers: Mapping[str, Sequence[float | None]]) -> list[str
     return [f"{name:<{width}}  {_arrow(*pair)}" for name, pair in numbers.items()]
 
 
-def _answer(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> list[str]:
+def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The largest changes, and what could not be compared, in a few lines."""
     lines = [""]
     compared = [row for row in rows if row["frechet_distance"] is not None]

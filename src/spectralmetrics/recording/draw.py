@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.plotting import literal, plot_layers, plot_profile, plot_spectrum
 from spectralmetrics.recording.pictures import check_names, draw_heatmap, draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Row
@@ -162,7 +161,7 @@ def draw_runs(
         key = run.last_of(epoch)
         titles[label] = f"{label}, {key}"
         for row in run.rows:
-            if row.key == key and row.layer not in ("", MEAN_LAYER):
+            if row.key == key and row.is_of_layer:
                 of_run = profiles.setdefault((row.statistic, row.stage), {}).setdefault(label, {})
                 of_run[row.layer] = row.value
     recorded = list(dict.fromkeys(statistic for statistic, _ in profiles))

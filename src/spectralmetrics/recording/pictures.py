@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectralmetrics.functional.tail import MEAN_LAYER, low_saturation_tail
+from spectralmetrics.functional.tail import low_saturation_tail
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
@@ -26,7 +26,7 @@ def draw_profile(
     facts: Mapping[str, LayerFacts] | None = None,
 ) -> Figure:
     """Draw one epoch of a statistic, all stages together, with the task's own numbers in the title."""
-    own = [row for row in rows if row.statistic == statistic and row.layer not in ("", MEAN_LAYER)]
+    own = [row for row in rows if row.statistic == statistic and row.is_of_layer]
     profiles: dict[str, dict[str, float]] = {}
     bands: dict[str, dict[str, tuple[float, float]]] = {}
     for row in own:
@@ -67,7 +67,7 @@ def draw_heatmap(
     """Draw all epochs or steps of a statistic in one stage; for the places see :meth:`.SavedRun.places`."""
     profiles: dict[int, dict[str, float]] = {}
     for row in rows:
-        is_one = row.statistic == statistic and row.stage == stage and row.layer not in ("", MEAN_LAYER)
+        is_one = row.statistic == statistic and row.stage == stage and row.is_of_layer
         if is_one and row.key in places:
             profiles.setdefault(places[row.key], {})[row.layer] = row.value
     title = f"{title_of(statistic, settings)}, {literal(stage)}{', by step' if by_step else ''}"

@@ -78,6 +78,11 @@ class Row(NamedTuple):
         """The key of its record."""
         return RecordKey(self.epoch, self.step)
 
+    @property
+    def is_of_layer(self) -> bool:
+        """True for the number of one layer; False for means over layers and for scalars."""
+        return self.layer not in ("", MEAN_LAYER)
+
 
 COLUMNS = Row._fields
 
@@ -217,20 +222,18 @@ def undefined_layers(rows: Iterable[Row]) -> dict[str, dict[str, list[str]]]:
     rows = list(rows)
     defined = {(row.key, row.statistic, row.stage) for row in rows if row.layer and not math.isnan(row.value)}
     for row in rows:
-        is_of_layer = row.layer not in ("", MEAN_LAYER)
-        if is_of_layer and math.isnan(row.value) and (row.key, row.statistic, row.stage) in defined:
+        if row.is_of_layer and math.isnan(row.value) and (row.key, row.statistic, row.stage) in defined:
             layers = missing.setdefault(row.statistic, {}).setdefault(row.stage, [])
             layers += [] if row.layer in layers else [row.layer]
     return missing
 
 
-def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stacklevel: int = 2) -> None:
+def warn_of_undefined(rows: Sequence[Row], known: Container[str] = ()) -> None:
     """Warn once for each statistic whose means leave out layers.
 
     Args:
         rows: the rows of one record or several.
         known: statistics without a warning, such as statistics with an earlier warning.
-        stacklevel: as for :func:`warnings.warn`, from the caller of this function.
     """
     records: dict[RecordKey, list[Row]] = {}
     for row in rows:
@@ -239,10 +242,10 @@ def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stackl
     for of_record in records.values():
         for statistic, stages in undefined_layers(of_record).items():
             for stage, layers in stages.items():
-                of_layers = {row.layer for row in of_record if (row.statistic, row.stage) == (statistic, stage)}
+                own = [row for row in of_record if (row.statistic, row.stage) == (statistic, stage)]
                 by_stage = worst.setdefault(statistic, {})
                 if len(layers) > len(by_stage.get(stage, ([], 0))[0]):
-                    by_stage[stage] = layers, len(of_layers - {"", MEAN_LAYER})
+                    by_stage[stage] = layers, len({row.layer for row in own if row.is_of_layer})
     for statistic, named in worst.items():
         if statistic in known:
             continue
@@ -253,5 +256,5 @@ def warn_of_undefined(rows: Sequence[Row], known: Container[str] = (), *, stackl
         warnings.warn(
             f"the mean of {statistic!r} is {' and '.join(words)}, where it is undefined (NaN)",
             UserWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
@@ -169,7 +168,7 @@ class SavedRun:
     @property
     def where(self) -> list[tuple[str, str]]:
         """(stage, layer) of everything that belongs to a layer, in forward order."""
-        rows = [(row.stage, row.layer) for row in self.rows if row.layer not in ("", MEAN_LAYER)]
+        rows = [(row.stage, row.layer) for row in self.rows if row.is_of_layer]
         saved = [place for key in self.arrays for place in self.layers_in(key)]
         return list(dict.fromkeys([*rows, *saved]))
 

@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -73,8 +73,10 @@ class _MarginalsJob(ctypes.Structure):
     )
 
 
-def _library() -> ctypes.CDLL | None:
-    return find().library
+def _library() -> ctypes.CDLL:
+    library = find().library
+    assert library is not None
+    return library
 
 
 @functools.cache
@@ -88,7 +90,7 @@ def _parallel() -> ctypes.c_void_p | None:
 
 @functools.cache
 def _best_instructions() -> int:
-    library = None if is_switched_off() else _library()
+    library = None if is_switched_off() else find().library
     return 0 if library is None else int(library.best_instructions())
 
 
@@ -226,32 +228,38 @@ def add(
         workspace: returns memory of the given number of bytes.
     """
     library = _library()
-    assert library is not None
-    samples, features, positions = values.shape
-    sample_stride, feature_stride, position_stride = values.stride()
     valid = None if valid is None else valid.to("cpu", torch.bool).contiguous()
     job = _Job(
-        values=values.data_ptr(),
-        valid=None if valid is None else valid.data_ptr(),
+        **_layout(values, valid),
         origin=moments.origin.data_ptr(),
         first=moments.first.data_ptr(),
         second=moments.second.data_ptr(),
         count=moments.count.data_ptr(),
         non_finite=moments.non_finite.data_ptr(),
-        samples=samples,
-        positions=positions,
-        features=features,
-        sample_stride=sample_stride,
-        position_stride=position_stride,
-        feature_stride=feature_stride,
-        values_are_double=values.dtype == torch.float64,
         products_are_float=gram_dtype == torch.float32,
-        threads=torch.get_num_threads() if values.numel() * features > _LEAST_WORK_TO_SHARE else 1,
+        threads=torch.get_num_threads() if values.numel() * values.shape[1] > _LEAST_WORK_TO_SHARE else 1,
         instructions=min(_best_instructions(), _allowed),
     )
     memory = workspace(library.workspace_bytes(ctypes.byref(job)))
     job.workspace = memory.data_ptr()
     library.accumulate(ctypes.byref(job), _parallel())
+
+
+def _layout(values: Tensor, valid: Tensor | None) -> dict[str, Any]:
+    """The fields by which both jobs find observations in memory."""
+    samples, features, positions = values.shape
+    sample_stride, feature_stride, position_stride = values.stride()
+    return {
+        "values": values.data_ptr(),
+        "valid": None if valid is None else valid.data_ptr(),
+        "samples": samples,
+        "positions": positions,
+        "features": features,
+        "sample_stride": sample_stride,
+        "position_stride": position_stride,
+        "feature_stride": feature_stride,
+        "values_are_double": values.dtype == torch.float64,
+    }
 
 
 def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,11 +276,9 @@ def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tenso
         largest abs(x).
     """
     library = _library()
-    assert library is not None
-    samples, features, positions = values.shape
-    sample_stride, feature_stride, position_stride = values.stride()
     valid = None if valid is None else valid.to("cpu", torch.bool).contiguous()
     origin = origin.contiguous()
+    samples, features, positions = values.shape
     slots = min(torch.get_num_threads(), values.numel() // _LEAST_VALUES_OF_A_THREAD, samples * positions)
     slots = max(min(slots, _MOST_SLOTS), 1)
     counts = torch.zeros(2, dtype=torch.int64, device="cpu")
@@ -280,19 +286,11 @@ def measure(values: Tensor, valid: Tensor | None, origin: Tensor) -> tuple[Tenso
     memory = torch.empty(1 + 2 * slots, 5, features, dtype=torch.float64, device="cpu")
     address = memory.data_ptr()
     job = _MarginalsJob(
-        values=values.data_ptr(),
-        valid=None if valid is None else valid.data_ptr(),
+        **_layout(values, valid),
         origin=origin.data_ptr(),
         totals=address,
         counts=counts.data_ptr(),
         workspace=address + 40 * features,
-        samples=samples,
-        positions=positions,
-        features=features,
-        sample_stride=sample_stride,
-        position_stride=position_stride,
-        feature_stride=feature_stride,
-        values_are_double=values.dtype == torch.float64,
         slots=slots,
         instructions=min(_best_instructions(), _allowed),
     )
@@ -310,7 +308,6 @@ def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
         turn: position where the ring begins, below ``total``.
     """
     library = _library()
-    assert library is not None
     places = torch.empty(number, dtype=torch.int64, device="cpu")
     library.draw_places(seed & 0xFFFFFFFF, total, number, turn, places.data_ptr())
     return places
@@ -319,7 +316,6 @@ def draw_places(total: int, number: int, seed: int, turn: int) -> Tensor:
 def draw_rows(rows: Tensor, number: int, seed: int, turn: int) -> Tensor:
     """Copy the rows at :func:`draw_places` from a contiguous matrix that :func:`reads` accepts."""
     library = _library()
-    assert library is not None
     total, width = rows.shape
     drawn = torch.empty((number, width), dtype=rows.dtype, device="cpu")
     size = width * rows.element_size()

@@ -21,7 +21,7 @@ from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import are_finite
+from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.sum import Intake
 
 
@@ -275,7 +275,7 @@ class LabelledIntake(Intake):
 
     @staticmethod
     def _add_classes(sums: OfClasses, rows: Tensor, labels: Tensor, valid: Tensor) -> None:
-        kept = valid & are_finite(rows)[:, 0]
+        kept = flags_of_counted(rows, valid)
         origin = sums.class_origin
         # The first rows set the origin; sums about any origin near the data are exact.
         is_first = sums.class_counts.sum() == 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import are_finite
+from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, offer
 from spectralmetrics.sums.sum import Intake
 
@@ -65,9 +65,7 @@ class NumberedIntake(Intake):
             near = (keys < sums.keys[-1].cpu()).nonzero()[:, 0]  # few, once the sample is full
             chosen = observations.take((near + at).to(observations.values.device))
             rows = chosen.values.detach().to(torch.float64)
-            eligible = are_finite(rows)[:, 0]
-            if chosen.valid is not None:
-                eligible = eligible & chosen.valid
+            eligible = flags_of_counted(rows, chosen.valid)
             offer(sums, rows, torch.where(eligible, keys[near].to(rows.device), torch.inf))
 
 

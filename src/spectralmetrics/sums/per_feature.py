@@ -28,7 +28,8 @@ from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.measuring import measure
 from spectralmetrics.sums.merging import ForReader, Largest, agree_beside
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import are_finite
+from spectralmetrics.sums.precision import flags_of_counted
+from spectralmetrics.sums.recentring import first_of, next_origin
 from spectralmetrics.sums.sum import Intake
 
 
@@ -161,13 +162,9 @@ class Marginals(AboutOrigin):
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
-        yield "marginal_variances", self.variances()
-        yield "marginal_mean", self.mean()
-        yield "marginal_magnitudes", self.magnitudes()
-        yield "marginal_nonzeros", self.totals[3]
-        yield "marginal_largest", self.largest
-        yield "marginal_count", self.count
-        yield "marginal_non_finite", self.non_finite
+        means = self.variances(), self.mean(), self.magnitudes()
+        rest = self.totals[3], self.largest, self.count, self.non_finite
+        yield from zip(self.arrays, (*means, *rest), strict=True)
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Marginals:
@@ -244,18 +241,11 @@ def _follow(sums: Marginals, observations: Observations) -> None:
     """Move the origin, and the sums with it, to the mean of a batch, unless its rows are too few."""
     # Measure about a row, so that constant features are centred to exactly zero.
     rows = observations.rows().detach()
-    kept = are_finite(rows)[:, 0]
-    if observations.valid is not None:
-        kept = kept & observations.valid
-    pivot = rows.index_select(0, kept.to(torch.uint8).argmax().reshape(1))[0].to(
-        sums.origin.device, torch.float64
-    )
+    first = first_of(flags_of_counted(rows, observations.valid))
+    pivot = rows.index_select(0, first)[0].to(sums.origin.device, torch.float64)
     origin = torch.where(sums.count > 0, sums.origin, torch.where(pivot.isfinite(), pivot, 0))
     measured = measure(observations, origin)
-    number = measured.counts[0]
-    offset = measured.totals[0] / number.clamp(min=1)
-    nearer = origin + torch.where(offset.isfinite(), offset, 0)
-    nearer = torch.where((number > 0) & (number.square() >= sums.count), nearer, sums.origin)
+    nearer = next_origin(sums, origin, measured.totals[0], measured.counts[0])
     # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
     sums.totals.copy_(_moved(sums, torch.where(sums.count > 0, nearer, sums.origin)))
     sums.origin.copy_(nearer)

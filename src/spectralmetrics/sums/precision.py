@@ -96,6 +96,12 @@ def are_finite(values: Tensor) -> Tensor:
     return largest <= torch.finfo(values.dtype).max
 
 
+def flags_of_counted(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Flags of the rows that count, shape (N,): finite rows (N, D), and not marked False in ``valid``, (N,)."""
+    finite = are_finite(rows)[:, 0]
+    return finite if valid is None else finite & valid
+
+
 @functools.cache
 def has_float64(device: torch.device) -> bool:
     """True if a device computes in float64; MPS does not.

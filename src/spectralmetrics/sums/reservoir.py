@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spectralmetrics.sums.merging import ForReader, agree_beside
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import are_finite
+from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.sum import Intake, Sum
 
 
@@ -131,10 +131,7 @@ class SampleIntake(Intake):
         entropy = np.random.SeedSequence([sums.seed, rank, batch]).generate_state(1, np.uint64)
         generator = torch.Generator(device).manual_seed(int(entropy[0]) >> 1)
         keys = torch.rand(matrix.shape[0], generator=generator, device=device, dtype=torch.float64)
-        eligible = are_finite(matrix)[:, 0]
-        if observations.valid is not None:
-            eligible = eligible & observations.valid
-        keys = torch.where(eligible, keys, torch.inf)
+        keys = torch.where(flags_of_counted(matrix, observations.valid), keys, torch.inf)
         # Only the smallest new keys can enter, so only their rows are read.
         smallest = torch.topk(keys, min(len(keys), sums.capacity), largest=False)
         offer(sums, matrix.index_select(0, smallest.indices), smallest.values)

@@ -11,6 +11,8 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
+from tests.distributed import spread
+
 VOCABULARY, WIDTH, HEADS, INNER = 40, 16, 4, 24
 
 
@@ -117,21 +119,7 @@ def loss_of(output):
 
 def outputs(batches, kinds=KINDS, model=None):
     """Layer -> (N, T, D) of each batch, in one process without a probe."""
-    model = llama() if model is None else model
-    found, handles = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-
-            def keep(module, args, output, name=name):
-                found.setdefault(name, []).append(output.detach().double())
-
-            handles.append(module.register_forward_hook(keep))
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    for handle in handles:
-        handle.remove()
-    return found
+    return spread.outputs(llama() if model is None else model, batches, kinds)
 
 
 def rows(batches, kinds=KINDS, model=None):

@@ -402,6 +402,16 @@ def every_placement_of_rows(rank, world):
                 assert len(nearest.indices.unique()) == len(found), placements
 
 
+def counting(graphs):
+    """A backend that keeps the graphs it gets."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    return backend
+
+
 def compiled(mesh, is_local):
     """One graph, and the same gradients to the bit as without a probe."""
     batches = [tokens(seed, 5, 2 * mesh.size()) for seed in range(2)]
@@ -411,16 +421,11 @@ def compiled(mesh, is_local):
     for has_probe in (False, True):
         torch.compiler.reset()
         graphs = []
-
-        def backend(graph, inputs, graphs=graphs):
-            graphs.append(graph)
-            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
         model = llama()
         parallelize_module(model, mesh, plan(is_local=is_local, sequence=True))
         if has_probe:
             probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(KINDS))
-        whole_model = torch.compile(model, backend=backend, fullgraph=True)
+        whole_model = torch.compile(model, backend=counting(graphs), fullgraph=True)
         for batch, mask in zip(batches, masks, strict=True):
             with probe.mask(mask) if has_probe else contextlib.nullcontext():
                 loss_of(whole_model(batch)).backward()
@@ -469,11 +474,6 @@ def compiled_layers(rank, world):
         for has_probe in (False, True):
             torch.compiler.reset()
             graphs = []
-
-            def backend(graph, inputs, graphs=graphs):
-                graphs.append(graph)
-                return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
             model = new()
             if has_probe and is_before:
                 probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR))
@@ -481,7 +481,7 @@ def compiled_layers(rank, world):
             parallelize_module(model, mesh, plan_of)
             if has_probe and not is_before:
                 probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=list(LINEAR), select=select)
-            whole_model = torch.compile(model, backend=backend, fullgraph=True, dynamic=is_local)
+            whole_model = torch.compile(model, backend=counting(graphs), fullgraph=True, dynamic=is_local)
             optimizer = torch.optim.AdamW(model.parameters(), 0.0)
             for batch in batches[: 3 if is_local else 1] if select is None else batches:
                 loss_of(whole_model(batch)).backward()

@@ -12,7 +12,6 @@ import torch
 
 from spectralmetrics.functional.dimension import Rule
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.probing.facts import UNKNOWN_LAYER
 from spectralmetrics.recording.record import RecordKey
 from spectralmetrics.recording.report.encode import MISSING
@@ -167,7 +166,7 @@ def _from_records(run: SavedRun, axes: _Axes, families: list[Family]) -> Content
                 scalars[key] = {"name": row.statistic, "stage": row.stage, **empty}
             scalars[key]["values"][epoch] = row.value
             scalars[key]["is_recorded"][epoch] = 1
-        elif row.layer != MEAN_LAYER:
+        elif row.is_of_layer:
             if row.statistic not in statistics:
                 statistics[row.statistic] = {"values": axes.new(np.nan), "is_recorded": axes.new(0)}
             where = axes.of(row.stage, row.layer, row.key)
@@ -285,7 +284,7 @@ def _words_of_values(
     at = slice(None) if thresholds is None else [thresholds.index(threshold)]
     numbers: dict[tuple[str, RecordKey], dict[str, dict[str, float]]] = {}
     for row in run.rows:
-        if row.layer not in ("", MEAN_LAYER) and row.key in axes.records:
+        if row.is_of_layer and row.key in axes.records:
             of_layer = numbers.setdefault((row.stage, row.key), {}).setdefault(row.layer, {})
             of_layer[row.statistic] = row.value
             if row.statistic == dimension and row.low is not None and row.high is not None:

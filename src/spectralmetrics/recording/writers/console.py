@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
@@ -42,12 +43,8 @@ class ConsoleWriter(Writer):
     at_steps = True
 
     def __init__(self, max_layers: int | None = None) -> None:
-        try:
+        with from_extra("console", "the console writer needs rich"):
             import rich  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'the console writer needs rich: pip install "spectralmetrics[console]"'
-            ) from error
         check_positive_integer("max_layers", max_layers, or_none=True)
         self.max_layers = max_layers
 

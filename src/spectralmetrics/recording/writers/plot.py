@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.plotting import literal, plot_covariance, plot_embedding, plot_layers, plot_spectrum
 from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.keys import from_text
@@ -40,12 +41,8 @@ class PlotWriter(Writer):
     name = "plot"
 
     def __init__(self, dpi: int = 120) -> None:
-        try:
+        with from_extra("plot", "the plot writer needs matplotlib"):
             import matplotlib  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'the plot writer needs matplotlib: pip install "spectralmetrics[plot]"'
-            ) from error
         check_positive_integer("dpi", dpi)
         self.dpi = dpi
 

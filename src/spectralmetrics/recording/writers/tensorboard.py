@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectralmetrics.extras import from_extra
 from spectralmetrics.recording.record import Record, RecordKey
 from spectralmetrics.recording.writer import Writer
 
@@ -33,12 +34,8 @@ class TensorBoardWriter(Writer):
     at_steps = True
 
     def __init__(self) -> None:
-        try:
+        with from_extra("tensorboard", "the tensorboard writer needs tensorboard"):
             importlib.import_module("tensorboard")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'the tensorboard writer needs tensorboard: pip install "spectralmetrics[tensorboard]"'
-            ) from error
         self._events: dict[bool, SummaryWriter] = {}
 
     def open_after(self, directory: Path, last: RecordKey | None) -> None:
