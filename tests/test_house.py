@@ -39,7 +39,7 @@ TOWER = (
 )
 # What stands beside the tower, and the parts of it and of each other that it stands on.
 BESIDE = {
-    "plotting": {"functional", "sums"},
+    "plotting": {"functional", "sums", "table"},
     "layers": set(),
     "table": set(),
     "receptive_field": {"probing"},
@@ -93,6 +93,9 @@ def test_imports_run_one_way(part):
 def test_only_the_command_line_looks_at_the_face_of_the_package():
     users = {module for module, imported in IMPORTS.items() if "spectralmetrics" in imported}
     assert users <= {"spectralmetrics.cli"}
+    assert {module for module, imported in IMPORTS.items() if "spectralmetrics.face" in imported} == {
+        "spectralmetrics"
+    }
 
 
 def test_the_reader_sees_imports_for_types_and_inside_functions(tmp_path):
