@@ -86,3 +86,9 @@ def test_elsewhere_it_is_100_or_what_is_asked_for():
         command = [sys.executable, "-c", code]
         ran = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
         assert ran.stdout.strip() == expected
+
+
+def test_a_file_keeps_whole_names():
+    name = "a_module_with_a_long_name.a_block_with_a_long_name.a_layer_with_a_rather_long_name"
+    lines = text_table(HEADS, [[name, *rows("")[0][1:]]], spare=("type", "ceiling"), width=100)
+    assert name in "".join(line.split(" ")[0] for line in lines)

@@ -140,7 +140,8 @@ def text_table(
     r"""The lines of a table: names in the first column, words in the last, numbers between them.
 
     Names come first. Where not all has room, words go below their row, heads are broken, spare columns are left
-    out until half of the screen is free for names, and only then long names are shortened.
+    out until half of the screen is free for names, and only then long names are broken; in a narrow terminal
+    they are shortened, see :func:`shorten_names`.
 
     Args:
         heads: the heads of the columns; a line break begins another line.
@@ -174,8 +175,9 @@ def text_table(
         columns = [column for column in columns if column[0] != head]
         left_out.append(head)
     room = max(width - _taken(columns), _NARROWEST)
-    shorter = shorten_names(names[1:], room)
-    names = (names[0], *(shorter[name] for name in names[1:]))
+    if width < WIDTH:  # in a narrow terminal; files keep whole names, in several lines
+        shorter = shorten_names(names[1:], room)
+        names = (names[0], *(shorter[name] for name in names[1:]))
     sizes = [min(max(map(len, names)), room), *map(_size, columns)]
     beside = room - sizes[0] - 2
     has_room = beside >= min(max(map(len, words)), _NARROWEST)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import warnings
 from importlib.resources import files
@@ -498,11 +499,54 @@ def test_a_history_forward_by_forward(visit, runs):
         of_layer = [row.rms for row in rows if row.layer == str(layer)]
         assert 10 ** z[layer][38] == pytest.approx(max(of_layer[76:78]), rel=1e-9)
     assert text[1][38].startswith("1, forward 76 to 77, step 76 to 77: root mean square ")
+    bar = report.chart("forwards-0")[0]["colorbar"]
+    assert bar["title"]["text"] == "root mean square"
+    numbers = [float(each) for each in bar["ticktext"]]
+    assert len(numbers) > 1
+    assert bar["tickvals"] == pytest.approx([math.log10(each) for each in numbers])
     report.page.select_option("#quantity", "zero_share")
     report.settle()
     z, _ = report.page.evaluate(drawn, "forwards-0")
     assert z == [[0] * 250] * 3
     assert visit("first").page.is_hidden("#forwards-section")
+
+
+def test_a_step_of_several_forwards_has_one_label(visit, runs):
+    model = make_model()
+    metrics = [SaturationMetric(), HistoryMetric()]
+    with LayerProbe(model, metrics) as probe, Recorder(runs / "steps", probe, ["csv", "history"]) as recorder:
+        for forward in range(20):
+            probe.step = forward // 4
+            model(torch.randn(4, 6))
+        recorder.record()
+    report = visit("steps")
+    axis = report.chart("forwards-0", "layout")["xaxis"]
+    assert (axis["tickvals"], axis["ticktext"]) == ([0, 4, 8, 12, 16], ["0", "1", "2", "3", "4"])
+
+
+def test_long_names_differ_on_every_axis(visit, runs):
+    names = [
+        f"{path}_path.stage_{stage}.convolution" for path in ("contracting", "expanding") for stage in "ab"
+    ]
+    model = nn.Sequential()
+    for name in names:
+        inner = model
+        *outer, last = name.split(".")
+        for part in outer:
+            if not hasattr(inner, part):
+                inner.add_module(part, nn.Sequential())
+            inner = getattr(inner, part)
+        inner.add_module(last, nn.Linear(6, 6))
+    with LayerProbe(model) as probe, Recorder(runs / "long", probe, ["csv"]) as recorder:
+        model(torch.randn(50, 6))
+        recorder.record()
+    report = visit("long", width=390)
+    for chart, axis in (("profile", "xaxis"), ("heat-0", "yaxis")):
+        assert report.chart(chart, "layout")[axis]["ticktext"] == [
+            f"{path}.stage_{stage}.convolution" for path in "ce" for stage in "ab"
+        ]
+    assert report.chart("heat-0")[0]["colorbar"]["title"]["text"] == "saturation"
+    assert [row["layer"] for row in report.table()] == names
 
 
 def test_the_table_sorts(visit):
