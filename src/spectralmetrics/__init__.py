@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectralmetrics.face import *
+    from spectralmetrics.face import *  # noqa: F403  # its own list says which
     from spectralmetrics.face import __all__ as __all__
 
 __version__ = "0.3.0"

@@ -257,7 +257,7 @@ def _progress(description: str, total: int | None = None) -> Iterator[Callable[.
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="spectralmetrics",
-        description="Spectral metrics of neural-network features: demo, runs, reports, weights, files.",
+        description=_filled("Spectral metrics of neural-network features: demo, runs, weights, files."),
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
         "  spectralmetrics compare runs/demo --epochs 1 4\n"
         "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
@@ -502,7 +502,7 @@ def _add_command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
-        description=textwrap.fill(description, shutil.get_terminal_size().columns - 2),  # as argparse wraps
+        description=_filled(description),
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -517,6 +517,11 @@ def _add_command(
             help="first import this module, which defines a statistic of your own; may be given several times",
         )
     return parser
+
+
+def _filled(text: str) -> str:
+    """A paragraph of a help text; argparse leaves them as they are where it does so with the examples."""
+    return textwrap.fill(text, max(shutil.get_terminal_size().columns - 2, 11))
 
 
 def _positive(text: str) -> int:
