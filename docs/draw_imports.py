@@ -24,8 +24,9 @@ def module_imports():
 
 
 def part_of(module):
-    """``spectralmetrics.sums.moments`` -> ``sums``; the face of the package has the empty name."""
-    return [*module.split("."), ""][1]
+    """``spectralmetrics.sums.moments`` -> ``sums``; the face of the package, two files, has the empty name."""
+    part = [*module.split("."), ""][1]
+    return "" if part == "face" else part
 
 
 def part_imports(imports):

@@ -203,13 +203,44 @@ def test_without_the_extra_it_is_named(package, monkeypatch, capsys, tmp_path):
         (["demo", "--help"], "examples:"),
         (["plot", "--help"], "examples:"),
         (["recompute", "--help"], "examples:"),
+        (["compare", "--help"], "examples:"),
+        (["weights", "--help"], "examples:"),
+        (["measure", "--help"], "examples:"),
     ],
 )
-def test_help(arguments, expected, capsys):
+def test_help(arguments, expected, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
-    assert expected in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert expected in shown
+    assert max(map(len, shown.split("examples:")[0].splitlines())) <= 72
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["measure", "--help"], ["paint"]])
+def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+    code = f"import sys; from spectralmetrics.cli import main; main({arguments})"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_the_package_has_its_names_when_they_are_used():
+    code = """
+import sys, spectralmetrics
+assert "torch" not in sys.modules
+try:
+    spectralmetrics.nothing
+except AttributeError as error:
+    assert str(error) == "module 'spectralmetrics' has no attribute 'nothing'"
+assert set(spectralmetrics.__all__) <= set(dir(spectralmetrics))
+assert {"sums", "table", "probing"} <= set(vars(spectralmetrics))  # rooms, as before
+from spectralmetrics import *
+print(Monitor.__name__, spectralmetrics.LayerProbe is LayerProbe)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.stdout.split(), ran.stderr) == (["Monitor", "True"], "")
 
 
 def test_the_installed_program():
@@ -221,6 +252,9 @@ def test_the_installed_program():
 
 
 def test_importing_the_package_imports_no_extra():
-    code = "import sys, spectralmetrics; print(*(m for m in ('rich', 'mlxtend', 'delve') if m in sys.modules))"
+    code = (
+        "import sys; from spectralmetrics import LayerProbe;"
+        " print(*(m for m in ('rich', 'mlxtend', 'delve') if m in sys.modules))"
+    )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.stdout.split() == []  # matplotlib is imported by torchmetrics itself, where it is there

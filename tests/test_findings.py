@@ -151,6 +151,8 @@ def test_ceilings_tails_and_sketches():
     wide, narrow = gaussian(n=3000), of_rank(6, n=3000)
     found = findings_of(wide, narrow, narrow, gaussian(n=3000, d=10))
     assert {("0", "at_ceiling", "note"), ("1", "in_tail", "note"), ("2", "in_tail", "note")} <= set(found)
+    found = findings_of(wide, narrow, gaussian(n=3000, d=10))
+    assert not {each for each in found if each[1] == "in_tail"}  # one layer is no tail
     assert ("0", "sketched", "note") in findings_of(gaussian(d=256), sketch_size=16, max_features=100)
 
 

@@ -105,6 +105,9 @@ def test_spectrum_with_the_crossing():
     values = torch.tensor([5.0, 3.0, 1.5, 0.5, 0.0])
     _, axis = plot_spectrum(values, threshold=0.9)
     curve, line = axis.get_lines()
+    frame = axis.get_legend().get_frame()
+    assert frame.get_alpha() == 1  # the line ends at the words, not in them
+    assert axis.get_legend().get_zorder() > line.get_zorder()
     assert curve.get_ydata().tolist() == [5.0, 3.0, 1.5, 0.5]
     assert line.get_xdata() == [3, 3]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["3 of 5 explain 0.9"]
@@ -147,7 +150,8 @@ def test_a_picture_for_each_layer():
     figure, axes = plot_layers(spectra, plot_spectrum, title="Title", threshold=0.5)
     assert axes.shape == (2, 3)
     assert figure.get_suptitle() == "Title"
-    assert axes[0, 0].get_title() == "…ery.long.name.of.a.layer.number.0"
+    assert axes[0, 0].get_title() == "a.v.l.name.of.a.layer.number.0"
+    assert len({axis.get_title() for axis in axes.flat[:5]}) == 5
     assert not axes[1, 2].has_data()
     with pytest.raises(ValueError, match="got none"):
         plot_layers({}, plot_spectrum)

@@ -309,7 +309,11 @@ def test_an_earlier_checkpoint(tmp_path, capsys):
     assert row.update["relative_size"] == pytest.approx(0.5, rel=1e-6)
     command = ["weights", str(tmp_path / "after.pt"), "--since", str(tmp_path / "before.pt")]
     assert main(command) == 0
-    assert "relative size" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    heads, (cells,) = lines[:-2], [line for line in lines if line.startswith("0 ")]
+    end = cells.index("0.500") + len("0.500")  # the heads of its column end where it does
+    assert [line[end - 8 : end].strip() for line in heads] == ["update:", "relative", "size"]
 
 
 class Evil:

@@ -1,144 +1,26 @@
 """Streaming spectral metrics of neural-network features: which layers do work, while training runs."""
 
-from spectralmetrics import functional
-from spectralmetrics.files import Measurement, ReadError, measure, merge, moments_of
-from spectralmetrics.findings import FINDING_RULES, Finding, FindingRule
-from spectralmetrics.functional import Observations, Spectrum
-from spectralmetrics.functional.tail import layer_profile, low_saturation_tail
-from spectralmetrics.integrations.values import loggable
-from spectralmetrics.layers import register_layer
-from spectralmetrics.metrics import (
-    CovarianceDeterminantMetric,
-    CovarianceMetric,
-    CovarianceTraceMetric,
-    DeadFeaturesMetric,
-    DiagonalTraceMetric,
-    DormantFeaturesMetric,
-    EffectiveRankMetric,
-    EigenspaceEmbeddingMetric,
-    HistoryMetric,
-    Interval,
-    IntrinsicDimensionMetric,
-    LinearCKAMetric,
-    LinearProbeMetric,
-    MarginalMetric,
-    MaxAbsMetric,
-    NeuralCollapseMetric,
-    OutlierFeaturesMetric,
-    ParticipationRatioMetric,
-    PowerLawExponentMetric,
-    RootMeanSquareMetric,
-    SaturationMetric,
-    SignalToNoiseMetric,
-    SpectralMetric,
-    SpectrumMetric,
-    SpreadMetric,
-    StableRankMetric,
-    ZeroShareMetric,
-    statistics,
-)
-from spectralmetrics.monitoring import DEFAULT_ALARMS, Alarm, AlarmRule, Monitor
-from spectralmetrics.probing import History, HistoryRow, LayerProbe, Mover, Summary, SummaryRow
-from spectralmetrics.projection import (
-    PCAProjection,
-    insert_projections,
-    randomize_projections,
-    set_projection_threshold,
-)
-from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
-from spectralmetrics.recording import (
-    Record,
-    Recorder,
-    Writer,
-    compare,
-    describe_comparison,
-    draw_run,
-    draw_runs,
-    read_records,
-    recompute,
-    summarise_run,
-    write_report,
-)
-from spectralmetrics.similarity import LayerSimilarity, Similarity
-from spectralmetrics.weights import WeightRow, WeightSummary, weight_spectra
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectralmetrics.face import *  # noqa: F403  # its own list says which
+    from spectralmetrics.face import __all__ as __all__
 
 __version__ = "0.3.0"
 
-__all__ = [
-    "DEFAULT_ALARMS",
-    "FINDING_RULES",
-    "Alarm",
-    "AlarmRule",
-    "CovarianceDeterminantMetric",
-    "CovarianceMetric",
-    "CovarianceTraceMetric",
-    "DeadFeaturesMetric",
-    "DiagonalTraceMetric",
-    "DormantFeaturesMetric",
-    "EffectiveRankMetric",
-    "EigenspaceEmbeddingMetric",
-    "Finding",
-    "FindingRule",
-    "History",
-    "HistoryMetric",
-    "HistoryRow",
-    "Interval",
-    "IntrinsicDimensionMetric",
-    "LayerProbe",
-    "LayerSimilarity",
-    "LinearCKAMetric",
-    "LinearProbeMetric",
-    "MarginalMetric",
-    "MaxAbsMetric",
-    "Measurement",
-    "Monitor",
-    "Mover",
-    "NeuralCollapseMetric",
-    "Observations",
-    "OutlierFeaturesMetric",
-    "PCAProjection",
-    "ParticipationRatioMetric",
-    "PowerLawExponentMetric",
-    "ReadError",
-    "ReceptiveField",
-    "Record",
-    "Recorder",
-    "RootMeanSquareMetric",
-    "SaturationMetric",
-    "SignalToNoiseMetric",
-    "Similarity",
-    "SpectralMetric",
-    "Spectrum",
-    "SpectrumMetric",
-    "SpreadMetric",
-    "StableRankMetric",
-    "Summary",
-    "SummaryRow",
-    "WeightRow",
-    "WeightSummary",
-    "Writer",
-    "ZeroShareMetric",
-    "border_layer",
-    "compare",
-    "describe_comparison",
-    "draw_run",
-    "draw_runs",
-    "functional",
-    "insert_projections",
-    "layer_profile",
-    "loggable",
-    "low_saturation_tail",
-    "measure",
-    "merge",
-    "moments_of",
-    "randomize_projections",
-    "read_records",
-    "receptive_fields",
-    "recompute",
-    "register_layer",
-    "set_projection_threshold",
-    "statistics",
-    "summarise_run",
-    "weight_spectra",
-    "write_report",
-]
+
+def __getattr__(name: str) -> Any:
+    """Import the public names, and PyTorch with them, when the first is used: ``--help`` needs none."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    face = importlib.import_module(f"{__name__}.face")
+    globals().update({each: getattr(face, each) for each in face.__all__}, __all__=face.__all__)
+    try:
+        return globals()[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

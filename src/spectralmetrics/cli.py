@@ -1,29 +1,22 @@
-"""The command line. Bad input is one line on standard error and exit status 2."""
+"""The command line. Bad input is one line on standard error and exit status 2.
+
+Functions import what they need, so that help and mistakes do not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spectralmetrics import __version__
-from spectralmetrics.functional import compiled
-from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.recording.compare import describe_comparison
-from spectralmetrics.recording.draw import draw_run, draw_runs
-from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.recompute import recompute, summarise_run
-from spectralmetrics.recording.report import write_report
-from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.writers.csv import format_rows
-from spectralmetrics.sums import fused
 from spectralmetrics.table import encodable
 
 
@@ -34,6 +27,11 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import torch
+
+        from spectralmetrics.functional import compiled
+        from spectralmetrics.sums import fused
+
         lines = [f"{parser.prog} {__version__}", f"sums in the memory of the CPU: {compiled.describe()}"]
         if torch.cuda.is_available():
             lines.append(f"sums on GPUs: {fused.describe(torch.device('cuda', torch.cuda.current_device()))}")
@@ -107,6 +105,8 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _run_plot(options: argparse.Namespace) -> None:
+    from spectralmetrics.recording.draw import draw_run, draw_runs
+
     common = {name: getattr(options, name) for name in ("epoch", "statistics", "output", "dpi")}
     with _progress("drawing") as advance:
         if len(options.directories) == 1:
@@ -120,6 +120,8 @@ def _run_plot(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
+    from spectralmetrics.recording.compare import describe_comparison
+
     if options.right is None and options.epochs is None:
         raise ValueError("expected a second RUN, or two epochs of one: --epochs LEFT RIGHT")
     text = describe_comparison(
@@ -182,6 +184,8 @@ def _processes() -> Iterator[bool]:
 
 
 def _run_summary(options: argparse.Namespace) -> None:
+    from spectralmetrics.recording.recompute import summarise_run
+
     summary = summarise_run(
         options.directory,
         epoch=options.epoch,
@@ -193,6 +197,11 @@ def _run_summary(options: argparse.Namespace) -> None:
 
 
 def _run_recompute(options: argparse.Namespace) -> None:
+    from spectralmetrics.recording.files import replacing
+    from spectralmetrics.recording.recompute import recompute
+    from spectralmetrics.recording.saved import SavedRun
+    from spectralmetrics.recording.writers.csv import format_rows
+
     thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
     with _progress("reading", len(SavedRun(options.directory).arrays)) as advance:
         rows = recompute(
@@ -216,6 +225,8 @@ def _run_recompute(options: argparse.Namespace) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> None:
+    from spectralmetrics.recording.report import write_report
+
     path = options.output or options.directories[0] / "report.html"
     with _progress("reading") as advance:
         written = write_report(options.directories, path, progress=advance)
@@ -246,7 +257,7 @@ def _progress(description: str, total: int | None = None) -> Iterator[Callable[.
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="spectralmetrics",
-        description="Spectral metrics of neural-network features: demo, runs, reports, weights, files.",
+        description=_filled("Spectral metrics of neural-network features: demo, runs, weights, files."),
         epilog="examples:\n  spectralmetrics demo\n  spectralmetrics plot runs/demo\n"
         "  spectralmetrics compare runs/demo --epochs 1 4\n"
         "  spectralmetrics recompute runs/demo --threshold 0.95\n  spectralmetrics report runs/demo\n\n"
@@ -491,7 +502,7 @@ def _add_command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
-        description=description,
+        description=_filled(description),
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -508,6 +519,11 @@ def _add_command(
     return parser
 
 
+def _filled(text: str) -> str:
+    """A paragraph of a help text; argparse leaves them as they are where it does so with the examples."""
+    return textwrap.fill(text, max(shutil.get_terminal_size().columns - 2, 11))
+
+
 def _positive(text: str) -> int:
     try:
         number = int(text)
@@ -519,6 +535,8 @@ def _positive(text: str) -> int:
 
 
 def _share(text: str) -> float:
+    from spectralmetrics.functional.dimension import check_threshold
+
     try:
         share = float(text)
     except ValueError:

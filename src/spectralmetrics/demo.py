@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectralmetrics.extras import from_extra
-from spectralmetrics.functional.tail import layer_profile, low_saturation_tail
+from spectralmetrics.findings import tail_of
+from spectralmetrics.functional.tail import layer_profile
 from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric, SaturationMetric
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
@@ -176,7 +177,7 @@ def run(
     )
     report = write_report(output, output / "report.html")
 
-    tail = low_saturation_tail(layer_profile(values, "saturation", "eval"))
+    tail = tail_of(layer_profile(values, "saturation", "eval"))
     console.print(f"\n{summarise_run(output)}\n", markup=False, highlight=False, soft_wrap=True)
     console.print(
         "The ceiling is the most directions that a layer's weights allow. The dimension is the number of"
@@ -230,7 +231,7 @@ def draw_both(rows: Sequence[Row], title: str) -> Figure:
         label: {row.layer: row.value for row in of_layers if row.statistic == statistic}
         for statistic, label in shown.items()
     }
-    tail = low_saturation_tail(profiles["saturation"])
+    tail = tail_of(profiles["saturation"])
     figure, axis = plot_profile(profiles, statistic="saturation, R²", title=title, tail=tail)
     axis.set_ylim(0, 1.02)
     axis.legend(frameon=False, fontsize=9, loc=(0.17, 0.02))  # below the lines of the first layers

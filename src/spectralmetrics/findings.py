@@ -40,6 +40,8 @@ _FEW = 0.02
 """Share of the width below which an effective rank is small."""
 _EXACTLY_ONE = 1.001
 """An effective rank below this is one direction up to round-off, which smooth inputs never give."""
+SHORTEST_TAIL = 2
+"""Number of layers of low saturation from which they are called a tail."""
 _MORE = 2.0
 """An earlier layer has more directions if its effective rank is larger by this factor."""
 
@@ -145,8 +147,8 @@ FINDING_RULES: tuple[FindingRule, ...] = (
         0.5,
         2,
         "eigenvalues",
-        "the layer is in the run of layers before the output whose saturation is below this share of the "
-        "largest",
+        "the layer is in a run of two layers or more, up to the output layer, whose saturation is below this "
+        "share of the largest",
     ),
     FindingRule(
         "collapsed",
@@ -528,8 +530,17 @@ def _tail(stage: str, layers: Sequence[LayerNumbers]) -> list[Finding]:
     shares = {each.layer: each.dimension[0] / each.width for each in layers}
     if any(map(math.isnan, shares.values())) or any(each.of_gradients for each in layers):
         return []
-    tail = low_saturation_tail(shares, ratio=_RULES["in_tail", "note", "saturation"].threshold)
-    return [in_tail(stage, name, shares[name]) for name in tail]
+    return [in_tail(stage, name, shares[name]) for name in tail_of(shares)]
+
+
+def tail_of(saturation: Mapping[str, float | Tensor]) -> list[str]:
+    """The layers of the low-saturation tail; one layer of low saturation alone is no tail.
+
+    >>> tail_of({"1": 0.8, "2": 0.2, "head": 0.9}), tail_of({"1": 0.8, "2": 0.2, "3": 0.2, "head": 0.9})
+    ([], ['2', '3'])
+    """
+    tail = low_saturation_tail(saturation, ratio=_RULES["in_tail", "note", "saturation"].threshold)
+    return tail if len(tail) >= SHORTEST_TAIL else []
 
 
 def in_tail(stage: str, layer: str, saturation: float) -> Finding:

@@ -18,6 +18,7 @@ from torch import Tensor
 from spectralmetrics.extras import from_extra
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
 from spectralmetrics.sums.checks import check_positive_integer, check_real
+from spectralmetrics.table import shorten_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +45,8 @@ _MORE_COLOURS = (
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NAME_INCHES = 0.145  # room for one layer name at the size below
 _NAME_POINTS = 8
+_TITLE = 30
+"""The most characters in the title of a small picture."""
 
 
 def plot_profile(
@@ -294,18 +297,20 @@ def plot_spectrum(
     if any((values > 0).any() for values in spectra):
         ax.set_xscale("log")
         ax.set_yscale("log")
-        if max(int((values > 0).sum()) for values in spectra) <= 12:
-            # About one decade: powers of ten alone would be too few labels, all numbers in between too many.
+        last = max(int((values > 0).sum()) for values in spectra)
+        if last <= 500:
+            # Few decades: powers of ten alone would be too few labels, all numbers in between too many.
             from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-            ax.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8]))
+            ticks = [1, 2, 4, 8] if last <= 12 else [1, 2, 5, 10, 20, 50, 100, 200]
+            ax.xaxis.set_major_locator(FixedLocator(ticks))
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("index")
     ax.set_ylabel("eigenvalue")
     ax.grid(color="0.9")
     if len(spectra) > 1 or threshold is not None or labels is not None:
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(framealpha=1, edgecolor="none", fontsize=9)  # above the dashed lines
     return _titled(ax, title)
 
 
@@ -432,11 +437,11 @@ def plot_layers(
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
+    titles = shorten_names(values, _TITLE)
     for ax, (layer, value) in zip(axes.flat, values.items(), strict=False):
         ax.set_axis_on()
         draw(value, ax=ax, **options)
-        # The end of a long name says more than its beginning.
-        ax.set_title(literal(layer if len(layer) <= 34 else f"…{layer[-33:]}"), fontsize=_NAME_POINTS)
+        ax.set_title(literal(titles[layer]), fontsize=_NAME_POINTS)
         ax.tick_params(labelsize=7, which="both")
         ax.xaxis.label.set_size(7)
         ax.yaxis.label.set_size(7)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spectralmetrics.extras import from_extra
 
 WIDTH = 100
-"""Columns of the screen that tables fit."""
+"""Columns that tables fit where there is no terminal."""
+_NARROWEST = 16
+"""The fewest columns for names, and for words beside numbers."""
 
 
 def number(value: float | None) -> str:
@@ -53,6 +56,21 @@ def percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
+def screen_width() -> int:
+    """Columns of the terminal; 100 where standard output is none, such as a file or a notebook."""
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:
+        return WIDTH
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def wrapped(text: str) -> list[str]:
+    """The lines of a paragraph on the screen, the second and later ones indented; words are not broken."""
+    lines = textwrap.wrap(
+        text, screen_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return lines or [""]
+
+
 def wrap_name(name: str, width: int) -> list[str]:
     """A qualified name in lines that end at a dot, slash, dash or underscore; too long words are broken.
 
@@ -69,53 +87,132 @@ def wrap_name(name: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def shorten_names(names: Iterable[str], width: int) -> dict[str, str]:
+    """Names of layers in ``width`` characters, as far as different names stay different.
+
+    From the left, parts of names that are too long become the shortest beginnings that no sibling has.
+    Then the end of the last part is cut, no further than siblings differ. Numbers stay whole.
+
+    >>> names = ["encoder.layers.10.attention", "decoder.layers.10.attention", "head"]
+    >>> list(shorten_names(names, 22).values())
+    ['e.layers.10.attention', 'd.layers.10.attention', 'head']
+    >>> list(shorten_names(names, 12).values())
+    ['e.l.10.atte…', 'd.l.10.atte…', 'head']
+    """
+    parts = {name: name.split(".") for name in names}
+    siblings: dict[tuple[str, ...], set[str]] = {}
+    for each in parts.values():
+        for depth, part in enumerate(each):
+            siblings.setdefault(tuple(each[:depth]), set()).add(part)
+    shown: dict[tuple[str, ...], str] = {}  # the way to a part -> its beginning, in all names that have it
+    for each in parts.values():
+        excess = len(".".join(each)) - width
+        for depth, part in enumerate(each):
+            if excess <= 0:
+                break
+            least = _beginning(part, siblings[tuple(each[:depth])] - {part})
+            if depth < len(each) - 1:
+                shown[tuple(each[: depth + 1])] = part[:least]
+            elif least < len(part) - 1:
+                shown[tuple(each)] = part[: max(least, len(part) - excess - 1)] + "…"
+            excess -= len(part) - least
+    return {
+        name: ".".join(shown.get(tuple(each[: depth + 1]), part) for depth, part in enumerate(each))
+        for name, each in parts.items()
+    }
+
+
+def _beginning(part: str, others: Iterable[str]) -> int:
+    """The length of the shortest beginning of a part that no other part has."""
+    if part[-1:].isdigit():
+        return len(part)
+    sizes = (n for n in range(1, len(part)) if not any(other.startswith(part[:n]) for other in others))
+    return next(sizes, len(part))
+
+
 def text_table(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
     left: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    width: int | None = None,
     rule: bool = False,
-    name_width: int | None = None,
 ) -> list[str]:
     r"""The lines of a table: names in the first column, words in the last, numbers between them.
 
-    Names and words without room continue in further lines of their row.
+    Names come first. Where not all has room, words go below their row, heads are broken, spare columns are left
+    out until half of the screen is free for names, and only then long names are broken; in a narrow terminal
+    they are shortened, see :func:`shorten_names`.
 
     Args:
         heads: the heads of the columns; a line break begins another line.
         rows: the cells of the rows.
         left: heads of further columns that are text and not numbers.
+        spare: heads of columns that can be left out, first those that are missed least.
+        width: the width of the screen; None: see :func:`screen_width`.
         rule: draw a line below the heads.
-        name_width: the width of the first column; None gives it the room that the words do not need.
 
-    >>> print(*text_table(["layer", "n", "note"], [["layer1.conv", "12", "few"], ["fc", "9", ""]]), sep="\n")
+    >>> rows = [["layer1.conv", "12", "few"], ["fc", "9", ""]]
+    >>> print(*text_table(["layer", "n", "note"], rows), sep="\n")
     layer         n  note
     layer1.conv  12  few
     fc            9
+    >>> print(*text_table(["layer", "n", "note"], rows, spare=["n"], width=18), sep="\n")
+    layer         n
+      note
+    layer1.conv  12
+      few
+    fc            9
     """
-    height = max(head.count("\n") for head in heads) + 1
-    stacked = [[""] * (height - 1 - head.count("\n")) + head.split("\n") for head in heads]
-    above = list(zip(*stacked, strict=True))
-    lines = [*above, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads) - 1)]
-    room = WIDTH - sum(widths[1:]) - 2 * len(widths)
-    words_room = min(max(len(line[-1]) for line in lines), max(room // 2, 18))
-    widths[0] = min(widths[0], max(room - words_room, 12) if name_width is None else name_width)
-    printed = []
-    for line in lines:
-        names = wrap_name(line[0], widths[0])
-        words = textwrap.wrap(line[-1], max(room - widths[0], 12)) or [""]
-        for index in range(max(len(names), len(words))):
-            middle = line[1:-1] if index == 0 else [""] * (len(heads) - 2)
-            cells = [
-                text.ljust(size) if head in left else text.rjust(size)
-                for text, size, head in zip(middle, widths[1:], heads[1:-1], strict=True)
+    width = screen_width() if width is None else width
+    names, *columns, words = zip(heads, *rows, strict=True)
+    wanted = min(max(map(len, names)), width // 2)
+    if width - _taken(columns) < wanted:
+        columns = [(column[0].replace(" ", "\n"), *column[1:]) for column in columns]
+    left_out = []
+    for head in spare:
+        if width - _taken(columns) >= wanted:
+            break
+        columns = [column for column in columns if column[0] != head]
+        left_out.append(head)
+    room = max(width - _taken(columns), _NARROWEST)
+    if width < WIDTH:  # in a narrow terminal; files keep whole names, in several lines
+        shorter = shorten_names(names[1:], room)
+        names = (names[0], *(shorter[name] for name in names[1:]))
+    sizes = [min(max(map(len, names)), room), *map(_size, columns)]
+    beside = room - sizes[0] - 2
+    has_room = beside >= min(max(map(len, words)), _NARROWEST)
+    printed: list[str] = []
+    for row, (name, *cells, text) in enumerate(zip(names, *columns, words, strict=True)):
+        stacks = [wrap_name(name, sizes[0]), *(cell.split("\n") for cell in cells)]
+        stacks.append(textwrap.wrap(text, beside) if has_room and text else [""])
+        height = max(map(len, stacks))
+        gaps = [[""] * (height - len(stack)) for stack in stacks]
+        aligned = [stack + gap if row else gap + stack for stack, gap in zip(stacks, gaps, strict=True)]
+        for first, *others, last in zip(*aligned, strict=True):
+            middle = [
+                text.ljust(size) if column[0] in left else text.rjust(size)
+                for text, size, column in zip(others, sizes[1:], columns, strict=True)
             ]
-            first = (names[index] if index < len(names) else "").ljust(widths[0])
-            printed.append("  ".join([first, *cells, words[index] if index < len(words) else ""]).rstrip())
+            printed.append("  ".join([first.ljust(sizes[0]), *middle, last]).rstrip())
+        if not has_room:
+            printed += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")
+        if rule and row == 0:
+            place = len(printed)
     if rule:
-        printed.insert(height, "-" * max(map(len, printed)))
-    return printed
+        printed.insert(place, "-" * max(map(len, printed)))
+    return [*printed, *(wrapped(f"No room here for: {', '.join(left_out)}") if left_out else [])]
+
+
+def _size(column: Sequence[str]) -> int:
+    """The width of a column."""
+    return max(len(line) for cell in column for line in cell.split("\n"))
+
+
+def _taken(columns: Sequence[Sequence[str]]) -> int:
+    """The width of the columns between names and words."""
+    return sum(_size(column) + 2 for column in columns)
 
 
 def encodable(text: str) -> str:

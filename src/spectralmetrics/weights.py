@@ -92,7 +92,7 @@ class WeightRow(NamedTuple):
 
 
 class WeightSummary:
-    """A table of weight matrices; printing it fits 100 columns.
+    """A table of weight matrices; printing it fits the terminal, else 100 columns.
 
     Attributes:
         rows: a :class:`WeightRow` for each matrix.
@@ -119,7 +119,7 @@ class WeightSummary:
             ]
             for row in self.rows
         ]
-        lines = text_table(heads, cells, left=("type",))
+        lines = text_table(heads, cells, left=("type",), spare=("type", "shape"))
         return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped.items())])
 
     __repr__ = __str__

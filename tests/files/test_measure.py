@@ -120,6 +120,17 @@ def test_a_mean_far_from_zero_does_not_cost_digits(tmp_path):
     assert relative_error(sm.moments_of(values).covariance(), two_pass_covariance(values)) < 1e-9
 
 
+def test_one_row_has_no_variance_and_two_have():
+    rows = torch.randn(2, 6)
+    assert str(sm.measure(rows[:1])).splitlines()[-1] == (
+        "One row has no variance, and all statistics are zero: measure more rows."
+    )
+    assert "effective_rank" not in str(sm.measure(rows[:1]))
+    assert "effective_rank" in str(sm.measure(rows))
+    with pytest.warns(UserWarning, match="fewer observations than twice"):  # about zero it has one direction
+        assert "effective_rank       1.000" in str(sm.measure(rows[:1], center=False))
+
+
 def test_missing_rows_are_left_out_with_their_labels_and_counted(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="the extra `files` is not installed")
     import pyarrow.parquet as pq

@@ -15,6 +15,7 @@ from spectralmetrics.findings import Finding
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.recording import describe_comparison
 from spectralmetrics.recording.alarm_table import write_alarms
+from spectralmetrics.recording.compare import _changes
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 
@@ -246,6 +247,34 @@ class TestTheText:
         assert "Only on the right: 3\n" in answer
         assert "widths 6 and 9" in table
         assert max(map(len, text.splitlines())) <= 100
+
+    def test_equal_runs_and_what_did_not_change_take_one_line(self, run, tmp_path):
+        answer = describe_comparison(run, epochs=(1, 1)).partition("\nlayer ")[0]
+        assert "No difference: all layers have the same numbers and the same covariance." in answer
+        assert not any(each in answer for each in ("Changed most", "Least overlap", "No change", "Largest"))
+        rows = [
+            {
+                "layer": name,
+                "a_left": 1,
+                "a_right": 1,
+                "b_c_left": 2,
+                "b_c_right": 2,
+                "d_left": 1,
+                "d_right": right,
+            }
+            for name, right in (("0", 1), ("1", 3))
+        ]
+        assert _changes(rows) == ["Largest change of d: 1 1 -> 3", "No change of a, b c."]
+
+    def test_a_single_layer_has_each_number_once(self, tmp_path):
+        single = record(tmp_path / "single", model=nn.Sequential(nn.Linear(6, 4)), epochs=2)
+        (row,) = sm.compare(single, epochs=(0, 1))
+        text = describe_comparison(single, epochs=(0, 1))
+        left, right = row["saturation_left"], row["saturation_right"]
+        assert f"\n\nlayer 0\nsaturation           {left:.3f} -> {right:.3f}\n" in text
+        assert f"Fréchet              {row['frechet_distance']:.3f}\n" in text
+        assert text.count("saturation") == 1
+        assert not any(each in text for each in ("mean", "Changed most", "Least overlap", "Largest", "\n\n\n"))
 
 
 class TestCommandLine:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import warnings
 from importlib.resources import files
@@ -21,10 +22,10 @@ from spectralmetrics import (
     Recorder,
     SaturationMetric,
     SpectralMetric,
-    low_saturation_tail,
     recompute,
     write_report,
 )
+from spectralmetrics.findings import tail_of
 from spectralmetrics.recording import summarise_run
 from spectralmetrics.recording.report.encode import pack
 from spectralmetrics.recording.report.write import SCRIPTS
@@ -167,7 +168,7 @@ def test_the_threshold_slider_gives_the_numbers_of_recompute(visit, runs, thresh
         assert [line[epoch] for line in report.chart("heat-0")[0]["z"]] == profile
         mean = report.chart("scalars")[["train", "eval"].index(stage)]["y"][epoch]
         assert mean == saturation["mean"]
-        tail = low_saturation_tail({name: saturation[name] for name in NAMES})
+        tail = tail_of({name: saturation[name] for name in NAMES})
         assert {row["layer"] for row in table if "in the tail" in row["what stands out"]} == set(tail)
 
 
@@ -178,7 +179,7 @@ def test_the_sliders_make_a_difference(runs):
     assert len({tuple(profile.values()) for profile in profiles}) == len(THRESHOLDS)
     for profile in profiles:
         profile.pop("mean")
-    assert len({tuple(low_saturation_tail(profile)) for profile in profiles}) > 1
+    assert len({tuple(tail_of(profile)) for profile in profiles}) > 1
 
 
 def test_what_does_not_depend_on_the_threshold(visit, runs):
@@ -273,9 +274,7 @@ def test_names_are_text(visit):
     assert page.locator("#rows th").all_text_contents() == NAMES
     assert page.locator("#layer option").all_text_contents() == NAMES
     assert page.locator("main img, main b, main i, main svg a").count() == 0
-    # Axes shorten long names from the left.
-    ticks = page.locator("#profile .xtick text").all_text_contents()
-    assert ticks == [name if len(name) <= 22 else f"…{name[-21:]}" for name in NAMES]
+    assert page.locator("#profile .xtick text").all_text_contents() == NAMES
     report.click("profile", 2, report.chart("profile")[0]["y"][2])
     hover = page.locator("#profile .hovertext").text_content()
     assert hover.startswith("$x^2$ & &lt;b> %{x}: ")
@@ -498,11 +497,54 @@ def test_a_history_forward_by_forward(visit, runs):
         of_layer = [row.rms for row in rows if row.layer == str(layer)]
         assert 10 ** z[layer][38] == pytest.approx(max(of_layer[76:78]), rel=1e-9)
     assert text[1][38].startswith("1, forward 76 to 77, step 76 to 77: root mean square ")
+    bar = report.chart("forwards-0")[0]["colorbar"]
+    assert bar["title"]["text"] == "root mean square"
+    numbers = [float(each) for each in bar["ticktext"]]
+    assert len(numbers) > 1
+    assert bar["tickvals"] == pytest.approx([math.log10(each) for each in numbers])
     report.page.select_option("#quantity", "zero_share")
     report.settle()
     z, _ = report.page.evaluate(drawn, "forwards-0")
     assert z == [[0] * 250] * 3
     assert visit("first").page.is_hidden("#forwards-section")
+
+
+def test_a_step_of_several_forwards_has_one_label(visit, runs):
+    model = make_model()
+    metrics = [SaturationMetric(), HistoryMetric()]
+    with LayerProbe(model, metrics) as probe, Recorder(runs / "steps", probe, ["csv", "history"]) as recorder:
+        for forward in range(20):
+            probe.step = forward // 4
+            model(torch.randn(4, 6))
+        recorder.record()
+    report = visit("steps")
+    axis = report.chart("forwards-0", "layout")["xaxis"]
+    assert (axis["tickvals"], axis["ticktext"]) == ([0, 4, 8, 12, 16], ["0", "1", "2", "3", "4"])
+
+
+def test_long_names_differ_on_every_axis(visit, runs):
+    names = [
+        f"{path}_path.stage_{stage}.convolution" for path in ("contracting", "expanding") for stage in "ab"
+    ]
+    model = nn.Sequential()
+    for name in names:
+        inner = model
+        *outer, last = name.split(".")
+        for part in outer:
+            if not hasattr(inner, part):
+                inner.add_module(part, nn.Sequential())
+            inner = getattr(inner, part)
+        inner.add_module(last, nn.Linear(6, 6))
+    with LayerProbe(model) as probe, Recorder(runs / "long", probe, ["csv"]) as recorder:
+        model(torch.randn(50, 6))
+        recorder.record()
+    report = visit("long", width=390)
+    for chart, axis in (("profile", "xaxis"), ("heat-0", "yaxis")):
+        assert report.chart(chart, "layout")[axis]["ticktext"] == [
+            f"{path}.stage_{stage}.convolution" for path in "ce" for stage in "ab"
+        ]
+    assert report.chart("heat-0")[0]["colorbar"]["title"]["text"] == "saturation"
+    assert [row["layer"] for row in report.table()] == names
 
 
 def test_the_table_sorts(visit):

@@ -209,13 +209,33 @@ class TestPictures:
         with pytest.raises(FileNotFoundError, match=r"records\.csv"):
             draw_run(tmp_path / "here")
 
+    @pytest.mark.parametrize(
+        ("writers", "statistics", "reason"),
+        [
+            (["csv"], None, "has no arrays of epoch 0"),
+            (["csv", "arrays"], ["saturation"], "statistics leave them"),
+        ],
+    )
+    def test_a_threshold_that_is_for_nothing_is_named(self, tmp_path, writers, statistics, reason):
+        record(tmp_path, writers, epochs=1)
+        with pytest.warns(UserWarning, match=f"threshold 0.9 is for spectra, which are not drawn: .*{reason}"):
+            draw_run(tmp_path, threshold=0.9, statistics=statistics)
+
     def test_titles_and_tail(self):
-        rows = [Row(3, stage, f"layer{k}", "s", 1 - 0.3 * k) for stage in ("train", "eval") for k in range(4)]
+        values = (1.0, 0.7, 0.4, 0.4, 0.9)
+        rows = [
+            Row(3, stage, f"layer{k}", "s", value)
+            for stage in ("train", "eval")
+            for k, value in enumerate(values)
+        ]
         rows += [Row(3, "eval", "mean", "s", 0.5), Row(3, "eval", "", "accuracy", 0.875)]
-        figure = draw_profile(rows, "s", {"s": {"metric": "saturation", "threshold": 0.95}})
-        (axis,) = figure.axes
+        settings = {"s": {"metric": "saturation", "threshold": 0.95}}
+        (axis,) = draw_profile([row for row in rows if row.layer != "layer2"], "s", settings).axes
+        one_layer = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert one_layer == ["train", "eval"]
+        (axis,) = draw_profile(rows, "s", settings).axes
         assert axis.get_title() == "S at 95 % of variance, epoch 3, eval accuracy 0.875"
-        assert [text.get_text() for text in axis.get_xticklabels()] == [f"layer{k}" for k in range(4)]
+        assert [text.get_text() for text in axis.get_xticklabels()] == [f"layer{k}" for k in range(5)]
         labels = [text.get_text() for text in axis.get_legend().get_texts()]
         assert labels == ["train", "eval", "tail"]
 

@@ -66,6 +66,8 @@ class Measurement(NamedTuple):
             if name not in _IN_SUMMARY and isinstance(value, Tensor) and value.numel() == 1
         ]
         table = text_table(["statistic", "value", "interval"], rows) if rows else []
+        if int(self.sums.num_observations) == 1 and not any(map(_is_nonzero, self.values.values())):
+            table = ["One row has no variance, and all statistics are zero: measure more rows."]
         return "\n".join([str(self.summary), *([""] if table else []), *table])
 
     def __repr__(self) -> str:
@@ -278,6 +280,10 @@ class _Measuring:
     def _record(self) -> None:
         if self._recorder is not None:
             self._recorder.record(reset=False)
+
+
+def _is_nonzero(value: Tensor) -> bool:
+    return bool(value.any())
 
 
 def _add(place: LayerMetrics, block: Block) -> None:

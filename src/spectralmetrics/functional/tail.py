@@ -132,13 +132,16 @@ def low_saturation_tail(
     return names[int(tail_start(values, ratio, inner)) : inner]
 
 
-def tail_start(saturations: npt.NDArray[Any], ratio: float = 0.5, inner: int | None = None) -> npt.NDArray[Any]:
+def tail_start(
+    saturations: npt.NDArray[Any], ratio: float = 0.5, inner: int | None = None, shortest: int = 1
+) -> npt.NDArray[Any]:
     """The index of the first layer of the low-saturation tail; ``inner`` if there is none.
 
     Args:
         saturations: shape (L, ...), in forward order.
         ratio: see :func:`low_saturation_tail`.
         inner: number of layers before the output layers; all but one if None.
+        shortest: number of layers below which a tail is none.
 
     >>> int(tail_start(np.array([0.8, 0.3, 0.7, 0.2, 0.1, 0.9])))
     3
@@ -146,5 +149,5 @@ def tail_start(saturations: npt.NDArray[Any], ratio: float = 0.5, inner: int | N
     layers = saturations[: max(len(saturations) - 1, 0) if inner is None else inner]
     is_low = layers < ratio * layers.max(0, initial=0.0)
     run = np.logical_and.accumulate(is_low[::-1], 0).sum(0)
-    start: npt.NDArray[Any] = len(layers) - run
+    start: npt.NDArray[Any] = len(layers) - np.where(run < shortest, 0, run)
     return start

@@ -733,7 +733,7 @@ class LayerProbe(nn.Module):
         """The answer in a table: how wide each layer's features are, how sure that is, and what stands out.
 
         Merged across processes; all processes call it. With ``folds`` values come with their
-        intervals. Printing it gives a table that fits 100 columns.
+        intervals. Printing it gives a table that fits the terminal, else 100 columns.
 
         Args:
             stage: ``"train"`` or ``"eval"``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +23,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.facts import UNKNOWN_LAYER, LayerFacts
-from spectralmetrics.table import WIDTH, import_pandas, number, percent, text_table
+from spectralmetrics.table import import_pandas, number, percent, text_table, wrapped
 
 if TYPE_CHECKING:
     import pandas
@@ -65,7 +64,7 @@ class SummaryRow(NamedTuple):
 
 
 class Summary:
-    """A table of layers; its text fits into 100 columns, and a notebook shows an HTML table.
+    """A table of layers; its text fits the terminal, else 100 columns, and a notebook shows an HTML table.
 
     Args:
         rows: the rows in forward order.
@@ -93,15 +92,15 @@ class Summary:
         self.findings = list(findings)
 
     def __str__(self) -> str:
-        lines = text_table(self._heads(), [self._cells(row) for row in self.rows], left=("type",))
-        return "\n".join([*textwrap.wrap(self.title, WIDTH), *self._problems(), *lines])
+        cells = [self._cells(row) for row in self.rows]
+        lines = text_table(self._heads(), cells, left=("type",), spare=("type", "ceiling", "width", "n"))
+        problems = (line for each in self._problems() for line in wrapped(each))
+        return "\n".join([*wrapped(self.title), *problems, *lines])
 
     def _problems(self) -> list[str]:
         """A line for each problem, above the table."""
         problems = [each for each in self.findings if each.severity == "problem"]
-        return [
-            line for each in problems for line in textwrap.wrap(f"problem: {each.layer}: {each.message}", WIDTH)
-        ]
+        return [f"problem: {each.layer}: {each.message}" for each in problems]
 
     def __repr__(self) -> str:
         return str(self)

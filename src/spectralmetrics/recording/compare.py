@@ -26,7 +26,7 @@ from spectralmetrics.recording.record import RecordKey, Row
 from spectralmetrics.recording.saved import SavedRun
 from spectralmetrics.recording.writers.arrays import SavedLayer
 from spectralmetrics.sums import Numbered
-from spectralmetrics.table import WIDTH, number, percent, plural, text_table
+from spectralmetrics.table import number, percent, plural, screen_width, text_table, wrapped
 
 
 def compare(
@@ -218,11 +218,11 @@ def _without(note: str) -> dict[str, Any]:
     return {**dict.fromkeys((*_GEOMETRY, "linear_cka")), "note": note}
 
 
-_LAYER_WIDTH = 28
 _CELL = 8
 _NOTE_WIDTH = 24
 _UNRELATED = 0.05  # linear CKA below which rows have nothing in common
 _NAMED = 3  # layers in one line of the answer
+_ROUND_OFF = 1e-6  # in an overlap of equal subspaces
 _GEOMETRY = {"subspace_overlap": "overlap", "overlap_by_chance": "chance", "frechet_distance": "Fréchet"}
 
 _LEGEND = (
@@ -239,7 +239,7 @@ def describe_comparison(
     stage: str = "eval",
     threshold: float = 0.99,
 ) -> str:
-    """The result of :func:`~spectralmetrics.compare` as text of at most 100 columns.
+    """The result of :func:`~spectralmetrics.compare` as text that fits the terminal, else 100 columns.
 
     Args:
         left: directory of a run.
@@ -258,13 +258,17 @@ def describe_comparison(
         f"{name:<6} {side.run.directory}, {side.key}"
         for name, side in zip(("left", "right"), sides, strict=True)
     ]
-    lines += [f"layers in {stage}; leading eigenspaces explain {percent(threshold)} of the variance", ""]
-    lines += _pairs_of_numbers({**scalars, **means})
+    lines += wrapped(f"layers in {stage}; leading eigenspaces explain {percent(threshold)} of the variance")
+    # The means over one layer, and what changed most among one, are its own numbers.
+    is_one = len(rows) == 1
+    numbers = scalars if is_one else {**scalars, **means}
+    lines += ["", *_pairs_of_numbers(numbers)] if numbers else []
     lines += _problems(sides, stage, threshold)
     lines += _alarms(sides)
-    lines += _answer(rows)
-    lines += ["", *_table(rows), "", *_LEGEND]
-    return "\n".join(lines)
+    if answer := _answer(rows):
+        lines += ["", *answer]
+    lines += ["", *(_numbers_of_layer(rows[0]) if is_one else _table(rows)), ""]
+    return "\n".join([*lines, *(line for each in _LEGEND for line in wrapped(each))])
 
 
 def _numbers_of_runs(
@@ -295,7 +299,7 @@ def _problems(sides: Sequence[_Side], stage: str, threshold: float) -> list[str]
                 )
         problems = [each for each in find(stage, numbers) if each.severity == "problem"] if numbers else []
         lines += [f"problem on the {name}: {each.layer}: {each.message}" for each in problems]
-    return ["", *lines] if lines else []
+    return ["", *(part for line in lines for part in wrapped(line))] if lines else []
 
 
 def _alarms(sides: Sequence[_Side]) -> list[str]:
@@ -322,31 +326,26 @@ def _pairs_of_numbers(numbers: Mapping[str, Sequence[float | None]]) -> list[str
 
 def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The largest changes, and what could not be compared, in a few lines."""
-    lines = [""]
-    compared = [row for row in rows if row["frechet_distance"] is not None]
-    if units_correspond(rows):
-        most = sorted(compared, key=lambda row: -row["frechet_distance"])
-        named = [f"{row['layer']} {number(row['frechet_distance'])}" for row in most]
+    if rows and _are_equal(rows):
+        return wrapped(f"No difference: {_LAYERS[len(rows) == 1]} the same numbers and the same covariance.")
+    lines = []
+    if not units_correspond(rows):
+        lines += wrapped(
+            "In most layers the eigenspaces share no more than random ones: units of the two networks do not"
+            " correspond, as after different seeds, and overlap and Fréchet distance say little. Compare the"
+            " statistics, and the networks themselves by LayerSimilarity (CKA)."
+        )
+    elif len(rows) > 1:
+        moved = [row for row in rows if row["frechet_distance"]]
+        moved.sort(key=lambda row: -row["frechet_distance"])
+        named = [f"{row['layer']} {number(row['frechet_distance'])}" for row in moved]
         lines += _first("Changed most, by Fréchet distance: ", named)
-        turned = [row for row in rows if row["subspace_overlap"] is not None]
+        turned = [row for row in rows if (row["subspace_overlap"] or 1) < 1 - _ROUND_OFF]
         turned.sort(key=lambda row: row["subspace_overlap"])
         named = [f"{row['layer']} {number(row['subspace_overlap'])}" for row in turned]
         lines += _first("Least overlap: ", named)
-    else:
-        lines += [
-            "In most layers the eigenspaces share no more than random ones: units of the two networks do not",
-            "correspond, as after different seeds, and overlap and Fréchet distance say little. Compare the",
-            "statistics, and the networks themselves by LayerSimilarity (CKA).",
-        ]
-    for statistic in [key.removesuffix("_left") for key in (rows[0] if rows else {}) if key.endswith("_left")]:
-        pairs = [(row["layer"], row[f"{statistic}_left"], row[f"{statistic}_right"]) for row in rows]
-        changes = [pair for pair in pairs if None not in pair and pair[1] != pair[2]]
-        changes.sort(key=lambda pair: -abs(pair[2] - pair[1]))
-        if changes:
-            named = [f"{layer} {_arrow(*pair)}" for layer, *pair in changes]
-            lines += _first(f"Largest change of {statistic.replace('_', ' ')}: ", named)
-        elif any(None not in pair for pair in pairs):
-            lines += [f"No change of {statistic.replace('_', ' ')}."]
+    if len(rows) > 1:
+        lines += _changes(rows)
     aligned = [
         f"{row['layer']} {number(row['linear_cka'])}"
         + ("" if row["linear_cka"] > _UNRELATED else ", so that they do not correspond")
@@ -361,6 +360,47 @@ def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for note, layers in reasons.items():
         lines += _listing(f"{note[0].upper()}{note[1:]}: ", layers)
     return lines
+
+
+_LAYERS = {True: "the layer has", False: "all layers have"}
+
+
+def _statistics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key.removesuffix("_left") for key in (rows[0] if rows else {}) if key.endswith("_left")]
+
+
+def _are_equal(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """True if no statistic and no distribution changed in any layer."""
+    names = _statistics(rows)
+    return all(
+        row["frechet_distance"] == 0 and all(row[f"{name}_left"] == row[f"{name}_right"] for name in names)
+        for row in rows
+    )
+
+
+def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each statistic that changed, and one for those that did not."""
+    lines, same = [], []
+    for statistic in _statistics(rows):
+        pairs = [(row["layer"], row[f"{statistic}_left"], row[f"{statistic}_right"]) for row in rows]
+        pairs = [pair for pair in pairs if None not in pair]
+        changes = [pair for pair in pairs if pair[1] != pair[2]]
+        changes.sort(key=lambda pair: -abs(pair[2] - pair[1]))
+        words = statistic.replace("_", " ")
+        lines += _first(
+            f"Largest change of {words}: ", [f"{layer} {_arrow(*pair)}" for layer, *pair in changes]
+        )
+        same += [words] if pairs and not changes else []
+    return lines + (_listing("No change of ", same, ".") if same else [])
+
+
+def _numbers_of_layer(row: Mapping[str, Any]) -> list[str]:
+    """The numbers of the only layer, a line for each."""
+    pairs = {name: _arrow(row[f"{name}_left"], row[f"{name}_right"]) for name in _statistics([row])}
+    pairs |= {name: number(row[key]) for key, name in _GEOMETRY.items()}
+    names = {name: name.replace("_", " ") for name in pairs}
+    width = max(map(len, names.values()))
+    return [f"layer {row['layer']}", *(f"{names[name]:<{width}}  {value}" for name, value in pairs.items())]
 
 
 def units_correspond(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -383,32 +423,33 @@ def _beyond_chance(row: Mapping[str, Any]) -> float | None:
 
 
 def _first(head: str, items: Sequence[str]) -> list[str]:
-    """One line that names the first few items; none without items."""
+    """One line that names the first few items, more only for one that is long; none without items."""
     shown = list(items[:_NAMED])
-    while len(shown) > 1 and len(head) + len(", ".join(shown)) > WIDTH:
+    while len(shown) > 1 and len(head) + len(", ".join(shown)) > screen_width():
         shown.pop()
-    return [head + ", ".join(shown)] if shown else []
+    return wrapped(head + ", ".join(shown)) if shown else []
 
 
-def _listing(head: str, items: Sequence[str]) -> list[str]:
+def _listing(head: str, items: Sequence[str], end: str = "") -> list[str]:
     """One line that names as many of the items as fit."""
     line = head
     for index, item in enumerate(items):
         rest = len(items) - index - 1
         more = f", and {rest + 1} more"
         joined = f"{line}{', ' if index else ''}{_short(item, 60)}"
-        if index and len(joined) + (len(f", and {rest} more") if rest else 0) > WIDTH:
-            return [line + more]
+        if index and len(joined) + (len(f", and {rest} more") if rest else len(end)) > screen_width():
+            return [f"{line}{more}{end}"]
         line = joined
-    return [line]
+    return wrapped(line + end)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    names = [key.removesuffix("_left") for key in rows[0] if key.endswith("_left")]
-    layer_width = min(max(len(row["layer"]) for row in rows), _LAYER_WIDTH)
-    room = WIDTH - layer_width - min(max(len(row["note"]) for row in rows), _NOTE_WIDTH)
+    names = _statistics(rows)
+    width = screen_width()
+    room = width - min(max(len(row["layer"]) for row in rows), width // 2)
+    room -= min(max(len(row["note"]) for row in rows), _NOTE_WIDTH)
     room -= (_CELL + 2) * len(_GEOMETRY)
     columns: dict[str, str] = {}  # key -> head
     for name in names:
@@ -421,7 +462,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns |= _GEOMETRY
     cells = [[row["layer"], *(number(row[key]) for key in columns), row["note"]] for row in rows]
     heads = ["layer", *(f"{head:>{_CELL}}" for head in columns.values()), ""]
-    lines = text_table(heads, cells, rule=True, name_width=max(layer_width, len("layer")))
+    lines = text_table(heads, cells, rule=True)
     return [*lines, *(_listing("No room here for: ", rest) if rest else [])]
 
 

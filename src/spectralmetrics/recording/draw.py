@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def draw_run(
         epoch: epoch whose last record is drawn as profiles and spectra; the last epoch if None.
         statistics: names as in ``records.csv``, and ``"spectrum"``; all if None.
         threshold: threshold of the dashed lines in the spectra; default: as recorded for saturation, or 0.99.
+            Without spectra, a warning says why it is not used.
         output: folder for the pictures; ``plots`` in the run's own if None.
         dpi: dots per inch.
         progress: called with the name of each picture before it is drawn.
@@ -95,6 +97,9 @@ def draw_run(
                 f"{statistic}-{stage}-epochs.png",
                 lambda: draw_heatmap(rows, statistic, stage, settings, run.places(by_step), by_step),  # noqa: B023
             )
+    if threshold is not None and ("spectrum" not in chosen or spectra_key is None):
+        why = "statistics leave them out" if spectra_key else f"{run.directory} has no arrays of {key}"
+        warnings.warn(f"threshold {threshold} is for spectra, which are not drawn: {why}", stacklevel=2)
     if "spectrum" in chosen and spectra_key is not None:
         share = _recorded_threshold(settings) if threshold is None else threshold
         spectra: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectralmetrics.functional.tail import low_saturation_tail
+from spectralmetrics.findings import tail_of
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
@@ -39,7 +39,7 @@ def draw_profile(
     is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
     if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
         of_gradients = any(each.of_gradients for each in (facts or {}).values())
-        tail = [] if of_gradients else low_saturation_tail(profiles.get("eval", {}))
+        tail = [] if of_gradients else tail_of(profiles.get("eval", {}))
     ceilings = {}
     if settings.get(statistic, {}).get("metric") == "intrinsic_dimension":
         largest: dict[str, float] = {}

@@ -21,6 +21,7 @@ from spectralmetrics.recording.report.words import Known, Words
 from spectralmetrics.recording.saved import Failures, SavedRun
 from spectralmetrics.recording.settings import Settings
 from spectralmetrics.recording.writers.arrays import SavedLayer
+from spectralmetrics.table import shorten_names
 
 Progress: TypeAlias = Callable[[str, int], None]
 Content: TypeAlias = dict[str, Any]
@@ -35,6 +36,8 @@ KINDS = {"saturation": "share", "intrinsic_dimension": "dimension"}
 """The statistics that the slider moves: a dimension, or one divided by the width."""
 NARROW = 512
 """Below this width one thread decomposes a covariance as fast as several."""
+SHORT = 22
+"""The most characters of a layer's name on an axis without room for whole names."""
 MOST_POINTS = 1_280_000
 """The most points of all spectra together, so that a page of 200 layers and 100 epochs stays below 10 MB."""
 
@@ -116,6 +119,7 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
         "quantities": QUANTITIES,
         "stages": stages,
         "layers": layers,
+        "short_layers": list(shorten_names(layers, SHORT).values()),
         "runs": contents,
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spectralmetrics.findings import (
+    SHORTEST_TAIL,
     Finding,
     LayerNumbers,
     in_tail,
@@ -109,7 +110,7 @@ class Words:
         is_known = ~np.isnan(shares).any(0)
         if any(each.numbers.of_gradients for each in layers):
             is_known[:] = False  # gradients have no tail
-        first_of_tail = tail_start(np.nan_to_num(shares))
+        first_of_tail = tail_start(np.nan_to_num(shares), shortest=SHORTEST_TAIL)
         numbers = [each.numbers for each in layers]
         for place, each in enumerate(layers):
             is_in_tail = is_known & (first_of_tail <= place) & (place < len(layers) - 1)

@@ -32,8 +32,15 @@ function shortened(name, most) {
 
 const pen = document.createElement("canvas").getContext("2d");
 
-// Labels for an axis of names: as many as have room, and the pixels that the longest of them takes.
-function nameAxis(names, room, most) {
+// A name that may be broken behind its dots, dashes and slashes.
+function breakable(name) {
+  return name.split(/(?<=[._/-])/).flatMap((part, index) => (index ? [document.createElement("wbr"), part] : [part]));
+}
+
+// Labels for an axis of layers: as many as have room, and the pixels that the longest of them takes.
+function nameAxis(layers, room, most) {
+  const areShort = layers.every((layer) => [...page.layers[layer]].length <= most);
+  const names = layers.map((layer) => (areShort ? page.layers : page.short_layers)[layer]);
   pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   const every = Math.max(1, Math.ceil((names.length * 15) / Math.max(room, 15)));
   const picked = names.map((_, index) => index).filter((index) => index % every === 0);

@@ -65,7 +65,7 @@ function indexTicks(values) {
 
 function profileFigure(state, width) {
   const layers = layersOf(state);
-  const names = nameAxis(layers.map((layer) => page.layers[layer]), width - 70, width < 600 ? 16 : 22);
+  const names = nameAxis(layers, width - 70, width < 600 ? 22 : 30);
   const epoch = page.epochs[state.epoch];
   const size = Math.min(Math.max((width / layers.length) * 0.8, 3), 7);
   const all = [];
@@ -153,12 +153,26 @@ function outline(x0, x1, y0, y1) {
   return [["white", 4], ["black", 1.5]].map(([color, width]) => ({ type: "rect", x0, x1, y0, y1, line: { color, width } }));
 }
 
-const COLOURBAR = { thickness: 10, len: 1, outlinewidth: 0, xpad: 4 };
+// A labelled bar of colours; that of logarithms has their numbers: 1, 2 and 5, over many decades powers of ten.
+function colourBar(title, logarithms) {
+  const bar = { thickness: 10, len: 1, outlinewidth: 0, xpad: 4, title: { text: escaped(title), side: "right" } };
+  if (!logarithms?.length) return bar;
+  const [least, most] = [Math.min, Math.max].map((end) => logarithms.reduce((a, b) => end(a, b)));
+  const decades = Array.from({ length: Math.ceil(most) - Math.floor(least) + 1 }, (_, step) => Math.floor(least) + step);
+  const every = Math.ceil(decades.length / 8);
+  const factors = most - least < 3 ? [1, 2, 5] : [1];
+  const numbers = decades
+    .filter((_, index) => index % every === 0)
+    .flatMap((power) => factors.map((factor) => Number(`${factor}e${power}`)))
+    .filter((tick) => Math.log10(tick) >= least && Math.log10(tick) <= most);
+  const ticks = numbers.length > 1 ? numbers : [...new Set([least, most])].map((end) => 10 ** end);
+  return { ...bar, tickmode: "array", tickvals: ticks.map(Math.log10), ticktext: ticks.map((tick) => (numbers.length > 1 ? String(tick) : shown(tick))) };
+}
 
 function heatFigure(state, run, width) {
   const layers = layersOf(state);
   const kind = page.kind(state.statistic);
-  const names = nameAxis(layers.map((layer) => page.layers[layer]), heatHeight(layers.length) - 60, width < 500 ? 16 : 22);
+  const names = nameAxis(layers, heatHeight(layers.length) - 60, width < 700 ? 22 : 48);
   const rows = layers.map((layer) =>
     run.epochs.map((_, epoch) => run.value(state.statistic, state.stage, layer, epoch, state.threshold)),
   );
@@ -185,7 +199,7 @@ function heatFigure(state, run, width) {
       ...(kind === "share" ? { zmin: 0, zmax: 1 } : {}),
       xgap: run.epochs.length <= 30 ? 1 : 0,
       ygap: layers.length <= 40 ? 1 : 0,
-      colorbar: COLOURBAR,
+      colorbar: colourBar(state.statistic),
     }],
     layout: {
       height: heatHeight(layers.length),
@@ -210,7 +224,7 @@ function forwardsFigure(state, run, width) {
   const found = run.history[page.stages[state.stage]];
   const title = page.quantities[state.quantity];
   if (!found) return { isEmpty: "no history of this stage", traces: [], layout: { height: 120 }, label: "No history of this stage." };
-  const names = nameAxis(found.layers.map((layer) => page.layers[layer]), heatHeight(found.layers.length) - 60, width < 500 ? 16 : 22);
+  const names = nameAxis(found.layers, heatHeight(found.layers.length) - 60, width < 700 ? 22 : 48);
   const isShare = state.quantity === "zero_share";
   const values = found.layers.map((_, row) => found.forwards.map((_, column) => at(found[state.quantity], row, column)));
   const words = (ends) => (ends[0] === ends[1] ? `${ends[0]}` : `${ends[0]} to ${ends[1]}`);
@@ -218,9 +232,12 @@ function forwardsFigure(state, run, width) {
     const steps = found.steps[column];
     return `forward ${words(ends)}${steps[0] < 0 ? "" : `, step ${words(steps)}`}`;
   });
-  const every = Math.ceil(found.forwards.length / Math.max(2, Math.floor((width - 200) / 48)));
-  const ticks = found.forwards.map((_, column) => column).filter((column) => column % every === 0);
   const hasSteps = found.steps.every((steps) => steps[0] >= 0);
+  const labels = (hasSteps ? found.steps : found.forwards).map((ends) => ends[0]);
+  // A step may have several forwards: its label stands at the first.
+  const firsts = labels.map((_, column) => column).filter((column) => labels[column] !== labels[column - 1]);
+  const every = Math.ceil(firsts.length / Math.max(2, Math.floor((width - 200) / 48)));
+  const ticks = firsts.filter((_, index) => index % every === 0);
   const chosen = found.layers.indexOf(state.layer);
   return {
     traces: [{
@@ -236,14 +253,14 @@ function forwardsFigure(state, run, width) {
       colorscale: "Viridis",
       ...(isShare ? { zmin: 0, zmax: 1 } : {}),
       ygap: found.layers.length <= 40 ? 1 : 0,
-      colorbar: { ...COLOURBAR, ...(isShare ? {} : { tickprefix: "10<sup>", ticksuffix: "</sup>" }) },
+      colorbar: colourBar(title, isShare ? undefined : values.flat().map(Math.log10).filter(Number.isFinite)),
     }],
     layout: {
       height: heatHeight(found.layers.length),
       margin: { l: names.pixels, r: 10, t: 10, b: 44 },
       xaxis: axis({
         title: hasSteps ? "step" : "forward", tickmode: "array", tickvals: ticks,
-        ticktext: ticks.map((column) => String((hasSteps ? found.steps : found.forwards)[column][0])),
+        ticktext: ticks.map((column) => String(labels[column])),
         range: [-0.5, found.forwards.length - 0.5], showgrid: false, tickangle: 0,
       }),
       yaxis: axis({ ...names, pixels: undefined, range: [found.layers.length - 0.5, -0.5], showgrid: false }),

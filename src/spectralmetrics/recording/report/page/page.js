@@ -86,7 +86,7 @@ function updateControls() {
   byId("epoch").setAttribute("aria-valuetext", `${page.unit} ${epoch}`);
   byId("threshold-shown").textContent = page.hasArrays ? String(threshold) : "–";
   byId("threshold").setAttribute("aria-valuetext", `${threshold} of the variance`);
-  byId("layer-title").textContent = `Layer ${page.layers[current.layer] ?? "–"}`;
+  byId("layer-title").replaceChildren("Layer ", ...breakable(page.layers[current.layer] ?? "–"));
   byId("tail").textContent = tailWords();
   const notes = countNotes();
   byId("notes").hidden = !notes;
@@ -107,9 +107,7 @@ function tailWords() {
     const names = [...tail].map((layer) => page.layers[layer]);
     const found = !names.length
       ? "no low-saturation tail"
-      : names.length === 1
-        ? `low-saturation tail of one layer, ${names[0]}`
-        : `low-saturation tail of ${names.length} layers, ${names[0]} to ${names[names.length - 1]}`;
+      : `low-saturation tail of ${names.length} layers, ${names[0]} to ${names[names.length - 1]}`;
     return `${heading(run)}${problems}${found}`;
   });
   const said = `${condition(current, true)}: ${words.join("; ")}.`.replace(/^./, (letter) => letter.toUpperCase());

@@ -7,7 +7,7 @@ function columns(state) {
   return [
     ...(page.runs.length > 1 ? [{ title: "run", text: true, value: ({ run }) => run.name }] : []),
     { title: "layer", text: true, isLayer: true, value: ({ layer }) => layer, words: ({ layer }) => page.layers[layer] },
-    { title: "type", text: true, value: ({ run, layer }) => run.facts[layer].kind || undefined },
+    { title: "type", text: true, isType: true, value: ({ run, layer }) => run.facts[layer].kind || undefined },
     { title: "width", value: (row) => integer(row, "width") },
     ...(page.hasCeilings ? [{ title: "ceiling", isFact: true, value: ceiling }] : []),
     { title: "observations", value: (row) => integer(row, "observations") },
@@ -166,12 +166,12 @@ function newRow(row, kept) {
   const element = document.createElement("tr");
   for (const column of kept) {
     const cell = document.createElement(column.isLayer ? "th" : "td");
-    cell.className = column.isWords ? "words" : column.text ? "text" : "";
+    cell.className = column.isWords ? "words" : column.isType ? "text type" : column.text ? "text" : "";
     if (column.isLayer) {
       cell.scope = "row";
       const button = document.createElement("button");
       button.type = "button";
-      button.textContent = column.words(row);
+      button.append(...breakable(column.words(row)));
       button.addEventListener("click", () => choose({ layer: row.layer }));
       cell.append(button);
     } else if (!column.text) {
