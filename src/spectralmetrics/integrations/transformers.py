@@ -87,7 +87,8 @@ class LayerProbeCallback(TrainerCallback):
             that follows it (of several data sets the last), and so does an evaluation outside of a training,
             and what was observed since the trainer last logged, at steps at which it logs. A directory may hold
             records only if training goes on from a checkpoint; those that it holds from there on stay, and are
-            not recorded again. The function is called at each training and evaluation.
+            not recorded again. The function is called once, and again when another training begins from scratch;
+            evaluations, and trainings that go on, open its recorder again.
         each_layer: True logs the values of each layer at steps, too; False their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
             end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
@@ -197,7 +198,7 @@ class LayerProbeCallback(TrainerCallback):
             {"epoch": int(state.epoch or 0), "awaited": 0, **(entries or {})} if state.global_step else {}
         )
         self._awaited = going_on.get("awaited", 0)
-        self._keeping.open(forwards, going_on.get("epoch"))
+        self._keeping.open(forwards, state.global_step, going_on.get("epoch"))
         self._watching.keep(self._keeping)
         if entries is not None and "train" not in entries["finished"] and float(state.epoch or 0).is_integer():
             self._end_epoch()  # the checkpoint is of its last step: the trainer does not end it again

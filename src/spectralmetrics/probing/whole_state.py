@@ -9,7 +9,7 @@ from the furthest, so that nothing is drawn twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +40,7 @@ _PROGRESS = (".draws", ".deals")  # among a metric's saved states
 _SAMPLES = 1  # the column of the progress of layers
 
 
-def whole_state(probe: LayerProbe, without: Iterable[str] = ()) -> WholeState | None:
+def whole_state(probe: LayerProbe, without: Collection[str] = ()) -> WholeState | None:
     """The observations of all processes on the first one, None on the others; all processes call it.
 
     Args:
