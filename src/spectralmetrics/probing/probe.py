@@ -1203,9 +1203,10 @@ class LayerProbe(nn.Module):
             load_updates(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
-                if any(key.endswith(".sketch_image") for key in names):  # it was too wide for a covariance
+                if any(key.endswith(".sketch_image") for key in names):  # in 0.2.0 only these say it
                     of_layer.sketch(self.sketch_size)
-        order = saving.load_progress(state_dict, prefix, list(self._places.values()), self._steps)
+        places = list(self._places.values())
+        order = saving.load_progress(state_dict, prefix, places, self._steps, self.sketch_size)
         if order is not None:
             self._router.order[:] = [self._layers[index] for index in order]
         elif self._is_persistent:
