@@ -89,6 +89,9 @@ class Recorder:
         self.writers = make_writers(writers)
         self._scalars: dict[Key, float] = {}
         self._undefined: set[str] = set()  # statistics with a warning that named their undefined layers
+        self._run: RunDirectory | None = None  # on the first process, while it is open
+        self._last: RecordKey | None = None
+        self._is_open = False
         self._open(probe, mode)
 
     @property
@@ -275,14 +278,11 @@ class Recorder:
 
     def _open(self, probe: LayerProbe | None, mode: Mode) -> None:
         """Open the directory: for the first time, or again after it was closed."""
-        if probe is not None:
-            for what, names in (("layer", probe.layers), ("metric", probe.statistics)):
-                for name in names:
-                    check_recordable(what, name)
+        layers, metrics = ([], {}) if probe is None else (probe.layers, probe.statistics)
+        for what, name in (*(("layer", each) for each in layers), *(("metric", each) for each in metrics)):
+            check_recordable(what, name)
         self.probe = probe
-        metrics = {} if probe is None else probe.statistics
         self._statistics: dict[str, Settings] = {name: describe(metric) for name, metric in metrics.items()}
-        self._run: RunDirectory | None = None  # on the first process
 
         def open_directory() -> RecordKey | None:
             self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
