@@ -54,25 +54,32 @@ def assert_same(found, expected):
 
 def processes_go_on_as_if_nothing_had_been_put_away(rank, world):
     """Each with a layer of its own beside one of all; what is drawn next is what would have been."""
+    for how, sums in (({}, "moment"), ({"max_features": 4, "sketch_size": 16}, "sketch_image")):
+        goes_on(rank, how, sums)
+
+
+def goes_on(rank, how, sums):
     names = ("shared", f"own{rank}")
     rows = forwards(rank, 9 + rank, *names)
     values, saved = [], None
     for puts_away in (False, True):
-        model, probe = probe_of(*names)
+        model, probe = probe_of(*names, **how)
         for number, each in enumerate(rows):
             if number == 5 and puts_away:
                 saved = whole_state(probe)
                 assert (saved is None) == (rank > 0)
-                model, probe = probe_of(*names)
+                model, probe = probe_of(*names, **how)
                 load_whole_state(probe, saved)
+            if number == 5:
+                early = read(probe)
             model(each)
             if number == 2:
                 probe._windows.advance("reader", "train")
-        values.append(read(probe))
+        values.append([*early, *read(probe)])
     assert_same(values[1], values[0])
     if rank == 0:  # only progress of the shared layer is there more than once
         kept = [
-            [key for key in state if "shared" in key and key.startswith("metrics.train") and "moment" in key]
+            [key for key in state if "shared" in key and key.startswith("metrics.train") and sums in key]
             for state in (saved["probe"], *saved["others"])
         ]
         assert kept[0]

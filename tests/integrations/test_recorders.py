@@ -20,6 +20,7 @@ from spectralmetrics import (
     write_report,
 )
 from spectralmetrics.integrations import lightning, transformers
+from spectralmetrics.recording.writers import ReportWriter
 from tests.integrations import test_transformers_forwards as hf
 from tests.integrations.lightning_module import Classifier, digits, make_trainer
 from tests.integrations.rows import Rows
@@ -285,6 +286,56 @@ def test_a_recorder_of_one_s_own(kind, tmp_path):
         layer = "head"
     assert rows(tmp_path / "run", "eval", "rows", layer) == expected
     assert not (tmp_path / "run" / "arrays").exists()
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_a_recorder_that_overwrites(kind, tmp_path):
+    """It is made once for a training and the evaluations around it; a training from scratch makes the next."""
+    run, made = tmp_path / "run", []
+
+    def make(probe):
+        made.append(Recorder(run, probe, ["csv", ReportWriter(refresh=9)], mode="overwrite"))
+        return made[-1]
+
+    if kind == "lightning":
+        callback = lightning.LayerProbeCallback({"rows": Rows()}, recorder=make)
+        each = {"save_top_k": -1, "save_on_train_epoch_end": True, "enable_version_counter": False}
+        saving = ModelCheckpoint(tmp_path, "{epoch}", **each)
+
+        def trainer():
+            return make_trainer(tmp_path, None, callbacks=[callback, saving], enable_checkpointing=True)
+
+        def evaluate():
+            trainer().validate(Classifier(0.0))
+
+        def train(checkpoint=None):
+            trainer().fit(Classifier(0.0), ckpt_path=checkpoint, weights_only=False)
+
+        layer, checkpoint = "model.0", tmp_path / "epoch=0.ckpt"
+    else:
+        trainer = hf.make_trainer(tmp_path, hf.Net(), save_strategy="epoch")
+        trainer.add_callback(transformers.LayerProbeCallback(trainer, {"rows": Rows()}, recorder=make))
+        evaluate, train, layer = trainer.evaluate, trainer.train, "head"
+        checkpoint = str(tmp_path / "checkpoint-3")
+
+    def epochs():
+        assert 'data-refresh=""' in (run / "report.html").read_text()  # the page does not wait for more
+        return tuple(list(rows(run, stage, "rows", layer)) for stage in ("train", "eval"))
+
+    evaluate()
+    train()
+    evaluate()
+    assert epochs() == ([1, 2], [0, 1, 2, 3])
+    assert len(made) == 1
+    train()
+    assert epochs() == ([0, 1], [0, 1])
+    made[-1].add_scalar("mine", 3.0)  # it is the recorder of what follows, too
+    evaluate()
+    train(checkpoint)
+    evaluate()
+    assert epochs() == ([0, 1], [0, 1, 2, 3])
+    assert {row["epoch"] for row in read_records(run) if row["statistic"] == "mine"} == {2}
+    assert len(made) == 2
 
 
 def test_what_is_no_recorder(tmp_path):

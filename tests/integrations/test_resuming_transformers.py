@@ -65,7 +65,6 @@ CASES = {  # the step of the checkpoint, arguments of the trainer
     "at the end of an epoch": (6, BY_EPOCHS),
     "at the end, with evaluations": (12, BY_EPOCHS | EACH),
     "in the middle of a sum of gradients": (2, BY_STEPS | {"gradient_accumulation_steps": 2}),
-    "the model alone": (8, BY_STEPS | {"save_only_model": True, "learning_rate": 0.0}),
     "the best one": (8, BY_STEPS | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}),
     "the last one alone": (8, BY_STEPS | {"save_total_limit": 1}),
 }

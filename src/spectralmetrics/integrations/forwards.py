@@ -16,6 +16,7 @@ from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.exchange import STAGES
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
 from spectralmetrics.probing.processes import is_first, on_first_process
 from spectralmetrics.probing.progress import LateBar
@@ -161,8 +162,13 @@ class Forwards:
             raise error
         if entries is not None:
             self._check_rule(entries.get("rule", {}))
-            load_whole_state(self.probe, saved)
+            lacking = load_whole_state(self.probe, saved)
             self._finished, self._recorded = (set(entries.get(name, ())) for name in ("finished", "recorded"))
+            if lacking and "train" not in self._finished:
+                warn_user(
+                    f"the checkpoint has no observations of {', '.join(map(repr, lacking))}: their values and"
+                    " record of this epoch are of what comes after it alone"
+                )
         return entries
 
     def compute_step(self, keep: Callable[[], None]) -> dict[tuple[str, str], float]:

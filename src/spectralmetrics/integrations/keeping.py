@@ -26,7 +26,9 @@ class Keeping:
 
     Args:
         recorder: a directory, which gets records and arrays, or a function from the probe to a recorder; None
-            records nothing. The function is called whenever the trainer begins a training or an evaluation.
+            records nothing. The function is called once, and again whenever another training begins from
+            scratch; evaluations, and trainings that go on, open the last recorder again. A directory is one
+            run of all trainings.
 
     Raises:
         TypeError: for a recorder of another type.
@@ -39,16 +41,18 @@ class Keeping:
                 f" {recorder!r}"
             )
         self._made_by = recorder
-        self._was_open = False
+        self._last: Recorder | None = None  # the recorder that was last made, open or closed
+        self._has_trained = False  # with that recorder
         self.recorder: Recorder | None = None  # while it is open
         self.epoch = 0  # of the next record
         self._outside: list[int] = []  # epochs whose records are of evaluations outside of the training
 
-    def open(self, forwards: Forwards, epoch: int | None = None) -> None:
+    def open(self, forwards: Forwards, trained: int | None = None, epoch: int | None = None) -> None:
         """Open the recorder, unless it is open.
 
         Args:
             forwards: the forwards of the model; its probe is recorded.
+            trained: for a training, the number of its steps so far; None for an evaluation.
             epoch: with which a training goes on from a checkpoint; its records of this and later epochs that
                 are there already stay, and the numbers of evaluations outside of it are passed over. None
                 begins with the next record.
@@ -60,17 +64,13 @@ class Keeping:
         if self._made_by is None:
             return
         if self.recorder is None:
-            if callable(self._made_by):
-                made = self._made_by(forwards.probe)
-                if not isinstance(made, Recorder) or made.probe is not forwards.probe:
-                    raise TypeError(f"expected recorder to return a Recorder of the probe, got {made!r}")
-                self.recorder = made
+            is_another = trained == 0 and self._has_trained and callable(self._made_by)
+            if self._last is None or is_another:
+                self._last, self._has_trained = self._made(forwards.probe, epoch is not None), False
             else:
-                goes_on = self._was_open or epoch is not None
-                self.recorder = Recorder(
-                    self._made_by, forwards.probe, _WRITERS, mode="resume" if goes_on else "create"
-                )
-            self._was_open = True
+                self._last._open(forwards.probe, "resume")
+            self.recorder = self._last
+        self._has_trained = self._has_trained or trained is not None
         self.epoch, self._outside = self.recorder.next_epoch, []
         if epoch is not None:
             directory = self.recorder.directory
@@ -79,6 +79,15 @@ class Keeping:
                 raise error
             self._outside = found
             self._go_to(epoch)
+
+    def _made(self, probe: LayerProbe, goes_on: bool) -> Recorder:
+        if not callable(self._made_by):
+            assert self._made_by is not None
+            return Recorder(self._made_by, probe, _WRITERS, mode="resume" if goes_on else "create")
+        made = self._made_by(probe)
+        if not isinstance(made, Recorder) or made.probe is not probe:
+            raise TypeError(f"expected recorder to return a Recorder of the probe, got {made!r}")
+        return made
 
     def __bool__(self) -> bool:
         """True if anything is recorded."""

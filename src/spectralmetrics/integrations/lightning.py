@@ -23,6 +23,7 @@ from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.progress import LateBar
 
 
@@ -58,7 +59,8 @@ class LayerProbeCallback(Callback):
             and so does a validation outside of a fit, and what each layer showed since the trainer last logged,
             where it logs within an epoch. A directory may hold records only if the fit goes on from
             a checkpoint; those that it holds from there on stay, and are not recorded again. The function is
-            called at each fit or validation.
+            called once, and again for another fit from scratch; validations, and fits that go on, open
+            its recorder again.
         each_layer: True logs the values of each layer at steps, too; False their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor` of the training, or a function from the probe to
             one: ``lambda probe: Monitor(probe, every=50, on_alarm="stop")``. Where it is to stop, the fit ends.
@@ -243,10 +245,17 @@ class LayerProbeCallback(Callback):
         entries = forwards.load(self._saved)
         self._saved = None
         epoch = None if trainer.ckpt_path is None else trainer.current_epoch
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        is_within = epoch is not None and progress.current.ready and not progress.is_last_batch
+        if entries is None and is_within and trainer.is_global_zero:
+            warn_user(
+                f"the checkpoint {str(trainer.ckpt_path)!r} has no observations of this callback: values and"
+                f" record of epoch {epoch} are of what comes after it alone"
+            )
         number = epoch if entries is None else entries.get("epoch", epoch)
         # Earlier releases did not save it, but their records are numbered as the trainer's epochs.
         self._begun = None if entries is None else entries.get("begun", number)
-        self._open(trainer, forwards, number)
+        self._open(trainer, forwards, trainer.global_step, number)
         self._watching.keep(self._keeping)
 
     def _end_epoch(self, pl_module: LightningModule) -> None:
@@ -280,9 +289,11 @@ class LayerProbeCallback(Callback):
                 f" of one: metrics={{'other {both}': ...}}"
             )
 
-    def _open(self, trainer: Trainer, forwards: Forwards, epoch: int | None = None) -> None:
+    def _open(
+        self, trainer: Trainer, forwards: Forwards, trained: int | None = None, epoch: int | None = None
+    ) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which keeps nothing: neither logs nor checkpoints
-            self._keeping.open(forwards, epoch)
+            self._keeping.open(forwards, trained, epoch)
 
     def _detach(self, trainer: Trainer) -> None:
         self._keeping.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.hooks import level_of_user
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.processes import is_first, on_first_process
 from spectralmetrics.probing.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
@@ -72,7 +71,7 @@ class LayerProbeCallback(TrainerCallback):
     The trainer's checkpoints hold what has been observed on all devices and is in no record yet, in
     ``layer_probe_state.pt``. A training that goes on from one (``resume_from_checkpoint``) has the values and
     records of one that was not cut off, whenever the checkpoint was saved. On another number of devices the
-    sums are right, and other rows may be drawn.
+    sums are right, and other rows may be drawn. With ``save_only_model=True`` there is no such file.
 
     Args:
         trainer: the trainer that the callback is added to; its model is probed at once.
@@ -87,7 +86,8 @@ class LayerProbeCallback(TrainerCallback):
             that follows it (of several data sets the last), and so does an evaluation outside of a training,
             and what was observed since the trainer last logged, at steps at which it logs. A directory may hold
             records only if training goes on from a checkpoint; those that it holds from there on stay, and are
-            not recorded again. The function is called at each training and evaluation.
+            not recorded again. The function is called once, and again for another training from scratch;
+            evaluations, and trainings that go on, open its recorder again.
         each_layer: True logs the values of each layer at steps, too; False their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor`, or a function from the probe to one, which may
             end the training: ``lambda probe: Monitor(probe, on_alarm="stop")``. The recorder keeps its alarms.
@@ -185,20 +185,14 @@ class LayerProbeCallback(TrainerCallback):
         entries = forwards.load(saved)
         if entries is None:
             self._watching.load(folders)  # of a checkpoint that has only the memory of a monitor
-            if not float(state.epoch or 0).is_integer() and is_first(None):
-                warnings.warn(
-                    f"the checkpoint of step {state.global_step} has no {file_name(self._number())} with the"
-                    f" observations before it: values and record of epoch {int(state.epoch or 0)} are of what"
-                    " comes after it alone",
-                    UserWarning,
-                    stacklevel=level_of_user(),
-                )
         going_on = (
             {"epoch": int(state.epoch or 0), "awaited": 0, **(entries or {})} if state.global_step else {}
         )
         self._awaited = going_on.get("awaited", 0)
-        self._keeping.open(forwards, going_on.get("epoch"))
+        self._keeping.open(forwards, state.global_step, going_on.get("epoch"))
         self._watching.keep(self._keeping)
+        if entries is None and is_first(None):
+            self._warn_of_lost(state)
         if entries is not None and "train" not in entries["finished"] and float(state.epoch or 0).is_integer():
             self._end_epoch()  # the checkpoint is of its last step: the trainer does not end it again
 
@@ -206,7 +200,7 @@ class LayerProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save what is in no record yet beside the trainer's state; all processes have seen a part of it."""
-        if self._forwards is None:
+        if self._forwards is None or args.save_only_model:
             return
         saved = self._forwards.saved(bool(self._keeping))
         folder = _checkpoint(args, state)
@@ -360,6 +354,20 @@ class LayerProbeCallback(TrainerCallback):
         given = [self._given] if self._given else [args.resume_from_checkpoint]
         folders = [Path(each) for each in given if isinstance(each, (str, os.PathLike))]
         return folders if folders and self._given else [*folders, _checkpoint(args, state)]
+
+    def _warn_of_lost(self, state: TrainerState) -> None:
+        """Warn of an epoch of which the checkpoint should have observations, but has none."""
+        epoch, recorder = int(state.epoch or 0), self._keeping.recorder
+        if epoch != (state.epoch or 0):
+            lost = f"values and record of epoch {epoch} are of what comes after it alone"
+        elif recorder is not None and recorder.next_epoch < epoch:
+            lost = f"epoch {epoch - 1} gets no record"
+        else:
+            return
+        warn_user(
+            f"the checkpoint of step {state.global_step} has no {file_name(self._number())} with the"
+            f" observations before it: {lost}"
+        )
 
     def _end_epoch(self, awaited: int = 0) -> None:
         self._log("train")

@@ -7,7 +7,7 @@ import functools
 import numbers
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -507,7 +507,7 @@ class LayerProbe(nn.Module):
         for stage, of_stage in self._read_places(agreement, stages, read_some, Reading, progress).items():
             for layer, (place, reading) in of_stage.items():
                 if not place.spectral_leaders:
-                    reading.seen = place.has_seen({})
+                    reading.seen = stage not in self._aside and place.has_seen({})
                 if reading.seen:
                     read_others(place, question, reading)
                 if self._expects_overflow:
@@ -996,15 +996,17 @@ class LayerProbe(nn.Module):
             yield
 
     @contextlib.contextmanager
-    def _without(self, stages: Iterable[str]) -> Iterator[None]:
+    def _without(self, stages: Collection[str]) -> Iterator[None]:
         """Inside, the probe holds nothing of these stages. Layers must not run inside."""
         with self._router.lock:
             self._join_windows()
+            before, self._aside = self._aside, self._aside.union(stages)
             places = [self._places[stage, name] for stage in stages for name in self._layers]
             taken = [take_out(place) for place in places]
             try:
                 yield
             finally:
+                self._aside = before
                 for place, each in zip(places, taken, strict=True):
                     put_back(place, each)
 
@@ -1095,6 +1097,7 @@ class LayerProbe(nn.Module):
 
     _is_persistent = False
     _is_sharing = False
+    _aside: frozenset[str] = frozenset()  # stages whose observations are set aside
 
     def to(self, *args: Any, **kwargs: Any) -> LayerProbe:
         """Move the metrics; from then on observations are brought to that device."""
@@ -1197,9 +1200,10 @@ class LayerProbe(nn.Module):
             load_updates(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
-                if any(key.endswith(".sketch_image") for key in names):  # it was too wide for a covariance
+                if any(key.endswith(".sketch_image") for key in names):  # in 0.2.0 only these say it
                     of_layer.sketch(self.sketch_size)
-        order = saving.load_progress(state_dict, prefix, list(self._places.values()), self._steps)
+        places = list(self._places.values())
+        order = saving.load_progress(state_dict, prefix, places, self._steps, self.sketch_size)
         if order is not None:
             self._router.order[:] = [self._layers[index] for index in order]
         elif self._is_persistent:

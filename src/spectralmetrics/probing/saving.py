@@ -24,11 +24,7 @@ from spectralmetrics.sums.merging import gather_objects
 
 
 def save_progress(
-    destination: dict[str, Any],
-    prefix: str,
-    places: Sequence[LayerMetrics],
-    steps: Steps,
-    order: Sequence[int],
+    destination: dict[str, Any], prefix: str, places: Sequence[LayerMetrics], steps: Steps, order: Sequence[int]
 ) -> None:
     """Put the progress of all layers into a state dict.
 
@@ -39,7 +35,9 @@ def save_progress(
         steps: the steps of the model.
         order: numbers of the layers that have run, in the order of their first run.
     """
-    rows = [[p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran] for p in places]
+    rows = [
+        [p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran, p.is_sketched] for p in places
+    ]
     destination[prefix + "progress"] = torch.tensor(rows, dtype=torch.int64)
     destination[prefix + "forward_order"] = torch.tensor(list(order), dtype=torch.int64)
     counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards, steps.alone)]
@@ -47,9 +45,11 @@ def save_progress(
 
 
 def load_progress(
-    state_dict: dict[str, Any], prefix: str, places: Sequence[LayerMetrics], steps: Steps
+    state_dict: dict[str, Any], prefix: str, places: Sequence[LayerMetrics], steps: Steps, size: int | None
 ) -> list[int] | None:
     """Take the progress of all layers out of a state dict; return the order of layers, None if there is none.
+
+    A layer that was sketched is from now on, with this size: the state may have no sketch of it.
 
     Raises:
         ValueError: if the state has another number of layers.
@@ -63,9 +63,12 @@ def load_progress(
         raise ValueError(
             f"expected the state of {len(places) // 2} probed layers, got a state of {progress.shape[0] // 2}"
         )
-    for place, (forwards, samples, epoch, given_up, *ran) in zip(places, progress.tolist(), strict=True):
-        place.forwards, place.samples, place.epoch = forwards, samples, epoch
-        place.ran = ran[0] if ran else forwards  # up to 0.2.0 it was not counted
+    for place, (forwards, samples, epoch, given_up, *more) in zip(places, progress.tolist(), strict=True):
+        # Up to 0.2.0 there was no more.
+        ran, is_sketched = more or (forwards, False)
+        if is_sketched and size is not None and not place.is_sketched:
+            place.sketch(size)
+        place.forwards, place.samples, place.epoch, place.ran = forwards, samples, epoch, ran
         place.given_up = "before it was saved" if given_up else ""
     if counts is not None:  # 0.1.0 counted the forwards of each layer alone
         # Up to 0.2.0 there were two rows.

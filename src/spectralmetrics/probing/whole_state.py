@@ -9,7 +9,7 @@ from the furthest, so that nothing is drawn twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +40,7 @@ _PROGRESS = (".draws", ".deals")  # among a metric's saved states
 _SAMPLES = 1  # the column of the progress of layers
 
 
-def whole_state(probe: LayerProbe, without: Iterable[str] = ()) -> WholeState | None:
+def whole_state(probe: LayerProbe, without: Collection[str] = ()) -> WholeState | None:
     """The observations of all processes on the first one, None on the others; all processes call it.
 
     Args:
@@ -65,21 +65,27 @@ def whole_state(probe: LayerProbe, without: Iterable[str] = ()) -> WholeState | 
     return {"probe": states[0], "others": states[1:], "layers": layers, "windows": windows}
 
 
-def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> None:
+def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> list[str]:
     """Go on from what :func:`whole_state` gave; all processes call it, with a probe that has observed nothing.
 
     Args:
         probe: a persistent probe, with the readers of windows that go on.
         saved: counts on the first process; an earlier release saved ``"probe"`` alone.
 
+    Returns:
+        On the first process, the layers and metrics that the state has nothing of.
+
     Raises:
-        ValueError: for layers that no process probes; for what ``load_state_dict`` raises.
+        ValueError: for layers that no process probes, or metrics that the probe lacks; for what
+            ``load_state_dict`` raises.
     """
     layers = gather_objects(list(probe._layers)) if is_one_of_several() else [list(probe._layers)]
     dealt: list[_Share] = []
+    lacking: list[str] = []
     error: BaseException | None = None
     try:
-        dealt = _dealt(saved, layers) if saved is not None and is_first(None) else []
+        if saved is not None and is_first(None):
+            dealt, lacking = _dealt(saved, layers), _lacking(saved, layers, probe)
     except Exception as raised:
         error = raised
     if is_one_of_several():
@@ -91,6 +97,7 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> None:
     else:
         (mine,) = dealt
     agreed(lambda: _load(probe, mine), [None] if is_one_of_several() else [])
+    return lacking
 
 
 def _states(probe: LayerProbe, layers: Sequence[Sequence[str]]) -> list[_State]:
@@ -141,6 +148,28 @@ def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[_Share]:
         for own, share in zip(found, shares, strict=True):
             own[key] = share
     return found
+
+
+def _lacking(saved: WholeState, layers: Sequence[Sequence[str]], probe: LayerProbe) -> list[str]:
+    """The layers of these processes, and the metrics of the probe, that a state has nothing of.
+
+    Raises:
+        ValueError: for a metric of the state that the probe lacks.
+    """
+    if "layers" not in saved:  # of an earlier release, which did not say
+        return []
+    keys = (key for state in (saved["probe"], *saved["others"]) for key in state)
+    names = {parts[2] for key in keys if (parts := key.split("."))[0] == "metrics"}
+    groups = [set(group) for place in probe._places.values() for group in place.templates.groups]
+    if missing := sorted(names.difference(*groups)):
+        raise ValueError(
+            f"expected the state of metrics that this probe has, got a state of {', '.join(map(repr, missing))}"
+        )
+    known = {layer for own in saved["layers"] for layer in own}
+    new = [layer for own in layers for layer in own if layer not in known]
+    return list(
+        dict.fromkeys([*new, *(name for group in groups if not names & group for name in sorted(group))])
+    )
 
 
 def _load(probe: LayerProbe, share: _Share) -> None:

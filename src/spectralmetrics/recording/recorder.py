@@ -85,23 +85,14 @@ class Recorder:
             raise TypeError(f"expected probe to be a LayerProbe or None, got {type(probe).__name__}")
         if mode not in get_args(Mode):
             raise ValueError(f"expected a mode among {get_args(Mode)}, got {mode!r}")
-        if probe is not None:
-            for what, names in (("layer", probe.layers), ("metric", probe.statistics)):
-                for name in names:
-                    check_recordable(what, name)
         self.directory = Path(directory).absolute()  # a later `os.chdir` must not split the run
-        self.probe = probe
         self.writers = make_writers(writers)
         self._scalars: dict[Key, float] = {}
-        self._statistics: dict[str, Settings] = {}
-        if probe is not None:
-            self._statistics = {name: describe(metric) for name, metric in probe.statistics.items()}
         self._undefined: set[str] = set()  # statistics with a warning that named their undefined layers
-        self._run: RunDirectory | None = None  # on the first process
-        self._last, error = on_first_process(lambda: self._open(mode), group_of(probe))
-        if error is not None:
-            raise error
-        self._is_open = True
+        self._run: RunDirectory | None = None  # on the first process, while it is open
+        self._last: RecordKey | None = None
+        self._is_open = False
+        self._open(probe, mode)
 
     @property
     def last(self) -> RecordKey | None:
@@ -268,8 +259,9 @@ class Recorder:
         if not self._is_open:
             return
         self._is_open = False
-        if self._run is not None:
-            self._run.close()
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
         if self._scalars:
             names = ", ".join(repr(name) for name, _, _ in self._scalars)
             warnings.warn(f"added after the last record, and not kept: {names}", UserWarning, stacklevel=2)
@@ -284,9 +276,22 @@ class Recorder:
         if not self._is_open:
             raise RuntimeError(f"the recorder of {self.directory} is closed")
 
-    def _open(self, mode: Mode) -> RecordKey | None:
-        self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
-        return self._run.last
+    def _open(self, probe: LayerProbe | None, mode: Mode) -> None:
+        """Open the directory: for the first time, or again after it was closed."""
+        layers, metrics = ([], {}) if probe is None else (probe.layers, probe.statistics)
+        for what, name in (*(("layer", each) for each in layers), *(("metric", each) for each in metrics)):
+            check_recordable(what, name)
+        self.probe = probe
+        self._statistics: dict[str, Settings] = {name: describe(metric) for name, metric in metrics.items()}
+
+        def open_directory() -> RecordKey | None:
+            self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
+            return self._run.last
+
+        self._last, error = on_first_process(open_directory, group_of(probe))
+        if error is not None:
+            raise error
+        self._is_open = True
 
     def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
         for what, number in (("an epoch", epoch), ("a step", step)):

@@ -43,7 +43,7 @@ class Writer:
             cls.name = cls.__name__
 
     def open(self, directory: Path, last_epoch: int | None) -> None:
-        """Called once, before the first record.
+        """Called before the first record, and again when a trainer's callback goes on after :meth:`close`.
 
         Args:
             directory: the directory of the run; it exists.
@@ -67,7 +67,7 @@ class Writer:
         """
 
     def close(self) -> None:
-        """Called once, after the last record."""
+        """Called after the last record."""
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
