@@ -259,6 +259,19 @@ class TestDebiasedHSIC:
         valid[3:] = False
         assert functional.debiased_hsic(holed, right, valid) == 0
 
+    @pytest.mark.parametrize("bad", [math.nan, -math.inf, 1e70])
+    def test_a_first_sample_that_cannot_be_used_costs_no_digits(self, bad):
+        rows = 1e8 + related(20, 300, 1, 0)[0]
+        rows[0, 2] = bad
+        centred = functional.u_centred(functional.gram(rows), torch.arange(20) > 0)
+        expected = functional.u_centred(functional.gram(rows[1:]))
+        torch.testing.assert_close(centred[1:, 1:], expected, rtol=1e-9, atol=1e-9)
+        assert functional.gram(rows[:0]).shape == (0, 0)
+        zero = rows.clone()
+        zero[0] = 0  # far from the others, which the other side does not know
+        value = functional.debiased_hsic(zero, rows, torch.arange(20) > 0)
+        torch.testing.assert_close(value, functional.debiased_hsic(rows[1:], rows[1:]), rtol=1e-9, atol=0)
+
     def test_batches_of_grams(self):
         grams = functional.gram(torch.randn(30, 4)).reshape(1, 1, 30, 30) * torch.rand(2, 3, 1, 1)
         grams[1, 2, 5, 5] = torch.inf

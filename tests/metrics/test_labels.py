@@ -13,7 +13,7 @@ from sklearn.metrics import r2_score
 from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
-from spectralmetrics.functional import neural_collapse, ridge_explained_variance
+from spectralmetrics.functional import Observations, neural_collapse, ridge_explained_variance
 
 
 def data(seed=0, count=300, features=7, classes=4, shift=0.0, apart=2.0):
@@ -131,6 +131,25 @@ def test_classes_that_nobody_has():
         metric.update(rows, labels)
     assert float(many.compute()) == pytest.approx(float(few.compute()), rel=1e-12)
     assert float(all_.compute()) == pytest.approx(float(some.compute()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.int8, 128), (torch.uint8, 256)])
+def test_labels_whose_dtype_does_not_hold_the_number_of_classes(dtype, classes):
+    rows, labels = data(classes=2)
+    metric, expected = sm.LinearProbeMetric(classes), sm.LinearProbeMetric(classes)
+    metric.update(rows, labels.to(dtype))
+    expected.update(rows, labels)
+    assert torch.equal(metric.compute(), expected.compute())
+
+
+def test_labels_of_rows_that_are_not_valid_may_be_anything():
+    rows, labels = data()
+    valid, padded = torch.arange(300) % 3 > 0, labels.clone()
+    padded[::3] = 255
+    metric, expected = sm.LinearProbeMetric(4), sm.LinearProbeMetric(4)
+    metric.update(Observations(rows, valid=valid, labels=padded))
+    expected.update(rows[valid], labels[valid])
+    assert float(metric.compute()) == pytest.approx(float(expected.compute()), rel=1e-9)
 
 
 def test_rows_without_a_label_or_with_nan_are_passed_over():

@@ -276,6 +276,16 @@ def test_classes_beyond_their_number_are_told_and_the_rest_goes_on():
     assert len(values) == 3
 
 
+def test_labels_of_padding_may_be_anything():
+    layer, valid = nn.Linear(4, 3), torch.arange(5) < torch.tensor([[5], [3], [0], [1]])
+    labels = torch.where(valid, torch.arange(20).view(4, 5) % 3, 255)
+    probe = LayerProbe(layer, LinearProbeMetric(3))
+    with probe.mask(valid), probe.labels(labels):
+        layer(torch.randn(4, 5, 4))
+    assert list(probe.compute()) == ["linear_probe/train/Linear"]
+    assert int(probe["train", "Linear"]["linear_probe"].count) == 9
+
+
 def test_a_record_keeps_the_sums_of_the_classes(tmp_path):
     model = Network().eval()
     metrics = [SaturationMetric(), LinearProbeMetric(3, ridge=0.01), NeuralCollapseMetric(3)]

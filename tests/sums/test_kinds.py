@@ -212,8 +212,16 @@ class TestTaking:
         batches = stream(1, [40, 7, 300, 40], 4, means=(1e6,), bad=bad)
         kind.check(take(kind.make(), batches), batches)
 
-    def test_a_beginning_without_a_finite_row(self, kind):
-        batches = [*stream(1, [5], 4, bad=1.0), *stream(2, [300, 40], 4, means=(1e8,), first=1)]
+    @pytest.mark.parametrize("before", [[5], [300] * 4], ids=["short", "long"])
+    def test_a_beginning_without_a_finite_row(self, kind, before):
+        begun = stream(1, before, 4, bad=1.0)
+        batches = [*begun, *stream(2, [300, 40], 4, means=(1e8,), first=len(begun))]
+        kind.check(take(kind.make(), batches), batches, 1e-9)
+
+    def test_a_batch_that_begins_with_rows_that_do_not_count(self, kind):
+        rows = torch.cat([batch.observations.rows() for batch in stream(2, [600], 4, means=(1e8,))])
+        valid = torch.arange(600) >= 300
+        batches = [dataclasses.replace(stream(0, [1], 4)[0], observations=Observations(rows, valid=valid))]
         kind.check(take(kind.make(), batches), batches, 1e-9)
 
     def test_rows_that_are_not_valid_are_not_looked_at(self, kind):

@@ -167,7 +167,7 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
     _check_valid(valid, len(left))
     samples, (width_1, width_2) = len(left), (left.shape[1], right.shape[1])
     if width_1 * width_2 > samples * (width_1 + width_2):
-        product = u_centred(gram(left), valid) * u_centred(gram(right), valid)
+        product = u_centred(_gram(left, valid), valid) * u_centred(_gram(right, valid), valid)
         return product.sum() / _pairs(_number(left, valid))
     x, y = _centred(left, valid), _centred(right, valid)
     x_norms, y_norms = x.square().sum(1), y.square().sum(1)
@@ -229,7 +229,7 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Inner products between samples, about the first sample; :func:`u_centred` does not depend on this choice.
+    """Inner products between samples, about one of them; :func:`u_centred` does not depend on this choice.
 
     The features are taken in blocks, so that wide rows are never in memory as float64. A sample with NaN or
     infinities spoils its own row and column only: its entry in the diagonal is not finite.
@@ -247,18 +247,7 @@ def gram(rows: Tensor) -> Tensor:
     _check_floating("rows", rows)
     if rows.ndim != 2:
         raise ValueError(f"expected rows of shape (N, D), got {tuple(rows.shape)}")
-    rows = rows.detach()
-    samples = rows.shape[0]
-    products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
-    # Subtract a sample first: equal rows give exact zeros, and a far mean costs no digits.
-    first = rows[:1].to(torch.float64)
-    first = torch.where(first.abs() <= _LARGEST, first, 0.0)
-    width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
-    for block, reference in zip(rows.split(width, 1), first.split(width, 1), strict=True):
-        # Cast first: an operation between two dtypes takes many times longer.
-        moved = block.to(torch.float64) - reference
-        products.addmm_(moved, moved.mT)
-    return products
+    return _gram(rows, None)
 
 
 def u_centred(grams: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -372,6 +361,21 @@ def _singular_values_twice(matrix: Tensor) -> Tensor:
     lower = torch.cat([matrix.mT, matrix.new_zeros(*matrix.shape[:-2], columns, columns)], -1)
     values: Tensor = torch.linalg.eigvalsh(torch.cat([upper, lower], -2))
     return values.abs()
+
+
+def _gram(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Like :func:`gram`, about the first valid sample; None: the first that can be used."""
+    samples, rows = rows.shape[0], rows.detach()
+    products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
+    width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
+    for block in rows.split(width, 1) if samples else ():
+        # Cast first: an operation between two dtypes takes many times longer.
+        wide = block.to(torch.float64)
+        # Subtract a sample first: equal rows give exact zeros, and a far mean costs no digits.
+        first = wide.index_select(0, _first(usable_rows(wide) if valid is None else valid))
+        moved = wide - torch.where(first.abs() <= _LARGEST, first, 0.0)
+        products.addmm_(moved, moved.mT)
+    return products
 
 
 def _centred(rows: Tensor, valid: Tensor | None) -> Tensor:

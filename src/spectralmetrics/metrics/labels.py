@@ -68,9 +68,13 @@ class LabelledMetric(SpectralMetric):
         if observations.labels is None:
             raise ValueError(f"expected labels for {type(self).__name__}, got None: update(rows, labels)")
         self._check(observations, rows)
-        labels = observations.labels
-        if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= self.num_classes:
-            raise ValueError(f"expected labels below num_classes={self.num_classes}, got {int(labels.max())}")
+        labels, valid = observations.labels, observations.valid
+        if labels.is_cpu:  # on an accelerator, reading them would wait for it
+            labels = labels if valid is None else labels[valid]
+            if len(labels) and int(labels.max()) >= self.num_classes:
+                raise ValueError(
+                    f"expected labels below num_classes={self.num_classes}, got {int(labels.max())}"
+                )
         self._take_given(observations)
 
     def check_range(self, in_range: bool | None = None) -> None:

@@ -249,11 +249,13 @@ class LabelledIntake(Intake):
     def add(self, sums: OfClasses, observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
         self._dense.phase = self.phase
-        labels, classes = observations.labels, len(sums.class_counts)
-        if labels is None:
+        if observations.labels is None:
             raise ValueError("expected observations with labels")
-        has_class = (labels >= 0) & (labels < classes)
-        valid = has_class if observations.valid is None else has_class & observations.valid
+        # A narrower dtype may not hold the number of classes.
+        labels, classes = observations.labels.to(torch.int64), len(sums.class_counts)
+        if observations.valid is not None:
+            labels = torch.where(observations.valid, labels, -1)
+        valid = (labels >= 0) & (labels < classes)
         strays = (labels >= classes).sum()
         with torch.inference_mode(False), torch.no_grad():
             rows = observations.rows().detach()
@@ -283,7 +285,7 @@ class LabelledIntake(Intake):
         mean = wide.sum(0) / kept.sum().clamp(min=1)
         origin.copy_(torch.where(is_first, mean, origin))
         centred = torch.where(kept[:, None], wide - origin, 0)
-        index = torch.where(kept, labels, 0).to(torch.int64)
+        index = torch.where(kept, labels, 0)
         sums.class_firsts.index_add_(0, index, centred)
         sums.class_counts.index_add_(0, index, kept.to(torch.int64))
 

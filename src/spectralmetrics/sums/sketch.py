@@ -259,7 +259,8 @@ class SketchIntake(DenseIntake):
     def _accumulate(self, sums: Any, observations: Observations) -> None:
         gram_dtype = self._gram_dtype or products_dtype(observations.values.device)
         with torch.inference_mode(False), torch.no_grad():
-            milestone = self._reaches_milestone()
+            # The first blocks may hold no row that counts, so every block may move the origin.
+            recentre = self._reaches_milestone() or not self._origin_is_near
             rows, valid = observations.rows().detach(), observations.valid
             size = ROWS_PER_FLOAT32_SUM
             if gram_dtype == torch.float64 and rows.device.type != "cpu":  # fewer, larger products are faster
@@ -271,7 +272,7 @@ class SketchIntake(DenseIntake):
                 if valid is not None:
                     flags = valid[start : start + len(block), None]
                     chosen, offered = chosen & flags, flags.sum()
-                if milestone and start == 0:
+                if recentre:
                     _recentre(sums, block, chosen)
                 with full_precision(rows.device.type, gram_dtype == torch.float32):
                     _add(sums, block, chosen, gram_dtype)
