@@ -98,6 +98,12 @@ def test_modes_are_seen_and_put_aside():
         assert Count.calls > 0
 
 
+def test_autocast_is_noticed_on_any_device():
+    assert not torch_private.is_autocast_anywhere()
+    with torch.autocast("cpu"):
+        assert torch_private.is_autocast_anywhere()
+
+
 def test_the_switch_of_gradients():
     with torch.enable_grad():
         torch_private.set_grad_enabled(False)
@@ -277,6 +283,7 @@ def test_children_and_compiled_modules():
 
 GONE = {
     "num_modes": lambda: 0,
+    "is_autocast_anywhere": lambda: True,
     "_task": lambda: 0 if torch_private._TRACKER.is_bw else -1,
     "is_tracing": torch.jit.is_tracing,
     "set_grad_enabled": torch.set_grad_enabled,

@@ -17,7 +17,7 @@ from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_c
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.compilation import Unobservable
 from spectralmetrics.probing.dtensors import watch_outputs
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly, how_it_runs, undisturbed, warn_user
+from spectralmetrics.probing.hooks import Hooks, Select, how_it_runs, undisturbed, warn_user, weakly
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
@@ -196,10 +196,10 @@ class LayerSimilarity:
 
     def _watch(self, index: int, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Put hooks on one of the models: before its forward, behind each layer, and behind its forward."""
-        self._hooks.before(model, Weakly(self._begin, index))
+        self._hooks.before(model, weakly(self._begin, index))
         for name, module in layers.items():
-            watch_outputs(self._hooks, module, Weakly(self._observe, index, name))
-        self._hooks.behind(model, Weakly(self._end, index), needs_values=False)
+            watch_outputs(self._hooks, module, weakly(self._observe, (index, name)))
+        self._hooks.behind(model, weakly(self._end, index), needs_values=False)
 
     @property
     def layers(self) -> list[str]:
@@ -278,9 +278,10 @@ class LayerSimilarity:
         self._sides[index].current = None if is_off else _Forward()
 
     def _observe(
-        self, index: int, name: str, module: nn.Module, output: Any, training: bool, select: Select | None
+        self, where: tuple[int, str], module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
-        """A layer has run, maybe by itself. No error here may end a forward."""
+        """A layer of a side has run, maybe by itself. No error here may end a forward."""
+        index, name = where
         side = self._sides[index]
         if in_backward():
             return

@@ -71,6 +71,11 @@ def without_modes() -> contextlib.AbstractContextManager[Any]:
 set_grad_enabled: Callable[[bool], Any] = _find("_C._set_grad_enabled", torch.set_grad_enabled)
 
 
+# `torch._C._is_any_autocast_enabled`, 2.8 to 2.15, called at every hook. Without it, the setting of the
+# output's device is read each time, which takes longer.
+is_autocast_anywhere: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
+
+
 def is_fake(values: Tensor) -> bool:
     """True if a tensor has a shape and no values: on the meta device, or made in ``FakeTensorMode``."""
     # `torch._subclasses.fake_tensor.FakeTensor`, 2.8 to 2.15. Without it a warning says that a model that runs

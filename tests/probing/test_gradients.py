@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch.distributed import pipelining
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
@@ -307,6 +308,8 @@ class Sided(Net):
 )
 def test_a_backward_in_two_parts_shows_each_gradient_once(new, backend, reentrant):
     """First for the inputs and then for the weights, as pipelines with zero bubbles do."""
+    if not hasattr(pipelining, "ScheduleDualPipeV"):
+        pytest.skip("torch 2.8 gives other gradients so, without a probe, too")
     layers = ["conv", "a", "b", "head"] + (["table", "side"] if new is Sided else [])
     twin = made(lambda: new(inplace=False)).eval()
     batches = [given(4, 1, 3, 3, seed=seed).requires_grad_() for seed in range(2)]

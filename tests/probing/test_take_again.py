@@ -6,8 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from spectralmetrics import EffectiveRankMetric, HistoryMetric, LayerProbe, LinearProbeMetric, SaturationMetric
+from spectralmetrics import (
+    CovarianceMetric,
+    EffectiveRankMetric,
+    EigenspaceEmbeddingMetric,
+    HistoryMetric,
+    LayerProbe,
+    LinearProbeMetric,
+    SaturationMetric,
+)
 from spectralmetrics.probing.taking import Rows
+from spectralmetrics.sums.intake import DenseIntake
+from spectralmetrics.sums.reservoir import SampleIntake
 
 
 class Network(nn.Module):
@@ -115,3 +125,24 @@ def test_the_short_way_is_the_long_one(kind, monkeypatch):
     for name, value in short.items():
         torch.testing.assert_close(value, long[name], rtol=0, atol=0, equal_nan=True)
     assert any(taken) == is_short
+
+
+def test_only_sums_that_keep_no_rows_get_them_with_their_graph(monkeypatch):
+    # Detaching takes as long as a copy of a small batch; a row that is kept must not keep its graph alive.
+    given = {}
+    for kind in (DenseIntake, SampleIntake):
+
+        def add(self, sums, observations, batch, kind=kind, own=kind.add):
+            given.setdefault(kind, []).append(observations.values.requires_grad)
+            own(self, sums, observations, batch)
+
+        monkeypatch.setattr(kind, "add", add)
+    for metric in (CovarianceMetric(), EigenspaceEmbeddingMetric()):
+        layer = nn.Linear(3, 2)
+        probe = LayerProbe(layer, metric)
+        for _ in range(3):
+            layer(torch.randn(4, 3))
+        assert int(next(iter(probe["train", "Linear"].values())).count) == 12
+    assert given[SampleIntake] == 3 * [False]
+    assert given[DenseIntake][-3:] == 3 * [False]  # beside the sample
+    assert given[DenseIntake][1:3] == 2 * [True]

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.checks import check_real, is_integer
+from spectralmetrics.sums.checks import are_all_finite, check_real, is_integer
 
 Rule = Literal["explained", "delve"]
 
@@ -228,7 +228,7 @@ def finite_eigenvalues(eigenvalues: Tensor) -> Tensor:
     """Return the eigenvalues in float64; raise a TypeError or ValueError unless they are real and finite."""
     check_eigenvalues(eigenvalues)
     # A NaN compares as neither above nor below a threshold, and would count as zero.
-    if not eigenvalues.isfinite().all():
+    if not are_all_finite(eigenvalues):
         raise ValueError("expected finite eigenvalues, got NaN or infinite ones")
     return eigenvalues.to(torch.float64)
 

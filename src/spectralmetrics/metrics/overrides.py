@@ -75,6 +75,9 @@ def copy_metric(metric: Metric) -> Metric:
     return copy.deepcopy(metric, {id(metric.process_group): metric.process_group})
 
 
+_NOT_MERGED = contextlib.nullcontext()
+
+
 class MergingMetric(Metric):
     """A ``torchmetrics.Metric`` that has its own states again after a merge, even after a failed one."""
 
@@ -106,7 +109,7 @@ class MergingMetric(Metric):
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def remembering_shape(*args: Any, **kwargs: Any) -> Any:
             value = compute(*args, **kwargs)
-            self._value_shape = value.shape if isinstance(value, Tensor) else None
+            self.__dict__["_value_shape"] = value.shape if isinstance(value, Tensor) else None
             return value
 
         stock = super()._wrap_compute(functools.wraps(compute)(remembering_shape))
@@ -118,11 +121,12 @@ class MergingMetric(Metric):
                 # would wait for them for ever.
                 self._computed = None
             self.refresh()
-            self._computing = True
+            own = self.__dict__  # `torch.nn.Module` looks in many places before it sets an attribute
+            own["_computing"] = True
             try:
                 value = stock(*args, **kwargs)
             finally:
-                self._computing = False
+                own["_computing"] = False
             # torchmetrics squeezes any tensor of one element, also the (1,) and (1, 1) of a one-feature layer.
             return value if self._value_shape is None else value.reshape(self._value_shape)
 
@@ -144,7 +148,6 @@ class MergingMetric(Metric):
                 self._cache = None
             raise
 
-    @contextlib.contextmanager
     def sync_context(
         self,
         dist_sync_fn: Callable[..., Any] | None = None,
@@ -152,15 +155,23 @@ class MergingMetric(Metric):
         should_sync: bool = True,
         should_unsync: bool = True,
         distributed_available: Callable[..., Any] | None = None,
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside, the states are merged; afterwards they are this process' own, even after an error."""
-        # torchmetrics has no `finally` here: an error in `compute` leaves the metric synced.
-        self.sync(
+        available = distributed_available or self.distributed_available_fn
+        if not self._is_synced and not (callable(available) and available()):
+            return _NOT_MERGED
+        return self._while_merged(
+            should_unsync,
             dist_sync_fn=dist_sync_fn,
             process_group=process_group,
             should_sync=should_sync,
             distributed_available=distributed_available,
         )
+
+    @contextlib.contextmanager
+    def _while_merged(self, should_unsync: bool, **how: Any) -> Iterator[None]:
+        # torchmetrics has no `finally` here: an error in `compute` leaves the metric synced.
+        self.sync(**how)
         try:
             yield
         finally:

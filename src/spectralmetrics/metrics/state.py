@@ -21,12 +21,13 @@ from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_f
 
 
 class _Live(NamedTuple):
-    """The sums of a metric as objects, and their stream, until a state is replaced."""
+    """The sums of a metric as objects, their stream, and facts of their anchor, until a state is replaced."""
 
     sums: tuple[Sum, ...]
-    anchor: Tensor
     stream: Stream
     num_features: int
+    device: torch.device
+    is_inference: bool
 
 
 class SumsMetric(DealingMetric):
@@ -131,7 +132,7 @@ class SumsMetric(DealingMetric):
         Sums that take all rows get ``everything``, from which the observations were drawn; None for the same.
         """
         count_update(self)
-        live: _Live | None = self.__dict__["_live"]
+        live: _Live | None = self.__dict__.get("_live")
         width = self.num_features if live is None else live.num_features
         if width is not None and observations.values.shape[observations.feature_dim] != width:
             self._check(observations, observations)
@@ -169,23 +170,23 @@ class SumsMetric(DealingMetric):
         """Add observations that fit."""
         if (observations if everything is None else everything).values.numel() == 0:
             return
-        live, home = self._revive(), None
-        device = observations.values.device
+        own, home, device = self.__dict__, None, observations.values.device
+        live = own.get("_live") or self._revive()
         if (
             live is None
-            or live.anchor.device != device
-            or live.anchor.is_inference()
+            or live.device != device
+            or live.is_inference
             or (self._is_synced or self._leader is not None)  # other metrics may share the sums
         ):
             live = self._prepare(observations)
-            if live.anchor.device != device:
-                home = live.anchor.device
+            if live.device != device:
+                home = live.device
                 if home.type != "cpu" or self._pinned_device is not None or has_float64(device):
                     observations = observations.to(home)
                     everything, home = None if everything is None else everything.to(home), None
-        own, phase = self.__dict__, self.phase
-        live.stream.add(live.sums, observations, everything, own["_batches"], own["gram_dtype"], phase, home)
-        own["_batches"] += 1
+        batch, gram_dtype = own["_batches"], own["gram_dtype"]
+        live.stream.add(live.sums, observations, everything, batch, gram_dtype, self.phase, home)
+        own["_batches"] = batch + 1
         own["_changes"] = self._changes + 1
 
     def _prepare(self, observations: Observations) -> _Live:
@@ -200,11 +201,11 @@ class SumsMetric(DealingMetric):
                 [new.merged(old.map(lambda t: t.to(home))) for new, old in zip(fresh, before, strict=True)]
             )
         else:
-            current = live.anchor.device
+            current = live.device
             if current.type == "cpu" and device.type != "cpu" and has_float64(device):
                 if self._pinned_device is None:
                     self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
-            elif live.anchor.is_inference() or self.is_borrowed():
+            elif live.is_inference or self.is_borrowed():
                 # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place.
                 self.replace_sums([each.map(torch.clone) for each in self.sums])
         is_new = live is None
@@ -342,7 +343,8 @@ class SumsMetric(DealingMetric):
             if sums[0].num_features == 0:
                 return None
             anchor = sums[0].tensors()[self._anchor_name()]
-            live = _Live(sums, anchor, Stream.of(anchor), sums[0].num_features)
+            stream, width = Stream.of(anchor), sums[0].num_features
+            live = _Live(sums, stream, width, anchor.device, anchor.is_inference())
             if self._leader is None:  # a leader may replace them
                 own["_live"] = live
         return live

@@ -56,6 +56,7 @@ class Stream:
         self._merged: MutableMapping[Any, list[Sum]] | None = None
         self.noted: Any = None
         self._intakes: dict[type[Sum], Intake] = {}
+        self._keeps_rows = True
 
     @property
     def merged(self) -> MutableMapping[Any, list[Sum]]:
@@ -75,6 +76,7 @@ class Stream:
     def begin(self, sums: Sequence[Sum], gram_dtype: torch.dtype | None, phase: float) -> None:
         """Prepare for the first observations of sums that have just been made."""
         self._intakes = {type(each): each.intake(gram_dtype) for each in sums}
+        self._keeps_rows = any(intake.keeps_rows for intake in self._intakes.values())
         for intake in self._intakes.values():
             intake.phase = phase
 
@@ -103,17 +105,17 @@ class Stream:
             self.begin(sums, gram_dtype, phase)
             for made in sums:
                 self._intakes[type(made)].meet(made)
+        if self._keeps_rows:
+            observations = observations.detached()
         for each in sums:
-            chosen = observations
+            intake, chosen = self._intakes[type(each)], observations
             if everything is not None:
                 chosen = everything if each.takes_all_rows else observations
                 if chosen.values.numel() == 0:  # none was drawn
                     continue
-            intake = self._intakes[type(each)]
-            if home is None or intake.reaches_other_devices:
-                intake.add(each, chosen, batch)
-            else:
-                intake.add(each, chosen.to(home), batch)
+            if home is not None and not intake.reaches_other_devices:
+                chosen = chosen.to(home)
+            intake.add(each, chosen, batch)
         self.forget()
 
     def flush(self, sums: Sequence[Sum]) -> None:

@@ -45,7 +45,7 @@ class Beside(ABC):
     """
 
     def __init__(self) -> None:
-        self._all: list[_Given] = []  # of all threads
+        self.given: list[_Given] = []  # in all threads
         self._thread = _Thread()
         self._named: set[str] = set()  # layers that a warning has named
 
@@ -68,12 +68,12 @@ class Beside(ABC):
         """Use a tensor inside; warn at the end about layers that it did not fit, once about each layer."""
         given, before = _Given(self.check(value)), self._thread.given
         self._thread.given = given
-        self._all.append(given)
+        self.given.append(given)
         try:
             yield
         finally:
             self._thread.given = before
-            self._all.remove(given)
+            self.given.remove(given)
         new = {layer: shape for layer, shape in given.misses.items() if layer not in self._named}
         if new:
             self._named.update(new)
@@ -91,10 +91,12 @@ class Beside(ABC):
             given.misses.setdefault(layer, shape)
 
     def _current(self) -> _Given | None:
-        if not self._all:
+        if not self.given:
             return None
         own = self._thread.given
-        return own if own is not None else next(reversed(self._all), None)  # None if that thread has just ended
+        return (
+            own if own is not None else next(reversed(self.given), None)
+        )  # None if that thread has just ended
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_named": self._named}  # no model runs beside a copy

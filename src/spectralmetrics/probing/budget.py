@@ -32,6 +32,7 @@ _LONGEST_STEP = 32  # times the mean one
 _REMEMBERED = 256  # forwards over which times are averaged
 _EVENED_OUT = 64  # forwards over which overspending and underspending are evened out
 _FIRST_BLOCK = 4  # forwards in a block while no price is known
+_NOTHING = contextlib.nullcontext()
 
 
 class Plan(NamedTuple):
@@ -162,15 +163,18 @@ class Budget:
         self._stages[stage].has_run = True
 
     @contextlib.contextmanager
-    def measuring(self, stage: str, output: Any) -> Iterator[None]:
-        """Count the time spent inside, on the host and on the accelerator of an output."""
+    def measuring(
+        self, stage: str, output: Any, around: contextlib.AbstractContextManager[Any] = _NOTHING
+    ) -> Iterator[None]:
+        """Count the time spent inside and in ``around``, on the host and on the accelerator of an output."""
         account = self._stages[stage]
         events = _events(output)
         if events is not None:
             events[0].record()
         start = self._now()
         try:
-            yield
+            with around:
+                yield
         finally:
             seconds = self._now() - start
             account.pay(seconds)

@@ -19,7 +19,7 @@ Everything else is in other files and joins at one of these seams, which :class:
 
 - ``steps``: stages, sampling and budgets; ``limits``: how many rows and features;
 - ``meshes``: processes that share the forwards of a layer;
-- ``_passes``: forwards that are not observed, in few steps; ``_measuring``: the time that observing takes;
+- ``_passes``: forwards that are not observed, in few steps; ``_around``: the time that observing takes;
 - ``take_again``: outputs like the last one, in few steps;
 - ``_begin``: checks in the first forward of a layer;
 - ``_moment``: sampling, histories, folds, masks and labels;
@@ -72,18 +72,22 @@ class Core:
 
     def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> Any:
         """Observe an output; hooks call this, so that an error here must not end a forward."""
-        # In backward this is a checkpoint's recomputation, and the forward has been counted.
-        if in_backward() or self.thread.observing:
-            return None
         is_idle = self.paused > 0
         if is_idle and not self.meshes.concerns(output):
             return None
-        stage = self.steps.stage_of(training)
-        if stage is None or self._passes(stage, name):
+        here = self.thread.here
+        # In backward this is a checkpoint's recomputation, and the forward has been counted.
+        if here.is_observing or in_backward():
             return None
-        is_idle = is_idle or self._is_closed(name)
-        if is_idle and not self.meshes.concerns(output):
+        stage, current = self.steps.stage_of(training), here.current
+        if stage is None:
             return None
+        if current is not None and not current.is_observed and self._passes(stage, name):
+            return None
+        if self.is_merged and not is_idle:
+            is_idle = self._is_closed(name)
+            if not self.meshes.concerns(output):
+                return None
         has_grad = torch.is_grad_enabled()
         return self.guard(stage, name, output, is_idle, self.take, module, output, select, has_grad)
 
@@ -94,13 +98,11 @@ class Core:
 
         ``is_idle`` is True if this process only takes part in a forward that other processes observe.
         """
-        of_layer = self.places[stage, name]
-        if not is_idle and self._is_closed(name):
-            return None
+        of_layer, here = self.places[stage, name], self.thread.here
         with self.lock:
-            self.thread.observing = True
+            here.is_observing = True
             try:
-                with self._measuring(stage, values), undisturbed(values):
+                with self._around(stage, values):
                     return function(of_layer, is_idle, *arguments)
             except Exception as error:
                 is_news = not (of_layer.given_up or is_idle)
@@ -109,7 +111,7 @@ class Core:
                 if is_news:
                     warn_user(f"layer {name!r} is not observed any more in {stage}: {of_layer.given_up}")
             finally:
-                self.thread.observing = False
+                here.is_observing = False
         return None
 
     def take(
@@ -179,8 +181,8 @@ class Core:
     def _passes(self, stage: str, name: str) -> bool:
         return False
 
-    def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def _around(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
+        return undisturbed(output)
 
     def _begin(self, of_layer: LayerMetrics, module: nn.Module) -> None:
         pass

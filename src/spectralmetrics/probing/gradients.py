@@ -85,7 +85,7 @@ class GradientRouter(Router):
             output: the output of the layer; None if it exists only in a compiled graph.
             training: the layer's ``training`` flag, which decides the stage.
         """
-        if self.thread.observing:
+        if self.thread.here.is_observing:
             return None
         if in_backward():  # a checkpoint's recomputation, whose gradients belong to the first forward
             awaited: Awaited | None = self._recomputed.recorded(name, UNKNOWN)
@@ -177,7 +177,7 @@ class GradientRouter(Router):
             return  # the same gradient again, or a summand of it
         awaited.is_for_inputs = awaited.is_for_inputs or part == "inputs"
         is_idle = bool(self.paused) or awaited.moment.is_idle or self._is_closed(awaited.layer)
-        if self.thread.observing or (is_idle and not self.meshes.concerns(gradient)):
+        if self.thread.here.is_observing or (is_idle and not self.meshes.concerns(gradient)):
             return
         where = awaited.stage, awaited.layer, gradient, is_idle
         self.guard(*where, self._arrive, awaited, gradient, form, why)

@@ -32,6 +32,7 @@ from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.sums import no_autocast
 from spectralmetrics.torch_private import (
     heed_hooks,
+    is_autocast_anywhere,
     is_exporting,
     is_fake,
     is_inferring_shapes,
@@ -74,7 +75,7 @@ class Hooks:
     Copies of a module do not have these hooks, and a copy of this object has no hooks.
 
     Args:
-        owner: the object that uses the hooks; they do not keep it alive if they call :class:`Weakly` only.
+        owner: the object that uses the hooks; they do not keep it alive if they call :func:`weakly` only.
         model: the model whose layers they are on; not kept alive.
     """
 
@@ -134,23 +135,21 @@ class Hooks:
         leave_out_of_copies(module)
 
 
-class Weakly:
-    """Calls a bound method, with these arguments before its others, as long as its object exists."""
+def weakly(method: Any, where: Any) -> Observe:
+    """Make a function that calls a bound method as long as its object exists.
 
-    def __init__(self, method: Any, *arguments: Any) -> None:
-        self._owner = weakref.ref(method.__self__)
-        self._function = method.__func__
-        self._arguments = arguments
+    Args:
+        method: the method; see :data:`Observe` for its arguments behind the first.
+        where: its first argument.
+    """
+    owner_of, function = weakref.ref(method.__self__), method.__func__
 
-    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        """See :data:`Observe`."""
-        owner = self._owner()
-        if owner is None:
-            return
-        if len(self._arguments) == 1:  # without unpacking, which takes longer than all else here
-            self._function(owner, self._arguments[0], module, output, training, select)
-        else:
-            self._function(owner, *self._arguments, module, output, training, select)
+    def observe(module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        owner = owner_of()
+        if owner is not None:
+            function(owner, where, module, output, training, select)
+
+    return observe
 
 
 class Observer(OwnHook):
@@ -251,20 +250,22 @@ def level_of_user() -> int:
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:
     """Distinguishes a model that runs from one that is transformed by ``torch.func``, traced or planned."""
-    if type(output) is Tensor:
-        values = output
-    else:
-        if isinstance(output, torch.fx.Proxy):
-            return "traced"
-        first = first_tensor(output)
-        if first is None:
-            return "traced" if is_tracing() else "run"
-        values = first.data if isinstance(first, PackedSequence) else first
+    if isinstance(output, torch.fx.Proxy):
+        return "traced"
+    first = output if type(output) is Tensor else first_tensor(output)
     if is_tracing():
         return "traced"
+    if first is None:
+        return "run"
+    values = first.data if isinstance(first, PackedSequence) else first
     if is_transformed(values):
         return "transformed"
     return "traced" if is_fake(values) or is_inferring_shapes() else "run"
+
+
+def runs(output: Tensor) -> bool:
+    """True if :func:`how_it_runs` is ``"run"``, in few steps, for an output of no subclass."""
+    return not (is_tracing() or is_transformed(output) or output.is_meta or is_inferring_shapes())
 
 
 class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a class because it is entered often
@@ -279,22 +280,23 @@ class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a 
     """
 
     def __init__(self, output: Any) -> None:
-        device = output.device.type if isinstance(output, Tensor) and not output.is_cpu else "cpu"
-        self._device = device if device == "cpu" or torch.amp.is_autocast_available(device) else "cpu"
+        self._output = output
         self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
         self._had_grad = torch.is_grad_enabled()
-        modes = num_modes()
-        is_cast = torch.is_autocast_enabled(self._device)
-        if modes or is_cast or torch.is_inference_mode_enabled():
+        if num_modes() or is_autocast_anywhere() or torch.is_inference_mode_enabled():
             self._stack = contextlib.ExitStack()
-            if modes:
-                # Selective checkpointing records every operation of the forward, to replay it in backward.
-                self._stack.enter_context(without_modes())
-            self._stack.enter_context(torch.inference_mode(False))
-            self._stack.enter_context(no_autocast(self._device))
+            self._switch_off(self._stack)
         set_grad_enabled(False)
+
+    def _switch_off(self, stack: contextlib.ExitStack) -> None:
+        if num_modes():
+            # Selective checkpointing records every operation of the forward, to replay it in backward.
+            stack.enter_context(without_modes())
+        stack.enter_context(torch.inference_mode(False))
+        device = self._output.device.type if isinstance(self._output, Tensor) else "cpu"
+        stack.enter_context(no_autocast(device if torch.amp.is_autocast_available(device) else "cpu"))
 
     def __exit__(self, *exception: object) -> None:
         set_grad_enabled(self._had_grad)

@@ -38,11 +38,10 @@ class Plain(NamedTuple):
             return None
         return cls(output.shape, output.dtype, observations.feature_dim, observations.num_features, limit)
 
-    def is_like(self, output: Any) -> bool:
-        """True if an output would be taken in the same way."""
+    def is_like(self, output: Tensor) -> bool:
+        """True if an output, of no subclass, would be taken in the same way."""
         return (
-            type(output) is Tensor
-            and not output.is_nested
+            not output.is_nested
             and output.layout == torch.strided
             and output.dtype == self.dtype
             and output.shape == self.shape

@@ -32,7 +32,7 @@ from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.fetching import MergedSums
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
-from spectralmetrics.probing.hooks import Hooks, Select, Weakly, level_of_user, warn_user
+from spectralmetrics.probing.hooks import Hooks, Select, level_of_user, warn_user, weakly
 from spectralmetrics.probing.identity import Identity, is_one_of_several
 from spectralmetrics.probing.keys import Key, ProbeReading, as_text, module_key
 from spectralmetrics.probing.layout import find_layout
@@ -291,7 +291,7 @@ class LayerProbe(nn.Module):
         self._hooks = Hooks(self, unwrap(model))
         try:
             for whole, watched in wholes.items():
-                observe_them = Weakly(self._router.observe_experts, watched)
+                observe_them = weakly(self._router.observe_experts, watched)
                 self._hooks.before(whole, observe_them, Choose(whole), needs_values=True)
             self._watch(chosen, selected)
         except BaseException:
@@ -310,7 +310,7 @@ class LayerProbe(nn.Module):
         for name, module in chosen.items():
             if isinstance(module, Expert):
                 continue
-            observe = Weakly(self._router.observe, name)
+            observe = weakly(self._router.observe, name)
             if isinstance(self._router, GradientRouter):
                 first = FirstGradientHook() if name not in selected and has_dtensors(module) else None
                 last = GradientHook(self._router, name, module, selected.get(name), first=first)

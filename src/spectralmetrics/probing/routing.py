@@ -27,8 +27,6 @@ from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.probing.taking import Rows
 from spectralmetrics.torch_private import in_backward
 
-_NOT_MEASURING = contextlib.nullcontext()
-
 
 class Router(Rows):
     """Routes every output of a model's layers to its metrics, see :class:`.Core`.
@@ -68,7 +66,7 @@ class Router(Rows):
         self, watched: Watched, module: nn.Module, output: Any, training: bool, select: Select | None
     ) -> None:
         """Observe a module of experts with each expert as a layer; see :meth:`observe`."""
-        if in_backward() or self.thread.observing:
+        if in_backward() or self.thread.here.is_observing:
             return
         stage = self.steps.stage_of(training)
         if stage is None:
@@ -104,28 +102,24 @@ class Router(Rows):
         return calls
 
     def _passes(self, stage: str, name: str) -> bool:
-        """True if a forward is not observed; it is counted in few steps, since caches hold nothing of it."""
-        current = self.steps.thread.current
-        if current is None or current.is_observed or self.is_merged:
-            return False
         of_layer = self.places[stage, name]
-        if not of_layer.forwards:
+        if not of_layer.forwards or self.is_merged:
             return False
         with self.lock:
             of_layer.forwards += 1
             of_layer.ran += 1
         if self.steps.budget is not None:
-            self.steps.budget.passes(of_layer.stage)
+            self.steps.budget.passes(stage)
         return True
 
-    def _measuring(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
+    def _around(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
         budget = self.steps.budget
         if budget is None:
-            return _NOT_MEASURING
+            return undisturbed(output)
         if self.steps.passes():
             budget.passes(stage)
-            return _NOT_MEASURING
-        return budget.measuring(stage, output)
+            return undisturbed(output)
+        return budget.measuring(stage, output, undisturbed(output))
 
     def _route(
         self, of_layer: LayerMetrics, module: nn.Module, output: Any, select: Select | None, moment: Moment

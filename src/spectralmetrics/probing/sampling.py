@@ -33,14 +33,16 @@ def draw(observations: Observations, number: int, seed: int) -> Observations:
     total = observations.num_observations
     if total <= number:
         return observations
-    values, device = observations.values, observations.values.device
+    values = observations.values
     turn = zlib.crc32(seed.to_bytes(8, "big", signed=True)) % total  # of the ring
-    if device.type == "cpu" and compiled.is_there():
+    if values.is_cpu and compiled.is_there():
         # The same numbers as below in fewer calls; for a small layer, calls take most of the time.
-        if _are_rows(observations) and values.nbytes * number <= total * _MOST_BYTES and compiled.reads(values):
+        is_small = values.nbytes * number <= total * _MOST_BYTES
+        if is_small and _are_rows(observations) and compiled.is_in_memory(values):
             rows = values if values.ndim == 2 else values.view(total, -1)
             return plain_observations(compiled.draw_rows(rows, number, seed, turn))
         return observations.take(compiled.draw_places(total, number, seed, turn))
+    device = values.device
     dtype = torch.float64 if has_float64(device) else torch.float32
     chances = torch.rand(number, generator=_generator(device, seed), device=device, dtype=dtype)
     if device.type == "cpu":
@@ -65,7 +67,7 @@ def _are_rows(observations: Observations) -> bool:
         and observations.labels is None
         and observations.forward is None
         and observations.step is None
-        and observations.feature_dim in (-1, values.ndim - 1)
+        and (observations.feature_dim == -1 or observations.feature_dim == values.ndim - 1)
         and values.is_contiguous()
     )
 

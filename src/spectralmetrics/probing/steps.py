@@ -62,11 +62,26 @@ class Moment(NamedTuple):
     call: int = 0
 
 
-class Thread(threading.local):
-    """The state of one thread: the forward that runs in it, and True while it observes."""
+class Here:
+    """The state of one thread.
 
-    current: Forward | None = None
-    observing = False
+    Attributes:
+        current: the forward of the model that runs in the thread.
+        is_observing: True while the thread observes an output.
+    """
+
+    __slots__ = ("current", "is_observing")
+
+    def __init__(self) -> None:
+        self.current: Forward | None = None
+        self.is_observing = False
+
+
+class Thread(threading.local):
+    """The state of this thread; reading it once takes less time than each of its parts would."""
+
+    def __init__(self) -> None:
+        self.here = Here()
 
 
 class Steps:
@@ -81,7 +96,7 @@ class Steps:
         stage_of: training flag -> stage in which a forward counts, None for no stage. A trainer's callback may
             replace it.
         shares: returns True if other processes share forwards of the model, and so must observe the same.
-        thread: the forward of the model that runs in this thread.
+        thread: the state of this thread, with the forward of the model that runs in it.
         agreed: ``every`` and ``seed`` on which processes that share forwards have agreed; None uses their own.
     """
 
@@ -109,7 +124,7 @@ class Steps:
             return
         stage = self.stage_of(training)
         if stage is None:
-            self.thread.current = None
+            self.thread.here.current = None
             return
         step = self.counts[stage]
         self.counts[stage] += 1
@@ -121,17 +136,17 @@ class Steps:
         counts = stage != "train" or torch.is_grad_enabled()
         self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
         # An interrupted forward calls no hook at its end: this replaces it.
-        self.thread.current = Forward(step, is_due, self.forwards[stage] if counts else -1)
+        self.thread.here.current = Forward(step, is_due, self.forwards[stage] if counts else -1)
         self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """End the forward that began last."""
         if not in_backward():
-            self.thread.current = None
+            self.thread.here.current = None
 
     def groups(self) -> dict[int, int]:
         """The groups of the model's forward that runs in this thread; a new dict outside of one."""
-        current = self.thread.current
+        current = self.thread.here.current
         return {} if current is None else current.groups
 
     def forward(self) -> int | None:
@@ -139,12 +154,12 @@ class Steps:
 
         -1 for a forward in training mode without gradients, such as a rollout.
         """
-        current = self.thread.current
+        current = self.thread.here.current
         return None if current is None else current.ever
 
     def call(self, layer: str) -> int:
         """Count a call of a layer; return how many there were before in this forward of the model."""
-        current = self.thread.current
+        current = self.thread.here.current
         if current is None:
             return 0
         current.calls[layer] += 1
@@ -163,7 +178,7 @@ class Steps:
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """True if a layer's forward is observed; its number only matters outside of the model's forwards."""
-        current = self.thread.current
+        current = self.thread.here.current
         if current is not None:
             return current.is_observed
         if self.budget is not None and not self._allows(stage, forward):
@@ -173,17 +188,19 @@ class Steps:
 
     def passes(self) -> bool:
         """True if the forward of the model that runs in this thread is not observed."""
-        current = self.thread.current
+        current = self.thread.here.current
         return current is not None and not current.is_observed
 
     @property
     def leaves_out(self) -> bool:
         """True if some forwards may not be observed."""
-        return self.every > 1 or self.budget is not None or (self.agreed or (1,))[0] > 1
+        return self.every > 1 or self.budget is not None or (self.agreed is not None and self.agreed[0] > 1)
 
     def rows_per_feature(self, stage: str, wanted: float | None) -> float | None:
         """The rows to draw for each feature: as wanted, or fewer if the budget allows fewer; None for all."""
-        allowed = None if self.budget is None else self.budget.rows_per_feature(stage)
+        if self.budget is None:
+            return wanted
+        allowed = self.budget.rows_per_feature(stage)
         if allowed is None or wanted is None:
             return wanted if allowed is None else allowed
         return min(wanted, allowed)

@@ -16,7 +16,7 @@ from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.core import Core
 from spectralmetrics.probing.experts import Pairs
-from spectralmetrics.probing.hooks import how_it_runs, warn_user
+from spectralmetrics.probing.hooks import runs, warn_user
 from spectralmetrics.probing.layout import At, FeatureDim, Layout, dim_of
 from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
@@ -92,18 +92,18 @@ class Rows(Core):
             or of_layer.given_up
             or of_layer.too_wide
             or self.steps.leaves_out
-            or self.masks.value is not None
+            or self.masks.given
             or limits.max_samples is not None
             or limits.max_features < plain.width
-            or how_it_runs(output) != "run"
             or not plain.is_like(output)
+            or not runs(output)
         ):
             return False
         forward = of_layer.forwards
         of_layer.forwards += 1
         of_layer.ran += 1
         of_layer.samples += plain.shape[0]
-        observations = plain_observations(output.detach(), plain.dim)
+        observations = plain_observations(output, plain.dim)
         size, seed = limits.draws(of_layer, plain.width, plain.limit, forward, self.steps)
         of_layer.update(observations if size is None else draw(observations, size, seed))
         return True

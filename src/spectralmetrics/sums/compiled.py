@@ -47,6 +47,7 @@ _LEAST_WORK_TO_SHARE = 2**20
 # The fewest values for each thread that measures marginals, for the same reason.
 _LEAST_VALUES_OF_A_THREAD = 2**16
 _MOST_SLOTS = 48
+_OF_NO_SUBCLASS = (Tensor, torch.nn.Parameter)
 
 
 class _Job(ctypes.Structure):
@@ -167,7 +168,7 @@ def takes(moments: DenseSums, values: Tensor, gram_dtype: torch.dtype) -> bool:
 
 def is_there() -> bool:
     """True if a library was found and may be used."""
-    return bool(min(_best_instructions(), _allowed))
+    return bool(_allowed and _best_instructions())
 
 
 def reads(values: Tensor) -> bool:
@@ -183,7 +184,7 @@ def is_in_memory(values: Tensor) -> bool:
     """True if values are in the memory of the CPU, at their address and strides."""
     return (
         # A subclass may hold its data elsewhere or not at all.
-        type(values) in (Tensor, torch.nn.Parameter)
+        type(values) in _OF_NO_SUBCLASS
         and values.is_cpu
         and values.layout == torch.strided
         and not values.is_neg()
@@ -317,7 +318,7 @@ def draw_rows(rows: Tensor, number: int, seed: int, turn: int) -> Tensor:
     """Copy the rows at :func:`draw_places` from a contiguous matrix that :func:`reads` accepts."""
     library = _library()
     total, width = rows.shape
-    drawn = torch.empty((number, width), dtype=rows.dtype, device="cpu")
+    drawn = rows.new_empty((number, width))
     size = width * rows.element_size()
     library.draw_rows(seed & 0xFFFFFFFF, total, number, turn, rows.data_ptr(), size, drawn.data_ptr())
     return drawn

@@ -30,6 +30,7 @@ class DenseIntake(Intake):
     """
 
     reaches_other_devices = True
+    keeps_rows = False
     waiting_bytes: ClassVar[int | None] = None
     """The most bytes of waiting rows; None: no limit."""
 
@@ -39,8 +40,11 @@ class DenseIntake(Intake):
         self._origin_is_float32 = False  # known to be exact in float32
         self._accumulations = 0
         self._centring: Centring | None = None  # on an accelerator, while the origin stays
-        self._buffer: Tensor | None = None  # (WAITING_ROWS, D), or as many as there is memory for
-        self._buffer_is_float64 = False
+        self._width = 0  # of the rows; 0 while it is unknown
+        self._room = WAITING_ROWS  # of the buffer
+        self._most = 0  # rows of a batch that waits
+        self._buffer: Tensor | None = None  # (room, D)
+        self._buffer_dtype = torch.float32
         self._buffer_device: torch.device | None = None
         self._is_in_step = True  # fills at the same time as the buffers of other streams: all begin empty
         self.waiting = 0
@@ -71,37 +75,51 @@ class DenseIntake(Intake):
 
     def _wait(self, sums: DenseSums, observations: Observations) -> bool:
         """Put a small batch into the buffer; False if the batch has to be added at once."""
-        values = observations.values
-        dtype, dim = values.dtype, observations.feature_dim
-        width = values.shape[dim]
-        count = values.numel() // width
-        room, buffer = WAITING_ROWS, self._buffer
-        if self.waiting_bytes is not None:
-            room = min(self.waiting_bytes // (8 * width), room)
-        few = (count <= 256 or count <= min(width, WAITING_ROWS // 2)) and count <= room
-        if not few or observations.valid is not None or not self._accumulations:
+        if observations.valid is not None or not self._accumulations:
             return False
+        values, dim = observations.values, observations.feature_dim
+        if not self._width:
+            self._make_room(values.shape[dim])
+        count = values.numel() // self._width
+        if count > self._most:
+            return False
+        is_as_kept = values.dtype == self._buffer_dtype
+        buffer = self._buffer
         if buffer is None:
-            # Half precision is exact in float32.
-            kept = dtype if dtype == torch.float64 else torch.float32
-            buffer = self._buffer = torch.empty((room, width), dtype=kept, device=values.device)
-            self._buffer_is_float64, self._buffer_device = dtype == torch.float64, values.device
-        elif (dtype == torch.float64) != self._buffer_is_float64 or self._buffer_device != values.device:
+            buffer = self._make_buffer(values)
+        elif values.device != self._buffer_device or not (
+            is_as_kept or torch.float64 not in (values.dtype, self._buffer_dtype)
+        ):
             return False
+        start, stop = self.waiting, self.waiting + count
         # Buffers that were emptied together would all be full again in the same step of a training.
-        limit = room - int(self.phase * room * _WAITING_RANGE) if self._is_in_step else room
-        if self.waiting + count > limit:
+        limit = self._room - int(self.phase * self._room * _WAITING_RANGE) if self._is_in_step else self._room
+        if stop > limit:
             self.flush(sums)
             self._is_in_step = False
-        start, size = self.waiting, values.nbytes
-        self.waiting += count
-        is_copied = size <= _FEW_BYTES and dtype == buffer.dtype and dim == -1
-        if is_copied and is_in_memory(values) and values.is_contiguous():
-            ctypes.memmove(buffer.data_ptr() + start * width * values.itemsize, values.data_ptr(), size)
+            start, stop = 0, count
+        self.waiting = stop
+        size = values.nbytes
+        if is_as_kept and dim == -1 and size <= _FEW_BYTES and is_in_memory(values) and values.is_contiguous():
+            ctypes.memmove(buffer.data_ptr() + start * (size // count), values.data_ptr(), size)
             return True
         moved = values.movedim(dim, -1)
-        buffer[start : self.waiting].view(moved.shape).copy_(moved)
+        buffer[start:stop].view(moved.shape).copy_(moved)
         return True
+
+    def _make_room(self, width: int) -> None:
+        """Decide, for rows of a width, how many there is memory for, and how many of one batch may wait."""
+        self._width = width
+        if self.waiting_bytes is not None:
+            self._room = min(self.waiting_bytes // (8 * width), WAITING_ROWS)
+        self._most = min(max(256, min(width, WAITING_ROWS // 2)), self._room)
+
+    def _make_buffer(self, values: Tensor) -> Tensor:
+        # Half precision is exact in float32.
+        self._buffer_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        self._buffer_device = values.device
+        self._buffer = torch.empty((self._room, self._width), dtype=self._buffer_dtype, device=values.device)
+        return self._buffer
 
     def _accumulate(self, sums: Any, observations: Observations) -> None:
         device, is_float64 = observations.values.device, observations.values.dtype == torch.float64

@@ -122,6 +122,14 @@ class Observations:
         positions.append(index)
         return Observations(moved[tuple(reversed(positions))], -1, *fields)
 
+    def detached(self) -> Observations:
+        """The observations outside of autograd's graph; fast, as :func:`plain_observations` is."""
+        if not self.values.requires_grad:
+            return self
+        made = object.__new__(Observations)
+        made.__dict__.update(self.__dict__, values=self.values.detach())
+        return made
+
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)

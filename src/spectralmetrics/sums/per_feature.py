@@ -184,6 +184,7 @@ class MarginalsIntake(Intake):
     """Adds batches; moves the origin to the data, ever less often."""
 
     reaches_other_devices = True
+    keeps_rows = False
 
     def __init__(self) -> None:
         self._origin_is_near = False

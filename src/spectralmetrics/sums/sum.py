@@ -218,6 +218,8 @@ class Intake(ABC):
 
     reaches_other_devices: bool = False
     """True if observations may be on a device without float64 while the sum is in the memory of the CPU."""
+    keeps_rows: bool = True
+    """False if nothing of a batch is kept but copies: its values may then belong to autograd's graph."""
     phase: float = 0.0
     """From 0 to 1; streams of different phases do their costly work at different steps."""
 
