@@ -825,6 +825,7 @@ class TestWhatIsOverridden:
         ],
         "merge_state": ["self", "incoming_state"],
         "__getstate__": ["self"],
+        "__setattr__": ["self", "name", "value"],
     }
 
     def test_these_are_all(self):
@@ -833,6 +834,16 @@ class TestWhatIsOverridden:
         own = {name for each in classes for name in vars(each) if name in stock | {"update_called"}}
         made_by_python = {"__init_subclass__", "__doc__", "__module__"}
         assert own - made_by_python == set(self.OVERRIDES)
+
+    def test_a_state_is_still_set_by_a_module(self, monkeypatch):
+        stock, ours = torchmetrics.MeanMetric(), sm.CovarianceMetric()
+        ours.update(torch.randn(3, 2))
+        names, set_by_module = [], torch.nn.Module.__setattr__
+        monkeypatch.setattr(
+            torch.nn.Module, "__setattr__", lambda *each: names.append(each[1]) or set_by_module(*each)
+        )
+        stock.mean_value, ours.count = torch.ones(()), torch.tensor(7)
+        assert (names, int(ours.count)) == (["mean_value"], 7)
 
     @pytest.mark.parametrize("name", [name for name, parameters in OVERRIDES.items() if parameters])
     def test_the_method_is_there_with_the_same_parameters(self, name):

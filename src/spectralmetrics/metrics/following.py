@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from spectralmetrics.metrics.overrides import OverriddenMetric, count_of_updates
-
-_STATES: set[str] = set()  # the names of all states of all metrics
+from spectralmetrics.metrics.overrides import STATES, OverriddenMetric, count_of_updates
 
 
 def state(name: str) -> Any:
     """A property for a state; reading it first adds the waiting rows."""
-    _STATES.add(name)
+    STATES.add(name)
 
     def read(metric: FollowingMetric) -> Tensor:
         metric.flush()
@@ -51,14 +49,6 @@ class FollowingMetric(OverriddenMetric):
     _changes = 0  # number of times that the states were replaced or added to
     _by_user = 0  # number of these changes that the user made
     _seen = (0, 0)  # both numbers of the leader at the last refresh
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A collection sets all states of all its metrics whenever it is read. `torch.nn.Module` would first
-        # look for parameters, buffers and modules of that name.
-        if name in _STATES:
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def follow(self, leader: FollowingMetric) -> None:
         """Read the states of another metric from now on."""

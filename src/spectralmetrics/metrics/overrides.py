@@ -75,6 +75,8 @@ def copy_metric(metric: Metric) -> Metric:
     return copy.deepcopy(metric, {id(metric.process_group): metric.process_group})
 
 
+STATES: set[str] = set()
+"""The names of all states of all metrics of this package; each is a property."""
 _NOT_MERGED = contextlib.nullcontext()
 
 
@@ -148,7 +150,7 @@ class MergingMetric(Metric):
                 self._cache = None
             raise
 
-    def sync_context(
+    def sync_context(  # type: ignore[override]  # any context serves
         self,
         dist_sync_fn: Callable[..., Any] | None = None,
         process_group: Any | None = None,
@@ -210,6 +212,14 @@ class OverriddenMetric(MergingMetric):
     @abstractmethod
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Prepare a saved state for loading: translate names, add an error for a state that does not fit."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A collection sets all states of all its metrics whenever it is read. torchmetrics would pass each to
+        # `torch.nn.Module`, which looks for parameters, buffers and modules of that name first.
+        if name in STATES:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         # torch.compile would trace torchmetrics' bookkeeping and specialise on its counter.

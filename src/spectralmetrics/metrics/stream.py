@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import Intake, Observations, SpectralSum, Sum
+from spectralmetrics.sums.observations import detached
 
 # A stream is found by the tensor that anchors its sums, and lives as long as this tensor. There is no other
 # way: the metrics of a compute group share sums because torchmetrics sets the state tensors of one metric on
@@ -106,7 +107,7 @@ class Stream:
             for made in sums:
                 self._intakes[type(made)].meet(made)
         if self._keeps_rows:
-            observations = observations.detached()
+            observations = detached(observations)
         for each in sums:
             intake, chosen = self._intakes[type(each)], observations
             if everything is not None:

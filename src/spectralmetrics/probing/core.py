@@ -80,9 +80,7 @@ class Core:
         if here.is_observing or in_backward():
             return None
         stage, current = self.steps.stage_of(training), here.current
-        if stage is None:
-            return None
-        if current is not None and not current.is_observed and self._passes(stage, name):
+        if stage is None or (current and not current.is_observed and self._passes(stage, name)):
             return None
         if self.is_merged and not is_idle:
             is_idle = self._is_closed(name)

@@ -122,14 +122,6 @@ class Observations:
         positions.append(index)
         return Observations(moved[tuple(reversed(positions))], -1, *fields)
 
-    def detached(self) -> Observations:
-        """The observations outside of autograd's graph; fast, as :func:`plain_observations` is."""
-        if not self.values.requires_grad:
-            return self
-        made = object.__new__(Observations)
-        made.__dict__.update(self.__dict__, values=self.values.detach())
-        return made
-
     def to(self, device: torch.device) -> Observations:
         """The observations on another device."""
         valid = None if self.valid is None else self.valid.to(device)
@@ -153,6 +145,19 @@ def plain_observations(values: Tensor, feature_dim: int = -1) -> Observations:
     # A frozen dataclass sets each field by a call. Fields not set here have the defaults of the class.
     fields = made.__dict__
     fields["values"], fields["feature_dim"] = values, feature_dim
+    return made
+
+
+def detached(observations: Observations) -> Observations:
+    """The observations outside of autograd's graph; fast, as :func:`plain_observations` is.
+
+    >>> detached(plain_observations(torch.zeros(8, 3, requires_grad=True))).values.requires_grad
+    False
+    """
+    if not observations.values.requires_grad:
+        return observations
+    made = object.__new__(Observations)
+    made.__dict__.update(observations.__dict__, values=observations.values.detach())
     return made
 
 
