@@ -280,6 +280,22 @@ def test_every_gradient_arrives_once(backend, reentrant):
     assert int(probe["eval", "a"].Rows._update_count) == (1 if backend else 2)
 
 
+def test_compiled_autograd_does_not_trace_the_hooks_of_eager_code():
+    from torch._dynamo.compiled_autograd import _enable  # as torchtitan does, by way of torch._dynamo.utils
+
+    layer = nn.Linear(3, 2).double()
+    probe = LayerProbe(layer, sm.CovarianceMetric(), observe="gradients")
+    inputs, gradients = given(4, 3), []
+    for scale in (1, 2, 3):
+        output = layer(scale * inputs)
+        gradients.append(2 * output.detach())
+        with _enable(torch.compile(backend="aot_eager")):
+            output.square().sum().backward()
+    found = probe["train", "Linear"]["covariance"]
+    assert int(found.count) == 12
+    torch.testing.assert_close(found.compute(), torch.cat(gradients).T.cov(correction=0), rtol=1e-12, atol=0)
+
+
 class Table(nn.Module):
     """A layer that returns a parameter."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from spectralmetrics.probing.compilation import TAGS, observer_of
-from spectralmetrics.torch_private import Version, without_modes
+from spectralmetrics.torch_private import Version, untraced, without_modes
 
 _CHANGED_INPUT = "its output is a view of its input, and what comes behind the layer changes it in place"
 
@@ -86,6 +86,7 @@ class Arrival:
         self.form = form
         self.has_come = False
 
+    @untraced  # compiled autograd would trace it
     def __call__(self, gradient: Tensor) -> None:
         """See ``torch.Tensor.register_hook``."""
         self.has_come = True
@@ -113,6 +114,7 @@ class BaseArrival:
         self._version = Version(values)
         self._why = _CHANGED_INPUT if is_input else ""  # an input's gradient has other summands
 
+    @untraced  # compiled autograd would trace it
     def __call__(self, gradient: Tensor) -> None:
         """See ``torch.Tensor.register_hook``."""
         # Autograd finishes a view before it comes to the base.
