@@ -129,7 +129,7 @@ def test_a_failed_forward_is_left_again():
         else:
             model(torch.randn(2, 3), False)
     assert count(probe, "layer") == 10 * 2
-    assert probe._steps.thread.current is None
+    assert probe._steps.thread.here.current is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

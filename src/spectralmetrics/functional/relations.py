@@ -372,7 +372,7 @@ def _gram(rows: Tensor, valid: Tensor | None) -> Tensor:
         # Cast first: an operation between two dtypes takes many times longer.
         wide = block.to(torch.float64)
         # Subtract a sample first: equal rows give exact zeros, and a far mean costs no digits.
-        first = wide.index_select(0, _first(usable_rows(wide) if valid is None else valid))
+        first = wide.index_select(0, first_of(usable_rows(wide) if valid is None else valid))
         moved = wide - torch.where(first.abs() <= _LARGEST, first, 0.0)
         products.addmm_(moved, moved.mT)
     return products
