@@ -94,9 +94,8 @@ class Beside(ABC):
         if not self.given:
             return None
         own = self._thread.given
-        return (
-            own if own is not None else next(reversed(self.given), None)
-        )  # None if that thread has just ended
+        # None if that other thread has just ended.
+        return own if own is not None else next(reversed(self.given), None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_named": self._named}  # no model runs beside a copy
