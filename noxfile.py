@@ -47,7 +47,7 @@ ON_ANY_BUT_TORCH = (
 OTHER_LIBRARIES = tuple(
     each
     for each in PROJECT["optional-dependencies"]["test"]
-    if each.startswith(("delve", "hatchling", "hypothesis", "pytest", "pytorch-cka", "scikit-learn"))
+    if each.startswith(("delve", "hatch", "hypothesis", "pytest", "pytorch-cka", "scikit-learn"))
 )
 
 # Workers whose threads wait for each other's cores take twice as long.

@@ -22,7 +22,7 @@ readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 names: dict = {}
 exec(quick_start, names)
 saturations = {key: round(float(value), 3) for key, value in names["probe"].compute("eval").items()}
-assert len(saturations) == 3, saturations
+assert len(saturations) == 4, saturations
 assert all(0 < value <= 1 for value in saturations.values()), saturations
 
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
