@@ -35,6 +35,7 @@ def check_real(name: str, value: object) -> None:
 def are_all_finite(values: Tensor) -> bool:
     """True if a tensor of real numbers holds no NaN and no infinity; reads from the device once, or twice.
 
+    >>> import torch
     >>> are_all_finite(torch.tensor([1e38, 3e38])), are_all_finite(torch.tensor([0.0, torch.nan]))
     (True, False)
     """
