@@ -116,6 +116,23 @@ def test_dead_features_are_counted(dead, words):
     assert words in probe.summary().rows[0].stands_out
 
 
+@pytest.mark.parametrize("kind", [sm.IntrinsicDimensionMetric, sm.SaturationMetric])
+def test_about_zero_both_columns_and_the_title_are(kind):
+    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) + 100
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+    for center, dimension, words in (
+        (True, 4, ", dimension at 99 % of the variance"),
+        (False, 1, ", dimension about zero at 99 % of the second moment"),
+    ):
+        with LayerProbe(model, kind(center=center)) as probe:
+            model(rows)
+            summary = probe.summary("train", kind.short_name)
+        assert summary.rows[0].saturation == dimension / 4
+        assert summary.title.endswith(words)
+
+
 def test_without_a_threshold_of_its_own_it_is_99_per_cent():
     model = nn.Sequential(nn.Identity()).eval()
     probe = LayerProbe(model, sm.EffectiveRankMetric(), layers="0")

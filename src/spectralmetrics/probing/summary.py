@@ -44,7 +44,7 @@ class SummaryRow(NamedTuple):
         value: the value of the statistic.
         low: the lower end of its interval; NaN without folds.
         high: the upper end of its interval; NaN without folds or while a fold is empty.
-        saturation: the intrinsic dimension as a share of D.
+        saturation: the intrinsic dimension as a share of D; where the value is either, that of the value.
         sufficient_width: number of directions that hold the threshold's share of the variance: the upper end
             of the intrinsic dimension, or the dimension itself without folds.
         stands_out: the layer's findings in words; empty without any.
@@ -231,7 +231,9 @@ def summary_of(
         )
         for row, _ in rows
     ]
-    title = f"{where}, dimension at {percent(threshold)} of the variance"
+    is_about_zero = metric.short_name in ("intrinsic_dimension", "saturation") and not metric.center
+    kind, whole = ("dimension about zero", "second moment") if is_about_zero else ("dimension", "variance")
+    title = f"{where}, {kind} at {percent(threshold)} of the {whole}"
     return Summary(complete, title, metric.short_name, findings)
 
 
@@ -262,6 +264,8 @@ def _row(numbers: LayerNumbers, about_mean: Spectrum, facts: LayerFacts, metric:
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"
         )
     dimension, _, end = numbers.dimension
+    # A shown dimension may be about zero, or by another rule: the saturation beside it is its own.
+    own = {"intrinsic_dimension": value.item() / numbers.width, "saturation": value.item()}
     enough = end if numbers.has_interval and not math.isnan(end) else numbers.known_dimension
     return SummaryRow(
         numbers.layer,
@@ -272,7 +276,7 @@ def _row(numbers: LayerNumbers, about_mean: Spectrum, facts: LayerFacts, metric:
         value.item(),
         low,
         high,
-        dimension / numbers.width,
+        own.get(metric.short_name, dimension / numbers.width),
         int(enough),
         unread,
     )
