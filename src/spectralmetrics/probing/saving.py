@@ -65,7 +65,8 @@ def load_progress(
         )
     for place, (forwards, samples, epoch, given_up, *more) in zip(places, progress.tolist(), strict=True):
         # Up to 0.2.0 there was no more.
-        ran, is_sketched = (*more, *(forwards, False)[len(more) :])
+        more += (forwards, False)[len(more) :]
+        ran, is_sketched = more
         if is_sketched and size is not None and not place.is_sketched:
             place.sketch(size)
         place.forwards, place.samples, place.epoch, place.ran = forwards, samples, epoch, ran
