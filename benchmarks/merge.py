@@ -66,7 +66,7 @@ def process(rank, world, folder, rounds):
             int(next(iter(probe["train", layer].values(copy_state=False))).count)
 
     def fused():
-        with probe._merged_states(["train"]):
+        with probe._merged_states("compute", ["train"]):
             pass
 
     def one_by_one():

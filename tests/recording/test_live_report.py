@@ -1,6 +1,5 @@
 """The report beside a run that goes on, in a real browser."""
 
-import contextlib
 import os
 import re
 import time
@@ -57,13 +56,24 @@ def visit(run):
         found.leave()
 
 
+def patiently(function, *arguments, timeout=20):
+    """The result of a call on a page that may reload meanwhile; such calls are made again."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return function(*arguments)
+        except playwright.Error:  # between one document and the next
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 def wait(page, condition, timeout=20):
     """Until a condition holds in whatever the page has loaded by then."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        with contextlib.suppress(playwright.Error):  # between one document and the next
-            if page.evaluate(condition):
-                return
+        if patiently(page.evaluate, condition):
+            return
         page.wait_for_timeout(50)
     pytest.fail(f"not within {timeout} s: {condition}")
 
@@ -89,32 +99,34 @@ def test_a_record_arrives_and_what_was_chosen_is_kept(run, visit):
         Alarm(310, Finding("train", "2", "collapsed", "problem", "collapsed: <b>x</b>", 0.1), 0.5)
     )
     wait(page, "page.epochs.length === 3")
-    assert page.evaluate("current.epoch") == 2  # the newest, as before
+    assert patiently(page.evaluate, "current.epoch") == 2  # the newest, as before
     run.record()
     wait(page, "page.epochs.length === 4 && current.epoch === 3")
     assert page.locator("#alarm-list li").all_text_contents() == ["step 310: '2' in train: collapsed: <b>x</b>"]
-    visit.settle()
-    page.evaluate("choose({ epoch: 1, layer: 2, threshold: 5 })")
+    patiently(visit.settle)
+    patiently(page.evaluate, "choose({ epoch: 1, layer: 2, threshold: 5 })")
     page.locator("#theme").select_option("dark")
     page.locator("#headings button").first.click()
-    page.evaluate("document.getElementById('epoch').focus({ preventScroll: true }); scrollTo(0, 700)")
-    visit.settle()
-    place = page.evaluate("scrollY")
+    patiently(
+        page.evaluate, "document.getElementById('epoch').focus({ preventScroll: true }); scrollTo(0, 700)"
+    )
+    patiently(visit.settle)
+    place = patiently(page.evaluate, "scrollY")
     assert place > 300
-    page.evaluate("window.marked = true")
+    patiently(page.evaluate, "window.marked = true")
     run.record()
     wait(page, "!window.marked && page.epochs?.length === 5")
-    visit.settle()
-    chosen = page.evaluate(
-        "[current.epoch, current.layer, current.threshold, document.activeElement.id, scrollY]"
+    patiently(visit.settle)
+    chosen = patiently(
+        page.evaluate, "[current.epoch, current.layer, current.threshold, document.activeElement.id, scrollY]"
     )
     assert chosen == [1, 2, 5, "epoch", place]
-    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-    assert page.evaluate("sorting.title") == "layer"
+    assert patiently(page.evaluate, "document.documentElement.dataset.theme") == "dark"
+    assert patiently(page.evaluate, "sorting.title") == "layer"
     run.recorder.close()
     wait(page, "document.documentElement.dataset.refresh === ''")
     page.wait_for_timeout(700)
-    visit.settle()
+    patiently(visit.settle)
     assert page.locator("#live").is_hidden()
 
 
@@ -126,8 +138,8 @@ def test_half_a_record_is_never_seen(run, visit, monkeypatch):
     def looking(source, target):
         if str(target).endswith("report.html"):
             visit.page.reload()
-            visit.settle()
-            assert visit.page.evaluate("page.epochs.length") == 1
+            patiently(visit.settle)
+            assert patiently(visit.page.evaluate, "page.epochs.length") == 1
             raise OSError(28, "No space left on device")
         replace(source, target)
 
