@@ -327,7 +327,8 @@ def _pairs_of_numbers(numbers: Mapping[str, Sequence[float | None]]) -> list[str
 def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The largest changes, and what could not be compared, in a few lines."""
     if rows and _are_equal(rows):
-        return wrapped(f"No difference: {_LAYERS[len(rows) == 1]} the same numbers and the same covariance.")
+        who = "the layer has" if len(rows) == 1 else "all layers have"
+        return wrapped(f"No difference: {who} the same numbers and the same covariance.")
     lines = []
     if not units_correspond(rows):
         lines += wrapped(
@@ -360,9 +361,6 @@ def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for note, layers in reasons.items():
         lines += _listing(f"{note[0].upper()}{note[1:]}: ", layers)
     return lines
-
-
-_LAYERS = {True: "the layer has", False: "all layers have"}
 
 
 def _statistics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
