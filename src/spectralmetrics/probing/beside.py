@@ -97,12 +97,8 @@ class Beside(ABC):
         # None if that other thread has just ended.
         return own if own is not None else next(reversed(self.given), None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_named": self._named}  # no model runs beside a copy
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Beside.__init__(self)
-        self.__dict__.update(state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # no model runs beside a copy
 
 
 class Masks(Beside):

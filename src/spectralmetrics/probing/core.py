@@ -40,12 +40,10 @@ from torch import nn
 
 from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.hooks import Select, how_it_runs, undisturbed, warn_user
-from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Alone, Meshes
 from spectralmetrics.probing.parts import reason_of
-from spectralmetrics.probing.plain import Plain
-from spectralmetrics.probing.rules import Batch, ObservationRule
-from spectralmetrics.probing.sampling import draw
+from spectralmetrics.probing.rules import Batch, ObservationRule, Plain
+from spectralmetrics.probing.sampling import Limits, draw
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums.observations import of_forward
 from spectralmetrics.torch_private import in_backward
@@ -157,7 +155,8 @@ class Core:
         limits.check_width(of_layer, observations.num_features)
         if moment.number is not None:
             observations = of_forward(observations, moment.number, moment.step)
-        size, seed = limits.draws(of_layer, observations.num_features, limit, moment.forward, self.steps)
+        width, allowed = observations.num_features, self.steps.rows_per_feature
+        size, seed = limits.draws(of_layer, width, limit, moment.forward, allowed)
         everything = None
         if size is not None:
             everything, observations = observations, draw(observations, size, seed)

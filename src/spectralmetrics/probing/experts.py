@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from spectralmetrics.layers import register_layer
 from spectralmetrics.probing.beside import Labels, Masks
+from spectralmetrics.probing.outputs import Routed, arguments_of
 from spectralmetrics.probing.parts import LeftOut, Span, Split, is_dtensor, own_of, part_of, sent_rows
-from spectralmetrics.probing.routed import Routed, arguments_of
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.probing.selection import Selectors, named_modules, select_among, unwrap
 from spectralmetrics.sums import Observations
@@ -162,11 +162,6 @@ class Pairs:
     index: int
 
     @property
-    def splits(self) -> tuple[Split, ...]:
-        """The placement of the expert's output."""
-        return self.calls.splits
-
-    @property
     def tokens(self) -> Tensor:
         """(n,), the indices of this expert's tokens."""
         return self.calls.tokens_of(self.number)
@@ -176,15 +171,6 @@ class Pairs:
         """The tokens that these were drawn from; None where none was drawn or no sum takes all rows."""
         whole = self.calls.whole
         return None if whole is None else Pairs(whole.states, whole, self.number, self.index)
-
-    @property
-    def labels(self) -> Tensor | None:
-        """(T,), the labels of all tokens; None without labels."""
-        return self.calls.labels
-
-    def outputs(self, tokens: Tensor) -> Tensor:
-        """(n, D), the expert's output for some tokens, or this process' summand of it."""
-        return self.calls.outputs(tokens, self.index)
 
 
 class Calls:
@@ -275,7 +261,7 @@ class Calls:
         self._by_expert += [torch.cat(places[expert::number]) for expert in range(number)]
 
     def outputs(self, tokens: Tensor, index: int) -> Tensor:
-        """See :meth:`Pairs.outputs`."""
+        """(n, D), an expert's output for some tokens, or this process' summand of it."""
         states = self.states[tokens]
         if not len(tokens):
             return states

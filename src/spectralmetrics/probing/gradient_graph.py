@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from spectralmetrics.probing.compilation import TAGS, observer_of
+from spectralmetrics.probing.outputs import TAGS, observer_of
 from spectralmetrics.torch_private import Version, untraced, without_modes
 
 _CHANGED_INPUT = "its output is a view of its input, and what comes behind the layer changes it in place"

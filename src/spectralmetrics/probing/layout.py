@@ -140,11 +140,7 @@ def find_dims(
 ) -> dict[str, FeatureDim]:
     """Finds the features of a model's layers: by their types, or else by the layers around them.
 
-    Args:
-        model: the model that they are part of.
-        layers: layers by qualified name.
-        batch_first: True or False takes three dimensions for a sequence where the layout is in doubt.
-        of_inputs: True for the inputs of the layers, in place of their outputs.
+    ``batch_first``, True or False, takes three dimensions for a sequence where the layout is in doubt.
 
     >>> model = nn.Sequential(nn.Conv1d(3, 16, 5), nn.GELU())
     >>> find_dims(model, {"1": model[1]})["1"].dim

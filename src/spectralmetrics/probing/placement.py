@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.parts import LeftOut, Part, Span, Split, exchange, own_of
+from spectralmetrics.probing.processes import is_one_of_several
 from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.sums import Observations
-from spectralmetrics.torch_private import is_context_parallel
 
 
 class Placed(NamedTuple):
@@ -160,9 +159,8 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
 
 
 def has_some_positions(batch: Batch) -> bool:
-    """True inside ``context_parallel`` if this process has some positions of each sample of a batch."""
-    is_whole = batch.kind == "rows" or batch.is_feature_map
-    return is_context_parallel() and not is_whole and is_one_of_several()
+    """True if this process has only some positions of each sample of a batch, inside ``context_parallel``."""
+    return batch.kind != "rows" and not batch.is_feature_map and is_one_of_several()
 
 
 def whole_sample_setting(whole: Batch, rule: ObservationRule) -> str:

@@ -15,8 +15,8 @@ from torchmetrics import Metric
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
+from spectralmetrics.probing.facts import Key
 from spectralmetrics.probing.hooks import level_of_user
-from spectralmetrics.probing.keys import Key
 from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
 from spectralmetrics.torch_private import ignores_hooks
