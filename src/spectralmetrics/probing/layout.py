@@ -280,12 +280,8 @@ def find_layout(
 ) -> Layout:
     """The layout of layers, by their types and by the layers around them.
 
-    Args:
-        model: the model that they are part of.
-        layers: layers by qualified name.
-        batch_first: the user's argument; None goes by the modules around a layer.
-        selected: layers whose output a user's function selects: only the shape decides there.
-        of_inputs: True for the inputs of the layers, in place of their outputs.
+    None for ``batch_first`` goes by the modules around a layer. Where a user's function selects from a layer's
+    output, only the shape decides.
 
     >>> encoder = nn.TransformerEncoderLayer(8, 2)  # time first, as its type says
     >>> find_layout(encoder, {"linear1": encoder.linear1}, None, ()).time_first

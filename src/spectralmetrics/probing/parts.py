@@ -193,6 +193,8 @@ def part_of(values: Any) -> Part:
 PLACED = "placed "
 """Prefix of the kind of a DTensor that was taken apart."""
 
+_KINDS = ("Shard", "Replicate", "Partial")
+
 
 def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
     """Plain tensors of a DTensor and a kind, from which :func:`part_from` makes a part; traced by Dynamo.
@@ -202,7 +204,7 @@ def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
     kinds, mesh = [], values.device_mesh
     for dim, placement in enumerate(values.placements):
         kind = type(placement).__name__ if mesh.size(dim) > 1 else "Replicate"
-        if kind not in ("Shard", "Replicate", "Partial"):
+        if kind not in _KINDS:
             return [], f"a compiled layer whose output is placed as {kind} cannot be observed"
         detail = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
         kinds.append(f"{kind}:{detail}")
@@ -226,14 +228,12 @@ def part_from(parts: Sequence[Tensor], kind: str) -> Part:
 
 
 def _split_of(group: Any, placement: Any, ndim: int) -> Split:
-    kind = type(placement).__name__
-    if kind == "Shard":
-        return Split.along(group, placement.dim % ndim)
-    if kind == "Replicate":
-        return Split.along(group)
-    if kind == "Partial":
-        return Split.along(group, op=placement.reduce_op)
-    raise LeftOut(f"its placement is {placement}; of a DTensor, Shard, Replicate and Partial can be observed")
+    if type(placement).__name__ not in _KINDS:
+        raise LeftOut(
+            f"its placement is {placement}; of a DTensor, Shard, Replicate and Partial can be observed"
+        )
+    dim = getattr(placement, "dim", None)
+    return Split.along(group, None if dim is None else dim % ndim, getattr(placement, "reduce_op", ""))
 
 
 def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor:

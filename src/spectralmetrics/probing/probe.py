@@ -520,7 +520,8 @@ class LayerProbe(nn.Module):
         return values
 
     def _nothing_in(self, stages: Sequence[str]) -> str:
-        return nothing_observed(stages, self._places.values(), self._is_off, self.budget, self.observe)
+        is_off = bool(self._router.paused or not self._hooks)
+        return nothing_observed(stages, self._places.values(), is_off, self.budget, self.observe)
 
     @contextlib.contextmanager
     def _agreed(
@@ -658,7 +659,7 @@ class LayerProbe(nn.Module):
             group,
             describe,
             places,
-            self._guest,
+            lambda stage, layer: LayerMetrics(stage, layer, collect(self._templates), 0),
             self._kept,
             self._identity,
             self._alike,
@@ -667,10 +668,6 @@ class LayerProbe(nn.Module):
         )
         self._steps.agree_on_plans(group)
         return agreement
-
-    def _guest(self, stage: str, layer: str) -> LayerMetrics:
-        """The metrics of a layer of another process."""
-        return LayerMetrics(stage, layer, collect(self._templates), 0)
 
     def _place(self, stage: str, layer: str) -> LayerMetrics:
         return self._places[stage, layer] if self._guests is None else self._guests.places[stage, layer]
@@ -911,10 +908,6 @@ class LayerProbe(nn.Module):
             if covariances is None:
                 warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=level_of_user())
         return covariances or {}
-
-    @property
-    def _is_off(self) -> bool:
-        return bool(self._router.paused or not self._hooks)
 
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""

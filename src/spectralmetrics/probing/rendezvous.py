@@ -14,6 +14,7 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spectralmetrics.functional.together import read_together
 from spectralmetrics.probing.parts import is_dtensor
 from spectralmetrics.probing.processes import digest, extremes, is_one_of_several
 from spectralmetrics.torch_private import default_store, spec_of_part
@@ -127,6 +129,7 @@ def weights_checksum(module: nn.Module) -> int:
     return sum(checksum(each) for each in plain) % 2**62
 
 
+@dataclass
 class _Probes:
     """The probes of this process in one default process group.
 
@@ -135,9 +138,8 @@ class _Probes:
         read: ranks of processes that read probes together -> the number of probes that they have read.
     """
 
-    def __init__(self) -> None:
-        self.made = 0
-        self.read: Counter[tuple[int, ...]] = Counter()
+    made: int = 0
+    read: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
 
 _MADE: weakref.WeakKeyDictionary[Any, _Probes] = weakref.WeakKeyDictionary()
@@ -219,7 +221,7 @@ class Identity:
                 flat = weight.detach().reshape(-1)
                 step = max(len(flat) // _SAMPLES, 1)
                 weights[name] = module, weight, flat[::step][:_SAMPLES].to(torch.float32)
-        numbers = iter(_brought([samples for _, _, samples in weights.values()]))
+        numbers = iter(read_together([samples for _, _, samples in weights.values()]))
         return {
             name: Weights(type(module).__name__, tuple(weight.shape), tuple(next(numbers)))
             for name, (module, weight, _) in weights.items()
@@ -274,17 +276,6 @@ def _weight(module: nn.Module) -> Tensor | None:
         if parameter.ndim >= 2 and parameter.numel():  # a shard of the first FSDP is flat
             return parameter
     return None
-
-
-def _brought(samples: Sequence[Tensor]) -> list[list[float]]:
-    """The numbers in these tensors, with one transfer for each device."""
-    by_place: dict[int, list[float]] = {}
-    for device in {each.device for each in samples}:
-        here = [place for place, each in enumerate(samples) if each.device == device]
-        numbers = torch.cat([samples[place] for place in here]).tolist()
-        for place in here:
-            by_place[place] = [numbers.pop(0) for _ in range(len(samples[place]))]
-    return [by_place[place] for place in range(len(samples))]
 
 
 def _key(rank: int, number: int) -> str:
