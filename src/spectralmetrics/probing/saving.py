@@ -188,17 +188,14 @@ class Sharded:
 
     def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
         """Sums of this process' layers: loaded here, or by a process that does not probe the layer."""
-        if agreement is None:
-            missing = sorted({layer for _, layer in held.keys() - self._places.keys()})
-        else:
-            gathered = gather_objects((list(held), list(self._places)), agreement.group)
-            targets: dict[Place, int] = {}
-            for rank, (loaded, _) in enumerate(gathered):
-                for place in loaded:
-                    probing = [other for other, (_, probed) in enumerate(gathered) if place in probed]
-                    targets[place] = rank if rank in probing else min(probing, default=-1)
-            missing = sorted({layer for (_, layer), target in targets.items() if target < 0})
-        if missing:
+        own = list(held), list(self._places)
+        gathered = [own] if agreement is None else gather_objects(own, agreement.group)
+        targets: dict[Place, int] = {}
+        for rank, (loaded, _) in enumerate(gathered):
+            for place in loaded:
+                probing = [other for other, (_, probed) in enumerate(gathered) if place in probed]
+                targets[place] = rank if rank in probing else min(probing, default=-1)
+        if missing := sorted({layer for (_, layer), target in targets.items() if target < 0}):
             raise ValueError(
                 "expected the sums of layers that this probe has on some process, got sums of"
                 f" {', '.join(map(repr, missing))}"
@@ -209,13 +206,9 @@ class Sharded:
         to_send = [(rank, place) for rank, place in pairs if targets[place] != rank]
         delivered = {place: packed for place, packed in held.items() if targets[place] == agreement.rank}
         for rank, place in to_send:  # one at a time: they may be large
-            (packed,) = [
-                each
-                for each in gather_objects(held[place] if rank == agreement.rank else None, agreement.group)
-                if each is not None
-            ]
+            sent = gather_objects(held[place] if rank == agreement.rank else None, agreement.group)
             if targets[place] == agreement.rank:
-                delivered[place] = packed
+                delivered[place] = sent[rank]
         return delivered
 
     def _progress(self) -> dict[str, Any]:
