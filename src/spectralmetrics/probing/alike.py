@@ -84,7 +84,7 @@ class Alike:
         self._take_over()
 
     def check(self, groups: Sequence[Any]) -> None:
-        """Compare the settings of all processes of some groups, once; a LeftOut if they differ."""
+        """Compare once the settings of the processes of some groups, which all call it; a LeftOut if they differ."""
         names = tuple(group.group_name for group in groups)
         if names not in self._results:
             self._results[names] = self._compare(groups)

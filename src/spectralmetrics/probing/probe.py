@@ -268,8 +268,8 @@ class LayerProbe(nn.Module):
         # Folds and histories need the numbers of forwards.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
         others = {**vars(self.rule), "metrics": tuple(described(*each) for each in templates.items())}
-        self._alike = Alike(self._limits, self._steps, others)
-        meshes = Meshes(unwrap(model), list(chosen), set(selected), is_of_inputs, self._alike)
+        alike = Alike(self._limits, self._steps, others)
+        meshes = Meshes(unwrap(model), list(chosen), set(selected), is_of_inputs, alike)
         self._steps.shares = meshes.shares
         router = GradientRouter if observe == "gradients" else Router
         self._router = router(
@@ -638,6 +638,7 @@ class LayerProbe(nn.Module):
     ) -> Agreement:
         """The agreement of a group's processes on some stages; an error of one process is raised on all."""
         places = {place: each for place, each in self._places.items() if place[0] in stages}
+        meshes = self._router.meshes
 
         def describe() -> Catalogue:
             if error is not None:
@@ -652,7 +653,7 @@ class LayerProbe(nn.Module):
                 {name: self._router.facts[name] for name in self._layers},
                 tuple(self._router.order),
                 {place: each.widths() for place, each in places.items()},
-                self._alike.settings() if self._router.meshes.active else None,
+                meshes.alike.settings() if meshes.active else None,
             )
 
         agreement = agree_on_layers(
@@ -662,7 +663,7 @@ class LayerProbe(nn.Module):
             lambda stage, layer: LayerMetrics(stage, layer, collect(self._templates), 0),
             self._kept,
             self._identity,
-            self._alike,
+            meshes.alike,
             takes_all=takes_all,
             keeps_own=keeps_own,
         )
