@@ -19,7 +19,7 @@ Everything else is in other files and joins at one of these seams, which :class:
 
 - ``steps``: stages, sampling and budgets; ``limits``: how many rows and features;
 - ``meshes``: processes that share the forwards of a layer;
-- ``_passes``: forwards that are not observed, in few steps; ``_around``: the time that observing takes;
+- ``observe``: forwards that are not observed, in few steps; ``_around``: the time that observing takes;
 - ``take_again``: outputs like the last one, in few steps;
 - ``_begin``: checks in the first forward of a layer;
 - ``_moment``: sampling, histories, folds, masks and labels;
@@ -73,12 +73,11 @@ class Core:
         is_idle = self.paused > 0
         if is_idle and not self.meshes.concerns(output):
             return None
-        here = self.thread.here
         # In backward this is a checkpoint's recomputation, and the forward has been counted.
-        if here.is_observing or in_backward():
+        if self.thread.here.is_observing or in_backward():
             return None
-        stage, current = self.steps.stage_of(training), here.current
-        if stage is None or (current and not current.is_observed and self._passes(stage, name)):
+        stage = self.steps.stage_of(training)
+        if stage is None:
             return None
         if self.is_merged and not is_idle:
             is_idle = self._is_closed(name)
@@ -174,9 +173,6 @@ class Core:
         return False
 
     # -- seams, as a plain eager model needs them --------------------------------------------------------
-
-    def _passes(self, stage: str, name: str) -> bool:
-        return False
 
     def _around(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
         return undisturbed(output)

@@ -136,16 +136,17 @@ class Hooks:
         leave_out_of_copies(module)
 
 
-def weakly(method: Any, where: Any) -> Observe:
-    """Make a function that calls a bound method, with ``where`` in front, as long as its object exists."""
-    owner_of, function = weakref.ref(method.__self__), method.__func__
+class weakly:  # noqa: N801  # used like functools.partial
+    """Calls a bound method, with ``where`` in front, as long as the method's object exists."""
 
-    def observe(module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        owner = owner_of()
+    def __init__(self, method: Any, where: Any) -> None:
+        self.owner_of, self.function, self.where = weakref.ref(method.__self__), method.__func__, where
+
+    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """See :data:`Observe`."""
+        owner = self.owner_of()
         if owner is not None:
-            function(owner, where, module, output, training, select)
-
-    return observe
+            self.function(owner, self.where, module, output, training, select)
 
 
 class Observer(OwnHook):
@@ -163,6 +164,7 @@ class Observer(OwnHook):
     ) -> None:
         self._module = weakref.ref(module)
         self._observe = observe
+        self._owner_of, self._function, self._where = _parts_of(observe)
         self._select = select
         self._needs_values = needs_values
         self._number = number_of(self)
@@ -170,7 +172,9 @@ class Observer(OwnHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """See ``torch.nn.Module.register_forward_hook``."""
         if not torch.compiler.is_compiling():
-            self._observe(module, output, module.training, self._select)
+            owner = self._owner_of()
+            if owner is not None:
+                self._function(owner, self._where, module, output, module.training, self._select)
         elif not is_exporting():
             # Nothing else of the module or of the hook is read here: each value would become a guard of the
             # graph. The gradient mode is a guard anyway. It must be read here: while the compiled graph runs,
@@ -199,6 +203,13 @@ class Observer(OwnHook):
                 output = Unobservable(f"{type(error).__name__}: {error}")
             with torch.set_grad_enabled(has_gradients):
                 self._observe(module, output, module.training, select)
+
+
+def _parts_of(observe: Observe) -> tuple[Callable[[], Any], Callable[..., Any], Any]:
+    # A hook calls the function of `weakly` itself: one call less.
+    if isinstance(observe, weakly):
+        return observe.owner_of, observe.function, observe.where
+    return lambda: observe, lambda owner, where, *arguments: observe(*arguments), None
 
 
 class Entering(OwnHook):

@@ -30,7 +30,7 @@ from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import Limits, draw
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums.observations import of_forward, plain_observations
-from spectralmetrics.torch_private import is_context_parallel, is_fake
+from spectralmetrics.torch_private import in_backward, is_context_parallel, is_fake
 
 
 class Router(Mixtures):
@@ -71,16 +71,23 @@ class Router(Mixtures):
         self.facts = {name: self._facts_of(name, module) for name, module in modules.items()}
         self.modules = {name: weakref.ref(module) for name, module in modules.items()}
 
-    def _passes(self, stage: str, name: str) -> bool:
-        of_layer = self.places[stage, name]
-        if not of_layer.forwards or self.is_merged:
-            return False
-        with self.lock:
-            of_layer.forwards += 1
-            of_layer.ran += 1
-        if self.steps.budget is not None:
-            self.steps.budget.passes(stage)
-        return True
+    def observe(self, name: str, module: nn.Module, output: Any, training: bool, select: Select | None) -> Any:
+        """See :meth:`.Core.observe`; counts an output of a forward that is not observed in few steps."""
+        if self.paused and not self.meshes.concerns(output):
+            return None
+        current = self.thread.here.current
+        if current is None or current.is_observed or self.paused or self.is_merged or in_backward():
+            return super().observe(name, module, output, training, select)
+        of_layer = self.places.get((current.stages[training], name))
+        if of_layer is None or not of_layer.forwards:
+            return super().observe(name, module, output, training, select)
+        # Without the lock: a count that two threads lose changes nothing but the rows that are drawn next.
+        of_layer.forwards += 1
+        of_layer.ran += 1
+        if current.is_news and self.steps.budget is not None:
+            current.is_news = False
+            self.steps.budget.passes(current.stage)
+        return None
 
     def _around(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
         budget = self.steps.budget
