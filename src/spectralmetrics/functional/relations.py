@@ -381,7 +381,7 @@ def _gram(rows: Tensor, valid: Tensor | None) -> Tensor:
 def _of_usual_size(rows: Tensor) -> Tensor:
     """The index of a usable row of median size, shape (1,); reads nothing from a device.
 
-    An outlier would cost the other rows their digits, and may be left out later for its values in another layer.
+    An outlier would cost the other rows their digits, and may be left out for its values in another layer.
     """
     sizes = rows.abs().sum(1)
     is_usable = sizes <= _LARGEST

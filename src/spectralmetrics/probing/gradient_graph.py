@@ -88,7 +88,7 @@ class Arrival:
 
     @untraced  # compiled autograd would trace it
     def __call__(self, gradient: Tensor | None) -> None:
-        """See ``torch.Tensor.register_hook``; None where only another output of the same operation has a gradient."""
+        """See ``torch.Tensor.register_hook``; None if the backward has no gradient for this tensor."""
         if gradient is None:
             return
         self.has_come = True
