@@ -193,6 +193,37 @@ class MergingMetric(Metric):
         self._computed = None
         self._update_count = max(self._update_count, 1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
+        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
+        def device_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(device_only, exclude_state)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, and the value
+        # computed before.
+        names = [name for name in self._defaults if prefix + name in state_dict]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        with torch.inference_mode(False):
+            for name in names:
+                setattr(self, name, getattr(self, name).detach().clone())
+        if names:
+            self._computed = None
+
 
 class OverriddenMetric(MergingMetric):
     """A ``torchmetrics.Metric`` whose states are sums, each about its own origin, and may have rows waiting."""
@@ -250,15 +281,6 @@ class OverriddenMetric(MergingMetric):
         for state in states:
             self.take_in(state)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
-        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
-        def device_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(device_only, exclude_state)
-        return self
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -269,8 +291,7 @@ class OverriddenMetric(MergingMetric):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, and accepts any
-        # shape.
+        # torchmetrics accepts any shape.
         refused: list[str] = []
         self.read_saved(state_dict, prefix, refused)
         names = [name for name in self._defaults if prefix + name in state_dict]
@@ -282,11 +303,7 @@ class OverriddenMetric(MergingMetric):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        with torch.inference_mode(False):
-            for name in names:
-                setattr(self, name, getattr(self, name).detach().clone())
         if names:
-            self._computed = None
             self._update_count = max(self._update_count, int(self.has_observed()))
 
     @abstractmethod

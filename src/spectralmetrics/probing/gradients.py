@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.gradient_graph import Arrival, BaseArrival, Form, Region, tensors_in
 from spectralmetrics.probing.hooks import Select, how_it_runs
@@ -61,6 +62,7 @@ class GradientRouter(Router):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.masks, self.labels = Masks(copies=True), Labels(copies=True)  # backward comes later
         self.scale: Any = 1.0
         self._recomputed = _Recomputed()
 
