@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import fused
-from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.about_origin import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import (
     ROWS_PER_FLOAT32_SUM,

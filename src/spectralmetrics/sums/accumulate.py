@@ -8,15 +8,14 @@ left out. Finite rows that overflow when centred or squared make the sums infini
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled, recentring
+from spectralmetrics.sums.about_origin import DenseSums
 from spectralmetrics.sums.checks import check_type
-from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
 from spectralmetrics.sums.recentring import as_rows, block_rows, clear, row_flags
@@ -144,11 +143,7 @@ def _add_compiled(
     maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
     if recentre:
         recentring.recentre_in_memory(moments, maps, valid, rounded)
-    compiled.add(moments, maps, valid, gram_dtype, functools.partial(_bytes, piece))
-
-
-def _bytes(like: Tensor, size: int) -> Tensor:
-    return workspace(like, "panels", (size,), torch.uint8)
+    compiled.add(moments, maps, valid, gram_dtype)
 
 
 def _add_if_finite(

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
-from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
+from spectralmetrics.sums.about_origin import DenseSums, rows_at_a_time, zeros
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
@@ -43,7 +43,7 @@ from spectralmetrics.sums.workspace import workspace
 
 
 @dataclass(frozen=True)
-class Moments(AboutOrigin):
+class Moments(DenseSums):
     r"""Sums over observations about an origin; the tensors are updated in place by :func:`accumulate`.
 
     Attributes:
@@ -71,11 +71,6 @@ class Moments(AboutOrigin):
     first: Tensor
     second: Tensor
 
-    @property
-    def num_features(self) -> int:
-        """The width D of an observation."""
-        return self.second.shape[0]
-
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Moments:
         """See :class:`.Sum`."""
         return empty_moments(num_features, device)
@@ -95,21 +90,14 @@ class Moments(AboutOrigin):
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`: the counts and the vector sum, then rows of the upper triangle."""
         left, right, first = _shifts(self, origin)
-        counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
-        yield Piece.of(torch.cat([counts, first]))
+        yield from map(Piece.of, (self.count, self.non_finite, first))
         for rows in _block_rows(self.num_features):
             yield Piece.of_sum(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
 
-    def _slots(self) -> Iterator[Slot]:
+    def _slots(self) -> Iterator[Tensor]:
         """See :class:`.AboutOrigin`."""
-
-        def put_first(numbers: Tensor) -> None:
-            self.count.copy_(numbers[0])
-            self.non_finite.copy_(numbers[1])
-            self.first.copy_(numbers[2:])
-
-        yield 2 + self.num_features, put_first
-        yield from (slot_of(self.second[rows, rows.start :]) for rows in _block_rows(self.num_features))
+        yield from (self.count, self.non_finite, self.first)
+        yield from (self.second[rows, rows.start :] for rows in _block_rows(self.num_features))
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -230,16 +218,8 @@ def empty_moments(num_features: int, device: torch.device | str | None = None) -
     """
     if not is_integer(num_features, 0):
         raise ValueError(f"expected num_features as an integer that is not negative, got {num_features!r}")
-    device = torch.device(device or "cpu")
-    # Tensors made in inference mode could never be updated outside it.
-    with torch.inference_mode(False):
-        return Moments(
-            count=torch.zeros((), dtype=torch.int64, device=device),
-            non_finite=torch.zeros((), dtype=torch.int64, device=device),
-            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
-            first=torch.zeros(num_features, dtype=torch.float64, device=device),
-            second=torch.zeros(num_features, num_features, dtype=torch.float64, device=device),
-        )
+    width = (num_features,)
+    return Moments(**zeros(device, count=(), non_finite=(), origin=width, first=width, second=2 * width))
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:

@@ -6,25 +6,15 @@ The sums are exact about any origin, so that it need not be the mean to the last
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled
-from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.about_origin import AboutOrigin, DenseSums
 from spectralmetrics.sums.workspace import workspace
 
 _BLOCK = 256  # features of the sums that are moved at once
-
-
-class SumsAboutOrigin(Protocol):
-    """Sums about an origin, of any kind."""
-
-    @property
-    def count(self) -> Tensor: ...  # noqa: D102
-    @property
-    def origin(self) -> Tensor: ...  # noqa: D102
 
 
 def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, dtype: torch.dtype) -> None:
@@ -76,7 +66,7 @@ def recentre_in_memory(moments: DenseSums, maps: Tensor, valid: Tensor | None, r
 
 
 def next_origin(
-    sums: SumsAboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
+    sums: AboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
 ) -> Tensor:
     """The next origin: the mean of the rows, or the present origin if the rows are too few.
 

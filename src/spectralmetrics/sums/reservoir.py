@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.sums.merging import ForReader, agree_beside
+from spectralmetrics.sums.merging import ForReader, agree
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.sum import Intake, Sum
@@ -90,7 +90,7 @@ class Reservoir(Sum):
         process that has it.
         """
         own = self.keys if self.num_features else torch.full((self.capacity,), torch.inf)
-        width, keys = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
+        width, keys = yield from agree(self.num_features, known is not None, rank, world_size, own)
         if not width:
             return known if width is None else None
         smallest = torch.topk(keys.flatten(), self.capacity, largest=False, sorted=True)

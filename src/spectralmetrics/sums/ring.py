@@ -93,7 +93,7 @@ class ForwardHistory(Sum):
         self, known: ForwardHistory | None, rank: int, world_size: int
     ) -> Generator[Tensor, Any, ForwardHistory | None]:
         """See :class:`.Sum`."""
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        width, _ = yield from agree(self.num_features, known is not None, rank, world_size)
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.ring.device)

@@ -28,8 +28,7 @@ class Sum(ABC):
     """A sum over observations: tensors, of width zero until a width is known, and settings."""
 
     states: ClassVar[Mapping[str, str]]
-    """Attribute -> name of the metric's state that holds it. The first tensor identifies the sum: it is
-    replaced whenever the sum is, and updated in place otherwise."""
+    """Attribute -> name of the metric's state that holds it; the first is the :attr:`anchor`."""
     described: ClassVar[str] = "sums"
     """The kind in words, with an article, for messages."""
     additive: ClassVar[frozenset[str]] = frozenset()
@@ -63,6 +62,12 @@ class Sum(ABC):
     def settings(self) -> tuple[object, ...]:
         """Settings that must agree for two sums to be added or shared."""
         return ()
+
+    @property
+    def anchor(self) -> Tensor:
+        """The tensor that identifies the sum: replaced whenever the sum is, and updated in place otherwise."""
+        first: Tensor = getattr(self, next(iter(self.states)))
+        return first
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names of the states."""
