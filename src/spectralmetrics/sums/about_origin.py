@@ -134,6 +134,13 @@ class DenseSums(AboutOrigin):
 
     second: Tensor
 
+    def moved_by(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors (D, 2) and (2, D) whose product added to ``second`` moves the origin by -shift; ``first`` there."""
+        # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
+        count = self.count.to(torch.float64)
+        half = self.first + 0.5 * count * shift
+        return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), self.first + count * shift
+
 
 def exchange_about_origins(sums: Any, known: Any, rank: int, world_size: int) -> Exchange:
     """The exchange of a sum whose parts (``each``) are about origins; see :meth:`.Sum.exchange`.

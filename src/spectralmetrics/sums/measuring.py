@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled, fused
-from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.observations import Observations, as_maps
 from spectralmetrics.sums.precision import has_float64, no_autocast
 
 # Memory for one piece of the rows where PyTorch does the work; on a CPU it stays in the cache.
@@ -51,7 +51,7 @@ def measure(observations: Observations, origin: Tensor) -> Measured:
     values, valid = observations.values.detach(), observations.valid
     dim = observations.feature_dim % values.ndim
     if valid is None and values.dtype in _NATIVE and origin.is_cpu and compiled.reads(values):  # the short way
-        counts, totals = compiled.measure(_as_maps(values, dim), None, origin)
+        counts, totals = compiled.measure(as_maps(values, dim), None, origin)
         result = Measured(counts, totals[:4], totals[4], origin)
         _LAST.measured = weakref.ref(observations), result
         return result
@@ -92,26 +92,14 @@ def _measure_compiled(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for piece, chosen in _pieces(values, dim, valid, None if values.dtype in _NATIVE else _CPU_PIECE_BYTES):
         piece = piece if piece.dtype in _NATIVE else piece.to(torch.float32)
-        counts, totals = compiled.measure(_as_maps(piece, dim), chosen, origin)
+        counts, totals = compiled.measure(as_maps(piece, dim), chosen, origin)
         yield counts, totals[:4], totals[4]
-
-
-def _as_maps(values: Tensor, dim: int) -> Tensor:
-    """Values as (samples, features, positions), in the same memory where the layout allows it."""
-    if values.ndim == 2:
-        rows, columns = values.stride()
-        if dim:  # (N, D) -> (1, D, N)
-            return values.as_strided((1, values.shape[1], values.shape[0]), (0, columns, rows))
-        return values[None]  # (D, N) -> (1, D, N)
-    if dim == values.ndim - 1:  # (..., D) -> (1, D, N)
-        return values.reshape(-1, values.shape[-1]).t()[None]
-    return values.movedim(dim, 1).flatten(2)  # (N, ..., D, ...) -> (N, D, positions)
 
 
 def _measure_fused(
     values: Tensor, dim: int, valid: Tensor | None, origin: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    counts, totals = fused.measure(fused.as_maps(values, dim), valid, origin)
+    counts, totals = fused.measure(as_maps(values, dim), valid, origin)
     yield counts, totals[:4], totals[4]
 
 

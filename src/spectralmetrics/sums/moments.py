@@ -89,7 +89,7 @@ class Moments(DenseSums):
 
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`: the counts and the vector sum, then rows of the upper triangle."""
-        left, right, first = _shifts(self, origin)
+        left, right, first = self.moved_by(self.origin - origin)
         yield from map(Piece.of, (self.count, self.non_finite, first))
         for rows in _block_rows(self.num_features):
             yield Piece.of_sum(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
@@ -128,7 +128,7 @@ class Moments(DenseSums):
         # As in the base class, but in two passes over the matrices.
         origin = torch.where(self.count >= other.count, self.origin, other.origin)
         (left, left_right, left_first), (right, right_right, right_first) = (
-            _shifts(each, origin) for each in (self, other)
+            each.moved_by(each.origin - origin) for each in (self, other)
         )
         second = self.second + other.second
         return Moments(
@@ -239,7 +239,7 @@ def rebase(moments: Moments, origin: Tensor) -> Moments:
     check_real("an origin", origin)
     if origin.shape != moments.origin.shape:
         raise ValueError(f"expected an origin of shape ({moments.num_features},), got {tuple(origin.shape)}")
-    left, right, first = _shifts(moments, origin)
+    left, right, first = moments.moved_by(moments.origin - origin)
     return replace(moments, origin=origin, first=first, second=torch.addmm(moments.second, left, right))
 
 
@@ -346,15 +346,6 @@ def _upper_covariance(
     # Variances cannot be negative; round-off must not make them so.
     upper.diagonal().clamp_(min=0)
     return upper
-
-
-def _shifts(moments: Moments, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two factors whose product moves the second moments to another origin, and the vector sum about it."""
-    shift = moments.origin - origin
-    count = moments.count.to(torch.float64)
-    # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
-    half = moments.first + 0.5 * count * shift
-    return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), moments.first + count * shift
 
 
 def _block_rows(width: int) -> list[slice]:

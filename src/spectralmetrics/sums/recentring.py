@@ -91,12 +91,10 @@ def _move(moments: DenseSums, origin: Tensor) -> None:
     # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
     shift = torch.where(moments.count > 0, moments.origin - origin, 0)
     if not is_read_freely(shift) or shift.any():
-        count = moments.count.to(torch.float64)
-        half = moments.first + 0.5 * count * shift
-        left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
+        left, right, first = moments.moved_by(shift)
         for start, stop in block_rows(shift, _BLOCK):
             moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
-        moments.first.add_(count * shift)
+        moments.first.copy_(first)
     moments.origin.copy_(origin)
 
 
