@@ -135,7 +135,7 @@ class DenseSums(AboutOrigin):
     second: Tensor
 
     def moved_by(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors (D, 2) and (2, D) whose product added to ``second`` moves the origin by -shift; ``first`` there."""
+        """Two factors whose product moves ``second`` to the origin minus ``shift``, and ``first`` about it."""
         # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
         count = self.count.to(torch.float64)
         half = self.first + 0.5 * count * shift

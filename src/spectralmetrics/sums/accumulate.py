@@ -104,8 +104,7 @@ def accumulate(
                 recentring.recentre(moments, piece, dim, chosen, dtype)
             if chosen is not None or not _add_if_finite(moments, piece, dim, dtype, gram_dtype, recentre):
                 centred, finite = _centre(moments, piece, dim, dtype, exactly=recentre)
-                mask = _count(moments, finite, chosen)
-                (_add_in_float32 if fast else _add_in_float64)(moments, centred, mask)
+                _add_centred(moments, centred, _count(moments, finite, chosen), fast)
 
 
 def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tensor, int, int]]:
@@ -213,10 +212,16 @@ def _count(moments: DenseSums, finite: Tensor, valid: Tensor | None) -> Tensor:
     return mask
 
 
-def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
+def _add_centred(moments: DenseSums, centred: Tensor, mask: Tensor, fast: bool) -> None:
     clear(centred, mask)
-    _multiply_in_float64(moments, centred)
-    moments.first.add_(centred.sum(0))
+    if fast:
+        # aminmax would copy a transposed view, row by row.
+        least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
+        scale = power_of_two_scale(torch.maximum(-least, most))
+        moments.first.add_(_multiply_in_float32(moments, centred, scale))
+    else:
+        _multiply_in_float64(moments, centred)
+        moments.first.add_(centred.sum(0))
 
 
 def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
@@ -224,14 +229,6 @@ def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
     width = centred.shape[1]
     for start, stop in block_rows(centred, 64 if width <= 512 else 128 if width < 1024 else 192):
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
-
-
-def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
-    clear(centred, mask)
-    # aminmax would copy a transposed view, row by row.
-    least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
-    scale = power_of_two_scale(torch.maximum(-least, most))
-    moments.first.add_(_multiply_in_float32(moments, centred, scale))
 
 
 def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | None) -> Tensor:
