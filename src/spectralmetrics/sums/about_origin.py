@@ -193,18 +193,3 @@ def rows_at_a_time(rows: int, columns: int, most: int | None = None) -> list[sli
     """Slices of a matrix' rows, each of limited bytes and at most ``most`` rows."""
     step = max(min(_ROWS_BYTES // (8 * max(columns, 1)), most or rows), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def zeros(device: torch.device | str | None, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """The tensors of a sum without observations, float64, and int64 for a count, which has no dimension.
-
-    Args:
-        device: their device; the CPU by default.
-        shapes: their names and shapes.
-    """
-    # Tensors made in inference mode could never be updated outside it.
-    with torch.inference_mode(False):
-        return {
-            name: torch.zeros(shape, dtype=torch.float64 if shape else torch.int64, device=device or "cpu")
-            for name, shape in shapes.items()
-        }

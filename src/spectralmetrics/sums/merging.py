@@ -99,18 +99,14 @@ def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int |
         reader: rank in the group of the only process that gets results, others get None; None: all get them.
     """
     everything = together(exchanges, communication_device(group))
-    received: Tensor | None = None
-    summed: Tensor
-    is_first = True
+    received: Tensor | None = None  # begins the generator
     while True:
         try:
-            packed = next(everything) if is_first else everything.send(received)
+            packed = everything.send(received)
         except StopIteration as finished:
             results: list[Any] = finished.value
             return results
-        is_first = False
-        summed = packed.as_subclass(Tensor)
-        received = summed
+        received = summed = packed.as_subclass(Tensor)
         op = dist.ReduceOp.MAX if isinstance(packed, Largest) else dist.ReduceOp.SUM
         if reader is None or not isinstance(packed, ForReader):
             dist.all_reduce(summed, op=op, group=group)
@@ -133,15 +129,14 @@ def together(
     results: list[Any] = [None] * len(exchanges)
     waiting: dict[int, Tensor | Pieces] = {}
 
-    def advance(index: int, received: Tensor | None, is_first: bool = False) -> None:
-        exchange = exchanges[index]
+    def advance(index: int, received: Tensor | None) -> None:
         try:
-            waiting[index] = next(exchange) if is_first else exchange.send(received)
+            waiting[index] = exchanges[index].send(received)
         except StopIteration as finished:
             results[index] = finished.value
 
     for index in range(len(exchanges)):
-        advance(index, None, is_first=True)
+        advance(index, None)
     while waiting:
         # Tensors that are reduced by their maximum travel alone.
         largest = sorted(index for index, each in waiting.items() if isinstance(each, Largest))

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
-from spectralmetrics.sums.about_origin import DenseSums, rows_at_a_time, zeros
+from spectralmetrics.sums.about_origin import DenseSums, rows_at_a_time
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
+from spectralmetrics.sums.sum import zeros
 from spectralmetrics.sums.workspace import workspace
 
 
@@ -259,11 +260,7 @@ def merge(left: Moments, right: Moments) -> Moments:
     for name, side in (("left", left), ("right", right)):
         check_type(name, side, Moments)
     if 0 in (left.num_features, right.num_features):
-        known, other = (left, right) if left.num_features else (right, left)
-        left_out = known.non_finite + other.non_finite
-        return Moments(
-            *(each.clone() for each in (known.count, left_out, known.origin, known.first, known.second))
-        )
+        return left.merged(right).map(torch.clone)
     if left.num_features != right.num_features:
         raise ValueError(f"expected moments of one width, got {left.num_features} and {right.num_features}")
     return left.together_with(right)

@@ -17,20 +17,20 @@ are not zero and the largest :math:`|x|`. On x86-64 the pass is compiled, see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin, zeros
+from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.measuring import measure
 from spectralmetrics.sums.merging import ForReader, Largest, agree
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.recentring import first_of, next_origin
-from spectralmetrics.sums.sum import Intake
+from spectralmetrics.sums.sum import Exchange, Intake, zeros
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,7 @@ class Marginals(AboutOrigin):
         """See :class:`.AboutOrigin`."""
         return replace(super().together_with(other), largest=torch.maximum(self.largest, other.largest))
 
-    def exchange(
-        self, known: Marginals | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor | None, Marginals | None]:
+    def exchange(self, known: Marginals | None, rank: int, world_size: int) -> Exchange:
         """See :class:`.Sum`.
 
         The origin is the mean of the process with most observations, so that features which are constant
@@ -120,7 +118,6 @@ class Marginals(AboutOrigin):
         if rank == int(counts.argmax()):
             mean = mine.origin + mine.first / mine.count.clamp(min=1)
         extremes = yield torch.stack([mine.largest, mean]).as_subclass(Largest)
-        assert extremes is not None
         largest, origin = extremes
         numbers = torch.stack([mine.count, mine.non_finite]).to(torch.float64)
         received = yield torch.cat([numbers, mine.about(origin).totals.flatten()]).as_subclass(ForReader)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin, rows_at_a_time, zeros
+from spectralmetrics.sums.about_origin import AboutOrigin, rows_at_a_time
 from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
 from spectralmetrics.sums.intake import DenseIntake, products_dtype
 from spectralmetrics.sums.merging import Piece
@@ -41,6 +41,7 @@ from spectralmetrics.sums.precision import (
     power_of_two_scale,
 )
 from spectralmetrics.sums.recentring import first_of, next_origin
+from spectralmetrics.sums.sum import zeros
 
 # Features in a block of a product. The block's result stays in the cache until it is added.
 _FEATURES_PER_PRODUCT = 4096

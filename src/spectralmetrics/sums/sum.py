@@ -249,3 +249,18 @@ class Intake(ABC):
 def kinds() -> tuple[type[Sum], ...]:
     """All kinds of sums that a run keeps; among kinds with a spectrum, the most detailed comes last."""
     return tuple(_KINDS)
+
+
+def zeros(device: torch.device | str | None, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """The tensors of a sum without observations, float64, and int64 for a count, which has no dimension.
+
+    Args:
+        device: their device; the CPU by default.
+        shapes: their names and shapes.
+    """
+    # Tensors made in inference mode could never be updated outside it.
+    with torch.inference_mode(False):
+        return {
+            name: torch.zeros(shape, dtype=torch.float64 if shape else torch.int64, device=device or "cpu")
+            for name, shape in shapes.items()
+        }
