@@ -66,8 +66,8 @@ def power_law_tail(eigenvalues: Tensor) -> PowerLawTail:
     if values.ndim != 1:
         raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
     *fit, tail = _best_fit(np.sort(values[values > 0].cpu().numpy()))
-    numbers = torch.tensor(fit, dtype=torch.float64, device=values.device)
-    return PowerLawTail(*numbers, torch.tensor(tail, device=values.device))
+    alpha, x_min, error, distance = torch.tensor(fit, dtype=torch.float64, device=values.device)
+    return PowerLawTail(alpha, x_min, error, distance, torch.tensor(tail, device=values.device))
 
 
 def _best_fit(values: np.ndarray) -> tuple[float, float, float, float, int]:

@@ -227,9 +227,7 @@ def empty_marginals(num_features: int, device: torch.device | str | None = None)
     torch.Size([4, 3])
     """
     width = (num_features,)
-    return Marginals(
-        **zeros(device, count=(), non_finite=(), origin=width, totals=(4, *width), largest=width)
-    )
+    return Marginals(**zeros(device, count=(), non_finite=(), origin=width, totals=(4, *width), largest=width))
 
 
 def _follow(sums: Marginals, observations: Observations) -> None:
