@@ -291,14 +291,16 @@ class SumsMetric(DealingMetric):
         destination = super().state_dict(destination, prefix, keep_vars)
         if any(each.counts_batches for each in self._prototypes) and has_persistent_states(self):
             destination[prefix + "draws"] = torch.tensor(self._batches)
-            self.save_deals(destination, prefix)
+            if self.folds > 1:
+                destination[prefix + "deals"] = torch.tensor(self._dealt)
         return destination
 
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """See :class:`~spectralmetrics.metrics.overrides.OverriddenMetric`."""
         batches = saved.pop(prefix + "draws", None)
         self._batches = self._batches if batches is None else int(batches)
-        self.read_deals(saved, prefix, batches)
+        # 0.2.0 saved only the number of batches.
+        self._dealt = int(saved.pop(prefix + "deals", self._dealt if batches is None else batches))
         if prefix + "configuration" in saved:  # a saved state must not change how this metric accumulates
             saved[prefix + "configuration"] = defaults(self)["configuration"]
         states = {name: saved[prefix + name] for name in defaults(self) if prefix + name in saved}
