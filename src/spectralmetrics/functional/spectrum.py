@@ -297,7 +297,7 @@ class Spectrum:
     @property
     def fold_products(self) -> Tensor:
         """See :func:`~.functional.held_out.fold_products`; shape (g, 1 + g), float64."""
-        folds = [_dense(fold) for fold in self._sums.folds]
+        folds: Any = self._sums.folds  # of moments
         return self._kept("fold_products", lambda: fold_products(folds, self.center))
 
     @property
@@ -332,10 +332,10 @@ class Spectrum:
         if self.num_folds < 2:
             raise RuntimeError("expected observations kept in folds, got one: give the metric folds=8, say")
         if not self.knows(name):
-            folds = self._sums.folds
+            folds: Any = self._sums.folds
             if any(int(fold.num_observations) == 0 for fold in folds):
                 return None
-            left_out = leave_one_out([_dense(fold) for fold in folds], center=self.center)
+            left_out = leave_one_out(folds, self.center)
             for each, value in zip(_LEFT_OUT, left_out, strict=True):
                 self.learn(each, value)
         return self._on_device(self._cache[name, self.center])
@@ -373,8 +373,3 @@ class _OtherEigenvalues(Spectrum):
     @property
     def total_variance(self) -> Tensor:
         return self._values.sum()
-
-
-def _dense(fold: SpectralSum) -> Moments:
-    assert isinstance(fold, Moments)
-    return fold

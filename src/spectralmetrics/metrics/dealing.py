@@ -51,8 +51,7 @@ class DealingMetric(FollowingMetric):
 
     def note(self, inputs: Tensor, group: int) -> None:
         """Remember the inputs of a group, shape (N, ...); see :meth:`repeats`."""
-        if self._repeats is None:
-            self._repeats = Repeats(self.folds)
+        self._repeats = self._repeats or Repeats(self.folds)
         self._repeats.add(inputs, group % self.folds)
 
     def repeats(self) -> bool:
@@ -97,6 +96,5 @@ class DealingMetric(FollowingMetric):
             self._rearranges = False
         theirs: Repeats | None = getattr(incoming_state, "_repeats", None)
         if theirs is not None:
-            if self._repeats is None:
-                self._repeats = Repeats(self.folds)
+            self._repeats = self._repeats or Repeats(self.folds)
             self._repeats.merge(theirs)

@@ -154,9 +154,7 @@ class Moments(DenseSums):
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
         yield "covariance", self.covariance()
-        yield "mean", self.mean()
-        yield "count", self.count
-        yield "non_finite", self.non_finite
+        yield from zip(self.arrays[1:], (self.mean(), self.count, self.non_finite), strict=True)
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Moments:

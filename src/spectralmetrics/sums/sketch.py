@@ -215,11 +215,8 @@ class Sketch(AboutOrigin):
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
         yield "sketch_image", self.covariance_image()
-        yield "sketch_variances", self.variances()
-        yield "sketch_mean", self.mean()
-        yield "sketch_count", self.count
-        yield "sketch_non_finite", self.non_finite
-        yield "sketch_seed", torch.tensor(self.seed)
+        others = self.variances(), self.mean(), self.count, self.non_finite, torch.tensor(self.seed)
+        yield from zip(self.arrays[1:], others, strict=True)
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Sketch:

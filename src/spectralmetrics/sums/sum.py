@@ -75,10 +75,8 @@ class Sum(ABC):
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same kind with the same settings and these tensors, by the names of the states."""
-        changes: dict[str, Any] = {name: tensors[state] for name, state in self.states.items()}
         twin = copy.copy(self)
-        for name, tensor in changes.items():
-            object.__setattr__(twin, name, tensor)  # constructs a frozen dataclass
+        vars(twin).update({name: tensors[state] for name, state in self.states.items()})
         return twin
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
