@@ -7,6 +7,7 @@ sees, convolutions and pools widen it, a sum or a concatenation of paths keeps t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import re
@@ -18,7 +19,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from spectralmetrics.probing.selection import Selectors, select_layers
 
@@ -95,19 +95,14 @@ def receptive_fields(
 
         return hook
 
-    training = {module: module.training for module in model.modules()}
-    handles: list[RemovableHandle] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for name, module in select_layers(model, layers).items():
-            handles.append(module.register_forward_hook(read(name)))
+            stack.enter_context(module.register_forward_hook(read(name)))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
         with torch.no_grad(), follower:
             model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
     return fields
 
 
@@ -278,36 +273,20 @@ class _Follower(TorchFunctionMode):
             return field.widen([0] * self.axes, resized)
         if name == "pixel_unshuffle":
             return field.widen([int(r) - 1 for r in resized], resized)
-        mixes = name in _MIX_POSITIONS and (name not in _PRODUCTS or self._carry_fields(args) > 1)
-        return field.see_all([mixes or (b > 1 and a == 1) for b, a in zip(before, after, strict=True)])
-
-    def _carry_fields(self, args: Sequence[Any]) -> int:
-        return sum(self.get(tensor) is not None for tensor in _tensors(args))
+        number = sum(self.get(tensor) is not None for tensor in _tensors(args))
+        mixes = _MIXES_POSITIONS.fullmatch(name) or (_PRODUCT.fullmatch(name) and number > 1)
+        return field.see_all([bool(mixes) or (b > 1 and a == 1) for b, a in zip(before, after, strict=True)])
 
 
 _CONVOLUTION = re.compile(r"conv(_transpose)?[123]d")
 _POOL = re.compile(r"(max|avg|lp)_pool[123]d")
 _ADAPTIVE_POOL = re.compile(r"adaptive_(max|avg)_pool[123]d")
-_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+_PRODUCT = re.compile(r"matmul|__matmul__|bmm|baddbmm|einsum")
 """Products mix positions if both factors come from the input; one with a weight acts on features."""
-_MIX_POSITIONS = _PRODUCTS | {
-    "scaled_dot_product_attention",
-    "multi_head_attention_forward",
-    "lstm",
-    "gru",
-    "rnn_tanh",
-    "rnn_relu",
-    "cumsum",
-    "fft_fft",
-    "fft_rfft",
-    "fft_fft2",
-    "fft_rfft2",
-    "fft_fftn",
-    "fft_rfftn",
-    "roll",
-    "flip",
-    "sort",
-}
+_MIXES_POSITIONS = re.compile(
+    r"scaled_dot_product_attention|multi_head_attention_forward|lstm|gru|rnn_(tanh|relu)|cumsum"
+    r"|fft_r?fft[2n]?|roll|flip|sort"
+)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -294,18 +294,14 @@ def _reader(name: str) -> Callable[[Tensor], float]:
     metric = statistics()[name]()
 
     def read(values: Tensor) -> float:
-        value = metric.value_of(_spectrum(values))
+        spectrum = Spectrum.of_covariance(torch.diag(values), torch.zeros_like(values), 1)
+        spectrum.learn("eigenvalues", values)
+        value = metric.value_of(spectrum)
         if value.ndim:
             raise ValueError(f"expected a statistic that is one number, got {name!r}")
         return float(value)
 
     return read
-
-
-def _spectrum(values: Tensor) -> Spectrum:
-    spectrum = Spectrum.of_covariance(torch.diag(values), torch.zeros_like(values), 1)
-    spectrum.learn("eigenvalues", values)
-    return spectrum
 
 
 def _update(

@@ -164,7 +164,7 @@ REQUIRED = {
     },
     InFolds: {"empty"},
     AboutOrigin: {
-        *("empty", "intake", "num_features", "about", "squares"),
+        *("empty", "intake", "about", "squares"),
         *("covariance", "eigenvalues", "eigenvectors"),
     },
     Intake: {"add"},

@@ -79,8 +79,10 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
 
     See :func:`held_out_eigenvalues` for the arguments and exceptions.
     """
-    _check(folds)
-    total = torch.stack([fold.count for fold in folds]).sum()
+    _check_widths(folds)
+    counts = torch.stack([fold.count for fold in folds])
+    if not counts.all():
+        raise ValueError(f"expected observations in every fold, got {counts.tolist()}")
     of_each = side_by_side(
         lambda pair: _held(*pair, center),
         zip(folds, without_each(folds), strict=True),
@@ -91,7 +93,7 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
     pairs = list(of_each)
     squares = torch.stack([values for values, _ in pairs]).sum(0)
     fitted = torch.stack([values for _, values in pairs])
-    return LeftOut(without_round_off(_non_increasing(squares / total)), fitted)
+    return LeftOut(without_round_off(_non_increasing(squares / counts.sum())), fitted)
 
 
 def _held(fold: Moments, others: Moments, center: bool) -> tuple[Tensor, Tensor]:
@@ -302,13 +304,6 @@ def _check_widths(folds: Sequence[Moments]) -> None:
     widths = [fold.num_features for fold in folds]
     if len(set(widths)) > 1:
         raise ValueError(f"expected folds of one width, got {widths} features")
-
-
-def _check(folds: Sequence[Moments]) -> None:
-    _check_widths(folds)
-    counts = torch.stack([fold.count for fold in folds]).tolist()
-    if not all(counts):
-        raise ValueError(f"expected observations in every fold, got {counts}")
 
 
 def _alike_where(unordered: Tensor, values: Tensor) -> Tensor:

@@ -65,11 +65,9 @@ def power_law_tail(eigenvalues: Tensor) -> PowerLawTail:
     values = finite_eigenvalues(eigenvalues)
     if values.ndim != 1:
         raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
-    alpha, x_min, error, distance, tail = _best_fit(np.sort(values[values > 0].cpu().numpy()))
-    numbers = torch.tensor([alpha, x_min, error, distance], dtype=torch.float64, device=values.device)
-    return PowerLawTail(
-        numbers[0], numbers[1], numbers[2], numbers[3], torch.tensor(tail, device=values.device)
-    )
+    *fit, tail = _best_fit(np.sort(values[values > 0].cpu().numpy()))
+    alpha, x_min, error, distance = torch.tensor(fit, dtype=torch.float64, device=values.device)
+    return PowerLawTail(alpha, x_min, error, distance, torch.tensor(tail, device=values.device))
 
 
 def _best_fit(values: np.ndarray) -> tuple[float, float, float, float, int]:

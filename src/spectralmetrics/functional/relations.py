@@ -166,12 +166,13 @@ def debiased_hsic(left: Tensor, right: Tensor, valid: Tensor | None = None) -> T
     check_pair(left, right)
     _check_valid(valid, len(left))
     samples, (width_1, width_2) = len(left), (left.shape[1], right.shape[1])
+    number = torch.full((), samples, device=left.device) if valid is None else valid.sum()
+    n = number.to(torch.float64)
     if width_1 * width_2 > samples * (width_1 + width_2):
         product = u_centred(_gram(left, valid), valid) * u_centred(_gram(right, valid), valid)
-        return product.sum() / _pairs(_number(left, valid))
+        return product.sum() / _pairs(n)
     x, y = _centred(left, valid), _centred(right, valid)
     x_norms, y_norms = x.square().sum(1), y.square().sum(1)
-    n = _number(left, valid)
     divisor = (n - 2).clamp(min=1)
     cross = (x.mT @ y).square().sum()
     diagonal = n / divisor * (x_norms * y_norms).sum()
@@ -401,12 +402,6 @@ def _centred(rows: Tensor, valid: Tensor | None) -> Tensor:
     rows = torch.where(keep, rows - rows.index_select(0, first_of(valid)), 0.0)
     mean = rows.sum(0) / valid.sum().clamp(min=1)
     return torch.where(keep, rows - mean, 0.0)
-
-
-def _number(rows: Tensor, valid: Tensor | None) -> Tensor:
-    """The number of valid samples, shape (), float64."""
-    number = torch.full((), len(rows), device=rows.device) if valid is None else valid.sum()
-    return number.to(torch.float64)
 
 
 def _pairs(number: Tensor) -> Tensor:

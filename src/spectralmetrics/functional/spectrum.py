@@ -24,7 +24,7 @@ from spectralmetrics.sums.checks import check_positive_integer, check_real, chec
 __all__ = ["Spectrum", "eigenvalues", "eigenvectors"]
 
 S = TypeVar("S", bound=Sum)
-LEFT_OUT = "left out"  # key in the cache of a spectrum for the `LeftOut` of its folds
+_LEFT_OUT = LeftOut._fields  # keys in the cache of a spectrum, read with one fold left out at a time
 
 
 class Spectrum:
@@ -248,23 +248,19 @@ class Spectrum:
         """See :meth:`.SpectralSum.matrix`."""
         return self._total.matrix(center=self.center)
 
-    def learn(self, name: str, value: Tensor | LeftOut, device: torch.device | None = None) -> None:
+    def learn(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
         """Store a value that was read elsewhere."""
         self._cache[(name, self.center) if device is None else (name, self.center, device)] = value
 
-    def known(self) -> dict[tuple[str, bool], Any]:
-        """The eigenvalues in the cache, also of folds: (name, center) -> tensors on the CPU."""
-        known: dict[tuple[str, bool], Any] = {}
-        for key, value in self._cache.items():
-            if key[0] in ("eigenvalues", LEFT_OUT):
-                known[key[:2]] = LeftOut(*(e.cpu() for e in value)) if key[0] == LEFT_OUT else value.cpu()
-        return known
+    def known(self) -> dict[tuple[str, bool], Tensor]:
+        """The eigenvalues in the cache, also of folds: (name, center) -> values on the CPU."""
+        names = ("eigenvalues", *_LEFT_OUT)
+        return {key[:2]: value.cpu() for key, value in self._cache.items() if key[0] in names}
 
-    def learn_known(self, known: Mapping[tuple[str, bool], Any]) -> None:
+    def learn_known(self, known: Mapping[tuple[str, bool], Tensor]) -> None:
         """Store the :meth:`known` values of another spectrum of these sums."""
         for (name, center), value in known.items():
-            home = LeftOut(*(e.to(self.home) for e in value)) if name == LEFT_OUT else value.to(self.home)
-            self.about(center=center).learn(name, home)
+            self.about(center=center).learn(name, value.to(self.home))
 
     def _kept(self, name: str, read: Callable[[], Tensor]) -> Tensor:
         """Read a value once from the sums, and copy it once to each device."""
@@ -311,7 +307,7 @@ class Spectrum:
     @property
     def fold_products(self) -> Tensor:
         """See :func:`~.functional.held_out.fold_products`; shape (g, 1 + g), float64."""
-        folds = [_dense(fold) for fold in self._sums.folds]
+        folds: Any = self._sums.folds  # of moments
         return self._kept("fold_products", lambda: fold_products(folds, self.center))
 
     @property
@@ -329,8 +325,8 @@ class Spectrum:
         Raises:
             RuntimeError: if the observations were kept in one fold.
         """
-        left_out = self._left_out()
-        return None if left_out is None else _OtherEigenvalues(self, self._on_device(left_out.held_out))
+        values = self._left_out("held_out")
+        return None if values is None else _OtherEigenvalues(self, values)
 
     def without_each_fold(self) -> list[Spectrum]:
         """The spectra of all folds but one, each along the eigenvectors of all; empty if a fold is empty.
@@ -338,20 +334,21 @@ class Spectrum:
         Raises:
             RuntimeError: if the observations were kept in one fold.
         """
-        left_out = self._left_out()
-        values = () if left_out is None else self._on_device(left_out.others)
-        return [_OtherEigenvalues(self, each) for each in values]
+        values = self._left_out("others")
+        return [] if values is None else [_OtherEigenvalues(self, each) for each in values]
 
-    def _left_out(self) -> LeftOut | None:
+    def _left_out(self, name: str) -> Tensor | None:
+        """A field of :class:`LeftOut`; None if a fold is empty."""
         if self.num_folds < 2:
             raise RuntimeError("expected observations kept in folds, got one: give the metric folds=8, say")
-        if not self.knows(LEFT_OUT):
-            folds = self._sums.folds
+        if not self.knows(name):
+            folds: Any = self._sums.folds
             if any(int(fold.num_observations) == 0 for fold in folds):
                 return None
-            self.learn(LEFT_OUT, leave_one_out([_dense(fold) for fold in folds], center=self.center))
-        left_out: LeftOut = self._cache[LEFT_OUT, self.center]
-        return left_out
+            left_out = leave_one_out(folds, self.center)
+            for each, value in zip(_LEFT_OUT, left_out, strict=True):
+                self.learn(each, value)
+        return self._on_device(self._cache[name, self.center])
 
 
 class _OtherEigenvalues(Spectrum):
@@ -386,8 +383,3 @@ class _OtherEigenvalues(Spectrum):
     @property
     def total_variance(self) -> Tensor:
         return self._values.sum()
-
-
-def _dense(fold: SpectralSum) -> Moments:
-    assert isinstance(fold, Moments)
-    return fold

@@ -81,8 +81,7 @@ def layer_profile(values: Mapping[str, Tensor], metric: str, stage: str) -> dict
 
 
 def _is_mean(value: Tensor, others: Iterable[Tensor]) -> bool:
-    defined = [float(each) for each in others if each.numel() == 1 and not bool(each.isnan())]
-    mean = sum(defined) / len(defined) if defined else math.nan
+    mean = mean_over_layers(float(each) for each in others if each.numel() == 1)
     return bool(torch.isclose(value.double(), torch.tensor(mean, dtype=torch.float64), equal_nan=True).all())
 
 

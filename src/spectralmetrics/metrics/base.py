@@ -366,14 +366,12 @@ class SpectralMetric(SumsMetric):
             warnings.warn(
                 f"{type(self).__name__}: a sketch of {self.sketch_size} columns does not hold the share of the"
                 f" variance; interval() gives a lower bound, and a larger sketch_size the value",
-                UserWarning,
                 stacklevel=2,
             )
         if self.is_clipped():
             warnings.warn(
                 f"{type(self).__name__}: so few observations give a value beyond what is possible; the limit is"
                 " returned, and interval() says how sure it is",
-                UserWarning,
                 stacklevel=2,
             )
         return value
@@ -412,7 +410,7 @@ class SpectralMetric(SumsMetric):
         with merged_as_in_compute(self):
             self._check_observed()
             if self.repeats():
-                warnings.warn(f"{type(self).__name__}: {REPEATED_INPUTS}", UserWarning, stacklevel=2)
+                warnings.warn(f"{type(self).__name__}: {REPEATED_INPUTS}", stacklevel=2)
             return Interval(*(end.clone() for end in self.read_interval()))
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
@@ -469,14 +467,11 @@ class SpectralMetric(SumsMetric):
         """The values of :meth:`counts`, read once for all metrics that share these sums."""
         self.flush()
         live = self._revive()
-        if live is None:
-            counts: Sequence[int] = self.counts().tolist()
-            return counts
-        cache = live.stream.cache
+        cache = {} if live is None else live.stream.cache
         if "counts" not in cache:
             cache["counts"] = self.counts().tolist()
-        cached: Sequence[int] = cache["counts"]
-        return cached
+        counts: Sequence[int] = cache["counts"]
+        return counts
 
     def _check_observed(self) -> None:
         count, non_finite, in_range = self._read_counts()
@@ -495,7 +490,6 @@ class SpectralMetric(SumsMetric):
             warnings.warn(
                 f"{type(self).__name__} left out {non_finite} of {count + non_finite} observations that hold"
                 " NaN or infinite values",
-                UserWarning,
                 stacklevel=2,
             )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
@@ -52,8 +51,7 @@ class DealingMetric(FollowingMetric):
 
     def note(self, inputs: Tensor, group: int) -> None:
         """Remember the inputs of a group, shape (N, ...); see :meth:`repeats`."""
-        if self._repeats is None:
-            self._repeats = Repeats(self.folds)
+        self._repeats = self._repeats or Repeats(self.folds)
         self._repeats.add(inputs, group % self.folds)
 
     def repeats(self) -> bool:
@@ -98,15 +96,5 @@ class DealingMetric(FollowingMetric):
             self._rearranges = False
         theirs: Repeats | None = getattr(incoming_state, "_repeats", None)
         if theirs is not None:
-            if self._repeats is None:
-                self._repeats = Repeats(self.folds)
+            self._repeats = self._repeats or Repeats(self.folds)
             self._repeats.merge(theirs)
-
-    def save_deals(self, destination: dict[str, Any], prefix: str) -> None:
-        """Put the number of groups dealt into a state dict."""
-        if self.folds > 1:
-            destination[prefix + "deals"] = torch.tensor(self._dealt)
-
-    def read_deals(self, saved: dict[str, Any], prefix: str, batches: Any) -> None:
-        """Take the number of groups dealt from a state dict; 0.2.0 saved only the number of batches."""
-        self._dealt = int(saved.pop(prefix + "deals", self._dealt if batches is None else batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,9 +63,7 @@ class LabelledMetric(SpectralMetric):
         """
         observations = rows if isinstance(rows, Observations) else Observations(rows)
         if labels is not None:
-            observations = Observations(
-                observations.values, observations.feature_dim, observations.valid, observations.group, labels
-            )
+            observations = replace(observations, labels=labels)
         if observations.labels is None:
             raise ValueError(f"expected labels for {type(self).__name__}, got None: update(rows, labels)")
         self._check(observations, rows)

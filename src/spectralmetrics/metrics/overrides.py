@@ -202,22 +202,11 @@ class MergingMetric(Metric):
         super()._apply(device_only, exclude_state)
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, and the value
         # computed before.
         names = [name for name in self._defaults if prefix + name in state_dict]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *others)
         with torch.inference_mode(False):
             for name in names:
                 setattr(self, name, getattr(self, name).detach().clone())
@@ -281,28 +270,17 @@ class OverriddenMetric(MergingMetric):
         for state in states:
             self.take_in(state)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # torchmetrics accepts any shape.
         refused: list[str] = []
         self.read_saved(state_dict, prefix, refused)
         names = [name for name in self._defaults if prefix + name in state_dict]
         if refused:
-            error_msgs += refused
+            others[-1].extend(refused)  # the messages of errors
             for name in names:
                 state_dict.pop(prefix + name)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *others)
         if names:
             self._update_count = max(self._update_count, int(self.has_observed()))
 

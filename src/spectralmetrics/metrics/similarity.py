@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from spectralmetrics.functional.relations import (
     debiased_hsic,
     usable_rows,
 )
+from spectralmetrics.metrics.base import NanStrategy
 from spectralmetrics.metrics.overrides import MergingMetric
-
-NanStrategy = Literal["warn", "error", "ignore"]
 
 
 class LinearCKAMetric(MergingMetric):
@@ -121,7 +120,7 @@ class LinearCKAMetric(MergingMetric):
                 f"LinearCKAMetric has counted no sample{because}; call `update` before `compute`"
             )
         if left_out and self.nan_strategy == "warn":
-            warnings.warn(f"LinearCKAMetric: {detail}", UserWarning, stacklevel=2)
+            warnings.warn(f"LinearCKAMetric: {detail}", stacklevel=2)
         return cka(self.cross, self.left, self.right)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:

@@ -221,7 +221,7 @@ class SumsMetric(DealingMetric):
         """The sums of saved states; kinds of sums that were not saved are empty."""
         first, *others = self._prototypes
         sums = [first.with_tensors(states)]
-        width, home = sums[0].num_features, states[self._anchor_name()].device
+        width, home = sums[0].num_features, sums[0].anchor.device
         for each in others:
             is_there = states.keys() >= each.tensors().keys()
             sums.append(each.with_tensors(states) if is_there else each.empty(width, home))
@@ -246,9 +246,9 @@ class SumsMetric(DealingMetric):
         if their_width and width not in (None, their_width):
             raise ValueError(f"expected an incoming state with {width} features, got {their_width}")
         with torch.inference_mode(False), torch.no_grad():
-            home = mine[0].tensors()[self._anchor_name()].device
+            home = mine[0].anchor.device
             if not mine[0].num_features and their_width:
-                home = self._pinned_device or incoming[self._anchor_name()].device
+                home = self._pinned_device or theirs[0].anchor.device
                 mine = tuple(each.map(lambda tensor: tensor.to(home)) for each in mine)
             pairs = list(zip(mine, theirs, strict=True))
             if self._rearranges:
@@ -291,14 +291,16 @@ class SumsMetric(DealingMetric):
         destination = super().state_dict(destination, prefix, keep_vars)
         if any(each.counts_batches for each in self._prototypes) and has_persistent_states(self):
             destination[prefix + "draws"] = torch.tensor(self._batches)
-            self.save_deals(destination, prefix)
+            if self.folds > 1:
+                destination[prefix + "deals"] = torch.tensor(self._dealt)
         return destination
 
     def read_saved(self, saved: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """See :class:`~spectralmetrics.metrics.overrides.OverriddenMetric`."""
         batches = saved.pop(prefix + "draws", None)
         self._batches = self._batches if batches is None else int(batches)
-        self.read_deals(saved, prefix, batches)
+        # 0.2.0 saved only the number of batches.
+        self._dealt = int(saved.pop(prefix + "deals", self._dealt if batches is None else batches))
         if prefix + "configuration" in saved:  # a saved state must not change how this metric accumulates
             saved[prefix + "configuration"] = defaults(self)["configuration"]
         states = {name: saved[prefix + name] for name in defaults(self) if prefix + name in saved}
@@ -331,9 +333,6 @@ class SumsMetric(DealingMetric):
         states = self.all_states()
         return tuple(each.with_tensors(states) for each in self._prototypes)
 
-    def _anchor_name(self) -> str:
-        return next(iter(self._prototypes[0].states.values()))
-
     def _revive(self) -> _Live | None:
         """The sums as objects and their stream; None before the first rows."""
         own = self.__dict__
@@ -342,7 +341,7 @@ class SumsMetric(DealingMetric):
             sums = self._current()
             if sums[0].num_features == 0:
                 return None
-            anchor = sums[0].tensors()[self._anchor_name()]
+            anchor = sums[0].anchor
             stream, width = Stream.of(anchor), sums[0].num_features
             live = _Live(sums, stream, width, anchor.device, anchor.is_inference())
             if self._leader is None:  # a leader may replace them

@@ -30,7 +30,7 @@ def stream_of(sums: Sequence[Sum]) -> Stream | None:
     """The stream of these sums; None while they have no width."""
     if not sums or not sums[0].num_features:
         return None
-    return Stream.of(next(iter(sums[0].tensors().values())))
+    return Stream.of(sums[0].anchor)
 
 
 def spectrum_of(sums: Sequence[Sum]) -> Spectrum | None:

@@ -230,7 +230,7 @@ def set_projection_threshold(model: nn.Module, threshold: float) -> list[Project
         )
     for projection in projections.values():
         projection.threshold = threshold
-    return _rows(projections)
+    return list(_rows(projections))
 
 
 def randomize_projections(model: nn.Module, generator: torch.Generator | None = None) -> list[ProjectionRow]:
@@ -262,7 +262,7 @@ def randomize_projections(model: nn.Module, generator: torch.Generator | None = 
         projection.spectrum()  # all or none are changed
     for projection in projections.values():
         projection.randomize(generator)
-    return _rows(projections)
+    return list(_rows(projections))
 
 
 def _projections(model: nn.Module) -> dict[str, PCAProjection]:
@@ -281,11 +281,7 @@ def _projections(model: nn.Module) -> dict[str, PCAProjection]:
     return projections
 
 
-def _rows(projections: dict[str, PCAProjection]) -> list[ProjectionRow]:
-    return list(_each_row(projections))
-
-
-def _each_row(projections: dict[str, PCAProjection]) -> Iterator[ProjectionRow]:
+def _rows(projections: dict[str, PCAProjection]) -> Iterator[ProjectionRow]:
     for name, projection in projections.items():
         if _has_seen_data(projection):
             width = projection.spectrum().num_features

@@ -251,20 +251,18 @@ class PCAProjection(nn.Module):
         if is_complement and directions.shape[1] == 0:
             return input  # nothing is left out
         with full_precision(input.device.type):
+            values, mean = input.to(dtype), _along(mean, dim, input.ndim)
+            result = _multiply(values - mean, directions, dim)
             if self.keep_dim:
-                values = input.to(dtype)
-                centred = values - _along(mean, dim, input.ndim)
-                kept = _multiply(_multiply(centred, directions, dim), directions.mT, dim)
-                result = values - kept if is_complement else kept + _along(mean, dim, input.ndim)
-            else:
-                centred = input.to(dtype) - _along(mean, dim, input.ndim)
-                result = _multiply(centred, directions, dim)
+                kept = _multiply(result, directions.mT, dim)
+                result = values - kept if is_complement else kept + mean
         return result.to(input.dtype)
 
     @untraced
     def _projector(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
         """Directions (D, k), mean (D,) and False; if D − k is smaller, the directions left out, and True."""
-        if (device, dtype) not in self._projectors:
+        key = device, dtype
+        if key not in self._projectors:
             # Tensors made in inference mode could not be used where gradients are wanted.
             with outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 spectrum = self.spectrum()
@@ -272,23 +270,15 @@ class PCAProjection(nn.Module):
                     # From here on a saved state is complete; training again starts a new one.
                     self.covariance.absorb([spectrum.sums])
                     self._is_merged = True
-                rank = self.rank
-                is_complement = False
-                if self._random is not None:
-                    directions = self._random
-                else:
-                    is_complement = (
-                        self.keep_dim and 2 * rank > spectrum.num_features and spectrum.sketch is None
-                    )
+                rank, directions, is_complement = self.rank, self._random, False
+                if directions is None:
+                    has_all = self.keep_dim and spectrum.sketch is None
+                    is_complement = has_all and 2 * rank > spectrum.num_features
                     vectors = spectrum.eigenvectors
                     directions = vectors[:, rank:] if is_complement else vectors[:, :rank]
                 mean = spectrum.mean if self.center else torch.zeros_like(spectrum.mean)
-                self._projectors[device, dtype] = (
-                    directions.to(device, dtype),
-                    mean.to(device, dtype),
-                    is_complement,
-                )
-        return self._projectors[device, dtype]
+                self._projectors[key] = directions.to(*key), mean.to(*key), is_complement
+        return self._projectors[key]
 
     def _check(self, input: Tensor) -> int:
         """The dimension of the features."""

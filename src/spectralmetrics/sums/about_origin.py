@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums.merging import Piece, Pieces, agree
-from spectralmetrics.sums.sum import SpectralSum
+from spectralmetrics.sums.sum import Exchange, SpectralSum
 
 MOST_BYTES = 2**25
 """The most bytes of one collective, unless a single row of a matrix is larger."""
 _ROWS_BYTES = 2**22  # the most bytes of matrix rows that are moved to another origin at a time
-
-Slot: TypeAlias = tuple[int, Callable[[Tensor], None]]
-"""A number of values, and the function that stores them in their tensors."""
 
 
 class AboutOrigin(SpectralSum):
@@ -37,6 +34,11 @@ class AboutOrigin(SpectralSum):
     first: Tensor
 
     @property
+    def num_features(self) -> int:
+        """The width D of an observation."""
+        return self.origin.shape[0]
+
+    @property
     def num_observations(self) -> Tensor:
         """See :class:`.SpectralSum`."""
         return self.count
@@ -45,6 +47,11 @@ class AboutOrigin(SpectralSum):
     def num_left_out(self) -> Tensor:
         """See :class:`.SpectralSum`."""
         return self.non_finite
+
+    @property
+    def each(self) -> tuple[Self, ...]:
+        """The parts that are exchanged: this sum alone."""
+        return (self,)
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -67,26 +74,14 @@ class AboutOrigin(SpectralSum):
         for name in sorted(self.additive):
             yield Piece.of(getattr(moved, name))
 
-    def _slots(self) -> Iterator[Slot]:
-        """The slots of this sum's tensors, in the order of the :meth:`_pieces`."""
+    def _slots(self) -> Iterator[Tensor]:
+        """The tensors, or parts of them, that take what the :meth:`_pieces` add up to, in their order."""
         for name in sorted(self.additive):
-            yield slot_of(getattr(self, name))
+            yield getattr(self, name)
 
-    def exchange(
-        self, known: Self | None, rank: int, world_size: int
-    ) -> Generator[Tensor | Pieces, Tensor | None, Self | None]:
+    def exchange(self, known: Self | None, rank: int, world_size: int) -> Exchange:
         """See :class:`.Sum`."""
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
-        if not width:
-            return known if width is None else None
-        mine = self if self.num_features else self.empty(width, self.count.device)
-
-        def room() -> tuple[Self, Sequence[Self]]:
-            merged = self.empty(width, self.count.device)
-            return merged, [merged]
-
-        merged: Self | None = yield from exchange_about_origins([mine], room)
-        return merged
+        return exchange_about_origins(self, known, rank, world_size)
 
     def together_with(self, other: Self) -> Self:
         """Add sums of two disjoint sets of observations of one width, on one device; both stay unchanged."""
@@ -130,44 +125,56 @@ class AboutOrigin(SpectralSum):
         return about_mean if center else about_mean + (self.origin + offset).square()
 
 
-def exchange_about_origins(
-    parts: Sequence[AboutOrigin], room: Callable[[], tuple[Any, Sequence[AboutOrigin]]]
-) -> Generator[Tensor | Pieces, Tensor | None, Any]:
-    """Add sums up across processes: agree on an origin for each, move the sums there, add the additive tensors.
+class DenseSums(AboutOrigin):
+    """Sums about an origin that hold the products of all features, as :class:`.Moments` do.
 
-    The size of a message does not grow with the number of processes.
-
-    Args:
-        parts: this process' sums, of one width.
-        room: returns an empty result and the sums in it, one for each part; not called where the result is for
-            another process.
-
-    Returns:
-        The result; None where it is for another process.
+    Attributes:
+        second: the sum of products about the origin, shape (D, D), float64; only the upper triangle counts.
     """
+
+    second: Tensor
+
+    def moved_by(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Two factors whose product moves ``second`` to the origin minus ``shift``, and ``first`` about it."""
+        # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
+        count = self.count.to(torch.float64)
+        half = self.first + 0.5 * count * shift
+        return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), self.first + count * shift
+
+
+def exchange_about_origins(sums: Any, known: Any, rank: int, world_size: int) -> Exchange:
+    """The exchange of a sum whose parts (``each``) are about origins; see :meth:`.Sum.exchange`.
+
+    Processes agree on an origin for each part, move their sums there and add the additive tensors. The size of
+    a message does not grow with the number of processes.
+    """
+    width, _ = yield from agree(sums.num_features, known is not None, rank, world_size)
+    if not width:
+        return known if width is None else None
+    home = sums.anchor.device
+    parts: tuple[AboutOrigin, ...] = (sums if sums.num_features else sums.empty(width, home)).each
     counts = torch.stack([each.count for each in parts]).to(torch.float64)[:, None]
     means = [each.count * each.origin + each.first for each in parts]
     # The origin need only lie near the data, so this mean may be rounded: the sums about it are exact.
-    sums = yield torch.cat([counts, torch.stack(means)], 1)
-    assert sums is not None
-    origins = sums[:, 1:] / sums[:, :1].clamp(min=1)
+    total = yield torch.cat([counts, torch.stack(means)], 1)
+    origins = total[:, 1:] / total[:, :1].clamp(min=1)
     pieces = (piece for each, origin in zip(parts, origins, strict=True) for piece in each._pieces(origin))
-    result: Any = None
-    slots: Iterator[Slot] = iter(())
-    for batch in _batches(pieces, parts[0].count.device):
+    result: Any = None  # made only where it is read
+    slots: Iterator[Tensor] = iter(())
+    for batch in _batches(pieces, home):
         received = yield batch
         if received is None:
             continue
         if result is None:
             with torch.inference_mode(False):
-                result, targets = room()
-                for target, origin in zip(targets, origins, strict=True):
+                result = sums.empty(width, home)
+                for target, origin in zip(result.each, origins, strict=True):
                     target.origin.copy_(origin)
-            slots = (slot for target in targets for slot in target._slots())
+            slots = (slot for target in result.each for slot in target._slots())
         while len(received):
-            size, put = next(slots)
-            put(received[:size])
-            received = received[size:]
+            slot = next(slots)
+            slot.copy_(received[: slot.numel()].reshape(slot.shape))
+            received = received[slot.numel() :]
     return result
 
 
@@ -180,15 +187,6 @@ def _batches(pieces: Iterator[Piece], home: torch.device) -> Iterator[Pieces]:
             waiting = Pieces(home)
         waiting.append(piece)
     yield waiting
-
-
-def slot_of(tensor: Tensor) -> Slot:
-    """The slot of a whole tensor."""
-
-    def put(numbers: Tensor) -> None:
-        tensor.copy_(numbers.reshape(tensor.shape))
-
-    return tensor.numel(), put
 
 
 def rows_at_a_time(rows: int, columns: int, most: int | None = None) -> list[slice]:

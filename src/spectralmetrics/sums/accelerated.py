@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import fused
-from spectralmetrics.sums.compiled import DenseSums
-from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.about_origin import DenseSums
+from spectralmetrics.sums.observations import Observations, as_maps
 from spectralmetrics.sums.precision import (
     ROWS_PER_FLOAT32_SUM,
     are_finite,
@@ -88,7 +88,7 @@ def add(moments: DenseSums, observations: Observations, centre: Centring) -> Non
     with torch.inference_mode(False), torch.no_grad(), full_precision(values.device.type):
         limit = _rows_of_a_piece(observations.num_features, centre.shift.dtype)
         if fused.takes(values):
-            for maps, chosen in fused.cut(fused.as_maps(values, dim), valid, limit):
+            for maps, chosen in fused.cut(as_maps(values, dim), valid, limit):
                 _add_maps(moments, maps, chosen, centre)
             return
         moved = values.movedim(dim, -1)
@@ -159,21 +159,15 @@ def _workspace(total: int, features: int, centre: Centring) -> Tensor:
     return rows
 
 
-def _add_float64_products(moments: DenseSums, rows: Tensor) -> None:
-    """Add the products of rows (n, D) to the second moment."""
-    features = rows.shape[1]
-    width = features if features <= _WIDTH_OF_ONE_PRODUCT else _WIDTH_OF_A_FLOAT64_PART
-    for start in range(0, features, width):
-        stop = start + width
-        moments.second[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
-
-
 def _add_products(moments: DenseSums, rows: Tensor, weight: Tensor) -> None:
     """Add the products of scaled rows (n, D) to the second moment."""
-    if rows.dtype == torch.float64:
-        _add_float64_products(moments, rows)
-        return
     features = rows.shape[1]
+    if rows.dtype == torch.float64:
+        width = features if features <= _WIDTH_OF_ONE_PRODUCT else _WIDTH_OF_A_FLOAT64_PART
+        for start in range(0, features, width):
+            stop = start + width
+            moments.second[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+        return
     home = moments.second.device
     stacked = rows.unflatten(0, (-1, min(ROWS_PER_FLOAT32_SUM, len(rows))))  # (n, D) -> (n / 256, 256, D)
     for start in range(0, features, _WIDTH_OF_ONE_PRODUCT):

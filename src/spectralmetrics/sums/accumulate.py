@@ -8,15 +8,14 @@ left out. Finite rows that overflow when centred or squared make the sums infini
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled, recentring
+from spectralmetrics.sums.about_origin import DenseSums
 from spectralmetrics.sums.checks import check_type
-from spectralmetrics.sums.compiled import DenseSums
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
 from spectralmetrics.sums.recentring import as_rows, block_rows, clear, row_flags
@@ -105,8 +104,7 @@ def accumulate(
                 recentring.recentre(moments, piece, dim, chosen, dtype)
             if chosen is not None or not _add_if_finite(moments, piece, dim, dtype, gram_dtype, recentre):
                 centred, finite = _centre(moments, piece, dim, dtype, exactly=recentre)
-                mask = _count(moments, finite, chosen)
-                (_add_in_float32 if fast else _add_in_float64)(moments, centred, mask)
+                _add_centred(moments, centred, _count(moments, finite, chosen), fast)
 
 
 def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tensor, int, int]]:
@@ -144,11 +142,7 @@ def _add_compiled(
     maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
     if recentre:
         recentring.recentre_in_memory(moments, maps, valid, rounded)
-    compiled.add(moments, maps, valid, gram_dtype, functools.partial(_bytes, piece))
-
-
-def _bytes(like: Tensor, size: int) -> Tensor:
-    return workspace(like, "panels", (size,), torch.uint8)
+    compiled.add(moments, maps, valid, gram_dtype)
 
 
 def _add_if_finite(
@@ -218,10 +212,16 @@ def _count(moments: DenseSums, finite: Tensor, valid: Tensor | None) -> Tensor:
     return mask
 
 
-def _add_in_float64(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
+def _add_centred(moments: DenseSums, centred: Tensor, mask: Tensor, fast: bool) -> None:
     clear(centred, mask)
-    _multiply_in_float64(moments, centred)
-    moments.first.add_(centred.sum(0))
+    if fast:
+        # aminmax would copy a transposed view, row by row.
+        least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
+        scale = power_of_two_scale(torch.maximum(-least, most))
+        moments.first.add_(_multiply_in_float32(moments, centred, scale))
+    else:
+        _multiply_in_float64(moments, centred)
+        moments.first.add_(centred.sum(0))
 
 
 def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
@@ -229,14 +229,6 @@ def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
     width = centred.shape[1]
     for start, stop in block_rows(centred, 64 if width <= 512 else 128 if width < 1024 else 192):
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
-
-
-def _add_in_float32(moments: DenseSums, centred: Tensor, mask: Tensor) -> None:
-    clear(centred, mask)
-    # aminmax would copy a transposed view, row by row.
-    least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
-    scale = power_of_two_scale(torch.maximum(-least, most))
-    moments.first.add_(_multiply_in_float32(moments, centred, scale))
 
 
 def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | None) -> Tensor:

@@ -15,29 +15,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.about_origin import DenseSums
 from spectralmetrics.sums.library import find, is_switched_off
-
-
-class DenseSums(Protocol):
-    """The tensors of dense moments; see :class:`~spectralmetrics.sums.Moments`."""
-
-    @property
-    def count(self) -> Tensor: ...  # noqa: D102
-    @property
-    def non_finite(self) -> Tensor: ...  # noqa: D102
-    @property
-    def origin(self) -> Tensor: ...  # noqa: D102
-    @property
-    def first(self) -> Tensor: ...  # noqa: D102
-    @property
-    def second(self) -> Tensor: ...  # noqa: D102
-
+from spectralmetrics.sums.workspace import workspace
 
 InstructionSet = Literal["avx2", "avx512"]
 _NAMES: dict[InstructionSet, str] = {"avx2": "AVX2", "avx512": "AVX-512"}
@@ -212,13 +198,7 @@ def _are_as_made(moments: DenseSums) -> bool:
     )
 
 
-def add(
-    moments: DenseSums,
-    values: Tensor,
-    valid: Tensor | None,
-    gram_dtype: torch.dtype,
-    workspace: Callable[[int], Tensor],
-) -> None:
+def add(moments: DenseSums, values: Tensor, valid: Tensor | None, gram_dtype: torch.dtype) -> None:
     """Add observations to ``moments``, in place and about their origin.
 
     Args:
@@ -226,7 +206,6 @@ def add(
         values: shape (samples, features, positions), float32 or float64, in any memory layout.
         valid: shape (samples * positions,), boolean, False for observations to skip; None if all count.
         gram_dtype: dtype of the products; not float32 for values in float64.
-        workspace: returns memory of the given number of bytes.
     """
     library = _library()
     valid = None if valid is None else valid.to("cpu", torch.bool).contiguous()
@@ -241,7 +220,7 @@ def add(
         threads=torch.get_num_threads() if values.numel() * values.shape[1] > _LEAST_WORK_TO_SHARE else 1,
         instructions=min(_best_instructions(), _allowed),
     )
-    memory = workspace(library.workspace_bytes(ctypes.byref(job)))
+    memory = workspace(values, "panels", (library.workspace_bytes(ctypes.byref(job)),), torch.uint8)
     job.workspace = memory.data_ptr()
     library.accumulate(ctypes.byref(job), _parallel())
 

@@ -7,7 +7,7 @@ All folds are read merged, except through :attr:`InFolds.each` and :attr:`.Spect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -15,35 +15,33 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin, exchange_about_origins
+from spectralmetrics.sums.about_origin import exchange_about_origins
 from spectralmetrics.sums.decomposition import symmetrise
-from spectralmetrics.sums.merging import agree
 from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.sum import Intake, SpectralSum
+from spectralmetrics.sums.sum import Exchange, Intake, SpectralSum
 
-S = TypeVar("S", bound=AboutOrigin)
+S = TypeVar("S", bound=Moments)
 
 
+@dataclass(frozen=True)
 class InFolds(SpectralSum, Generic[S]):
-    """The g folds of one kind of sum about an origin; each tensor is stacked in the first dimension.
+    """The g folds of moments or of a subclass; each tensor is stacked in the first dimension.
 
-    A subclass is a frozen dataclass of the stacked tensors. Its states have the order of one fold's states. A
-    fold has no settings besides its tensors, and is exchanged in its pieces. All folds are read together.
-
-    Attributes:
-        counts: number of finite observations of each fold, shape (g,), int64.
-        non_finites: number of observations left out of each fold, shape (g,), int64.
-        origins: shape (g, D), float64.
+    See :class:`Folds` for the tensors. The states have the order of one fold's states. A fold has no settings
+    besides its tensors. All folds are read together.
     """
 
-    of: ClassVar[type[AboutOrigin]]
+    of: ClassVar[type[Moments]] = Moments
     """The kind of each fold."""
+    additive: ClassVar[frozenset[str]] = frozenset({"counts", "non_finites", "firsts", "seconds"})
     counts_batches: ClassVar[bool] = True
 
     counts: Tensor
     non_finites: Tensor
     origins: Tensor
+    firsts: Tensor
+    seconds: Tensor
 
     @classmethod
     def stacked(cls, folds: Sequence[S]) -> Self:
@@ -107,21 +105,9 @@ class InFolds(SpectralSum, Generic[S]):
         order[self.counts.to(order.device).argsort(stable=True)] = fullest
         return other.map(lambda tensor: tensor.index_select(0, order))
 
-    def exchange(
-        self, known: Self | None, rank: int, world_size: int
-    ) -> Generator[Any, Tensor | None, Self | None]:
+    def exchange(self, known: Self | None, rank: int, world_size: int) -> Exchange:
         """See :class:`.Sum`."""
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
-        if not width:
-            return known if width is None else None
-        mine = self if self.num_features else self.empty(width, self.counts.device)
-
-        def room() -> tuple[Self, Sequence[AboutOrigin]]:
-            merged = self.empty(width, self.counts.device)
-            return merged, merged.each
-
-        merged: Self | None = yield from exchange_about_origins(mine.each, room)
-        return merged
+        return exchange_about_origins(self, known, rank, world_size)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied or pickled views would not be views of the copy's tensors.
@@ -186,7 +172,6 @@ class Folds(InFolds[Moments]):
     ([10, 10], 20)
     """
 
-    of: ClassVar[type[AboutOrigin]] = Moments
     states: ClassVar[dict[str, str]] = {
         "seconds": "fold_second_moment",
         "counts": "fold_count",
@@ -194,14 +179,7 @@ class Folds(InFolds[Moments]):
         "origins": "fold_origin",
         "firsts": "fold_first_moment",
     }
-    additive: ClassVar[frozenset[str]] = frozenset({"counts", "non_finites", "firsts", "seconds"})
     arrays: ClassVar[tuple[str, ...]] = ("fold_covariances", "fold_means", "fold_counts", "fold_non_finites")
-
-    counts: Tensor
-    non_finites: Tensor
-    origins: Tensor
-    firsts: Tensor
-    seconds: Tensor
 
     def settings(self) -> tuple[object, ...]:
         """See :class:`.Sum`."""

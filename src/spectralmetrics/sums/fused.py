@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.library import is_switched_off
+from spectralmetrics.sums.observations import as_maps
 
 # Values in a program's tile, and the number of programs that keep a GPU busy.
 _TILE = 1024
@@ -85,15 +86,6 @@ def takes(values: Tensor) -> bool:
     )
 
 
-def as_maps(values: Tensor, dim: int) -> Tensor:
-    """Values of any layout as (samples, features, positions), a view where there is one."""
-    if dim % values.ndim == values.ndim - 1:  # (..., D) -> (1, D, N)
-        return values.reshape(-1, values.shape[-1]).t()[None]
-    if values.ndim == 2:  # (D, N) -> (1, D, N)
-        return values[None]
-    return values.movedim(dim, 1).flatten(2)
-
-
 def cut(maps: Tensor, valid: Tensor | None, limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Cut maps into pieces of at most about ``limit`` observations, each with its part of ``valid``.
 
@@ -128,7 +120,7 @@ def judge(maps: Tensor, valid: Tensor | None) -> Judged:
     flags = kept if valid is None else valid.to(maps.device).contiguous().view(torch.uint8)
     with _on(maps.device):
         kernels.judge[(samples * chunks,)](
-            maps, flags, kept, counts, features, positions, chunks, *_strides(maps),
+            maps, flags, kept, counts, features, positions, chunks, *maps.stride(),
             valid is not None, rows, width,
         )  # fmt: skip
     return Judged(maps, kept, counts)
@@ -234,12 +226,7 @@ def _cut(maps: Tensor, sums: int) -> tuple[tuple[int, int], Tensor, tuple[int, .
     chunks = math.ceil(positions / chunk)
     programs = samples * chunks
     parts = torch.empty(programs, sums, features, dtype=torch.float64, device=maps.device)
-    return (programs, blocks), parts, (features, positions, chunks, chunk, *_strides(maps), rows, width)
-
-
-def _strides(maps: Tensor) -> tuple[int, int, int]:
-    sample, feature, position = maps.stride()
-    return sample, feature, position
+    return (programs, blocks), parts, (features, positions, chunks, chunk, *maps.stride(), rows, width)
 
 
 def _power_of_two(number: int) -> int:

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin, Slot
 from spectralmetrics.sums.folds import Folds, InFolds
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import flags_of_counted
-from spectralmetrics.sums.sum import Intake
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ class OfClasses(Moments):
         """See :class:`.Sum`."""
         return _empty(len(self.class_counts), num_features, device)
 
-    def intake(self, gram_dtype: torch.dtype | None) -> LabelledIntake:  # type: ignore[override]
+    def intake(self, gram_dtype: torch.dtype | None) -> LabelledIntake:
         """See :class:`.Sum`."""
-        return LabelledIntake(super().intake(gram_dtype))
+        return LabelledIntake(gram_dtype)
 
     def merged(self, other: Self) -> Self:
         """See :class:`.Sum`."""
@@ -87,21 +85,13 @@ class OfClasses(Moments):
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`."""
         yield from super()._pieces(origin)
-        counts = torch.cat([self.class_counts, self.stray[None]]).to(torch.float64)
-        yield Piece.of(torch.cat([counts, self.class_sums(origin).flatten()]))
+        yield from map(Piece.of, (self.class_counts, self.stray, self.class_sums(origin)))
 
-    def _slots(self) -> Iterator[Slot]:
+    def _slots(self) -> Iterator[Tensor]:
         """See :class:`.AboutOrigin`."""
         yield from super()._slots()
-        classes = len(self.class_counts)
-
-        def put(numbers: Tensor) -> None:
-            self.class_origin.copy_(self.origin)
-            self.class_counts.copy_(numbers[:classes])
-            self.stray.copy_(numbers[classes])
-            self.class_firsts.copy_(numbers[classes + 1 :].reshape(self.class_firsts.shape))
-
-        yield classes + 1 + self.class_firsts.numel(), put
+        self.class_origin.copy_(self.origin)
+        yield from (self.class_counts, self.stray, self.class_firsts)
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ class Labelled(InFolds[OfClasses]):
             [ 1.,  0.,  0.]], dtype=torch.float64))
     """
 
-    of: ClassVar[type[AboutOrigin]] = OfClasses
+    of: ClassVar[type[Moments]] = OfClasses
     states: ClassVar[dict[str, str]] = {
         "seconds": "labelled_second_moment",
         "counts": "labelled_count",
@@ -136,9 +126,7 @@ class Labelled(InFolds[OfClasses]):
         "class_firsts": "class_first_moment",
         "strays": "stray_labels",
     }
-    additive: ClassVar[frozenset[str]] = frozenset(
-        {"counts", "non_finites", "firsts", "seconds", "class_counts", "class_firsts", "strays"}
-    )
+    additive: ClassVar[frozenset[str]] = InFolds.additive | {"class_counts", "class_firsts", "strays"}
     described: ClassVar[str] = "sums of each class"
     arrays: ClassVar[tuple[str, ...]] = (
         "class_counts",
@@ -150,11 +138,6 @@ class Labelled(InFolds[OfClasses]):
     )
     describes_layer: ClassVar[bool] = False
 
-    counts: Tensor
-    non_finites: Tensor
-    origins: Tensor
-    firsts: Tensor
-    seconds: Tensor
     class_counts: Tensor
     class_origins: Tensor
     class_firsts: Tensor
@@ -236,19 +219,14 @@ class Labelled(InFolds[OfClasses]):
         return restored._as_given(**dict(zip(cls.arrays, arrays, strict=True)))
 
 
-class LabelledIntake(Intake):
-    """Adds labelled batches to moments and to the sums of their classes.
+class LabelledIntake(DenseIntake):
+    """Adds labelled batches to moments and to the sums of their classes."""
 
-    Args:
-        dense: the intake of the moments.
-    """
+    reaches_other_devices = False
+    keeps_rows = True
 
-    def __init__(self, dense: DenseIntake) -> None:
-        self._dense = dense
-
-    def add(self, sums: OfClasses, observations: Observations, batch: int) -> None:
+    def add(self, sums: Any, observations: Observations, batch: int) -> None:
         """See :class:`.Intake`."""
-        self._dense.phase = self.phase
         if observations.labels is None:
             raise ValueError("expected observations with labels")
         # A narrower dtype may not hold the number of classes.
@@ -263,17 +241,9 @@ class LabelledIntake(Intake):
                 chosen = Observations(observations.values, observations.feature_dim)
             else:
                 chosen = Observations(rows, -1, valid)
-            self._dense.add(sums, chosen, batch)
+            super().add(sums, chosen, batch)
             sums.stray.add_(strays)
             self._add_classes(sums, rows, labels, valid)
-
-    def flush(self, sums: OfClasses) -> bool:
-        """See :class:`.Intake`."""
-        return self._dense.flush(sums)
-
-    def meet(self, sums: OfClasses) -> None:
-        """See :class:`.Intake`."""
-        self._dense.meet(sums)
 
     @staticmethod
     def _add_classes(sums: OfClasses, rows: Tensor, labels: Tensor, valid: Tensor) -> None:

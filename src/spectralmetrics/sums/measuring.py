@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled, fused
-from spectralmetrics.sums.observations import Observations
+from spectralmetrics.sums.observations import Observations, as_maps
 from spectralmetrics.sums.precision import has_float64, no_autocast
 
 # Memory for one piece of the rows where PyTorch does the work; on a CPU it stays in the cache.
@@ -51,18 +51,20 @@ def measure(observations: Observations, origin: Tensor) -> Measured:
     values, valid = observations.values.detach(), observations.valid
     dim = observations.feature_dim % values.ndim
     if valid is None and values.dtype in _NATIVE and origin.is_cpu and compiled.reads(values):  # the short way
-        counts, totals = compiled.measure(_as_maps(values, dim), None, origin)
+        counts, totals = compiled.measure(as_maps(values, dim), None, origin)
         result = Measured(counts, totals[:4], totals[4], origin)
         _LAST.measured = weakref.ref(observations), result
         return result
     if valid is not None or values.ndim == 1:  # flags are in the order of rows with the features last
         values, dim = observations.rows().detach(), 1
     with torch.inference_mode(False), torch.no_grad(), no_autocast(values.device.type):
-        parts = _measure_compiled if compiled.reads(values) else _measure_by_torch
         if fused.takes(values) and origin.device == values.device:
-            parts = _measure_fused
-        measured = [_on_device_of_origin(part, origin) for part in parts(values, dim, valid, origin)]
-        result = measured[0] if len(measured) == 1 else _added(measured)
+            parts = [fused.measure(as_maps(values, dim), valid, origin)]
+        elif compiled.reads(values):
+            parts = list(_measure_compiled(values, dim, valid, origin))
+        else:
+            parts = list(_measure_by_torch(values, dim, valid, origin))
+        result = _added(parts, origin)
     _LAST.measured = weakref.ref(observations), result
     return result
 
@@ -73,15 +75,16 @@ def measured_last(observations: Observations) -> Measured | None:
     return measured if reference is not None and reference() is observations else None
 
 
-def _on_device_of_origin(part: tuple[Tensor, Tensor, Tensor], origin: Tensor) -> Measured:
-    counts, *sums = (each.to(origin.device) for each in part)
-    totals, largest = (each.to(torch.float64) for each in sums)
-    return Measured(counts, totals, largest, origin)
-
-
-def _added(pieces: list[Measured]) -> Measured:
-    counts, totals, largest = (torch.stack(parts) for parts in list(zip(*pieces, strict=True))[:3])
-    return Measured(counts.sum(0), totals.sum(0), largest.amax(0), pieces[0].origin)
+def _added(parts: list[tuple[Tensor, Tensor]], origin: Tensor) -> Measured:
+    """The marginals of all pieces together; see :func:`.compiled.measure` for those of each."""
+    pieces = []
+    for number, five in parts:
+        sums = five.to(origin.device).to(torch.float64)
+        pieces.append((number.to(origin.device), sums[:4], sums[4]))
+    if len(pieces) == 1:
+        return Measured(*pieces[0], origin)
+    counts, totals, largest = (torch.stack(each) for each in zip(*pieces, strict=True))
+    return Measured(counts.sum(0), totals.sum(0), largest.amax(0), origin)
 
 
 _NATIVE = (torch.float32, torch.float64)
@@ -89,35 +92,15 @@ _NATIVE = (torch.float32, torch.float64)
 
 def _measure_compiled(
     values: Tensor, dim: int, valid: Tensor | None, origin: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     for piece, chosen in _pieces(values, dim, valid, None if values.dtype in _NATIVE else _CPU_PIECE_BYTES):
         piece = piece if piece.dtype in _NATIVE else piece.to(torch.float32)
-        counts, totals = compiled.measure(_as_maps(piece, dim), chosen, origin)
-        yield counts, totals[:4], totals[4]
-
-
-def _as_maps(values: Tensor, dim: int) -> Tensor:
-    """Values as (samples, features, positions), in the same memory where the layout allows it."""
-    if values.ndim == 2:
-        rows, columns = values.stride()
-        if dim:  # (N, D) -> (1, D, N)
-            return values.as_strided((1, values.shape[1], values.shape[0]), (0, columns, rows))
-        return values[None]  # (D, N) -> (1, D, N)
-    if dim == values.ndim - 1:  # (..., D) -> (1, D, N)
-        return values.reshape(-1, values.shape[-1]).t()[None]
-    return values.movedim(dim, 1).flatten(2)  # (N, ..., D, ...) -> (N, D, positions)
-
-
-def _measure_fused(
-    values: Tensor, dim: int, valid: Tensor | None, origin: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    counts, totals = fused.measure(fused.as_maps(values, dim), valid, origin)
-    yield counts, totals[:4], totals[4]
+        yield compiled.measure(as_maps(piece, dim), chosen, origin)
 
 
 def _measure_by_torch(
     values: Tensor, dim: int, valid: Tensor | None, origin: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     device = values.device
     dtype = torch.float64 if has_float64(device) else torch.float32
     over = [each for each in range(values.ndim) if each != dim]
@@ -135,10 +118,10 @@ def _measure_by_torch(
         centred = wide - origin
         if device.type != "cpu" or int(number) < kept.numel():
             magnitudes, centred = torch.where(kept, magnitudes, 0), torch.where(kept, centred, 0)
-        totals = [centred.sum(over), centred.square().sum(over), magnitudes.sum(over)]
+        sums = [centred.sum(over), centred.square().sum(over), magnitudes.sum(over)]
         largest = magnitudes.amax(over)
-        totals.append(magnitudes.sign_().sum(over))
-        yield torch.stack([number, offered - number]), torch.stack(totals), largest
+        sums += [magnitudes.sign_().sum(over), largest]
+        yield torch.stack([number, offered - number]), torch.stack(sums)
 
 
 def _pieces(

@@ -99,23 +99,19 @@ def run_together(exchanges: Sequence[Exchange], group: Any = None, reader: int |
         reader: rank in the group of the only process that gets results, others get None; None: all get them.
     """
     everything = together(exchanges, communication_device(group))
-    received: Tensor | None = None
-    summed: Tensor
-    is_first = True
+    received: Tensor | None = None  # begins the generator
     while True:
         try:
-            packed = next(everything) if is_first else everything.send(received)
+            packed = everything.send(received)
         except StopIteration as finished:
             results: list[Any] = finished.value
             return results
-        is_first = False
-        summed = packed.as_subclass(Tensor)
-        received = summed
+        received = summed = packed.as_subclass(Tensor)
         op = dist.ReduceOp.MAX if isinstance(packed, Largest) else dist.ReduceOp.SUM
         if reader is None or not isinstance(packed, ForReader):
             dist.all_reduce(summed, op=op, group=group)
             continue
-        dist.reduce(summed, _global_rank(group, reader), op=op, group=group)
+        dist.reduce(summed, op=op, group=group, group_dst=reader)
         if dist.get_rank(group) != reader:
             received = None  # only the reader's memory holds the sum
         del packed, summed  # as large as the whole message
@@ -133,15 +129,14 @@ def together(
     results: list[Any] = [None] * len(exchanges)
     waiting: dict[int, Tensor | Pieces] = {}
 
-    def advance(index: int, received: Tensor | None, is_first: bool = False) -> None:
-        exchange = exchanges[index]
+    def advance(index: int, received: Tensor | None) -> None:
         try:
-            waiting[index] = next(exchange) if is_first else exchange.send(received)
+            waiting[index] = exchanges[index].send(received)
         except StopIteration as finished:
             results[index] = finished.value
 
     for index in range(len(exchanges)):
-        advance(index, None, is_first=True)
+        advance(index, None)
     while waiting:
         # Tensors that are reduced by their maximum travel alone.
         largest = sorted(index for index, each in waiting.items() if isinstance(each, Largest))
@@ -202,36 +197,26 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     return [pickle.loads(everything[end - size : end]) for end, size in zip(ends, sizes.tolist(), strict=True)]
 
 
-def _global_rank(group: Any, rank: int) -> int:
-    return rank if group is None else dist.get_global_rank(group, rank)
-
-
 def agree(
-    num_features: int, is_known: bool, rank: int, world_size: int
-) -> Generator[Tensor, Tensor, int | None]:
-    """The first step of an exchange: return the width on all processes with data; 0 if none has data.
+    num_features: int, is_known: bool, rank: int, world_size: int, own: Tensor | None = None
+) -> Generator[Tensor, Tensor, tuple[int | None, Tensor]]:
+    """The first step of an exchange: agree on the width of all processes with data.
 
-    None if all have the result of an earlier exchange: then they need no other.
+    Args:
+        num_features: the width of this process' sum; 0 without data.
+        is_known: True if the result of an earlier exchange is still right here.
+        rank: the rank of this process in the group.
+        world_size: the number of processes in the group.
+        own: further numbers of this process to gather in the same step, shape (n,).
+
+    Returns:
+        The width, 0 if none has data, None if all have the result of an earlier exchange and need no other; and
+        the gathered numbers, shape (world_size, n), on the CPU.
 
     Raises:
         ValueError: if the widths differ.
     """
-    width, _ = yield from agree_beside(num_features, is_known, rank, world_size, torch.empty(0, device="cpu"))
-    return width
-
-
-def agree_beside(
-    num_features: int, is_known: bool, rank: int, world_size: int, own: Tensor
-) -> Generator[Tensor, Tensor, tuple[int | None, Tensor]]:
-    """Like :func:`agree`, and gather each process' ``own`` in the same step: (world_size, n), on the CPU.
-
-    Args:
-        num_features: see :func:`agree`.
-        is_known: likewise.
-        rank: likewise.
-        world_size: likewise.
-        own: numbers of this process, shape (n,).
-    """
+    own = torch.empty(0, device="cpu") if own is None else own
     header = torch.zeros(world_size, 2 + len(own), dtype=torch.float64, device="cpu")
     header[rank, :2] = torch.tensor([num_features, not is_known], dtype=torch.float64, device="cpu")
     header[rank, 2:] = own

@@ -35,15 +35,16 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import decomposition
-from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
+from spectralmetrics.sums.about_origin import DenseSums, rows_at_a_time
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
+from spectralmetrics.sums.sum import zeros
 from spectralmetrics.sums.workspace import workspace
 
 
 @dataclass(frozen=True)
-class Moments(AboutOrigin):
+class Moments(DenseSums):
     r"""Sums over observations about an origin; the tensors are updated in place by :func:`accumulate`.
 
     Attributes:
@@ -71,11 +72,6 @@ class Moments(AboutOrigin):
     first: Tensor
     second: Tensor
 
-    @property
-    def num_features(self) -> int:
-        """The width D of an observation."""
-        return self.second.shape[0]
-
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Moments:
         """See :class:`.Sum`."""
         return empty_moments(num_features, device)
@@ -94,22 +90,15 @@ class Moments(AboutOrigin):
 
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`: the counts and the vector sum, then rows of the upper triangle."""
-        left, right, first = _shifts(self, origin)
-        counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
-        yield Piece.of(torch.cat([counts, first]))
+        left, right, first = self.moved_by(self.origin - origin)
+        yield from map(Piece.of, (self.count, self.non_finite, first))
         for rows in _block_rows(self.num_features):
             yield Piece.of_sum(self.second[rows, rows.start :], left[rows], right[:, rows.start :])
 
-    def _slots(self) -> Iterator[Slot]:
+    def _slots(self) -> Iterator[Tensor]:
         """See :class:`.AboutOrigin`."""
-
-        def put_first(numbers: Tensor) -> None:
-            self.count.copy_(numbers[0])
-            self.non_finite.copy_(numbers[1])
-            self.first.copy_(numbers[2:])
-
-        yield 2 + self.num_features, put_first
-        yield from (slot_of(self.second[rows, rows.start :]) for rows in _block_rows(self.num_features))
+        yield from (self.count, self.non_finite, self.first)
+        yield from (self.second[rows, rows.start :] for rows in _block_rows(self.num_features))
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -140,7 +129,7 @@ class Moments(AboutOrigin):
         # As in the base class, but in two passes over the matrices.
         origin = torch.where(self.count >= other.count, self.origin, other.origin)
         (left, left_right, left_first), (right, right_right, right_first) = (
-            _shifts(each, origin) for each in (self, other)
+            each.moved_by(each.origin - origin) for each in (self, other)
         )
         second = self.second + other.second
         return Moments(
@@ -165,9 +154,7 @@ class Moments(AboutOrigin):
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
         yield "covariance", self.covariance()
-        yield "mean", self.mean()
-        yield "count", self.count
-        yield "non_finite", self.non_finite
+        yield from zip(self.arrays[1:], (self.mean(), self.count, self.non_finite), strict=True)
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Moments:
@@ -230,16 +217,8 @@ def empty_moments(num_features: int, device: torch.device | str | None = None) -
     """
     if not is_integer(num_features, 0):
         raise ValueError(f"expected num_features as an integer that is not negative, got {num_features!r}")
-    device = torch.device(device or "cpu")
-    # Tensors made in inference mode could never be updated outside it.
-    with torch.inference_mode(False):
-        return Moments(
-            count=torch.zeros((), dtype=torch.int64, device=device),
-            non_finite=torch.zeros((), dtype=torch.int64, device=device),
-            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
-            first=torch.zeros(num_features, dtype=torch.float64, device=device),
-            second=torch.zeros(num_features, num_features, dtype=torch.float64, device=device),
-        )
+    width = (num_features,)
+    return Moments(**zeros(device, count=(), non_finite=(), origin=width, first=width, second=2 * width))
 
 
 def rebase(moments: Moments, origin: Tensor) -> Moments:
@@ -259,7 +238,7 @@ def rebase(moments: Moments, origin: Tensor) -> Moments:
     check_real("an origin", origin)
     if origin.shape != moments.origin.shape:
         raise ValueError(f"expected an origin of shape ({moments.num_features},), got {tuple(origin.shape)}")
-    left, right, first = _shifts(moments, origin)
+    left, right, first = moments.moved_by(moments.origin - origin)
     return replace(moments, origin=origin, first=first, second=torch.addmm(moments.second, left, right))
 
 
@@ -279,11 +258,7 @@ def merge(left: Moments, right: Moments) -> Moments:
     for name, side in (("left", left), ("right", right)):
         check_type(name, side, Moments)
     if 0 in (left.num_features, right.num_features):
-        known, other = (left, right) if left.num_features else (right, left)
-        left_out = known.non_finite + other.non_finite
-        return Moments(
-            *(each.clone() for each in (known.count, left_out, known.origin, known.first, known.second))
-        )
+        return left.merged(right).map(torch.clone)
     if left.num_features != right.num_features:
         raise ValueError(f"expected moments of one width, got {left.num_features} and {right.num_features}")
     return left.together_with(right)
@@ -366,15 +341,6 @@ def _upper_covariance(
     # Variances cannot be negative; round-off must not make them so.
     upper.diagonal().clamp_(min=0)
     return upper
-
-
-def _shifts(moments: Moments, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two factors whose product moves the second moments to another origin, and the vector sum about it."""
-    shift = moments.origin - origin
-    count = moments.count.to(torch.float64)
-    # S + s d' + d s' + n d d'  =  S + (s + n d / 2) d' + d (s + n d / 2)'
-    half = moments.first + 0.5 * count * shift
-    return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), moments.first + count * shift
 
 
 def _block_rows(width: int) -> list[slice]:

@@ -170,3 +170,19 @@ def of_forward(observations: Observations, forward: int, step: int | None) -> Ob
     made = object.__new__(Observations)
     made.__dict__.update(observations.__dict__, forward=forward, step=step)
     return made
+
+
+def as_maps(values: Tensor, dim: int) -> Tensor:
+    """Values with features in dimension ``dim`` as (samples, features, positions), a view where there is one.
+
+    >>> as_maps(torch.zeros(8, 3), -1).shape, as_maps(torch.zeros(8, 3, 4, 4), 1).shape
+    (torch.Size([1, 3, 8]), torch.Size([8, 3, 16]))
+    """
+    if values.ndim == 2:
+        if not dim % 2:  # (D, N) -> (1, D, N)
+            return values[None]
+        rows, columns = values.stride()  # (N, D) -> (1, D, N)
+        return values.as_strided((1, values.shape[1], values.shape[0]), (0, columns, rows))
+    if dim % values.ndim == values.ndim - 1:  # (..., D) -> (1, D, N)
+        return values.reshape(-1, values.shape[-1]).t()[None]
+    return values.movedim(dim, 1).flatten(2)  # (N, ..., D, ...) -> (N, D, positions)

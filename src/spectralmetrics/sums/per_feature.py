@@ -17,7 +17,7 @@ are not zero and the largest :math:`|x|`. On x86-64 the pass is compiled, see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from spectralmetrics.sums.about_origin import AboutOrigin
 from spectralmetrics.sums.measuring import measure
-from spectralmetrics.sums.merging import ForReader, Largest, agree_beside
+from spectralmetrics.sums.merging import ForReader, Largest, agree
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.recentring import first_of, next_origin
-from spectralmetrics.sums.sum import Intake
+from spectralmetrics.sums.sum import Exchange, Intake, zeros
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ class Marginals(AboutOrigin):
         """The vector sum about the origin, shape (D,), float64."""
         return self.totals[0]
 
-    @property
-    def num_features(self) -> int:
-        """The width D of an observation."""
-        return self.largest.shape[0]
-
     def empty(self, num_features: int, device: torch.device | str | None = None) -> Marginals:
         """See :class:`.Sum`."""
         return empty_marginals(num_features, device)
@@ -97,15 +92,17 @@ class Marginals(AboutOrigin):
 
     def about(self, origin: Tensor) -> Marginals:
         """See :class:`.AboutOrigin`."""
-        return replace(self, origin=origin, totals=_moved(self, origin))
+        first, squares, *about_zero = self.totals
+        shift = self.origin - origin
+        moved = first + self.count.to(torch.float64) * shift
+        totals = torch.stack([moved, squares + shift * (first + moved), *about_zero])
+        return replace(self, origin=origin, totals=totals)
 
     def together_with(self, other: Marginals) -> Marginals:
         """See :class:`.AboutOrigin`."""
         return replace(super().together_with(other), largest=torch.maximum(self.largest, other.largest))
 
-    def exchange(
-        self, known: Marginals | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Tensor | None, Marginals | None]:
+    def exchange(self, known: Marginals | None, rank: int, world_size: int) -> Exchange:
         """See :class:`.Sum`.
 
         The origin is the mean of the process with most observations, so that features which are constant
@@ -113,7 +110,7 @@ class Marginals(AboutOrigin):
         of processes.
         """
         own = self.count.reshape(1)
-        width, counts = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
+        width, counts = yield from agree(self.num_features, known is not None, rank, world_size, own)
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.count.device)
@@ -121,10 +118,9 @@ class Marginals(AboutOrigin):
         if rank == int(counts.argmax()):
             mean = mine.origin + mine.first / mine.count.clamp(min=1)
         extremes = yield torch.stack([mine.largest, mean]).as_subclass(Largest)
-        assert extremes is not None
         largest, origin = extremes
         numbers = torch.stack([mine.count, mine.non_finite]).to(torch.float64)
-        received = yield torch.cat([numbers, _moved(mine, origin).flatten()]).as_subclass(ForReader)
+        received = yield torch.cat([numbers, mine.about(origin).totals.flatten()]).as_subclass(ForReader)
         if received is None:
             return None
         count, non_finite = received[:2].to(torch.int64)
@@ -150,15 +146,18 @@ class Marginals(AboutOrigin):
 
     def covariance(self, *, center: bool = True) -> NoReturn:
         """Always raise a RuntimeError: marginals hold no matrix."""
-        raise _no_spectrum(self.num_features)
+        raise RuntimeError(
+            f"the covariance of {self.num_features} features is not kept, only sums of each feature: add a"
+            " metric that keeps it, such as SaturationMetric()"
+        )
 
     def eigenvalues(self, *, center: bool = True) -> NoReturn:
         """See :meth:`covariance`."""
-        raise _no_spectrum(self.num_features)
+        self.covariance()
 
     def eigenvectors(self, *, center: bool = True) -> NoReturn:
         """See :meth:`covariance`."""
-        raise _no_spectrum(self.num_features)
+        self.covariance()
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
@@ -227,15 +226,8 @@ def empty_marginals(num_features: int, device: torch.device | str | None = None)
     >>> empty_marginals(3).totals.shape
     torch.Size([4, 3])
     """
-    device = torch.device(device or "cpu")
-    with torch.inference_mode(False):
-        return Marginals(
-            count=torch.zeros((), dtype=torch.int64, device=device),
-            non_finite=torch.zeros((), dtype=torch.int64, device=device),
-            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
-            totals=torch.zeros(4, num_features, dtype=torch.float64, device=device),
-            largest=torch.zeros(num_features, dtype=torch.float64, device=device),
-        )
+    width = (num_features,)
+    return Marginals(**zeros(device, count=(), non_finite=(), origin=width, totals=(4, *width), largest=width))
 
 
 def _follow(sums: Marginals, observations: Observations) -> None:
@@ -248,20 +240,5 @@ def _follow(sums: Marginals, observations: Observations) -> None:
     measured = measure(observations, origin)
     nearer = next_origin(sums, origin, measured.totals[0], measured.counts[0])
     # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
-    sums.totals.copy_(_moved(sums, torch.where(sums.count > 0, nearer, sums.origin)))
+    sums.totals.copy_(sums.about(torch.where(sums.count > 0, nearer, sums.origin)).totals)
     sums.origin.copy_(nearer)
-
-
-def _moved(sums: Marginals, origin: Tensor) -> Tensor:
-    """The totals about another origin."""
-    first, squares, *about_zero = sums.totals
-    shift = sums.origin - origin
-    moved = first + sums.count.to(torch.float64) * shift
-    return torch.stack([moved, squares + shift * (first + moved), *about_zero])
-
-
-def _no_spectrum(num_features: int) -> RuntimeError:
-    return RuntimeError(
-        f"the covariance of {num_features} features is not kept, only sums of each feature: add a metric"
-        " that keeps it, such as SaturationMetric()"
-    )

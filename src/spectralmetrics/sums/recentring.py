@@ -6,25 +6,15 @@ The sums are exact about any origin, so that it need not be the mean to the last
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled
-from spectralmetrics.sums.compiled import DenseSums
+from spectralmetrics.sums.about_origin import AboutOrigin, DenseSums
 from spectralmetrics.sums.workspace import workspace
 
 _BLOCK = 256  # features of the sums that are moved at once
-
-
-class SumsAboutOrigin(Protocol):
-    """Sums about an origin, of any kind."""
-
-    @property
-    def count(self) -> Tensor: ...  # noqa: D102
-    @property
-    def origin(self) -> Tensor: ...  # noqa: D102
 
 
 def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, dtype: torch.dtype) -> None:
@@ -76,7 +66,7 @@ def recentre_in_memory(moments: DenseSums, maps: Tensor, valid: Tensor | None, r
 
 
 def next_origin(
-    sums: SumsAboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
+    sums: AboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
 ) -> Tensor:
     """The next origin: the mean of the rows, or the present origin if the rows are too few.
 
@@ -101,12 +91,10 @@ def _move(moments: DenseSums, origin: Tensor) -> None:
     # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
     shift = torch.where(moments.count > 0, moments.origin - origin, 0)
     if not is_read_freely(shift) or shift.any():
-        count = moments.count.to(torch.float64)
-        half = moments.first + 0.5 * count * shift
-        left, right = torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0)
+        left, right, first = moments.moved_by(shift)
         for start, stop in block_rows(shift, _BLOCK):
             moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
-        moments.first.add_(count * shift)
+        moments.first.copy_(first)
     moments.origin.copy_(origin)
 
 

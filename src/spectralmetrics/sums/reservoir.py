@@ -14,19 +14,19 @@ tensor([1., 3.], dtype=torch.float64)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectralmetrics.sums.merging import ForReader, agree_beside
+from spectralmetrics.sums.merging import ForReader, agree
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.precision import flags_of_counted
-from spectralmetrics.sums.sum import Intake, Sum
+from spectralmetrics.sums.sum import Exchange, Intake, Sum, zeros
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,14 @@ class Reservoir(Sum):
         offer(twin, other.rows.to(home), other.keys.to(home))
         return twin
 
-    def exchange(
-        self, known: Reservoir | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Any, Reservoir | None]:
+    def exchange(self, known: Reservoir | None, rank: int, world_size: int) -> Exchange:
         """See :class:`.Sum`.
 
         Processes first share the keys of all samples; then each row that is kept travels once, from the one
         process that has it.
         """
         own = self.keys if self.num_features else torch.full((self.capacity,), torch.inf)
-        width, keys = yield from agree_beside(self.num_features, known is not None, rank, world_size, own)
+        width, keys = yield from agree(self.num_features, known is not None, rank, world_size, own)
         if not width:
             return known if width is None else None
         smallest = torch.topk(keys.flatten(), self.capacity, largest=False, sorted=True)
@@ -146,13 +144,9 @@ def empty_reservoir(
     tensor([inf, inf, inf, inf], dtype=torch.float64)
     """
     slots = capacity if num_features else 0
-    with torch.inference_mode(False):
-        return Reservoir(
-            keys=torch.full((slots,), torch.inf, dtype=torch.float64, device=device or "cpu"),
-            rows=torch.zeros(slots, num_features, dtype=torch.float64, device=device or "cpu"),
-            capacity=capacity,
-            seed=seed,
-        )
+    sample = Reservoir(**zeros(device, keys=(slots,), rows=(slots, num_features)), capacity=capacity, seed=seed)
+    sample.keys.fill_(torch.inf)
+    return sample
 
 
 def offer(reservoir: Reservoir, rows: Tensor, keys: Tensor) -> None:

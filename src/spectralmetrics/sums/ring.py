@@ -16,7 +16,7 @@ tensor([[  2.,   5.,  30.,  60.,   2.],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from spectralmetrics.sums import fused
 from spectralmetrics.sums.measuring import Measured, measure, measured_last
 from spectralmetrics.sums.merging import ForReader, agree
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.sum import Intake, Sum
+from spectralmetrics.sums.sum import Exchange, Intake, Sum, zeros
 
 COLUMNS = ("forward", "step", "largest", "count", "left_out", "total", "squares", "nonzero")
 """The columns of a row. The forward is -1 in an empty row, the step -1 where it is unknown."""
@@ -89,11 +89,9 @@ class ForwardHistory(Sum):
             return other.map(torch.clone)
         return replace(self, ring=_together(torch.cat([self.ring, other.ring]), self.steps))
 
-    def exchange(
-        self, known: ForwardHistory | None, rank: int, world_size: int
-    ) -> Generator[Tensor, Any, ForwardHistory | None]:
+    def exchange(self, known: ForwardHistory | None, rank: int, world_size: int) -> Exchange:
         """See :class:`.Sum`."""
-        width = yield from agree(self.num_features, known is not None, rank, world_size)
+        width, _ = yield from agree(self.num_features, known is not None, rank, world_size)
         if not width:
             return known if width is None else None
         mine = self if self.num_features else self.empty(width, self.ring.device)
@@ -137,8 +135,7 @@ class HistoryIntake(Intake):
         with torch.inference_mode(False), torch.no_grad():
             measured = measured_last(observations)
             if measured is None:
-                device = sums.ring.device
-                origin = torch.zeros(observations.num_features, dtype=torch.float64, device=device)
+                origin = sums.ring.new_zeros(observations.num_features)
                 measured = measure(observations, origin)
             is_more, self._latest = forward == self._latest, forward
             step = -1 if observations.step is None else observations.step
@@ -172,13 +169,9 @@ def empty_history(steps: int, num_features: int, device: torch.device | str | No
     >>> empty_history(4, 2).ring.shape
     torch.Size([4, 8])
     """
-    with torch.inference_mode(False):
-        ring = torch.zeros(
-            steps if num_features else 0, len(COLUMNS), dtype=torch.float64, device=device or "cpu"
-        )
-        ring[:, :LARGEST] = -1
-        width = torch.zeros(num_features, 0, dtype=torch.float64, device=device or "cpu")
-        return ForwardHistory(ring, width, steps)
+    tensors = zeros(device, ring=(steps if num_features else 0, len(COLUMNS)), width=(num_features, 0))
+    tensors["ring"][:, :LARGEST] = -1
+    return ForwardHistory(**tensors, steps=steps)
 
 
 def _row(measured: Measured) -> Tensor:
@@ -234,10 +227,8 @@ def _together(rows: Tensor, steps: int) -> Tensor:
     target = is_next.cumsum(0) - 1  # the row of the result for each row's forward
     result = torch.zeros_like(rows)
     result.index_add_(0, target, torch.where((forwards >= 0)[:, None], rows, 0))
-    index = target[:, None].expand(-1, _ADDED.start)
-    largest = torch.full_like(rows[:, : _ADDED.start], -1).scatter_reduce(
-        0, index, rows[:, : _ADDED.start], "amax"
-    )
-    result[:, : _ADDED.start] = largest
+    others = rows[:, :COUNT]
+    index = target[:, None].expand_as(others)
+    result[:, :COUNT] = torch.full_like(others, -1).scatter_reduce(0, index, others, "amax")
     result[:, LARGEST].clamp_(min=0)
     return result[:steps].flip(0)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin, Slot, rows_at_a_time, slot_of
+from spectralmetrics.sums.about_origin import AboutOrigin, rows_at_a_time
 from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
 from spectralmetrics.sums.intake import DenseIntake, products_dtype
 from spectralmetrics.sums.merging import Piece
@@ -42,6 +42,7 @@ from spectralmetrics.sums.precision import (
     power_of_two_scale,
 )
 from spectralmetrics.sums.recentring import first_of, next_origin
+from spectralmetrics.sums.sum import zeros
 
 # Features in a block of a product. The block's result stays in the cache until it is added.
 _FEATURES_PER_PRODUCT = 4096
@@ -106,11 +107,6 @@ class Sketch(AboutOrigin):
         """The number of columns k."""
         return self.image.shape[1]
 
-    @property
-    def num_features(self) -> int:
-        """The width D of an observation."""
-        return self.image.shape[0]
-
     def settings(self) -> tuple[object, ...]:
         """See :class:`.Sum`."""
         return (f"sketch_size={self.size}", f"seed={self.seed}")
@@ -138,7 +134,8 @@ class Sketch(AboutOrigin):
 
     def about(self, origin: Tensor) -> Sketch:
         """See :class:`.AboutOrigin`."""
-        image, diagonal, first = _moved(self, origin)
+        left, right, diagonal, first = _shifts(self, origin)
+        image = torch.addmm(self.image, left, right)
         return replace(self, origin=origin, image=image, diagonal=diagonal, first=first)
 
     def squares(self) -> Tensor:
@@ -148,24 +145,14 @@ class Sketch(AboutOrigin):
     def _pieces(self, origin: Tensor) -> Iterator[Piece]:
         """See :class:`.AboutOrigin`: counts and sums of each feature, then the image, some rows at a time."""
         left, right, diagonal, first = _shifts(self, origin)
-        counts = torch.stack([self.count, self.non_finite]).to(torch.float64)
-        yield Piece.of(torch.cat([counts, first, diagonal]))
+        yield from map(Piece.of, (self.count, self.non_finite, first, diagonal))
         for rows in rows_at_a_time(*self.image.shape):
             yield Piece.of_sum(self.image[rows], left[rows], right)
 
-    def _slots(self) -> Iterator[Slot]:
+    def _slots(self) -> Iterator[Tensor]:
         """See :class:`.AboutOrigin`."""
-
-        def put_first(numbers: Tensor) -> None:
-            self.count.copy_(numbers[0])
-            self.non_finite.copy_(numbers[1])
-            first, diagonal = numbers[2:].chunk(2)
-            self.first.copy_(first)
-            self.diagonal.copy_(diagonal)
-
-        yield 2 + 2 * self.num_features, put_first
-        for rows in rows_at_a_time(*self.image.shape):
-            yield slot_of(self.image[rows])
+        yield from (self.count, self.non_finite, self.first, self.diagonal)
+        yield from (self.image[rows] for rows in rows_at_a_time(*self.image.shape))
 
     def covariance(self, *, center: bool = True) -> Tensor:
         """Always raise a RuntimeError: a sketch holds no matrix."""
@@ -231,11 +218,8 @@ class Sketch(AboutOrigin):
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
         yield "sketch_image", self.covariance_image()
-        yield "sketch_variances", self.variances()
-        yield "sketch_mean", self.mean()
-        yield "sketch_count", self.count
-        yield "sketch_non_finite", self.non_finite
-        yield "sketch_seed", torch.tensor(self.seed)
+        others = self.variances(), self.mean(), self.count, self.non_finite, torch.tensor(self.seed)
+        yield from zip(self.arrays[1:], others, strict=True)
 
     @classmethod
     def restored(cls, read: Callable[[str], Tensor]) -> Sketch:
@@ -315,17 +299,11 @@ def _recentre(sums: Sketch, rows: Tensor, chosen: Tensor) -> None:
     total = torch.where(chosen, rows.to(torch.float64) - pivot, 0).sum(0)
     origin = next_origin(sums, pivot, total, chosen.sum())
     # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
-    image, diagonal, first = _moved(sums, torch.where(sums.count > 0, origin, sums.origin))
-    sums.image.copy_(image)
-    sums.diagonal.copy_(diagonal)
-    sums.first.copy_(first)
+    moved = sums.about(torch.where(sums.count > 0, origin, sums.origin))
+    sums.image.copy_(moved.image)
+    sums.diagonal.copy_(moved.diagonal)
+    sums.first.copy_(moved.first)
     sums.origin.copy_(origin)
-
-
-def _moved(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, diagonal and vector sum about another origin."""
-    left, right, diagonal, first = _shifts(sums, origin)
-    return torch.addmm(sums.image, left, right), diagonal, first
 
 
 def _shifts(sums: Sketch, origin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -374,14 +352,8 @@ def empty_sketch(
     >>> empty_sketch(8, 100).image.shape
     torch.Size([100, 8])
     """
-    device = torch.device(device or "cpu")
-    with torch.inference_mode(False):
-        return Sketch(
-            count=torch.zeros((), dtype=torch.int64, device=device),
-            non_finite=torch.zeros((), dtype=torch.int64, device=device),
-            origin=torch.zeros(num_features, dtype=torch.float64, device=device),
-            first=torch.zeros(num_features, dtype=torch.float64, device=device),
-            diagonal=torch.zeros(num_features, dtype=torch.float64, device=device),
-            image=torch.zeros(num_features, size, dtype=torch.float64, device=device),
-            seed=seed,
-        )
+    width = (num_features,)
+    sums = zeros(
+        device, count=(), non_finite=(), origin=width, first=width, diagonal=width, image=(*width, size)
+    )
+    return Sketch(**sums, seed=seed)

@@ -28,8 +28,7 @@ class Sum(ABC):
     """A sum over observations: tensors, of width zero until a width is known, and settings."""
 
     states: ClassVar[Mapping[str, str]]
-    """Attribute -> name of the metric's state that holds it. The first tensor identifies the sum: it is
-    replaced whenever the sum is, and updated in place otherwise."""
+    """Attribute -> name of the metric's state that holds it; the first is the :attr:`anchor`."""
     described: ClassVar[str] = "sums"
     """The kind in words, with an article, for messages."""
     additive: ClassVar[frozenset[str]] = frozenset()
@@ -64,16 +63,20 @@ class Sum(ABC):
         """Settings that must agree for two sums to be added or shared."""
         return ()
 
+    @property
+    def anchor(self) -> Tensor:
+        """The tensor that identifies the sum: replaced whenever the sum is, and updated in place otherwise."""
+        first: Tensor = getattr(self, next(iter(self.states)))
+        return first
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names of the states."""
         return {state: getattr(self, name) for name, state in self.states.items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same kind with the same settings and these tensors, by the names of the states."""
-        changes: dict[str, Any] = {name: tensors[state] for name, state in self.states.items()}
         twin = copy.copy(self)
-        for name, tensor in changes.items():
-            object.__setattr__(twin, name, tensor)  # constructs a frozen dataclass
+        vars(twin).update({name: tensors[state] for name, state in self.states.items()})
         return twin
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -244,3 +247,18 @@ class Intake(ABC):
 def kinds() -> tuple[type[Sum], ...]:
     """All kinds of sums that a run keeps; among kinds with a spectrum, the most detailed comes last."""
     return tuple(_KINDS)
+
+
+def zeros(device: torch.device | str | None, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """The tensors of a sum without observations, float64, and int64 for a count, which has no dimension.
+
+    Args:
+        device: their device; the CPU by default.
+        shapes: their names and shapes.
+    """
+    # Tensors made in inference mode could never be updated outside it.
+    with torch.inference_mode(False):
+        return {
+            name: torch.zeros(shape, dtype=torch.float64 if shape else torch.int64, device=device or "cpu")
+            for name, shape in shapes.items()
+        }

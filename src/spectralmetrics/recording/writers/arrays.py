@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.held_out import LeftOut
-from spectralmetrics.functional.spectrum import LEFT_OUT, Spectrum
+from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.recording.files import replacing, sweep
 from spectralmetrics.recording.record import Record, RecordKey
 from spectralmetrics.recording.writer import Writer
@@ -25,7 +24,8 @@ from spectralmetrics.sums import SpectralSum, Sum, kinds
 FOLDER_NAME = "arrays"
 # True: names of eigenvalues about the mean; False: about zero.
 _EIGENVALUES = {True: "eigenvalues", False: "second_moment_eigenvalues"}
-_HELD_OUT, _OTHERS = "held_out_", "left_out_"
+# Part of a spectrum -> what the name of its array begins with.
+_PREFIXES = {"eigenvalues": "", "held_out": "held_out_", "others": "left_out_"}
 
 
 class ArraysWriter(Writer):
@@ -204,8 +204,9 @@ class SavedLayer:
                 spectrum.learn("eigenvalues", self._read(name))
             elif self._needs_vectors:
                 spectrum.eigenvectors  # noqa: B018
-        if _HELD_OUT + name in self._names and not spectrum.knows(LEFT_OUT):
-            spectrum.learn(LEFT_OUT, LeftOut(self._read(_HELD_OUT + name), self._read(_OTHERS + name)))
+        for part in ("held_out", "others"):
+            if _PREFIXES[part] + name in self._names and not spectrum.knows(part):
+                spectrum.learn(part, self._read(_PREFIXES[part] + name))
         return spectrum
 
 
@@ -257,12 +258,7 @@ def _entries(sums: Any, spectrum: Spectrum | None) -> Iterator[tuple[str, Tensor
     if spectrum is None:
         return
     for (part, center), value in spectrum.known().items():
-        name = _EIGENVALUES[center]
-        if part == "eigenvalues":
-            yield name, value
-        else:
-            yield _HELD_OUT + name, value.held_out
-            yield _OTHERS + name, value.others
+        yield _PREFIXES[part] + _EIGENVALUES[center], value
 
 
 def _opened(path: Path) -> zipfile.ZipFile:
