@@ -157,7 +157,7 @@ def test_the_core_is_one_page_that_names_what_joins_it():
         name for each in (Mixtures, Router, GradientRouter) for name in vars(each).keys() & vars(Core).keys()
     }
     joined = {name for name in joined if not name.startswith("__")}
-    assert {"_passes", "_route", "_batch", "take", "take_again"} <= joined
+    assert {"observe", "_route", "_batch", "take", "take_again"} <= joined
     assert not [name for name in joined if f"``{name}``" not in core.__doc__]
 
 
