@@ -77,6 +77,7 @@ def copy_metric(metric: Metric) -> Metric:
 
 STATES: set[str] = set()
 """The names of all states of all metrics of this package; each is a property."""
+_NOT_MERGED = contextlib.nullcontext()
 
 
 class MergingMetric(Metric):
@@ -149,22 +150,34 @@ class MergingMetric(Metric):
                 self._cache = None
             raise
 
-    @contextlib.contextmanager
-    def sync_context(
+    def sync_context(  # type: ignore[override]  # any context serves
         self,
         dist_sync_fn: Callable[..., Any] | None = None,
         process_group: Any | None = None,
         should_sync: bool = True,
         should_unsync: bool = True,
         distributed_available: Callable[..., Any] | None = None,
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside, the states are merged; afterwards they are this process' own, even after an error."""
+        available = distributed_available or self.distributed_available_fn
+        if not self._is_synced and not (callable(available) and available()):
+            return _NOT_MERGED
+        return self._while_merged(
+            should_unsync,
+            dist_sync_fn=dist_sync_fn,
+            process_group=process_group,
+            should_sync=should_sync,
+            distributed_available=distributed_available,
+        )
+
+    @contextlib.contextmanager
+    def _while_merged(self, should_unsync: bool, **how: Any) -> Iterator[None]:
         # torchmetrics has no `finally` here: an error in `compute` leaves the metric synced.
-        self.sync(dist_sync_fn, process_group, should_sync, distributed_available)
+        self.sync(**how)
         try:
             yield
         finally:
-            self.unsync(self._is_synced and should_unsync)
+            self.unsync(should_unsync=self._is_synced and should_unsync)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Metric:
         # torchmetrics would copy the process group, too, which cannot be copied.
