@@ -17,8 +17,8 @@ import torchmetrics
 from spectralmetrics.probing import core
 from spectralmetrics.probing.core import Core
 from spectralmetrics.probing.gradients import GradientRouter
+from spectralmetrics.probing.mixtures import Mixtures
 from spectralmetrics.probing.routing import Router
-from spectralmetrics.probing.taking import Rows
 
 ROOT = Path(__file__).parents[1]
 _SPEC = importlib.util.spec_from_file_location("draw_imports", ROOT / "docs" / "draw_imports.py")
@@ -153,7 +153,9 @@ def test_long_files_have_a_reason():
 def test_the_core_is_one_page_that_names_what_joins_it():
     page = Path(core.__file__).read_text(encoding="utf-8")
     assert len(page.splitlines()) <= 200
-    joined = {name for each in (Rows, Router, GradientRouter) for name in vars(each).keys() & vars(Core).keys()}
+    joined = {
+        name for each in (Mixtures, Router, GradientRouter) for name in vars(each).keys() & vars(Core).keys()
+    }
     joined = {name for name in joined if not name.startswith("__")}
     assert {"_passes", "_route", "_batch", "take", "take_again"} <= joined
     assert not [name for name in joined if f"``{name}``" not in core.__doc__]

@@ -424,6 +424,31 @@ def test_samples_that_are_not_finite_are_left_out_of_the_batch():
         similarity.compute()
 
 
+class Given(nn.Module):
+    """Puts out what it is given, layer by layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Identity() for _ in range(2))
+
+    def forward(self, outputs):
+        return [part(each) for part, each in zip(self.parts, outputs, strict=True)]
+
+
+@pytest.mark.parametrize(("shift", "outlier"), [(0.0, 1e25), (1e8, 0.0)])
+def test_a_sample_that_another_layer_leaves_out_costs_the_others_no_digits(shift, outlier):
+    model, first = Given(), torch.randn(12, 4, dtype=torch.float64)
+    second = first @ torch.randn(4, 3, dtype=torch.float64) + torch.randn(12, 3, dtype=torch.float64)
+    expected = cka_by_definition(first[1:], second[1:])
+    first += shift
+    first[0], second[0] = outlier, torch.inf  # a sample that diverges: finite at first, then not
+    with sm.LayerSimilarity(model, layers="parts.?") as similarity:
+        model([first, second])
+    with pytest.warns(UserWarning, match="in some layer: 1"):
+        result = similarity.compute()
+    assert float(result["parts.0", "parts.1"]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_dead_layers_and_random_ones_stay_within_the_range():
     model = Chain(6, 5, 5, 5)
     nn.init.zeros_(model.parts[1].weight)

@@ -386,3 +386,29 @@ def test_views_and_changes_in_place_are_told():
         pass
 
     assert torch_private.base_of_view(WithoutBase()) is None
+
+
+def test_without_the_functions_no_thread_is_limited(monkeypatch):
+    monkeypatch.setattr(torch_private.ctypes, "CDLL", lambda path: object())
+    assert torch_private._find_one_thread() is None
+
+
+@pytest.mark.skipif(torch_private.use_one_thread is None, reason="no function of the library limits a thread")
+@pytest.mark.usefixtures("two_threads")
+def test_only_the_thread_that_asks_is_limited():
+    found = []
+
+    def limit():
+        found.append(torch.get_num_threads())
+        torch_private.use_one_thread()
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=limit)
+    thread.start()
+    thread.join()
+    assert found == [2, 1]
+    assert torch.get_num_threads() == 2
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert found[-1] == 2

@@ -15,18 +15,25 @@ from torch import Tensor, nn
 
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
 from spectralmetrics.probing.alike import Alike
-from spectralmetrics.probing.compilation import Unobservable
-from spectralmetrics.probing.dtensors import watch_outputs
-from spectralmetrics.probing.hooks import Hooks, Select, how_it_runs, undisturbed, warn_user, weakly
+from spectralmetrics.probing.hooks import (
+    Hooks,
+    Select,
+    how_it_runs,
+    undisturbed,
+    warn_user,
+    watch_outputs,
+    weakly,
+)
 from spectralmetrics.probing.layout import Layout, find_layout
-from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Meshes
+from spectralmetrics.probing.outputs import Unobservable
 from spectralmetrics.probing.parts import LeftOut, ranks_of, reason_of, whole_of
 from spectralmetrics.probing.placement import has_some_positions
 from spectralmetrics.probing.rules import FeatureMaps, ObservationRule, Sequences
+from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
-from spectralmetrics.torch_private import ignores_hooks, in_backward
+from spectralmetrics.torch_private import ignores_hooks, in_backward, is_context_parallel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -305,7 +312,7 @@ class LayerSimilarity:
                 if forward is None:
                     return
                 batch = self.rule.batch(module, output, time_first=name in side.layout.time_first, dims=dims)
-                if has_some_positions(batch):
+                if is_context_parallel() and has_some_positions(batch):
                     raise LeftOut("each process has some positions of each sample inside context_parallel")
                 observations = batch.observations(self.rule)
                 products = gram(observations.rows())

@@ -7,12 +7,14 @@ the same.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
@@ -119,6 +121,35 @@ class Version:
     def has_changed(self) -> bool:
         """True if the tensor has been changed since."""
         return self._twin._version != self._version
+
+
+# -- threads --------------------------------------------------------------------------------------------------
+
+
+def _find_one_thread() -> Callable[[], object] | None:
+    # `omp_set_num_threads` of OpenMP and `MKL_Set_Num_Threads_Local` of MKL, which both hold for the calling
+    # thread only, in `libtorch_cpu.so` or the libraries that it loads, 2.13. `torch.set_num_threads` would
+    # change the numbers of other threads, too, and with them the last digits of a training.
+    are_known = torch.backends.mkl.is_available() and torch.backends.openmp.is_available()
+    if sys.platform != "linux" or not are_known:
+        return None
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        of_mkl, of_openmp = library.MKL_Set_Num_Threads_Local, library.omp_set_num_threads
+    except (OSError, AttributeError):
+        return None
+
+    def use_one() -> None:
+        torch.get_num_threads()  # PyTorch sets the numbers of a thread when it is first asked
+        of_openmp(1)
+        of_mkl(1)
+
+    return use_one
+
+
+# Makes tensor operations that the calling thread starts run in this thread alone. None where this is not known
+# to be possible: matrices are then decomposed one after the other.
+use_one_thread: Callable[[], object] | None = _find_one_thread()
 
 
 # -- torch.func -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import spectralmetrics as sm
-from spectralmetrics.probing import exchange, identity
+from spectralmetrics.probing import exchange, rendezvous
 from tests.distributed import groups
 from tests.oracles import relative_error, two_pass_covariance
 
@@ -254,7 +254,7 @@ def test_a_full_disk_on_the_first_process_is_an_error_for_all(tmp_path):
 
 
 def probes_on_one(rank, world):
-    identity._PATIENCE = 2
+    rendezvous.PATIENCE = 2
     for _ in range(2):
         if rank == 0:
             model, probe = probe_of(["a"])

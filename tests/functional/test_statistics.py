@@ -106,6 +106,15 @@ def test_equal_shares_reach_the_threshold_where_they_should(width):
     assert F.intrinsic_dimension(values, 0.5) == int(np.ceil(width / 2))
 
 
+@pytest.mark.parametrize("unit", [5e-324, 1.5e308])
+def test_the_dimension_at_the_ends_of_the_range(unit):
+    # Shares of the smallest numbers cannot be multiplied by a threshold, and sums of the largest are infinite.
+    values = torch.full((10,), unit, dtype=torch.float64)
+    assert F.intrinsic_dimension(values, 0.75) == 8
+    assert F.intrinsic_dimension(values, 0.75, "delve") == 7
+    assert F.saturation(values, 0.05) == 0.1
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.int64, fractions.Fraction])
 def test_thresholds_of_numpy(kind):
     values = torch.tensor([4.0, 3.0, 2.0, 1.0])

@@ -169,6 +169,25 @@ def test_merging_forward_collections_and_copies():
         assert torch.equal(copied.compute(), by_forward.compute())
 
 
+def test_casting_a_model_around_it_costs_no_digits():
+    left, right = related(60, 10, 80, 0)
+    metric = streamed(left, right, 20)
+    expected = streamed(left[:20], right[:20], 20, copy.deepcopy(metric)).compute()
+    torch.nn.ModuleList([metric]).to(torch.bfloat16)
+    assert metric.cross.dtype == torch.float64
+    assert torch.equal(streamed(left[:20], right[:20], 20, metric).compute(), expected)
+
+
+def test_a_loaded_state_replaces_the_value():
+    left, right = related(60, 10, 80, 0)
+    saved, other = streamed(left, right, 20), streamed(right, left[:, :3], 20)
+    saved.persistent(True)
+    other.persistent(True)
+    assert other.compute() != saved.compute()
+    other.load_state_dict(saved.state_dict())
+    assert other.compute() == saved.compute()
+
+
 @pytest.mark.parametrize("width", [3, 300])
 def test_an_update_waits_for_no_device(width):
     # With tensors that have no values, anything that reads one raises.

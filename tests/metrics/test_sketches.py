@@ -97,6 +97,18 @@ def test_a_sketch_that_holds_everything_is_exact(new):
         torch.testing.assert_close(end, truth, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("magnitude", [1e-145, 1e90, 1e150])
+@pytest.mark.parametrize("new", [*READABLE, sm.SpectrumMetric])
+def test_magnitudes(new, magnitude):
+    rows = rows_with("1/i^2", 200, 40, 0, shift=1.0)
+    plain, scaled = (fed(new, rows * scale, sketch_size=40) for scale in (1.0, magnitude))
+    has_unit = new in (sm.CovarianceTraceMetric, sm.DiagonalTraceMetric, sm.SpectrumMetric)
+    unit = magnitude**2 if has_unit else 1.0
+    torch.testing.assert_close(scaled.compute().double(), plain.compute().double() * unit, rtol=1e-6, atol=0)
+    for end, other in zip(scaled.interval(), plain.interval(), strict=True):
+        torch.testing.assert_close(end.double(), other.double() * unit, rtol=1e-6, atol=0)
+
+
 def test_the_sum_of_squares_is_not_biased():
     rows = rows_with("1/i", 400, 50, 0)
     truth = rows.T.cov(correction=0).square().sum()

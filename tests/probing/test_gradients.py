@@ -399,6 +399,63 @@ def test_what_belongs_to_the_forward_is_that_of_the_forward(backend, reentrant):
     torch.testing.assert_close(rows_of(probe, "2"), expected, rtol=1e-12, atol=0)
 
 
+class Cut(torch.autograd.Function):
+    """Passes values on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+class Halves(nn.Linear):
+    """Puts out two halves, which one operation makes."""
+
+    def forward(self, x):
+        return super().forward(x).chunk(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("new", "use"),
+    [
+        (lambda: Halves(4, 6), lambda output, step: output[step % 2]),
+        (lambda: nn.Linear(4, 3), lambda output, step: Cut.apply(output) if step % 2 else output),
+    ],
+    ids=["another output of the operation", "a function without a gradient"],
+)
+def test_a_backward_without_a_gradient_for_a_layer_is_no_row(new, use):
+    layer, last = made(new), made(lambda: nn.Linear(3, 2))
+    probe = probing(layer)
+    for step in range(4):
+        last(use(layer(given(5, 4)), step)).square().sum().backward()
+    assert len(rows_of(probe, type(layer).__name__)) == 10
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_mask_that_changes_in_place_is_that_of_the_forward(backend):
+    layer = nn.Linear(4, 3).double()
+    run = torch.compile(layer, backend=backend) if backend else layer
+    probe = LayerProbe(layer, [Rows(), sm.NeuralCollapseMetric(num_classes=2)], observe="gradients")
+    mask, labels = torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.int64)
+    masks = [given(2, 5, seed=seed) > 0 for seed in range(3)]
+    losses = []
+    with probe.mask(mask), probe.labels(labels):
+        for each in masks:  # buffers that are used again for each micro-batch
+            mask.copy_(each)
+            labels.copy_(~each[:, :1])
+            losses.append(run(given(2, 5, 4)).square().sum())
+    mask.fill_(False)
+    labels.fill_(-1)
+    sum(losses).backward()
+    assert len(rows_of(probe, "Linear")) == sum(int(each.sum()) for each in masks)
+    counts = probe["train", "Linear"]["neural_collapse"].sums[0].class_counts[0]
+    first = sum(int(each[each[:, 0]].sum()) for each in masks)
+    assert counts.tolist() == [first, sum(int(each.sum()) for each in masks) - first]
+
+
 @pytest.mark.parametrize(("backend", "reentrant"), WAYS[:4])
 def test_only_gradients_of_observed_forwards(backend, reentrant):
     model = made(lambda: Net(reentrant=reentrant))

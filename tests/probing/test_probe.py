@@ -903,7 +903,7 @@ class TestControls:
             "core.how_it_runs",
             "core.undisturbed.__enter__",
             "core.ObservationRule.batch",
-            "taking.Masks.note_fit",
+            "routing.Router.batch_of",
             "core.draw",
             "core.Steps.observes",
             "rules.Batch.observations",

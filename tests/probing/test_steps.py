@@ -57,6 +57,38 @@ def test_all_calls_of_an_observed_step_are_seen(calls, every):
     assert sum(map(bool, seen)) == 12 // every
 
 
+class Tree(nn.Module):
+    """Calls itself; stops where it is told to, by an error of the given kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.stops = nn.Linear(3, 3), None
+
+    def forward(self, x, depth=2):
+        if depth:
+            x = self(x, depth - 1)
+        elif self.stops is not None:
+            raise self.stops
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("stops", [ValueError, KeyboardInterrupt])
+def test_a_model_that_calls_itself_makes_one_step(stops):
+    torch.manual_seed(0)
+    model = Tree()
+    probe = LayerProbe(model, [sm.SaturationMetric(), sm.HistoryMetric(steps=99)], every_n_steps=3)
+    for _ in range(6):
+        model(torch.randn(5, 3))
+    model.stops = stops
+    with pytest.raises(stops):
+        model(torch.randn(5, 3))
+    model.stops = None
+    for _ in range(2):
+        model(torch.randn(5, 3))
+    assert int(probe["train", "layer"]["saturation"].count) == 3 * 15
+    assert probe["train", "layer"]["history"].compute()[:, 3].tolist() == [15] * 3
+
+
 @pytest.mark.parametrize("calls", [2, 8])
 def test_it_is_unbiased_for_a_model_that_is_called_several_times_per_step(calls):
     """A discriminator sees real and generated data in turn: a fixed beat would meet one kind only."""

@@ -314,6 +314,18 @@ def test_compute_warns_of_fewer_observations_than_twice_the_dimension():
     probe.compute()
 
 
+@pytest.mark.parametrize(
+    ("folds", "advice"), [(1, r"ask for intervals with folds=8$"), (4, r"see intervals\(\)$")]
+)
+def test_who_has_intervals_is_sent_to_them(folds, advice):
+    model = nn.Sequential(nn.Identity()).eval()
+    probe = LayerProbe(model, layers="*", folds=folds)
+    for _ in range(4):
+        model(torch.randn(10, 30))
+    with pytest.warns(UserWarning, match=advice):
+        probe.compute()
+
+
 @pytest.mark.parametrize(("rank", "words"), [(1, "collapsed: 1 of 64 directions"), (2, "few directions:")])
 def test_an_output_layer_that_has_collapsed(rank, words):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from spectralmetrics import (
     LinearProbeMetric,
     SaturationMetric,
 )
-from spectralmetrics.probing.taking import Rows
+from spectralmetrics.probing.routing import Router
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.reservoir import SampleIntake
 
@@ -105,8 +105,8 @@ KINDS = {
 def test_the_short_way_is_the_long_one(kind, monkeypatch):
     arguments, is_short = KINDS[kind]
     taken = []
-    take_again = Rows.take_again
-    monkeypatch.setattr(Rows, "take_again", lambda *each: taken.append(take_again(*each)) or taken[-1])
+    take_again = Router.take_again
+    monkeypatch.setattr(Router, "take_again", lambda *each: taken.append(take_again(*each)) or taken[-1])
     states = []
     for way in ("short", "long"):
         torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_the_short_way_is_the_long_one(kind, monkeypatch):
         probe = LayerProbe(model, **copy.deepcopy(arguments))
         probe.persistent()
         if way == "long":
-            monkeypatch.setattr(Rows, "take_again", lambda *each: False)
+            monkeypatch.setattr(Router, "take_again", lambda *each: False)
         train(model, probe)
         counted = ("forwards", "ran", "samples", "given_up")
         counts = [getattr(place, name) for place in probe._places.values() for name in counted]

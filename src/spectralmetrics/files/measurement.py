@@ -23,9 +23,8 @@ from spectralmetrics.metrics import (
 )
 from spectralmetrics.probing import LayerProbe, Summary
 from spectralmetrics.probing.collections import LayerMetrics, Metrics
-from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.probe import layer_by_hand, read_probe
-from spectralmetrics.probing.processes import agreed, gather_agreed
+from spectralmetrics.probing.processes import agreed, gather_agreed, is_one_of_several
 from spectralmetrics.recording import Recorder
 from spectralmetrics.sums import Moments, Observations, Sketch, SpectralSum, empty_numbered, stack
 from spectralmetrics.sums.checks import check_positive_integer

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.checks import are_all_finite, check_real, is_integer
+from spectralmetrics.sums.precision import power_of_two_below
 
 Rule = Literal["explained", "delve"]
 
@@ -48,6 +49,7 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = 0.99, rule: Rule
     threshold = check_threshold(threshold)
     check_rule(rule)
     values = _descending(eigenvalues)
+    values = values / power_of_two_below(values[..., :1])  # so that no sum overflows; exact
     cumulative = cumulative_sum(values)
     if rule == "delve":
         # All-zero spectra give NaN shares, which are not below any threshold.

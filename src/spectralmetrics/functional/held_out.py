@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectralmetrics.functional.side_by_side import side_by_side
 from spectralmetrics.sums import Moments, merge, rebase
 from spectralmetrics.sums.checks import check_real, check_type
 from spectralmetrics.sums.decomposition import without_round_off
@@ -82,7 +83,14 @@ def leave_one_out(folds: Sequence[Moments], center: bool = True) -> LeftOut:
     counts = torch.stack([fold.count for fold in folds])
     if not counts.all():
         raise ValueError(f"expected observations in every fold, got {counts.tolist()}")
-    pairs = [_held(fold, others, center) for fold, others in zip(folds, without_each(folds), strict=True)]
+    of_each = side_by_side(
+        lambda pair: _held(*pair, center),
+        zip(folds, without_each(folds), strict=True),
+        number=len(folds),
+        width=folds[0].num_features,
+        device=folds[0].second.device,
+    )
+    pairs = list(of_each)
     squares = torch.stack([values for values, _ in pairs]).sum(0)
     fitted = torch.stack([values for _, values in pairs])
     return LeftOut(without_round_off(_non_increasing(squares / counts.sum())), fitted)

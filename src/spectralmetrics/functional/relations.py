@@ -365,7 +365,7 @@ def _singular_values_twice(matrix: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor, valid: Tensor | None) -> Tensor:
-    """Like :func:`gram`, about the first valid sample; None: the first that can be used."""
+    """Like :func:`gram`, about the first valid sample; None: about one of usual size that can be used."""
     samples, rows = rows.shape[0], rows.detach()
     products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
     width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
@@ -373,10 +373,22 @@ def _gram(rows: Tensor, valid: Tensor | None) -> Tensor:
         # Cast first: an operation between two dtypes takes many times longer.
         wide = block.to(torch.float64)
         # Subtract a sample first: equal rows give exact zeros, and a far mean costs no digits.
-        first = wide.index_select(0, first_of(usable_rows(wide) if valid is None else valid))
-        moved = wide - torch.where(first.abs() <= _LARGEST, first, 0.0)
+        pivot = wide.index_select(0, _of_usual_size(wide) if valid is None else first_of(valid))
+        moved = wide - torch.where(pivot.abs() <= _LARGEST, pivot, 0.0)
         products.addmm_(moved, moved.mT)
     return products
+
+
+def _of_usual_size(rows: Tensor) -> Tensor:
+    """The index of a usable row of median size, shape (1,); reads nothing from a device.
+
+    An outlier would cost the other rows their digits, and may be left out for its values in another layer.
+    """
+    sizes = rows.abs().sum(1)
+    is_usable = sizes <= _LARGEST
+    order = torch.where(is_usable, sizes, torch.inf).argsort(stable=True)
+    middle = (is_usable.sum() - 1).clamp(min=0) // 2
+    return order.gather(0, middle.reshape(1))
 
 
 def _centred(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -102,29 +102,32 @@ def stable_rank(leading: Tensor, total: Tensor) -> Estimate:
     return Estimate(high, low, high)
 
 
-def participation_ratio(leading: Tensor, total: Tensor, square_sum: Tensor) -> Estimate:
+def participation_ratio(leading: Tensor, total: Tensor, square_share: Tensor) -> Estimate:
     """The participation ratio from an estimate of the sum of squared eigenvalues, and its bounds.
 
     Args:
         leading: lower bounds of the leading eigenvalues, descending, shape (k,).
         total: the sum of all eigenvalues, shape ().
-        square_sum: an estimate of the sum of their squares, shape (); it is clipped to its own bounds.
+        square_share: an estimate of the sum of their squares over the square of ``total``, shape (); it is
+            clipped to its own bounds.
 
     Returns:
         Shape (), float64.
 
-    >>> estimate = participation_ratio(torch.tensor([6.0, 2.0]), torch.tensor(10.0), torch.tensor(41.0))
+    >>> estimate = participation_ratio(torch.tensor([6.0, 2.0]), torch.tensor(10.0), torch.tensor(0.41))
     >>> round(float(estimate.value), 3), round(float(estimate.low), 3), round(float(estimate.high), 3)
     (2.439, 1.471, 2.5)
     """
-    leading, total = leading.to(torch.float64), total.to(torch.float64)
-    rest = (total - leading.sum()).clamp(min=0)
-    least = leading.square().sum()
-    most = least + 2 * leading[0] * rest + rest.square()  # all of the rest in the first one
-    squares = torch.minimum(torch.maximum(square_sum.to(torch.float64), least), most)
-    return Estimate(*(_ratio(total.square(), each) for each in (squares, most, least)))
+    total = total.to(torch.float64)
+    shares = leading.to(torch.float64) / total  # their squares neither overflow nor vanish
+    rest = (1 - shares.sum()).clamp(min=0)
+    least = shares.square().sum()
+    most = least + 2 * shares[0] * rest + rest.square()  # all of the rest in the first one
+    squares = torch.minimum(torch.maximum(square_share.to(torch.float64), least), most)
+    has_variance = (total > 0).to(torch.float64)
+    return Estimate(*(_ratio(has_variance, each) for each in (squares, most, least)))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient; 0 for a numerator of 0."""
-    return torch.where(numerator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0)
+    return torch.where(numerator > 0, numerator / denominator, 0)

@@ -193,9 +193,19 @@ class Spectrum:
     @property
     def square_sum(self) -> Tensor:
         """An estimate of the sum of squared eigenvalues, from a sketch, shape (), float64."""
+        return self.square_share * self.total_variance.square()
+
+    @property
+    def square_share(self) -> Tensor:
+        """The :attr:`square_sum` as a share of the squared trace, which no magnitude takes out of range."""
         sketch = self.sketch
         assert sketch is not None
-        return self._kept("square_sum", lambda: sketch.square_sum(center=self.center))
+
+        def read() -> Tensor:
+            image = sketch.covariance_image(center=self.center)
+            return (image / sketch.variances(center=self.center).sum()).square().sum() / sketch.size
+
+        return self._kept("square_share", read)
 
     @property
     def covariance(self) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from spectralmetrics.functional.side_by_side import side_by_side
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import eigenvalues, eigenvectors
 
@@ -50,12 +52,13 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
     todo = [(each, True) for each in vectors.values() if not each.knows("eigenvectors")]
     todo += [(each, False) for each in plain if not each.knows("eigenvalues")]
     done = 0
-    for batch, with_vectors in _batches(todo):
-        with contextlib.suppress(ValueError, RuntimeError):  # reading the spectrum that fails raises it again
-            _decompose(batch, with_vectors)
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(todo))
+    for (device, width, with_vectors), members in _grouped(todo, _kind).items():
+        batches = _batches([spectrum for spectrum, _ in members], device, width)
+        read = partial(_decompose, with_vectors=with_vectors)
+        for size in side_by_side(read, batches, number=len(batches), width=width, device=device):
+            done += size
+            if progress is not None:
+                progress(done, len(todo))
     _bring("eigenvalues", [*vectors.values(), *values.values()])
     for part in ("mean", "variances", "magnitudes", "largest", "zero_shares"):
         _bring(part, [each.spectrum for each in wanted if each.part == part])
@@ -71,16 +74,25 @@ def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:
     return [integers[index] for index in range(len(tensors))]
 
 
-def _batches(todo: Iterable[tuple[Spectrum, bool]]) -> Iterator[tuple[list[Spectrum], bool]]:
-    groups = _grouped(todo, lambda each: (each[0].home, each[0].num_features, each[1]))
-    for (device, width, with_vectors), members in groups.items():
-        room = _BATCH_BYTES if device.type == "cpu" else _ACCELERATOR_BATCH_BYTES
-        size = max(room // (8 * width**2), 1)
-        for start in range(0, len(members), size):
-            yield [spectrum for spectrum, _ in members[start : start + size]], with_vectors
+def _kind(each: tuple[Spectrum, bool]) -> tuple[torch.device, int, bool]:
+    spectrum, with_vectors = each
+    return spectrum.home, spectrum.num_features, with_vectors
 
 
-def _decompose(spectra: Sequence[Spectrum], with_vectors: bool) -> None:
+def _batches(spectra: Sequence[Spectrum], device: torch.device, width: int) -> list[Sequence[Spectrum]]:
+    room = _BATCH_BYTES if device.type == "cpu" else _ACCELERATOR_BATCH_BYTES
+    size = max(room // (8 * width**2), 1)
+    return [spectra[start : start + size] for start in range(0, len(spectra), size)]
+
+
+def _decompose(spectra: Sequence[Spectrum], with_vectors: bool) -> int:
+    """Decompose a batch; return its size."""
+    with contextlib.suppress(ValueError, RuntimeError):  # reading the spectrum that fails raises it again
+        _learn(spectra, with_vectors)
+    return len(spectra)
+
+
+def _learn(spectra: Sequence[Spectrum], with_vectors: bool) -> None:
     matrices = (
         [] if len(spectra) == 1 else [matrix for each in spectra if (matrix := each.matrix()) is not None]
     )

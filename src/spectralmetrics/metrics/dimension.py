@@ -238,7 +238,8 @@ class ParticipationRatioMetric(SpectralMetric):
         """See :meth:`SpectralMetric.from_sketch`."""
         if self.unbiased:
             self._products(spectrum)
-        return sketched.participation_ratio(spectrum.eigenvalues, spectrum.total_variance, spectrum.square_sum)
+        arguments = spectrum.eigenvalues, spectrum.total_variance, spectrum.square_share
+        return sketched.participation_ratio(*arguments)
 
 
 class StableRankMetric(SpectralMetric):

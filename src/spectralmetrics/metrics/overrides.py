@@ -193,6 +193,26 @@ class MergingMetric(Metric):
         self._computed = None
         self._update_count = max(self._update_count, 1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
+        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
+        def device_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(device_only, exclude_state)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, and the value
+        # computed before.
+        names = [name for name in self._defaults if prefix + name in state_dict]
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        with torch.inference_mode(False):
+            for name in names:
+                setattr(self, name, getattr(self, name).detach().clone())
+        if names:
+            self._computed = None
+
 
 class OverriddenMetric(MergingMetric):
     """A ``torchmetrics.Metric`` whose states are sums, each about its own origin, and may have rows waiting."""
@@ -250,18 +270,8 @@ class OverriddenMetric(MergingMetric):
         for state in states:
             self.take_in(state)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Metric:
-        # torchmetrics lets `model.to(torch.bfloat16)` cast the state of a metric inside the model.
-        def device_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(device_only, exclude_state)
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        # torchmetrics keeps the checkpoint's own tensors, which updates would modify in place, and accepts any
-        # shape.
+        # torchmetrics accepts any shape.
         refused: list[str] = []
         self.read_saved(state_dict, prefix, refused)
         names = [name for name in self._defaults if prefix + name in state_dict]
@@ -271,11 +281,7 @@ class OverriddenMetric(MergingMetric):
                 state_dict.pop(prefix + name)
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
-        with torch.inference_mode(False):
-            for name in names:
-                setattr(self, name, getattr(self, name).detach().clone())
         if names:
-            self._computed = None
             self._update_count = max(self._update_count, int(self.has_observed()))
 
     @abstractmethod

@@ -1,11 +1,10 @@
-"""Agreement of several processes on their layers, the layers' order, and the settings of the metrics."""
+"""Agreement of several processes on layers and settings, and merged sums that the first of them fetches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from spectralmetrics.metrics.stream import group_object
@@ -13,9 +12,17 @@ from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.exchange import Agreement, Kept, Place
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.identity import Identity, Weights, digest, digest_of
-from spectralmetrics.probing.processes import check_calls, gather_agreed
-from spectralmetrics.sums.merging import communication_device, gather_objects
+from spectralmetrics.probing.processes import (
+    check_calls,
+    digest,
+    extremes,
+    gather_agreed,
+    interruptible,
+    uninterrupted,
+)
+from spectralmetrics.probing.rendezvous import Identity, Weights, digest_of
+from spectralmetrics.sums import Sum
+from spectralmetrics.sums.merging import gather_objects
 
 
 class Catalogue(NamedTuple):
@@ -61,8 +68,8 @@ def agree_on_layers(
         describe: makes this process' catalogue; an exception in it is raised on all processes.
         own: the metrics of this process' layers.
         guest: makes the metrics of a layer that this process does not have or has not observed.
-        kept: the merged sums that this process keeps.
-        identity: the identity of this process' layers, compared once with the other processes'.
+        kept: see :class:`Agreement`.
+        identity: compared once with the other processes'.
         alike: the settings that must be equal on processes that share layers.
         takes_all: see :class:`Agreement`.
         keeps_own: True if processes keep their own sums of layers that all have; these need not fit together.
@@ -84,29 +91,26 @@ def agree_on_layers(
         changed = _note_reading(own.values(), group)
     except BaseException as raised:
         error = raised
-    own_weights = digest_of(weights)
-    flags = [number, -number, call, -call, own_weights, -own_weights]
-    flags += [changed, kept.digest != number, error is not None]
-    agreed = torch.tensor(flags, dtype=torch.int64, device=communication_device(group))
+    flags = [number, call, digest_of(weights), changed, kept.digest != number, error is not None]
     try:
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
+        high, low = extremes(flags, group)
     except BaseException:
         kept.forget()  # by now it may be out of date
         raise
-    *of_catalogue, high, low, any_changed, any_unread, has_failed = agreed.tolist()
+    any_changed, any_unread, has_failed = high[3:]
     if any_changed:
         kept.forget()
     if has_failed:
         gather_agreed(None, error, group)
     assert catalogue is not None
-    is_same = sum(of_catalogue) == 0
+    is_same = high[:2] == low[:2]
     ranks = dist.get_process_group_ranks(group)
     catalogues = [catalogue] * len(ranks) if is_same else gather_objects(catalogue, group)
     common = set(catalogue.places).intersection(*(each.places for each in catalogues))
     check_calls([each.call for each in catalogues], group)
     _check(dict(zip(ranks, catalogues, strict=True)), common if keeps_own else ())
     if not keeps_own:
-        of_processes = [weights] * len(ranks) if high == -low else gather_objects(weights, group)
+        of_processes = [weights] * len(ranks) if high[2] == low[2] else gather_objects(weights, group)
         identity.compare(dict(zip(ranks, of_processes, strict=True)))
     order = agreed_order(catalogues)
     facts = {layer: each for other in reversed(catalogues) for layer, each in other.layers.items()}
@@ -206,3 +210,80 @@ def _note_reading(places: Iterable[LayerMetrics], group: Any) -> bool:
     """True if this process' observations have changed since the last reading."""
     changed = [place.note_reading(group_object(group)) for place in places]
     return any(changed)
+
+
+_ENOUGH = -1  # stands for the number of a batch: none is needed any more
+
+
+class MergedSums(Mapping[Place, Sequence[Sum]]):
+    """The merged sums of layers, which a group's first process fetches from the others, some layers at a time.
+
+    The first process reads them as a mapping, and holds only the batch that it fetched last. Meanwhile all
+    other processes are in :meth:`serve`.
+
+    Args:
+        agreement: the agreement of the processes.
+        places: the layers, in the order of the mapping.
+    """
+
+    def __init__(self, agreement: Agreement, places: Collection[Place]) -> None:
+        self._agreement = agreement
+        self._places = dict.fromkeys(places)
+        self._batches = agreement.batches(in_order=True)
+        self._numbers = {place: number for number, batch in enumerate(self._batches) for place in batch}
+        self._held: dict[Place, list[Sum]] = {}
+        self._is_over = False
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._places)
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._places
+
+    def __getitem__(self, place: Place) -> list[Sum]:
+        if place not in self._places:
+            raise KeyError(place)
+        if place in self._agreement.own:
+            return self._agreement.places[place].sums()
+        if self._is_over:
+            raise RuntimeError(
+                f"expected the sums of layer {place[1]!r} to be read before `write` returns: on several"
+                " processes they are fetched from the others"
+            )
+        if place not in self._held:
+            self._held = {}  # makes room for the next batch
+            number = self._numbers[place]
+            with uninterrupted():
+                self._share(number)
+                self._held = self._agreement.fetch(self._batches[number])
+        return self._held[place]
+
+    def serve(self) -> None:
+        """Send the batches that the reader fetches, until its own call or an exception ends this everywhere."""
+        error: BaseException | None = None
+        while not self._is_over:
+            number = self._share(_ENOUGH, error)
+            if number == _ENOUGH:
+                return
+            try:
+                self._agreement.fetch(self._batches[number])
+                with interruptible():
+                    pass  # raises a pending interrupt, which is sent before the next batch
+            except BaseException as raised:
+                error = raised
+
+    def close(self) -> None:
+        """Drop the sums that are held, and fetch no more."""
+        self._is_over = True
+        self._held = {}
+
+    def _share(self, number: int, error: BaseException | None = None) -> int:
+        """The number of the batch that the reader needs, on all processes."""
+        (number, has_failed), _ = extremes([number, error is not None], self._agreement.group)
+        if has_failed:
+            self.close()
+            gather_agreed(None, error, self._agreement.group)
+        return number

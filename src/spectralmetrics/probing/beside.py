@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.rules import Batch
+from spectralmetrics.torch_private import Version
 
 
 @dataclass(eq=False)
@@ -29,6 +30,15 @@ class _Given:
     value: Tensor
     fits: bool = False
     misses: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _copy: tuple[Tensor, Version] | None = None
+
+    def copied(self) -> Tensor:
+        """A copy of the tensor as it is now; the same copy until the tensor is changed in place."""
+        if self.value.is_inference():  # cannot be changed while gradients are computed
+            return self.value
+        if self._copy is None or self._copy[1].has_changed():
+            self._copy = self.value.clone(), Version(self.value)
+        return self._copy[0]
 
 
 class _Thread(threading.local):
@@ -42,10 +52,14 @@ class Beside(ABC):
 
     Each thread that runs the model uses the tensor given in that thread. A thread without one, such as a thread
     of ``nn.DataParallel``, uses the tensor given last in any thread.
+
+    Args:
+        copies: True if a forward needs its tensor later, when the user may have changed it in place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, copies: bool = False) -> None:
         self.given: list[_Given] = []  # in all threads
+        self._copies = copies
         self._thread = _Thread()
         self._named: set[str] = set()  # layers that a warning has named
 
@@ -53,7 +67,9 @@ class Beside(ABC):
     def value(self) -> Tensor | None:
         """The tensor for this thread; None outside of :meth:`within`."""
         given = self._current()
-        return None if given is None else given.value
+        if given is None:
+            return None
+        return given.copied() if self._copies else given.value
 
     @abstractmethod
     def check(self, value: Tensor) -> Tensor:
@@ -97,12 +113,8 @@ class Beside(ABC):
         # None if that other thread has just ended.
         return own if own is not None else next(reversed(self.given), None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_named": self._named}  # no model runs beside a copy
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Beside.__init__(self)
-        self.__dict__.update(state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # no model runs beside a copy
 
 
 class Masks(Beside):

@@ -53,11 +53,7 @@ class Plan(NamedTuple):
     rows_per_feature: float = 1.0
 
     def observes(self, number: int, seed: object) -> bool:
-        """True if a forward is observed.
-
-        Args:
-            number: number of the forward in its stage, ``start`` or later.
-            seed: seed of the draws.
+        """True if a forward is observed, by its number in its stage, ``start`` or later.
 
         >>> [Plan(every=3).observes(number, seed=0) for number in range(6)]
         [False, True, False, False, True, False]

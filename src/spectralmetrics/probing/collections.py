@@ -331,10 +331,8 @@ class LayerMetrics:
     def has_seen(self, counted: Counted) -> bool:
         """True if there is anything to compute; with several processes, once the states are merged."""
         plain = [metric for metric in self.spectral_leaders if not metric.needs_labels]
-        if plain:
-            return any(counted[id(metric)].observations > 0 for metric in plain)
-        if self.spectral_leaders:
-            return any(counted[id(metric)].observations > 0 for metric in self.spectral_leaders)
+        if decisive := plain or self.spectral_leaders:
+            return any(counted[id(metric)].observations > 0 for metric in decisive)
         # Metrics of other libraries merge by themselves, on all processes or on none.
         return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.leaders)
 

@@ -19,7 +19,7 @@ Everything else is in other files and joins at one of these seams, which :class:
 
 - ``steps``: stages, sampling and budgets; ``limits``: how many rows and features;
 - ``meshes``: processes that share the forwards of a layer;
-- ``_passes``: forwards that are not observed, in few steps; ``_around``: the time that observing takes;
+- ``observe``: forwards that are not observed, in few steps; ``_around``: the time that observing takes;
 - ``take_again``: outputs like the last one, in few steps;
 - ``_begin``: checks in the first forward of a layer;
 - ``_moment``: sampling, histories, folds, masks and labels;
@@ -40,12 +40,10 @@ from torch import nn
 
 from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.hooks import Select, how_it_runs, undisturbed, warn_user
-from spectralmetrics.probing.limits import Limits
 from spectralmetrics.probing.meshes import Alone, Meshes
 from spectralmetrics.probing.parts import reason_of
-from spectralmetrics.probing.plain import Plain
-from spectralmetrics.probing.rules import Batch, ObservationRule
-from spectralmetrics.probing.sampling import draw
+from spectralmetrics.probing.rules import Batch, ObservationRule, Plain
+from spectralmetrics.probing.sampling import Limits, draw
 from spectralmetrics.probing.steps import Moment, Steps
 from spectralmetrics.sums.observations import of_forward
 from spectralmetrics.torch_private import in_backward
@@ -75,12 +73,11 @@ class Core:
         is_idle = self.paused > 0
         if is_idle and not self.meshes.concerns(output):
             return None
-        here = self.thread.here
         # In backward this is a checkpoint's recomputation, and the forward has been counted.
-        if here.is_observing or in_backward():
+        if self.thread.here.is_observing or in_backward():
             return None
-        stage, current = self.steps.stage_of(training), here.current
-        if stage is None or (current and not current.is_observed and self._passes(stage, name)):
+        stage = self.steps.stage_of(training)
+        if stage is None:
             return None
         if self.is_merged and not is_idle:
             is_idle = self._is_closed(name)
@@ -157,7 +154,8 @@ class Core:
         limits.check_width(of_layer, observations.num_features)
         if moment.number is not None:
             observations = of_forward(observations, moment.number, moment.step)
-        size, seed = limits.draws(of_layer, observations.num_features, limit, moment.forward, self.steps)
+        width, allowed = observations.num_features, self.steps.rows_per_feature
+        size, seed = limits.draws(of_layer, width, limit, moment.forward, allowed)
         everything = None
         if size is not None:
             everything, observations = observations, draw(observations, size, seed)
@@ -175,9 +173,6 @@ class Core:
         return False
 
     # -- seams, as a plain eager model needs them --------------------------------------------------------
-
-    def _passes(self, stage: str, name: str) -> bool:
-        return False
 
     def _around(self, stage: str, output: Any) -> contextlib.AbstractContextManager[None]:
         return undisturbed(output)

@@ -11,6 +11,7 @@ import contextlib
 import math
 import pickle
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
@@ -65,17 +66,15 @@ class Kept:
         self.sums: dict[Place, list[list[Sum]]] = {}
         self.caches: dict[Place, list[dict[Any, Any]]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.forget()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()  # a copy has read nothing
 
 
+@dataclass(eq=False)
 class Agreement:
     """The layers that the processes of a group have agreed on.
 
-    Args:
+    Attributes:
         group: the process group.
         places: this process' metrics, and guests for the layers of others, in one order for all processes.
         widths: the widths of the sums of each leader; 0 where no process has data.
@@ -88,31 +87,20 @@ class Agreement:
         among: layers that are merged; None for all.
     """
 
-    def __init__(
-        self,
-        group: Any,
-        places: dict[Place, LayerMetrics],
-        widths: dict[Place, tuple[int, ...]],
-        facts: dict[str, LayerFacts],
-        digest: int,
-        is_unchanged: bool,
-        kept: Kept,
-        takes_all: bool,
-        own: Collection[Place] = (),
-        among: Container[Place] | None = None,
-    ) -> None:
-        self.own = own
-        self._among = among
-        self._takes_all = takes_all
-        self.group = group
-        self.places = places
-        self.facts = facts
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self._widths = widths
-        self._digest = digest
-        self._kept = kept
-        self._is_unchanged = is_unchanged
-        self._sizes = {place: self._bytes(place) for place in places if any(widths[place])}
+    group: Any
+    places: dict[Place, LayerMetrics]
+    widths: dict[Place, tuple[int, ...]]
+    facts: dict[str, LayerFacts]
+    digest: int
+    is_unchanged: bool
+    kept: Kept
+    takes_all: bool
+    own: Collection[Place] = ()
+    among: Container[Place] | None = None
+
+    def __post_init__(self) -> None:
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._sizes = {place: self._bytes(place) for place in self.places if any(self.widths[place])}
         self._is_small = sum(self._sizes.values()) <= _KEPT_BYTES
 
     @property
@@ -125,7 +113,7 @@ class Agreement:
         return [
             leader
             for leader in self.places[place].spectral_leaders
-            if self._takes_all or (is_merged(leader) and leader.process_group is self.group)
+            if self.takes_all or (is_merged(leader) and leader.process_group is self.group)
         ]
 
     def batches(
@@ -137,13 +125,10 @@ class Agreement:
     ) -> list[list[Place]]:
         """The layers with observations on some process, in batches that travel together.
 
-        Args:
-            stages: the stages whose layers are read.
-            among: layers to read; None for all.
-            in_order: True for the agreed order. Otherwise the most expensive layers come first, in batches of
-                about equal cost, since each batch is decomposed by another process.
+        They are ``in_order`` as agreed. Otherwise the most expensive come first, in batches of about equal
+        cost, since each batch is decomposed by another process.
         """
-        among = self._among if among is None else among
+        among = self.among if among is None else among
         places = [each for each in self._sizes if each[0] in stages and (among is None or each in among)]
         costs = {place: self._cost(place) for place in places}
         most = math.inf if in_order else max(sum(costs.values()) / self.world, _WORTH_SHARING)
@@ -202,10 +187,6 @@ class Agreement:
             progress: called with the number of layers that have been read, and of all layers.
             stages: the stages whose layers are read.
             is_held: True if all processes hold all merged sums already.
-
-        Raises:
-            BaseException: an exception in ``read`` or ``progress`` on this process; a RuntimeError for one on
-                another process.
         """
         own = [place for place in self.own if place[0] in stages]
         batches = self.batches(stages)
@@ -222,15 +203,15 @@ class Agreement:
             return some
 
         with uninterrupted():
-            of_own = agreed(lambda: read_some(own, len(own)), [self.group]) if self._among is not None else {}
+            of_own = agreed(lambda: read_some(own, len(own)), [self.group]) if self.among is not None else {}
             before += len(own)
             for start in range(0, len(batches), self.world):
                 round_ = batches[start : start + self.world]
                 here = sum(map(len, round_))
                 merged: dict[Place, list[list[Sum]]] = {}
                 for reader, batch in enumerate([] if is_held else round_):
-                    if self._is_unchanged and self._is_small:
-                        merged |= {place: self._kept.sums[place] for place in batch if reader == self.rank}
+                    if self.is_unchanged and self._is_small:
+                        merged |= {place: self.kept.sums[place] for place in batch if reader == self.rank}
                     else:
                         merged |= self.exchange(batch, reader)
                 own_batch = round_[self.rank] if self.rank < len(round_) else []
@@ -249,18 +230,13 @@ class Agreement:
                     results.update(pickle.loads(each) if each else {})
                 before += here
         if not is_held:
-            self._kept.digest = self._digest
+            self.kept.digest = self.digest
         return results | of_own
 
     def iterate(
         self, read: Callable[[LayerMetrics], T], lock: contextlib.AbstractContextManager[Any]
     ) -> Iterator[tuple[str, T]]:
-        """Reads each layer while it holds merged sums; yields layers and results in the agreed order.
-
-        Args:
-            read: reads one layer.
-            lock: held while sums are exchanged.
-        """
+        """Read each layer while it holds merged sums; yield layers and results in the agreed order."""
         for batch in self.batches(in_order=True):
             check_agreed(None, self.group)  # raises if a process has left the loop
             try:
@@ -278,23 +254,23 @@ class Agreement:
                 raise
         check_agreed(None, self.group)
 
-    def fetch(self, batch: Sequence[Place], reader: int) -> dict[Place, list[Sum]]:
-        """The merged sums of some layers on their reader, as :meth:`.LayerMetrics.sums` returns them."""
-        merged = self.exchange(batch, reader)
+    def fetch(self, batch: Sequence[Place]) -> dict[Place, list[Sum]]:
+        """The merged sums of some layers on the first process, as :meth:`.LayerMetrics.sums` returns them."""
+        merged = self.exchange(batch, reader=0)
         with self.holding(merged):
             return {place: self.places[place].sums() for place in merged}
 
     def _recall(self, merged: Mapping[Place, list[list[Sum]]]) -> None:
         """Use decompositions again that were made before an interrupt or for another question."""
         for place in merged:
-            for leader, cache in zip(self.leaders(place), self._kept.caches.get(place, ()), strict=False):
+            for leader, cache in zip(self.leaders(place), self.kept.caches.get(place, ()), strict=False):
                 if stream := stream_of(leader.sums):
                     stream.cache.update(cache)
 
     def _keep(self, merged: Mapping[Place, list[list[Sum]]]) -> None:
         for place, sums in merged.items():
             streams = [stream_of([each for each in some if each is not None]) for some in sums]
-            self._kept.caches[place] = [
+            self.kept.caches[place] = [
                 {
                     key: value
                     for key, value in (stream.cache if stream else {}).items()
@@ -303,13 +279,13 @@ class Agreement:
                 for stream in streams
             ]
             if self._is_small:
-                self._kept.sums[place] = sums
+                self.kept.sums[place] = sums
 
     def _bytes(self, place: Place) -> int:
         """The bytes of a layer's sums while they travel."""
         return sum(
             8 * each.num_exchanged(width, self.world)
-            for leader, width in zip(self.places[place].spectral_leaders, self._widths[place], strict=True)
+            for leader, width in zip(self.places[place].spectral_leaders, self.widths[place], strict=True)
             for each in leader.prototypes
             if width
         )
@@ -318,29 +294,5 @@ class Agreement:
         """The cost of decompositions: D³ of a matrix, D·k² of a sketch."""
         return sum(
             float(width) * min(width, leader.sketch_size or width) ** 2
-            for leader, width in zip(self.places[place].spectral_leaders, self._widths[place], strict=True)
+            for leader, width in zip(self.places[place].spectral_leaders, self.widths[place], strict=True)
         )
-
-
-def check_places(own: LayerMetrics, other: LayerMetrics) -> None:
-    """Raise a ValueError if another probe's sums of a layer cannot be added to this probe's."""
-    (sketch, widths), (other_sketch, other_widths) = own.widths(), other.widths()
-    fits = sketch == other_sketch or not any(widths) or not any(other_widths)
-    pairs = zip(widths, other_widths, strict=True)
-    if not fits or any(width and other_width and width != other_width for width, other_width in pairs):
-        described = (
-            f"{max(each)} features" + (f" in a sketch of {size} columns" if size else "")
-            for size, each in ((sketch, widths), (other_sketch, other_widths))
-        )
-        raise ValueError(f"expected layer {own.layer!r} with {next(described)}, got {next(described)}")
-
-
-def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
-    """Add another probe's sums of a layer, which must fit; see :func:`check_places`."""
-    if other.sketch_size is not None and not own.is_sketched:
-        own.sketch(other.sketch_size)
-    for leader, other_leader in zip(own.leaders, other.leaders, strict=True):
-        if other_leader.update_count:
-            leader.merge_state(other_leader)
-    own.samples, own.forwards = own.samples + other.samples, own.forwards + other.forwards
-    own.ran = max(own.ran, other.ran)

@@ -12,7 +12,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from spectralmetrics.layers import register_layer
 from spectralmetrics.probing.beside import Labels, Masks
+from spectralmetrics.probing.outputs import Routed, arguments_of
 from spectralmetrics.probing.parts import LeftOut, Span, Split, is_dtensor, own_of, part_of, sent_rows
-from spectralmetrics.probing.routed import Routed, arguments_of
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.probing.selection import Selectors, named_modules, select_among, unwrap
 from spectralmetrics.sums import Observations
@@ -82,16 +82,10 @@ register_layer(Expert, dim=-1, in_features="width", out_features="width", ceilin
 def select_probed(
     model: nn.Module, layers: Selectors | None, exclude: Selectors | None, whole: set[nn.Module]
 ) -> dict[str, nn.Module]:
-    """The layers of :func:`.select_layers`, with each expert of a mixture as a layer.
+    """The layers of :func:`.select_layers`, with each expert of a mixture as a layer, also other processes'.
 
-    Args:
-        model: see :func:`.select_layers`.
-        layers: likewise; the name of a module of experts selects all of them, ``"*.experts.[0-3]"`` some.
-        exclude: likewise.
-        whole: modules that are not split into experts.
-
-    Returns:
-        Layers by name, including the experts of other processes: their module has to take part.
+    The name of a module of experts selects all of them, ``"*.experts.[0-3]"`` some.
+    Modules in ``whole`` are not split.
     """
     modules: dict[str, nn.Module] = {}
     parts: dict[str, list[str]] = {}
@@ -162,11 +156,6 @@ class Pairs:
     index: int
 
     @property
-    def splits(self) -> tuple[Split, ...]:
-        """The placement of the expert's output."""
-        return self.calls.splits
-
-    @property
     def tokens(self) -> Tensor:
         """(n,), the indices of this expert's tokens."""
         return self.calls.tokens_of(self.number)
@@ -177,26 +166,9 @@ class Pairs:
         whole = self.calls.whole
         return None if whole is None else Pairs(whole.states, whole, self.number, self.index)
 
-    @property
-    def labels(self) -> Tensor | None:
-        """(T,), the labels of all tokens; None without labels."""
-        return self.calls.labels
-
-    def outputs(self, tokens: Tensor) -> Tensor:
-        """(n, D), the expert's output for some tokens, or this process' summand of it."""
-        return self.calls.outputs(tokens, self.index)
-
 
 class Calls:
     """One forward of a module of experts.
-
-    Args:
-        name: the name of the module.
-        number: the number of experts, up to the last one that is probed.
-        module: the module.
-        routed: the arguments of its call.
-        masks: the mask given beside the model.
-        labels: the labels given beside the model.
 
     Attributes:
         whole: the same with all tokens, if some were drawn before they travelled and a sum takes all rows.
@@ -275,7 +247,7 @@ class Calls:
         self._by_expert += [torch.cat(places[expert::number]) for expert in range(number)]
 
     def outputs(self, tokens: Tensor, index: int) -> Tensor:
-        """See :meth:`Pairs.outputs`."""
+        """(n, D), an expert's output for some tokens, or this process' summand of it."""
         states = self.states[tokens]
         if not len(tokens):
             return states
@@ -287,24 +259,21 @@ class Calls:
         return outputs
 
 
+@dataclass(eq=False)
 class Watched:
     """The probed experts of one module, for its hook.
 
-    Args:
-        name: the name of the module.
-
     Attributes:
-        name: likewise.
+        name: the name of the module.
         experts: the experts of this process, by the names of their layers; kept alive.
         number: the number of experts, up to the last one that is probed.
         forwards: the number of forwards of the module so far.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.number = 0
-        self.experts: dict[str, Expert] = {}
-        self.forwards = 0
+    name: str
+    experts: dict[str, Expert] = field(default_factory=dict)
+    number: int = 0
+    forwards: int = 0
 
     def pairs(self, calls: Calls) -> list[tuple[str, Expert, Pairs]]:
         """The tokens of each expert in a forward, with the name of its layer."""

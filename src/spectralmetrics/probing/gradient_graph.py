@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from spectralmetrics.probing.compilation import TAGS, observer_of
+from spectralmetrics.probing.outputs import TAGS, observer_of
 from spectralmetrics.torch_private import Version, untraced, without_modes
 
 _CHANGED_INPUT = "its output is a view of its input, and what comes behind the layer changes it in place"
@@ -87,8 +87,10 @@ class Arrival:
         self.has_come = False
 
     @untraced  # compiled autograd would trace it
-    def __call__(self, gradient: Tensor) -> None:
-        """See ``torch.Tensor.register_hook``."""
+    def __call__(self, gradient: Tensor | None) -> None:
+        """See ``torch.Tensor.register_hook``; None if the backward has no gradient for this tensor."""
+        if gradient is None:
+            return
         self.has_come = True
         self.show(gradient, self.form)
 
@@ -115,10 +117,10 @@ class BaseArrival:
         self._why = _CHANGED_INPUT if is_input else ""  # an input's gradient has other summands
 
     @untraced  # compiled autograd would trace it
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
         """See ``torch.Tensor.register_hook``."""
         # Autograd finishes a view before it comes to the base.
-        if not self._arrival.has_come and self._version.has_changed():
+        if gradient is not None and not self._arrival.has_come and self._version.has_changed():
             self._arrival.show(gradient, self._form, self._why)
 
 

@@ -11,24 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from spectralmetrics.probing.compilation import (
-    TICKET,
-    Unobservable,
-    number_of,
-    see,
-)
 from spectralmetrics.probing.copies import OwnHook
-from spectralmetrics.probing.gradient_graph import (
-    Form,
-    Through,
-    gradient_token,
-    holds,
-    replaced,
-    tensors_in,
-)
+from spectralmetrics.probing.gradient_graph import Form, Through, gradient_token, holds, replaced, tensors_in
 from spectralmetrics.probing.gradients import COMPUTED, UNKNOWN, Awaited, GradientRouter
 from spectralmetrics.probing.hooks import Select
-from spectralmetrics.probing.outputs import first_tensor
+from spectralmetrics.probing.outputs import TICKET, Unobservable, first_tensor, number_of, see
 from spectralmetrics.probing.parts import is_dtensor
 from spectralmetrics.torch_private import base_of_view, is_exporting, is_known, skip_frames
 
@@ -65,6 +52,8 @@ class GradientHook(OwnHook):
         first: FirstGradientHook | None = None,
     ) -> None:
         self._first = first
+        if first is not None:
+            first.last = weakref.ref(self)
         self._router = weakref.ref(router)
         self._layer = layer
         self._module = weakref.ref(module)
@@ -105,7 +94,8 @@ class GradientHook(OwnHook):
             return
         awaited = router.expect(self._layer, module, output, module.training)
         if awaited is not None and awaited is not UNKNOWN and torch.is_grad_enabled():
-            router.attach(awaited, module, output, self._select, arguments, self)
+            where = awaited.stage, awaited.layer, output, False
+            router.guard(*where, router.attach, awaited, module, output, self._select, arguments, self)
 
     def _trace(self, arguments: Any, output: Any) -> Any:
         """The part that Dynamo traces; see :meth:`.Observer.__call__`."""

@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 import weakref
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
+from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.gradient_graph import Arrival, BaseArrival, Form, Region, tensors_in
 from spectralmetrics.probing.hooks import Select, how_it_runs
 from spectralmetrics.probing.outputs import first_tensor, not_floating
 from spectralmetrics.probing.parts import LeftOut, is_dtensor
-from spectralmetrics.probing.recomputation import Recomputed
 from spectralmetrics.probing.routing import Router
 from spectralmetrics.probing.steps import Moment
 from spectralmetrics.torch_private import base_of_view, in_backward, is_many_at_once, part_of_backward
 
 COMPUTED = "`select` returns a tensor that is no part of the layer's output: no gradient arrives there"
-
-
-class Holds(Protocol):
-    """A hook on a layer."""
-
-    def hold(self, leaf: Tensor, handle: RemovableHandle) -> None:
-        """Remove an earlier hook from an output that is a leaf, and keep the handle of the new one."""
 
 
 @dataclass(eq=False)
@@ -67,23 +62,19 @@ class GradientRouter(Router):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.masks, self.labels = Masks(copies=True), Labels(copies=True)  # backward comes later
         self.scale: Any = 1.0
-        self._recomputed = Recomputed()
+        self._recomputed = _Recomputed()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "scale": 1.0, "_recomputed": Recomputed()}
+        return {**super().__getstate__(), "scale": 1.0}
 
     def expect(self, name: str, module: nn.Module, output: Any, training: bool) -> Awaited | None:
         """Decide, in a forward, whether to observe its gradients; an error here must not end the forward.
 
         Returns the awaited forward, None if its gradients are not observed, and :data:`UNKNOWN` for the second
         run of an unknown forward, such as in a checkpoint whose gradients arrive in the graph of the first run.
-
-        Args:
-            name: the name of the layer.
-            module: the layer.
-            output: the output of the layer; None if it exists only in a compiled graph.
-            training: the layer's ``training`` flag, which decides the stage.
+        An output that exists only in a compiled graph is None.
         """
         if self.thread.here.is_observing:
             return None
@@ -112,28 +103,6 @@ class GradientRouter(Router):
 
     def attach(
         self,
-        awaited: Awaited,
-        module: nn.Module,
-        output: Any,
-        select: Select | None,
-        arguments: Any,
-        hook: Holds,
-    ) -> None:
-        """Put hooks on an eager output.
-
-        Args:
-            awaited: the result of :meth:`expect`.
-            module: the layer.
-            output: the output of the layer, part of autograd's graph.
-            select: function of the output.
-            arguments: the arguments of the layer's forward.
-            hook: the hook on the layer; gradients are observed as long as it exists.
-        """
-        where = awaited.stage, awaited.layer, output, False
-        self.guard(*where, self._attach, awaited, module, output, select, arguments, hook)
-
-    def _attach(
-        self,
         of_layer: LayerMetrics,
         is_idle: bool,
         awaited: Awaited,
@@ -141,8 +110,12 @@ class GradientRouter(Router):
         output: Any,
         select: Select | None,
         arguments: Any,
-        hook: Holds,
+        hook: Any,
     ) -> None:
+        """Put hooks on an output in autograd's graph; called by :meth:`.Core.guard`.
+
+        Gradients are observed as long as the ``GradientHook`` exists.
+        """
         selected = first_tensor(output if select is None else select(output))
         if selected is None:
             raise LeftOut(not_floating(output))
@@ -240,3 +213,44 @@ def unscaled(gradient: Tensor, scale: Any) -> Tensor:
     # A gradient that was scaled to fit into half precision may not fit unscaled.
     full = gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.to(torch.float32)
     return full.div(factor)
+
+
+class _Recomputed:
+    """Decisions of forwards that run without gradients inside a ``torch.autograd.Function``.
+
+    Examples are a reentrant checkpoint and a reversible network. Their backward runs the forwards again, with
+    gradients, which belong to the first run. Only stack frames show which function runs.
+    """
+
+    def __init__(self) -> None:
+        self._recorded: weakref.WeakKeyDictionary[Any, dict[str, deque[Any]]] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # the functions that run here do not run in another process
+
+    def record(self, layer: str, awaited: Any) -> None:
+        """Store a decision for all functions whose forward this thread runs."""
+        for context, is_backward in _running():
+            if not is_backward:
+                self._recorded.setdefault(context, {}).setdefault(layer, deque()).append(awaited)
+
+    def recorded(self, layer: str, default: Any) -> Any:
+        """The innermost running backward's next decision for a layer, in the order of the layer's calls."""
+        for context, is_backward in _running():
+            calls = self._recorded.get(context, {}).get(layer) if is_backward else None
+            if calls:
+                calls.rotate(-1)  # the graph may be kept for another backward
+                return calls[-1]
+        return default
+
+
+def _running() -> Iterator[tuple[Any, bool]]:
+    """Contexts of the autograd functions that this thread runs, innermost first, with True for a backward."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_varnames[:1] == ("ctx",) and code.co_name in ("forward", "backward"):
+            context = frame.f_locals.get("ctx")
+            if isinstance(context, torch.autograd.function.FunctionCtx):
+                yield context, code.co_name == "backward"
+        frame = frame.f_back  # type: ignore[assignment]

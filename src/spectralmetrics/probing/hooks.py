@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from spectralmetrics.probing.compilation import (
+from spectralmetrics.probing.copies import Handles, OwnHook, leave_out_of_copies, take_off
+from spectralmetrics.probing.outputs import (
     TICKET,
     Unobservable,
+    first_tensor,
     number_of,
     put_together,
     see,
     take_apart,
 )
-from spectralmetrics.probing.copies import Handles, OwnHook, leave_out_of_copies, take_off
-from spectralmetrics.probing.outputs import first_tensor
+from spectralmetrics.probing.parts import Part, dtensors_of, is_dtensor
 from spectralmetrics.sums import no_autocast
 from spectralmetrics.torch_private import (
     heed_hooks,
@@ -135,21 +136,17 @@ class Hooks:
         leave_out_of_copies(module)
 
 
-def weakly(method: Any, where: Any) -> Observe:
-    """Make a function that calls a bound method as long as its object exists.
+class weakly:  # noqa: N801  # used like functools.partial
+    """Calls a bound method, with ``where`` in front, as long as the method's object exists."""
 
-    Args:
-        method: the method; see :data:`Observe` for its arguments behind the first.
-        where: its first argument.
-    """
-    owner_of, function = weakref.ref(method.__self__), method.__func__
+    def __init__(self, method: Any, where: Any) -> None:
+        self.owner_of, self.function, self.where = weakref.ref(method.__self__), method.__func__, where
 
-    def observe(module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
-        owner = owner_of()
+    def __call__(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        """See :data:`Observe`."""
+        owner = self.owner_of()
         if owner is not None:
-            function(owner, where, module, output, training, select)
-
-    return observe
+            self.function(owner, self.where, module, output, training, select)
 
 
 class Observer(OwnHook):
@@ -167,6 +164,7 @@ class Observer(OwnHook):
     ) -> None:
         self._module = weakref.ref(module)
         self._observe = observe
+        self._owner_of, self._function, self._where = _parts_of(observe)
         self._select = select
         self._needs_values = needs_values
         self._number = number_of(self)
@@ -174,7 +172,9 @@ class Observer(OwnHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """See ``torch.nn.Module.register_forward_hook``."""
         if not torch.compiler.is_compiling():
-            self._observe(module, output, module.training, self._select)
+            owner = self._owner_of()
+            if owner is not None:
+                self._function(owner, self._where, module, output, module.training, self._select)
         elif not is_exporting():
             # Nothing else of the module or of the hook is read here: each value would become a guard of the
             # graph. The gradient mode is a guard anyway. It must be read here: while the compiled graph runs,
@@ -205,13 +205,15 @@ class Observer(OwnHook):
                 self._observe(module, output, module.training, select)
 
 
-class Entering(OwnHook):
-    """A forward pre-hook of one module, which passes an observer the arguments in the order of the signature.
+def _parts_of(observe: Observe) -> tuple[Callable[[], Any], Callable[..., Any], Any]:
+    # A hook calls the function of `weakly` itself: one call less.
+    if isinstance(observe, weakly):
+        return observe.owner_of, observe.function, observe.where
+    return lambda: observe, lambda owner, where, *arguments: observe(*arguments), None
 
-    Args:
-        module: the module that it will be put on.
-        observer: an observer that is not itself a hook of the module.
-    """
+
+class Entering(OwnHook):
+    """A forward pre-hook of one module; passes an observer the arguments in the order of the signature."""
 
     def __init__(self, module: nn.Module, observer: Observer) -> None:
         self._observer = observer
@@ -230,6 +232,38 @@ class Entering(OwnHook):
 # Where Dynamo does not trace the hooks, such as after a graph break, they run as in eager code.
 skip_frames(Observer.__call__.__code__)
 skip_frames(Entering.__call__.__code__)
+
+
+class _FirstOrLast:
+    """Passes on a layer's output as its first hook gets it if this is a DTensor, or else as its last hook does.
+
+    Hooks after the first may replace a DTensor by this process' part of it. A plain output is passed on as the
+    layer's caller gets it: hooks may have cast it.
+    """
+
+    def __init__(self, observe: Observe) -> None:
+        self._observe = observe
+        self._is_seen = False
+
+    def first(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        self._is_seen = isinstance(output, Part) or is_dtensor(first_tensor(output))
+        if self._is_seen:
+            self._observe(module, output, training, select)
+
+    def last(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
+        is_seen, self._is_seen = self._is_seen, False
+        if not is_seen:
+            self._observe(module, output, training, select)
+
+
+def watch_outputs(hooks: Hooks, module: nn.Module, observe: Observe) -> None:
+    """Observe a layer's outputs; if its weights are DTensors, before other hooks make outputs plain."""
+    if dtensors_of(module):
+        either = _FirstOrLast(observe)
+        hooks.behind(module, either.first, prepend=True)
+        hooks.behind(module, either.last)
+    else:
+        hooks.behind(module, observe)
 
 
 def warn_user(message: str) -> None:
@@ -269,10 +303,7 @@ def runs(output: Tensor) -> bool:
 
 
 class undisturbed:  # noqa: N801  # used like the contexts of contextlib, and a class because it is entered often
-    """Switches off autograd, inference mode, autocast and all modes that record operations.
-
-    Args:
-        output: the output of the layer that is observed.
+    """Switches off autograd, inference mode, autocast and all modes that record operations, for an output.
 
     >>> with torch.inference_mode(), undisturbed(torch.zeros(1)):
     ...     torch.zeros(1).is_inference()

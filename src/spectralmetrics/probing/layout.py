@@ -140,11 +140,7 @@ def find_dims(
 ) -> dict[str, FeatureDim]:
     """Finds the features of a model's layers: by their types, or else by the layers around them.
 
-    Args:
-        model: the model that they are part of.
-        layers: layers by qualified name.
-        batch_first: True or False takes three dimensions for a sequence where the layout is in doubt.
-        of_inputs: True for the inputs of the layers, in place of their outputs.
+    ``batch_first``, True or False, takes three dimensions for a sequence where the layout is in doubt.
 
     >>> model = nn.Sequential(nn.Conv1d(3, 16, 5), nn.GELU())
     >>> find_dims(model, {"1": model[1]})["1"].dim
@@ -284,12 +280,8 @@ def find_layout(
 ) -> Layout:
     """The layout of layers, by their types and by the layers around them.
 
-    Args:
-        model: the model that they are part of.
-        layers: layers by qualified name.
-        batch_first: the user's argument; None goes by the modules around a layer.
-        selected: layers whose output a user's function selects: only the shape decides there.
-        of_inputs: True for the inputs of the layers, in place of their outputs.
+    None for ``batch_first`` goes by the modules around a layer. Where a user's function selects from a layer's
+    output, only the shape decides.
 
     >>> encoder = nn.TransformerEncoderLayer(8, 2)  # time first, as its type says
     >>> find_layout(encoder, {"linear1": encoder.linear1}, None, ()).time_first

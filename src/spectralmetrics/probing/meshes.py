@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,15 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.layers import kind_of
-from spectralmetrics.probing.alike import Alike
-from spectralmetrics.probing.checksums import are_alike, checksum, checksum_of_weights
-from spectralmetrics.probing.dtensors import dtensors_of, may_share_layers, placed, ranks_in, smallest
-from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.alike import Alike, Selecting
 from spectralmetrics.probing.layout import FeatureDim, dim_of, widths_around
 from spectralmetrics.probing.outputs import first_tensor
-from spectralmetrics.probing.parts import Cut, LeftOut, Part, Split, is_dtensor, part_of
-from spectralmetrics.probing.rendezvous import Gathered, Rendezvous
-from spectralmetrics.probing.selecting import Selecting
+from spectralmetrics.probing.parts import (
+    Cut,
+    LeftOut,
+    Part,
+    Split,
+    dtensors_of,
+    is_dtensor,
+    part_of,
+    weights_of,
+)
+from spectralmetrics.probing.processes import is_one_of_several
+from spectralmetrics.probing.rendezvous import Gathered, Rendezvous, are_alike, fingerprint, weights_checksum
+from spectralmetrics.torch_private import dims_of_fsdp, spec_of_part
 
 _UNKNOWN = -1
 
@@ -47,10 +55,9 @@ class Meshes:
         layers: names of the layers.
         selected: layers with a user's function, which returns a part of the output, or a DTensor.
         of_inputs: True for the inputs of layers, in place of their outputs.
-        alike: the settings that must be equal on the processes of a layer.
+        alike: the settings that must be equal on the processes of a layer; an attribute, too.
 
     Attributes:
-        alike: likewise.
         selecting: the results of the user's functions.
         active: True if some layer shares its forwards, so that each process takes part in every forward.
     """
@@ -81,11 +88,7 @@ class Meshes:
         self._has_searched = False
 
     def search(self, module: nn.Module | None = None) -> None:
-        """Search for tensor-parallel weights: once in the whole model, and in a module that runs.
-
-        Args:
-            module: a module that runs, so that FSDP2 has made its weights whole.
-        """
+        """Search for tensor-parallel weights: once in the model, and in a module that runs and so is whole."""
         if self._has_searched and (self._groups or module is None or not dtensors_of(module)):
             return
         if not is_one_of_several():
@@ -96,22 +99,18 @@ class Meshes:
         if model is None or not may_share_layers():
             return
         groups: dict[str, Any] = {}
-        for each, parameter, dims in placed(model, module):
+        for each, parameter, dims in _placed(model, module):
             mesh = parameter.device_mesh
             of_mesh = [mesh.get_group(dim) for dim in dims if mesh.size(dim) > 1]
             groups.update({group.group_name: group for group in of_mesh})
             if any(mesh.size(dim) > 1 and type(parameter.placements[dim]).__name__ == "Shard" for dim in dims):
                 self._sharded.add(each)
         self._groups = tuple(groups.values())
-        self._for_plain = smallest(self._groups)
+        self._for_plain = _smallest(self._groups)
         self.active = self.active or bool(groups)
 
     def agree(self, name: str) -> None:
-        """Compare the settings of processes in the first forward of a layer, which all of them observe.
-
-        Raises:
-            LeftOut: if settings differ where layers are shared.
-        """
+        """Compare the settings of processes in the first forward of a layer, which all of them observe."""
         if self._groups:
             self.alike.check(self._groups)
         elif name in self._selected and is_one_of_several():  # its processes are not known yet
@@ -132,31 +131,19 @@ class Meshes:
     def part_of(
         self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None, call: int = 0
     ) -> Part | None:
-        """This process' part of a layer's output; None if all of it is its own.
+        """This process' part of a layer's output; None if all of it is its own, a LeftOut if that is unknown.
 
-        Args:
-            name: the name of the layer.
-            module: the layer.
-            output: its output, or a part of a compiled layer's.
-            dims: finds its features.
-            call: number of earlier calls of the layer in this forward of the model.
-
-        Raises:
-            LeftOut: if its placement cannot be found out.
+        ``dims`` finds its features, and there were ``call`` earlier calls of the layer in this forward.
         """
-        last, self._last = self._last, None
-        part = self._part_of(name, module, output, dims, call, last)
-        self._last = None if part is None or name in self._selected else Cut.of(part)
+        part = None
+        try:
+            part = self._part_of(name, module, output, dims, call)
+        finally:
+            self._last = None if part is None or name in self._selected else Cut.of(part)
         return part
 
     def _part_of(
-        self,
-        name: str,
-        module: nn.Module,
-        output: Any,
-        dims: FeatureDim | None,
-        call: int,
-        last: Cut | None,
+        self, name: str, module: nn.Module, output: Any, dims: FeatureDim | None, call: int
     ) -> Part | None:
         values = output if isinstance(output, Part) else first_tensor(output)
         if isinstance(values, Part) or is_dtensor(values):
@@ -174,7 +161,7 @@ class Meshes:
         dim = (dims or dim_of(module, of_inputs=self._of_inputs)).find(values).dim
         placement = self._placements.get((name, call))
         if placement is None:
-            placement = self._find_out(name, module, values, dim, call, last)
+            placement = self._find_out(name, module, values, dim, call)
         if placement == "own":
             return None
         shape = list(values.shape)
@@ -188,15 +175,7 @@ class Meshes:
         return Part(values, tuple(shape), tuple(torch.empty(shape, device="meta").stride()), tuple(splits))
 
     def spread_of_experts(self, module: nn.Module, states: Tensor) -> Spread:
-        """The placement of single experts' outputs, by their weights and, once, by a checksum of the tokens.
-
-        Args:
-            module: the module of all experts.
-            states: the tokens that it gets.
-
-        Raises:
-            LeftOut: if weights are cut and tokens differ.
-        """
+        """The placement of single experts' outputs, by their weights and, once, by a checksum of the tokens."""
         self.search(module)
         spread = self._experts.get(module)
         if spread is not None:
@@ -205,7 +184,7 @@ class Meshes:
             return Spread((), None)
         self.alike.check(self._groups)
         sharded: dict[str, set[int]] = {}
-        for each, parameter, dims in () if (model := self._model()) is None else placed(model, module):
+        for each, parameter, dims in () if (model := self._model()) is None else _placed(model, module):
             for dim in dims if each is module and parameter.ndim > 1 else ():
                 placed_in = getattr(parameter.placements[dim], "dim", None)
                 if placed_in is not None:
@@ -234,9 +213,7 @@ class Meshes:
             self._experts[module] = spread
         return spread
 
-    def _find_out(
-        self, name: str, module: nn.Module, values: Tensor, dim: int, call: int, last: Cut | None
-    ) -> _Placement | int:
+    def _find_out(self, name: str, module: nn.Module, values: Tensor, dim: int, call: int) -> _Placement | int:
         """Find the placement of a plain output, once, by numbers that the processes of each group exchange."""
         width, place = values.shape[dim], (name, call)
         kind, _ = kind_of(module)
@@ -249,22 +226,20 @@ class Meshes:
         ):
             self._placements[place] = features
             return features
-        whole = self._of_different(name, features, values.shape, dim, last)
-        nonzero = int(bool((values != 0).any()))
-        shape = hash(tuple(values.shape)) % 2**40
-        numbers = [checksum(values), shape, checksum_of_weights(module), nonzero, whole]
+        whole = self._of_different(name, features, values.shape, dim)
+        numbers = [*fingerprint(values), weights_checksum(module), whole]
         self._exchanges[place] += 1
         topic = f"{name}/{call}/{self._exchanges[place]}"
-        gathered = [self._rendezvous.gather(topic, numbers, ranks_in(group)) for group in self._for_plain]
+        gathered = [self._rendezvous.gather(topic, numbers, _ranks_in(group)) for group in self._for_plain]
         if not all(each.is_all for each in gathered):
             return self._of_some(place, gathered, is_whole=features == width)
         every = [numbers for each in gathered for numbers in each.by_rank.values()]
         if all(each[:2] == numbers[:2] for each in every):
-            if any(each[3] for each in every):  # zeros show nothing: exchanged again at the next forward
+            if any(each[2] for each in every):  # zeros show nothing: exchanged again at the next forward
                 self._placements[place] = "replicated"
             return "replicated"
         if any(each[4] != whole for each in every) or (
-            features is not None and any(each[2] != numbers[2] for each in every)
+            features is not None and any(each[3] != numbers[3] for each in every)
         ):
             whole = _UNKNOWN
         if whole == _UNKNOWN:
@@ -284,7 +259,7 @@ class Meshes:
         for each in gathered:
             *earlier, (_, numbers) = each.up_to(dist.get_rank())
             for rank, earlier_numbers in earlier:
-                if earlier_numbers[:2] == numbers[:2] and numbers[3]:
+                if earlier_numbers[:2] == numbers[:2] and numbers[2]:
                     raise LeftOut(f"process {rank} had the same output long before this one, which counts once")
         if not is_whole:
             raise LeftOut(
@@ -294,11 +269,9 @@ class Meshes:
         self._placements[place] = "own"
         return "own"
 
-    def _of_different(
-        self, name: str, features: int | None, shape: Sequence[int], dim: int, last: Cut | None
-    ) -> int:
+    def _of_different(self, name: str, features: int | None, shape: Sequence[int], dim: int) -> int:
         """The whole width if outputs differ since features are divided; 0 if each output is a process' own."""
-        width = shape[dim]
+        width, last = shape[dim], self._last
         if features is not None:
             return 0 if features == width else _UNKNOWN
         if last is not None and last[:2] == (tuple(shape), dim % len(shape)) and self._fits(last.whole, width):
@@ -322,12 +295,45 @@ class Meshes:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # No model runs with a copy.
-        self.alike = state["alike"]
-        self.selecting = Selecting((), self.alike)
-        self.active, self._has_searched, self._groups, self._for_plain = False, True, (), ()
-        self._placements, self._sharded, self._of_inputs, self._last = {}, weakref.WeakSet(), False, None
-        self._experts, self._selected = weakref.WeakKeyDictionary(), ()
-        self._model = lambda: None  # type: ignore[assignment]
+        self.__init__(nn.Module(), (), (), False, state["alike"])  # type: ignore[misc]
+        self._has_searched = True
+
+
+def may_share_layers() -> bool:
+    """True if processes may share layers, since there are several and PyTorch's DTensors have been imported."""
+    return is_one_of_several() and "torch.distributed.tensor" in sys.modules
+
+
+def _ranks_in(group: Any) -> list[int]:
+    return sorted(dist.get_process_group_ranks(group))
+
+
+def _smallest(groups: Sequence[Any]) -> tuple[Any, ...]:
+    """The groups that contain no smaller one, each once: experts may be spread over several meshes."""
+    by_ranks = {frozenset(_ranks_in(group)): group for group in reversed(groups)}
+    return tuple(
+        group for ranks, group in reversed(by_ranks.items()) if not any(other < ranks for other in by_ranks)
+    )
+
+
+def _placed(model: nn.Module, running: nn.Module | None) -> Iterator[tuple[nn.Module, Any, range]]:
+    """Modules, DTensors or specs of their weights, and the dimensions of the mesh without FSDP2's.
+
+    FSDP2 puts its own dimensions first: one, or two if it also replicates. A module that runs is whole, as is
+    everything that FSDP2 gathers with it.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    # A unit inside another comes later and replaces it.
+    unit = {id(each): outer for outer in model.modules() if isinstance(outer, fsdp) for each in outer.modules()}
+    for module in model.modules():
+        for weight in weights_of(module):
+            tensor: Any = weight if is_dtensor(weight) else spec_of_part(weight)
+            if tensor is not None:
+                number = tensor.device_mesh.ndim
+                of_fsdp = 0
+                if id(module) in unit and unit[id(module)] is not unit.get(id(running)):
+                    of_fsdp = dims_of_fsdp(unit[id(module)])
+                yield module, tensor, range(of_fsdp, number)
 
 
 class Alone:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from spectralmetrics.torch_private import group_named, masked_parts, waited
+from spectralmetrics.torch_private import group_named, masked_parts, spec_of_part, waited
 
 
 class LeftOut(Exception):  # noqa: N818  # no error
@@ -160,6 +160,21 @@ def is_dtensor(values: Any) -> bool:
     return tensors is not None and isinstance(values, tensors.DTensor)
 
 
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of a layer, and DTensors in the place of parameters while it runs."""
+    yield from module.parameters(recurse=False)
+    yield from (each for each in vars(module).values() if isinstance(each, Tensor) and is_dtensor(each))
+
+
+def dtensors_of(module: nn.Module) -> list[Any]:
+    """The weights of a layer that are DTensors, or may be, or are parts of them between forwards."""
+    return [
+        each
+        for each in weights_of(module)
+        if type(each) is not nn.Parameter or is_dtensor(each.data) or spec_of_part(each) is not None
+    ]
+
+
 def part_of(values: Any) -> Part:
     """This process' part of a DTensor.
 
@@ -171,12 +186,14 @@ def part_of(values: Any) -> Part:
     local, placements = masked_parts(local, values.placements)
     # Along a dimension of one process nothing is divided, whatever its placement is called.
     divided = [(dim, each) for dim, each in enumerate(placements) if mesh.size(dim) > 1]
-    splits = tuple(split_of(mesh.get_group(dim), each, values.ndim) for dim, each in divided)
+    splits = tuple(_split_of(mesh.get_group(dim), each, values.ndim) for dim, each in divided)
     return Part(local, tuple(values.shape), tuple(values.stride()), splits)
 
 
 PLACED = "placed "
 """Prefix of the kind of a DTensor that was taken apart."""
+
+_KINDS = ("Shard", "Replicate", "Partial")
 
 
 def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
@@ -187,7 +204,7 @@ def take_dtensor_apart(values: Any) -> tuple[list[Tensor], str]:
     kinds, mesh = [], values.device_mesh
     for dim, placement in enumerate(values.placements):
         kind = type(placement).__name__ if mesh.size(dim) > 1 else "Replicate"
-        if kind not in ("Shard", "Replicate", "Partial"):
+        if kind not in _KINDS:
             return [], f"a compiled layer whose output is placed as {kind} cannot be observed"
         detail = placement.dim if kind == "Shard" else placement.reduce_op if kind == "Partial" else ""
         kinds.append(f"{kind}:{detail}")
@@ -210,16 +227,13 @@ def part_from(parts: Sequence[Tensor], kind: str) -> Part:
     return Part(waited(local), shape, stride, tuple(split for split in splits if split.size > 1))
 
 
-def split_of(group: Any, placement: Any, ndim: int) -> Split:
-    """The split of a tensor by a placement along a group of processes."""
-    kind = type(placement).__name__
-    if kind == "Shard":
-        return Split.along(group, placement.dim % ndim)
-    if kind == "Replicate":
-        return Split.along(group)
-    if kind == "Partial":
-        return Split.along(group, op=placement.reduce_op)
-    raise LeftOut(f"its placement is {placement}; of a DTensor, Shard, Replicate and Partial can be observed")
+def _split_of(group: Any, placement: Any, ndim: int) -> Split:
+    if type(placement).__name__ not in _KINDS:
+        raise LeftOut(
+            f"its placement is {placement}; of a DTensor, Shard, Replicate and Partial can be observed"
+        )
+    dim = getattr(placement, "dim", None)
+    return Split.along(group, None if dim is None else dim % ndim, getattr(placement, "reduce_op", ""))
 
 
 def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor:
@@ -251,14 +265,7 @@ def exchange(rows: Tensor, split: Split, widths: Sequence[int] | None) -> Tensor
 
 
 def sent_rows(rows: Tensor, incoming: Sequence[int], outgoing: Sequence[int], group: Any) -> Tensor:
-    """The rows (n, d) that each process in turn has sent to this one; one collective.
-
-    Args:
-        rows: the rows for each process in turn.
-        incoming: number of rows from each process.
-        outgoing: number of rows for each process.
-        group: the processes.
-    """
+    """The rows (n, d) that each process in turn has sent to this one, for the rows for each; one collective."""
     width = rows.shape[1]
     sizes = [number * width for number in incoming], [number * width for number in outgoing]
     return _swapped(rows, *sizes, group).view(-1, width)

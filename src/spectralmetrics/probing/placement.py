@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.probing.identity import is_one_of_several
 from spectralmetrics.probing.parts import LeftOut, Part, Span, Split, exchange, own_of
+from spectralmetrics.probing.processes import is_one_of_several
 from spectralmetrics.probing.rules import Batch, ObservationRule
 from spectralmetrics.probing.sampling import draw
 from spectralmetrics.sums import Observations
-from spectralmetrics.torch_private import is_context_parallel
 
 
 class Placed(NamedTuple):
@@ -150,19 +149,13 @@ def bring(observations: Observations, placed: Placed, size: int | None, seed: in
         for span in spans:
             size, seed = span.of(size), seed + 1_000_003 * span.start
         rows, flags = _drawn(rows, flags, size, seed)
-    for number in reversed(range(len(part.splits))):
-        split = part.splits[number]
-        if split.op or split.dim == features:
-            flags = _cut(rows, flags, own_of(len(rows), split))[1]
-            rows = exchange(rows, split, part.sizes(number) if split.dim is not None else None)
-    valid, labels = flags
+    rows, (valid, labels), _ = _made_whole(rows, flags, part, features)
     return replace(observations, values=rows, feature_dim=-1, valid=valid, labels=labels)
 
 
 def has_some_positions(batch: Batch) -> bool:
-    """True inside ``context_parallel`` if this process has some positions of each sample of a batch."""
-    is_whole = batch.kind == "rows" or batch.is_feature_map
-    return is_context_parallel() and not is_whole and is_one_of_several()
+    """True if this process has only some positions of each sample of a batch, inside ``context_parallel``."""
+    return batch.kind != "rows" and not batch.is_feature_map and is_one_of_several()
 
 
 def whole_sample_setting(whole: Batch, rule: ObservationRule) -> str:
@@ -193,20 +186,13 @@ def _gathered(placed: Placed) -> Placed:
     batch, part = placed.batch, placed.part
     is_map = batch.kind == "maps"
     values = batch.values.movedim(1, -1) if is_map else batch.values
-    flags, start = (batch.valid, batch.labels), placed.start
-    kept, cuts = list(part.splits), []
-    for number in reversed(range(len(part.splits))):
-        split = part.splits[number]
-        if split.op or split.dim == placed.feature_dim:
-            cut = own_of(len(values), split)
-            flags, start = _cut(values, flags, cut)[1], start + cut.start
-            values = exchange(values, split, part.sizes(number) if split.dim is not None else None)
-            kept.remove(split)
-            cuts.append(cut)
+    features = placed.feature_dim
+    values, (valid, labels), cuts = _made_whole(values, (batch.valid, batch.labels), part, features)
     values = values.movedim(-1, 1) if is_map else values
-    valid, labels = flags
     batch = replace(batch, values=values, valid=valid, labels=labels)
-    return placed._replace(batch=batch, part=replace(part, splits=tuple(kept)), start=start, cuts=tuple(cuts))
+    kept = tuple(split for split in part.splits if not (split.op or split.dim == features))
+    start = placed.start + sum(cut.start for cut in cuts)
+    return placed._replace(batch=batch, part=replace(part, splits=kept), start=start, cuts=tuple(cuts))
 
 
 def _unflattened(batch: Batch, whole: Batch) -> Batch:
@@ -239,3 +225,15 @@ def _drawn(rows: Tensor, flags: _Flags, number: int, seed: int) -> tuple[Tensor,
     index = draw(Observations(torch.arange(len(rows), device=rows.device)[:, None]), number, seed).values[:, 0]
     valid, labels = (None if each is None else each[index] for each in flags)
     return rows.index_select(0, index), (valid, labels)
+
+
+def _made_whole(rows: Tensor, flags: _Flags, part: Part, features: int) -> tuple[Tensor, _Flags, list[Span]]:
+    """This process' rows and flags after features or summands have travelled, and the ranges that it kept."""
+    cuts = []
+    for number in reversed(range(len(part.splits))):
+        split = part.splits[number]
+        if split.op or split.dim == features:
+            cuts.append(own_of(len(rows), split))
+            _, flags = _cut(rows, flags, cuts[-1])
+            rows = exchange(rows, split, part.sizes(number) if split.dim is not None else None)
+    return rows, flags, cuts

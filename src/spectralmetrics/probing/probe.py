@@ -6,7 +6,6 @@ import contextlib
 import functools
 import numbers
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,28 +20,26 @@ from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.base import REPEATED_INPUTS
 from spectralmetrics.probing import saving
-from spectralmetrics.probing.agreeing import Catalogue, agree_on_layers
+from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
-from spectralmetrics.probing.dtensors import has_dtensors, may_share_layers, watch_outputs
-from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place, check_places, merge_places
+from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place
 from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
-from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.fetching import MergedSums
+from spectralmetrics.probing.facts import Key, LayerFacts, ProbeReading, as_text, module_key
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
-from spectralmetrics.probing.hooks import Hooks, Select, level_of_user, warn_user, weakly
-from spectralmetrics.probing.identity import Identity, is_one_of_several
-from spectralmetrics.probing.keys import Key, ProbeReading, as_text, module_key
+from spectralmetrics.probing.hooks import Hooks, Select, level_of_user, warn_user, watch_outputs, weakly
 from spectralmetrics.probing.layout import find_layout
-from spectralmetrics.probing.limits import Limits
-from spectralmetrics.probing.meshes import Meshes
+from spectralmetrics.probing.meshes import Meshes, may_share_layers
 from spectralmetrics.probing.movers import History, Scales, scales_of
+from spectralmetrics.probing.outputs import Choose
+from spectralmetrics.probing.parts import dtensors_of
 from spectralmetrics.probing.processes import (
     NO_GROUP,
     agreed,
     gather_agreed,
+    is_one_of_several,
     merges_nothing,
     merging_group,
     merging_groups,
@@ -61,15 +58,10 @@ from spectralmetrics.probing.reading import (
     report_covariances,
     report_readings,
 )
-from spectralmetrics.probing.routed import Choose
+from spectralmetrics.probing.rendezvous import Identity
 from spectralmetrics.probing.routing import Router
-from spectralmetrics.probing.rules import (
-    FeatureMaps,
-    Interpolation,
-    ObservationRule,
-    Observes,
-    Sequences,
-)
+from spectralmetrics.probing.rules import FeatureMaps, Interpolation, ObservationRule, Observes, Sequences
+from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
 from spectralmetrics.probing.steps import Steps, stage_by_flag
@@ -83,8 +75,10 @@ from spectralmetrics.probing.summary import (
 )
 from spectralmetrics.probing.windows import (
     Windows,
+    check_places,
     load_remembered,
     load_updates,
+    merge_places,
     put_back,
     save_remembered,
     save_updates,
@@ -256,7 +250,6 @@ class LayerProbe(nn.Module):
         for metric in templates.values():
             if isinstance(metric, SpectralMetric):
                 metric.check_folds()
-        self._names = list(templates)
         self._templates = templates
         self._layers = list(chosen)
         kept = collect(templates)
@@ -275,8 +268,8 @@ class LayerProbe(nn.Module):
         # Folds and histories need the numbers of forwards.
         self._counts_forwards = deals or any(each.takes_all_rows for each in self._places.values())
         others = {**vars(self.rule), "metrics": tuple(described(*each) for each in templates.items())}
-        self._alike = Alike(self._limits, self._steps, others)
-        meshes = Meshes(unwrap(model), list(chosen), set(selected), is_of_inputs, self._alike)
+        alike = Alike(self._limits, self._steps, others)
+        meshes = Meshes(unwrap(model), list(chosen), set(selected), is_of_inputs, alike)
         self._steps.shares = meshes.shares
         router = GradientRouter if observe == "gradients" else Router
         self._router = router(
@@ -312,10 +305,9 @@ class LayerProbe(nn.Module):
                 continue
             observe = weakly(self._router.observe, name)
             if isinstance(self._router, GradientRouter):
-                first = FirstGradientHook() if name not in selected and has_dtensors(module) else None
+                first = FirstGradientHook() if name not in selected and dtensors_of(module) else None
                 last = GradientHook(self._router, name, module, selected.get(name), first=first)
                 if first is not None:
-                    first.last = weakref.ref(last)
                     self._hooks.put(module, first, prepend=True)
                 self._hooks.put(module, last)
             elif self.observe == "inputs":
@@ -412,7 +404,7 @@ class LayerProbe(nn.Module):
     def statistics(self) -> dict[str, Metric]:
         """The metrics of one layer by the names of their values, in the order of the values."""
         named = self._places[STAGES[0], self._layers[0]].readable()
-        return {name: named[name] for name in self._names}
+        return {name: named[name] for name in self._templates}
 
     def __getitem__(self, key: tuple[str, str]) -> MetricCollection:
         """The metrics of one stage and layer: ``probe["train", "layer1.0.conv1"]``."""
@@ -492,43 +484,44 @@ class LayerProbe(nn.Module):
     ) -> dict[Key, Any]:
         stages = STAGES if stage is None else (_check_stage(stage),)
         with self._router.lock, self._agreed(call, stages, _wrong(progress)) as agreement:
-            readings = self._readings(agreement, stages, Question(self._names, read, applies), progress)
-            return self._values(readings)
+            readings = self._readings(agreement, stages, Question(self._templates, read, applies), progress)
+            return self._values(stages, readings)
 
     def _readings(
         self, agreement: Agreement | None, stages: Sequence[str], question: Question, progress: Progress | None
-    ) -> dict[str, dict[str, Reading]]:
-        """Stage -> layer -> its reading, in one order on all processes."""
+    ) -> dict[Place, Reading]:
+        """The reading of each layer, in one order on all processes."""
 
-        def read_some(places: list[LayerMetrics], report: Progress | None) -> dict[Place, Reading]:
+        def read(places: list[LayerMetrics], report: Progress | None) -> dict[Place, Reading]:
             return read_layers(places, question, report)
 
-        readings: dict[str, dict[str, Reading]] = {stage: {} for stage in stages}
-        for stage, of_stage in self._read_places(agreement, stages, read_some, Reading, progress).items():
-            for layer, (place, reading) in of_stage.items():
-                if not place.spectral_leaders:
-                    reading.seen = stage not in self._aside and place.has_seen({})
-                if reading.seen:
-                    read_others(place, question, reading)
-                if self._expects_overflow:
-                    reading.left_out = 0
-                readings[stage][layer] = reading
+        readings: dict[Place, Reading] = {}
+        for where, (place, found) in self._read_places(agreement, stages, read, progress).items():
+            reading = readings[where] = found or Reading()
+            if not place.spectral_leaders:
+                reading.seen = place.stage not in self._aside and place.has_seen({})
+            if reading.seen:
+                read_others(place, question, reading)
+            if self._expects_overflow:
+                reading.left_out = 0
         return readings
 
-    def _values(self, readings: Mapping[str, Mapping[str, Reading]]) -> dict[Key, Any]:
-        """The values of all stages; gives the warnings of the readings."""
+    def _values(self, stages: Sequence[str], readings: Mapping[Place, Reading]) -> dict[Key, Any]:
+        """The values of some stages; gives the warnings of the readings."""
         values: dict[Key, Any] = {}
         has_data = False
-        for stage, of_stage in readings.items():
-            new = report_readings(stage, of_stage, self._names, self._warned)
+        for stage in stages:
+            of_stage = {layer: reading for (each, layer), reading in readings.items() if each == stage}
+            new = report_readings(stage, of_stage, self._templates, self._warned)
             has_data = has_data or new is not None
             values.update(new or {})
         if not has_data:
-            warnings.warn(self._nothing_in(list(readings)), UserWarning, stacklevel=level_of_user())
+            warnings.warn(self._nothing_in(stages), UserWarning, stacklevel=level_of_user())
         return values
 
     def _nothing_in(self, stages: Sequence[str]) -> str:
-        return nothing_observed(stages, self._places.values(), self._is_off, self.budget, self.observe)
+        is_off = bool(self._router.paused or not self._hooks)
+        return nothing_observed(stages, self._places.values(), is_off, self.budget, self.observe)
 
     @contextlib.contextmanager
     def _agreed(
@@ -570,18 +563,9 @@ class LayerProbe(nn.Module):
         agreement: Agreement | None,
         stages: Sequence[str],
         read: Callable[[list[LayerMetrics], Progress | None], Mapping[Place, T]],
-        missing: Callable[[], T],
         progress: Progress | None = None,
-    ) -> dict[str, dict[str, tuple[LayerMetrics, T]]]:
-        """Read the merged states of each stage's layers, in one order on all processes.
-
-        Args:
-            agreement: see :meth:`_agreed`.
-            stages: the stages whose layers are read.
-            read: reads some layers.
-            missing: makes the result for a layer without observations.
-            progress: see :meth:`compute`.
-        """
+    ) -> dict[Place, tuple[LayerMetrics, T | None]]:
+        """Read the merged states of each stage's layers, in one order on all processes; None without data."""
         if agreement is None:
             places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
             groups = [] if self._router.is_merged else merging_groups(self._places.values())
@@ -589,44 +573,7 @@ class LayerProbe(nn.Module):
         else:
             places = {place: each for place, each in agreement.places.items() if place[0] in stages}
             results = agreement.read(read, progress, stages, is_held=self._is_sharing)
-        return {
-            stage: {
-                place[1]: (each, results[place] if place in results else missing())
-                for place, each in places.items()
-                if place[0] == stage
-            }
-            for stage in stages
-        }
-
-    @contextlib.contextmanager
-    def _recorded(self, progress: Progress | None, error: BaseException | None) -> Iterator[ProbeReading]:
-        """The reading that a recorder keeps, see :func:`read_probe`."""
-        question = Question(self._names, _value_of, lambda metric: True, for_record=True)
-        error = error or _wrong(progress)
-        with self._router.lock, self._agreed("record", STAGES, error, of_all=True) as agreement:
-            readings = self._readings(agreement, STAGES, question, progress)
-            values = self._values(readings)
-            intervals = {
-                (name, stage, layer): interval
-                for stage, of_stage in readings.items()
-                for layer, reading in of_stage.items()
-                for name, interval in reading.intervals.items()
-            }
-            known = {
-                (stage, layer): reading.known
-                for stage, of_stage in readings.items()
-                for layer, reading in of_stage.items()
-                if reading.known is not None
-            }
-            if agreement is None or self._is_sharing:
-                sums = {place: self._place(*place).sums() for place in known}
-                yield ProbeReading(values, intervals, sums, known, self.facts)
-                return
-            fetched = MergedSums(agreement, known)
-            try:
-                yield ProbeReading(values, intervals, fetched, known, self.facts, fetched.serve)
-            finally:
-                fetched.close()
+        return {place: (each, results.get(place)) for place, each in places.items()}
 
     @contextlib.contextmanager
     def merged(self, *, sharing: bool = False) -> Iterator[None]:
@@ -691,6 +638,7 @@ class LayerProbe(nn.Module):
     ) -> Agreement:
         """The agreement of a group's processes on some stages; an error of one process is raised on all."""
         places = {place: each for place, each in self._places.items() if place[0] in stages}
+        meshes = self._router.meshes
 
         def describe() -> Catalogue:
             if error is not None:
@@ -705,26 +653,22 @@ class LayerProbe(nn.Module):
                 {name: self._router.facts[name] for name in self._layers},
                 tuple(self._router.order),
                 {place: each.widths() for place, each in places.items()},
-                self._alike.settings() if self._router.meshes.active else None,
+                meshes.alike.settings() if meshes.active else None,
             )
 
         agreement = agree_on_layers(
             group,
             describe,
             places,
-            self._guest,
+            lambda stage, layer: LayerMetrics(stage, layer, collect(self._templates), 0),
             self._kept,
             self._identity,
-            self._alike,
+            meshes.alike,
             takes_all=takes_all,
             keeps_own=keeps_own,
         )
         self._steps.agree_on_plans(group)
         return agreement
-
-    def _guest(self, stage: str, layer: str) -> LayerMetrics:
-        """The metrics of a layer of another process."""
-        return LayerMetrics(stage, layer, collect(self._templates), 0)
 
     def _place(self, stage: str, layer: str) -> LayerMetrics:
         return self._places[stage, layer] if self._guests is None else self._guests.places[stage, layer]
@@ -753,13 +697,13 @@ class LayerProbe(nn.Module):
 
         def read(
             places: list[LayerMetrics], report: Progress | None
-        ) -> dict[Place, tuple[SummaryRow, LayerNumbers] | None]:
+        ) -> dict[Place, tuple[SummaryRow, LayerNumbers]]:
             rows = summary_rows(_spectra(places), self.facts, metric, threshold=threshold, progress=report)
             return {(stage, row.layer): (row, numbers) for row, numbers in rows}
 
         call = f"summary(statistic={statistic!r})"
         with self._router.lock, self._agreed(call, [stage]) as agreement:
-            by_layer = self._read_places(agreement, [stage], read, lambda: None)[stage]
+            by_layer = self._read_places(agreement, [stage], read)
             rows = [row for _, row in by_layer.values() if row is not None]
             if not rows:
                 raise RuntimeError(self._nothing_in([stage]))
@@ -809,13 +753,11 @@ class LayerProbe(nn.Module):
 
     def _numbers(
         self, call: str, stage: str, more: Callable[[LayerMetrics], T]
-    ) -> dict[str, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
-        """Layer -> result of ``more`` and the numbers for findings; None for a layer without numbers."""
+    ) -> dict[Place, tuple[LayerMetrics, tuple[T, LayerNumbers] | None]]:
+        """The result of ``more`` and the numbers for findings of each layer; None without numbers."""
         threshold = threshold_of(self.statistics.values())
 
-        def read(
-            places: list[LayerMetrics], report: Progress | None
-        ) -> dict[Place, tuple[T, LayerNumbers] | None]:
+        def read(places: list[LayerMetrics], report: Progress | None) -> dict[Place, tuple[T, LayerNumbers]]:
             others = {place.layer: more(place) for place in places}
             return {
                 (stage, each.layer): (others[each.layer], each)
@@ -823,7 +765,7 @@ class LayerProbe(nn.Module):
             }
 
         with self._agreed(call, [stage]) as agreement:
-            return self._read_places(agreement, [stage], read, lambda: None)[stage]
+            return self._read_places(agreement, [stage], read)
 
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
         """Layer -> True if its weights are still the initial ones, from a process that has the layer."""
@@ -886,7 +828,8 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
         if not any(place.takes_all_rows for place in self._places.values()):
-            raise ValueError(f"expected a HistoryMetric among the metrics of the probe, got {self._names}")
+            names = list(self._templates)
+            raise ValueError(f"expected a HistoryMetric among the metrics of the probe, got {names}")
         by_layer = self._each_merged("history", stage, lambda place: place.history)
         return History.of_sums(stage, {layer: each for layer, each in by_layer if each is not None})
 
@@ -966,10 +909,6 @@ class LayerProbe(nn.Module):
             if covariances is None:
                 warnings.warn(self._nothing_in([stage]), UserWarning, stacklevel=level_of_user())
         return covariances or {}
-
-    @property
-    def _is_off(self) -> bool:
-        return bool(self._router.paused or not self._hooks)
 
     def reset(self, stage: str | None = None) -> None:
         """Forget the observations of one stage, or of both; sampling goes on with fresh draws."""
@@ -1117,7 +1056,7 @@ class LayerProbe(nn.Module):
 
     def __repr__(self) -> str:
         shown = ", ".join(self.layers[:6]) + (", …" if len(self.layers) > 6 else "")
-        return f"LayerProbe({', '.join(self._names)} of {len(self.layers)} layers: {shown})"
+        return f"LayerProbe({', '.join(self._templates)} of {len(self.layers)} layers: {shown})"
 
     def merge_state(self, other: LayerProbe) -> None:
         """Add what another probe has observed, layer by layer, by their names; the other is left as it was.
@@ -1239,9 +1178,10 @@ def _warn_fault() -> None:
         warn_user(f"sums in the memory of the CPU take about twice as long as they could: {fault}")
 
 
+@contextlib.contextmanager
 def read_probe(
     probe: LayerProbe, progress: Progress | None = None, error: BaseException | None = None
-) -> contextlib.AbstractContextManager[ProbeReading]:
+) -> Iterator[ProbeReading]:
     """Read all that a recorder keeps of a probe; each covariance is decomposed once, by one process.
 
     All processes enter together. Inside, the first one can read the sums of each layer.
@@ -1254,7 +1194,26 @@ def read_probe(
     Raises:
         RuntimeError: see :meth:`LayerProbe.compute`.
     """
-    return probe._recorded(progress, error)
+    question = Question(probe._templates, _value_of, lambda metric: True, for_record=True)
+    error = error or _wrong(progress)
+    with probe._router.lock, probe._agreed("record", STAGES, error, of_all=True) as agreement:
+        readings = probe._readings(agreement, STAGES, question, progress)
+        values = probe._values(STAGES, readings)
+        intervals = {
+            (name, *place): interval
+            for place, reading in readings.items()
+            for name, interval in reading.intervals.items()
+        }
+        known = {place: reading.known for place, reading in readings.items() if reading.known is not None}
+        if agreement is None or probe._is_sharing:
+            sums = {place: probe._place(*place).sums() for place in known}
+            yield ProbeReading(values, intervals, sums, known, probe.facts)
+            return
+        fetched = MergedSums(agreement, known)
+        try:
+            yield ProbeReading(values, intervals, fetched, known, probe.facts, fetched.serve)
+        finally:
+            fetched.close()
 
 
 def group_of(probe: LayerProbe | None) -> Any:
@@ -1288,9 +1247,8 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
         steps=steps, process_group=first.process_group, sync_on_compute=first.sync_on_compute
     )
     with probe._router.lock:
-        name = next(each for each in ("history", "monitor_history") if each not in probe._names)
+        name = next(each for each in ("history", "monitor_history") if each not in probe._templates)
         probe._templates = {**probe._templates, name: metric}
-        probe._names.append(name)
         pinned = {
             key: [leader._pinned_device for leader in place.spectral_leaders]
             for key, place in probe._places.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pickle
 import signal
 import threading
@@ -13,13 +14,32 @@ import torch
 import torch.distributed as dist
 
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.identity import digest, is_one_of_several
 from spectralmetrics.sums.merging import communication_device, gather_objects
 
 T = TypeVar("T")
 
 NO_GROUP: Any = object()
 """Stands for a process group if this process works alone."""
+
+
+def is_one_of_several() -> bool:
+    """True if there is a default process group with other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def digest(text: str) -> int:
+    """A number that is equal for equal texts; with either sign it fits into a tensor of int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def extremes(numbers: Sequence[int], group: Any) -> tuple[list[int], list[int]]:
+    """The largest and the smallest value of each number over the processes of a group; one collective."""
+    both = torch.tensor(
+        [*numbers, *(-each for each in numbers)], dtype=torch.int64, device=communication_device(group)
+    )
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    largest = both.tolist()
+    return largest[: len(numbers)], [-each for each in largest[len(numbers) :]]
 
 
 def merging_group(places: Iterable[LayerMetrics]) -> Any:
@@ -69,13 +89,7 @@ def is_merged(metric: Any) -> bool:
 
 
 def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
-    """The objects of all processes; raises an error on all processes if one had an error.
-
-    Args:
-        value: the value of this process.
-        error: the error of this process; None without one.
-        group: the process group.
-    """
+    """The values of all processes; raises an error on all processes if one had an error."""
     described = None if error is None else in_words(error)
     gathered = gather_objects((described, value), group)
     if error is not None:
@@ -94,18 +108,10 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
 def check_agreed(error: BaseException | None, group: Any, call: str = "") -> None:
     """Raise an error on all processes if one has an error, or if their calls differ; otherwise one collective.
 
-    Args:
-        error: the error of this process; None without one.
-        group: the process group.
-        call: the call on this process, with the arguments that must be equal on all processes.
+    A call comes with the arguments that must be equal on all processes.
     """
-    number = digest(call)
-    flags = torch.tensor(
-        [error is not None, number, -number], dtype=torch.int64, device=communication_device(group)
-    )
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-    has_failed, high, low = flags.tolist()
-    if has_failed or high != -low:
+    (has_failed, high), (_, low) = extremes([error is not None, digest(call)], group)
+    if has_failed or high != low:
         check_calls(gather_agreed(call, error, group), group)
 
 
@@ -121,12 +127,9 @@ def check_calls(calls: Sequence[str], group: Any) -> None:
 
 
 def agreed(function: Callable[[], T], groups: Iterable[Any], call: str = "") -> T:
-    """Call a function; raise an error on all processes of these groups if one had an error.
+    """Call a function; raise an error on all processes of these groups if one had an error or another call.
 
-    Args:
-        function: the function to call; an interrupt from the keyboard can stop it.
-        groups: process groups, in the same order on all processes.
-        call: see :func:`check_agreed`.
+    An interrupt from the keyboard can stop the function. All processes give the groups in the same order.
     """
     value: Any = None
     error: BaseException | None = None

@@ -15,8 +15,8 @@ from torchmetrics import Metric
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
+from spectralmetrics.probing.facts import Key
 from spectralmetrics.probing.hooks import level_of_user
-from spectralmetrics.probing.keys import Key
 from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
 from spectralmetrics.torch_private import ignores_hooks
@@ -38,6 +38,7 @@ class Reading:
         missed: columns of a sketch that was too small; None if it was not.
         is_clipped: True if a limit of the possible values replaces a value.
         few: number of observations, if they are too few; otherwise 0.
+        has_intervals: True if a metric that was read has an interval.
         left_out: number of observations that were not finite, if a warning is wanted; otherwise 0.
         refused: number of observations that were not finite, if they are an error; otherwise 0.
         intervals: metric -> interval of its value, for a record.
@@ -51,6 +52,7 @@ class Reading:
     missed: int | None = None
     is_clipped: bool = False
     few: int = 0
+    has_intervals: bool = False
     left_out: int = 0
     refused: int = 0
     intervals: dict[str, Interval] = field(default_factory=dict)
@@ -111,6 +113,7 @@ def read_layers(
                 else:
                     reading.unlabelled.append(name)
                 continue
+            reading.has_intervals = reading.has_intervals or metric.keeps_interval
             try:
                 metric.check_range(bool(counted[id(place.leader_of[name])].in_range))
                 value = reading.values[name] = question.read(metric)
@@ -186,9 +189,11 @@ def report_readings(
             " limit is returned, and intervals() says how sure it is"
         )
     if few := [f"{layer!r} ({reading.few})" for layer, reading in seen.items() if reading.few]:
+        how_sure = any(reading.has_intervals for reading in seen.values() if reading.few)
         _warn(
             f"in {stage} there are fewer observations than twice the dimension found, which is probably too"
-            f" small: {', '.join(few)}; observe more, or ask for intervals with folds=8"
+            f" small: {', '.join(few)}; observe more, or"
+            f" {'see intervals()' if how_sure else 'ask for intervals with folds=8'}"
         )
     if seen and len(seen) < len(readings):
         unseen = ", ".join(repr(layer) for layer in readings if layer not in seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class ObservationRule:
         time_first: bool = False,
         dims: FeatureDim | None = None,
     ) -> Batch:
-        """The first floating tensor of an output, samples first.
+        """The first floating tensor of an output, samples first; a ValueError if there is none.
 
         Args:
             module: the layer of the output; None for a tensor that is no layer's output: (N, D), (N, T, D) or
@@ -70,9 +70,6 @@ class ObservationRule:
             mask: (N, T) boolean, True for valid steps; used where it fits, see :meth:`Batch.masked`.
             time_first: True if a sequence is (T, N, D); used where the layer's type does not decide it.
             dims: finds the dimension of the features; None goes by the layer alone.
-
-        Raises:
-            ValueError: if there is no floating tensor in the output.
         """
         values = output if type(output) is Tensor and output.is_floating_point() else first_tensor(output)
         if values is None:
@@ -81,12 +78,15 @@ class ObservationRule:
             padded, lengths = pad_packed_sequence(values._replace(data=values.data.detach()), batch_first=True)
             return Batch("sequence", padded, up_to(lengths, padded))
         # A DTensor here is whole: processes that share one pass a `Part` of it.
-        values = part_of(values).local if is_dtensor(values) else values.detach()
+        is_plain = type(values) is Tensor or not is_dtensor(values)
+        values = values.detach() if is_plain else part_of(values).local
+        if dims is None and module is not None:
+            dims = dim_of(module, of_inputs=self.observe == "inputs")
         if values.is_nested:
             values, valid, ragged = padded_nested(values)
             found = Found(values.ndim - 1)
-            if values.ndim > 3 and module is not None:
-                found = self._dims(module, dims).find(values)
+            if values.ndim > 3 and dims is not None:
+                found = dims.find(values)
             if found.dim in (0, ragged):  # a dimension with different sizes does not hold features
                 found = Found(max({*range(1, values.ndim)} - {ragged}))
             if values.ndim == 3:
@@ -95,18 +95,14 @@ class ObservationRule:
             return replace(batch.with_steps(valid, batch.order.index(ragged)), order=())
         if values.ndim == 0:
             raise ValueError("expected an output with features, got a scalar")
-        if module is None:
+        if dims is None:
             found, takes_sequences = Found(1 if values.ndim > 3 else values.ndim - 1), False
         else:
-            dims = self._dims(module, dims)
             found, takes_sequences = dims.find(values), dims.takes_sequences
             own = is_time_first(module)
             time_first = time_first if own is None else own
         batch = _samples_first(values, found, takes_sequences, time_first)
         return batch if mask is None else batch.masked(mask, time_first)
-
-    def _dims(self, module: nn.Module, dims: FeatureDim | None) -> FeatureDim:
-        return dim_of(module, of_inputs=self.observe == "inputs") if dims is None else dims
 
 
 @dataclass(frozen=True)
@@ -216,6 +212,42 @@ class Batch:
         return Observations(observed.values, observed.feature_dim, observed.valid, labels=labels)
 
 
+class Plain(NamedTuple):
+    """The form of an output that was taken as it is, without a change of its layout or its values.
+
+    Attributes:
+        shape, dtype: of the output.
+        dim: dimension of its features.
+        width: number of its features.
+        limit: largest number of observations to draw; None for all.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    dim: int
+    width: int
+    limit: int | None
+
+    @classmethod
+    def of(cls, output: Any, batch: Batch, observations: Observations, limit: int | None) -> Plain | None:
+        """The form of an output; None if it was not taken as it is, or its layout was guessed."""
+        if type(output) is not Tensor or output.is_nested or batch.guessed_dim is not None:
+            return None
+        is_as_it_was = batch.values.shape == output.shape and batch.order == tuple(range(output.ndim))
+        if not is_as_it_was or observations.values is not batch.values or observations.valid is not None:
+            return None
+        return cls(output.shape, output.dtype, observations.feature_dim, observations.num_features, limit)
+
+    def is_like(self, output: Tensor) -> bool:
+        """True if an output, of no subclass, would be taken in the same way."""
+        return (
+            not output.is_nested
+            and output.layout == torch.strided
+            and output.dtype == self.dtype
+            and output.shape == self.shape
+        )
+
+
 _STEPS = ObservationRule()
 _MEANS = ObservationRule(feature_maps="mean", sequences="mean")
 
@@ -273,9 +305,8 @@ def _pool_valid(flat: Tensor, valid: Tensor, how: str) -> Tensor:
     if how == "max":
         return torch.where(valid, flat, -torch.inf).amax(2)
     ordered = torch.where(valid, flat, torch.inf).sort(-1).values
-    middle = ordered.gather(2, ((number - 1).clamp(min=0) // 2)[..., None].expand(-1, flat.shape[1], -1))[
-        ..., 0
-    ]
+    index = ((number - 1).clamp(min=0) // 2)[..., None].expand(-1, flat.shape[1], -1)
+    middle = ordered.gather(2, index)[..., 0]
     return torch.where((flat.isnan() & valid).any(2), torch.nan, middle)
 
 

@@ -26,21 +26,13 @@ from spectralmetrics.sums.merging import gather_objects
 def save_progress(
     destination: dict[str, Any], prefix: str, places: Sequence[LayerMetrics], steps: Steps, order: Sequence[int]
 ) -> None:
-    """Put the progress of all layers into a state dict.
-
-    Args:
-        destination: the state dict.
-        prefix: the prefix of its keys.
-        places: all layers in all stages.
-        steps: the steps of the model.
-        order: numbers of the layers that have run, in the order of their first run.
-    """
+    """Put into a state dict the progress of all layers, and the order of those that have run, by number."""
     rows = [
         [p.forwards, p.samples, p.epoch, bool(p.given_up or p.too_wide), p.ran, p.is_sketched] for p in places
     ]
     destination[prefix + "progress"] = torch.tensor(rows, dtype=torch.int64)
     destination[prefix + "forward_order"] = torch.tensor(list(order), dtype=torch.int64)
-    counts = [list(each.values()) for each in (steps.counts, steps.epochs, steps.forwards, steps.alone)]
+    counts = [list(each.values()) for each in _counters(steps)]
     destination[prefix + "steps"] = torch.tensor(counts, dtype=torch.int64)
 
 
@@ -73,10 +65,13 @@ def load_progress(
         place.given_up = "before it was saved" if given_up else ""
     if counts is not None:  # 0.1.0 counted the forwards of each layer alone
         # Up to 0.2.0 there were two rows.
-        counters = (steps.counts, steps.epochs, steps.forwards, steps.alone)
-        for counter, numbers in zip(counters, counts.tolist(), strict=False):
+        for counter, numbers in zip(_counters(steps), counts.tolist(), strict=False):
             counter.update(zip(counter, numbers, strict=True))
     return [] if order is None else [int(index) for index in order.tolist()]
+
+
+def _counters(steps: Steps) -> tuple[dict[str, int], ...]:
+    return steps.counts, steps.epochs, steps.forwards, steps.alone
 
 
 def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetrics) -> None:
@@ -187,23 +182,20 @@ class Sharded:
                         leader._batches, leader._dealt = numbers
         own = {layer for _, layer in self._places}
         self._order[:] = [name for name in progress["order"] if name in own]
-        for counter, numbers in zip(self._counters(), progress["steps"], strict=True):
+        for counter, numbers in zip(_counters(self._steps), progress["steps"], strict=True):
             counter.update(numbers)
         take_over(progress["memory"], self._remembered, self._steps)
 
     def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
         """Sums of this process' layers: loaded here, or by a process that does not probe the layer."""
-        if agreement is None:
-            missing = sorted({layer for _, layer in held.keys() - self._places.keys()})
-        else:
-            gathered = gather_objects((list(held), list(self._places)), agreement.group)
-            targets: dict[Place, int] = {}
-            for rank, (loaded, _) in enumerate(gathered):
-                for place in loaded:
-                    probing = [other for other, (_, probed) in enumerate(gathered) if place in probed]
-                    targets[place] = rank if rank in probing else min(probing, default=-1)
-            missing = sorted({layer for (_, layer), target in targets.items() if target < 0})
-        if missing:
+        own = list(held), list(self._places)
+        gathered = [own] if agreement is None else gather_objects(own, agreement.group)
+        targets: dict[Place, int] = {}
+        for rank, (loaded, _) in enumerate(gathered):
+            for place in loaded:
+                probing = [other for other, (_, probed) in enumerate(gathered) if place in probed]
+                targets[place] = rank if rank in probing else min(probing, default=-1)
+        if missing := sorted({layer for (_, layer), target in targets.items() if target < 0}):
             raise ValueError(
                 "expected the sums of layers that this probe has on some process, got sums of"
                 f" {', '.join(map(repr, missing))}"
@@ -214,13 +206,9 @@ class Sharded:
         to_send = [(rank, place) for rank, place in pairs if targets[place] != rank]
         delivered = {place: packed for place, packed in held.items() if targets[place] == agreement.rank}
         for rank, place in to_send:  # one at a time: they may be large
-            (packed,) = [
-                each
-                for each in gather_objects(held[place] if rank == agreement.rank else None, agreement.group)
-                if each is not None
-            ]
+            sent = gather_objects(held[place] if rank == agreement.rank else None, agreement.group)
             if targets[place] == agreement.rank:
-                delivered[place] = packed
+                delivered[place] = sent[rank]
         return delivered
 
     def _progress(self) -> dict[str, Any]:
@@ -235,12 +223,9 @@ class Sharded:
                 )
                 for place, each in self._places.items()
             },
-            "steps": tuple(map(dict, self._counters())),
+            "steps": tuple(map(dict, _counters(self._steps))),
             "memory": memory(self._remembered, self._steps),
         }
-
-    def _counters(self) -> tuple[dict[str, int], ...]:
-        return self._steps.counts, self._steps.epochs, self._steps.forwards, self._steps.alone
 
 
 _BUCKETS = 64

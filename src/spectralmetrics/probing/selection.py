@@ -55,15 +55,7 @@ def select_among(
     exclude: Selectors | None,
     parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, nn.Module]:
-    """As :func:`select_layers`, among given modules.
-
-    Args:
-        model: the model that they are part of.
-        modules: modules by qualified name.
-        layers: see :func:`select_layers`.
-        exclude: likewise.
-        parts: name -> names of the modules that it selects instead of its own.
-    """
+    """As :func:`select_layers`, among modules by name; a name in ``parts`` selects the modules named there."""
 
     def matching(selectors: Selectors | None, default: Iterable[Selector]) -> set[str]:
         names = {name for each in _as_sequence(selectors, default, modules) for name in _matches(modules, each)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from spectralmetrics.probing.sampling import is_observed
 from spectralmetrics.sums.merging import communication_device
 from spectralmetrics.torch_private import in_backward, is_inferring_shapes
 
+_CALL = nn.Module.__call__.__code__
+
 
 @dataclass
 class Forward:
@@ -27,15 +30,23 @@ class Forward:
         number: the number of the forward, in its stage and since the last reset.
         is_observed: True if its layers are observed.
         ever: its number in its stage since the beginning; -1 if histories leave it out.
+        stage: its stage.
+        stages: the stages in which layers count whose ``training`` flag is False, and True; None for no stage.
+        is_news: True until a budget knows that a layer has run in it, if it is not observed.
         groups: ``id`` of a metric -> number of the group for the metric's observations in this forward.
         calls: layer -> number of its calls in this forward, where processes share it.
+        inner: number of calls that the model makes of itself, inside one another, and that now run.
     """
 
     number: int
     is_observed: bool
     ever: int
+    stage: str
+    stages: tuple[str | None, str | None]
+    is_news: bool = True
     groups: dict[int, int] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    inner: int = 0
 
 
 class Moment(NamedTuple):
@@ -126,6 +137,10 @@ class Steps:
         if stage is None:
             self.thread.here.current = None
             return
+        current = self.thread.here.current
+        if current is not None and _calls_itself(module):
+            current.inner += 1
+            return
         step = self.counts[stage]
         self.counts[stage] += 1
         every, seed = self.agreed or (self.every, self.seed)
@@ -135,13 +150,19 @@ class Steps:
         # The mode inside the model does not decide: a checkpoint first runs its layers without gradients.
         counts = stage != "train" or torch.is_grad_enabled()
         self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
-        # An interrupted forward calls no hook at its end: this replaces it.
-        self.thread.here.current = Forward(step, is_due, self.forwards[stage] if counts else -1)
+        # A forward that the keyboard interrupts calls no hook at its end: this replaces it.
+        stages = (self.stage_of(False), self.stage_of(True))
+        self.thread.here.current = Forward(step, is_due, self.forwards[stage] if counts else -1, stage, stages)
         self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
         """End the forward that began last."""
-        if not in_backward():
+        if in_backward():
+            return
+        current = self.thread.here.current
+        if current is not None and current.inner:
+            current.inner -= 1
+        else:
             self.thread.here.current = None
 
     def groups(self) -> dict[int, int]:
@@ -253,6 +274,15 @@ class Steps:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.thread = Thread()
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """True if a module's forward that now begins runs inside another one of the same module."""
+    calls, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and calls < 2:
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls > 1
 
 
 def _never() -> bool:

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     import pandas
 
 
-_UNREAD = "not read"
-
-
 class SummaryRow(NamedTuple):
     """One layer.
 
@@ -188,14 +185,7 @@ def numbers_of(
     threshold: float,
     progress: Progress | None = None,
 ) -> list[LayerNumbers]:
-    """The numbers that findings need, read from layers' spectra.
-
-    Args:
-        spectra: name -> spectrum about the mean.
-        facts: name -> the layer's facts, known without its data.
-        threshold: share of the variance for the dimension.
-        progress: called with the number of decomposed spectra and their total.
-    """
+    """The numbers that findings need, from layers' spectra about the mean; see :func:`summarise`."""
     wanted = [
         Wanted(each, "eigenvalues" if has_eigenvalues(each) else "variances")
         for each in spectra.values()
@@ -258,7 +248,7 @@ def _row(numbers: LayerNumbers, about_mean: Spectrum, facts: LayerFacts, metric:
             if metric.has_interval and numbers.has_interval:
                 low, high = (float(end) for end in metric.interval_of(spectrum))
         except (RuntimeError, ValueError, TypeError) as error:
-            unread = (f"{_UNREAD}, {error}",)
+            unread = (f"not read, {error}",)
     if value.ndim:
         raise ValueError(
             f"expected a statistic that is one number, got {metric.short_name!r} of shape {tuple(value.shape)}"

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.exchange import STAGES, Place
-from spectralmetrics.probing.identity import is_one_of_several
-from spectralmetrics.probing.keys import module_key
+from spectralmetrics.probing.facts import module_key
 from spectralmetrics.probing.probe import LayerProbe
-from spectralmetrics.probing.processes import agreed, gather_agreed, is_first, is_merged
+from spectralmetrics.probing.processes import agreed, gather_agreed, is_first, is_merged, is_one_of_several
 from spectralmetrics.probing.windows import Taken, merge_in, take_out
 from spectralmetrics.sums.merging import gather_objects
 

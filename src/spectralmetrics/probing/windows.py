@@ -26,9 +26,7 @@ Taken: TypeAlias = list[tuple[Metric, dict[str, Any], int]]
 def take_out(place: LayerMetrics, *, to_merge: bool = False) -> Taken:
     """Take the states out of a layer's metrics, which are empty afterwards; sampling goes on as before.
 
-    Args:
-        place: the layer.
-        to_merge: True leaves alone metrics of other libraries whose states torchmetrics refuses to merge.
+    ``to_merge`` leaves alone metrics of other libraries whose states torchmetrics refuses to merge.
     """
     leaders = [
         leader
@@ -81,6 +79,30 @@ def _set(leader: Metric, state: Mapping[str, Any], updates: int) -> None:
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """The same tensors in new lists: torchmetrics empties the lists among states in place."""
     return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+
+
+def check_places(own: LayerMetrics, other: LayerMetrics) -> None:
+    """Raise a ValueError if another probe's sums of a layer cannot be added to this probe's."""
+    (sketch, widths), (other_sketch, other_widths) = own.widths(), other.widths()
+    fits = sketch == other_sketch or not any(widths) or not any(other_widths)
+    pairs = zip(widths, other_widths, strict=True)
+    if not fits or any(width and other_width and width != other_width for width, other_width in pairs):
+        described = (
+            f"{max(each)} features" + (f" in a sketch of {size} columns" if size else "")
+            for size, each in ((sketch, widths), (other_sketch, other_widths))
+        )
+        raise ValueError(f"expected layer {own.layer!r} with {next(described)}, got {next(described)}")
+
+
+def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
+    """Add another probe's sums of a layer, which must fit; see :func:`check_places`."""
+    if other.sketch_size is not None and not own.is_sketched:
+        own.sketch(other.sketch_size)
+    for leader, other_leader in zip(own.leaders, other.leaders, strict=True):
+        if other_leader.update_count:
+            leader.merge_state(other_leader)
+    own.samples, own.forwards = own.samples + other.samples, own.forwards + other.forwards
+    own.ran = max(own.ran, other.ran)
 
 
 class LayerWindow:
@@ -162,11 +184,7 @@ class LayerWindow:
 
 
 class Windows:
-    """The windows of all layers of a probe; the caller holds the lock of the probe's router.
-
-    Args:
-        places: (stage, layer) -> metrics.
-    """
+    """The windows of all layers of a probe; the caller holds the lock of the probe's router."""
 
     def __init__(self, places: Mapping[tuple[str, str], LayerMetrics]) -> None:
         self._places = places
@@ -245,13 +263,7 @@ def load_remembered(
 
 
 def save_updates(destination: dict[str, Any], start: str, place: LayerMetrics) -> None:
-    """Put into a state dict how often a layer's metrics of other libraries were updated, which weighs merges.
-
-    Args:
-        destination: the state dict.
-        start: the beginning of the layer's keys.
-        place: the layer.
-    """
+    """Put into a state dict how often metrics of other libraries were updated, which weighs merges."""
     for name, leader in _others(place):
         destination[f"{start}{name}.update_count"] = torch.tensor(count_of_updates(leader))
 

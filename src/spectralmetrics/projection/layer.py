@@ -16,7 +16,7 @@ from spectralmetrics.functional import Observations, Spectrum
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
-from spectralmetrics.probing.identity import is_one_of_several
+from spectralmetrics.probing.processes import is_one_of_several
 from spectralmetrics.sums import SpectralSum, full_precision, run_together
 from spectralmetrics.torch_private import in_backward, outside_transforms, untraced, untransformed
 

@@ -15,7 +15,7 @@ from spectralmetrics.functional.tail import MEAN_LAYER, recorded_name
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.keys import Key, ProbeReading, as_text
+from spectralmetrics.probing.facts import Key, ProbeReading, as_text
 from spectralmetrics.probing.probe import group_of, read_probe
 from spectralmetrics.probing.processes import agreed, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory

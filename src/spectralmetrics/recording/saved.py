@@ -16,8 +16,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import Interval, MarginalMetric, SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
-from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.keys import Key, as_text, from_text
+from spectralmetrics.probing.facts import Key, LayerFacts, as_text, from_text
 from spectralmetrics.probing.movers import HistoryRow
 from spectralmetrics.recording.alarm_table import read_alarms
 from spectralmetrics.recording.manifest import Manifest, read_manifest

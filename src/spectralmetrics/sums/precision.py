@@ -83,6 +83,16 @@ def power_of_two_scale(largest: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), -exponent)
 
 
+def power_of_two_below(largest: Tensor) -> Tensor:
+    """The largest power of two that is not above a float64 value; 1 for zero. Dividing by it rounds nothing.
+
+    >>> power_of_two_below(torch.tensor([6.0, 0.0], dtype=torch.float64))
+    tensor([4., 1.], dtype=torch.float64)
+    """
+    positive = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0)
+    return positive / (2 * torch.frexp(positive).mantissa)
+
+
 def are_finite(values: Tensor) -> Tensor:
     """Flags of rows (..., D) without NaN and infinities, shape (..., 1); two kernels, and no copy.
 

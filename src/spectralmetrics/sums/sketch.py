@@ -38,6 +38,7 @@ from spectralmetrics.sums.precision import (
     ROWS_PER_FLOAT32_SUM,
     are_finite,
     full_precision,
+    power_of_two_below,
     power_of_two_scale,
 )
 from spectralmetrics.sums.recentring import first_of, next_origin
@@ -178,20 +179,23 @@ class Sketch(AboutOrigin):
 
     def eigenvalues(self, *, center: bool = True) -> Tensor:
         """The eigenvalues of the approximation, descending, shape (k,), float64: lower bounds."""
-        return self._factor(center)[1]
+        _, values, _, unit = self._factor(center)
+        return values * unit
 
     def eigenvectors(self, *, center: bool = True) -> tuple[Tensor, Tensor]:
         """The eigenvalues (k,) and eigenvectors (D, k) of the approximation, float64.
 
         The vector of a zero eigenvalue is zero. Signs are fixed as in :func:`.decomposition.eigenvectors`.
         """
-        factor, values, rotation = self._factor(center)
+        factor, values, rotation, unit = self._factor(center)
         vectors = factor @ (rotation / torch.where(values > 0, values, 1.0).sqrt() * (values > 0))
-        return values, with_fixed_signs(vectors)
+        return values * unit, with_fixed_signs(vectors)
 
-    def _factor(self, center: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """E (D, k) with Σ̂ = E Eᵀ, the eigenvalues of EᵀE, descending, and its eigenvectors in columns."""
-        image = self.covariance_image(center=center)
+    def _factor(self, center: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E (D, k) with Σ̂ = u E Eᵀ, the eigenvalues of EᵀE, descending, its eigenvectors in columns, and u."""
+        variances, image = self.variances(center=center), self.covariance_image(center=center)
+        unit = power_of_two_below(variances.amax())  # keeps squares in the range of float64
+        image = image / unit if self._given else image.div_(unit)
         signs, parts = self._signs, _parts(self.num_features)
         core = sum_of(signs[part].to(torch.float64).mT @ image[part] for part in parts)  # Ωᵀ Σ Ω
         # Exact products would make it symmetric, so the asymmetry shows their error.
@@ -201,16 +205,15 @@ class Sketch(AboutOrigin):
         # Leaving directions out makes the approximation smaller and never larger, so the bounds stay bounds.
         kept = values > torch.maximum(least, _TRUSTED * error)
         inverse = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0)
-        image = image.clone() if self._given else image
         for part in parts:  # in place: memory may have no room for a second image
             image[part] = image[part] @ (vectors * inverse)
         factor = image
         values, rotation = torch.linalg.eigh(factor.mT @ factor)
         values = without_round_off(values.flip(0))
         # The trace is exact: if rounding has made the sum of the values larger, scale all of them down.
-        trace = self.variances(center=center).sum()
+        trace = (variances / unit).sum()
         values = values * (trace / values.sum().clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
-        return factor, values, rotation.flip(1)
+        return factor, values, rotation.flip(1), unit
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spectralmetrics.extras import from_extra
 from spectralmetrics.plotting import literal, plot_covariance, plot_embedding, plot_layers, plot_spectrum
 from spectralmetrics.probing.exchange import STAGES
-from spectralmetrics.probing.keys import from_text
+from spectralmetrics.probing.facts import from_text
 from spectralmetrics.recording.files import sweep
 from spectralmetrics.recording.pictures import draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Record
