@@ -197,10 +197,10 @@ def _run_summary(options: argparse.Namespace) -> None:
 
 
 def _run_recompute(options: argparse.Namespace) -> None:
-    from spectralmetrics.recording.files import replacing
+    from spectralmetrics.recording.files import replace_file
     from spectralmetrics.recording.recompute import recompute
     from spectralmetrics.recording.saved import SavedRun
-    from spectralmetrics.recording.writers.csv import format_rows
+    from spectralmetrics.recording.tables import format_rows
 
     thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
     with _progress("reading", len(SavedRun(options.directory).arrays)) as advance:
@@ -220,8 +220,7 @@ def _run_recompute(options: argparse.Namespace) -> None:
             buffer.write(table)
             buffer.flush()
     else:
-        with replacing(options.output) as file:
-            file.write(format_rows(rows))
+        replace_file(options.output, format_rows(rows))
 
 
 def _run_report(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.files import replace_file
 from spectralmetrics.recording.record import RecordKey
 from spectralmetrics.recording.settings import Settings
 
@@ -69,15 +69,14 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace the manifest of a run."""
-    with replacing(directory / FILE_NAME) as file:
-        content = {
-            "format": _FORMAT,
-            "writers": {name: _plain(key) for name, key in manifest.writers.items()},
-            "statistics": manifest.statistics,
-            "last_epoch": _plain(manifest.last),
-            "layers": manifest.layers,
-        }
-        file.write(json.dumps(content, indent=1).encode())
+    content = {
+        "format": _FORMAT,
+        "writers": {name: _plain(key) for name, key in manifest.writers.items()},
+        "statistics": manifest.statistics,
+        "last_epoch": _plain(manifest.last),
+        "layers": manifest.layers,
+    }
+    replace_file(directory / FILE_NAME, json.dumps(content, indent=1).encode())
 
 
 def _plain(key: RecordKey | None) -> int | list[int] | None:

@@ -84,10 +84,7 @@ class Row(NamedTuple):
         return self.layer not in ("", MEAN_LAYER)
 
 
-COLUMNS = Row._fields
-
-
-@dataclass(frozen=True)
+@dataclass@dataclass(frozen=True)
 class Record:
     """One record of a run: the end of an epoch, or a step within one.
 

@@ -19,13 +19,11 @@ from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.keys import Key, as_text, from_text
 from spectralmetrics.probing.movers import HistoryRow
-from spectralmetrics.recording.alarm_table import read_alarms
 from spectralmetrics.recording.manifest import Manifest, read_manifest
 from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
 from spectralmetrics.recording.settings import Settings, rebuild_metrics
+from spectralmetrics.recording.tables import RECORDS, read_alarms, read_history, read_rows
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_layers, saved_records
-from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
-from spectralmetrics.recording.writers.history_file import read_history
 from spectralmetrics.sums import Marginals
 
 
@@ -53,12 +51,12 @@ class SavedRun:
         if arrays and not self.arrays:
             missing = "a run recorded with the writer 'arrays'"
         elif rows and not self.has_table:
-            missing = f"a run with a {FILE_NAME}"
+            missing = f"a run with a {RECORDS}"
         elif not self.has_table and not self.arrays:
-            missing = f"a run with a {FILE_NAME} or arrays"
+            missing = f"a run with a {RECORDS} or arrays"
         if missing:
             is_run = self.has_table or self.arrays
-            has = f", which has {FILE_NAME if self.has_table else 'arrays'} only" if is_run else ""
+            has = f", which has {RECORDS if self.has_table else 'arrays'} only" if is_run else ""
             has = has if self.directory.is_dir() else ", which is no directory"
             raise FileNotFoundError(f"expected {missing}, got {self.directory}{has}")
         if not self.records:
@@ -80,12 +78,12 @@ class SavedRun:
     @property
     def has_table(self) -> bool:
         """True if there is a ``records.csv``."""
-        return (self.directory / FILE_NAME).exists()
+        return (self.directory / RECORDS).exists()
 
     @cached_property
     def rows(self) -> list[Row]:
         """The rows of ``records.csv``; none without one."""
-        return read_rows(self.directory / FILE_NAME) if self.has_table else []
+        return read_rows(self.directory / RECORDS)
 
     @cached_property
     def records(self) -> list[RecordKey]:

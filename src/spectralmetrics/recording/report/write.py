@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from spectralmetrics.recording.files import replacing
+from spectralmetrics.recording.files import replace_file
 from spectralmetrics.recording.report.collect import Progress, collect
 from spectralmetrics.recording.report.encode import compress, pack
 from spectralmetrics.recording.saved import SavedRun, run_names
@@ -94,6 +94,5 @@ def write_page(
     for name, part in parts.items():
         text = text.replace(f"<!-- {name} -->", part, 1)
     path = Path(path)
-    with replacing(path) as file:
-        file.write(text.encode(errors="replace"))  # a directory's name may not be valid text
+    replace_file(path, text.encode(errors="replace"))  # a directory's name may not be valid text
     return path
