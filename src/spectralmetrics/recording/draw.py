@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.plotting import literal, plot_layers, plot_profile, plot_spectrum
 from spectralmetrics.recording.pictures import check_names, draw_heatmap, draw_profile, save_figure, title_of
-from spectralmetrics.recording.record import Row
+from spectralmetrics.recording.record import Row, Settings
 from spectralmetrics.recording.saved import Failures, SavedRun, run_names
-from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.table import percent
 

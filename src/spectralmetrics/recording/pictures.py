@@ -11,8 +11,7 @@ from spectralmetrics.findings import tail_of
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.record import RecordKey, Row
-from spectralmetrics.recording.settings import Settings
+from spectralmetrics.recording.record import RecordKey, Row, Settings
 from spectralmetrics.table import percent
 
 if TYPE_CHECKING:

@@ -19,17 +19,18 @@ from spectralmetrics.probing.keys import Key, ProbeReading, as_text
 from spectralmetrics.probing.probe import group_of, read_probe
 from spectralmetrics.probing.processes import agreed, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
+from spectralmetrics.recording.manifest import describe
 from spectralmetrics.recording.record import (
     Record,
     RecordedSums,
     RecordKey,
     Row,
+    Settings,
     check_recordable,
     tidy_rows,
     undefined_layers,
     warn_of_undefined,
 )
-from spectralmetrics.recording.settings import Settings, describe
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.sums.checks import is_integer

@@ -19,9 +19,8 @@ from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.probing.keys import Key, as_text, from_text
 from spectralmetrics.probing.movers import HistoryRow
-from spectralmetrics.recording.manifest import Manifest, read_manifest
-from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
-from spectralmetrics.recording.settings import Settings, rebuild_metrics
+from spectralmetrics.recording.manifest import Manifest, read_manifest, rebuild_metrics
+from spectralmetrics.recording.record import Record, RecordKey, Row, Settings, tidy_rows
 from spectralmetrics.recording.tables import RECORDS, read_alarms, read_history, read_rows
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_layers, saved_records
 from spectralmetrics.sums import Marginals

@@ -13,13 +13,12 @@ import torch
 from spectralmetrics.functional.dimension import Rule
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.probing.facts import UNKNOWN_LAYER
-from spectralmetrics.recording.record import RecordKey
+from spectralmetrics.recording.record import RecordKey, Settings
 from spectralmetrics.recording.report.encode import MISSING
 from spectralmetrics.recording.report.spectra import Bounds, Thresholds, bounds, points, positions, slider
 from spectralmetrics.recording.report.timeline import QUANTITIES, of_history
 from spectralmetrics.recording.report.words import Known, Words
 from spectralmetrics.recording.saved import Failures, SavedRun
-from spectralmetrics.recording.settings import Settings
 from spectralmetrics.recording.writers.arrays import SavedLayer
 from spectralmetrics.table import shorten_names
 
