@@ -120,7 +120,7 @@ def _run_plot(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    from spectralmetrics.recording.compare import describe_comparison
+    from spectralmetrics.recording.compare_text import describe_comparison
 
     if options.right is None and options.epochs is None:
         raise ValueError("expected a second RUN, or two epochs of one: --epochs LEFT RIGHT")

@@ -15,7 +15,7 @@ from spectralmetrics.findings import Finding
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.recording import describe_comparison
 from spectralmetrics.recording.tables import write_alarms
-from spectralmetrics.recording.compare import _changes
+from spectralmetrics.recording.compare_text import _changes
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 
