@@ -488,11 +488,9 @@ def plot_history(
     else:
         figure, _ = _titled(_axis(ax), None)
         axes = np.array([[ax]])
-    for index, ax in enumerate(axes.flat):
-        if index >= len(series):
-            ax.set_visible(False)
-            continue
-        name, pairs = list(series.items())[index]
+    for ax in axes.flat[len(series) :]:
+        ax.set_visible(False)
+    for index, (ax, (name, pairs)) in enumerate(zip(axes.flat, series.items(), strict=False)):
         places, values = ([float(pair[side]) for pair in pairs] for side in (0, 1))
         shown = _finite(values)
         ax.plot(places, shown, color=_COLOURS[0], linewidth=1.1)
@@ -546,12 +544,7 @@ def _check_numbers(noun: str, values: Mapping[str, float | Tensor]) -> None:
 
 
 def _check_names(argument: str, names: object, what: str = "names") -> None:
-    """Raise a TypeError unless these are a sequence; a string alone is a common mistake.
-
-    >>> _check_names("statistics", "saturation")
-    Traceback (most recent call last):
-    TypeError: expected statistics as a sequence of names, got 'saturation'
-    """
+    """Raise a TypeError unless these are a sequence; a string alone is a common mistake."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(f"expected {argument} as a sequence of {what}, got {names!r}")
 

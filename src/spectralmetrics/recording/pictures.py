@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,9 +50,10 @@ def draw_profile(
             for name, each in (facts or {}).items()
             if each.ceiling is not None and not largest.get(name, 0.0) > each.ceiling  # it would be refuted
         }
-    return plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)[
-        0
-    ]
+    drawn = plot_profile(
+        profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings
+    )
+    return drawn[0]
 
 
 def draw_heatmap(
@@ -83,17 +84,6 @@ def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
     name = name[:1].upper() + name[1:]
     threshold = settings.get(statistic, {}).get("threshold")
     return name if threshold is None else f"{name} at {percent(threshold)} of variance"
-
-
-def check_names(argument: str, names: object) -> None:
-    """Raise a TypeError unless ``names`` is a sequence of names or None; a string alone is a common mistake.
-
-    >>> check_names("statistics", "saturation")
-    Traceback (most recent call last):
-    TypeError: expected statistics as a sequence of names, got 'saturation'
-    """
-    if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
-        raise TypeError(f"expected {argument} as a sequence of names, got {names!r}")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

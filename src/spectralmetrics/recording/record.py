@@ -168,6 +168,11 @@ class RecordedSums(Mapping[tuple[str, str], Sequence[Sum]]):
         return self._sums[self._places[place]]
 
 
+def recorded_threshold(statistics: Mapping[str, Settings]) -> float:
+    """The first threshold among the settings of statistics, or 0.99."""
+    return next((float(each["threshold"]) for each in statistics.values() if "threshold" in each), 0.99)
+
+
 def check_recordable(what: str, name: str) -> None:
     r"""Raise a ValueError for a name that the files of a run cannot hold.
 
