@@ -1,4 +1,4 @@
-"""``recording.json``: the facts about a run that its other files do not hold, and metrics made from them again."""
+"""``recording.json``: the facts about a run that its other files do not hold, and metrics made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of a run: ``records.csv``, ``alarms.csv`` of a monitor, and ``history.csv`` of the last forwards."""
+"""The tables of a run: ``records.csv``, ``alarms.csv`` of a monitor, ``history.csv`` of the last forwards."""
 
 from __future__ import annotations
 
