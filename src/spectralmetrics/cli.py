@@ -247,7 +247,8 @@ def _parser() -> argparse.ArgumentParser:
         "`spectralmetrics COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and which sums run")
+    version = "show the version and which sums run"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_plot(commands)

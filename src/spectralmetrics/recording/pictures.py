@@ -50,9 +50,7 @@ def draw_profile(
             for name, each in (facts or {}).items()
             if each.ceiling is not None and not largest.get(name, 0.0) > each.ceiling  # it would be refuted
         }
-    drawn = plot_profile(
-        profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings
-    )
+    drawn = plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)
     return drawn[0]
 
 

@@ -86,7 +86,7 @@ class Row(NamedTuple):
         return self.layer not in ("", MEAN_LAYER)
 
 
-@dataclass@dataclass(frozen=True)
+@dataclass(frozen=True)
 class Record:
     """One record of a run: the end of an epoch, or a step within one.
 
