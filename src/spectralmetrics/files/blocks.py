@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.files.fields import Columns, Field, ReadError
-from spectralmetrics.files.label_source import is_file, labels_of, read_labels
+from spectralmetrics.files.fields import Columns, Field, ReadError, field_of_array, field_of_tensor
+from spectralmetrics.files.readers import READERS, read_columns
 from spectralmetrics.files.sources import Part, parts_of
 
 _MOST_BYTES = 2**25
@@ -110,11 +112,11 @@ class Rows:
         self._rank, self._world_size = rank, world_size
         self.empty: list[str] = []
         self.num_parts = self._num_rows = 0  # opened so far
-        self._label_column, self._label_field = labels_of(labels)
+        self._label_column, self._label_field = _labels_of(labels)
         self._label_name = str(labels) if isinstance(labels, (str, Path)) else "labels"
         parts = parts_of(source)
         if isinstance(parts, list):
-            parts = [each for each in parts if not is_file(each.name, labels)]
+            parts = [each for each in parts if not _is_file(each.name, labels)]
         opened = self._open(parts)
         self._is_iterable = not isinstance(parts, list)
         known = list(itertools.islice(opened, 1 if self._is_iterable else None))
@@ -151,7 +153,7 @@ class Rows:
 
     def _largest(self, field: Field, name: str) -> int:
         size = field.shape[0]
-        blocks = (read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
+        blocks = (_read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
         return max((int(each.max()) for each in blocks), default=-1)
 
     def __iter__(self) -> Iterator[Block]:
@@ -248,7 +250,7 @@ class Rows:
             first, last = part.before + start, part.before + stop
             if last > self._label_field.shape[0]:
                 self._check_count(last, "more than ")
-            return read_labels(self._label_field, self._label_name, first, last)
+            return _read_labels(self._label_field, self._label_name, first, last)
         if self._label_column is None or part.columns is None:
             return None
         field = part.columns.labels(self._label_column)
@@ -258,7 +260,7 @@ class Rows:
                 f"expected a label for each of {part.num_rows} rows in {self._label_column!r}, got"
                 f" {field.shape[0]}",
             )
-        return read_labels(field, part.name, start, stop)
+        return _read_labels(field, part.name, start, stop)
 
     def _check_count(self, rows: int, more: str = "") -> None:
         if self._label_field is None or (not more and self._label_field.shape[0] == rows):
@@ -280,3 +282,58 @@ def _read(field: Field, name: str, start: int, stop: int) -> Tensor:
     if rows.dtype.itemsize == 1:  # PyTorch does not calculate with floats of eight bits
         rows = rows.to(torch.float32)
     return rows
+
+
+# -- labels --------------------------------------------------------------------------------------------------
+
+
+def _read_labels(field: Field, name: str, start: int, stop: int) -> Tensor:
+    """Labels of some rows, shape (n,), int64; -1 for a row without one."""
+    labels = field.read(start, stop)
+    if labels.is_floating_point():
+        is_there = labels.isfinite()
+        wrong = is_there & (labels != labels.round())
+        if bool(wrong.any()):
+            row = int(wrong.to(torch.uint8).argmax())
+            raise ReadError(name, f"expected an integer label, got {float(labels[row])}", start + row)
+        labels = torch.where(is_there, labels, -1)
+    return labels.to(torch.int64)
+
+
+def _labels_of(labels: Any) -> tuple[str | None, Field | None]:
+    """The name of the column of labels, or the field of all labels."""
+    if labels is None:
+        return None, None
+    if isinstance(labels, (str, Path)):
+        path = Path(os.path.expanduser(labels))
+        if not path.is_file():
+            if isinstance(labels, Path) or path.suffix.lower() in READERS:
+                raise FileNotFoundError(f"expected a file of labels, found no {str(labels)!r}")
+            return str(labels), None
+        columns = _read_text(path) if path.suffix == ".txt" else read_columns(path)
+        candidates = [name for name, each in columns.fields.items() if each.is_integer and len(each.shape) == 1]
+        if len(candidates) != 1:
+            raise ReadError(
+                str(path), f"expected one column of integer labels of shape (N,), got {columns.listed()}"
+            )
+        return None, columns.fields[candidates[0]]
+    field = field_of_tensor(labels) if isinstance(labels, Tensor) else field_of_array(np.asanyarray(labels))
+    if len(field.shape) != 1 or not (field.is_integer or field.is_floating):
+        raise TypeError(
+            f"expected labels as integers of shape (N,), the name of a column or a file, got {field}"
+        )
+    return None, field
+
+
+def _is_file(name: str, other: Any) -> bool:
+    """True if two paths are one file."""
+    if not isinstance(other, (str, Path)):
+        return False
+    return os.path.isfile(name) and os.path.isfile(other) and os.path.samefile(name, other)
+
+
+def _read_text(path: Path) -> Columns:
+    try:
+        return Columns(str(path), {"": field_of_array(np.loadtxt(path, dtype=np.int64, ndmin=1))})
+    except ValueError as error:
+        raise ReadError(str(path), f"expected an integer in each line: {error}") from error

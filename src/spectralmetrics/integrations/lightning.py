@@ -18,9 +18,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from spectralmetrics.integrations.forwards import Forwards, Stage
-from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
+from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
 from spectralmetrics.integrations.values import with_means
-from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics

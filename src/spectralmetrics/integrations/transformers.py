@@ -29,12 +29,11 @@ except ModuleNotFoundError as error:
 
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.forwards import Forwards, Stage
-from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
+from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.resuming import file_name, read_state, write_state
 from spectralmetrics.integrations.values import with_means
-from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics

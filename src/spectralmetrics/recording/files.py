@@ -77,11 +77,7 @@ def lengthen(path: Path, size: int, added: bytes, head: bytes) -> int:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove the temporary files of processes that were killed while they replaced a file.
-
-    Args:
-        folder: the folder of the files.
-        pattern: glob of the names of the files to replace.
+    """Remove the temporary files of processes that were killed while they replaced a file of this pattern.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())

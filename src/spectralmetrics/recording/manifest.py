@@ -48,11 +48,6 @@ class Manifest:
     last: RecordKey | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
-    def facts(self) -> dict[str, LayerFacts]:
-        """Facts about the layers."""
-        return {name: LayerFacts.restored(each) for name, each in self.layers.items()}
-
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a run; an empty one if it has none.

@@ -145,11 +145,7 @@ class Record:
 
 
 class RecordedSums(Mapping[tuple[str, str], Sequence[Sum]]):
-    """Sums of layers by the layers' recorded names.
-
-    Args:
-        sums: (stage, layer) -> sums; may be fetched at each reading.
-    """
+    """Sums of layers by the layers' recorded names; each reading may fetch them."""
 
     def __init__(self, sums: Mapping[tuple[str, str], Sequence[Sum]]) -> None:
         self._sums = sums

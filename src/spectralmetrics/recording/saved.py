@@ -29,9 +29,6 @@ from spectralmetrics.sums import Marginals
 class SavedRun:
     """A recorded run; an access to a part reads it.
 
-    Args:
-        directory: the directory of the run.
-
     Attributes:
         directory: the directory of the run.
         arrays: key of a record -> its array file, earliest first.
@@ -90,11 +87,7 @@ class SavedRun:
         return sorted({row.key for row in self.rows} | set(self.arrays), key=lambda key: key.order)
 
     def last_of(self, epoch: int | None = None, *, arrays: bool = False) -> RecordKey:
-        """The last record of an epoch, or of all.
-
-        Args:
-            epoch: its number; None: the last.
-            arrays: consider only records that have arrays.
+        """The last record of an epoch, or of all; with ``arrays`` the last that has some.
 
         Raises:
             ValueError: if there is none.
@@ -138,19 +131,14 @@ class SavedRun:
     @cached_property
     def facts(self) -> dict[str, LayerFacts]:
         """Name of a layer -> its type and ceiling; empty for a run of 0.1.0."""
-        return self.manifest.facts
+        return {name: LayerFacts.restored(each) for name, each in self.manifest.layers.items()}
 
     def layers_in(self, key: RecordKey) -> list[tuple[str, str]]:
         """(stage, layer) of all arrays in a record, in the order in which they were recorded."""
         return saved_layers(self.arrays[key]) if key in self.arrays else []
 
     def layers(self, key: RecordKey, stage: str | None = None) -> Iterator[SavedLayer]:
-        """The layers that have arrays in a record, one in memory at a time.
-
-        Args:
-            key: the key of the record.
-            stage: the stage of the layers; None: all stages.
-        """
+        """The layers that have arrays in a record, of one stage or of all; one in memory at a time."""
         for layer in read_layers(self.arrays[key], self._needs_vectors):
             if stage in (None, layer.stage):
                 yield layer
@@ -172,13 +160,7 @@ class SavedRun:
     def rebuilt(
         self, key: RecordKey, metrics: Mapping[str, SpectralMetric], failures: Failures
     ) -> tuple[dict[Key, Tensor], dict[Key, Interval]]:
-        """Values of a record from its arrays, and the intervals of statistics that have one.
-
-        Args:
-            key: the key of the record.
-            metrics: the metrics by the names of their statistics.
-            failures: collects the parts that cannot be read.
-        """
+        """Values of a record from its arrays, and the intervals of statistics that have one."""
         values: dict[Key, Tensor] = {}
         intervals: dict[Key, Interval] = {}
         for layer in self.layers(key):
@@ -186,15 +168,13 @@ class SavedRun:
             # Eigenvectors first: they come with the eigenvalues that the other metrics read.
             for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
                 with failures.of(key, layer, repr(name)):
-                    spectrum = layer.spectrum(metrics[name].center)
-                    of_layer[name] = _value_from(metrics[name], spectrum)
-            for name, metric in metrics.items():
-                if name not in of_layer:
-                    continue
-                values[name, layer.stage, layer.layer] = of_layer[name]
+                    of_layer[name] = _value_from(metrics[name], layer.spectrum(metrics[name].center))
+            for name in [each for each in metrics if each in of_layer]:
+                metric, place = metrics[name], (name, layer.stage, layer.layer)
+                values[place] = of_layer[name]
                 spectrum = layer.spectrum(metric.center)
                 if metric.has_interval and (spectrum.num_folds > 1 or spectrum.sketch is not None):
-                    intervals[name, layer.stage, layer.layer] = metric.interval_of(spectrum)
+                    intervals[place] = metric.interval_of(spectrum)
         return values, intervals
 
     def record(self, key: RecordKey) -> Record:

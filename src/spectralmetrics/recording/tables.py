@@ -43,8 +43,8 @@ def read_table(
         path: the path of the file.
         what: the content of a line, with its article, for errors.
         parse: makes an object of the cells of a line; raises a ValueError if it cannot.
-        columns: the columns of the header.
-        earlier: other headers, which earlier releases wrote.
+        columns: the header.
+        earlier: headers of earlier releases.
 
     Raises:
         ValueError: if it is not such a table; names the line.
@@ -199,10 +199,6 @@ def _compare(recorded: _Recorded, record: Iterable[tuple[str, HistoryRow]]) -> t
 
     A history reaches back beyond the record before it, and the same forwards are in both. All numbers begin
     anew if a forward of some layer differs from the recorded one of its number, or comes before recorded ones.
-
-    Args:
-        recorded: the rows recorded before, since the numbers last began anew.
-        record: (stage, row), the forwards of each layer in their order.
     """
     begins_anew = False
     firsts: dict[tuple[str, str], bool] = {}  # True if the first forward with a number in both is the same
