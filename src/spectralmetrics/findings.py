@@ -321,14 +321,10 @@ class LayerNumbers(NamedTuple):
 def read_numbers(
     layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float, of_gradients: bool = False
 ) -> LayerNumbers:
-    """Reads the numbers of a layer that the rules need.
+    """The numbers of a layer that the rules need, of its spectrum about the mean.
 
-    Args:
-        layer: its name.
-        spectrum: the spectrum about the mean.
-        ceiling: the most directions that its weights allow; None if unknown.
-        threshold: share of the variance for the intrinsic dimension.
-        of_gradients: True if gradients were observed.
+    The ceiling is the most directions that its weights allow, None if unknown; the threshold is that of the
+    intrinsic dimension.
     """
     width, count = spectrum.num_features, int(spectrum.num_observations)
     most = width if ceiling is None else min(ceiling, width)

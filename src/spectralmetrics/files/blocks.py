@@ -76,17 +76,9 @@ class _Piece(NamedTuple):
 
 
 class Rows:
-    """The rows of a source that this process reads; all processes share the source.
+    """The rows of a source that this process reads; for the arguments see :func:`~spectralmetrics.measure`.
 
-    Args:
-        source: see :func:`~spectralmetrics.measure`.
-        column: likewise.
-        labels: likewise.
-        folds: likewise.
-        block_rows: likewise.
-        rank: the rank of this process.
-        world_size: the number of processes; each takes some parts or, with fewer parts than processes, some
-            blocks.
+    All processes share the source: each takes some parts or, with fewer parts than processes, some blocks.
 
     Attributes:
         width: the number of features D; 0 if no part has rows.

@@ -185,14 +185,7 @@ def measure(
 
 
 class _Measuring:
-    """A probe that measures rows without a model.
-
-    Args:
-        templates: its metrics.
-        width: the number of features.
-        kind: shown in place of the layer's type.
-        record: see :func:`measure`.
-    """
+    """A probe that measures rows without a model; their kind is shown in place of a layer's type."""
 
     def __init__(self, templates: dict[str, Metric], width: int, kind: str, record: str | Path | None) -> None:
         model = nn.ModuleDict({LAYER: nn.Identity()})

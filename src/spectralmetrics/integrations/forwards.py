@@ -40,14 +40,10 @@ class Forwards:
 
     Args:
         model: the model that is trained, or a wrapper of it.
-        metrics: see :class:`~spectralmetrics.LayerProbe`.
+        metrics: for these and other arguments see :class:`~spectralmetrics.LayerProbe`.
         generation: True counts the forwards of ``generate`` of a model of transformers. It runs the encoder
             again, and feeds the decoder tokens that are not in the data.
         each_layer: True gives the values of each layer at steps; False the means over the layers alone.
-        **arguments: see :class:`~spectralmetrics.LayerProbe`.
-
-    Attributes:
-        probe: the probe of the model.
 
     Raises:
         TypeError: if ``generation`` or ``each_layer`` is neither True nor False.
@@ -105,7 +101,7 @@ class Forwards:
 
     def end(self, observes: bool = True) -> None:
         """From now on forwards count by the layers' ``training`` flags, or not at all."""
-        self.probe._count_by(self._by_flag if observes else _nowhere)
+        self.probe._count_by(self._by_flag if observes else lambda training: None)
         for each in self._generators:
             each.restore()
 
@@ -140,12 +136,8 @@ class Forwards:
     def load(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
         """Begin anew, or go on from a state of :meth:`saved`; all processes call it.
 
-        Args:
-            saved: the state, used on the first process alone; None begins anew. Earlier releases saved the
-                unread observations alone.
-
-        Returns:
-            The other entries of the state, on all processes; None for a beginning.
+        The state of the first process counts. Earlier releases saved the unread observations alone. Returns the
+        other entries of the state, on all processes; None for a beginning.
 
         Raises:
             ValueError: for the state of other layers, metrics or observations.
@@ -261,10 +253,6 @@ class _EngineScale:
     def get_scale(self) -> float:
         """As of a ``torch.amp.GradScaler``."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
-
-
-def _nowhere(training: bool) -> None:
-    """A stage for no forward."""
 
 
 def _generates(module: nn.Module) -> bool:

@@ -145,13 +145,7 @@ def _evaluations(directory: Path, first: int) -> list[int]:
 
 
 class Watching:
-    """Steps a monitor with a trainer.
-
-    Args:
-        monitor: a function from the probe to a monitor; True makes one with its defaults, False none.
-
-    Attributes:
-        monitor: the monitor of the probe; None without one.
+    """Steps a monitor with a trainer: one that a function makes of the probe, one with its defaults, or none.
 
     Raises:
         TypeError: for a monitor of another type.

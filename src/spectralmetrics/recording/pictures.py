@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def draw_profile(
-    rows: Sequence[Row],
-    statistic: str,
-    settings: Mapping[str, Settings],
-    facts: Mapping[str, LayerFacts] | None = None,
+    rows: Sequence[Row], statistic: str, settings: Mapping[str, Settings], facts: Mapping[str, LayerFacts] = {}
 ) -> Figure:
     """Draw one epoch of a statistic, all stages together, with the task's own numbers in the title."""
     own = [row for row in rows if row.statistic == statistic and row.is_of_layer]
@@ -34,22 +31,16 @@ def draw_profile(
             bands.setdefault(row.stage, {})[row.layer] = (row.low, row.high)
     task = [literal(f"{row.stage} {row.statistic} {row.value:.4g}".strip()) for row in rows if not row.layer]
     title = ", ".join([title_of(statistic, settings), str(own[0].key), *task])
-    tail = []
-    is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
-    if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
-        of_gradients = any(each.of_gradients for each in (facts or {}).values())
-        tail = [] if of_gradients else tail_of(profiles.get("eval", {}))
-    ceilings = {}
-    if settings.get(statistic, {}).get("metric") == "intrinsic_dimension":
-        largest: dict[str, float] = {}
-        for row in own:
-            if not math.isnan(row.value):
-                largest[row.layer] = max(row.value, largest.get(row.layer, 0.0))
-        ceilings = {
-            name: each.ceiling
-            for name, each in (facts or {}).items()
-            if each.ceiling is not None and not largest.get(name, 0.0) > each.ceiling  # it would be refuted
-        }
+    metric = settings.get(statistic, {}).get("metric")
+    tail: list[str] = []
+    ceilings: dict[str, int] = {}
+    if metric == "saturation" and not any(each.of_gradients for each in facts.values()):
+        evaluated = profiles.get("eval", {})
+        tail = tail_of(evaluated) if all(0 <= value <= 1 for value in evaluated.values()) else []
+    if metric == "intrinsic_dimension":
+        known = {name: each.ceiling for name, each in facts.items() if each.ceiling is not None}
+        refuted = {row.layer for row in own if row.value > known.get(row.layer, math.inf)}
+        ceilings = {name: ceiling for name, ceiling in known.items() if name not in refuted}
     drawn = plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)
     return drawn[0]
 

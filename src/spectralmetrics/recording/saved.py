@@ -30,7 +30,6 @@ class SavedRun:
     """A recorded run; an access to a part reads it.
 
     Attributes:
-        directory: the directory of the run.
         arrays: key of a record -> its array file, earliest first.
 
     Raises:

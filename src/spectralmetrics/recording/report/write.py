@@ -68,14 +68,7 @@ def write_page(
     progress: Progress = lambda name, total: None,
     refresh: float | None = None,
 ) -> Path:
-    """Like :func:`write_report`, for a page that may reload.
-
-    Args:
-        directories: the directories of the runs.
-        path: the path of the file.
-        progress: see :func:`write_report`.
-        refresh: seconds after which the page reloads; None: never.
-    """
+    """Like :func:`write_report`, for a page that reloads after some seconds; None: never."""
     if not isinstance(directories, (str, Path, Iterable)):
         raise TypeError(f"expected the directory of a run, or several, got {directories!r}")
     paths = (

@@ -103,11 +103,8 @@ def _rows_of(
 def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:
     """The numbers of a record as tables: a line for each layer, a column for each statistic and stage.
 
-    Args:
-        record: the record to show.
-        max_layers: with more layers, only their means are shown.
-        width: width of the screen, in characters. Columns without room go into further tables, at least one
-            into each; names longer than half the width are folded.
+    With more layers than ``max_layers`` only their means are shown. Columns for which the screen has no room go
+    into further tables, at least one into each; names longer than half the width are folded.
     """
     from rich.table import Table
     from rich.text import Text
