@@ -133,7 +133,6 @@ LONG_FILES = {
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
     "probing/reading.py": "what is read of layers, with every warning about it",
-    "recording/compare.py": "a comparison as rows and as text",
     "cli.py": "one command after the other, each with its help",
     "torch_private.py": "one private name after the other, with what is done without it",
     "sums/sketch.py": "one kind of sum, and what is read of it",
