@@ -31,7 +31,7 @@ class Forward:
         is_observed: True if its layers are observed.
         ever: its number in its stage since the beginning; -1 if histories leave it out.
         stage: its stage.
-        stages: the stages in which layers count whose ``training`` flag is False, and True; None for no stage.
+        stages: the stages in which layers count whose ``training`` flag is False, and True; empty for no stage.
         is_news: True until a budget knows that a layer has run in it, if it is not observed.
         groups: ``id`` of a metric -> number of the group for the metric's observations in this forward.
         calls: layer -> number of its calls in this forward, where processes share it.
@@ -42,7 +42,7 @@ class Forward:
     is_observed: bool
     ever: int
     stage: str
-    stages: tuple[str | None, str | None]
+    stages: tuple[str, str]
     is_news: bool = True
     groups: dict[int, int] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
@@ -151,7 +151,7 @@ class Steps:
         counts = stage != "train" or torch.is_grad_enabled()
         self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
         # A forward that the keyboard interrupts calls no hook at its end: this replaces it.
-        stages = (self.stage_of(False), self.stage_of(True))
+        stages = (self.stage_of(False) or "", self.stage_of(True) or "")
         self.thread.here.current = Forward(step, is_due, self.forwards[stage] if counts else -1, stage, stages)
         self.forwards[stage] += counts
 
