@@ -52,20 +52,27 @@ def told(inputs, *, passes, batch=23, folds=8, shuffled=False):
 @pytest.mark.parametrize("kind", [*INPUTS, *ALIKE])
 def test_inputs_that_come_once_are_left_in_peace(kind, batch):
     make = (INPUTS | ALIKE)[kind]
-    if kind in ALIKE and batch == 1:
-        pytest.skip("nothing tells inputs that are alike from those that come twice")
     assert not any(told(make(draws(seed)), passes=1, batch=batch) for seed in range(10))
 
 
-@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize(("shuffled", "batch"), [(True, 23), (False, 23), (True, 1)])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_inputs_that_come_again_are_told(kind, shuffled):
-    found = [told(INPUTS[kind](draws(seed)), passes=2, shuffled=shuffled) for seed in range(10)]
+def test_inputs_that_come_again_are_told(kind, shuffled, batch):
+    found = [told(INPUTS[kind](draws(seed)), passes=2, batch=batch, shuffled=shuffled) for seed in range(10)]
     assert sum(found) >= 9
 
 
 def test_a_pass_whose_batches_go_to_the_same_folds_again_is_harmless():
     assert not told(torch.randn(400, 32, generator=draws(0)), passes=3, batch=50)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 5])
+def test_inputs_that_come_again_at_once_are_told(distance):
+    repeats = Repeats(8)
+    for number, each in enumerate(torch.randn(400, 32, generator=draws(0)).split(distance)):
+        for turn, row in enumerate([*each, *each]):
+            repeats.add(row[None], (2 * distance * number + turn) % 7)
+    assert repeats.found()
 
 
 def test_other_digits_of_the_last_place_are_the_same_input():

@@ -8,6 +8,7 @@ different inputs cancel. Memory is constant, and only :meth:`Repeats.found` read
 from __future__ import annotations
 
 import math
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ _WAITING = 256  # inputs, so that an update is one copy
 _FEWEST = 64  # inputs: fewer give no verdict
 # A share of the inputs: half of the result if each input came twice, and six times the error by chance.
 _SHARED = 0.25
+# Batches of one have no pairs: inputs so many places apart are compared. Inputs that come again after some
+# places are alike at few of these distances, inputs that are alike by nature at all.
+_DISTANCES = range(1, 17)
 
 
 class Repeats:
@@ -38,8 +42,9 @@ class Repeats:
 
     def __init__(self, number: int) -> None:
         self._sums: Tensor | None = None  # (g, _SLOTS), int64
-        self._alike: Tensor | None = None  # number of pairs of inputs within a batch that are alike, by nature
-        self._pairs = 0.0  # number of pairs of inputs within a batch
+        # Pairs of inputs that are alike by nature: of one batch, and at each distance.
+        self._alike: Tensor | None = None  # (1 + distances,), int64
+        self._pairs = [0.0] * (1 + len(_DISTANCES))  # of how many
         self._counts = [0] * number
         self._buffer: Tensor | None = None  # (_WAITING, up to _HASHED_VALUES), float32
         self._waiting: list[tuple[int, int]] = []  # fold and number of inputs of each batch
@@ -48,7 +53,7 @@ class Repeats:
         """Record the inputs of one batch, shape (N, ...)."""
         chosen = _chosen(inputs)
         self._counts[fold] += len(chosen)
-        self._pairs += len(chosen) * (len(chosen) - 1) / 2
+        self._pairs[0] += len(chosen) * (len(chosen) - 1) / 2
         for part in chosen.split(_WAITING):
             buffer, start = self._buffer, sum(count for _, count in self._waiting)
             size = math.prod(part.shape[1:])
@@ -71,7 +76,10 @@ class Repeats:
         sums = self._sums.cpu().to(torch.float64)  # not every device has float64
         shared = (sums.sum(0).square().sum() - sums.square().sum()) / 2
         apart = (total**2 - sum(count**2 for count in self._counts)) / 2
-        by_nature = float(self._alike) / max(self._pairs, 1.0) * apart
+        shares = [
+            alike / max(pairs, 1.0) for alike, pairs in zip(self._alike.tolist(), self._pairs, strict=True)
+        ]
+        by_nature = max(shares[0], median(shares[1:])) * apart
         return float(shared) - 2 * by_nature > _SHARED * total
 
     def merge(self, other: Repeats) -> None:
@@ -84,14 +92,14 @@ class Repeats:
             assert self._alike is not None
             self._sums += other._sums.to(self._sums.device)
             self._alike += other._alike.to(self._alike.device)
-        self._pairs += other._pairs
+        self._pairs = [left + right for left, right in zip(self._pairs, other._pairs, strict=True)]
         self._counts = [left + right for left, right in zip(self._counts, other._counts, strict=True)]
 
     @torch.inference_mode(False)
     def _into(self, device: torch.device) -> None:
         if self._sums is None or self._alike is None:
             self._sums = torch.zeros(len(self._counts), _SLOTS, dtype=torch.int64, device=device)
-            self._alike = torch.zeros((), dtype=torch.int64, device=device)
+            self._alike = torch.zeros(len(self._pairs), dtype=torch.int64, device=device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -109,8 +117,14 @@ class Repeats:
         signs = (hashes >> 8 & 1) * 2 - 1
         index, home = folds * _SLOTS + (hashes & _SLOTS - 1), self._sums.device
         self._sums.view(-1).index_add_(0, index.to(home), signs.to(home))
-        same = (hashes[:, None] == hashes) & (batches[:, None] == batches)
-        self._alike += ((same.sum() - len(labels)) // 2).to(home)
+        same = hashes[:, None] == hashes
+        of_batches = ((same & (batches[:, None] == batches)).sum() - len(labels)) // 2
+        self._alike[0] += of_batches.to(home)
+        if len(waiting) == len(labels):
+            apart = [same.diagonal(distance).sum() for distance in _DISTANCES]
+            self._alike[1:] += torch.stack(apart).to(home)
+            for place, distance in enumerate(_DISTANCES, 1):
+                self._pairs[place] += max(len(labels) - distance, 0)
 
 
 def _chosen(inputs: Tensor) -> Tensor:
