@@ -17,7 +17,7 @@ from spectralmetrics import (
     summarise_run,
 )
 from spectralmetrics.findings import LayerNumbers, find, is_untrained, read_numbers
-from spectralmetrics.recording.compare import describe_comparison
+from spectralmetrics.recording import describe_comparison
 
 
 class Gives(nn.Module):

@@ -133,7 +133,6 @@ LONG_FILES = {
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
     "probing/reading.py": "what is read of layers, with every warning about it",
-    "recording/compare.py": "a comparison as rows and as text",
     "cli.py": "one command after the other, each with its help",
     "torch_private.py": "one private name after the other, with what is done without it",
     "sums/sketch.py": "one kind of sum, and what is read of it",
@@ -157,7 +156,7 @@ def test_the_core_is_one_page_that_names_what_joins_it():
         name for each in (Mixtures, Router, GradientRouter) for name in vars(each).keys() & vars(Core).keys()
     }
     joined = {name for name in joined if not name.startswith("__")}
-    assert {"_passes", "_route", "_batch", "take", "take_again"} <= joined
+    assert {"observe", "_route", "_batch", "take", "take_again"} <= joined
     assert not [name for name in joined if f"``{name}``" not in core.__doc__]
 
 

@@ -108,11 +108,10 @@ def read_checkpoint(path: Path) -> dict[str, _Stored]:
     """
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, found no {str(path)!r}")
-    files = _files(path)
     tensors: dict[str, _Stored] = {}
-    for file in files:
-        for name, stored in (_safetensors(file) if file.suffix == ".safetensors" else _pickled(file)).items():
-            tensors[without_wrappers(name)] = stored
+    for file in _files(path):
+        read = _safetensors if file.suffix == ".safetensors" else _pickled
+        tensors |= {without_wrappers(name): stored for name, stored in read(file).items()}
     return tensors
 
 
@@ -152,16 +151,13 @@ def _safetensors(path: Path) -> dict[str, _Stored]:
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as .safetensors: {error}") from error
 
-    def bringing(name: str) -> Callable[[], Tensor]:
-        def bring() -> Tensor:
-            with safetensors.safe_open(path, "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-        return bring
+    def bring(name: str) -> Tensor:
+        with safetensors.safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
     return {
-        name: _Stored(shape, _SAFETENSORS_DTYPES.get(dtype), None, bringing(name))
+        name: _Stored(shape, _SAFETENSORS_DTYPES.get(dtype), None, functools.partial(bring, name))
         for name, (shape, dtype) in described.items()
     }
 
@@ -187,7 +183,9 @@ def _pickled(path: Path) -> dict[str, _Stored]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
-        if not is_zip and not _begins(path, pickle.PROTO):
+        with path.open("rb") as file:
+            is_pickle = is_zip or file.read(len(pickle.PROTO)) == pickle.PROTO
+        if not is_pickle:
             raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: it is none") from error
         raise ValueError(
             f"{str(path)!r} holds Python objects besides tensors, which could run code when they are read: save"
@@ -196,18 +194,9 @@ def _pickled(path: Path) -> dict[str, _Stored]:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: {error}") from error
     return {
-        name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), _bringing(value), value.is_meta)
+        name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), lambda v=value: v, value.is_meta)  # type: ignore[misc]
         for name, value in _flat(_state_dict(content)).items()
     }
-
-
-def _begins(path: Path, with_bytes: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(with_bytes)) == with_bytes
-
-
-def _bringing(value: Tensor) -> Callable[[], Tensor]:
-    return lambda: value
 
 
 def _state_dict(content: Any) -> Any:
@@ -251,7 +240,7 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
         bring = tensor.bring
         if f"{name.removesuffix('_orig')}_mask" in stored:
             name = name.removesuffix("_orig")
-            bring = functools.partial(_pruned, _LazyTensors(stored), name)
+            bring = functools.partial(_pruned, stored, name)
         layer = name.removesuffix(".weight")
         if len(tensor.shape) == 3 and "expert" in name:
             for expert in range(tensor.shape[0]):
@@ -260,8 +249,8 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
             yield WeightMatrix(layer, "", name, bring)
 
 
-def _pruned(stored: Mapping[str, Tensor], name: str) -> Tensor:
-    weight = weight_in(stored, name)
+def _pruned(stored: Mapping[str, _Stored], name: str) -> Tensor:
+    weight = weight_in(_LazyTensors(stored), name)
     assert weight is not None
     return weight
 

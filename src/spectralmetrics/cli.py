@@ -45,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the arguments after the program's name; ``sys.argv`` if None.
     """
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
+    run, modules = options.pop("run"), options.pop("modules", ())
     try:
         with _notes():
-            _import(getattr(options, "modules", ()))
-            options.run(options)
+            _import(modules)
+            run(**options)
     except BrokenPipeError:  # the reader of the output has stopped
         sys.stderr.close()
         return 0
@@ -98,68 +99,56 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _run_demo(options: argparse.Namespace) -> None:
+# -- commands, which get their options as keywords -------------------------------------------------------------
+
+
+def _run_demo(**options: Any) -> None:
     from spectralmetrics.demo import run
 
-    run(options.epochs, options.threshold, options.seed, options.output)
+    run(**options)
 
 
-def _run_plot(options: argparse.Namespace) -> None:
+def _run_plot(directories: list[Path], threshold: float | None, **options: Any) -> None:
     from spectralmetrics.recording.draw import draw_run, draw_runs
 
-    common = {name: getattr(options, name) for name in ("epoch", "statistics", "output", "dpi")}
     with _progress("drawing") as advance:
-        if len(options.directories) == 1:
-            written = draw_run(options.directories[0], threshold=options.threshold, progress=advance, **common)
-        elif options.threshold is not None:
+        if len(directories) == 1:
+            written = draw_run(directories[0], threshold=threshold, progress=advance, **options)
+        elif threshold is not None:
             raise ValueError("expected no --threshold with several runs: it is for spectra, drawn for one run")
         else:
-            written = draw_runs(options.directories, progress=advance, **common)
+            written = draw_runs(directories, progress=advance, **options)
     for path in written:
         print(path)
 
 
-def _run_compare(options: argparse.Namespace) -> None:
-    from spectralmetrics.recording.compare import describe_comparison
+def _run_compare(left: Path, right: Path | None, epochs: list[int] | None, **options: Any) -> None:
+    from spectralmetrics.recording.compare_text import describe_comparison
 
-    if options.right is None and options.epochs is None:
+    if right is None and epochs is None:
         raise ValueError("expected a second RUN, or two epochs of one: --epochs LEFT RIGHT")
-    text = describe_comparison(
-        options.left,
-        options.right,
-        epochs=options.epochs and tuple(options.epochs),
-        stage=options.stage,
-        threshold=options.threshold,
-    )
-    _print(text)
+    both = None if epochs is None else (epochs[0], epochs[1])
+    _print(describe_comparison(left, right, epochs=both, **options))
 
 
-def _run_weights(options: argparse.Namespace) -> None:
+def _run_weights(checkpoint: Path, **options: Any) -> None:
     from spectralmetrics.checkpoints import checkpoint_spectra
     from spectralmetrics.probing.progress import LateBar
 
-    bar = LateBar("reading matrices")
-    summary = checkpoint_spectra(options.checkpoint, options.statistics, options.since, progress=bar)
-    _print(str(summary))
+    _print(str(checkpoint_spectra(checkpoint, progress=LateBar("reading matrices"), **options)))
 
 
-def _run_measure(options: argparse.Namespace) -> None:
+def _run_measure(paths: list[str], no_center: bool, **options: Any) -> None:
     from spectralmetrics.files import ReadError, measure
     from spectralmetrics.files.sources import files_of, numeric_order
     from spectralmetrics.probing.progress import LateBar
 
-    paths = sorted({file for path in options.paths for file in files_of(path)}, key=numeric_order)
+    files = sorted({file for path in paths for file in files_of(path)}, key=numeric_order)
+    source = files if len(paths) > 1 else paths[0]
     with _processes() as is_first:
+        bar = LateBar("reading rows") if is_first else None
         try:
-            measured = measure(
-                paths if len(options.paths) > 1 else options.paths[0],
-                column=options.column,
-                labels=options.labels,
-                center=not options.no_center,
-                folds=options.folds,
-                record=options.record,
-                progress=LateBar("reading rows") if is_first else None,
-            )
+            measured = measure(source, center=not no_center, progress=bar, **options)
         except ReadError as error:
             if error.partial is not None and is_first:
                 _print(f"before the error:\n{error.partial}\n")
@@ -183,54 +172,45 @@ def _processes() -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _run_summary(options: argparse.Namespace) -> None:
+def _run_summary(directory: Path, **options: Any) -> None:
     from spectralmetrics.recording.recompute import summarise_run
 
-    summary = summarise_run(
-        options.directory,
-        epoch=options.epoch,
-        stage=options.stage,
-        statistic=options.statistic,
-        threshold=options.threshold,
-    )
-    _print(str(summary))
+    _print(str(summarise_run(directory, **options)))
 
 
-def _run_recompute(options: argparse.Namespace) -> None:
-    from spectralmetrics.recording.files import replacing
+def _run_recompute(
+    directory: Path, threshold: list[float] | None, statistics: list[str] | None, output: Path | None
+) -> None:
+    from spectralmetrics.recording.files import replace_file
     from spectralmetrics.recording.recompute import recompute
     from spectralmetrics.recording.saved import SavedRun
-    from spectralmetrics.recording.writers.csv import format_rows
+    from spectralmetrics.recording.tables import format_rows
 
-    thresholds = options.threshold if len(options.threshold or ()) > 1 else (options.threshold or [None])[0]
-    with _progress("reading", len(SavedRun(options.directory).arrays)) as advance:
-        rows = recompute(
-            options.directory, thresholds, options.statistics, progress=lambda path: advance(path.name)
-        )
+    thresholds = threshold[0] if threshold is not None and len(threshold) == 1 else threshold
+    with _progress("reading", len(SavedRun(directory).arrays)) as advance:
+        rows = recompute(directory, thresholds, statistics, progress=lambda path: advance(path.name))
     if arrays := sorted({row["statistic"] for row in rows if not isinstance(row["value"], (int, float))}):
         raise ValueError(
             f"expected statistics that are numbers, got {arrays[0]!r}, which spectralmetrics.recompute returns"
         )
-    if options.output is None:
-        sys.stdout.flush()
-        table, buffer = format_rows(rows), getattr(sys.stdout, "buffer", None)
-        if buffer is None:  # a stream of text alone, as in a notebook
-            sys.stdout.write(table.decode())
-        else:
-            buffer.write(table)
-            buffer.flush()
+    table = format_rows(rows)
+    if output is not None:
+        replace_file(output, table)
+    elif (buffer := getattr(sys.stdout, "buffer", None)) is None:  # a stream of text alone, as in a notebook
+        sys.stdout.write(table.decode())
     else:
-        with replacing(options.output) as file:
-            file.write(format_rows(rows))
+        sys.stdout.flush()
+        buffer.write(table)
+        buffer.flush()
 
 
-def _run_report(options: argparse.Namespace) -> None:
+def _run_report(directories: list[Path], output: Path | None) -> None:
     from spectralmetrics.recording.report import write_report
 
-    path = options.output or options.directories[0] / "report.html"
+    path = output or directories[0] / "report.html"
     with _progress("reading") as advance:
-        written = write_report(options.directories, path, progress=advance)
-    print(written)
+        write_report(directories, path, progress=advance)
+    print(path)
 
 
 @contextlib.contextmanager
@@ -254,6 +234,9 @@ def _progress(description: str, total: int | None = None) -> Iterator[Callable[.
         )
 
 
+# -- options ---------------------------------------------------------------------------------------------------
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="spectralmetrics",
@@ -264,8 +247,9 @@ def _parser() -> argparse.ArgumentParser:
         "`spectralmetrics COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and which sums run")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    version = "show the version and which sums run"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=version)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_plot(commands)
     _add_summary(commands)
@@ -494,7 +478,7 @@ def _add_weights(commands: Any) -> None:
 def _add_command(
     commands: Any,
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[..., None],
     summary: str,
     description: str,
     examples: Sequence[str],

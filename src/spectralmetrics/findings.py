@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from spectralmetrics.functional import marginals as functional
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.tail import low_saturation_tail
 from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from spectralmetrics.metrics import EffectiveRankMetric, IntrinsicDimensionMetric
+from spectralmetrics.metrics import EffectiveRankMetric, IntrinsicDimensionMetric, SpectralMetric
 from spectralmetrics.sums import Marginals
 from spectralmetrics.table import plural
 
@@ -244,6 +244,9 @@ _OF_GRADIENTS = {rule.kind for rule in FINDING_RULES if rule.of_gradients}
 
 _RULES = {(rule.kind, rule.severity, rule.statistic): rule for rule in FINDING_RULES}
 
+_Found: TypeAlias = tuple[Any, ...]
+"""The attributes of a finding after stage and layer."""
+
 
 class LayerNumbers(NamedTuple):
     """The numbers of one layer that the rules read; one process can read them for all.
@@ -318,14 +321,10 @@ class LayerNumbers(NamedTuple):
 def read_numbers(
     layer: str, spectrum: Spectrum, ceiling: int | None, threshold: float, of_gradients: bool = False
 ) -> LayerNumbers:
-    """Reads the numbers of a layer that the rules need.
+    """The numbers of a layer that the rules need, of its spectrum about the mean.
 
-    Args:
-        layer: its name.
-        spectrum: the spectrum about the mean.
-        ceiling: the most directions that its weights allow; None if unknown.
-        threshold: share of the variance for the intrinsic dimension.
-        of_gradients: True if gradients were observed.
+    The ceiling is the most directions that its weights allow, None if unknown; the threshold is that of the
+    intrinsic dimension.
     """
     width, count = spectrum.num_features, int(spectrum.num_observations)
     most = width if ceiling is None else min(ceiling, width)
@@ -344,13 +343,16 @@ def read_numbers(
     if not has_eigenvalues(spectrum):
         return numbers
     is_sketched = spectrum.sketch is not None
-    metric = IntrinsicDimensionMetric(threshold=threshold)
-    value = float(metric.value_of(spectrum))
     has_interval = is_sketched or spectrum.num_folds > 1
-    low, high = map(float, metric.interval_of(spectrum)) if has_interval else (value, value)
+
+    def with_ends(metric: SpectralMetric) -> tuple[float, float, float]:
+        value = metric.value_of(spectrum)
+        low, high = metric.interval_of(spectrum) if has_interval else (value, value)
+        return float(value), float(low), float(high)
+
     return numbers._replace(
-        rank=(math.nan, math.nan) if is_sketched else _rank(spectrum, has_interval),
-        dimension=(value, low, high),
+        rank=(math.nan, math.nan) if is_sketched else with_ends(EffectiveRankMetric())[1:],
+        dimension=with_ends(IntrinsicDimensionMetric(threshold=threshold)),
         is_sketched=is_sketched,
         has_interval=has_interval,
     )
@@ -359,15 +361,6 @@ def read_numbers(
 def has_eigenvalues(spectrum: Spectrum) -> bool:
     """True if eigenvalues or bounds of them can be read; marginals have none."""
     return spectrum.sums.keeps_products or spectrum.sketch is not None
-
-
-def _rank(spectrum: Spectrum, has_interval: bool) -> tuple[float, float]:
-    metric = EffectiveRankMetric()
-    if has_interval:
-        low, high = metric.interval_of(spectrum)
-        return float(low), float(high)
-    value = float(metric.value_of(spectrum))
-    return value, value
 
 
 def find(
@@ -430,20 +423,15 @@ def of_layer(
         last: the last layer of the network, whose width is the number of targets.
         is_new: True if its weights are as initialised.
     """
-    findings = _of_layer(stage, layer, before, last, is_new)
-    yield from (each for each in findings if not layer.of_gradients or each.kind in _OF_GRADIENTS)
-
-
-def _of_layer(
-    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
-) -> Iterator[Finding]:
+    found: list[_Found] = []
     if layer.left_out:
         words = f"{plural(layer.left_out, 'row')} with NaN or infinities left out"
-        yield Finding(stage, layer.layer, "non_finite", "problem", words, layer.left_out)
+        found.append(("non_finite", "problem", words, layer.left_out))
     if layer.observations:
-        yield from _of_collapse(stage, layer, before, last, is_new)
-        yield from _of_features(stage, layer)
-        yield from _of_dimension(stage, layer)
+        found += [*_of_collapse(layer, before, last, is_new), *_of_features(layer), *_of_dimension(layer)]
+    for kind, *others in found:
+        if not layer.of_gradients or kind in _OF_GRADIENTS:
+            yield Finding(stage, layer.layer, kind, *others)
 
 
 def _has_small_spread(layer: LayerNumbers) -> bool:
@@ -453,77 +441,68 @@ def _has_small_spread(layer: LayerNumbers) -> bool:
 
 
 def _of_collapse(
-    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
-) -> Iterator[Finding]:
+    layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool
+) -> Iterator[_Found]:
     if _has_small_spread(layer):
-        is_problem = not is_new or layer.spread < _UNTRAINED_SPREAD
-        words = ("collapsed: " if is_problem else "") + f"the mean holds {all_but(layer.spread)} %"
-        severity: Severity = "problem" if is_problem else "note"
-        yield Finding(stage, layer.layer, "collapsed", severity, words, layer.spread)
+        words = f"the mean holds {all_but(layer.spread)} %"
+        if is_new and layer.spread >= _UNTRAINED_SPREAD:
+            yield "collapsed", "note", words, layer.spread
+        else:
+            yield "collapsed", "problem", f"collapsed: {words}", layer.spread
         return
     upper = layer.upper_rank
     if layer.is_dead or math.isnan(upper):
         return
-    ends = layer.rank if layer.has_interval else (math.nan, math.nan)
+    ends = layer.rank if layer.has_interval else ()
     rank = _RULES["collapsed", "problem", "effective_rank"]
     more = max((each.rank[0] for each in before if not math.isnan(each.rank[0])), default=0.0)
     has_lost_some = more > _MORE * upper or upper < _EXACTLY_ONE
     allows_more = min(layer.width, layer.ceiling, last.width) >= _NARROW and has_lost_some
     if _applies(rank, layer) and upper < rank.threshold and allows_more:
-        words = f"collapsed: {round(upper)} of {layer.width} directions"
-        yield Finding(stage, layer.layer, "collapsed", "problem", words, upper, *ends)
+        yield "collapsed", "problem", f"collapsed: {round(upper)} of {layer.width} directions", upper, *ends
         return
     few = _RULES["few_directions", "note", "effective_rank"]
     is_few = upper < min(max(few.threshold, _FEW * layer.width), layer.ceiling / 2)
     if _applies(few, layer) and layer.width >= _NARROW and is_few:
-        words = f"few directions: effective rank {upper:.2g}"
-        yield Finding(stage, layer.layer, "few_directions", "note", words, upper, *ends)
+        yield "few_directions", "note", f"few directions: effective rank {upper:.2g}", upper, *ends
 
 
-def _of_features(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
+def _of_features(layer: LayerNumbers) -> Iterator[_Found]:
     share = layer.dead / layer.width
-    problem, note = _RULES["dead", "problem", "dead_features"], _RULES["dead", "note", "dead_features"]
-    if _applies(problem, layer) and share > problem.threshold:
-        words = f"dead: {layer.dead} of {layer.width} features"
-        yield Finding(stage, layer.layer, "dead", "problem", words, share)
-    elif _applies(note, layer) and share > note.threshold:
-        words = plural(layer.dead, "dead feature")
-        yield Finding(stage, layer.layer, "dead", "note", words, share)
-    problem, note = (
-        _RULES["dormant", "problem", "dormant_features"],
-        _RULES["dormant", "note", "dormant_features"],
-    )
-    if not layer.is_dead and _applies(note, layer) and layer.dormant > note.threshold:
-        severity: Severity = "problem" if layer.dormant > problem.threshold else "note"
+    if _exceeds("dead", "problem", "dead_features", layer, share):
+        yield "dead", "problem", f"dead: {layer.dead} of {layer.width} features", share
+    elif _exceeds("dead", "note", "dead_features", layer, share):
+        yield "dead", "note", plural(layer.dead, "dead feature"), share
+    if layer.is_dead:
+        return
+    if _exceeds("dormant", "note", "dormant_features", layer, layer.dormant):
+        is_problem = _exceeds("dormant", "problem", "dormant_features", layer, layer.dormant)
         words = f"{round(layer.dormant * layer.width)} of {layer.width} features are dormant"
-        yield Finding(stage, layer.layer, "dormant", severity, words, layer.dormant)
+        yield "dormant", "problem" if is_problem else "note", words, layer.dormant
     outliers = _RULES["outliers", "note", "outlier_features"]
-    is_wide = layer.width >= _KURTOSIS_WIDTH and not layer.is_dead
+    is_wide = layer.width >= _KURTOSIS_WIDTH
     if _applies(outliers, layer) and is_wide and layer.kurtosis > outliers.threshold * layer.width:
         words = f"outlier features: kurtosis {layer.kurtosis:.3g} of at most {layer.width}"
-        yield Finding(stage, layer.layer, "outliers", "note", words, layer.kurtosis)
+        yield "outliers", "note", words, layer.kurtosis
 
 
-def _of_dimension(stage: str, layer: LayerNumbers) -> Iterator[Finding]:
+def _of_dimension(layer: LayerNumbers) -> Iterator[_Found]:
     value, *ends = layer.dimension
     if layer.few_because():
-        yield Finding(stage, layer.layer, "few_observations", "note", "few observations", layer.observations)
+        yield "few_observations", "note", "few observations", layer.observations
     if math.isnan(ends[0]):  # no spectrum
         return
-    if not layer.has_interval:
-        ends = [math.nan, math.nan]
-
-    def note(kind: str, words: str) -> Finding:
-        return Finding(stage, layer.layer, kind, "note", words, layer.known_dimension, *ends)
-
+    known = layer.known_dimension
+    numbers = (known, *ends) if layer.has_interval else (known,)
     full = _RULES["at_ceiling", "note", "intrinsic_dimension"].threshold
-    if layer.known_dimension > layer.ceiling:
-        yield note("above_ceiling", f"more directions than its final weights allow ({layer.ceiling})")
-    elif layer.known_dimension and layer.known_dimension >= full * layer.ceiling:
-        yield note("at_ceiling", "at its ceiling")
+    if known > layer.ceiling:
+        words = f"more directions than its final weights allow ({layer.ceiling})"
+        yield "above_ceiling", "note", words, *numbers
+    elif known and known >= full * layer.ceiling:
+        yield "at_ceiling", "note", "at its ceiling", *numbers
     if layer.is_sketched:
-        more = f"more than {layer.known_dimension - 1} directions: larger sketch"
-        yield note("sketched", more if math.isnan(value) else "sketched")
+        words = f"more than {known - 1} directions: larger sketch" if math.isnan(value) else "sketched"
+        yield "sketched", "note", words, *numbers
 
 
 def _tail(stage: str, layers: Sequence[LayerNumbers]) -> list[Finding]:
@@ -550,6 +529,11 @@ def in_tail(stage: str, layer: str, saturation: float) -> Finding:
 
 def _applies(rule: FindingRule, layer: LayerNumbers) -> bool:
     return layer.observations >= rule.min_observations
+
+
+def _exceeds(kind: str, severity: Severity, statistic: str, layer: LayerNumbers, value: float) -> bool:
+    rule = _RULES[kind, severity, statistic]
+    return _applies(rule, layer) and value > rule.threshold
 
 
 def all_but(share: float) -> str:

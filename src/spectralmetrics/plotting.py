@@ -31,16 +31,8 @@ Quantity: TypeAlias = Literal["rms", "mean", "max_abs", "zero_share", "non_finit
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 # Petroff's sequence of ten colours (arXiv:2107.02270), for more classes.
 _MORE_COLOURS = (
-    "#3F90DA",
-    "#FFA90E",
-    "#BD1F01",
-    "#94A4A2",
-    "#832DB6",
-    "#A96B59",
-    "#E76300",
-    "#B9AC70",
-    "#717581",
-    "#92DADD",
+    *("#3F90DA", "#FFA90E", "#BD1F01", "#94A4A2", "#832DB6"),
+    *("#A96B59", "#E76300", "#B9AC70", "#717581", "#92DADD"),
 )
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NAME_INCHES = 0.145  # room for one layer name at the size below
@@ -86,38 +78,31 @@ def plot_profile(
     """
     layers = _layers_of(profiles)
     _check_text("statistic", statistic)
-    if isinstance(tail, str) or not isinstance(tail, Iterable):
-        raise TypeError(f"expected tail as a sequence of layers, got {tail!r}")
-    for argument, given_by_name in (("bands", bands), ("ceilings", ceilings)):
-        if given_by_name is not None and not isinstance(given_by_name, Mapping):
-            raise TypeError(f"expected {argument} as a dict, got {given_by_name!r}")
-    _check_numbers("a ceiling", ceilings or {})
-    for stage, of_stage in (bands or {}).items():
+    _check_names("tail", tail, "layers")
+    bands, ceilings = {} if bands is None else bands, {} if ceilings is None else ceilings
+    for argument, by_name in (("bands", bands), ("ceilings", ceilings)):
+        if not isinstance(by_name, Mapping):
+            raise TypeError(f"expected {argument} as a dict, got {by_name!r}")
+    _check_numbers("a ceiling", ceilings)
+    for stage, of_stage in bands.items():
         pairs = list(of_stage.values()) if isinstance(of_stage, Mapping) else [of_stage]
         if not all(isinstance(pair, Sized) and len(pair) == 2 for pair in pairs):
             raise TypeError(f"expected bands of {stage!r} as a dict of (low, high), got {of_stage!r}")
     given = ax is not None
     ax = _axis(ax, (max(6.0, _NAME_INCHES * len(layers) + 1.5), 3.4 + _longest(layers)))
+    places = range(len(layers))
     for index, (stage, profile) in enumerate(profiles.items()):
-        ax.plot(
-            range(len(layers)),
-            _finite([float(profile.get(name, math.nan)) for name in layers]),
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
-            markersize=4,
-            linewidth=1.5,
-            label=literal(str(stage)),
-        )
-        band = (bands or {}).get(stage, {})
-        ends = [band.get(name, (math.nan, math.nan)) for name in layers]
-        if band:
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        ax.plot(places, _in_order(profile, layers), label=literal(str(stage)), **look)
+        if band := bands.get(stage):
+            ends = [band.get(name, (math.nan, math.nan)) for name in layers]
             low, high = (_finite([float(end[side]) for end in ends]) for side in (0, 1))
-            colour = _COLOURS[index % len(_COLOURS)]
-            ax.fill_between(range(len(layers)), low, high, color=colour, alpha=0.2, linewidth=0)
-            ax.vlines(range(len(layers)), low, high, color=colour, alpha=0.45, linewidth=2.5)
+            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            ax.vlines(places, low, high, color=colour, alpha=0.45, linewidth=2.5)
     if ceilings:
-        steps = _finite([float(ceilings.get(name, math.nan)) for name in layers])
-        ax.step(range(len(layers)), steps, where="mid", color="0.6", linewidth=0.9, label="ceiling", zorder=0)
+        steps = _in_order(ceilings, layers)
+        ax.step(places, steps, where="mid", color="0.6", linewidth=0.9, label="ceiling", zorder=0)
     shaded = [layers.index(name) for name in tail if name in layers]
     if shaded:
         ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.88", zorder=0, label="tail")
@@ -166,7 +151,7 @@ def plot_heatmap(
     width = min(max(3.5, 0.22 * len(epochs)), 14.0)
     given = ax is not None
     ax = _axis(ax, (width + 1.4 + _longest(layers), max(3.0, _NAME_INCHES * len(layers) + 1.3)))
-    cells = _finite([[float(profiles[e].get(name, math.nan)) for e in epochs] for name in layers])
+    cells = np.stack([_in_order(profile, layers) for profile in profiles.values()], axis=1)
     limits: dict[str, Any] = {"vmin": 0.0, "vmax": 1.0} if statistic == "saturation" else {}
     ax.set_facecolor("0.8")
     image = ax.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
@@ -210,9 +195,8 @@ def plot_similarity(
     """
     check_real("matrix", matrix)
     columns = layers if other_layers is None else other_layers
-    for name, names in (("layers", layers), ("other_layers", columns)):
-        if isinstance(names, str) or not isinstance(names, Iterable):
-            raise TypeError(f"expected {name} as a sequence of names, got {names!r}")
+    _check_names("layers", layers)
+    _check_names("other_layers", columns)
     if tuple(matrix.shape) != (len(layers), len(columns)) or 0 in matrix.shape:
         raise ValueError(
             f"expected a matrix of {len(layers)} x {len(columns)} named layers, got {tuple(matrix.shape)}"
@@ -230,11 +214,8 @@ def plot_similarity(
     if numbered:
         for row, column in np.ndindex(values.shape):
             value = values[row, column]
-            # A small negative number would be written as -0.00.
-            text, shade = (
-                f"{value + 0.0 if abs(value) >= 0.005 else 0.0:.2f}",
-                "black" if value > 0.6 else "white",
-            )
+            text = f"{value if abs(value) >= 0.005 else 0.0:.2f}"  # a small negative one would be -0.00
+            shade = "black" if value > 0.6 else "white"
             ax.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
     return _titled(ax, title)
 
@@ -276,8 +257,8 @@ def plot_spectrum(
         check_real("eigenvalues", values)
         if values.ndim != 1:
             raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
-    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Iterable)):
-        raise TypeError(f"expected labels as a sequence of names, got {labels!r}")
+    if labels is not None:
+        _check_names("labels", labels)
     names = [f"step {step}" for step in range(len(spectra))] if labels is None else list(labels)
     if len(names) != len(spectra):
         raise ValueError(f"expected {len(spectra)} labels, got {len(names)}")
@@ -507,18 +488,15 @@ def plot_history(
     else:
         figure, _ = _titled(_axis(ax), None)
         axes = np.array([[ax]])
-    for index, ax in enumerate(axes.flat):
-        if index >= len(series):
-            ax.set_visible(False)
-            continue
-        name, pairs = list(series.items())[index]
+    for ax in axes.flat[len(series) :]:
+        ax.set_visible(False)
+    for index, (ax, (name, pairs)) in enumerate(zip(axes.flat, series.items(), strict=False)):
         places, values = ([float(pair[side]) for pair in pairs] for side in (0, 1))
         shown = _finite(values)
         ax.plot(places, shown, color=_COLOURS[0], linewidth=1.1)
         lost = [place for place, value in zip(places, shown, strict=True) if math.isnan(value)]
-        ax.plot(
-            lost, [0.04] * len(lost), "x", color=_COLOURS[5], transform=ax.get_xaxis_transform(), markersize=4
-        )
+        below = ax.get_xaxis_transform()
+        ax.plot(lost, [0.04] * len(lost), "x", color=_COLOURS[5], transform=below, markersize=4)
         if is_scale and len(shown[shown > 0]) and np.nanmax(shown) > 20 * np.nanmin(shown[shown > 0]):
             ax.set_yscale("log")
         ax.set_title(literal(name), fontsize=_NAME_POINTS, loc="left")
@@ -565,6 +543,12 @@ def _check_numbers(noun: str, values: Mapping[str, float | Tensor]) -> None:
             raise TypeError(f"expected {noun} that is a number, got {value!r} for {name!r}")
 
 
+def _check_names(argument: str, names: object, what: str = "names") -> None:
+    """Raise a TypeError unless these are a sequence; a string alone is a common mistake."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"expected {argument} as a sequence of {what}, got {names!r}")
+
+
 def _check_text(argument: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"expected {argument} to be a string, got {value!r}")
@@ -603,6 +587,11 @@ def _name_layers(ax: Axes, names: Sequence[str], along: str, room: bool) -> None
         ax.set_xticks(places, shown, rotation=90, fontsize=_NAME_POINTS)
     else:
         ax.set_yticks(places, shown, fontsize=_NAME_POINTS)
+
+
+def _in_order(values: Mapping[str, float | Tensor], layers: Sequence[str]) -> npt.NDArray[np.float64]:
+    """The values of the layers; NaN where there is none, or no finite one."""
+    return _finite([float(values.get(name, math.nan)) for name in layers])
 
 
 def _finite(values: Any) -> npt.NDArray[np.float64]:

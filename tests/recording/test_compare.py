@@ -14,8 +14,8 @@ from spectralmetrics.cli import main
 from spectralmetrics.findings import Finding
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.recording import describe_comparison
-from spectralmetrics.recording.alarm_table import write_alarms
-from spectralmetrics.recording.compare import _changes
+from spectralmetrics.recording.compare_text import _changes
+from spectralmetrics.recording.tables import write_alarms
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 

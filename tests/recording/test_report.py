@@ -20,8 +20,8 @@ from spectralmetrics.cli import main
 from spectralmetrics.functional import intrinsic_dimension
 from spectralmetrics.recording.report.collect import _in_order as in_order
 from spectralmetrics.recording.report.collect import collect
-from spectralmetrics.recording.report.encode import UNKNOWN, pack
-from spectralmetrics.recording.report.spectra import ZERO, dimensions, points, positions, slider
+from spectralmetrics.recording.report.slider import UNKNOWN, ZERO, dimensions, points, positions, slider
+from spectralmetrics.recording.report.write import pack
 from spectralmetrics.recording.saved import SavedRun, run_names
 from tests.recording.runs import make_model, make_probe, run_epoch
 

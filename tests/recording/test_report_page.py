@@ -27,8 +27,7 @@ from spectralmetrics import (
 )
 from spectralmetrics.findings import tail_of
 from spectralmetrics.recording import summarise_run
-from spectralmetrics.recording.report.encode import pack
-from spectralmetrics.recording.report.write import SCRIPTS
+from spectralmetrics.recording.report.write import SCRIPTS, pack
 from spectralmetrics.recording.saved import SavedRun
 from tests.recording.browser import Visit, chromium
 from tests.recording.runs import make_model, read_csv

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.files.fields import Columns, Field, ReadError
-from spectralmetrics.files.label_source import is_file, labels_of, read_labels
+from spectralmetrics.files.fields import Columns, Field, ReadError, field_of_array, field_of_tensor
+from spectralmetrics.files.readers import READERS, read_columns
 from spectralmetrics.files.sources import Part, parts_of
 
 _MOST_BYTES = 2**25
@@ -50,6 +51,7 @@ class _Opened(NamedTuple):
         columns: all its columns.
         features: the column of rows; None if there is an ``error``.
         error: raised when the part is read.
+        before: the number of rows in the parts before.
     """
 
     number: int
@@ -57,6 +59,7 @@ class _Opened(NamedTuple):
     columns: Columns | None
     features: Field | None
     error: ReadError | None
+    before: int
 
     @property
     def num_rows(self) -> int:
@@ -73,17 +76,9 @@ class _Piece(NamedTuple):
 
 
 class Rows:
-    """The rows of a source that this process reads; all processes share the source.
+    """The rows of a source that this process reads; for the arguments see :func:`~spectralmetrics.measure`.
 
-    Args:
-        source: see :func:`~spectralmetrics.measure`.
-        column: likewise.
-        labels: likewise.
-        folds: likewise.
-        block_rows: likewise.
-        rank: the rank of this process.
-        world_size: the number of processes; each takes some parts or, with fewer parts than processes, some
-            blocks.
+    All processes share the source: each takes some parts or, with fewer parts than processes, some blocks.
 
     Attributes:
         width: the number of features D; 0 if no part has rows.
@@ -100,38 +95,32 @@ class Rows:
         labels: Any,
         folds: int,
         block_rows: int,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int,
+        world_size: int,
     ) -> None:
         self._column = column
         self._folds = folds
         self._block_rows = block_rows
         self._rank, self._world_size = rank, world_size
         self.empty: list[str] = []
-        self.num_parts = 0
-        self._label_column, self._label_field = labels_of(labels)
+        self.num_parts = self._num_rows = 0  # opened so far
+        self._label_column, self._label_field = _labels_of(labels)
         self._label_name = str(labels) if isinstance(labels, (str, Path)) else "labels"
         parts = parts_of(source)
         if isinstance(parts, list):
-            parts = [each for each in parts if not is_file(each.name, labels)]
+            parts = [each for each in parts if not _is_file(each.name, labels)]
         opened = self._open(parts)
-        self._known = list(opened) if isinstance(parts, list) else None
-        if self._known is None:
-            first = next(opened, None)
-            self._parts: Iterable[_Opened] = itertools.chain(() if first is None else (first,), opened)
-            known = [] if first is None else [first]
-        else:
-            self._parts = known = self._known
-        features = next((each.features for each in known if each.features is not None), None)
+        self._is_iterable = not isinstance(parts, list)
+        known = list(itertools.islice(opened, 1 if self._is_iterable else None))
+        self._parts: Iterable[_Opened] = itertools.chain(known, opened) if self._is_iterable else known
+        self._like, features = next(((each.name, each.features) for each in known if each.features), ("", None))
         self.width = 0 if features is None else features.shape[1]
         self.dtype = "" if features is None else features.described
-        self._like = next((each.name for each in known if each.features is not None), "")
-        self._by_part = self._known is None or len(self._known) >= folds
-        self.unit = "items" if self._known is None else "whole files" if self._by_part else "blocks"
-        # Rows before each part.
-        self._before = list(itertools.accumulate((each.num_rows for each in self._known or ()), initial=0))
-        if self._known is not None and all(each.error is None for each in self._known):
-            self._check_count(self._before[-1])
+        self._by_part = self._is_iterable or len(known) >= folds
+        self._by_block = not self._is_iterable and len(known) < world_size
+        self.unit = "items" if self._is_iterable else "whole files" if self._by_part else "blocks"
+        if not self._is_iterable and all(each.error is None for each in known):
+            self._check_count(self._num_rows)
 
     def num_classes(self) -> int:
         """One more than the largest label; 0 without labels.
@@ -143,20 +132,20 @@ class Rows:
             return self._largest(self._label_field, self._label_name) + 1
         if self._label_column is None:
             return 0
-        if self._known is None:
+        if self._is_iterable:
             raise ValueError(
                 f"expected metrics with labels={self._label_column!r} of an iterable, which is read once:"
                 " metrics=[LinearProbeMetric(num_classes=10)], say"
             )
         largest = -1
-        for part in self._known:
+        for part in self._parts:
             if part.columns is not None and self._label_column in part.columns.fields:
                 largest = max(largest, self._largest(part.columns.labels(self._label_column), part.name))
         return largest + 1
 
     def _largest(self, field: Field, name: str) -> int:
         size = field.shape[0]
-        blocks = (read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
+        blocks = (_read_labels(field, name, at, min(at + 2**20, size)) for at in range(0, size, 2**20))
         return max((int(each.max()) for each in blocks), default=-1)
 
     def __iter__(self) -> Iterator[Block]:
@@ -165,24 +154,16 @@ class Rows:
         Raises:
             ReadError: at a part or a row that cannot be read, after all blocks before it.
         """
-        pieces: Iterable[_Piece]
-        total: int | None
-        if self._known is None:
-            total, pieces = None, (piece for part in self._parts for piece in self._pieces(part, 0))
-        else:
-            pieces = list(self._plan(self._known))
-            total = sum(each.stop - each.start for each in pieces)
+        pieces: Iterable[_Piece] = self._pieces() if self._is_iterable else list(self._pieces())
+        total = None if self._is_iterable else sum(each.stop - each.start for each in pieces)
         done = 0
         for piece in pieces:
-            before = self._offset if self._known is None else self._before[piece.part.number]
             for rows, labels in self._read(piece):
                 done += len(rows)
                 progress = done, done if total is None else total
-                yield Block(rows, labels, before + piece.start, piece.group, progress)
-        if self._known is None and self._label_field is not None:
-            self._check_count(self._offset)
-
-    _offset = 0  # rows of the parts passed so far
+                yield Block(rows, labels, piece.part.before + piece.start, piece.group, progress)
+        if self._is_iterable:
+            self._check_count(self._num_rows)
 
     # -- parts and pieces --------------------------------------------------------------------------------
 
@@ -201,42 +182,31 @@ class Rows:
                     raise ReadError(part.name, f"expected at least one feature, got {features}")
             except ReadError as raised:
                 features, error = None, raised
-            yield _Opened(self.num_parts, part.name, columns, features, error)
+            opened = _Opened(self.num_parts, part.name, columns, features, error, self._num_rows)
+            self._num_rows += opened.num_rows
+            yield opened
             self.num_parts += 1
 
-    def _plan(self, parts: list[_Opened]) -> Iterator[_Piece]:
-        """The pieces of this process, if all parts are known in advance."""
-        group = 0
-        for part in parts:
+    def _pieces(self) -> Iterator[_Piece]:
+        """The pieces of this process, whose groups are their numbers over all parts, or their parts."""
+        first = 0
+        for part in self._parts:
             size = self._size(part)
-            count = max(math.ceil(part.num_rows / size), 1)
-            is_mine = len(parts) < self._world_size or part.number % self._world_size == self._rank
-            if is_mine:
-                yield from self._pieces(part, group)
-            group += count
-
-    def _pieces(self, part: _Opened, group: int) -> Iterator[_Piece]:
-        """This process' pieces of a part, numbered from ``group`` on unless the part is one group."""
-        if self._known is None and part.number % self._world_size != self._rank:
-            self._offset += part.num_rows
-            return
-        if part.features is None:
-            yield _Piece(part, 0, 0, 0)
-            return
-        size = self._size(part)
-        by_block = self._known is not None and len(self._known) < self._world_size
-        for number, start in enumerate(range(0, part.num_rows, size)):
-            if not by_block or (group + number) % self._world_size == self._rank:
-                stop = min(start + size, part.num_rows)
-                yield _Piece(part, start, stop, part.number if self._by_part else group + number)
-        if self._known is None:
-            self._offset += part.num_rows
+            starts = range(0, part.num_rows, size)
+            if self._by_block or part.number % self._world_size == self._rank:
+                if part.features is None:
+                    yield _Piece(part, 0, 0, 0)
+                for number, start in enumerate(starts, first):
+                    if not self._by_block or number % self._world_size == self._rank:
+                        stop = min(start + size, part.num_rows)
+                        yield _Piece(part, start, stop, part.number if self._by_part else number)
+            first += max(len(starts), 1)
 
     def _size(self, part: _Opened) -> int:
         """Rows of a piece."""
         size = self._block_rows
-        if self._known is not None and not self._by_part:
-            size = min(size, math.ceil(self._before[-1] / (_BLOCKS_A_FOLD * self._folds)))
+        if not self._by_part:
+            size = min(size, math.ceil(self._num_rows / (_BLOCKS_A_FOLD * self._folds)))
         if part.features is not None and part.features.dtype is not None:
             size = min(size, _MOST_BYTES // (part.features.shape[1] * part.features.dtype.itemsize))
         return max(size, 1)
@@ -269,10 +239,10 @@ class Rows:
 
     def _labels(self, part: _Opened, start: int, stop: int) -> Tensor | None:
         if self._label_field is not None:
-            before = self._offset if self._known is None else self._before[part.number]
-            if before + stop > self._label_field.shape[0]:
-                self._check_count(before + stop, "more than ")
-            return read_labels(self._label_field, self._label_name, before + start, before + stop)
+            first, last = part.before + start, part.before + stop
+            if last > self._label_field.shape[0]:
+                self._check_count(last, "more than ")
+            return _read_labels(self._label_field, self._label_name, first, last)
         if self._label_column is None or part.columns is None:
             return None
         field = part.columns.labels(self._label_column)
@@ -282,7 +252,7 @@ class Rows:
                 f"expected a label for each of {part.num_rows} rows in {self._label_column!r}, got"
                 f" {field.shape[0]}",
             )
-        return read_labels(field, part.name, start, stop)
+        return _read_labels(field, part.name, start, stop)
 
     def _check_count(self, rows: int, more: str = "") -> None:
         if self._label_field is None or (not more and self._label_field.shape[0] == rows):
@@ -306,8 +276,56 @@ def _read(field: Field, name: str, start: int, stop: int) -> Tensor:
     return rows
 
 
-def warn_of_empty(rows: Rows) -> None:
-    """Warn of files without rows."""
-    if rows.empty:
-        named = ", ".join(map(repr, rows.empty))
-        warnings.warn(f"skipped, for there are no rows in them: {named}", UserWarning, stacklevel=4)
+# -- labels --------------------------------------------------------------------------------------------------
+
+
+def _read_labels(field: Field, name: str, start: int, stop: int) -> Tensor:
+    """Labels of some rows, shape (n,), int64; -1 for a row without one."""
+    labels = field.read(start, stop)
+    if labels.is_floating_point():
+        is_there = labels.isfinite()
+        wrong = is_there & (labels != labels.round())
+        if bool(wrong.any()):
+            row = int(wrong.to(torch.uint8).argmax())
+            raise ReadError(name, f"expected an integer label, got {float(labels[row])}", start + row)
+        labels = torch.where(is_there, labels, -1)
+    return labels.to(torch.int64)
+
+
+def _labels_of(labels: Any) -> tuple[str | None, Field | None]:
+    """The name of the column of labels, or the field of all labels."""
+    if labels is None:
+        return None, None
+    if isinstance(labels, (str, Path)):
+        path = Path(os.path.expanduser(labels))
+        if not path.is_file():
+            if isinstance(labels, Path) or path.suffix.lower() in READERS:
+                raise FileNotFoundError(f"expected a file of labels, found no {str(labels)!r}")
+            return str(labels), None
+        columns = _read_text(path) if path.suffix == ".txt" else read_columns(path)
+        candidates = [name for name, each in columns.fields.items() if each.is_integer and len(each.shape) == 1]
+        if len(candidates) != 1:
+            raise ReadError(
+                str(path), f"expected one column of integer labels of shape (N,), got {columns.listed()}"
+            )
+        return None, columns.fields[candidates[0]]
+    field = field_of_tensor(labels) if isinstance(labels, Tensor) else field_of_array(np.asanyarray(labels))
+    if len(field.shape) != 1 or not (field.is_integer or field.is_floating):
+        raise TypeError(
+            f"expected labels as integers of shape (N,), the name of a column or a file, got {field}"
+        )
+    return None, field
+
+
+def _is_file(name: str, other: Any) -> bool:
+    """True if two paths are one file."""
+    if not isinstance(other, (str, Path)):
+        return False
+    return os.path.isfile(name) and os.path.isfile(other) and os.path.samefile(name, other)
+
+
+def _read_text(path: Path) -> Columns:
+    try:
+        return Columns(str(path), {"": field_of_array(np.loadtxt(path, dtype=np.int64, ndmin=1))})
+    except ValueError as error:
+        raise ReadError(str(path), f"expected an integer in each line: {error}") from error

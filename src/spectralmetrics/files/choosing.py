@@ -28,14 +28,7 @@ _SKETCH_SIZE = 512
 def metrics_for(
     metrics: Metrics | None, width: int, classes: int, center: bool, folds: int
 ) -> dict[str, Metric]:
-    """The metrics by name, with these folds if they can keep folds.
-
-    Args:
-        metrics: the user's metrics; None: a choice for this width.
-        width: the number of features.
-        classes: the number of classes; 0 without labels.
-        center: see :func:`~spectralmetrics.measure`.
-        folds: likewise.
+    """The metrics by name, or a choice for this width, with these folds if they can keep folds.
 
     Raises:
         ValueError: for a metric whose covariance would be too large.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,7 +116,10 @@ class Columns:
         numbers = [name for name, each in fields.items() if each.is_floating and len(each.shape) == 1]
         if numbers and self.join is not None:
             return self.join(numbers)
-        raise ReadError(self.name, self._refusal(fields))
+        if not fields:
+            raise ReadError(self.name, f"expected a column of features, got {self.listed()}")
+        words = f"expected floating rows of shape (N, D), got {self.listed(fields)}"
+        raise ReadError(self.name, f"{words}; {_advice(fields.values())}")
 
     def labels(self, name: str) -> Field:
         """The column of labels.
@@ -144,24 +147,15 @@ class Columns:
         more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
         return (", ".join(shown[:12]) + more) if shown else "no columns"
 
-    def _refusal(self, fields: Mapping[str, Field]) -> str:
-        """The reason why none of these columns can be features, with advice."""
-        if not fields:
-            return f"expected a column of features, got {self.listed()}"
-        words = f"expected floating rows of shape (N, D), got {self.listed(fields)}"
-        return f"{words}; {_advice(fields.values())}"
 
-
-def _advice(fields: Iterable[Field]) -> str:
-    kinds = {(each.dtype, len(each.shape)) for each in fields}
-    dtypes = {dtype for dtype, _ in kinds}
-    if any(dtype is not None and dtype.is_floating_point for dtype in dtypes):
-        ndims = {ndim for dtype, ndim in kinds if dtype is not None and dtype.is_floating_point}
-        if max(ndims) > 2:
-            return (
-                "rows.reshape(-1, rows.shape[-1]) makes every position a row, rows.mean(1) one of each sample"
-            )
+def _advice(fields: Collection[Field]) -> str:
+    """The way to make features of columns that are none."""
+    ndims = [len(each.shape) for each in fields if each.is_floating]
+    if ndims and max(ndims) > 2:
+        return "rows.reshape(-1, rows.shape[-1]) makes every position a row, rows.mean(1) one of each sample"
+    if ndims:
         return "give each observation a row, of one feature as rows[:, None]"
+    dtypes = {each.dtype for each in fields}
     if torch.uint8 in dtypes:
         return (
             "for bits packed into bytes save np.unpackbits(rows, axis=1).astype(np.float16), for quantised rows"
@@ -188,8 +182,6 @@ def columns_of(value: Any, name: str) -> Columns | None:
         value: a tensor, an array, an object with ``__array__``, a data frame, or a dict of these.
         name: the name of the object in messages.
     """
-    if isinstance(value, Tensor):
-        return Columns(name, {"": field_of_tensor(value)})
     if isinstance(value, Mapping):
         check_names(name, map(str, value))
         fields = {str(key): field for key, each in value.items() if (field := _field_of(each)) is not None}

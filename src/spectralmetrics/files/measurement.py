@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from spectralmetrics.files.blocks import Block, Rows, warn_of_empty
+from spectralmetrics.files.blocks import Block, Rows
 from spectralmetrics.files.choosing import WIDEST, metrics_for
 from spectralmetrics.files.fields import ReadError
 from spectralmetrics.findings import Finding
 from spectralmetrics.functional.together import Progress
-from spectralmetrics.metrics import (
-    Interval,
-    SpectralMetric,
-)
+from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing import LayerProbe, Summary
 from spectralmetrics.probing.collections import LayerMetrics, Metrics
 from spectralmetrics.probing.probe import layer_by_hand, read_probe
@@ -65,7 +63,7 @@ class Measurement(NamedTuple):
             if name not in _IN_SUMMARY and isinstance(value, Tensor) and value.numel() == 1
         ]
         table = text_table(["statistic", "value", "interval"], rows) if rows else []
-        if int(self.sums.num_observations) == 1 and not any(map(_is_nonzero, self.values.values())):
+        if int(self.sums.num_observations) == 1 and not any(value.any() for value in self.values.values()):
             table = ["One row has no variance, and all statistics are zero: measure more rows."]
         return "\n".join([str(self.summary), *([""] if table else []), *table])
 
@@ -186,36 +184,28 @@ def measure(
 
 
 class _Measuring:
-    """A probe that measures rows without a model.
-
-    Args:
-        templates: its metrics.
-        width: the number of features.
-        kind: shown in place of the layer's type.
-        record: see :func:`measure`.
-    """
+    """A probe that measures rows without a model; their kind is shown in place of a layer's type."""
 
     def __init__(self, templates: dict[str, Metric], width: int, kind: str, record: str | Path | None) -> None:
         model = nn.ModuleDict({LAYER: nn.Identity()})
         self._probe = LayerProbe(model.eval(), templates, layers=LAYER)
         self._probe.remove()
         self._place = layer_by_hand(self._probe, _STAGE, LAYER, kind)
+        self._recorder: Recorder | None = None
         if record is not None:
-            self._keep_sample(max(min(_SAMPLE, _SAMPLE * WIDEST // max(width, 1)), 64))
-        self._recorder = None if record is None else Recorder(record, self._probe, ["csv", "arrays"])
-
-    def _keep_sample(self, size: int) -> None:
-        """Keep numbered rows, which ``compare`` pairs with the rows of another run."""
-        for leader in self._place.spectral_leaders:
-            if leader.takes_observations and not leader.needs_labels:
+            leaders = self._place.spectral_leaders
+            unlabelled = (each for each in leaders if each.takes_observations and not each.needs_labels)
+            if (leader := next(unlabelled, None)) is not None:
+                # Numbered rows, which `compare` pairs with the rows of another run.
+                size = max(min(_SAMPLE, _SAMPLE * WIDEST // max(width, 1)), 64)
                 leader.accumulate_also([empty_numbered(size, 0)])
-                return
+            self._recorder = Recorder(record, self._probe, ["csv", "arrays"])
 
     def of_rows(self, rows: Rows, progress: Progress | None) -> Measurement:
         """Measures rows."""
         fault: ReadError | None = None
         error: BaseException | None = None
-        with contextlib.closing(self._recorder) if self._recorder else contextlib.nullcontext():
+        with self._recorder or contextlib.nullcontext():
             try:
                 for block in rows:
                     _add(self._place, block)
@@ -230,22 +220,24 @@ class _Measuring:
                 fault = fault or (faults[0] if faults else None)
             elif error is not None:
                 raise error
+            kind = "items" if rows.unit == "items" else "parts"
+            parts = f" in {rows.num_parts} {kind}" if rows.num_parts > 1 else ""
             deals = "" if self._place.folds == 1 else f", {self._place.folds} folds of {rows.unit}"
-            measured = self._read(lambda n: f"{n:,} x {rows.width} {rows.dtype}{_in_parts(rows)}{deals}")
-            if measured is not None:
-                warn_of_empty(rows)
+            measured = self._read(lambda n: f"{n:,} x {rows.width} {rows.dtype}{parts}{deals}")
+            named = ", ".join(map(repr, rows.empty))
+            if measured is not None and named:
+                warnings.warn(f"skipped, for there are no rows in them: {named}", UserWarning, stacklevel=3)
             if fault is not None:
                 fault.partial = measured
                 raise fault
             if measured is None:
-                named = f" in {', '.join(map(repr, rows.empty))}" if rows.empty else ""
-                raise ValueError(f"expected rows in `source`, got none{named}")
+                raise ValueError(f"expected rows in `source`, got none{f' in {named}' if named else ''}")
             self._record()
         return measured
 
     def of_sums(self, sums: SpectralSum) -> Measurement:
         """Measures sums that were made elsewhere."""
-        with contextlib.closing(self._recorder) if self._recorder else contextlib.nullcontext():
+        with self._recorder or contextlib.nullcontext():
             [leader] = self._place.spectral_leaders
             leader.replace_sums([sums.map(torch.clone)])
             measured = self._read(lambda n: f"{n:,} x {sums.num_features}")
@@ -281,10 +273,6 @@ class _Measuring:
             self._recorder.record(reset=False)
 
 
-def _is_nonzero(value: Tensor) -> bool:
-    return bool(value.any())
-
-
 def _add(place: LayerMetrics, block: Block) -> None:
     """Add the rows of a block to the metrics of a layer."""
     with torch.no_grad(), torch.inference_mode(False):
@@ -304,7 +292,3 @@ def _sums_of(source: Any) -> SpectralSum | None:
     if isinstance(source, Sequence) and source and all(isinstance(each, Moments) for each in source):
         return source[0] if len(source) == 1 else stack(source)
     return None
-
-
-def _in_parts(rows: Rows) -> str:
-    return f" in {rows.num_parts} {'items' if rows.unit == 'items' else 'parts'}" if rows.num_parts > 1 else ""

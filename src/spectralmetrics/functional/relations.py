@@ -368,12 +368,14 @@ def _gram(rows: Tensor, valid: Tensor | None) -> Tensor:
     """Like :func:`gram`, about the first valid sample; None: about one of usual size that can be used."""
     samples, rows = rows.shape[0], rows.detach()
     products = torch.zeros(samples, samples, dtype=torch.float64, device=rows.device)
-    width = max(_BLOCK_BYTES // (8 * max(samples, 1)), 64)
-    for block in rows.split(width, 1) if samples else ():
+    if not rows.numel():
+        return products
+    index = _of_usual_size(rows) if valid is None else first_of(valid)
+    for block in rows.split(max(_BLOCK_BYTES // (8 * samples), 64), 1):
         # Cast first: an operation between two dtypes takes many times longer.
         wide = block.to(torch.float64)
         # Subtract a sample first: equal rows give exact zeros, and a far mean costs no digits.
-        pivot = wide.index_select(0, _of_usual_size(wide) if valid is None else first_of(valid))
+        pivot = wide.index_select(0, index)
         moved = wide - torch.where(pivot.abs() <= _LARGEST, pivot, 0.0)
         products.addmm_(moved, moved.mT)
     return products
@@ -384,7 +386,8 @@ def _of_usual_size(rows: Tensor) -> Tensor:
 
     An outlier would cost the other rows their digits, and may be left out for its values in another layer.
     """
-    sizes = rows.abs().sum(1)
+    rows = rows.to(torch.float32) if rows.dtype.itemsize == 1 else rows  # PyTorch has no norm of eight bits
+    sizes = torch.linalg.vector_norm(rows, torch.inf, dim=1)
     is_usable = sizes <= _LARGEST
     order = torch.where(is_usable, sizes, torch.inf).argsort(stable=True)
     middle = (is_usable.sum() - 1).clamp(min=0) // 2

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from spectralmetrics.functional.tail import MEAN_LAYER
+from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
@@ -39,14 +40,10 @@ class Forwards:
 
     Args:
         model: the model that is trained, or a wrapper of it.
-        metrics: see :class:`~spectralmetrics.LayerProbe`.
+        metrics: for these and other arguments see :class:`~spectralmetrics.LayerProbe`.
         generation: True counts the forwards of ``generate`` of a model of transformers. It runs the encoder
             again, and feeds the decoder tokens that are not in the data.
         each_layer: True gives the values of each layer at steps; False the means over the layers alone.
-        **arguments: see :class:`~spectralmetrics.LayerProbe`.
-
-    Attributes:
-        probe: the probe of the model.
 
     Raises:
         TypeError: if ``generation`` or ``each_layer`` is neither True nor False.
@@ -63,12 +60,12 @@ class Forwards:
         self.probe.persistent()
         self._model = unwrap(model)
         self._each_layer = each_layer
-        self._generators = [] if generation else [each for each in model.modules() if _generates(each)]
+        generators = [] if generation else [each for each in model.modules() if _generates(each)]
+        self._generators = list(map(Methods, generators))
         self._told: set[tuple[str, str, str]] = set()  # stage, layer and kind of problems that were logged
         self._left_out: set[Stage] = set()  # in which generations were left out since the last values
         self._finished: set[str] = set()  # stages whose values are read, and which begin anew
         self._recorded: set[str] = set()  # finished stages that are in a record
-        self._replaced: list[tuple[nn.Module, Any]] = []
         for stage in STAGES:
             self.probe._windows.open(_READER, stage)
 
@@ -84,10 +81,9 @@ class Forwards:
         model = self._model
         self._renew(stage)
         self.probe._count_by(lambda _: stage if mode is None or model.training == mode else None)
-        for module in self._generators:
-            # On the object, and not longer than this: a copy that is made of the model at other times has none.
-            self._replaced.append((module, vars(module).get("generate")))
-            module.generate = self._unseen(stage, module.generate)  # type: ignore[assignment, arg-type]
+        for each in self._generators:
+            # Not longer than this: a copy that is made of the model at other times has it not.
+            each.surround("generate", functools.partial(self._unseen, stage))
 
     def scale_by(self, scaler: Any, engine: Any = None) -> None:
         """Tell a probe of gradients what scales the trainer's loss; it takes that out.
@@ -105,13 +101,9 @@ class Forwards:
 
     def end(self, observes: bool = True) -> None:
         """From now on forwards count by the layers' ``training`` flags, or not at all."""
-        self.probe._count_by(self._by_flag if observes else _nowhere)
-        while self._replaced:
-            module, before = self._replaced.pop()
-            if before is None:
-                del module.generate
-            else:
-                module.generate = before
+        self.probe._count_by(self._by_flag if observes else lambda training: None)
+        for each in self._generators:
+            each.restore()
 
     def reset(self, stage: Stage | None = None) -> None:
         """Forget what was observed in a stage, or in both."""
@@ -144,12 +136,8 @@ class Forwards:
     def load(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
         """Begin anew, or go on from a state of :meth:`saved`; all processes call it.
 
-        Args:
-            saved: the state, used on the first process alone; None begins anew. Earlier releases saved the
-                unread observations alone.
-
-        Returns:
-            The other entries of the state, on all processes; None for a beginning.
+        The state of the first process counts. Earlier releases saved the unread observations alone. Returns the
+        other entries of the state, on all processes; None for a beginning.
 
         Raises:
             ValueError: for the state of other layers, metrics or observations.
@@ -249,14 +237,11 @@ class Forwards:
             warnings.warn(message, UserWarning, stacklevel=4)
         self._left_out.discard(stage)
 
-    def _unseen(self, stage: Stage, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(generate)
-        def unseen(*args: Any, **kwargs: Any) -> Any:
-            self._left_out.add(stage)
-            with self.probe.paused():
-                return generate(*args, **kwargs)
-
-        return unseen
+    @contextlib.contextmanager
+    def _unseen(self, stage: Stage, *args: Any, **kwargs: Any) -> Iterator[None]:
+        self._left_out.add(stage)
+        with self.probe.paused():
+            yield
 
 
 class _EngineScale:
@@ -268,10 +253,6 @@ class _EngineScale:
     def get_scale(self) -> float:
         """As of a ``torch.amp.GradScaler``."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
-
-
-def _nowhere(training: bool) -> None:
-    """A stage for no forward."""
 
 
 def _generates(module: nn.Module) -> bool:

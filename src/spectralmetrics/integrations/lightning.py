@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from spectralmetrics.integrations.forwards import Forwards, Stage
-from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
+from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
 from spectralmetrics.integrations.values import with_means
-from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
@@ -93,10 +93,8 @@ class LayerProbeCallback(Callback):
         **arguments: Any,
     ) -> None:
         self.probe: LayerProbe | None = None
-        self._metrics = metrics
-        self._generation = generation
-        self._each_layer = each_layer
-        self._arguments = arguments
+        arguments |= {"metrics": metrics, "generation": generation, "each_layer": each_layer}
+        self._make_forwards = functools.partial(Forwards, **arguments)
         self._keeping = Keeping(recorder)
         self._watching = Watching(monitor)
         self._forwards: Forwards | None = None  # while the trainer runs
@@ -174,36 +172,27 @@ class LayerProbeCallback(Callback):
             self._end_epoch(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, with what the validation shows."""
-        self._begin_evaluation(pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, with what the test shows."""
-        self._begin_evaluation(pl_module)
+        """Begin anew, with what the validation or test shows."""
+        self._loaders = []
+        self._attach(pl_module).reset("eval")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Observe the batch, unless it is one of the sanity check."""
-        if not trainer.sanity_checking:
-            self._begin_batch(pl_module, dataloader_idx)
+        if trainer.sanity_checking:
+            return
+        forwards = self._attach(pl_module)
+        while len(self._loaders) < dataloader_idx:
+            self._loaders.append(forwards.compute_window("eval"))
+        forwards.begin("eval")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop observing."""
         self._attach(pl_module).end(observes=False)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Observe the batch."""
-        self._begin_batch(pl_module, dataloader_idx)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop observing."""
-        self._attach(pl_module).end(observes=False)
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the validation showed; record it, if it is not part of a fit."""
+        """Log what the validation or test showed; record a validation that is not part of a fit."""
         if trainer.sanity_checking:
             return
         self._log(pl_module, "eval")
@@ -212,9 +201,10 @@ class LayerProbeCallback(Callback):
             self._open(trainer, forwards)
             self._keeping.record(forwards)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the test showed."""
-        self._log(pl_module, "eval")
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
@@ -266,9 +256,7 @@ class LayerProbeCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> Forwards:
         if self._forwards is None:
-            self._forwards = Forwards(
-                pl_module, self._metrics, self._generation, self._each_layer, **self._arguments
-            )
+            self._forwards = self._make_forwards(pl_module)
             self._forwards.end(observes=False)
             self.probe = self._forwards.probe
             self._check_names(pl_module.trainer)
@@ -301,16 +289,6 @@ class LayerProbeCallback(Callback):
         if self._forwards is not None:
             self._left = self._forwards if trainer.state.fn == "fit" else None
             self._forwards = None
-
-    def _begin_evaluation(self, pl_module: LightningModule) -> None:
-        self._loaders = []
-        self._attach(pl_module).reset("eval")
-
-    def _begin_batch(self, pl_module: LightningModule, loader: int) -> None:
-        forwards = self._attach(pl_module)
-        while len(self._loaders) < loader:
-            self._loaders.append(forwards.compute_window("eval"))
-        forwards.begin("eval")
 
     def _log(self, pl_module: LightningModule, stage: Stage) -> None:
         forwards = self._attach(pl_module)

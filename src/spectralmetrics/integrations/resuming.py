@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spectralmetrics.recording.files import replacing
+
 
 def write_state(folder: Path, saved: Mapping[str, Any], number: int) -> None:
-    """Put a state of tensors, numbers and names into a folder, whole or not at all.
-
-    Args:
-        folder: folder of the trainer's checkpoint.
-        saved: the state.
-        number: index of the callback among the callbacks of this type on the trainer.
-    """
-    file = folder / file_name(number)
-    beside = folder / f".{file.name}.{os.getpid()}"
-    try:
-        torch.save(saved, beside)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Put a state into the folder of a checkpoint; ``number`` counts the callbacks of one type on a trainer."""
+    with replacing(folder / file_name(number)) as file:
+        torch.save(saved, file)
 
 
 def read_state(folders: Iterable[Path], number: int) -> dict[str, Any] | None:
@@ -33,9 +23,8 @@ def read_state(folders: Iterable[Path], number: int) -> dict[str, Any] | None:
     Raises:
         ValueError: for a file that cannot be read.
     """
-    file = next(
-        (folder / file_name(number) for folder in folders if (folder / file_name(number)).is_file()), None
-    )
+    files = (folder / file_name(number) for folder in folders)
+    file = next((each for each in files if each.is_file()), None)
     if file is None:
         return None
     try:
@@ -49,5 +38,5 @@ def read_state(folders: Iterable[Path], number: int) -> dict[str, Any] | None:
 
 
 def file_name(number: int) -> str:
-    """The name of the file of a callback, by its index as for :func:`write_state`."""
+    """The name of the file of a callback, by its number as for :func:`write_state`."""
     return f"layer_probe_state_{number}.pt" if number else "layer_probe_state.pt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +29,11 @@ except ModuleNotFoundError as error:
 
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.forwards import Forwards, Stage
-from spectralmetrics.integrations.keeping import Keeping, MakesRecorder
+from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.resuming import file_name, read_state, write_state
 from spectralmetrics.integrations.values import with_means
-from spectralmetrics.integrations.watching import MakesMonitor, Watching
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
@@ -130,16 +130,14 @@ class LayerProbeCallback(TrainerCallback):
         for argument, name in masks.items():
             if name is not None and not (isinstance(name, str) and name):
                 raise TypeError(f"expected {argument} to be the name of an argument or None, got {name!r}")
+        arguments |= {"metrics": metrics, "generation": generation, "each_layer": each_layer}
+        self._make_forwards = functools.partial(Forwards, **arguments)
         self._trainer = trainer
-        self._metrics = metrics
         self._attention_mask = attention_mask
         self._decoder_attention_mask = decoder_attention_mask
-        self._generation = generation
-        self._each_layer = each_layer
         self._keeping = Keeping(recorder)
         self._watching = Watching(monitor)
         self._awaited = 0  # evaluations that belong to the epoch that has ended
-        self._arguments = arguments
         self._given: Any = None  # the checkpoint that `train` was given
         self._evaluations = 0  # that run, one inside another
         self._forwards: Forwards | None = None
@@ -231,11 +229,7 @@ class LayerProbeCallback(TrainerCallback):
         """Record the last epoch, if an evaluation that was to come did not."""
         self._record_epoch()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Record the last epoch, if an evaluation that was to come did not."""
-        self._record_epoch()
+    on_train_end = on_epoch_begin
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -287,7 +281,7 @@ class LayerProbeCallback(TrainerCallback):
 
     def _attach(self, model: nn.Module) -> None:
         self._detach()
-        self._forwards = Forwards(model, self._metrics, self._generation, self._each_layer, **self._arguments)
+        self._forwards = self._make_forwards(model)
         self.probe = self._forwards.probe
         self._watching.begin(self.probe)
         self._model = unwrap(model)
@@ -390,11 +384,23 @@ class LayerProbeCallback(TrainerCallback):
         return self._hand_over(with_means(found), prefix)
 
     def _hand_over(self, values: dict[tuple[str, str], float], prefix: str) -> dict[str, float]:
+        """Log values everywhere, but show only the means of them on the screen."""
         # A trainer's own keys name the stage once, in front, and its loggers read it there.
         named = {f"{prefix}{metric}/{layer}": value for (metric, layer), value in values.items()}
-        if named:
-            means = {key: value for key, value in named.items() if key.endswith(f"/{MEAN_LAYER}")}
-            self._send(named, means)
+        if not named:
+            return named
+        trainer, handler = self._trainer, self._trainer.callback_handler
+        shown = {key: value for key, value in named.items() if key.endswith(f"/{MEAN_LAYER}")}
+        callbacks = handler.callbacks
+        printing = [each for each in callbacks if isinstance(each, (PrinterCallback, ProgressCallback))]
+        try:
+            handler.callbacks = [each for each in callbacks if each not in printing]
+            trainer.log(dict(named))
+            handler.callbacks = printing
+            shown |= {} if trainer.state.epoch is None else {"epoch": trainer.state.epoch}
+            handler.on_log(trainer.args, trainer.state, trainer.control, shown)
+        finally:
+            handler.callbacks = callbacks
         return named
 
     def _log_evaluation(self, metrics: dict[str, float] | None, default: str) -> None:
@@ -404,20 +410,6 @@ class LayerProbeCallback(TrainerCallback):
         values = self._log("eval", f"{prefix}_")
         if metrics is not None:
             metrics.update(values)
-
-    def _send(self, values: dict[str, float], means: dict[str, float]) -> None:
-        """Log values everywhere, but show only the means of them on the screen."""
-        trainer, handler = self._trainer, self._trainer.callback_handler
-        callbacks = handler.callbacks
-        printing = [each for each in callbacks if isinstance(each, (PrinterCallback, ProgressCallback))]
-        try:
-            handler.callbacks = [each for each in callbacks if each not in printing]
-            trainer.log(dict(values))
-            handler.callbacks = printing
-            shown = dict(means) if trainer.state.epoch is None else {**means, "epoch": trainer.state.epoch}
-            handler.on_log(trainer.args, trainer.state, trainer.control, shown)
-        finally:
-            handler.callbacks = callbacks
 
     def _go_before_early_stopping(self) -> None:
         """Move this callback before early stopping, which reads the metrics in its turn."""

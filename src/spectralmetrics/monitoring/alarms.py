@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from spectralmetrics.findings import Finding, LayerNumbers, all_but
@@ -143,21 +143,20 @@ def judge(
     layers: Sequence[tuple[LayerNumbers, Scales]],
     past: Mapping[str, Past],
 ) -> list[Alarm]:
-    """The alarms of a reading, in forward order.
+    """The alarms of a reading, in forward order, as its layers are.
 
     Args:
         rules: the rules to apply.
         stage: the stage of the observations.
         step: number of optimiser steps so far.
-        layers: the numbers and scales of layers, in forward order.
+        layers: the numbers and scales of layers.
         past: layer -> its memory, which is updated.
     """
     alarms: list[Alarm] = []
-    last = layers[-1][0] if layers else None
     for numbers, _ in layers:
         for rule in rules:
-            if rule.statistic != "rms" and last is not None:
-                alarms += _of_level(rule, stage, step, numbers, last, past[numbers.layer])
+            if rule.statistic != "rms":
+                alarms += _of_level(rule, stage, step, numbers, layers[-1][0], past[numbers.layer])
     for rule in rules:
         if rule.statistic == "rms":
             alarms += _of_jumps(rule, stage, step, layers, past)
@@ -176,12 +175,11 @@ def enough(rules: Sequence[AlarmRule], numbers: LayerNumbers) -> bool:
 def _of_level(
     rule: AlarmRule, stage: str, step: int, numbers: LayerNumbers, last: LayerNumbers, past: Past
 ) -> Iterator[Alarm]:
-    value = _VALUES[rule.statistic](numbers, last)
+    value = _value(rule.statistic, numbers, last)
     if math.isnan(value) or (rule.statistic == "effective_rank" and not enough([rule], numbers)):
         return  # few rows span few directions
-    own = past.setdefault(
-        f"{rule.kind}/{rule.statistic}", {"seen": [], "reads": 0, "since": 0, "raised": False}
-    )
+    new = {"seen": [], "reads": 0, "since": 0, "raised": False}
+    own = past.setdefault(f"{rule.kind}/{rule.statistic}", new)
     if not _is_beyond(rule, value, own["seen"], step):
         own.update(reads=0, raised=False, seen=_remembered(rule, own["seen"], value))
         return
@@ -193,44 +191,34 @@ def _of_level(
     if own["reads"] >= rule.reads:
         own["raised"] = True
         before = _before(rule, own["seen"])
-        words = _WORDS[rule.statistic](numbers, value, before)
+        words = _words(rule.statistic, numbers, value, before)
         if rule.reads > 1:
             words += f", since step {own['since']}"
         ends = numbers.rank if rule.statistic == "effective_rank" and numbers.has_interval else ()
         yield Alarm(step, Finding(stage, numbers.layer, rule.kind, "problem", words, value, *ends), before)
 
 
-def _spread(numbers: LayerNumbers, last: LayerNumbers) -> float:
-    counts = numbers.width >= _NARROW and numbers.observations > 1 and not numbers.is_dead
-    return numbers.spread if counts else math.nan
-
-
-def _dead(numbers: LayerNumbers, last: LayerNumbers) -> float:
-    return numbers.dead / numbers.width if numbers.observations > 1 else math.nan
-
-
-def _rank(numbers: LayerNumbers, last: LayerNumbers) -> float:
+def _value(statistic: str, numbers: LayerNumbers, last: LayerNumbers) -> float:
+    """The number that a rule compares; NaN where it says nothing of a layer."""
+    if statistic == "non_finite":
+        return numbers.left_out
+    if statistic == "dead_features":
+        return numbers.dead / numbers.width if numbers.observations > 1 else math.nan
+    if statistic == "spread":
+        counts = numbers.width >= _NARROW and numbers.observations > 1 and not numbers.is_dead
+        return numbers.spread if counts else math.nan
     allows_more = min(numbers.width, numbers.ceiling, last.width) >= _NARROW
     return numbers.upper_rank if allows_more and not numbers.is_dead else math.nan
 
 
-_VALUES: dict[str, Callable[[LayerNumbers, LayerNumbers], float]] = {
-    "non_finite": lambda numbers, last: numbers.left_out,
-    "spread": _spread,
-    "dead_features": _dead,
-    "effective_rank": _rank,
-}
-
-_WORDS: dict[str, Callable[[LayerNumbers, float, float], str]] = {
-    "non_finite": lambda numbers, value, before: (
-        f"{plural(numbers.left_out, 'row')} with NaN or infinities left out"
-    ),
-    "spread": lambda numbers, value, before: f"collapsed: the mean holds {all_but(value)} %",
-    "dead_features": lambda numbers, value, before: f"dead: {numbers.dead} of {numbers.width} features",
-    "effective_rank": lambda numbers, value, before: (
-        f"collapsed: effective rank {value:.2g}, {before:.2g} before"
-    ),
-}
+def _words(statistic: str, numbers: LayerNumbers, value: float, before: float) -> str:
+    if statistic == "non_finite":
+        return f"{plural(numbers.left_out, 'row')} with NaN or infinities left out"
+    if statistic == "spread":
+        return f"collapsed: the mean holds {all_but(value)} %"
+    if statistic == "dead_features":
+        return f"dead: {numbers.dead} of {numbers.width} features"
+    return f"collapsed: effective rank {value:.2g}, {before:.2g} before"
 
 
 def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) -> bool:
@@ -276,15 +264,6 @@ def _before(rule: AlarmRule, seen: Sequence[float]) -> float:
 # -- jumps of the scale ----------------------------------------------------------------------------------------
 
 
-class _Jump(NamedTuple):
-    forward: int
-    order: int
-    layer: str
-    step: int
-    before: float
-    after: float
-
-
 def _of_jumps(
     rule: AlarmRule,
     stage: str,
@@ -305,18 +284,16 @@ def _of_jumps(
                 forward, at, after = series[index]
                 happened = step if at is None else at + 1
                 jumps.append(
-                    _Jump(forward, order, numbers.layer, happened, math.exp(after - change), math.exp(after))
+                    (forward, order, numbers.layer, happened, math.exp(after - change), math.exp(after))
                 )
                 break
         own["scales"] = [list(each) for each in series[-_MOST_CHANGES - 2 :]]
     if jumps:
-        first = min(jumps)
-        factor = first.after / first.before
-        words = f"the scale changed by a factor of {factor:.3g} in one step"
+        _, _, layer, happened, before, after = min(jumps)
+        words = f"the scale changed by a factor of {after / before:.3g} in one step"
         if len(jumps) > 1:
             words += f", then the scale of {plural(len(jumps) - 1, 'other layer')}"
-        finding = Finding(stage, first.layer, rule.kind, "problem", words, first.after)
-        yield Alarm(first.step, finding, first.before)
+        yield Alarm(happened, Finding(stage, layer, rule.kind, "problem", words, after), before)
 
 
 def _jump(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> float | None:

@@ -1,6 +1,7 @@
 """Keeping a run and looking at it: the recorder, its writers, recomputation, pictures."""
 
-from spectralmetrics.recording.compare import compare, describe_comparison
+from spectralmetrics.recording.compare import compare
+from spectralmetrics.recording.compare_text import describe_comparison
 from spectralmetrics.recording.draw import draw_run, draw_runs
 from spectralmetrics.recording.recompute import recompute, summarise_run
 from spectralmetrics.recording.record import Record, Row

@@ -13,13 +13,11 @@ from typing import Literal
 
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.processes import portable
-from spectralmetrics.recording.alarm_table import FILE_NAME as ALARMS
-from spectralmetrics.recording.alarm_table import read_alarms, write_alarms
 from spectralmetrics.recording.lock import DirectoryLock
-from spectralmetrics.recording.manifest import Manifest, read_manifest, write_manifest
-from spectralmetrics.recording.record import Record, RecordKey
+from spectralmetrics.recording.manifest import MODULE, Manifest, read_manifest, write_manifest
+from spectralmetrics.recording.record import Record, RecordKey, Settings
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.settings import MODULE, Settings
+from spectralmetrics.recording.tables import ALARMS, read_alarms, write_alarms
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import WRITERS
 
@@ -40,14 +38,8 @@ def _reach(last: RecordKey | None, at_steps: bool) -> tuple[int, float]:
 class RunDirectory:
     """A run's directory in the hands of its recorder, on the first process; locked until it is closed.
 
-    Args:
-        directory: absolute; made if it is not there.
-        writers: the writers of the recorder.
-        statistics: name -> settings of those that the recorder computes.
-        mode: see :class:`~spectralmetrics.Recorder`, as for what is raised.
-
-    Attributes:
-        last: the key of the last whole record, or None.
+    For the arguments and what is raised see :class:`~spectralmetrics.Recorder`. ``last`` is the key of the last
+    whole record, or None.
     """
 
     def __init__(
@@ -57,10 +49,8 @@ class RunDirectory:
         self.writers = writers
         self._statistics = dict(statistics)
         self._manifest = Manifest()
-        self._known: dict[str, Writer | type[Writer]] = {
-            **WRITERS,
-            **{writer.name: writer for writer in writers},
-        }
+        own = {writer.name: writer for writer in writers}
+        self._known: dict[str, Writer | type[Writer]] = {**WRITERS, **own}
         self._unfinished: list[Writer] = []  # which may hold a part of a record that failed
         self.last: RecordKey | None = None
         if mode == "create":
@@ -88,7 +78,7 @@ class RunDirectory:
             if not any(writer.keeps_records for writer in counting):
                 self._update_manifest(record)
         except BaseException as error:
-            self._unfinished = [*counting]
+            self._unfinished = list(counting)
             for writer in counting:
                 with contextlib.suppress(OSError):  # the next record does it, or the next recorder
                     self._take_back(writer)
@@ -155,8 +145,7 @@ class RunDirectory:
         if mode == "overwrite":
             with contextlib.suppress(ValueError):
                 ends = [end for each in known.values() if (end := each.last_record(directory)) is not None]
-                if ends:
-                    end = max(ends, key=lambda key: key.order)
+                if end := max(ends, key=lambda key: key.order, default=None):
                     _logger.warning("removing the records of %s, up to %s", directory, end)
             for writer in known.values():
                 writer.discard_after(directory, None)
@@ -193,11 +182,8 @@ class RunDirectory:
         directory, known, manifest = self.directory, self._known, self._manifest
         names = {writer.name for writer in self.writers}
         if not manifest.writers:  # records without a manifest: records of any writer count
-            manifest.writers = {
-                name: None
-                for name, writer in known.items()
-                if writer.keeps_records and writer.holds_records(directory)
-            }
+            keeping = [name for name, writer in known.items() if writer.keeps_records]
+            manifest.writers = {name: None for name in keeping if known[name].holds_records(directory)}
         keys = [manifest.last, *manifest.writers.values(), *SavedRun(directory).records]
         keys += [writer.last_record(directory) for writer in known.values()]
         has_epochs = any(key is not None and key.step is None for key in keys)

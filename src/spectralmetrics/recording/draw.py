@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.plotting import literal, plot_layers, plot_profile, plot_spectrum
-from spectralmetrics.recording.pictures import check_names, draw_heatmap, draw_profile, save_figure, title_of
-from spectralmetrics.recording.record import Row
+from spectralmetrics.recording.pictures import draw_heatmap, draw_profile, save_figure, title_of
+from spectralmetrics.recording.record import Row, recorded_threshold
 from spectralmetrics.recording.saved import Failures, SavedRun, run_names
-from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.table import percent
 
@@ -57,8 +56,7 @@ def draw_run(
         ValueError: for an epoch or statistic that was not recorded, or a threshold or ``dpi`` out of range.
         ModuleNotFoundError: without matplotlib.
     """
-    check_names("statistics", statistics)
-    check_positive_integer("dpi", dpi)
+    _check(statistics, dpi)
     if threshold is not None:
         check_threshold(threshold)
     run = SavedRun(directory)
@@ -78,30 +76,24 @@ def draw_run(
     by_step = not run.has_epochs
     epoch_name = f"epoch-{key.epoch:06d}"
 
-    def save(name: str, draw: Callable[[], Figure]) -> None:
+    def save(name: str, draw: Callable[..., Figure], *arguments: Any) -> None:
         progress(name)
-        save_figure(draw(), folder / name, dpi)
+        save_figure(draw(*arguments), folder / name, dpi)
         written.append(folder / name)
 
-    for statistic in chosen:
-        if statistic not in recorded:
-            continue
-        of_epoch = [row for row in rows if row.key == key]
+    of_epoch = [row for row in rows if row.key == key]
+    for statistic in [name for name in chosen if name in recorded]:
         if statistic in _statistics_of(of_epoch):
-            save(
-                f"{statistic}-{epoch_name}.png",
-                lambda: draw_profile(of_epoch, statistic, settings, run.facts),  # noqa: B023
-            )
+            save(f"{statistic}-{epoch_name}.png", draw_profile, of_epoch, statistic, settings, run.facts)
         for stage in dict.fromkeys(row.stage for row in rows if row.statistic == statistic and row.layer):
-            save(
-                f"{statistic}-{stage}-epochs.png",
-                lambda: draw_heatmap(rows, statistic, stage, settings, run.places(by_step), by_step),  # noqa: B023
-            )
+            places = run.places(by_step)
+            name = f"{statistic}-{stage}-epochs.png"
+            save(name, draw_heatmap, rows, statistic, stage, settings, places, by_step)
     if threshold is not None and ("spectrum" not in chosen or spectra_key is None):
         why = "statistics leave them out" if spectra_key else f"{run.directory} has no arrays of {key}"
         warnings.warn(f"threshold {threshold} is for spectra, which are not drawn: {why}", stacklevel=2)
     if "spectrum" in chosen and spectra_key is not None:
-        share = _recorded_threshold(settings) if threshold is None else threshold
+        share = recorded_threshold(settings) if threshold is None else threshold
         spectra: dict[str, dict[str, Any]] = {}
         failures = Failures()
         for layer in run.layers(spectra_key):
@@ -128,7 +120,7 @@ def draw_runs(
     statistics: Sequence[str] | None = None,
     output: str | Path | None = None,
     dpi: int = 150,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Progress = lambda name: None,
 ) -> list[Path]:
     """Draw the profiles of several runs into one picture for each statistic and stage.
 
@@ -150,8 +142,7 @@ def draw_runs(
             or a ``dpi`` that is not a positive integer.
         ModuleNotFoundError: without matplotlib.
     """
-    check_names("statistics", statistics)
-    check_positive_integer("dpi", dpi)
+    _check(statistics, dpi)
     if isinstance(directories, (str, Path)) or not isinstance(directories, Iterable):
         raise TypeError(f"expected a sequence of directories, got {directories!r}")
     paths = [Path(directory) for directory in directories]
@@ -200,5 +191,7 @@ def _statistics_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.statistic for row in rows if row.layer))
 
 
-def _recorded_threshold(settings: Mapping[str, Settings]) -> float:
-    return next((float(each["threshold"]) for each in settings.values() if "threshold" in each), 0.99)
+def _check(statistics: object, dpi: object) -> None:
+    if statistics is not None and (isinstance(statistics, str) or not isinstance(statistics, Iterable)):
+        raise TypeError(f"expected statistics as a sequence of names, got {statistics!r}")
+    check_positive_integer("dpi", dpi)

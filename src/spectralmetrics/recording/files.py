@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
-import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
-
-T = TypeVar("T")
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
@@ -53,35 +49,35 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 os.close(directory)
 
 
-def kept_size(path: Path, size: int) -> int:
-    """The bytes of a file that hold whole records.
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file by one with this content, all at once; see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def lengthen(path: Path, size: int, added: bytes, head: bytes) -> int:
+    """Replace a file by a copy of its whole records with another one added; return the size of the copy.
 
     Args:
         path: the path of the file, which may be missing.
         size: bytes after the last record that was written. The file is shorter if this record was taken back,
             and longer if the process was interrupted after it wrote another one.
+        added: the bytes of the record.
+        head: the bytes before the first record.
     """
-    return min(size, path.stat().st_size) if path.exists() else 0
-
-
-def lengthen(path: Path, size: int, added: bytes) -> int:
-    """Replace a file by a copy of its first bytes with others added; return the size of the copy."""
+    size = min(size, path.stat().st_size) if path.exists() else 0
     with replacing(path) as file:
         if size:
             with open(path, "rb") as earlier:
                 shutil.copyfileobj(earlier, file, 2**20)
             file.truncate(size)
             file.seek(size)
-        file.write(added)
-    return size + len(added)
+        file.write(added if size else head + added)
+        return file.tell()
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove the temporary files of processes that were killed while they replaced a file.
-
-    Args:
-        folder: the folder of the files.
-        pattern: glob of the names of the files to replace.
+    """Remove the temporary files of processes that were killed while they replaced a file of this pattern.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -93,47 +89,3 @@ def sweep(folder: Path, pattern: str) -> None:
     for path in folder.glob(f".{pattern}.tmp"):
         with contextlib.suppress(OSError):  # a file that cannot be removed does no harm
             path.unlink()
-
-
-def read_table(
-    path: Path,
-    what: str,
-    parse: Callable[[list[str]], T],
-    columns: tuple[str, ...],
-    *earlier: tuple[str, ...],
-) -> list[T]:
-    """Reads the lines of a CSV file behind its header.
-
-    Args:
-        path: the path of the file.
-        what: the content of a line, with its article, for errors.
-        parse: makes an object of the cells of a line; raises a ValueError if it cannot.
-        columns: the columns of the header.
-        earlier: other headers, which earlier releases wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a table; names the line.
-    """
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
-    parsed = []
-    with io.StringIO(text, newline="") as file:
-        reader = csv.reader(file)
-        try:
-            header = tuple(next(reader, ()))
-            if header not in (columns, *earlier):
-                raise ValueError(f"expected {path} to begin with {','.join(columns)}, got {','.join(header)!r}")
-            for cells in reader:
-                try:
-                    if len(cells) != len(header):
-                        raise ValueError
-                    parsed.append(parse(cells))
-                except ValueError:
-                    line = f"line {reader.line_num} of {path}"
-                    raise ValueError(f"expected {what} in {line}, got {','.join(cells)!r}") from None
-        except csv.Error as error:
-            raise ValueError(f"expected {what} in line {reader.line_num} of {path}: {error}") from None
-    return parsed

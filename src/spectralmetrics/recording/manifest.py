@@ -1,20 +1,33 @@
-"""``recording.json``: the facts about a run that its other files do not hold."""
+"""``recording.json``: the facts about a run that its other files do not hold, and metrics made from them."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchmetrics import Metric
+
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.record import RecordKey
-from spectralmetrics.recording.settings import Settings
+from spectralmetrics.recording.files import replace_file
+from spectralmetrics.recording.record import RecordKey, Settings
 
 FILE_NAME = "recording.json"
 _FORMAT = 1
 _KINDS: dict[str, tuple[type, ...]] = {"metric": (str,), "center": (bool,), "threshold": (float, int)}
+MODULE = "module"
+"""The key of the module of a statistic from another package, see :func:`describe`."""
+UNKNOWN = "settings not recorded"
+"""The key of the names of settings that JSON cannot hold, see :func:`describe`."""
+# These decide how data is accumulated, not which value is read. A probe itself sketches wide layers.
+_OF_ACCUMULATION = ("num_features", "gram_dtype", "nan_strategy", "folds", "sketch_size")
 
 
 @dataclass
@@ -24,7 +37,7 @@ class Manifest:
     Attributes:
         writers: name -> the last record before that writer joined; None if it joined at the beginning. Records
             up to that one are whole without this writer's part.
-        statistics: name -> settings of the metric, see :func:`~spectralmetrics.recording.settings.describe`.
+        statistics: name -> settings of the metric, see :func:`describe`.
         layers: name -> facts about the layer besides its data: ``kind``, ``ceiling``, and
             ``of_gradients`` if gradients were observed.
         last: the last whole record, for runs whose writers keep no records.
@@ -34,11 +47,6 @@ class Manifest:
     statistics: dict[str, Settings] = field(default_factory=dict)
     last: RecordKey | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> dict[str, LayerFacts]:
-        """Facts about the layers."""
-        return {name: LayerFacts.restored(each) for name, each in self.layers.items()}
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -69,15 +77,14 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Replace the manifest of a run."""
-    with replacing(directory / FILE_NAME) as file:
-        content = {
-            "format": _FORMAT,
-            "writers": {name: _plain(key) for name, key in manifest.writers.items()},
-            "statistics": manifest.statistics,
-            "last_epoch": _plain(manifest.last),
-            "layers": manifest.layers,
-        }
-        file.write(json.dumps(content, indent=1).encode())
+    content = {
+        "format": _FORMAT,
+        "writers": {name: _plain(key) for name, key in manifest.writers.items()},
+        "statistics": manifest.statistics,
+        "last_epoch": _plain(manifest.last),
+        "layers": manifest.layers,
+    }
+    replace_file(directory / FILE_NAME, json.dumps(content, indent=1).encode())
 
 
 def _plain(key: RecordKey | None) -> int | list[int] | None:
@@ -112,3 +119,82 @@ def _check(manifest: Manifest) -> None:
             if type(settings.get(key, kinds[0]())) not in kinds:
                 kind = " or ".join(each.__name__ for each in kinds)
                 raise ValueError(f"expected a {kind} as the {key} of {name!r}, got {settings[key]!r}")
+
+
+# -- statistics as settings ------------------------------------------------------------------------------------
+
+
+def describe(metric: Metric) -> Settings:
+    """The statistic and the settings of a metric, as JSON can hold them; ``recompute`` rebuilds it from these.
+
+    >>> from spectralmetrics import SaturationMetric
+    >>> describe(SaturationMetric(threshold=0.9))["threshold"]
+    0.9
+    """
+    if not isinstance(metric, SpectralMetric) or not (metric.takes_observations and metric.is_statistic):
+        return {"class": type(metric).__name__}
+    settings: Settings = {"metric": metric.short_name, "center": metric.center}
+    if not type(metric).__module__.startswith("spectralmetrics."):
+        settings[MODULE] = _module_of(type(metric))
+    for name, parameter in inspect.signature(type(metric)).parameters.items():
+        value = getattr(metric, name, parameter.default)
+        if name in _OF_ACCUMULATION or value is parameter.empty:
+            continue
+        if isinstance(value, (list, tuple)):
+            value = list(value)
+        try:
+            settings[name] = json.loads(json.dumps(value))
+        except TypeError:
+            settings.setdefault(UNKNOWN, []).append(name)
+    return settings
+
+
+def _module_of(kind: type) -> str:
+    """The module to import for a class; empty for a class of a script, which cannot be imported by name."""
+    if kind.__module__ != "__main__":
+        return kind.__module__
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    return "" if spec is None else str(spec.name)
+
+
+def rebuild_metrics(recorded: Mapping[str, Settings]) -> dict[str, SpectralMetric]:
+    """The metrics of a run that can be made from their settings, by name."""
+    metrics = {}
+    for name in recorded:
+        with contextlib.suppress(ValueError):
+            metrics[name] = rebuild_statistic(name, recorded)
+    return metrics
+
+
+def _how_to_import(module: str | None) -> str:
+    if module:
+        return f"import {module} first (on the command line: --import {module}), or pass a metric"
+    if module is None:  # up to 0.2.0 it was not recorded
+        return "import its module first (on the command line: --import MODULE), or pass a metric"
+    return (
+        "it was defined in the script that recorded it; put it into a module and import that, or pass a metric"
+    )
+
+
+def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMetric:
+    """A metric by the name that it was recorded under, with its settings, or by a short name.
+
+    Raises:
+        ValueError: if there is none, or its settings could not be recorded.
+    """
+    settings = {**recorded.get(name, {"metric": name})}
+    kinds = all_statistics()
+    short_name = settings.pop("metric", None)
+    module = settings.pop(MODULE, None)
+    if name in recorded and short_name not in kinds:
+        raise ValueError(f"{name!r} was recorded by a class that is not imported: {_how_to_import(module)}")
+    if short_name not in kinds:
+        raise ValueError(f"expected statistics among {sorted(set(kinds) | set(recorded))}, got {name!r}")
+    if unknown := settings.pop(UNKNOWN, None):
+        raise ValueError(
+            f"the settings {unknown} of {name!r} could not be recorded: pass a metric that has them"
+        )
+    try:
+        return kinds[short_name](**settings)
+    except TypeError as error:
+        raise ValueError(f"the recorded settings of {name!r} are none of {short_name!r}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,7 @@ from spectralmetrics.findings import tail_of
 from spectralmetrics.plotting import literal, plot_heatmap, plot_profile
 from spectralmetrics.probing.facts import LayerFacts
 from spectralmetrics.recording.files import replacing
-from spectralmetrics.recording.record import RecordKey, Row
-from spectralmetrics.recording.settings import Settings
+from spectralmetrics.recording.record import RecordKey, Row, Settings
 from spectralmetrics.table import percent
 
 if TYPE_CHECKING:
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def draw_profile(
-    rows: Sequence[Row],
-    statistic: str,
-    settings: Mapping[str, Settings],
-    facts: Mapping[str, LayerFacts] | None = None,
+    rows: Sequence[Row], statistic: str, settings: Mapping[str, Settings], facts: Mapping[str, LayerFacts] = {}
 ) -> Figure:
     """Draw one epoch of a statistic, all stages together, with the task's own numbers in the title."""
     own = [row for row in rows if row.statistic == statistic and row.is_of_layer]
@@ -35,25 +31,18 @@ def draw_profile(
             bands.setdefault(row.stage, {})[row.layer] = (row.low, row.high)
     task = [literal(f"{row.stage} {row.statistic} {row.value:.4g}".strip()) for row in rows if not row.layer]
     title = ", ".join([title_of(statistic, settings), str(own[0].key), *task])
-    tail = []
-    is_saturation = settings.get(statistic, {}).get("metric") == "saturation"
-    if is_saturation and all(0 <= value <= 1 for value in profiles.get("eval", {}).values()):
-        of_gradients = any(each.of_gradients for each in (facts or {}).values())
-        tail = [] if of_gradients else tail_of(profiles.get("eval", {}))
-    ceilings = {}
-    if settings.get(statistic, {}).get("metric") == "intrinsic_dimension":
-        largest: dict[str, float] = {}
-        for row in own:
-            if not math.isnan(row.value):
-                largest[row.layer] = max(row.value, largest.get(row.layer, 0.0))
-        ceilings = {
-            name: each.ceiling
-            for name, each in (facts or {}).items()
-            if each.ceiling is not None and not largest.get(name, 0.0) > each.ceiling  # it would be refuted
-        }
-    return plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)[
-        0
-    ]
+    metric = settings.get(statistic, {}).get("metric")
+    tail: list[str] = []
+    ceilings: dict[str, int] = {}
+    if metric == "saturation" and not any(each.of_gradients for each in facts.values()):
+        evaluated = profiles.get("eval", {})
+        tail = tail_of(evaluated) if all(0 <= value <= 1 for value in evaluated.values()) else []
+    if metric == "intrinsic_dimension":
+        known = {name: each.ceiling for name, each in facts.items() if each.ceiling is not None}
+        refuted = {row.layer for row in own if row.value > known.get(row.layer, math.inf)}
+        ceilings = {name: ceiling for name, ceiling in known.items() if name not in refuted}
+    drawn = plot_profile(profiles, statistic=statistic, title=title, tail=tail, bands=bands, ceilings=ceilings)
+    return drawn[0]
 
 
 def draw_heatmap(
@@ -84,17 +73,6 @@ def title_of(statistic: str, settings: Mapping[str, Settings]) -> str:
     name = name[:1].upper() + name[1:]
     threshold = settings.get(statistic, {}).get("threshold")
     return name if threshold is None else f"{name} at {percent(threshold)} of variance"
-
-
-def check_names(argument: str, names: object) -> None:
-    """Raise a TypeError unless ``names`` is a sequence of names or None; a string alone is a common mistake.
-
-    >>> check_names("statistics", "saturation")
-    Traceback (most recent call last):
-    TypeError: expected statistics as a sequence of names, got 'saturation'
-    """
-    if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
-        raise TypeError(f"expected {argument} as a sequence of names, got {names!r}")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

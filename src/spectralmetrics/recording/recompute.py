@@ -12,9 +12,9 @@ from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.probing.summary import Summary, summarise, threshold_of
-from spectralmetrics.recording.record import Row, tidy_rows, warn_of_undefined
+from spectralmetrics.recording.manifest import rebuild_metrics, rebuild_statistic
+from spectralmetrics.recording.record import Row, Settings, tidy_rows, warn_of_undefined
 from spectralmetrics.recording.saved import Failures, SavedRun
-from spectralmetrics.recording.settings import Settings, rebuild_metrics, rebuild_statistic
 from spectralmetrics.sums.checks import check_type
 
 Statistics = Iterable[str | SpectralMetric] | Mapping[str, SpectralMetric]

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from spectralmetrics.functional.tail import MEAN_LAYER, mean_over_layers, record
 from spectralmetrics.metrics import Interval
 from spectralmetrics.metrics.stream import spectrum_of
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.recording.settings import Settings
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
+
+Settings: TypeAlias = dict[str, Any]
+"""The settings of a metric, as JSON holds them; see :func:`~spectralmetrics.recording.manifest.describe`."""
 
 
 class RecordKey(NamedTuple):
@@ -84,9 +86,6 @@ class Row(NamedTuple):
         return self.layer not in ("", MEAN_LAYER)
 
 
-COLUMNS = Row._fields
-
-
 @dataclass(frozen=True)
 class Record:
     """One record of a run: the end of an epoch, or a step within one.
@@ -99,7 +98,7 @@ class Record:
         sums: (stage, layer) -> sums over the observations of all processes, the spectral one first. They are
             the state itself, which changes later: read what you need before ``write`` returns. On several
             processes, reading them fetches them from the others; keep the sums of one layer at a time.
-        statistics: name -> settings, see :func:`describe`.
+        statistics: name -> settings of the metric, as JSON holds them.
         layers: name -> facts of the layer, known without its data.
         step: number of optimiser steps; None at the end of an epoch.
         known: (stage, layer) -> the eigenvalues that the values were read from; see :meth:`spectrum`.
@@ -146,11 +145,7 @@ class Record:
 
 
 class RecordedSums(Mapping[tuple[str, str], Sequence[Sum]]):
-    """Sums of layers by the layers' recorded names.
-
-    Args:
-        sums: (stage, layer) -> sums; may be fetched at each reading.
-    """
+    """Sums of layers by the layers' recorded names; each reading may fetch them."""
 
     def __init__(self, sums: Mapping[tuple[str, str], Sequence[Sum]]) -> None:
         self._sums = sums
@@ -167,6 +162,11 @@ class RecordedSums(Mapping[tuple[str, str], Sequence[Sum]]):
 
     def __getitem__(self, place: tuple[str, str]) -> Sequence[Sum]:
         return self._sums[self._places[place]]
+
+
+def recorded_threshold(statistics: Mapping[str, Settings]) -> float:
+    """The first threshold among the settings of statistics, or 0.99."""
+    return next((float(each["threshold"]) for each in statistics.values() if "threshold" in each), 0.99)
 
 
 def check_recordable(what: str, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,17 +19,18 @@ from spectralmetrics.probing.facts import Key, ProbeReading, as_text
 from spectralmetrics.probing.probe import group_of, read_probe
 from spectralmetrics.probing.processes import agreed, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
+from spectralmetrics.recording.manifest import describe
 from spectralmetrics.recording.record import (
     Record,
     RecordedSums,
     RecordKey,
     Row,
+    Settings,
     check_recordable,
     tidy_rows,
     undefined_layers,
     warn_of_undefined,
 )
-from spectralmetrics.recording.settings import Settings, describe
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import make_writers
 from spectralmetrics.sums.checks import is_integer
@@ -233,11 +234,7 @@ class Recorder:
         """
         if not isinstance(alarm, Alarm):
             raise TypeError(f"expected an Alarm, got {alarm!r}")
-        self._check_open()
-        run: Any = self._run
-        _, error = on_first_process(lambda: run.add_alarm(alarm), group_of(self.probe))
-        if error is not None:
-            raise error
+        self._on_first(lambda run: run.add_alarm(alarm))
 
     def drop_alarms(self, step: int) -> None:
         """Forget the alarms from a step on; a monitor that goes on from this step calls this.
@@ -248,11 +245,7 @@ class Recorder:
         """
         if not is_integer(step, 0):
             raise ValueError(f"expected a step as an integer that is not negative, got {step!r}")
-        self._check_open()
-        run: Any = self._run
-        _, error = on_first_process(lambda: run.drop_alarms(int(step)), group_of(self.probe))
-        if error is not None:
-            raise error
+        self._on_first(lambda run: run.drop_alarms(int(step)))
 
     def close(self) -> None:
         """Close the writers. Scalars added after the last record are not kept, and a warning says so."""
@@ -276,6 +269,12 @@ class Recorder:
         if not self._is_open:
             raise RuntimeError(f"the recorder of {self.directory} is closed")
 
+    def _on_first(self, work: Callable[[Any], None]) -> None:
+        self._check_open()
+        _, error = on_first_process(lambda: work(self._run), group_of(self.probe))
+        if error is not None:
+            raise error
+
     def _open(self, probe: LayerProbe | None, mode: Mode) -> None:
         """Open the directory: for the first time, or again after it was closed."""
         layers, metrics = ([], {}) if probe is None else (probe.layers, probe.statistics)
@@ -295,8 +294,8 @@ class Recorder:
 
     def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
         for what, number in (("an epoch", epoch), ("a step", step)):
-            is_integer = hasattr(number, "__index__") and not isinstance(number, bool)
-            if number is not None and not (is_integer and number >= 0):
+            counts = hasattr(number, "__index__") and not isinstance(number, bool) and number >= 0
+            if number is not None and not counts:
                 raise ValueError(f"expected {what} as an integer that is not negative, got {number!r}")
         key = RecordKey(self.next_epoch if epoch is None else int(epoch), None if step is None else int(step))
         if self._last is None or key.order > self._last.order:
@@ -338,13 +337,4 @@ class Recorder:
         for (name, stage, layer), scalar in self._scalars.items():
             rows.append(Row(key.epoch, stage, layer, name, scalar, step=key.step))
             named["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
-        return Record(
-            key.epoch,
-            named,
-            rows,
-            sums,
-            self._statistics,
-            facts,
-            key.step,
-            known,
-        )
+        return Record(key.epoch, named, rows, sums, self._statistics, facts, key.step, known)

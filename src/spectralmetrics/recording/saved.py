@@ -18,24 +18,17 @@ from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import Key, LayerFacts, as_text, from_text
 from spectralmetrics.probing.movers import HistoryRow
-from spectralmetrics.recording.alarm_table import read_alarms
-from spectralmetrics.recording.manifest import Manifest, read_manifest
-from spectralmetrics.recording.record import Record, RecordKey, Row, tidy_rows
-from spectralmetrics.recording.settings import Settings, rebuild_metrics
+from spectralmetrics.recording.manifest import Manifest, read_manifest, rebuild_metrics
+from spectralmetrics.recording.record import Record, RecordKey, Row, Settings, tidy_rows
+from spectralmetrics.recording.tables import RECORDS, read_alarms, read_history, read_rows
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_layers, saved_records
-from spectralmetrics.recording.writers.csv import FILE_NAME, read_rows
-from spectralmetrics.recording.writers.history_file import read_history
 from spectralmetrics.sums import Marginals
 
 
 class SavedRun:
     """A recorded run; an access to a part reads it.
 
-    Args:
-        directory: the directory of the run.
-
     Attributes:
-        directory: the directory of the run.
         arrays: key of a record -> its array file, earliest first.
 
     Raises:
@@ -52,12 +45,12 @@ class SavedRun:
         if arrays and not self.arrays:
             missing = "a run recorded with the writer 'arrays'"
         elif rows and not self.has_table:
-            missing = f"a run with a {FILE_NAME}"
+            missing = f"a run with a {RECORDS}"
         elif not self.has_table and not self.arrays:
-            missing = f"a run with a {FILE_NAME} or arrays"
+            missing = f"a run with a {RECORDS} or arrays"
         if missing:
             is_run = self.has_table or self.arrays
-            has = f", which has {FILE_NAME if self.has_table else 'arrays'} only" if is_run else ""
+            has = f", which has {RECORDS if self.has_table else 'arrays'} only" if is_run else ""
             has = has if self.directory.is_dir() else ", which is no directory"
             raise FileNotFoundError(f"expected {missing}, got {self.directory}{has}")
         if not self.records:
@@ -79,12 +72,12 @@ class SavedRun:
     @property
     def has_table(self) -> bool:
         """True if there is a ``records.csv``."""
-        return (self.directory / FILE_NAME).exists()
+        return (self.directory / RECORDS).exists()
 
     @cached_property
     def rows(self) -> list[Row]:
         """The rows of ``records.csv``; none without one."""
-        return read_rows(self.directory / FILE_NAME) if self.has_table else []
+        return read_rows(self.directory / RECORDS)
 
     @cached_property
     def records(self) -> list[RecordKey]:
@@ -92,11 +85,7 @@ class SavedRun:
         return sorted({row.key for row in self.rows} | set(self.arrays), key=lambda key: key.order)
 
     def last_of(self, epoch: int | None = None, *, arrays: bool = False) -> RecordKey:
-        """The last record of an epoch, or of all.
-
-        Args:
-            epoch: its number; None: the last.
-            arrays: consider only records that have arrays.
+        """The last record of an epoch, or of all; with ``arrays`` the last that has some.
 
         Raises:
             ValueError: if there is none.
@@ -140,19 +129,14 @@ class SavedRun:
     @cached_property
     def facts(self) -> dict[str, LayerFacts]:
         """Name of a layer -> its type and ceiling; empty for a run of 0.1.0."""
-        return self.manifest.facts
+        return {name: LayerFacts.restored(each) for name, each in self.manifest.layers.items()}
 
     def layers_in(self, key: RecordKey) -> list[tuple[str, str]]:
         """(stage, layer) of all arrays in a record, in the order in which they were recorded."""
         return saved_layers(self.arrays[key]) if key in self.arrays else []
 
     def layers(self, key: RecordKey, stage: str | None = None) -> Iterator[SavedLayer]:
-        """The layers that have arrays in a record, one in memory at a time.
-
-        Args:
-            key: the key of the record.
-            stage: the stage of the layers; None: all stages.
-        """
+        """The layers that have arrays in a record, of one stage or of all; one in memory at a time."""
         for layer in read_layers(self.arrays[key], self._needs_vectors):
             if stage in (None, layer.stage):
                 yield layer
@@ -174,13 +158,7 @@ class SavedRun:
     def rebuilt(
         self, key: RecordKey, metrics: Mapping[str, SpectralMetric], failures: Failures
     ) -> tuple[dict[Key, Tensor], dict[Key, Interval]]:
-        """Values of a record from its arrays, and the intervals of statistics that have one.
-
-        Args:
-            key: the key of the record.
-            metrics: the metrics by the names of their statistics.
-            failures: collects the parts that cannot be read.
-        """
+        """Values of a record from its arrays, and the intervals of statistics that have one."""
         values: dict[Key, Tensor] = {}
         intervals: dict[Key, Interval] = {}
         for layer in self.layers(key):
@@ -188,15 +166,13 @@ class SavedRun:
             # Eigenvectors first: they come with the eigenvalues that the other metrics read.
             for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):
                 with failures.of(key, layer, repr(name)):
-                    spectrum = layer.spectrum(metrics[name].center)
-                    of_layer[name] = _value_from(metrics[name], spectrum)
-            for name, metric in metrics.items():
-                if name not in of_layer:
-                    continue
-                values[name, layer.stage, layer.layer] = of_layer[name]
+                    of_layer[name] = _value_from(metrics[name], layer.spectrum(metrics[name].center))
+            for name in [each for each in metrics if each in of_layer]:
+                metric, place = metrics[name], (name, layer.stage, layer.layer)
+                values[place] = of_layer[name]
                 spectrum = layer.spectrum(metric.center)
                 if metric.has_interval and (spectrum.num_folds > 1 or spectrum.sketch is not None):
-                    intervals[name, layer.stage, layer.layer] = metric.interval_of(spectrum)
+                    intervals[place] = metric.interval_of(spectrum)
         return values, intervals
 
     def record(self, key: RecordKey) -> Record:

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from spectralmetrics.functional.dimension import Rule
-from spectralmetrics.functional.spectrum import Spectrum
+from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.probing.facts import UNKNOWN_LAYER
-from spectralmetrics.recording.record import RecordKey
-from spectralmetrics.recording.report.encode import MISSING
-from spectralmetrics.recording.report.spectra import Bounds, Thresholds, bounds, points, positions, slider
-from spectralmetrics.recording.report.timeline import QUANTITIES, of_history
-from spectralmetrics.recording.report.words import Known, Words
+from spectralmetrics.probing.movers import HistoryRow
+from spectralmetrics.recording.record import RecordKey, Row, Settings
+from spectralmetrics.recording.report.slider import (
+    DEFAULT_THRESHOLD,
+    MISSING,
+    Array,
+    Family,
+    Known,
+    Words,
+    measured,
+    points,
+    positions,
+    slider,
+)
 from spectralmetrics.recording.saved import Failures, SavedRun
-from spectralmetrics.recording.settings import Settings
-from spectralmetrics.recording.writers.arrays import SavedLayer
 from spectralmetrics.table import shorten_names
 
 Progress: TypeAlias = Callable[[str, int], None]
 Content: TypeAlias = dict[str, Any]
-Array: TypeAlias = npt.NDArray[Any]
-Family: TypeAlias = tuple[Rule, bool]
-"""Rule and center: the settings besides the threshold on which a dimension depends."""
 
-DEFAULT_THRESHOLD = 0.99
 DEFAULT_FAMILY: Family = ("explained", True)
 """The family of summaries, and of statistics that were not recorded."""
 KINDS = {"saturation": "share", "intrinsic_dimension": "dimension"}
 """The statistics that the slider moves: a dimension, or one divided by the width."""
-NARROW = 512
-"""Below this width one thread decomposes a covariance as fast as several."""
 SHORT = 22
 """The most characters of a layer's name on an axis without room for whole names."""
 MOST_POINTS = 1_280_000
 """The most points of all spectra together, so that a page of 200 layers and 100 epochs stays below 10 MB."""
+QUANTITIES = {"rms": "root mean square", "max_abs": "largest magnitude", "zero_share": "share of zeros"}
+MOST_COLUMNS = 400
+"""The most columns of the picture of forwards; with more forwards, several share a column."""
 
 
 def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
@@ -58,27 +60,22 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
     Raises:
         ValueError: if a file cannot be read.
     """
-    recorded = [
-        float(each["threshold"]) for run in runs.values() for each in run.statistics.values() if _moves(each)
-    ]
+    moved = {name: [each for each in run.statistics.values() if _moves(each)] for name, run in runs.items()}
+    recorded = [float(each["threshold"]) for own in moved.values() for each in own]
     thresholds = slider(recorded)
     by_step = not any(run.has_epochs for run in runs.values())
-    where = {name: run.where for name, run in runs.items()}
-    stages = _in_order(dict.fromkeys(stage for stage, _ in keys) for keys in where.values())
-    layers = _in_order(
-        [layer for one, layer in keys if one == stage] for keys in where.values() for stage in stages
-    )
+    where = [run.where for run in runs.values()]
+    stages = _in_order(dict.fromkeys(stage for stage, _ in keys) for keys in where)
+    layers = _in_order([layer for one, layer in keys if one == stage] for keys in where for stage in stages)
     total = sum(len(run.layers_in(key)) for run in runs.values() for key in run.places(by_step))
     most = min(max(MOST_POINTS // max(total, 1), 16), 128)
     has_arrays = any(run.arrays for run in runs.values())
     contents = []
-    chosen = []
     failures = Failures()
     for name, run in runs.items():
         axes = _Axes(stages, layers, run.places(by_step))
-        families = list(dict.fromkeys([*_families(run), DEFAULT_FAMILY]))
+        families = list(dict.fromkeys([*map(_family, moved[name]), DEFAULT_FAMILY]))
         content = _from_records(run, axes, families)
-        chosen += [*content.pop("recorded"), *content["statistics"]]
         words = Words(axes.new(MISSING, len(thresholds)))
         arrays = {}
         if run.arrays:
@@ -89,13 +86,12 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
 
             arrays = _from_arrays(run, axes, families, *parts, advance)
         else:
-            _words_of_values(run, axes, content["statistics"], words, None if not has_arrays else thresholds)
-        facts = [run.facts.get(layer, UNKNOWN_LAYER)._asdict() for layer in layers]
+            _words_of_values(run, axes, content["statistics"], words, thresholds if has_arrays else None)
         contents.append(
             {
                 "name": name,
-                "epochs": list(axes.epochs),
-                "facts": facts,
+                "epochs": axes.epochs,
+                "facts": [run.facts.get(layer, UNKNOWN_LAYER)._asdict() for layer in layers],
                 "alarms": list(map(str, run.alarms)),
                 "history": {stage: of_history(rows, layers) for stage, rows in run.history.items()},
                 "arrays": arrays,
@@ -104,12 +100,10 @@ def collect(runs: Mapping[str, SavedRun], progress: Progress) -> Content:
             }
         )
     failures.warn(stacklevel=3)
-    shares = [
-        name
-        for name in chosen
-        if any(run["statistics"].get(name, {}).get("kind") == "share" for run in contents)
-    ]
-    own = [name for run in contents for name, entry in run["statistics"].items() if "values" in entry]
+    entries = [(name, entry) for run in contents for name, entry in run["statistics"].items()]
+    chosen = [name for name, _ in entries]
+    shares = [name for name in chosen if any(own == name and each["kind"] == "share" for own, each in entries)]
+    own = {name for name, entry in entries if "values" in entry}
     return {
         "unit": "step" if by_step else "epoch",
         "thresholds": thresholds,
@@ -148,42 +142,30 @@ def _moves(settings: Settings) -> bool:
     return settings.get("metric") in KINDS and "threshold" in settings
 
 
-def _families(run: SavedRun) -> list[Family]:
-    return [_family(each) for each in run.statistics.values() if _moves(each)]
-
-
 def _family(settings: Settings) -> Family:
     return settings.get("rule", "explained"), settings.get("center", True)
 
 
 def _from_records(run: SavedRun, axes: _Axes, families: list[Family]) -> Content:
     """The numbers of ``records.csv``, and the ``"kind"`` of the statistics that the slider moves."""
-    statistics: dict[str, Content] = {}
-    scalars: dict[tuple[str, str], Content] = {}
+    statistics: dict[str, Content] = defaultdict(
+        lambda: {"values": axes.new(np.nan), "is_recorded": axes.new(0)}
+    )
+    scalars: dict[tuple[str, str], Content] = defaultdict(
+        lambda: {"values": axes.line(np.nan), "is_recorded": axes.line(0)}
+    )
     for row in run.rows:
-        if row.key not in axes.records:
+        if row.key not in axes.records or row.layer == MEAN_LAYER:
             continue
-        if not row.layer:
-            key, epoch = (row.statistic, row.stage), axes.records[row.key]
-            if key not in scalars:
-                empty = {"values": axes.line(np.nan), "is_recorded": axes.line(0)}
-                scalars[key] = {"name": row.statistic, "stage": row.stage, **empty}
-            scalars[key]["values"][epoch] = row.value
-            scalars[key]["is_recorded"][epoch] = 1
-        elif row.is_of_layer:
-            if row.statistic not in statistics:
-                statistics[row.statistic] = {"values": axes.new(np.nan), "is_recorded": axes.new(0)}
-            where = axes.of(row.stage, row.layer, row.key)
-            statistics[row.statistic]["values"][where] = row.value
-            statistics[row.statistic]["is_recorded"][where] = 1
-            for end, value in (("low", row.low), ("high", row.high)):
-                if value is not None:
-                    ends = statistics[row.statistic].setdefault(end, axes.new(np.nan))
-                    ends[where] = value
-    recorded = list(statistics)
+        where: Any = axes.of(row.stage, row.layer, row.key) if row.layer else axes.records[row.key]
+        entry = statistics[row.statistic] if row.layer else scalars[row.statistic, row.stage]
+        entry["values"][where] = row.value
+        entry["is_recorded"][where] = 1
+        for end, value in (("low", row.low), ("high", row.high)):
+            if value is not None:
+                entry.setdefault(end, axes.new(np.nan))[where] = value
     # With arrays every run has these two.
-    names = list(dict.fromkeys([*statistics, *(KINDS if run.arrays else ())]))
-    for name in names:
+    for name in dict.fromkeys([*statistics, *(KINDS if run.arrays else ())]):
         # As recompute does for a name that was not recorded.
         settings = run.statistics.get(name, {"metric": name})
         kind = KINDS.get(str(settings.get("metric")))
@@ -195,9 +177,8 @@ def _from_records(run: SavedRun, axes: _Axes, families: list[Family]) -> Content
         elif run.arrays and "threshold" in settings:
             entry["fixed"] = float(settings["threshold"])
     return {
-        "statistics": {name: statistics[name] for name in names},
-        "scalars": list(scalars.values()),
-        "recorded": recorded,
+        "statistics": dict(statistics),
+        "scalars": [{"name": name, "stage": stage, **each} for (name, stage), each in scalars.items()],
     }
 
 
@@ -205,7 +186,7 @@ def _from_arrays(
     run: SavedRun,
     axes: _Axes,
     families: list[Family],
-    thresholds: Thresholds,
+    thresholds: Array,
     most: int,
     failures: Failures,
     words: Words,
@@ -228,11 +209,11 @@ def _from_arrays(
                 arrays["width"][where] = width
                 arrays["observations"][where] = layer.count
                 arrays["non_finite"][where] = layer.non_finite
-                measured = _measured(layer, families, thresholds)
-                for table, other, each in zip(tables, held_out, measured, strict=True):
+                found = measured(layer, families, thresholds)
+                for table, other, each in zip(tables, held_out, found, strict=True):
                     table[where], other[where] = each
                 facts = run.facts.get(layer.layer, UNKNOWN_LAYER)
-                known = Known.of_layer(layer, facts, where, measured[families.index(DEFAULT_FAMILY)])
+                known = Known.of_layer(layer, facts, where, found[families.index(DEFAULT_FAMILY)])
                 of_stage.setdefault(layer.stage, []).append(known)
                 arrays["dead"][where] = known.numbers.dead
                 spectrum = layer.spectrum(families[0][1])
@@ -256,14 +237,6 @@ def _from_arrays(
     }
 
 
-def _measured(layer: SavedLayer, families: Sequence[Family], thresholds: Thresholds) -> list[Bounds]:
-    spectra: dict[bool, Spectrum] = {}
-    with _threads(1 if len(layer.mean) < NARROW else torch.get_num_threads()):
-        for center in dict.fromkeys(center for _, center in families):
-            spectra[center] = layer.spectrum(center)
-        return [bounds(spectra[center], thresholds, rule) for rule, center in families]
-
-
 def _words_of_values(
     run: SavedRun,
     axes: _Axes,
@@ -271,37 +244,24 @@ def _words_of_values(
     words: Words,
     thresholds: Sequence[float] | None,
 ) -> None:
-    """Add the findings of a run of which only numbers were recorded.
-
-    Args:
-        run: a run without arrays.
-        axes: the axes of its arrays.
-        statistics: the statistics of the page.
-        words: the words to add to.
-        thresholds: the thresholds of the page; the words hold at the recorded one. None: they hold at all.
-    """
+    """Add the findings of a run without arrays; they hold at the recorded threshold, or at all."""
     kinds = {entry["kind"]: (name, entry["threshold"]) for name, entry in statistics.items() if entry["kind"]}
     if "share" not in kinds:
         return
-    threshold = kinds["share"][1]
+    saturation, threshold = kinds["share"]
     dimension, dimension_threshold = kinds.get("dimension", ("", None))
     at = slice(None) if thresholds is None else [thresholds.index(threshold)]
-    numbers: dict[tuple[str, RecordKey], dict[str, dict[str, float]]] = {}
+    rows: dict[tuple[str, RecordKey], dict[str, dict[str, Row]]] = {}
     for row in run.rows:
         if row.is_of_layer and row.key in axes.records:
-            of_layer = numbers.setdefault((row.stage, row.key), {}).setdefault(row.layer, {})
-            of_layer[row.statistic] = row.value
-            if row.statistic == dimension and row.low is not None and row.high is not None:
-                of_layer["spread"] = row.high - row.low
-    for (stage, key), layers in numbers.items():
+            rows.setdefault((row.stage, row.key), {}).setdefault(row.layer, {})[row.statistic] = row
+    for (stage, key), layers in rows.items():
         known = []
-        for layer, values in layers.items():
-            if kinds["share"][0] in values:
-                share = values[kinds["share"][0]]
-                value = values.get(dimension, np.nan) if dimension_threshold == threshold else np.nan
-                facts = run.facts.get(layer, UNKNOWN_LAYER)
-                where = axes.of(stage, layer, key)
-                known.append(Known.of_values(layer, share, value, values.get("spread", np.nan), facts, where))
+        for layer, own in layers.items():
+            if saturation in own:
+                other = own.get(dimension) if dimension_threshold == threshold else None
+                facts, where = run.facts.get(layer, UNKNOWN_LAYER), axes.of(stage, layer, key)
+                known.append(Known.of_rows(own[saturation], other, facts, where))
         words.add(known, at)
 
 
@@ -325,16 +285,33 @@ def _in_order(sequences: Iterable[Iterable[str]]) -> list[str]:
     return merged
 
 
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Inside the block, torch uses this number of threads.
+def of_history(rows: Sequence[HistoryRow], layers: Sequence[str]) -> dict[str, Any]:
+    """Arrays of layers by forwards of a stage; a column of several forwards has their largest value.
 
-    Where other programs keep the cores busy, threads that share a small matrix wait for each other hundreds of
-    times: the 420 spectra of the demo have taken 45 s on two threads, and 0.8 s on one.
+    ``"layers"`` has indices into the page's list; ``"forwards"`` and ``"steps"`` the first and the last of each
+    column, -1 for an unknown step; each of :data:`QUANTITIES` an array (layer, column), NaN where nothing was
+    observed.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    present = {row.layer for row in rows}
+    shown = [place for place, layer in enumerate(layers) if layer in present]
+    of_layer = {layers[place]: index for index, place in enumerate(shown)}
+    steps = {row.forward: -1 if row.step is None else row.step for row in rows}
+    forwards = sorted(steps)
+    size = -(-len(forwards) // MOST_COLUMNS)
+    place = {forward: index for index, forward in enumerate(forwards)}
+    columns = -(-len(forwards) // size)
+    ends = [(forwards[at * size], forwards[min((at + 1) * size, len(forwards)) - 1]) for at in range(columns)]
+    content: dict[str, Any] = {
+        "layers": shown,
+        "forwards": [list(each) for each in ends],
+        "steps": [[steps[first], steps[last]] for first, last in ends],
+    }
+    for name in QUANTITIES:
+        values = np.full((len(shown), columns * size), np.nan)
+        for row in rows:
+            if row.layer in of_layer:
+                values[of_layer[row.layer], place[row.forward]] = getattr(row, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # for columns without a value
+            content[name] = np.nanmax(values.reshape(len(shown), columns, size), axis=2)
+    return content

@@ -1,15 +1,21 @@
-"""Recorded runs -> one HTML file."""
+"""Recorded runs -> one HTML file, with its numbers as text that a browser reads without a library."""
 
 from __future__ import annotations
 
+import base64
 import html
+import json
+import zlib
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from spectralmetrics.recording.files import replacing
+import numpy as np
+import numpy.typing as npt
+
+from spectralmetrics.recording.files import replace_file
 from spectralmetrics.recording.report.collect import Progress, collect
-from spectralmetrics.recording.report.encode import compress, pack
 from spectralmetrics.recording.saved import SavedRun, run_names
 
 LIBRARY = "plotly/plotly-cartesian.min.js"
@@ -62,14 +68,7 @@ def write_page(
     progress: Progress = lambda name, total: None,
     refresh: float | None = None,
 ) -> Path:
-    """Like :func:`write_report`, for a page that may reload.
-
-    Args:
-        directories: the directories of the runs.
-        path: the path of the file.
-        progress: see :func:`write_report`.
-        refresh: seconds after which the page reloads; None: never.
-    """
+    """Like :func:`write_report`, for a page that reloads after some seconds; None: never."""
     if not isinstance(directories, (str, Path, Iterable)):
         raise TypeError(f"expected the directory of a run, or several, got {directories!r}")
     paths = (
@@ -94,6 +93,58 @@ def write_page(
     for name, part in parts.items():
         text = text.replace(f"<!-- {name} -->", part, 1)
     path = Path(path)
-    with replacing(path) as file:
-        file.write(text.encode(errors="replace"))  # a directory's name may not be valid text
+    replace_file(path, text.encode(errors="replace"))  # a directory's name may not be valid text
     return path
+
+
+def pack(content: dict[str, Any]) -> str:
+    """Lists, dicts, strings, numbers and arrays as one compressed block.
+
+    Every array is taken out, and an object ``{"array": kind, "start": first byte, "shape": shape}`` says where
+    it is. The block is 4 bytes with the length of the JSON, little endian, then the JSON, then the arrays.
+
+    - ``"integers"``: int32. Neighbours along the last axis, epochs, are nearly equal: each number is stored as
+      its difference from the one before. 0, -1, 1, -2, ... become 0, 1, 2, 3, ..., so that small differences
+      of both signs have leading zeros. All first bytes come first, then all second bytes, so that these zeros
+      stand together and compress well.
+    - ``"floats"``: float64, the bytes in the same order. NaN and infinities are kept.
+
+    Args:
+        content: JSON except for its arrays, which hold integers below 2³⁰ or floats.
+
+    Returns:
+        zlib, as base64: letters and digits that no HTML parser takes for markup.
+    """
+    parts: list[bytes] = []
+    position = 0
+
+    def take_out(array: object) -> dict[str, Any]:
+        nonlocal position
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"expected JSON or an array, got {array!r}")
+        kind = "floats" if array.dtype.kind == "f" else "integers"
+        reference = {"array": kind, "start": position, "shape": list(array.shape)}
+        parts.append(_planes(array.astype("<f8")) if kind == "floats" else _planes(_differences(array)))
+        position += len(parts[-1])
+        return reference
+
+    # JSON has no NaN: a float outside an array must be finite.
+    header = json.dumps(content, default=take_out, allow_nan=False, ensure_ascii=False).encode(
+        errors="replace"  # a lone surrogate in a name
+    )
+    return compress(b"".join((len(header).to_bytes(4, "little"), header, *parts)))
+
+
+def compress(content: bytes) -> str:
+    """zlib, as base64."""
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def _differences(array: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    numbers = array.astype(np.int32)
+    steps = np.diff(numbers, axis=-1, prepend=np.int32(0))
+    return ((steps << 1) ^ (steps >> 31)).astype("<u4")
+
+
+def _planes(array: npt.NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1, array.dtype.itemsize).T.tobytes()

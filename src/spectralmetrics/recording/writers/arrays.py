@@ -106,24 +106,14 @@ class ArraysWriter(Writer):
 class SavedLayer:
     """One stage and layer of an array file; an access reads the arrays.
 
-    Args:
-        stage: the stage of the layer.
-        layer: its name.
-        file: the open array file.
-        names: the names of the layer's arrays.
-        needs_vectors: True if eigenvalues that were not saved come with eigenvectors, as in the record.
+    Eigenvalues that were not saved come with eigenvectors if the metrics of the record needed those.
 
     Raises:
         ValueError: on access to damaged arrays; names the file and the layer.
     """
 
     def __init__(
-        self,
-        stage: str,
-        layer: str,
-        file: zipfile.ZipFile,
-        names: list[str],
-        needs_vectors: bool = False,
+        self, stage: str, layer: str, file: zipfile.ZipFile, names: list[str], needs_vectors: bool
     ) -> None:
         self.stage = stage
         self.layer = layer
@@ -164,10 +154,8 @@ class SavedLayer:
             raise self._error(f"{name} cannot be read, {str(error) or type(error).__name__}") from error
 
     def _error(self, why: str) -> ValueError:
-        return ValueError(
-            f"expected {self._file.filename} to hold layer {self.layer!r} in {self.stage}: {why}; restore the"
-            " file"
-        )
+        what = f"{self._file.filename} to hold layer {self.layer!r} in {self.stage}"
+        return ValueError(f"expected {what}: {why}; restore the file")
 
     @property
     def spectral(self) -> SpectralSum:
@@ -232,9 +220,7 @@ def saved_layers(path: Path) -> list[tuple[str, str]]:
 def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]:
     """The layers of one array file in the order in which they were recorded; each reads its arrays on access.
 
-    Args:
-        path: the path of the file, which stays open as long as one of its layers lives.
-        needs_vectors: see :class:`SavedLayer`.
+    The file stays open as long as one of its layers lives.
 
     Raises:
         ValueError: if the file is not an archive.
@@ -246,18 +232,17 @@ def read_layers(path: Path, needs_vectors: bool = False) -> Iterator[SavedLayer]
 
 def _write_layer(archive: zipfile.ZipFile, record: Record, stage: str, layer: str) -> None:
     """Write the arrays of a layer, and release it before the next layer's sums are fetched."""
-    for name, tensor in _entries(record.sums[stage, layer], record.spectrum(stage, layer)):
+    for name, tensor in _entries(record, stage, layer):
         with archive.open(f"{stage}/{layer}/{name}.npy", "w", force_zip64=True) as entry:
             np.lib.format.write_array(entry, np.asanyarray(tensor.cpu()), allow_pickle=False)
 
 
-def _entries(sums: Any, spectrum: Spectrum | None) -> Iterator[tuple[str, Tensor]]:
+def _entries(record: Record, stage: str, layer: str) -> Iterator[tuple[str, Tensor]]:
     """The arrays of a layer, one in memory at a time."""
-    for each in sums:
+    for each in record.sums[stage, layer]:
         yield from each.saved()
-    if spectrum is None:
-        return
-    for (part, center), value in spectrum.known().items():
+    spectrum = record.spectrum(stage, layer)
+    for (part, center), value in ({} if spectrum is None else spectrum.known()).items():
         yield _PREFIXES[part] + _EIGENVALUES[center], value
 
 

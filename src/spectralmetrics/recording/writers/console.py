@@ -12,7 +12,7 @@ from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.probing.summary import SummaryRow, summary_of, summary_rows
-from spectralmetrics.recording.record import Record, Row
+from spectralmetrics.recording.record import Record, recorded_threshold
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.table import encodable, number
@@ -55,15 +55,15 @@ class ConsoleWriter(Writer):
         if sys.stdout is None:  # a program without a terminal, such as pythonw or a service
             return
         console = Console()
-        tables = tables_of(record, self.max_layers, console.width)
+        tables, summary = tables_of(record, self.max_layers, console.width), self._summary(record)
         if console.is_jupyter:
             for table in tables:
                 console.print(table)
-            if (summary := self._summary(record)) is not None:
+            if summary is not None:
                 console.print(summary, markup=False, highlight=False)
             return
         text = _render(tables, console)
-        if (summary := self._summary(record)) is not None:
+        if summary is not None:
             text += f"\n\n{encodable(summary)}"
         bars = sys.modules.get("tqdm.std")
         active: Any = getattr(getattr(bars, "tqdm", None), "_instances", ())
@@ -83,8 +83,7 @@ class ConsoleWriter(Writer):
             return None
         stage = "eval" if "eval" in stages else "train"
         layers = [layer for each, layer in record.sums if each == stage]
-        given = (each["threshold"] for each in record.statistics.values() if "threshold" in each)
-        metric = IntrinsicDimensionMetric(threshold=next(given, 0.99))
+        metric = IntrinsicDimensionMetric(threshold=recorded_threshold(record.statistics))
         rows = [row for layer in layers for row in _rows_of(record, stage, layer, metric)]
         findings = find(stage, [numbers for _, numbers in rows])
         if all(row.stands_out for row, _ in rows):  # no dimension can be read of any layer
@@ -104,11 +103,8 @@ def _rows_of(
 def tables_of(record: Record, max_layers: int | None = None, width: int = 80) -> list[Table]:
     """The numbers of a record as tables: a line for each layer, a column for each statistic and stage.
 
-    Args:
-        record: the record to show.
-        max_layers: with more layers, only their means are shown.
-        width: width of the screen, in characters. Columns without room go into further tables, at least one
-            into each; names longer than half the width are folded.
+    With more layers than ``max_layers`` only their means are shown. Columns for which the screen has no room go
+    into further tables, at least one into each; names longer than half the width are folded.
     """
     from rich.table import Table
     from rich.text import Text
@@ -119,7 +115,7 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
     if max_layers is not None and len(layers) > max_layers:
         layers = []
     names = [*layers, MEAN_LAYER] if of_layers else []
-    scalars = [f"{_name(row)} {row.value:.4g}" for row in record.rows if not row.layer]
+    scalars = [f"{row.stage} {row.statistic} {row.value:.4g}".strip() for row in record.rows if not row.layer]
     cells = {(row.layer, row.statistic, row.stage): number(row.value) for row in of_layers}
     headings = {(statistic, stage): [*statistic.split("_"), stage] for statistic, stage in columns}
     room = max(width // 2, 8)
@@ -129,7 +125,7 @@ def tables_of(record: Record, max_layers: int | None = None, width: int = 80) ->
         for column in columns
     }
     tables: list[Table] = []
-    for shown in _groups_that_fit(widths, width - _table_width([name_width])) or [[]]:
+    for shown in _groups_that_fit(widths, width - name_width - _AROUND - 1) or [[]]:
         title = f"E{str(record.key)[1:]}"
         title = title if tables else ", ".join([title, *scalars])
         table = Table(title=Text(title), title_justify="left")
@@ -157,10 +153,6 @@ def _groups_that_fit(widths: Mapping[tuple[str, str], int], room: int) -> list[l
     return groups
 
 
-def _table_width(widths: Sequence[int]) -> int:
-    return sum(width + _AROUND for width in widths) + 1
-
-
 def _longest(texts: Sequence[str]) -> int:
     """The width of the longest text, in characters of the screen."""
     from rich.cells import cell_len
@@ -182,7 +174,3 @@ def _render(tables: list[Table], console: Console) -> str:
             table.box = ASCII
         renderer.print(table)
     return encodable(text.getvalue().rstrip("\n"))
-
-
-def _name(row: Row) -> str:
-    return f"{row.stage} {row.statistic}".strip()

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
-import math
-import operator
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeAlias, TypeVar
 
-from spectralmetrics.probing.movers import History, HistoryRow
-from spectralmetrics.recording.files import kept_size, lengthen, read_table, replacing, sweep
+from spectralmetrics.probing.movers import History
+from spectralmetrics.recording.files import lengthen, replace_file, sweep
 from spectralmetrics.recording.record import Record
+from spectralmetrics.recording.tables import HISTORY, HISTORY_COLUMNS, blank_missing, csv_text, read_table
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import ForwardHistory
-
-T = TypeVar("T")
-
-_Recorded: TypeAlias = dict[tuple[str, str], dict[int, HistoryRow]]
-"""(Stage, layer) -> recorded number of a forward -> its row, with its number in the whole run."""
-
-FILE_NAME = "history.csv"
-HISTORY_COLUMNS = ("epoch", "stage", *HistoryRow._fields)
 
 
 class HistoryWriter(Writer):
@@ -40,7 +26,7 @@ class HistoryWriter(Writer):
 
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
-        self._path = directory / FILE_NAME
+        self._path = directory / HISTORY
         self._size = self._path.stat().st_size if self._path.exists() else 0
 
     def write(self, record: Record) -> None:
@@ -51,130 +37,36 @@ class HistoryWriter(Writer):
             if kept is not None:
                 histories.setdefault(stage, {})[layer] = kept
         lines = [
-            [record.epoch, stage, *("" if _is_missing(value) else value for value in row)]
+            [record.epoch, stage, *blank_missing(row)]
             for stage, layers in histories.items()
             for row in History.of_sums(stage, layers)
         ]
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)  # quotes names with line breaks
-        size = kept_size(self._path, self._size)
-        if size == 0:
-            writer.writerow(HISTORY_COLUMNS)
-        writer.writerows(lines)
-        self._size = lengthen(self._path, size, text.getvalue().encode())
+        self._size = lengthen(self._path, self._size, csv_text(lines), head=csv_text([HISTORY_COLUMNS]))
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:
         """See :class:`Writer`."""
-        return max(_read(directory, lambda cells: int(cells[0])), default=None)
+        return max((epoch for epoch, _ in _lines(directory)), default=None)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
         """See :class:`Writer`."""
-        return (directory / FILE_NAME).exists()
+        return (directory / HISTORY).exists()
 
     @classmethod
     def discard(cls, directory: Path, after: int | None) -> None:
         """See :class:`Writer`."""
-        path = directory / FILE_NAME
-        sweep(directory, FILE_NAME)
+        path = directory / HISTORY
+        sweep(directory, HISTORY)
         if after is None:
             path.unlink(missing_ok=True)
             return
-        lines = _read(directory, lambda cells: (int(cells[0]), cells))
+        lines = _lines(directory)
         kept = [cells for epoch, cells in lines if epoch <= after]
         if len(kept) < len(lines):
-            text = io.StringIO(newline="")
-            csv.writer(text).writerows([HISTORY_COLUMNS, *kept])
-            with replacing(path) as file:
-                file.write(text.getvalue().encode())
+            replace_file(path, csv_text([HISTORY_COLUMNS, *kept]))
 
 
-def read_history(directory: Path) -> dict[str, list[HistoryRow]]:
-    """Stage -> the rows of a run's ``history.csv``, each forward of a layer once; empty without the file.
-
-    The numbers of the forwards rise over the whole run. If the run was resumed without the state of the probe,
-    which then counts from 0 again, the numbers continue after the last ones.
-
-    Args:
-        directory: the directory of the run.
-
-    Raises:
-        ValueError: if the file is damaged or was not written by a recorder.
-    """
-    by_stage: dict[str, dict[tuple[int, str], HistoryRow]] = {}
-    recorded: _Recorded = {}
-    offsets: dict[str, int] = {}  # stage -> added to the numbers since they began anew
-    for _, lines in itertools.groupby(_read(directory, _epoch_stage_and_row), lambda line: line[0]):
-        record = [(stage, row) for _, stage, row in lines]
-        begins_anew, remembers = _compare(recorded, record)
-        earlier = recorded
-        if begins_anew:
-            recorded, offsets = {}, {}
-        for stage, row in record:
-            of_stage, place = by_stage.setdefault(stage, {}), (stage, row.layer)
-            same = earlier.get(place, {}).get(row.forward)
-            if same is not None and (not begins_anew or (remembers and _is_same(same, row))):
-                number = same.forward
-            else:
-                if stage not in offsets:
-                    last = max((each for each, _ in of_stage), default=-1)
-                    offsets[stage] = max(last + 1 - row.forward, 0)
-                number = row.forward + offsets[stage]
-            renumbered = row._replace(forward=number)
-            recorded.setdefault(place, {})[row.forward] = of_stage[number, row.layer] = renumbered
-    by_forward = operator.attrgetter("forward")
-    return {stage: sorted(rows.values(), key=by_forward) for stage, rows in by_stage.items()}
-
-
-def _compare(recorded: _Recorded, record: Iterable[tuple[str, HistoryRow]]) -> tuple[bool, bool]:
-    """Compare a record with earlier ones: (its numbers begin anew, its first forwards were recorded before).
-
-    A history reaches back beyond the record before it, and the same forwards are in both. All numbers begin
-    anew if a forward of some layer differs from the recorded one of its number, or comes before recorded ones.
-
-    Args:
-        recorded: the rows recorded before, since the numbers last began anew.
-        record: (stage, row), the forwards of each layer in their order.
-    """
-    begins_anew = False
-    firsts: dict[tuple[str, str], bool] = {}  # True if the first forward with a number in both is the same
-    for stage, row in record:
-        before = recorded.get((stage, row.layer), {})
-        earlier = before.get(row.forward)
-        if earlier is None:
-            begins_anew = begins_anew or row.forward < next(reversed(before), 0)
-            continue
-        is_same = _is_same(earlier, row)
-        # More rows of a forward may have come after the record, so that its counts have grown.
-        has_grown = firsts.get((stage, row.layer), False) and _offered(row) > _offered(earlier)
-        begins_anew = begins_anew or not (is_same or has_grown)
-        firsts.setdefault((stage, row.layer), is_same)
-    return begins_anew, bool(firsts) and all(firsts.values())
-
-
-def _is_same(left: HistoryRow, right: HistoryRow) -> bool:
-    """True if both are rows of the same forward; sums over processes may be rounded differently."""
-    # Missing values are one and the same NaN object, which tuples compare as equal.
-    exact = [each._replace(forward=0, rms=0.0, mean=0.0) for each in (left, right)]
-    return exact[0] == exact[1] and (not left.observations or math.isclose(left.rms, right.rms))
-
-
-def _offered(row: HistoryRow) -> int:
-    return row.observations + row.non_finite
-
-
-def _read(directory: Path, parse: Callable[[list[str]], T]) -> list[T]:
-    path = directory / FILE_NAME
-    return read_table(path, "a forward", parse, HISTORY_COLUMNS) if path.exists() else []
-
-
-def _epoch_stage_and_row(cells: list[str]) -> tuple[int, str, HistoryRow]:
-    epoch, stage, forward, step, layer, observations, *values, left_out = cells
-    rms, mean, most, zeros = (math.nan if cell == "" else float(cell) for cell in values)
-    when = int(forward), int(step) if step else None
-    return int(epoch), stage, HistoryRow(*when, layer, int(observations), rms, mean, most, zeros, int(left_out))
-
-
-def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def _lines(directory: Path) -> list[tuple[int, list[str]]]:
+    """(Epoch, cells) of all lines."""
+    return read_table(directory / HISTORY, "a forward", lambda cells: (int(cells[0]), cells), HISTORY_COLUMNS)

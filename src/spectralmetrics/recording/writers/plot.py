@@ -52,21 +52,17 @@ class PlotWriter(Writer):
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
-        for name, draw in _pictures(record).items():
-            self._save(draw(), self._path(name, record.epoch))
+        self._draw(record)
 
     def restore(self, record: Record) -> None:
         """Draw the pictures that are missing."""
+        self._draw(record, missing_only=True)
+
+    def _draw(self, record: Record, missing_only: bool = False) -> None:
         for name, draw in _pictures(record).items():
-            if not (path := self._path(name, record.epoch)).exists():
-                self._save(draw(), path)
-
-    def _path(self, name: str, epoch: int) -> Path:
-        return self._folder / f"{name}-epoch-{epoch:06d}.png"
-
-    def _save(self, figure: Figure | None, path: Path) -> None:
-        if figure is not None:
-            save_figure(figure, path, self.dpi)
+            path = self._folder / f"{name}-epoch-{record.epoch:06d}.png"
+            if not (missing_only and path.exists()) and (figure := draw()) is not None:
+                save_figure(figure, path, self.dpi)
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:
@@ -88,11 +84,11 @@ class PlotWriter(Writer):
 
 def _pictures(record: Record) -> dict[str, Callable[[], Figure | None]]:
     """Pictures to draw, by name; values that are not numbers are read only when they are drawn."""
-    numbers = list(dict.fromkeys(row.statistic for row in record.rows if row.layer))
     pictures: dict[str, Callable[[], Figure | None]] = {
         statistic: functools.partial(draw_profile, record.rows, statistic, record.statistics, record.layers)
-        for statistic in numbers
+        for statistic in dict.fromkeys(row.statistic for row in record.rows if row.layer)
     }
+    numbers = set(pictures)
     of_stage: dict[tuple[str, str], dict[str, str]] = {}
     for key in record.values:
         statistic, stage, layer = from_text(key)

@@ -7,7 +7,7 @@ import math
 import numbers
 from pathlib import Path
 
-from spectralmetrics.recording.files import replacing, sweep
+from spectralmetrics.recording.files import replace_file, sweep
 from spectralmetrics.recording.record import Record, RecordKey
 from spectralmetrics.recording.writer import Writer
 
@@ -61,8 +61,7 @@ class ReportWriter(Writer):
             text = path.read_bytes()
             live = f'data-refresh="{self.refresh:g}"'.encode()
             if live in text[:200]:
-                with replacing(path) as file:
-                    file.write(text.replace(live, b'data-refresh=""', 1))
+                replace_file(path, text.replace(live, b'data-refresh=""', 1))
 
     @classmethod
     def holds_records(cls, directory: Path) -> bool:

@@ -27,7 +27,7 @@ function historyFigure(state) {
       margin: { l: 70, r: 10, t: 10, b: 44 },
       xaxis: epochAxis(),
       yaxis: axis({ title: state.statistic, ...range(state.statistic, all) }),
-      shapes: [epochLine(state)],
+      shapes: [upright(page.epochs[state.epoch])],
     },
     label: `Line chart of ${state.statistic} of layer ${page.layers[state.layer]} over ${counted(page.epochs.length, page.unit)}.`,
     hint: `${stageWords(used, state)}${bands.length ? " The band is the interval of the value." : ""}`,
@@ -71,7 +71,7 @@ function scalarsFigure(state) {
     height,
     margin: { l: 70, r: 10, t: 24, b: 44 },
     xaxis: { ...epochAxis(), anchor: titles.length > 1 ? `y${titles.length}` : "y" },
-    shapes: [epochLine(state)],
+    shapes: [upright(page.epochs[state.epoch])],
     annotations: [],
   };
   titles.forEach((title, row) => {
@@ -111,14 +111,6 @@ function epochAxis() {
   const [first, last] = [page.epochs[0], page.epochs[page.epochs.length - 1]];
   const room = Math.max((last - first) * 0.03, 0.5);
   return axis({ title: page.unit, range: [first - room, last + room], nticks: 8, ...(last - first < 8 ? { dtick: 1 } : {}) });
-}
-
-function epochLine(state) {
-  const epoch = page.epochs[state.epoch];
-  return {
-    type: "line", xref: "x", yref: "paper", x0: epoch, x1: epoch, y0: 0, y1: 1,
-    line: { color: style("--quiet"), width: 1, dash: "dot" },
-  };
 }
 
 // Solid is the stage that is chosen, or none.

@@ -1,4 +1,4 @@
-// From the compressed text in the page to strings, lists and typed arrays; encode.py is the other side.
+// From the compressed text in the page to strings, lists and typed arrays; write.py is the other side.
 
 async function unpacked(id) {
   const text = atob(document.getElementById(id).textContent);

@@ -112,14 +112,15 @@ function profileFigure(state, width) {
       margin: { l: 58, r: 10, t: 10, b: names.pixels },
       xaxis: axis({ ...names, pixels: undefined, tickangle: -90, range: [-0.6, layers.length - 0.4], showgrid: false }),
       yaxis: axis({ title: state.statistic, ...range(state.statistic, all) }),
-      shapes: [...ceilings, ...(chosen < 0 ? [] : [{
-        type: "line", xref: "x", yref: "paper", x0: chosen, x1: chosen, y0: 0, y1: 1,
-        line: { color: style("--quiet"), width: 1, dash: "dot" },
-      }])],
+      shapes: [...ceilings, ...(chosen < 0 ? [] : [upright(chosen)])],
     },
     label: `Line chart of ${state.statistic} over ${counted(layers.length, "layer")}, ${condition(state)}. The table has its numbers.`,
     click: (point) => choose({ layer: point.customdata }),
   };
+}
+
+function upright(x, line = { color: style("--quiet"), width: 1, dash: "dot" }) {
+  return { type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, line };
 }
 
 // A step for each layer, and a line for each run that has another one; the values join those of the axis.
@@ -169,10 +170,38 @@ function colourBar(title, logarithms) {
   return { ...bar, tickmode: "array", tickvals: ticks.map(Math.log10), ticktext: ticks.map((tick) => (numbers.length > 1 ? String(tick) : shown(tick))) };
 }
 
+// Layers downwards, numbers as colours; `labels` has one of each column, and the axis those at `ticks`.
+function heatMap({ layers, numbers, text, isShare, xgap, colorbar, title, labels, ticks, shapes }, width) {
+  const height = Math.min(Math.max(layers.length * 17 + 60, 220), 640);
+  const names = nameAxis(layers, height - 60, width < 700 ? 22 : 48);
+  return {
+    traces: [{
+      type: "heatmap",
+      z: numbers.map((row) => row.map((value) => (Number.isFinite(value) ? value : null))),
+      text,
+      hoverinfo: "text",
+      colorscale: "Viridis",
+      ...(isShare ? { zmin: 0, zmax: 1 } : {}),
+      xgap,
+      ygap: layers.length <= 40 ? 1 : 0,
+      colorbar,
+    }],
+    layout: {
+      height,
+      margin: { l: names.pixels, r: 10, t: 10, b: 44 },
+      xaxis: axis({
+        title, tickmode: "array", tickvals: ticks, ticktext: ticks.map((index) => String(labels[index])),
+        range: [-0.5, labels.length - 0.5], showgrid: false, tickangle: 0,
+      }),
+      yaxis: axis({ ...names, pixels: undefined, range: [layers.length - 0.5, -0.5], showgrid: false }),
+      shapes,
+    },
+  };
+}
+
 function heatFigure(state, run, width) {
   const layers = layersOf(state);
   const kind = page.kind(state.statistic);
-  const names = nameAxis(layers, heatHeight(layers.length) - 60, width < 700 ? 22 : 48);
   const rows = layers.map((layer) =>
     run.epochs.map((_, epoch) => run.value(state.statistic, state.stage, layer, epoch, state.threshold)),
   );
@@ -186,31 +215,22 @@ function heatFigure(state, run, width) {
   const ticks = run.epochs.map((_, index) => index).filter((index) => index % every === 0);
   return {
     isEmpty: isEmpty && "no values at this threshold",
-    traces: [{
-      type: "heatmap",
-      z: rows.map((row) => row.map((value) => (Number.isFinite(value) ? value : null))),
+    ...heatMap({
+      layers,
+      numbers: rows,
       text: rows.map((row, place) =>
         row.map((value, index) =>
           escaped(`${named(run)}${page.layers[layers[place]]}, ${page.unit} ${run.epochs[index]}: ${shown(value, kind)}`),
         ),
       ),
-      hoverinfo: "text",
-      colorscale: "Viridis",
-      ...(kind === "share" ? { zmin: 0, zmax: 1 } : {}),
+      isShare: kind === "share",
       xgap: run.epochs.length <= 30 ? 1 : 0,
-      ygap: layers.length <= 40 ? 1 : 0,
       colorbar: colourBar(state.statistic),
-    }],
-    layout: {
-      height: heatHeight(layers.length),
-      margin: { l: names.pixels, r: 10, t: 10, b: 44 },
-      xaxis: axis({
-        title: page.unit, tickmode: "array", tickvals: ticks, ticktext: ticks.map((index) => String(run.epochs[index])),
-        range: [-0.5, run.epochs.length - 0.5], showgrid: false, tickangle: 0,
-      }),
-      yaxis: axis({ ...names, pixels: undefined, range: [layers.length - 0.5, -0.5], showgrid: false }),
+      title: page.unit,
+      labels: run.epochs,
+      ticks,
       shapes: isEmpty ? [] : shapes,
-    },
+    }, width),
     label: `Heat map of ${state.statistic} of run ${run.name}: ${counted(layers.length, "layer")} by ${counted(run.epochs.length, page.unit)}, ${condition(state)}.`,
     click: (point) => {
       const shownNow = layersOf(current);
@@ -224,7 +244,6 @@ function forwardsFigure(state, run, width) {
   const found = run.history[page.stages[state.stage]];
   const title = page.quantities[state.quantity];
   if (!found) return { isEmpty: "no history of this stage", traces: [], layout: { height: 120 }, label: "No history of this stage." };
-  const names = nameAxis(found.layers, heatHeight(found.layers.length) - 60, width < 700 ? 22 : 48);
   const isShare = state.quantity === "zero_share";
   const values = found.layers.map((_, row) => found.forwards.map((_, column) => at(found[state.quantity], row, column)));
   const words = (ends) => (ends[0] === ends[1] ? `${ends[0]}` : `${ends[0]} to ${ends[1]}`);
@@ -240,39 +259,22 @@ function forwardsFigure(state, run, width) {
   const ticks = firsts.filter((_, index) => index % every === 0);
   const chosen = found.layers.indexOf(state.layer);
   return {
-    traces: [{
-      type: "heatmap",
-      z: values.map((row) => row.map((value) => {
-        const z = isShare ? value : Math.log10(value);
-        return Number.isFinite(z) ? z : null;
-      })),
+    ...heatMap({
+      layers: found.layers,
+      numbers: isShare ? values : values.map((row) => row.map(Math.log10)),
       text: values.map((row, place) =>
         row.map((value, column) => escaped(`${named(run)}${page.layers[found.layers[place]]}, ${when[column]}: ${title} ${shown(value)}`)),
       ),
-      hoverinfo: "text",
-      colorscale: "Viridis",
-      ...(isShare ? { zmin: 0, zmax: 1 } : {}),
-      ygap: found.layers.length <= 40 ? 1 : 0,
+      isShare,
       colorbar: colourBar(title, isShare ? undefined : values.flat().map(Math.log10).filter(Number.isFinite)),
-    }],
-    layout: {
-      height: heatHeight(found.layers.length),
-      margin: { l: names.pixels, r: 10, t: 10, b: 44 },
-      xaxis: axis({
-        title: hasSteps ? "step" : "forward", tickmode: "array", tickvals: ticks,
-        ticktext: ticks.map((column) => String(labels[column])),
-        range: [-0.5, found.forwards.length - 0.5], showgrid: false, tickangle: 0,
-      }),
-      yaxis: axis({ ...names, pixels: undefined, range: [found.layers.length - 0.5, -0.5], showgrid: false }),
+      title: hasSteps ? "step" : "forward",
+      labels,
+      ticks,
       shapes: chosen < 0 ? [] : outline(-0.5, found.forwards.length - 0.5, chosen - 0.5, chosen + 0.5),
-    },
+    }, width),
     label: `Heat map of the ${title} of ${counted(found.layers.length, "layer")} in ${counted(found.forwards.length, "column")} of forwards, run ${run.name}.`,
     click: (point) => choose({ layer: found.layers[point.y] }),
   };
-}
-
-function heatHeight(layers) {
-  return Math.min(Math.max(layers * 17 + 60, 220), 640);
 }
 
 function spectrumFigure(state) {
@@ -306,10 +308,7 @@ function spectrumFigure(state) {
     const dimension = now < 0 ? undefined : run.dimension(0, state.stage, state.layer, now, state.threshold);
     if (dimension !== undefined) {
       words.push(`${heading(run)}${dimension} of ${run.integer("width", state.stage, state.layer, now)}`);
-      shapes.push({
-        type: "line", xref: "x", yref: "paper", x0: dimension || 1, x1: dimension || 1, y0: 0, y1: 1,
-        line: { color: colour(index), width: 1.5, dash: "dash" },
-      });
+      shapes.push(upright(dimension || 1, { color: colour(index), width: 1.5, dash: "dash" }));
     }
   }
   const isEmpty = traces.every((trace) => !trace.x.length);
