@@ -162,18 +162,12 @@ class MergingMetric(Metric):
         available = distributed_available or self.distributed_available_fn
         if not self._is_synced and not (callable(available) and available()):
             return _NOT_MERGED
-        return self._while_merged(
-            should_unsync,
-            dist_sync_fn=dist_sync_fn,
-            process_group=process_group,
-            should_sync=should_sync,
-            distributed_available=distributed_available,
-        )
+        return self._merging(should_unsync, dist_sync_fn, process_group, should_sync, distributed_available)
 
     @contextlib.contextmanager
-    def _while_merged(self, should_unsync: bool, **how: Any) -> Iterator[None]:
+    def _merging(self, should_unsync: bool, *how: Any) -> Iterator[None]:
         # torchmetrics has no `finally` here: an error in `compute` leaves the metric synced.
-        self.sync(**how)
+        self.sync(*how)
         try:
             yield
         finally:
