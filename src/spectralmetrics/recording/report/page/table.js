@@ -8,43 +8,23 @@ function columns(state) {
     ...(page.runs.length > 1 ? [{ title: "run", text: true, value: ({ run }) => run.name }] : []),
     { title: "layer", text: true, isLayer: true, value: ({ layer }) => layer, words: ({ layer }) => page.layers[layer] },
     { title: "type", text: true, isType: true, value: ({ run, layer }) => run.facts[layer].kind || undefined },
-    { title: "width", value: (row) => integer(row, "width") },
-    ...(page.hasCeilings ? [{ title: "ceiling", isFact: true, value: ceiling }] : []),
-    { title: "observations", value: (row) => integer(row, "observations") },
+    { title: "width", value: ({ run, where }) => run.integer("width", ...where) },
+    ...(page.hasCeilings ? [{ title: "ceiling", isFact: true, value: ({ run, where }) => run.ceiling(...where) }] : []),
+    { title: "observations", value: ({ run, where }) => run.integer("observations", ...where) },
     {
       title: "dimension",
       kind: "dimension",
-      value: (row) => ofKind(row, "dimension"),
-      interval: (row) => intervalOf(row, row.run.ofKind("dimension")),
+      value: ({ run, where }) => run.value(run.ofKind("dimension"), ...where),
+      interval: ({ run, where }) => run.interval(run.ofKind("dimension"), ...where),
     },
-    { title: "saturation", kind: "share", value: (row) => ofKind(row, "share") },
+    { title: "saturation", kind: "share", value: ({ run, where }) => run.value(run.ofKind("share"), ...where) },
     ...own.map((name) => ({
       title: name,
-      value: ({ run, layer, epoch, state: { stage, threshold } }) => run.value(name, stage, layer, epoch, threshold),
-      interval: (row) => intervalOf(row, name),
+      value: ({ run, where }) => run.value(name, ...where),
+      interval: ({ run, where }) => run.interval(name, ...where),
     })),
-    { title: "what stands out", text: true, isWords: true, value: standsOut },
+    { title: "what stands out", text: true, isWords: true, value: ({ run, where }) => run.standsOut(...where) ?? "" },
   ];
-}
-
-function integer({ run, layer, epoch, state }, name) {
-  return run.integer(name, state.stage, layer, epoch);
-}
-
-function ofKind({ run, layer, epoch, state }, kind) {
-  return run.value(run.ofKind(kind), state.stage, layer, epoch, state.threshold);
-}
-
-function ceiling({ run, layer, epoch, state }) {
-  return run.ceiling(state.stage, layer, epoch, state.threshold);
-}
-
-function intervalOf({ run, layer, epoch, state }, name) {
-  return run.interval(name, state.stage, layer, epoch, state.threshold);
-}
-
-function standsOut({ run, layer, epoch, state: { stage, threshold } }) {
-  return run.standsOut(stage, layer, epoch, threshold) ?? "";
 }
 
 let sorting = { title: "", isDescending: false };
@@ -54,9 +34,8 @@ function updateTable(state) {
   const all = columns(state);
   const rows = visibleRuns(state).flatMap(({ run, index }) => {
     const epoch = run.epochIndex(page.epochs[state.epoch]);
-    const tail = run.tail(state.stage, epoch, state.threshold);
     return page.layers
-      .map((_, layer) => ({ run, index, layer, epoch, tail, state }))
+      .map((_, layer) => ({ run, index, layer, state, where: [state.stage, layer, epoch, state.threshold] }))
       .map((row) => ({ ...row, cells: all.map((column) => column.value(row)) }))
       .filter((row) => row.cells.some((cell, i) => cell !== undefined && !all[i].text && !all[i].isFact));
   });
