@@ -46,14 +46,14 @@ function updateTable(state) {
   sort(rows, kept.find((column) => column.title === sorting.title));
   const hasIntervals = rows.some((row) => kept.some((column) => column.interval?.(row)));
   const brackets = hasIntervals ? "; in brackets the interval of a value" : "";
-  const body = document.getElementById("rows");
+  const body = byId("rows");
   const elements = rows.map((row) => rowElement(row, kept));
   // Moving an element takes the focus away from what is in it: touch only what is out of place.
   elements.forEach((element, place) => {
     if (body.children[place] !== element) body.insertBefore(element, body.children[place] || null);
   });
   while (body.children.length > elements.length) body.lastChild.remove();
-  document.getElementById("table-caption").firstElementChild.textContent =
+  byId("table-caption").firstElementChild.textContent =
     `${counted(rows.length, "row")}: ${condition(state, true)}${ended(state)}${brackets}`;
 }
 
@@ -69,27 +69,21 @@ function ended(state) {
 }
 
 function updateHeadings(kept) {
-  const headings = document.getElementById("headings");
+  const headings = byId("headings");
   const titles = kept.map((column) => column.title);
   if (headings.dataset.titles !== JSON.stringify(titles)) {
     headings.dataset.titles = JSON.stringify(titles);
     tableRows.clear();
     headings.replaceChildren(
       ...kept.map((column) => {
-        const heading = document.createElement("th");
-        heading.scope = "col";
-        heading.className = column.text ? "text" : "";
-        const button = document.createElement("button");
-        button.type = "button";
-        button.textContent = column.title;
+        const button = made("button", { type: "button", textContent: column.title });
         button.addEventListener("click", () => {
           // First the largest number, or the first letter.
           const isSame = sorting.title === column.title;
           sorting = { title: column.title, isDescending: isSame ? !sorting.isDescending : !column.text };
           updateTable(current);
         });
-        heading.append(button);
-        return heading;
+        return made("th", { scope: "col", className: column.text ? "text" : "" }, button);
       }),
     );
   }
@@ -142,22 +136,14 @@ function rowElement(row, kept) {
 }
 
 function newRow(row, kept) {
-  const element = document.createElement("tr");
-  for (const column of kept) {
-    const cell = document.createElement(column.isLayer ? "th" : "td");
-    cell.className = column.isWords ? "words" : column.isType ? "text type" : column.text ? "text" : "";
+  return made("tr", {}, ...kept.map((column) => {
+    const className = column.isWords ? "words" : column.isType ? "text type" : column.text ? "text" : "";
     if (column.isLayer) {
-      cell.scope = "row";
-      const button = document.createElement("button");
-      button.type = "button";
-      button.append(...breakable(column.words(row)));
+      const button = made("button", { type: "button" }, ...breakable(column.words(row)));
       button.addEventListener("click", () => choose({ layer: row.layer }));
-      cell.append(button);
-    } else if (!column.text) {
-      cell.append(document.createElement("data"));
-      if (column.interval) cell.append(document.createElement("span"));
+      return made("th", { className, scope: "row" }, button);
     }
-    element.append(cell);
-  }
-  return element;
+    if (column.text) return made("td", { className });
+    return made("td", { className }, made("data"), ...(column.interval ? [made("span")] : []));
+  }));
 }
