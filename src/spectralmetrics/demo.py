@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,11 @@ class ResidualNetwork(nn.Module):
         maps = self.pool(functional.relu(self.norm(self.stem(images))))
         logits: Tensor = self.head(self.blocks(maps).mean((2, 3)))
         return logits
+
+
+def _completed(update: Callable[..., None]) -> Callable[[int, int], None]:
+    """A function that moves a progress bar of rich."""
+    return lambda done, total: update(completed=done, total=total)
 
 
 def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,11 +166,8 @@ def run(
             accuracy = torch.cat(correct).double().mean()
             recorder.add_scalar("accuracy", accuracy, stage="eval")
             reading = progress.add_task("reading layers", total=None)
-            move = functools.partial(progress.update, reading)
-            values = recorder.record(
-                epoch,
-                progress=lambda done, total, move=move: move(completed=done, total=total),  # type: ignore[misc]
-            )
+            update = functools.partial(progress.update, reading)
+            values = recorder.record(epoch, progress=_completed(update))
             progress.remove_task(reading)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
     rows = read_rows(output / "records.csv")

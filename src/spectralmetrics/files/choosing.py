@@ -33,7 +33,7 @@ def metrics_for(
     Raises:
         ValueError: for a metric whose covariance would be too large.
     """
-    named = _defaults(width, classes, center) if metrics is None else named_metrics(metrics)
+    named = named_metrics(_defaults(width, classes) if metrics is None else metrics)
     chosen: dict[str, Metric] = {}
     for name, metric in named.items():
         if isinstance(metric, SpectralMetric) and metric.takes_observations:
@@ -50,22 +50,13 @@ def metrics_for(
     return chosen
 
 
-def _defaults(width: int, classes: int, center: bool) -> dict[str, Metric]:
+def _defaults(width: int, classes: int) -> list[Metric]:
+    first, then = (IntrinsicDimensionMetric, SaturationMetric), (ParticipationRatioMetric, StableRankMetric)
     if width > WIDEST:
-        kinds = (IntrinsicDimensionMetric, SaturationMetric, ParticipationRatioMetric, StableRankMetric)
-        return named_metrics([kind(center=center, sketch_size=_SKETCH_SIZE) for kind in kinds])
-    metrics: list[Metric] = [
-        kind(center=center, nan_strategy="ignore")  # the findings say how many rows were left out
-        for kind in (
-            IntrinsicDimensionMetric,
-            SaturationMetric,
-            EffectiveRankMetric,
-            ParticipationRatioMetric,
-            StableRankMetric,
-            CovarianceTraceMetric,
-        )
-    ]
-    metrics.append(SpreadMetric(nan_strategy="ignore"))
+        return [kind(sketch_size=_SKETCH_SIZE) for kind in (*first, *then)]
+    kinds = (*first, EffectiveRankMetric, *then, CovarianceTraceMetric, SpreadMetric)
+    # The findings say how many rows were left out.
+    metrics: list[Metric] = [kind(nan_strategy="ignore") for kind in kinds]
     if classes > 1:
         metrics += [kind(classes, nan_strategy="ignore") for kind in (LinearProbeMetric, NeuralCollapseMetric)]
-    return named_metrics(metrics)
+    return metrics

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -94,7 +94,7 @@ class LayerProbeCallback(Callback):
     ) -> None:
         self.probe: LayerProbe | None = None
         arguments |= {"metrics": metrics, "generation": generation, "each_layer": each_layer}
-        self._make_forwards = functools.partial(Forwards, **arguments)
+        self._make_forwards: Callable[[nn.Module], Forwards] = functools.partial(Forwards, **arguments)
         self._keeping = Keeping(recorder)
         self._watching = Watching(monitor)
         self._forwards: Forwards | None = None  # while the trainer runs
@@ -203,7 +203,7 @@ class LayerProbeCallback(Callback):
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
     on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

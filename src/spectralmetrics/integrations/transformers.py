@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class LayerProbeCallback(TrainerCallback):
             if name is not None and not (isinstance(name, str) and name):
                 raise TypeError(f"expected {argument} to be the name of an argument or None, got {name!r}")
         arguments |= {"metrics": metrics, "generation": generation, "each_layer": each_layer}
-        self._make_forwards = functools.partial(Forwards, **arguments)
+        self._make_forwards: Callable[[nn.Module], Forwards] = functools.partial(Forwards, **arguments)
         self._trainer = trainer
         self._attention_mask = attention_mask
         self._decoder_attention_mask = decoder_attention_mask

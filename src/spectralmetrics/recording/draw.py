@@ -148,33 +148,28 @@ def draw_runs(
     paths = [Path(directory) for directory in directories]
     if not paths:
         raise ValueError("expected the directory of at least one run, got none")
-    labels = _labels(paths)
-    runs = [SavedRun(path) for path in paths]
+    runs = {label: SavedRun(path) for label, path in zip(_labels(paths), paths, strict=True)}
     profiles: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    titles: dict[str, str] = {}
-    for run, label in zip(runs, labels, strict=True):
+    for label, run in runs.items():
         run.check(rows=True)
         key = run.last_of(epoch)
-        titles[label] = f"{label}, {key}"
         for row in run.rows:
             if row.key == key and row.is_of_layer:
-                of_run = profiles.setdefault((row.statistic, row.stage), {}).setdefault(label, {})
-                of_run[row.layer] = row.value
+                of_runs = profiles.setdefault((row.statistic, row.stage), {})
+                of_runs.setdefault(f"{label}, {key}", {})[row.layer] = row.value
     recorded = list(dict.fromkeys(statistic for statistic, _ in profiles))
     if unknown := [name for name in statistics or () if name not in recorded]:
         raise ValueError(f"expected statistics among {recorded}, got {unknown[0]!r}")
-    settings = runs[0].statistics
+    settings = next(iter(runs.values())).statistics
     folder = paths[0] / "plots" if output is None else Path(output)
     written = []
     for (statistic, stage), of_runs in profiles.items():
-        if statistics is not None and statistic not in statistics:
-            continue
-        target = folder / f"{statistic}-{stage}-runs.png"
-        progress(target.name)
-        named = {titles[label]: profile for label, profile in of_runs.items()}
-        title = f"{title_of(statistic, settings)}, {stage}"
-        save_figure(plot_profile(named, statistic=statistic, title=title)[0], target, dpi)
-        written.append(target)
+        if statistics is None or statistic in statistics:
+            target = folder / f"{statistic}-{stage}-runs.png"
+            progress(target.name)
+            title = f"{title_of(statistic, settings)}, {stage}"
+            save_figure(plot_profile(of_runs, statistic=statistic, title=title)[0], target, dpi)
+            written.append(target)
     return written
 
 

@@ -294,8 +294,8 @@ class Recorder:
 
     def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
         for what, number in (("an epoch", epoch), ("a step", step)):
-            counts = hasattr(number, "__index__") and not isinstance(number, bool) and number >= 0
-            if number is not None and not counts:
+            is_integer = hasattr(number, "__index__") and not isinstance(number, bool)
+            if number is not None and not (is_integer and number >= 0):
                 raise ValueError(f"expected {what} as an integer that is not negative, got {number!r}")
         key = RecordKey(self.next_epoch if epoch is None else int(epoch), None if step is None else int(step))
         if self._last is None or key.order > self._last.order:

@@ -34,7 +34,7 @@ const pen = document.createElement("canvas").getContext("2d");
 
 // A name that may be broken behind its dots, dashes and slashes.
 function breakable(name) {
-  return name.split(/(?<=[._/-])/).flatMap((part, index) => (index ? [document.createElement("wbr"), part] : [part]));
+  return name.split(/(?<=[._/-])/).flatMap((part, index) => (index ? [made("wbr"), part] : [part]));
 }
 
 // Labels for an axis of layers: as many as have room, and the pixels that the longest of them takes.

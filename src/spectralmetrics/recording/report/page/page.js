@@ -7,6 +7,12 @@ function byId(id) {
   return document.getElementById(id);
 }
 
+function made(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
 // Change the state; everything that shows it follows before the next frame.
 let isWaiting = false;
 function choose(change) {
@@ -135,14 +141,7 @@ function countNotes() {
 }
 
 function fill(select, names) {
-  select.replaceChildren(
-    ...names.map(([value, text]) => {
-      const option = document.createElement("option");
-      option.value = String(value);
-      option.textContent = text;
-      return option;
-    }),
-  );
+  select.replaceChildren(...names.map(([value, text]) => made("option", { value: String(value), textContent: text })));
 }
 
 function makeControls() {
@@ -188,13 +187,7 @@ function restyle() {
 function showAlarms() {
   const lines = page.runs.flatMap((run) => run.alarms.map((alarm) => `${heading(run)}${alarm}`));
   byId("alarms").hidden = !lines.length;
-  byId("alarm-list").replaceChildren(
-    ...lines.map((line) => {
-      const item = document.createElement("li");
-      item.textContent = line;
-      return item;
-    }),
-  );
+  byId("alarm-list").replaceChildren(...lines.map((line) => made("li", {}, line)));
 }
 
 function makeRuns() {
@@ -202,36 +195,20 @@ function makeRuns() {
   byId("runs").hidden = !several;
   page.runs.forEach((run, index) => {
     if (several) {
-      const label = document.createElement("label");
-      const box = document.createElement("input");
-      box.type = "checkbox";
-      box.checked = current.runs[index];
-      box.id = `run-${index}`;
+      const box = made("input", { type: "checkbox", checked: current.runs[index], id: `run-${index}` });
       box.addEventListener("change", () => {
         current.runs[index] = box.checked;
         choose({});
       });
-      const swatch = document.createElement("span");
-      swatch.className = "swatch";
-      swatch.id = `swatch-${index}`;
+      const swatch = made("span", { className: "swatch", id: `swatch-${index}` });
       swatch.style.background = colour(index);
-      label.append(box, swatch, run.name);
-      byId("runs").append(label);
+      byId("runs").append(made("label", {}, box, swatch, run.name));
     }
     for (const kind of ["heat", "forwards"]) {
-      const holder = document.createElement("div");
-      holder.id = `${kind}-box-${index}`;
-      if (several) {
-        const title = document.createElement("h3");
-        title.textContent = run.name;
-        holder.append(title);
-      }
-      const chart = document.createElement("div");
-      chart.id = `${kind}-${index}`;
-      chart.className = "chart";
+      const chart = made("div", { className: "chart", id: `${kind}-${index}` });
       chart.setAttribute("role", "img");
-      holder.append(chart);
-      byId(kind).append(holder);
+      const title = several ? [made("h3", {}, run.name)] : [];
+      byId(kind).append(made("div", { id: `${kind}-box-${index}` }, ...title, chart));
     }
   });
 }
@@ -255,9 +232,7 @@ function writeNotes() {
 
 async function start() {
   const [library, data] = await Promise.all([unpacked("library"), unpacked("data")]);
-  const script = document.createElement("script");
-  script.textContent = new TextDecoder().decode(library);
-  document.head.append(script);
+  document.head.append(made("script", { textContent: new TextDecoder().decode(library) }));
   byId("library-version").textContent = `plotly.js ${Plotly.version}`;
   page = new Page(readContent(data));
   current = {

@@ -8,43 +8,23 @@ function columns(state) {
     ...(page.runs.length > 1 ? [{ title: "run", text: true, value: ({ run }) => run.name }] : []),
     { title: "layer", text: true, isLayer: true, value: ({ layer }) => layer, words: ({ layer }) => page.layers[layer] },
     { title: "type", text: true, isType: true, value: ({ run, layer }) => run.facts[layer].kind || undefined },
-    { title: "width", value: (row) => integer(row, "width") },
-    ...(page.hasCeilings ? [{ title: "ceiling", isFact: true, value: ceiling }] : []),
-    { title: "observations", value: (row) => integer(row, "observations") },
+    { title: "width", value: ({ run, where }) => run.integer("width", ...where) },
+    ...(page.hasCeilings ? [{ title: "ceiling", isFact: true, value: ({ run, where }) => run.ceiling(...where) }] : []),
+    { title: "observations", value: ({ run, where }) => run.integer("observations", ...where) },
     {
       title: "dimension",
       kind: "dimension",
-      value: (row) => ofKind(row, "dimension"),
-      interval: (row) => intervalOf(row, row.run.ofKind("dimension")),
+      value: ({ run, where }) => run.value(run.ofKind("dimension"), ...where),
+      interval: ({ run, where }) => run.interval(run.ofKind("dimension"), ...where),
     },
-    { title: "saturation", kind: "share", value: (row) => ofKind(row, "share") },
+    { title: "saturation", kind: "share", value: ({ run, where }) => run.value(run.ofKind("share"), ...where) },
     ...own.map((name) => ({
       title: name,
-      value: ({ run, layer, epoch, state: { stage, threshold } }) => run.value(name, stage, layer, epoch, threshold),
-      interval: (row) => intervalOf(row, name),
+      value: ({ run, where }) => run.value(name, ...where),
+      interval: ({ run, where }) => run.interval(name, ...where),
     })),
-    { title: "what stands out", text: true, isWords: true, value: standsOut },
+    { title: "what stands out", text: true, isWords: true, value: ({ run, where }) => run.standsOut(...where) ?? "" },
   ];
-}
-
-function integer({ run, layer, epoch, state }, name) {
-  return run.integer(name, state.stage, layer, epoch);
-}
-
-function ofKind({ run, layer, epoch, state }, kind) {
-  return run.value(run.ofKind(kind), state.stage, layer, epoch, state.threshold);
-}
-
-function ceiling({ run, layer, epoch, state }) {
-  return run.ceiling(state.stage, layer, epoch, state.threshold);
-}
-
-function intervalOf({ run, layer, epoch, state }, name) {
-  return run.interval(name, state.stage, layer, epoch, state.threshold);
-}
-
-function standsOut({ run, layer, epoch, state: { stage, threshold } }) {
-  return run.standsOut(stage, layer, epoch, threshold) ?? "";
 }
 
 let sorting = { title: "", isDescending: false };
@@ -54,9 +34,8 @@ function updateTable(state) {
   const all = columns(state);
   const rows = visibleRuns(state).flatMap(({ run, index }) => {
     const epoch = run.epochIndex(page.epochs[state.epoch]);
-    const tail = run.tail(state.stage, epoch, state.threshold);
     return page.layers
-      .map((_, layer) => ({ run, index, layer, epoch, tail, state }))
+      .map((_, layer) => ({ run, index, layer, state, where: [state.stage, layer, epoch, state.threshold] }))
       .map((row) => ({ ...row, cells: all.map((column) => column.value(row)) }))
       .filter((row) => row.cells.some((cell, i) => cell !== undefined && !all[i].text && !all[i].isFact));
   });
@@ -67,14 +46,14 @@ function updateTable(state) {
   sort(rows, kept.find((column) => column.title === sorting.title));
   const hasIntervals = rows.some((row) => kept.some((column) => column.interval?.(row)));
   const brackets = hasIntervals ? "; in brackets the interval of a value" : "";
-  const body = document.getElementById("rows");
+  const body = byId("rows");
   const elements = rows.map((row) => rowElement(row, kept));
   // Moving an element takes the focus away from what is in it: touch only what is out of place.
   elements.forEach((element, place) => {
     if (body.children[place] !== element) body.insertBefore(element, body.children[place] || null);
   });
   while (body.children.length > elements.length) body.lastChild.remove();
-  document.getElementById("table-caption").firstElementChild.textContent =
+  byId("table-caption").firstElementChild.textContent =
     `${counted(rows.length, "row")}: ${condition(state, true)}${ended(state)}${brackets}`;
 }
 
@@ -90,27 +69,21 @@ function ended(state) {
 }
 
 function updateHeadings(kept) {
-  const headings = document.getElementById("headings");
+  const headings = byId("headings");
   const titles = kept.map((column) => column.title);
   if (headings.dataset.titles !== JSON.stringify(titles)) {
     headings.dataset.titles = JSON.stringify(titles);
     tableRows.clear();
     headings.replaceChildren(
       ...kept.map((column) => {
-        const heading = document.createElement("th");
-        heading.scope = "col";
-        heading.className = column.text ? "text" : "";
-        const button = document.createElement("button");
-        button.type = "button";
-        button.textContent = column.title;
+        const button = made("button", { type: "button", textContent: column.title });
         button.addEventListener("click", () => {
           // First the largest number, or the first letter.
           const isSame = sorting.title === column.title;
           sorting = { title: column.title, isDescending: isSame ? !sorting.isDescending : !column.text };
           updateTable(current);
         });
-        heading.append(button);
-        return heading;
+        return made("th", { scope: "col", className: column.text ? "text" : "" }, button);
       }),
     );
   }
@@ -163,22 +136,14 @@ function rowElement(row, kept) {
 }
 
 function newRow(row, kept) {
-  const element = document.createElement("tr");
-  for (const column of kept) {
-    const cell = document.createElement(column.isLayer ? "th" : "td");
-    cell.className = column.isWords ? "words" : column.isType ? "text type" : column.text ? "text" : "";
+  return made("tr", {}, ...kept.map((column) => {
+    const className = column.isWords ? "words" : column.isType ? "text type" : column.text ? "text" : "";
     if (column.isLayer) {
-      cell.scope = "row";
-      const button = document.createElement("button");
-      button.type = "button";
-      button.append(...breakable(column.words(row)));
+      const button = made("button", { type: "button" }, ...breakable(column.words(row)));
       button.addEventListener("click", () => choose({ layer: row.layer }));
-      cell.append(button);
-    } else if (!column.text) {
-      cell.append(document.createElement("data"));
-      if (column.interval) cell.append(document.createElement("span"));
+      return made("th", { className, scope: "row" }, button);
     }
-    element.append(cell);
-  }
-  return element;
+    if (column.text) return made("td", { className });
+    return made("td", { className }, made("data"), ...(column.interval ? [made("span")] : []));
+  }));
 }
