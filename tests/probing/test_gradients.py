@@ -399,6 +399,15 @@ def test_what_belongs_to_the_forward_is_that_of_the_forward(backend, reentrant):
     torch.testing.assert_close(rows_of(probe, "2"), expected, rtol=1e-12, atol=0)
 
 
+def test_a_history_keeps_the_last_forwards_in_whatever_order_their_gradients_arrive():
+    layer = made(lambda: nn.Linear(4, 3))
+    probe = LayerProbe(layer, sm.HistoryMetric(steps=3), observe="gradients")
+    for probe.step in range(2):
+        sum(layer(given(5 + k, 4)).square().sum() for k in range(4)).backward()  # the last arrives first
+    rows = probe.history("train").rows
+    assert [(row.forward, row.step, row.observations) for row in rows] == [(5, 1, 6), (6, 1, 7), (7, 1, 8)]
+
+
 class Cut(torch.autograd.Function):
     """Passes values on, and no gradient back."""
 

@@ -137,8 +137,13 @@ class HistoryIntake(Intake):
             if measured is None:
                 origin = sums.ring.new_zeros(observations.num_features)
                 measured = measure(observations, origin)
-            is_more, self._latest = forward == self._latest, forward
             step = -1 if observations.step is None else observations.step
+            if observations.forward is not None and forward < (self._latest or 0):
+                # Gradients of several forwards may arrive in another order: drop the earliest forward even so.
+                row = torch.cat([sums.ring.new_tensor([forward, step]), _row(measured)])
+                sums.ring.copy_(_together(torch.cat([sums.ring, row[None]]), sums.steps))
+                return
+            is_more, self._latest = forward == self._latest, forward
             if measured.totals.is_cpu:
                 _write_in_memory(sums.ring, measured, None if is_more else (forward, step))
                 return
