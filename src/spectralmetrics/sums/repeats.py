@@ -80,7 +80,7 @@ class Repeats:
             alike / max(pairs, 1.0) for alike, pairs in zip(self._alike.tolist(), self._pairs, strict=True)
         ]
         by_nature = max(shares[0], median(shares[1:])) * apart
-        return float(shared) - 2 * by_nature > _SHARED * total
+        return bool(float(shared) - 2 * by_nature > _SHARED * total)
 
     def merge(self, other: Repeats) -> None:
         """Add the records of another, which must have as many folds."""
