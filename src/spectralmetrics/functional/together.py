@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,14 +64,14 @@ def decompose_together(wanted: Iterable[Wanted], progress: Progress | None = Non
         _bring(part, [each.spectrum for each in wanted if each.part == part])
 
 
-def read_together(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The integers in these tensors, with one transfer for each device that they are on."""
-    integers: dict[int, list[int]] = {}
+def read_together(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """The numbers in these tensors, with one transfer for each device that they are on."""
+    found: dict[int, list[Any]] = {}
     for indices in _grouped(range(len(tensors)), lambda index: tensors[index].device).values():
         numbers = iter(torch.cat([tensors[index].reshape(-1) for index in indices]).cpu().tolist())
         for index in indices:
-            integers[index] = [next(numbers) for _ in range(tensors[index].numel())]
-    return [integers[index] for index in range(len(tensors))]
+            found[index] = [next(numbers) for _ in range(tensors[index].numel())]
+    return [found[index] for index in range(len(tensors))]
 
 
 def _kind(each: tuple[Spectrum, bool]) -> tuple[torch.device, int, bool]:
