@@ -136,7 +136,6 @@ LONG_FILES = {
     "cli.py": "one command after the other, each with its help",
     "torch_private.py": "one private name after the other, with what is done without it",
     "sums/sketch.py": "one kind of sum, and what is read of it",
-    "sums/moments.py": "one kind of sum, with a doctest for each operation",
 }
 
 

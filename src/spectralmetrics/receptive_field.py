@@ -11,7 +11,7 @@ import contextlib
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias
@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectralmetrics.probing.selection import Selectors, select_layers
 
@@ -83,7 +84,7 @@ def receptive_fields(
         )
     axes = example.ndim - 2
     follower = _Follower(axes)
-    follower.set(example, _Field((1,) * axes, (1,) * axes, (Fraction(1),) * axes))
+    follower.fields[example] = _Field((1,) * axes, (1,) * axes, (Fraction(1),) * axes)
     fields: dict[str, ReceptiveField] = {}
 
     def read(name: str) -> Callable[..., None]:
@@ -184,18 +185,11 @@ class _Follower(TorchFunctionMode):
     def __init__(self, axes: int) -> None:
         super().__init__()
         self.axes = axes
-        # The tensors are kept, so that no `id` is used twice.
-        self._fields: dict[int, tuple[Tensor, _Field]] = {}
-
-    def set(self, tensor: Tensor, field: _Field) -> None:
-        self._fields[id(tensor)] = (tensor, field)
-
-    def get(self, tensor: Tensor) -> _Field | None:
-        return self._fields[id(tensor)][1] if id(tensor) in self._fields else None
+        self.fields: MutableMapping[Tensor, _Field] = WeakTensorKeyDictionary()
 
     def joined(self, value: object) -> _Field | None:
         """The smallest and the largest field of all tensors in a value."""
-        fields = [field for tensor in _tensors(value) if (field := self.get(tensor)) is not None]
+        fields = [field for tensor in _tensors(value) if (field := self.fields.get(tensor)) is not None]
         if not fields:
             return None
         return _Field(
@@ -216,9 +210,9 @@ class _Follower(TorchFunctionMode):
         field = self.joined((args, kwargs))  # before an operation in place replaces the field of its input
         result = func(*args, **kwargs)
         if field is not None:
-            source = next(t for t in _tensors((args, kwargs)) if self.get(t) is not None)
+            source = next(t for t in _tensors((args, kwargs)) if t in self.fields)
             for tensor in _tensors(result):
-                self.set(tensor, self._behind(func, field, source, tensor, args, kwargs))
+                self.fields[tensor] = self._behind(func, field, source, tensor, args, kwargs)
         return result
 
     def _behind(
@@ -273,7 +267,7 @@ class _Follower(TorchFunctionMode):
             return field.widen([0] * self.axes, resized)
         if name == "pixel_unshuffle":
             return field.widen([int(r) - 1 for r in resized], resized)
-        number = sum(self.get(tensor) is not None for tensor in _tensors(args))
+        number = sum(tensor in self.fields for tensor in _tensors(args))
         mixes = _MIXES_POSITIONS.fullmatch(name) or (_PRODUCT.fullmatch(name) and number > 1)
         return field.see_all([bool(mixes) or (b > 1 and a == 1) for b, a in zip(before, after, strict=True)])
 

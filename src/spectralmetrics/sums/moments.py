@@ -344,8 +344,5 @@ def _upper_covariance(
 
 
 def _block_rows(width: int) -> list[slice]:
-    """Slices of the rows that travel together, each from the column of its first diagonal value on.
-
-    Values below the diagonal travel too: at most an eighth more numbers, from width 128 on.
-    """
+    """Slices of rows that travel together: from width 128 on at most an eighth more than the upper triangle."""
     return rows_at_a_time(width, width, most=min(max(width // 8, 16), 64))
