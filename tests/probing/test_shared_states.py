@@ -59,6 +59,27 @@ def test_a_member_that_a_reader_changes_is_changed_alone_and_until_the_next_obse
     assert int(member.count) == 200
 
 
+@pytest.mark.parametrize("change", ["merge_state", "load_state_dict", "sharded"])
+def test_members_read_before_read_what_the_probe_takes_over(change):
+    metrics = {"a": sm.SaturationMetric(), "b": sm.CovarianceTraceMetric(), "c": sm.MaxAbsMetric()}
+    (model, probe), (other_model, other) = probed(metrics), probed(metrics)
+    for each in (probe, other):
+        each.persistent()
+    model(torch.randn(50, 8))
+    other_model(100 * torch.randn(50, 8))
+    collection = probe["train", "0"]
+    before = [collection[name].compute() for name in ("b", "c")]
+    if change == "merge_state":
+        probe.merge_state(other)
+    elif change == "load_state_dict":
+        probe.load_state_dict(other.state_dict())
+    else:
+        probe.sharded().load_state_dict(other.sharded().state_dict())
+    after, values = [collection[name].compute() for name in ("b", "c")], probe.compute()
+    assert after == [values["b/train/0"], values["c/train/0"]]
+    assert all(each > other for each, other in zip(after, before, strict=True))
+
+
 @pytest.mark.parametrize("way", ["update", "forward", "merge_state", "collection"])
 def test_members_that_are_all_given_the_same_rows_count_them_once(way):
     model, probe = probed({"a": sm.SaturationMetric(), "b": sm.CovarianceTraceMetric()})

@@ -86,12 +86,16 @@ class DealingMetric(FollowingMetric):
         Its folds are paired with the folds of this metric so that all are filled as equally as possible, unless
         the user gave ``Observations.group``.
         """
+        with self.changed_by_user():
+            self.merge_for_all(incoming_state)
+
+    def merge_for_all(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Like :meth:`merge_state`; metrics that follow this one read the merged sums in any case."""
         has_groups = getattr(incoming_state, "_has_own_groups", False)
         self._rearranges = not (self._has_own_groups or has_groups)
         self._has_own_groups = self._has_own_groups or has_groups
         try:
-            with self.changed_by_user():
-                super().merge_state(incoming_state)
+            super().merge_state(incoming_state)
         finally:
             self._rearranges = False
         theirs: Repeats | None = getattr(incoming_state, "_repeats", None)

@@ -100,7 +100,8 @@ def merge_places(own: LayerMetrics, other: LayerMetrics) -> None:
         own.sketch(other.sketch_size)
     for leader, other_leader in zip(own.leaders, other.leaders, strict=True):
         if other_leader.update_count:
-            leader.merge_state(other_leader)
+            merge = leader.merge_for_all if isinstance(leader, SpectralMetric) else leader.merge_state
+            merge(other_leader)
     own.samples, own.forwards = own.samples + other.samples, own.forwards + other.forwards
     own.ran = max(own.ran, other.ran)
 
