@@ -60,7 +60,7 @@ def test_equal_values_are_one_lower_end():
     assert math.isfinite(float(fit.alpha))
 
 
-@pytest.mark.parametrize("unit", [1.0, 1e-223, 1e265])
+@pytest.mark.parametrize("unit", [1e-223, 1e265])
 def test_values_close_together_keep_their_digits(unit):
     values = unit * (1 + 1e-9 * np.random.default_rng(0).random(60))
     fit = power_law_tail(torch.tensor(values))
