@@ -60,6 +60,15 @@ def test_equal_values_are_one_lower_end():
     assert math.isfinite(float(fit.alpha))
 
 
+@pytest.mark.parametrize("unit", [1e-223, 1e265])
+def test_values_close_together_keep_their_digits(unit):
+    values = unit * (1 + 1e-9 * np.random.default_rng(0).random(60))
+    fit = power_law_tail(torch.tensor(values))
+    tail = np.sort(values).astype(np.longdouble)[-int(fit.tail) :]
+    expected = 1 + len(tail) / np.log1p((tail - tail[0]) / tail[0]).sum()
+    assert float(fit.alpha) == pytest.approx(float(expected), rel=1e-9)
+
+
 # -- a model --------------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,16 @@ def test_the_dimension_at_the_ends_of_the_range(unit):
     assert F.saturation(values, 0.05) == 0.1
 
 
+def test_single_features_at_the_ends_of_the_range():
+    most = torch.full((4,), 1e308, dtype=torch.float64)
+    assert float(F.root_mean_square(most)) == pytest.approx(1e154)
+    assert float(F.spread(most / 4, most)) == 0.25
+    assert F.dormant_features(most) == 0
+    assert float(F.signal_to_noise(most**0.52, most)) == pytest.approx(float(1e308**0.04))
+    small = torch.full_like(most, 1e-170)
+    assert float(F.signal_to_noise(small, small ** (30 / 17))) == pytest.approx(1e-40)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.int64, fractions.Fraction])
 def test_thresholds_of_numpy(kind):
     values = torch.tensor([4.0, 3.0, 2.0, 1.0])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.checks import check_real
+from spectralmetrics.sums.precision import power_of_two_below
 
 
 def root_mean_square(second_moments: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ def root_mean_square(second_moments: Tensor) -> Tensor:
     >>> root_mean_square(torch.tensor([1.0, 7.0]))
     tensor(2., dtype=torch.float64)
     """
-    return _features("second moments", second_moments).mean(-1).sqrt()
+    squares, unit = _in_units("second moments", second_moments)
+    return (squares.mean(-1) * unit[..., 0]).sqrt()
 
 
 def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
@@ -55,8 +57,8 @@ def spread(variances: Tensor, second_moments: Tensor) -> Tensor:
     >>> spread(torch.tensor([1.0, 1.0]), torch.tensor([5.0, 5.0]))
     tensor(0.2000, dtype=torch.float64)
     """
-    variance = _features("variances", variances).sum(-1)
-    energy = _features("second moments", second_moments).sum(-1)
+    squares, unit = _in_units("second moments", second_moments)
+    variance, energy = (_features("variances", variances) / unit).sum(-1), squares.sum(-1)
     return variance / torch.where(energy > 0, energy, 1.0)
 
 
@@ -79,13 +81,13 @@ def signal_to_noise(mean: Tensor, variances: Tensor) -> Tensor:
     >>> signal_to_noise(torch.tensor([1.0, -2.0]), torch.tensor([4.0, 6.0]))
     tensor(0.5000, dtype=torch.float64)
     """
-    signal, noise = _features("means", mean), _features("variances", variances)
+    (signal, unit), noise = _in_units("means", mean), _features("variances", variances)
     if signal.shape[-1] != noise.shape[-1]:
         raise ValueError(
             f"expected means and variances of the same features, got {tuple(mean.shape)} and"
             f" {tuple(variances.shape)}"
         )
-    signal, noise = signal.square().sum(-1), noise.sum(-1)
+    signal, noise = signal.square().sum(-1), (noise / unit / unit).sum(-1)
     return torch.where(signal > 0, signal / noise, torch.where(noise > 0, 0.0, signal))
 
 
@@ -167,7 +169,7 @@ def dormant_features(magnitudes: Tensor, tau: float = 0.025) -> Tensor:
     tensor(0.5000, dtype=torch.float64)
     """
     tau = check_tau(tau)
-    magnitudes = _features("magnitudes", magnitudes)
+    magnitudes, _ = _in_units("magnitudes", magnitudes)
     return (magnitudes <= tau * magnitudes.mean(-1, keepdim=True)).to(torch.float64).mean(-1)
 
 
@@ -203,6 +205,13 @@ def check_tau(tau: float) -> float:
     if not isinstance(tau, numbers.Real) or isinstance(tau, bool) or not 0 <= tau < math.inf:
         raise ValueError(f"expected tau to be a number that is not negative, got {tau!r}")
     return float(tau)
+
+
+def _in_units(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values in units of about the largest, so that sums and squares stay in range; the unit, (..., 1)."""
+    values = _features(name, values)
+    unit = power_of_two_below(values.abs().amax(-1, keepdim=True))
+    return values / unit, unit
 
 
 def _features(name: str, values: Tensor) -> Tensor:

@@ -76,7 +76,11 @@ def _best_fit(values: np.ndarray) -> tuple[float, float, float, float, int]:
     best = (math.nan, math.nan, math.nan, math.nan, 0)
     if total < FEWEST_VALUES:
         return best
-    logs = np.log(values)
+    # About the largest: equal digits of large logarithms would be lost where values lie close together.
+    largest = values[-1]
+    logs = np.log(values) - np.log(largest)
+    near = values > largest / 2
+    logs[near] = np.log1p((values[near] - largest) / largest)
     # The first of equal values is their lower end, and gives all of them their rank in the distribution.
     ranks = np.searchsorted(values, values, side="left")
     above = np.cumsum(logs[::-1])[::-1]

@@ -203,7 +203,7 @@ class Spectrum:
 
         def read() -> Tensor:
             image = sketch.covariance_image(center=self.center)
-            return (image / sketch.variances(center=self.center).sum()).square().sum() / sketch.size
+            return (image / sketch.variances(center=self.center).sum()).square_().sum() / sketch.size
 
         return self._kept("square_share", read)
 

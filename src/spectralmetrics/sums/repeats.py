@@ -76,7 +76,7 @@ class Repeats:
         sums = self._sums.cpu().to(torch.float64)  # not every device has float64
         shared = (sums.sum(0).square().sum() - sums.square().sum()) / 2
         apart = (total**2 - sum(count**2 for count in self._counts)) / 2
-        shares = [
+        shares: list[float] = [
             alike / max(pairs, 1.0) for alike, pairs in zip(self._alike.tolist(), self._pairs, strict=True)
         ]
         by_nature = max(shares[0], median(shares[1:])) * apart
