@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -18,14 +19,14 @@ needs_limits = pytest.mark.skipif(
 )
 
 
-def run(function, items, width=128, device=CPU):
+def run(function, items, width=256, device=CPU):
     return list(side_by_side(function, items, number=len(items), width=width, device=device))
 
 
 @needs_limits
 @pytest.mark.usefixtures("two_threads")
 def test_results_keep_the_order_of_their_items():
-    matrices = [torch.randn(200, 128, dtype=torch.float64).T.cov() for _ in range(8)]
+    matrices = [torch.randn(300, 256, dtype=torch.float64).T.cov() for _ in range(8)]
     wanted = [torch.linalg.eigvalsh(matrix) for matrix in matrices]
     threads, at_a_time = set(), threading.Barrier(2)
 
@@ -42,7 +43,7 @@ def test_results_keep_the_order_of_their_items():
 
 
 @pytest.mark.parametrize(
-    ("number", "width", "device"), [(1, 128, "cpu"), (4, 8, "cpu"), (4, 3000, "cpu"), (4, 128, "meta")]
+    ("number", "width", "device"), [(1, 256, "cpu"), (4, 8, "cpu"), (4, 3000, "cpu"), (4, 256, "meta")]
 )
 @pytest.mark.usefixtures("two_threads")
 def test_nothing_is_gained_by_threads(number, width, device):
@@ -58,20 +59,52 @@ def test_one_after_the_other_where_a_thread_cannot_be_limited(monkeypatch):
 
 @needs_limits
 @pytest.mark.usefixtures("two_threads")
-def test_few_items_are_made_before_their_results_are_wanted():
-    made = []
+def test_few_items_are_in_memory_at_a_time():
+    class Item:
+        pass
+
+    alive, most = weakref.WeakSet(), []
+
+    def items():
+        for _ in range(20):
+            item = Item()
+            alive.add(item)
+            yield item
+
+    results = side_by_side(lambda item: most.append(len(alive)), items(), number=20, width=256, device=CPU)
+    assert list(results) == [None] * 20
+    assert max(most) <= 4
+
+
+@needs_limits
+@pytest.mark.usefixtures("two_threads")
+def test_who_wants_no_more_results_ends_the_work():
+    go_on, made = threading.Event(), []
 
     def items():
         for item in range(20):
             made.append(item)
             yield item
 
-    results = side_by_side(lambda item: item, items(), number=20, width=128, device=CPU)
-    assert next(results) == 0
-    assert len(made) <= 4
+    results = side_by_side(lambda item: item == 0 or go_on.wait(60), items(), number=20, width=256, device=CPU)
+    assert next(results)
+    threading.Timer(0.2, go_on.set).start()
     results.close()
-    assert len(made) <= 4
+    assert len(made) <= 5
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("spectralmetrics")]
+
+
+@needs_limits
+@pytest.mark.usefixtures("two_threads")
+def test_an_item_that_cannot_be_made_is_an_error():
+    def items():
+        yield 0
+        raise ValueError("no second")
+
+    results = side_by_side(lambda item: item, items(), number=3, width=256, device=CPU)
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="no second"):
+        next(results)
 
 
 @needs_limits
@@ -103,7 +136,7 @@ from spectralmetrics.functional.side_by_side import side_by_side
 
 def run():
     read = lambda item: (torch.get_num_threads(), threading.current_thread() is threading.main_thread())
-    return list(side_by_side(read, range(3), number=3, width=128, device=torch.device("cpu")))
+    return list(side_by_side(read, range(3), number=3, width=256, device=torch.device("cpu")))
 
 left, right = torch.randn(2, 999, 999)
 before = left @ right

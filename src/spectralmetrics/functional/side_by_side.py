@@ -16,7 +16,7 @@ import torch
 
 from spectralmetrics.torch_private import use_one_thread
 
-_LEAST_WIDTH = 96  # below, starting a thread takes longer than a decomposition
+_LEAST_WIDTH = 192  # below, starting threads takes longer than they save
 _BYTES = 2**28  # of the memory for matrices that are decomposed at a time
 _MATRICES = 6  # a matrix, its eigenvectors, and what LAPACK and the merging of folds take
 
@@ -30,20 +30,19 @@ def side_by_side(
     """Yield the results of a function that decomposes a matrix of each item, in the order of the items.
 
     On the CPU several items are worked on at a time, by as many threads as PyTorch uses for one operation.
-    Items are made and results yielded in the calling thread. An error of the function is raised there, and
-    ends the work.
+    An error is raised in the calling thread, and ends the work.
 
     Args:
-        function: called with one item, in another thread; its tensor operations use one thread.
-        items: what to work on; made one by one, so that few are in memory.
+        function: called with one item, in another thread, where tensor operations use one thread.
+        items: what to work on; each is made when a thread is free for it.
         number: the number of items.
         width: the width D of the matrices.
         device: the device of the matrices.
 
-    >>> squares = side_by_side(torch.linalg.eigvalsh, [torch.eye(128)] * 3, number=3, width=128,
+    >>> squares = side_by_side(torch.linalg.eigvalsh, [torch.eye(256)] * 3, number=3, width=256,
     ...     device=torch.device("cpu"))
     >>> [float(values.sum()) for values in squares]
-    [128.0, 128.0, 128.0]
+    [256.0, 256.0, 256.0]
     """
     workers = min(number, torch.get_num_threads(), _BYTES // (_MATRICES * 8 * width**2))
     # At the end of the program no thread can be started any more.
@@ -52,20 +51,38 @@ def side_by_side(
         yield from map(function, items)
         return
     inference = torch.is_inference_mode_enabled()
+    results: list[Future[R]] = [Future() for _ in range(number)]
+    waiting, source, lock = deque(results), iter(items), threading.Lock()
 
-    def work(item: T) -> R:
+    def work() -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            return function(item)
+            while True:
+                # Items are made by these threads, too: with several threads for one operation, as the calling
+                # thread has, each operation would wait for all of these.
+                with lock:
+                    if not waiting:
+                        return
+                    result = waiting.popleft()
+                    try:
+                        item = next(source)
+                    except BaseException as error:
+                        waiting.clear()
+                        result.set_exception(error)
+                        return
+                try:
+                    result.set_result(function(item))
+                except BaseException as error:
+                    with lock:
+                        waiting.clear()
+                    result.set_exception(error)
+                del item
 
-    running: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers, "spectralmetrics", use_one_thread) as threads:
+        for _ in range(workers):
+            threads.submit(work)
         try:
-            for item in items:
-                running.append(threads.submit(work, item))
-                if len(running) > workers:  # one waits, so that no thread does
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            for result in results:
+                yield result.result()
         finally:
-            for each in running:
-                each.cancel()
+            with lock:
+                waiting.clear()
