@@ -266,7 +266,7 @@ def compute_record(results):
     yield (
         f"### A record\n\nWhat a recorder reads of ResNet-18's 21 layers with {results['folds']} folds, seven statistics and"
         " their intervals, over one `eigvalsh` per fold and layer. Intervals need the eigenvectors of all folds but one: `eigh`"
-        " alone takes most of it.\n"
+        " alone takes most of it. A record decomposes several at a time, the other two arms one after the other.\n"
     )
     base, *others = results["seconds"].items()
     yield table(
