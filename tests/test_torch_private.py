@@ -291,6 +291,7 @@ GONE = {
     "_functorch": None,
     "_HAS_EXPORTING_FLAG": False,
     "_frames": None,
+    "_CALL": None,
     "_KNOWN": (torch.Tensor, nn.Parameter),
 }
 

@@ -123,6 +123,20 @@ class Version:
         return self._twin._version != self._version
 
 
+# `torch.nn.Module.__call__`, 2.13, is a function of Python that calls its module `self`. Elsewhere each
+# call that a model makes of itself counts as a forward.
+_CALL = getattr(nn.Module.__call__, "__code__", None)
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """True if a module's forward that now begins runs inside another one of the same module."""
+    calls, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and calls < 2:
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls > 1
+
+
 # -- threads --------------------------------------------------------------------------------------------------
 
 

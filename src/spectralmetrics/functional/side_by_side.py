@@ -1,7 +1,7 @@
 """Decompose several matrices at a time, each in one thread.
 
-LAPACK gains little from a second thread on matrices of a few hundred rows, and loses much of it where other
-programs use the same cores. Several matrices side by side gain nearly all that the cores have.
+LAPACK gains little from a second thread on matrices of a few hundred rows, and loses much where other programs
+use the same cores: its threads wait for each other.
 """
 
 from __future__ import annotations

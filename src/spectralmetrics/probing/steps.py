@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +16,7 @@ from spectralmetrics.probing.budget import Budget, Plan
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
 from spectralmetrics.sums.merging import communication_device
-from spectralmetrics.torch_private import in_backward, is_inferring_shapes
-
-_CALL = nn.Module.__call__.__code__
+from spectralmetrics.torch_private import calls_itself, in_backward, is_inferring_shapes
 
 
 @dataclass
@@ -133,12 +130,13 @@ class Steps:
         """Begin a forward of the model."""
         if in_backward() or is_inferring_shapes():  # a checkpoint's recomputation
             return
-        stage = self.stage_of(training)
-        if stage is None:
+        stages = (self.stage_of(False) or "", self.stage_of(True) or "")
+        stage = stages[training]
+        if not stage:
             self.thread.here.current = None
             return
         current = self.thread.here.current
-        if current is not None and _calls_itself(module):
+        if current is not None and calls_itself(module):
             current.inner += 1
             return
         step = self.counts[stage]
@@ -151,7 +149,6 @@ class Steps:
         counts = stage != "train" or torch.is_grad_enabled()
         self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
         # A forward that the keyboard interrupts calls no hook at its end: this replaces it.
-        stages = (self.stage_of(False) or "", self.stage_of(True) or "")
         self.thread.here.current = Forward(step, is_due, self.forwards[stage] if counts else -1, stage, stages)
         self.forwards[stage] += counts
 
@@ -274,15 +271,6 @@ class Steps:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.thread = Thread()
-
-
-def _calls_itself(module: nn.Module) -> bool:
-    """True if a module's forward that now begins runs inside another one of the same module."""
-    calls, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and calls < 2:
-        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return calls > 1
 
 
 def _never() -> bool:
