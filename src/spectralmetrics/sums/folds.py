@@ -121,7 +121,7 @@ class InFolds(SpectralSum, Generic[S]):
 
     def in_range(self) -> Tensor:
         """See :class:`.SpectralSum`."""
-        return torch.stack([fold.squares() for fold in self.each]).isfinite().all()
+        return self.seconds.diagonal(dim1=-2, dim2=-1).isfinite().all()
 
     def mean(self) -> Tensor:
         """See :class:`.SpectralSum`."""
@@ -246,6 +246,7 @@ class FoldsIntake(Intake):
 
     def __init__(self, parts: Sequence[Intake]) -> None:
         self._parts = parts
+        self._waiting: set[int] = set()  # folds that may have rows waiting
         self.reaches_other_devices = parts[0].reaches_other_devices
 
     def add(self, sums: InFolds[Any], observations: Observations, batch: int) -> None:
@@ -254,10 +255,12 @@ class FoldsIntake(Intake):
             part.phase = (self.phase + index / len(self._parts)) % 1
         turn = (batch if observations.group is None else observations.group) % len(self._parts)
         self._parts[turn].add(sums.each[turn], observations, batch)
+        self._waiting.add(turn)
 
     def flush(self, sums: InFolds[Any]) -> bool:
         """See :class:`.Intake`."""
-        flushed = [part.flush(fold) for part, fold in zip(self._parts, sums.each, strict=True)]
+        flushed = [self._parts[fold].flush(sums.each[fold]) for fold in sorted(self._waiting)]
+        self._waiting.clear()
         return any(flushed)
 
     def meet(self, sums: InFolds[Any]) -> None:
