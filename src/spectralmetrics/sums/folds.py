@@ -246,7 +246,6 @@ class FoldsIntake(Intake):
 
     def __init__(self, parts: Sequence[Intake]) -> None:
         self._parts = parts
-        self._waiting: set[int] = set()  # folds that may have rows waiting
         self.reaches_other_devices = parts[0].reaches_other_devices
 
     def add(self, sums: InFolds[Any], observations: Observations, batch: int) -> None:
@@ -255,12 +254,10 @@ class FoldsIntake(Intake):
             part.phase = (self.phase + index / len(self._parts)) % 1
         turn = (batch if observations.group is None else observations.group) % len(self._parts)
         self._parts[turn].add(sums.each[turn], observations, batch)
-        self._waiting.add(turn)
 
     def flush(self, sums: InFolds[Any]) -> bool:
         """See :class:`.Intake`."""
-        flushed = [self._parts[fold].flush(sums.each[fold]) for fold in sorted(self._waiting)]
-        self._waiting.clear()
+        flushed = [part.flush(fold) for part, fold in zip(self._parts, sums.each, strict=True)]
         return any(flushed)
 
     def meet(self, sums: InFolds[Any]) -> None:
