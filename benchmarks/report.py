@@ -265,8 +265,9 @@ def arithmetic(results):
 def compute_record(results):
     yield (
         f"### A record\n\nWhat a recorder reads of ResNet-18's 21 layers with {results['folds']} folds, seven statistics and"
-        " their intervals, over one `eigvalsh` per fold and layer. Intervals need the eigenvectors of all folds but one: `eigh`"
-        " alone takes most of it. A record decomposes several at a time, the other two arms one after the other.\n"
+        " their intervals, over one `eigvalsh` per fold and layer. Intervals need the eigenvectors of all folds but one. Its"
+        " arithmetic alone is an `eigh` and a product along the vectors for each fold, and an `eigvalsh` for each layer. A"
+        " record decomposes several at a time, the other arms one after the other.\n"
     )
     base, *others = results["seconds"].items()
     yield table(
