@@ -126,7 +126,6 @@ LONG_FILES = {
     "findings.py": "one table of rules, and how each is applied",
     "functional/spectrum.py": "everything that a statistic may read, a property each",
     "functional/relations.py": "half of it is docstrings with formulas and sources",
-    "metrics/base.py": "the whole public face of a metric, half of it docstrings",
     "plotting.py": "one function for each picture, and what they share",
     "integrations/transformers.py": "one callback, a method for each event of the Trainer",
     "probing/collections.py": "how the metrics of a layer share sums, are updated and read",
