@@ -128,7 +128,6 @@ LONG_FILES = {
     "functional/relations.py": "half of it is docstrings with formulas and sources",
     "plotting.py": "one function for each picture, and what they share",
     "integrations/transformers.py": "one callback, a method for each event of the Trainer",
-    "probing/collections.py": "how the metrics of a layer share sums, are updated and read",
     "probing/probe.py": "the whole public face of a probe, half of it docstrings",
     "similarity.py": "one class and its result",
     "probing/reading.py": "what is read of layers, with every warning about it",
