@@ -119,7 +119,7 @@ class SharingMetric(OverriddenMetric):
 
     def flush(self) -> Live | None:
         """Add the rows that wait; every reading of a state calls it first. None before the first rows."""
-        live = self._revive() if self._prototypes else None
+        live = self._revive()
         if live is not None:
             live.stream.flush(live.sums)
         return live
@@ -147,26 +147,34 @@ class SharingMetric(OverriddenMetric):
     def _current(self) -> tuple[Sum, ...]:
         """The sums without the rows that wait."""
         self.refresh()
-        if self._live is not None:
-            return self._live.sums
-        states = self.all_states()
-        return tuple(each.with_tensors(states) for each in self._prototypes)
+        live = self._live or self._borrowed()
+        return self._made() if live is None else live.sums
 
     def _revive(self) -> Live | None:
         """The sums as objects and their stream; None before the first rows."""
-        live = self._live
-        if live is None:
-            sums = self._current()
-            if sums[0].num_features == 0:
-                return None
+        self.refresh()
+        live = self._live or self._borrowed()
+        if live is None and (sums := self._made()) and (width := sums[0].num_features):
             anchor = sums[0].anchor
-            stream, width = Stream.of(anchor), sums[0].num_features
-            live = Live(sums, stream, width, anchor.device, anchor.is_inference())
+            live = Live(sums, Stream.of(anchor), width, anchor.device, anchor.is_inference())
             if self._leader is None:  # a leader may replace them
                 self.__dict__["_live"] = live
         return live
 
+    def _made(self) -> tuple[Sum, ...]:
+        states = self.all_states()
+        return tuple(each.with_tensors(states) for each in self._prototypes)
+
     # -- the states of a leader --------------------------------------------------------------------------
+
+    def _borrowed(self) -> Live | None:
+        """The leader's sums of this metric's kinds, if its states are the leader's and hold rows."""
+        leader = self._leader
+        live = None if leader is None or self._is_synced or not self.is_borrowed() else leader._revive()
+        if live is None:
+            return None
+        kept = {type(each): each for each in live.sums}
+        return live._replace(sums=tuple(kept[type(each)] for each in self._prototypes))
 
     def follow(self, leader: SharingMetric) -> None:
         """Read the states of another metric from now on."""

@@ -77,8 +77,7 @@ class LayerMetrics:
     def __init__(self, stage: str, layer: str, templates: Templates, number: int) -> None:
         self.stage, self.layer, self.number = stage, layer, number
         self.forwards = self.ran = self.samples = self.epoch = 0
-        self.given_up = ""
-        self.too_wide = self.transformed = False
+        self.given_up, self.too_wide, self.transformed = "", False, False
         self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # True if sums were reset or replaced since they were read
         self.spectral_leaders: list[SpectralMetric] = []
@@ -263,9 +262,8 @@ class LayerMetrics:
         spectral: dict[type[Sum], SpectralSum] = {}
         others: dict[type[Sum], Sum] = {}
         # Exact products first, and more folds before fewer: sums with more folds hold all of the others.
-        for metric in sorted(self.spectral_leaders, key=lambda m: (m.gram_dtype == torch.float32, -m.folds)):
-            if not metric.takes_observations:
-                continue
+        leaders = [metric for metric in self.spectral_leaders if metric.takes_observations]
+        for metric in sorted(leaders, key=lambda m: (m.gram_dtype == torch.float32, -m.folds)):
             for each in metric.sums:
                 if not each.num_features:
                     continue
@@ -288,8 +286,7 @@ class LayerMetrics:
                 leader.reset()
         self.forwards = self.samples = 0
         self.epoch += 1
-        self.given_up = ""
-        self.transformed = False
+        self.given_up, self.transformed = "", False
         self._has_lost = True
 
     def has_seen(self, counted: Counted) -> bool:
@@ -302,8 +299,11 @@ class LayerMetrics:
 
     def readable(self) -> dict[str, Metric]:
         """The metrics by name; metrics that need eigenvectors first, since these bring the eigenvalues, too."""
-        named = dict(self.collection.items(keep_base=True, copy_state=False))
-        return dict(sorted(named.items(), key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
+        collection = self.collection
+        if not all(metric.is_borrowed() for metric in self._followers.values()):  # the user updated it alone
+            collection.items(copy_state=False)
+        named = sorted({**self.leader_of, **self._followers}.items())
+        return dict(sorted(named, key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
 
 
 def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[int, int] | None) -> Observations:
