@@ -20,7 +20,10 @@ def everything_public(modules):
                 continue
             yield module.__name__, key, each
             if inspect.isclass(each):
-                for method, function in vars(each).items():
+                # The class, and a plain class of the package that it is made of.
+                plain = [base for base in each.__bases__ if base.__bases__ == (object,)]
+                parts = [each, *(base for base in plain if base.__module__.startswith("spectralmetrics"))]
+                for method, function in (pair for part in parts for pair in vars(part).items()):
                     if not method.startswith("_") and isinstance(function, (classmethod, staticmethod)):
                         yield module.__name__, f"{key}.{method}", function.__func__
                     elif not method.startswith("_") and inspect.isfunction(function):

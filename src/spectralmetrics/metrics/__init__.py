@@ -1,6 +1,6 @@
 """torchmetrics of a layer's feature spectrum."""
 
-from spectralmetrics.metrics.base import Interval, SpectralMetric, statistics
+from spectralmetrics.metrics.base import SpectralMetric, statistics
 from spectralmetrics.metrics.dimension import (
     EffectiveRankMetric,
     IntrinsicDimensionMetric,
@@ -29,6 +29,7 @@ from spectralmetrics.metrics.marginals import (
 )
 from spectralmetrics.metrics.similarity import LinearCKAMetric
 from spectralmetrics.metrics.spectrum import CovarianceMetric, EigenspaceEmbeddingMetric, SpectrumMetric
+from spectralmetrics.metrics.statistic import Interval
 
 __all__ = [
     "CovarianceDeterminantMetric",

@@ -1,42 +1,22 @@
-"""The base class of all statistics: arguments, registration, readings and checks.
-
-A statistic is a short subclass of :class:`SpectralMetric` that says how to read a number from a
-:class:`~spectralmetrics.functional.Spectrum`:
-
->>> import torch
->>> from spectralmetrics.metrics.base import SpectralMetric
->>> class ConditionNumberMetric(SpectralMetric):
-...     '''The largest eigenvalue over the smallest.'''
-...
-...     short_name = "condition_number_example"
-...
-...     def statistic(self, spectrum):
-...         return spectrum.eigenvalues[0] / spectrum.eigenvalues[-1]
->>> metric = ConditionNumberMetric()
->>> metric.update(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
->>> metric.compute()
-tensor(4., dtype=torch.float64)
-"""
+"""The base class of all statistics: arguments, registration, readings and checks."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from spectralmetrics.functional.dimension import intrinsic_dimension
-from spectralmetrics.functional.held_out import sampling_margin
-from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Wanted
 from spectralmetrics.metrics.overrides import merged_as_in_compute
 from spectralmetrics.metrics.state import SumsMetric
+from spectralmetrics.metrics.statistic import Interval, Statistic
 from spectralmetrics.sums import (
-    Moments,
     Observations,
     SpectralSum,
     Sum,
@@ -46,28 +26,11 @@ from spectralmetrics.sums import (
     products_dtype,
 )
 from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.sums.repeats import REPEATED_INPUTS
 
 NanStrategy = Literal["warn", "error", "ignore"]
 
-REPEATED_INPUTS = (
-    "the same inputs came in several folds, which then depend on each other: intervals are too narrow. Call"
-    " reset() before each pass over the data, and show what belongs to one input in one batch"
-)
-"""The warning that folds share inputs."""
-
 _STATISTICS: dict[str, type[SpectralMetric]] = {}
-
-
-class Interval(NamedTuple):
-    """Two values expected to enclose a statistic's value for unlimited data.
-
-    Attributes:
-        low: the smaller, of the statistic's shape; NaN if it is unknown.
-        high: the larger, of the statistic's shape; NaN if it is unknown.
-    """
-
-    low: Tensor
-    high: Tensor
 
 
 def statistics() -> dict[str, type[SpectralMetric]]:
@@ -80,7 +43,7 @@ def statistics() -> dict[str, type[SpectralMetric]]:
     return dict(_STATISTICS)
 
 
-class SpectralMetric(SumsMetric):
+class SpectralMetric(Statistic, SumsMetric):
     r"""Base class of all statistics of a feature covariance; subclasses define :meth:`statistic`.
 
     ``update`` takes rows of shape (N, D) in any floating dtype. The state is float64, constant in size, and
@@ -114,22 +77,6 @@ class SpectralMetric(SumsMetric):
     higher_is_better = None
     full_state_update = False
 
-    is_statistic: ClassVar[bool] = True
-    """True if the value does not depend on how the observations were divided into batches."""
-    short_name: ClassVar[str]
-    """The statistic's key in a probe's values and its name in tables; defining it registers the class."""
-    needs_eigenvectors: ClassVar[bool] = False
-    """True if :meth:`statistic` reads eigenvectors; a probe then decomposes once for all metrics."""
-    needs_eigenvalues: bool = True
-    """True if :meth:`statistic` reads eigenvalues; if False, a probe decomposes nothing for it."""
-    needs_labels: ClassVar[bool] = False
-    """True if ``update`` takes labels beside the rows."""
-    suits_sketches: ClassVar[bool] = False
-    """True if :meth:`statistic` can read a sketch as it is; if False, :meth:`from_sketch` must read it."""
-    counts_directions: ClassVar[bool] = False
-    """True if the value is a number or share of directions, which other draws of the data hardly change."""
-    has_interval: ClassVar[bool] = True
-    """True if :meth:`statistic` can also read held-out eigenvalues."""
     count: Tensor
     non_finite: Tensor
     origin: Tensor
@@ -160,9 +107,6 @@ class SpectralMetric(SumsMetric):
         sketch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_positive_integer("num_features", num_features, or_none=True)
-        if gram_dtype not in (None, torch.float64, torch.float32):
-            raise ValueError(f"expected gram_dtype torch.float64, torch.float32 or None, got {gram_dtype!r}")
         if nan_strategy not in get_args(NanStrategy):
             raise ValueError(f"expected nan_strategy among {get_args(NanStrategy)}, got {nan_strategy!r}")
         check_positive_integer("folds", folds)
@@ -199,40 +143,12 @@ class SpectralMetric(SumsMetric):
         twin.accumulate_instead((twin.spectral_sum(), *twin.other_sums()))
         return twin
 
-    def check_folds(self) -> None:
-        """Raise a ValueError if :meth:`statistic` compares folds and there is only one; a probe calls it."""
-
     def sketch_instead(self, sketch_size: int) -> None:
         """Keep a sketch from now on in place of the covariance, and forget all observations."""
         self.folds, self.sketch_size = 1, sketch_size
         self.accumulate_instead((self.spectral_sum(), *self.prototypes[1:]))
 
     # -- what a statistic reads --------------------------------------------------------------------------
-
-    def statistic(self, spectrum: Spectrum) -> Tensor:
-        """The value of this metric for the given spectrum; every subclass defines it."""
-        raise NotImplementedError(f"{type(self).__name__} must define `statistic(self, spectrum)`")
-
-    def from_sketch(self, spectrum: Spectrum) -> Estimate:
-        """The value for a sketched spectrum, with bounds that hold for certain.
-
-        Raises:
-            RuntimeError: for a statistic that needs the whole spectrum.
-        """
-        if not self.suits_sketches:
-            raise RuntimeError(
-                f"{type(self).__name__} cannot be read from a sketch: it needs the whole spectrum or the matrix"
-            )
-        value = self._tensor(self.statistic(spectrum), spectrum)
-        return Estimate(value, value, value)
-
-    @property
-    def moments(self) -> Moments | None:
-        """The moments of all folds together; None before the first rows. One fold gives the state itself."""
-        first = self.sums[0]
-        assert isinstance(first, SpectralSum)
-        total = first.total
-        return total if isinstance(total, Moments) and total.num_features else None
 
     @property
     def spectrum(self) -> Spectrum:
@@ -269,42 +185,15 @@ class SpectralMetric(SumsMetric):
             return 0
         return int(intrinsic_dimension(spectrum.eigenvalues, getattr(self, "threshold", 0.99)))
 
-    def interval_of(self, spectrum: Spectrum) -> Interval:
-        """The value of :meth:`interval` for a given spectrum.
-
-        Raises:
-            RuntimeError: if the observations were kept in one fold.
-        """
-        if spectrum.sketch is not None:
-            return Interval(*self.from_sketch(spectrum)[1:])
-        held_out = spectrum.held_out()
-        plain = self.value_of(spectrum)
-        if held_out is None:
-            low = plain.to(torch.float64)
-            return Interval(low, torch.full_like(low, torch.nan))
-        other = self.value_of(held_out)
-        low, high = torch.minimum(plain, other), torch.maximum(plain, other)
-        if not self.counts_directions:
-            margin = sampling_margin([self.value_of(each) for each in spectrum.without_each_fold()])
-            low, high = low - margin, high + margin
-            if self.plot_lower_bound is not None:
-                low = low.clamp(min=self.plot_lower_bound)
-        return Interval(low, high)
-
     def counts(self) -> Tensor:
-        """Counts to check before reading: observations, observations left out, and 1 if none overflowed.
-
-        Shape (3,), int64, on the device of the sums.
-        """
-        spectral = self.sums[0]
-        assert isinstance(spectral, SpectralSum)
+        """Counts to check before reading: observations, those left out, 1 if none overflowed; (3,), int64."""
+        spectral = self._spectral
         in_range = spectral.in_range().to(torch.int64)
         return torch.stack([spectral.num_observations, spectral.num_left_out, in_range])
 
     def check_range(self, in_range: bool | None = None) -> None:
         """Raise a RuntimeError if the observations have overflowed; None checks the sums."""
-        first = self.sums[0]
-        assert isinstance(first, SpectralSum)
+        first = self._spectral
         if in_range is None:
             in_range = not first.num_features or bool(first.in_range())
         if not in_range:
@@ -316,26 +205,11 @@ class SpectralMetric(SumsMetric):
                 f" {limit} with {gram_dtype} products); scale them down before `update`"
             )
 
-    def value_of(self, spectrum: Spectrum) -> Tensor:
-        """The value for a given spectrum, exact or sketched."""
-        if spectrum.sketch is not None:
-            return self.from_sketch(spectrum).value
-        return self._tensor(self.statistic(spectrum), spectrum)
-
-    @staticmethod
-    def _tensor(value: Any, spectrum: Spectrum) -> Tensor:
-        if isinstance(value, Tensor):
-            return value
-        # A user's statistic may return a number.
-        dtype = torch.float64 if isinstance(value, float) else None
-        return torch.tensor(value, dtype=dtype, device=spectrum.num_observations.device)
-
     def _shared_spectrum(self, device: torch.device | None = None) -> Spectrum:
-        first, *others = self.sums
-        assert isinstance(first, SpectralSum)
-        assert first.num_features
-        live = self._revive()
+        live = self.flush()
         assert live is not None
+        first, *others = live.sums
+        assert isinstance(first, SpectralSum)
         return Spectrum(first, center=self.center, cache=live.stream.cache, others=others, device=device)
 
     # -- what torchmetrics offers ------------------------------------------------------------------------
@@ -380,14 +254,6 @@ class SpectralMetric(SumsMetric):
         """True if :meth:`read` gives a limit instead of a value; see :meth:`clips`."""
         return type(self).clips is not SpectralMetric.clips and self.clips(self._shared_spectrum(device))
 
-    def clips(self, spectrum: Spectrum) -> bool:
-        """True if few observations gave an impossible value, which the limit replaces."""
-        return False
-
-    def misses(self, value: Tensor) -> bool:
-        """True if a value shows that a sketch was too small."""
-        return self.sketch_size is not None and self.counts_directions and bool(value.isnan().any())
-
     def interval(self) -> Interval:
         """Two values expected to enclose the value for unlimited data; merged like ``compute``.
 
@@ -406,7 +272,13 @@ class SpectralMetric(SumsMetric):
             RuntimeError: with ``folds=1``, for what ``compute`` raises, and for a statistic that has no
                 interval.
         """
-        self._check_interval()
+        if not self.has_interval:
+            raise RuntimeError(f"{type(self).__name__} has no interval")
+        if not self.keeps_interval:
+            raise RuntimeError(
+                f"{type(self).__name__} has kept its observations in one fold, which gives no interval; make it"
+                " with folds=8, say"
+            )
         with merged_as_in_compute(self):
             self._check_observed()
             if self.repeats():
@@ -452,29 +324,13 @@ class SpectralMetric(SumsMetric):
         """True if there is an :meth:`interval`."""
         return self.has_interval and (self.folds > 1 or self.sketch_size is not None)
 
-    # -- checks ------------------------------------------------------------------------------------------
-
-    def _check_interval(self) -> None:
-        if not self.has_interval:
-            raise RuntimeError(f"{type(self).__name__} has no interval")
-        if self.folds < 2 and self.sketch_size is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has kept its observations in one fold, which gives no interval; make it"
-                " with folds=8, say"
-            )
-
-    def _read_counts(self) -> Sequence[int]:
-        """The values of :meth:`counts`, read once for all metrics that share these sums."""
-        self.flush()
-        live = self._revive()
-        cache = {} if live is None else live.stream.cache
-        if "counts" not in cache:
-            cache["counts"] = self.counts().tolist()
-        counts: Sequence[int] = cache["counts"]
-        return counts
-
     def _check_observed(self) -> None:
-        count, non_finite, in_range = self._read_counts()
+        """Raise an error, or warn, if the counts of observations say so; they are read once for shared sums."""
+        live = self.flush()
+        read: dict[Any, Any] = {} if live is None else live.stream.cache
+        if "counts" not in read:
+            read["counts"] = self.counts().tolist()
+        count, non_finite, in_range = read["counts"]
         if non_finite and self.nan_strategy == "error":
             raise RuntimeError(
                 f"{type(self).__name__}: {non_finite} of {count + non_finite} observations hold NaN or"
@@ -492,6 +348,3 @@ class SpectralMetric(SumsMetric):
                 " NaN or infinite values",
                 stacklevel=2,
             )
-
-
-SpectralMetric.declare(Moments.states.values())  # metrics that keep folds have these states, too

@@ -15,7 +15,8 @@ from spectralmetrics.functional.held_out import (
 )
 from spectralmetrics.functional.sketched import Estimate
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics.base import Interval, SpectralMetric
+from spectralmetrics.metrics.base import SpectralMetric
+from spectralmetrics.metrics.statistic import Interval
 
 
 class _ThresholdMetric(SpectralMetric):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spectralmetrics.functional import labels as functional
 from spectralmetrics.functional.spectrum import Spectrum
-from spectralmetrics.metrics.base import Interval, SpectralMetric
+from spectralmetrics.metrics.base import SpectralMetric
+from spectralmetrics.metrics.statistic import Interval
 from spectralmetrics.sums import Labelled, Observations, SpectralSum, empty_labelled
 from spectralmetrics.sums.checks import check_positive_integer
 

@@ -13,7 +13,7 @@ from spectralmetrics.functional import marginals as functional
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Wanted
 from spectralmetrics.metrics.base import SpectralMetric
-from spectralmetrics.sums import Marginals, SpectralSum, empty_marginals
+from spectralmetrics.sums import SpectralSum, empty_marginals
 from spectralmetrics.sums.checks import check_positive_integer
 
 Part = Literal["mean", "variances", "second_moments", "magnitudes", "largest", "zero_shares"]
@@ -333,6 +333,3 @@ class OutlierFeaturesMetric(MarginalMetric):
     def statistic(self, spectrum: Spectrum) -> Tensor:
         """See the class."""
         return functional.outlier_features(spectrum.second_moments)
-
-
-SpectralMetric.declare(Marginals.states.values())

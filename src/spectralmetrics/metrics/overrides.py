@@ -213,7 +213,7 @@ class OverriddenMetric(MergingMetric):
     """A ``torchmetrics.Metric`` whose states are sums, each about its own origin, and may have rows waiting."""
 
     @abstractmethod
-    def flush(self) -> None:
+    def flush(self) -> object:
         """Add the rows that wait to the states."""
 
     @abstractmethod

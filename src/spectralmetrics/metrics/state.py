@@ -1,4 +1,4 @@
-"""Sums as the states of a ``torchmetrics.Metric``: added to, shared, merged, moved, saved and loaded.
+"""Sums as the states of a ``torchmetrics.Metric``: added to, merged, moved, saved and loaded.
 
 :mod:`spectralmetrics.sums` defines the sums, and :mod:`spectralmetrics.metrics.base` reads values from them.
 """
@@ -6,32 +6,25 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics import Metric
 
-from spectralmetrics.metrics.dealing import DealingMetric
-from spectralmetrics.metrics.following import state
 from spectralmetrics.metrics.overrides import count_update, defaults, drop_states, has_persistent_states
-from spectralmetrics.metrics.stream import Stream, group_object
-from spectralmetrics.sums import Exchange, Observations, SpectralSum, Sum, has_float64, run_together
+from spectralmetrics.metrics.sharing import Live, SharingMetric
+from spectralmetrics.metrics.stream import group_object
+from spectralmetrics.sums import Exchange, Observations, Sum, first_fold, has_float64, run_together
+from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.sums.repeats import Repeats
 
 
-class _Live(NamedTuple):
-    """The sums of a metric as objects, their stream, and facts of their anchor, until a state is replaced."""
-
-    sums: tuple[Sum, ...]
-    stream: Stream
-    num_features: int
-    device: torch.device
-    is_inference: bool
-
-
-class SumsMetric(DealingMetric):
-    """A metric whose states are the tensors of sums.
+class SumsMetric(SharingMetric):
+    """A metric whose states are the tensors of sums; groups of batches are dealt to the folds in turn.
 
     Args:
         num_features: the width D; None reads it from the first rows.
@@ -44,16 +37,31 @@ class SumsMetric(DealingMetric):
 
     phase: float = 0.0
     """See :class:`~spectralmetrics.sums.Intake`; a probe sets it, so that its layers take turns."""
+    folds: int = 1
+    """The number of folds; groups of batches are dealt to them in turn."""
+    replica: tuple[int, int] | None = None
+    """The number of this process among the processes that observe different data, and the number of these.
+
+    None: the rank in the process group and its size. Give one number to processes that share their forwards,
+    as under tensor parallelism.
+    """
     configuration: Tensor
 
+    _dealt = 0  # groups dealt so far, never reset
+    _first_fold: int | None = None
+    _has_own_groups = False  # True if the user gave `Observations.group`
+    _rearranges = False
+    _repeats: Repeats | None = None
+
     def __init__(self, num_features: int | None, gram_dtype: torch.dtype | None, **kwargs: Any) -> None:
+        check_positive_integer("num_features", num_features, or_none=True)
+        if gram_dtype not in (None, torch.float64, torch.float32):
+            raise ValueError(f"expected gram_dtype torch.float64, torch.float32 or None, got {gram_dtype!r}")
         super().__init__(**kwargs)
         self._given_features = num_features
         self.gram_dtype = gram_dtype
         self._pinned_device: torch.device | None = None
         self._batches = 0  # taken so far, never reset: the next random draw depends on it
-        self._live: _Live | None = None
-        self._prototypes: tuple[Sum, ...] = ()
         # torchmetrics forms compute groups by comparing states with a tolerance, in some releases only the
         # first. This state differs between metrics that accumulate differently, whatever the data: small
         # integers differ by more than the tolerance.
@@ -72,31 +80,6 @@ class SumsMetric(DealingMetric):
         digest = zlib.crc32(" ".join(map(str, self.accumulation())).encode()).to_bytes(4, "big")
         self.configuration = torch.tensor(list(digest), dtype=torch.int64, device="cpu")
         defaults(self)["configuration"] = self.configuration.clone()
-
-    @classmethod
-    def declare(cls, names: Iterable[str]) -> None:
-        """Make reading states of these names add the waiting rows first, in all metrics."""
-        for name in names:
-            if not isinstance(getattr(cls, name, None), property):
-                setattr(SumsMetric, name, state(name))
-
-    @property
-    def prototypes(self) -> tuple[Sum, ...]:
-        """The sums that are kept, empty and of width zero."""
-        return self._prototypes
-
-    def state_names(self) -> list[str]:
-        """See :class:`FollowingMetric`."""
-        return [name for each in self._prototypes for name in each.states.values()]
-
-    def derived_state(self, name: str) -> Tensor | None:
-        """See :class:`FollowingMetric`; a metric that keeps folds has the states of one that keeps none."""
-        spectral = self._current()[0] if "_prototypes" in self.__dict__ else None
-        if not isinstance(spectral, SpectralSum):
-            return None
-        if name == "count":  # read most often, and needs no merge of matrices
-            return spectral.num_observations
-        return spectral.num_left_out if name == "non_finite" else spectral.total.tensors().get(name)
 
     def accumulate_instead(self, sums: Sequence[Sum]) -> None:
         """Keep these sums, empty and of width zero, in place of all others."""
@@ -118,12 +101,6 @@ class SumsMetric(DealingMetric):
         """The width D; None until it is known."""
         return self._current()[0].num_features or self._given_features
 
-    @property
-    def sums(self) -> tuple[Sum, ...]:
-        """The sums, the spectral one first; their tensors are the states themselves."""
-        self.flush()
-        return self._current()
-
     # -- observations ------------------------------------------------------------------------------------
 
     def observe(self, observations: Observations, everything: Observations | None = None) -> None:
@@ -132,20 +109,11 @@ class SumsMetric(DealingMetric):
         Sums that take all rows get ``everything``, from which the observations were drawn; None for the same.
         """
         count_update(self)
-        live: _Live | None = self.__dict__.get("_live")
+        live = self._live
         width = self.num_features if live is None else live.num_features
         if width is not None and observations.values.shape[observations.feature_dim] != width:
             self._check(observations, observations)
         self._take(observations, everything)
-
-    def flush(self) -> None:
-        """Add the rows that wait. Every reading of a state calls it first."""
-        self.refresh()
-        live: _Live | None = self.__dict__.get("_live")
-        if live is None and "_prototypes" in self.__dict__:
-            live = self._revive()
-        if live is not None:
-            live.stream.flush(live.sums)
 
     def _check(self, observations: Observations, rows: Any) -> None:
         values = observations.values
@@ -171,7 +139,7 @@ class SumsMetric(DealingMetric):
         if (observations if everything is None else everything).values.numel() == 0:
             return
         own, home, device = self.__dict__, None, observations.values.device
-        live = own.get("_live") or self._revive()
+        live = self._live or self._revive()
         if (
             live is None
             or live.device != device
@@ -189,49 +157,103 @@ class SumsMetric(DealingMetric):
         own["_batches"] = batch + 1
         own["_changes"] = self._changes + 1
 
-    def _prepare(self, observations: Observations) -> _Live:
+    def _prepare(self, observations: Observations) -> Live:
         """The state, allocated and writable."""
         device = observations.values.device
-        live = self._revive()
-        if live is None:
+        before = self._revive()
+        if before is None:
             home = self._pinned_device or (device if has_float64(device) else torch.device("cpu"))
-            before = self._current()
-            fresh = [each.empty(observations.num_features, home) for each in before]
+            earlier = self._current()
+            fresh = [each.empty(observations.num_features, home) for each in earlier]
             self.replace_sums(
-                [new.merged(old.map(lambda t: t.to(home))) for new, old in zip(fresh, before, strict=True)]
+                [new.merged(old.map(lambda t: t.to(home))) for new, old in zip(fresh, earlier, strict=True)]
             )
-        else:
-            current = live.device
-            if current.type == "cpu" and device.type != "cpu" and has_float64(device):
-                if self._pinned_device is None:
-                    self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
-            elif live.is_inference or self.is_borrowed():
-                # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place.
-                self.replace_sums([each.map(torch.clone) for each in self.sums])
-        is_new = live is None
+        elif before.device.type == "cpu" and device.type != "cpu" and has_float64(device):
+            if self._pinned_device is None:
+                self.replace_sums([each.map(lambda tensor: tensor.to(device)) for each in self.sums])
+        elif before.is_inference or self.is_borrowed():
+            # A copy made in inference mode (by torchmetrics, or by deepcopy) could not be updated in place.
+            self.replace_sums([each.map(torch.clone) for each in self.sums])
         live = self._revive()
         assert live is not None
-        if is_new:
+        if before is None:
             live.stream.begin(live.sums, self.gram_dtype, self.phase)
         return live
 
+    # -- folds -------------------------------------------------------------------------------------------
+
+    def deal(self) -> int:
+        """The number of the next group of batches; its fold is this number modulo g."""
+        if self._first_fold is None:
+            self._first_fold = first_fold(self.folds, *(self.replica or self._rank()))
+        self._dealt += 1
+        return self._first_fold + self._dealt - 1
+
+    def grouped(self, observations: Observations) -> Observations:
+        """The user's observations with the number of their group; their inputs are noted."""
+        self._has_own_groups = self._has_own_groups or observations.group is not None
+        if self.folds == 1 or not observations.values.numel():
+            return observations
+        group = self.deal() if observations.group is None else observations.group
+        if observations.feature_dim % observations.values.ndim:  # samples come first
+            self.note(observations.values, group)
+        return replace(observations, group=group)
+
+    def note(self, inputs: Tensor, group: int) -> None:
+        """Remember the inputs of a group, shape (N, ...); see :meth:`repeats`."""
+        self._repeats = self._repeats or Repeats(self.folds)
+        self._repeats.add(inputs, group % self.folds)
+
+    def repeats(self) -> bool:
+        """True if the same inputs have come in several folds, as far as this process has seen."""
+        return self._repeats is not None and self._repeats.found()
+
+    def reset(self) -> None:
+        """Forget all observations."""
+        super().reset()
+        self._repeats = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The value of one batch, which is added; see ``torchmetrics.Metric``."""
+        before = self._repeats
+        with self.changed_by_user():
+            value = super().forward(*args, **kwargs)  # this resets in between
+        if before is not None and before is not self._repeats:
+            if self._repeats is not None:
+                before.merge(self._repeats)
+            self._repeats = before
+        return value
+
+    def _rank(self) -> tuple[int, int]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 0, 1
+        rank = dist.get_rank(self.process_group)
+        return (0, 1) if rank < 0 else (rank, dist.get_world_size(self.process_group))
+
     # -- merging -----------------------------------------------------------------------------------------
 
-    def sums_of(self, states: Mapping[str, Tensor]) -> list[Sum]:
-        """The sums of saved states; kinds of sums that were not saved are empty."""
-        first, *others = self._prototypes
-        sums = [first.with_tensors(states)]
-        width, home = sums[0].num_features, sums[0].anchor.device
-        for each in others:
-            is_there = states.keys() >= each.tensors().keys()
-            sums.append(each.with_tensors(states) if is_there else each.empty(width, home))
-        return sums
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the observations of another metric of this class, or of its state as a dict.
 
-    def replace_sums(self, sums: Sequence[Sum]) -> None:
-        """Replace the states by the tensors of other sums."""
-        for each in sums:
-            for name, tensor in each.tensors().items():
-                setattr(self, name, tensor)
+        Its folds are paired with the folds of this metric so that all are filled as equally as possible, unless
+        the user gave ``Observations.group``.
+        """
+        with self.changed_by_user():
+            self.merge_for_all(incoming_state)
+
+    def merge_for_all(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Like :meth:`merge_state`; metrics that follow this one read the merged sums in any case."""
+        has_groups = getattr(incoming_state, "_has_own_groups", False)
+        self._rearranges = not (self._has_own_groups or has_groups)
+        self._has_own_groups = self._has_own_groups or has_groups
+        try:
+            super().merge_state(incoming_state)
+        finally:
+            self._rearranges = False
+        theirs: Repeats | None = getattr(incoming_state, "_repeats", None)
+        if theirs is not None:
+            self._repeats = self._repeats or Repeats(self.folds)
+            self._repeats.merge(theirs)
 
     def take_in(self, incoming: dict[str, Any]) -> None:
         """Add the states of another metric of this class."""
@@ -280,10 +302,6 @@ class SumsMetric(DealingMetric):
 
     # -- saving and moving -------------------------------------------------------------------------------
 
-    def has_observed(self) -> bool:
-        """True if there are sums of a known width."""
-        return self._current()[0].num_features > 0
-
     def state_dict(  # type: ignore[override]  # torchmetrics' signature
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
@@ -321,40 +339,3 @@ class SumsMetric(DealingMetric):
     def set_dtype(self, dst_type: str | torch.dtype) -> SumsMetric:
         """Leave everything as it is: the state is float64 and integers, whatever the model's dtype."""
         return self
-
-    # -- the states as objects ---------------------------------------------------------------------------
-
-    def _current(self) -> tuple[Sum, ...]:
-        """The sums without the rows that wait."""
-        self.refresh()
-        live = self.__dict__.get("_live") or self._borrowed()
-        if live is not None:
-            return live.sums
-        states = self.all_states()
-        return tuple(each.with_tensors(states) for each in self._prototypes)
-
-    def _revive(self) -> _Live | None:
-        """The sums as objects and their stream; None before the first rows."""
-        own = self.__dict__
-        live: _Live | None = own.get("_live") or self._borrowed()
-        if live is None:
-            sums = self._current()
-            if sums[0].num_features == 0:
-                return None
-            anchor = sums[0].anchor
-            stream, width = Stream.of(anchor), sums[0].num_features
-            live = _Live(sums, stream, width, anchor.device, anchor.is_inference())
-            if self._leader is None:  # a leader may replace them
-                own["_live"] = live
-        return live
-
-    def _borrowed(self) -> _Live | None:
-        """The leader's sums of this metric's kinds, if its states are the leader's and hold rows."""
-        leader: Any = self._leader
-        if leader is None or self._is_synced or not self.is_borrowed():
-            return None
-        live: _Live | None = leader._revive()
-        if live is None:
-            return None
-        kept = {type(each): each for each in live.sums}
-        return live._replace(sums=tuple(kept[type(each)] for each in self._prototypes))

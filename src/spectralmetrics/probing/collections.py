@@ -1,4 +1,4 @@
-"""The metrics of one layer in one stage: sharing of sums, updates and reading."""
+"""The metrics of one layer in one stage: which keep sums, how they are updated and read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import read_together
-from spectralmetrics.metrics import MarginalMetric, SpectralMetric
-from spectralmetrics.metrics.overrides import copy_metric
-from spectralmetrics.metrics.stream import spectrum_of, stream_of
+from spectralmetrics.metrics import SpectralMetric
+from spectralmetrics.metrics.groups import Templates
+from spectralmetrics.metrics.stream import Stream, spectrum_of
 from spectralmetrics.sums import ForwardHistory, Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -35,27 +35,6 @@ class Counts(NamedTuple):
     observations: int
     left_out: int
     in_range: int
-
-
-class Templates(NamedTuple):
-    """The metrics that each layer copies.
-
-    Attributes:
-        metrics: name -> metric.
-        groups: names of metrics that share their sums; the first of each group keeps the sums.
-    """
-
-    metrics: Mapping[str, Metric]
-    groups: list[list[str]]
-
-    def leader(self, names: Sequence[str]) -> Metric:
-        """A metric without observations that keeps the sums of a group."""
-        leader: Metric = _fresh(self.metrics[names[0]])
-        if isinstance(leader, SpectralMetric):
-            have = {type(each) for each in leader.sums}
-            wanted = {type(each): each for name in names for each in _others(self.metrics[name])}
-            leader.accumulate_also([each for kind, each in wanted.items() if kind not in have])
-        return leader
 
 
 Places: TypeAlias = Mapping[tuple[str, str], "LayerMetrics"]
@@ -96,40 +75,34 @@ class LayerMetrics:
     """
 
     def __init__(self, stage: str, layer: str, templates: Templates, number: int) -> None:
-        self.stage = stage
-        self.layer = layer
-        self.number = number
-        self.forwards = 0
-        self.ran = 0
-        self.samples = 0
-        self.epoch = 0
-        self.given_up = ""
-        self.too_wide = False
-        self.transformed = False
+        self.stage, self.layer, self.number = stage, layer, number
+        self.forwards = self.ran = self.samples = self.epoch = 0
+        self.given_up, self.too_wide, self.transformed = "", False, False
         self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # True if sums were reset or replaced since they were read
-        self._read_empty: dict[int, weakref.ref[Any]] = {}  # place of a leader -> last reader, if without data
+        self.spectral_leaders: list[SpectralMetric] = []
         self.keep(templates)
 
     def keep(self, templates: Templates) -> None:
         """Keep copies of these metrics from now on, and drop the earlier metrics with their observations."""
+        pinned = [leader._pinned_device for leader in self.spectral_leaders]
         self.is_sketched = False
-        self.templates = templates
+        self.templates, groups = templates, templates.groups
         self._collection: MetricCollection | None = None
         self._followers: dict[str, Any] = {}  # metrics that keep no sums, made when first read
-        self.leaders = [templates.leader(names) for names in templates.groups]
-        named = {names[0]: leader for names, leader in zip(templates.groups, self.leaders, strict=True)}
-        self.kept = nn.ModuleDict(dict(sorted(named.items())))
+        self.leaders: list[Metric] = [templates.leader(names) for names in groups]
+        pairs = zip(groups, self.leaders, strict=True)
+        self.leader_of = {name: leader for names, leader in pairs for name in names}
+        self.kept = nn.ModuleDict({names[0]: self.leader_of[names[0]] for names in sorted(groups)})
         self.spectral_leaders = [metric for metric in self.leaders if isinstance(metric, SpectralMetric)]
-        self.leader_of: dict[str, Metric] = {
-            name: leader for names, leader in zip(templates.groups, self.leaders, strict=True) for name in names
-        }
         for leader in self.spectral_leaders:
             # Otherwise similar layers would all have their costly update at the same step. The fractions of
             # multiples of the golden ratio lie as far apart as possible.
             leader.phase = self.number * _GOLDEN_RATIO % 1
+            leader._pinned_device = next(iter(pinned), leader._pinned_device)
         self.takes_labels = any(metric.needs_labels for metric in self.spectral_leaders)
-        self._whole = [_takes_all_rows(leader) for leader in self.leaders]
+        sums = [m.prototypes if isinstance(m, SpectralMetric) else () for m in self.leaders]
+        self._whole = [any(each.takes_all_rows for each in some) for some in sums]
         self.takes_all_rows = any(self._whole)
         self._is_direct = all(isinstance(m, SpectralMetric) and m.takes_observations for m in self.leaders)
         self.needs_more_than_rows = (
@@ -138,7 +111,7 @@ class LayerMetrics:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own collection.
-        return {**self.__dict__, "_collection": None, "_followers": {}, "_read_empty": {}}
+        return {**self.__dict__, "_collection": None, "_followers": {}}
 
     @property
     def collection(self) -> MetricCollection:
@@ -146,7 +119,7 @@ class LayerMetrics:
         if self._collection is None:
             for name, leader in self.leader_of.items():
                 if name not in self.kept:
-                    self._followers[name] = metric = _fresh(self.templates.metrics[name])
+                    self._followers[name] = metric = self.templates.fresh(name)
                     if self.is_sketched and not metric.needs_labels:
                         metric.sketch_instead(self.sketch_size)
                     metric.follow(leader)
@@ -178,16 +151,10 @@ class LayerMetrics:
     def note_reading(self, reader: Any) -> bool:
         """Note that a reader reads the sums; return True if they have changed since it last did."""
         changed, self._has_lost = self._has_lost, False
-        for place, leader in enumerate(self.spectral_leaders):
-            stream = stream_of(leader.sums)
-            if stream is None:  # after a reset
-                last = self._read_empty.get(place)
-                changed = changed or last is None or last() is not reader
-                self._read_empty[place] = weakref.ref(reader)
-            else:
-                self._read_empty.pop(place, None)
-                changed = changed or stream.noted is None or stream.noted() is not reader
-                stream.noted = weakref.ref(reader)
+        for leader in self.spectral_leaders:
+            stream = Stream.of(leader.sums[0].anchor)
+            changed = changed or stream.noted is None or stream.noted() is not reader
+            stream.noted = weakref.ref(reader)
         return changed
 
     def note_other_states(self) -> None:
@@ -249,11 +216,8 @@ class LayerMetrics:
             if not isinstance(leader, SpectralMetric) or not leader.takes_observations:
                 leader.update(rows)
             elif not leader.needs_labels:
-                grouped = _grouped(observations, leader, groups)
-                if everything is None or not is_whole:
-                    leader.observe(grouped)
-                else:
-                    leader.observe(grouped, everything)
+                also = () if everything is None or not is_whole else (everything,)
+                leader.observe(_grouped(observations, leader, groups), *also)
             elif labelled is not None and not self.is_sketched:
                 leader.observe(_grouped(labelled, leader, groups))
         first = next((leader for leader in self.spectral_leaders if leader.folds > 1), None)
@@ -298,9 +262,8 @@ class LayerMetrics:
         spectral: dict[type[Sum], SpectralSum] = {}
         others: dict[type[Sum], Sum] = {}
         # Exact products first, and more folds before fewer: sums with more folds hold all of the others.
-        for metric in sorted(self.spectral_leaders, key=lambda m: (m.gram_dtype == torch.float32, -m.folds)):
-            if not metric.takes_observations:
-                continue
+        leaders = [metric for metric in self.spectral_leaders if metric.takes_observations]
+        for metric in sorted(leaders, key=lambda m: (m.gram_dtype == torch.float32, -m.folds)):
             for each in metric.sums:
                 if not each.num_features:
                     continue
@@ -308,9 +271,8 @@ class LayerMetrics:
                     others.setdefault(type(each), each)
                 elif each.in_range() and int(each.num_observations + with_left_out * each.num_left_out):
                     spectral.setdefault(type(each), each)
-        own = [each for each in spectral.values() if each.describes_layer][:1]
-        beside = [each for each in spectral.values() if not each.describes_layer]
-        first = [*own, *beside]
+        first = [each for each in spectral.values() if each.describes_layer][:1]
+        first += [each for each in spectral.values() if not each.describes_layer]
         return [*first, *others.values()] if first else []
 
     def spectrum(self, *, with_left_out: bool = False) -> Spectrum | None:
@@ -324,8 +286,7 @@ class LayerMetrics:
                 leader.reset()
         self.forwards = self.samples = 0
         self.epoch += 1
-        self.given_up = ""
-        self.transformed = False
+        self.given_up, self.transformed = "", False
         self._has_lost = True
 
     def has_seen(self, counted: Counted) -> bool:
@@ -341,8 +302,8 @@ class LayerMetrics:
         collection = self.collection
         if not all(metric.is_borrowed() for metric in self._followers.values()):  # the user updated it alone
             collection.items(copy_state=False)
-        named = {name: self._followers.get(name, leader) for name, leader in sorted(self.leader_of.items())}
-        return dict(sorted(named.items(), key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
+        named = sorted({**self.leader_of, **self._followers}.items())
+        return dict(sorted(named, key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
 
 
 def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[int, int] | None) -> Observations:
@@ -387,74 +348,3 @@ def named_metrics(metrics: Metrics) -> dict[str, Metric]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"expected each metric name once, got {twice} more than once; name them with a dict")
     return dict(named)
-
-
-def collect(metrics: Mapping[str, Metric]) -> Templates:
-    """Group metrics by the sums that they can share; their settings decide, not the first data."""
-    metrics = _sharing_matrices(metrics)
-    return Templates(metrics, _groups(metrics))
-
-
-def _fresh(metric: Metric) -> Any:
-    """A copy without observations."""
-    with torch.inference_mode(False):  # see `LayerMetrics.reset`
-        twin = copy_metric(metric)
-        twin.reset()
-    return twin
-
-
-def described(name: str, metric: Metric) -> tuple[object, ...]:
-    """The settings of a metric that must be equal on all processes, so that it can be merged."""
-    sums = metric.prototypes if isinstance(metric, SpectralMetric) else ()
-    return (name, type(metric).__qualname__, *(setting for each in sums for setting in each.settings()))
-
-
-def _sharing_matrices(templates: Mapping[str, Metric]) -> Mapping[str, Metric]:
-    """Let metrics of single features read the covariance, if another metric keeps one."""
-    spectral = [each for each in templates.values() if isinstance(each, SpectralMetric)]
-    owners = [
-        each
-        for each in spectral
-        if each.takes_observations and not each.needs_labels and not isinstance(each, MarginalMetric)
-    ]
-    metrics: dict[str, Metric] = {}
-    for name, metric in templates.items():
-        metrics[name] = metric
-        if isinstance(metric, MarginalMetric) and metric.can_read_matrix:
-            way = (metric.process_group, metric.sync_on_compute)
-            for owner in owners:
-                if way == (owner.process_group, owner.sync_on_compute):
-                    metrics[name] = metric.reading(owner)
-                    break
-    return metrics
-
-
-def _takes_all_rows(metric: Metric) -> bool:
-    return isinstance(metric, SpectralMetric) and any(each.takes_all_rows for each in metric.prototypes)
-
-
-def _groups(templates: Mapping[str, Metric]) -> list[list[str]]:
-    """Groups of metrics, by name, that can share their sums; the first of a group accumulates for all."""
-    groups: list[tuple[Any, dict[type[Sum], tuple[object, ...]], list[str]]] = []
-    for name, metric in templates.items():
-        if not isinstance(metric, SpectralMetric) or not metric.takes_observations:
-            groups.append((name, {}, [name]))
-            continue
-        spectral = metric.spectral_sum()
-        kind = (type(spectral), spectral.settings())
-        key = (metric.gram_dtype, kind, metric.process_group, metric.sync_on_compute)
-        others = {type(each): each.settings() for each in _others(metric)}
-        for group_key, kept, names in groups:
-            # Two sums of one kind with different settings, such as samples with different seeds, stay apart.
-            if group_key == key and all(kept.get(kind, own) == own for kind, own in others.items()):
-                kept.update(others)
-                names.append(name)
-                break
-        else:
-            groups.append((key, others, [name]))
-    # The metric that needs most leads: it accumulates all sums anyway, and saved states have its name.
-    return [sorted(names, key=lambda name: -len(_others(templates[name]))) for _, _, names in groups]
-
-
-def _others(metric: Metric) -> Sequence[Sum]:
-    return metric.other_sums() if isinstance(metric, SpectralMetric) else ()

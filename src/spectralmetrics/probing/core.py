@@ -4,7 +4,7 @@ A forward hook passes its layer's output to :meth:`Core.observe`. The rows of th
 the metrics of the layer add them to their sums. For a plain eager model this is all:
 
 >>> from spectralmetrics import SaturationMetric
->>> from spectralmetrics.probing.collections import collect
+>>> from spectralmetrics.metrics.groups import collect
 >>> layer = nn.Linear(4, 3)
 >>> metrics = LayerMetrics("train", "fc", collect({"saturation": SaturationMetric()}), 0)
 >>> core = Core({("train", "fc"): metrics}, ObservationRule(), Limits(), Steps(1, 0), Alone())

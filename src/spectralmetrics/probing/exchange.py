@@ -264,8 +264,8 @@ class Agreement:
         """Use decompositions again that were made before an interrupt or for another question."""
         for place in merged:
             for leader, cache in zip(self.leaders(place), self.kept.caches.get(place, ()), strict=False):
-                if stream := stream_of(leader.sums):
-                    stream.cache.update(cache)
+                if live := leader.flush():
+                    live.stream.cache.update(cache)
 
     def _keep(self, merged: Mapping[Place, list[list[Sum]]]) -> None:
         for place, sums in merged.items():

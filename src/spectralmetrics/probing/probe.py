@@ -18,12 +18,12 @@ from spectralmetrics.findings import Finding, LayerNumbers, find
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
-from spectralmetrics.metrics.base import REPEATED_INPUTS
+from spectralmetrics.metrics.groups import collect, described
 from spectralmetrics.probing import saving
 from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
-from spectralmetrics.probing.collections import LayerMetrics, Metrics, collect, described, named_metrics
+from spectralmetrics.probing.collections import LayerMetrics, Metrics, named_metrics
 from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place
 from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
 from spectralmetrics.probing.facts import Key, LayerFacts, ProbeReading, as_text, module_key
@@ -86,6 +86,7 @@ from spectralmetrics.probing.windows import (
 )
 from spectralmetrics.sums import Sum, compiled
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
+from spectralmetrics.sums.repeats import REPEATED_INPUTS
 
 T = TypeVar("T")
 
@@ -1249,16 +1250,10 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
     with probe._router.lock:
         name = next(each for each in ("history", "monitor_history") if each not in probe._templates)
         probe._templates = {**probe._templates, name: metric}
-        pinned = {
-            key: [leader._pinned_device for leader in place.spectral_leaders]
-            for key, place in probe._places.items()
-        }
         kept = collect(probe._templates)
         for key, place in probe._places.items():
             place.keep(kept)
             probe.metrics[module_key(*key)] = place.kept
-            for leader in place.spectral_leaders if pinned[key] else ():
-                leader._pinned_device = pinned[key][0]
         if probe._is_persistent:
             probe.persistent()
         probe._counts_forwards = True

@@ -23,6 +23,12 @@ _SHARED = 0.25
 # places are alike at few of these distances, inputs that are alike by nature at all.
 _DISTANCES = range(1, 17)
 
+REPEATED_INPUTS = (
+    "the same inputs came in several folds, which then depend on each other: intervals are too narrow. Call"
+    " reset() before each pass over the data, and show what belongs to one input in one batch"
+)
+"""The warning that folds share inputs."""
+
 
 class Repeats:
     """Detects inputs that the folds of one metric share.
