@@ -133,7 +133,7 @@ def _run_compare(left: Path, right: Path | None, epochs: list[int] | None, **opt
 
 def _run_weights(checkpoint: Path, **options: Any) -> None:
     from spectralmetrics.checkpoints import checkpoint_spectra
-    from spectralmetrics.probing.progress import LateBar
+    from spectralmetrics.integrations.progress import LateBar
 
     _print(str(checkpoint_spectra(checkpoint, progress=LateBar("reading matrices"), **options)))
 
@@ -141,7 +141,7 @@ def _run_weights(checkpoint: Path, **options: Any) -> None:
 def _run_measure(paths: list[str], no_center: bool, **options: Any) -> None:
     from spectralmetrics.files import ReadError, measure
     from spectralmetrics.files.sources import files_of, numeric_order
-    from spectralmetrics.probing.progress import LateBar
+    from spectralmetrics.integrations.progress import LateBar
 
     files = sorted({file for path in paths for file in files_of(path)}, key=numeric_order)
     source = files if len(paths) > 1 else paths[0]

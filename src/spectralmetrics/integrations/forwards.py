@@ -20,7 +20,7 @@ from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
 from spectralmetrics.probing.processes import is_first, on_first_process
-from spectralmetrics.probing.progress import LateBar
+from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
 from spectralmetrics.probing.whole_state import STATES, load_whole_state, whole_state
@@ -108,8 +108,6 @@ class Forwards:
     def reset(self, stage: Stage | None = None) -> None:
         """Forget what was observed in a stage, or in both."""
         for each in STAGES if stage is None else (stage,):
-            self._finished.discard(each)
-            self._recorded.discard(each)
             self._begin_anew(each)
 
     def finish(self, stage: Stage) -> None:
@@ -212,20 +210,23 @@ class Forwards:
 
     def _renew(self, stage: str) -> None:
         if stage in self._finished:
-            self._finished.discard(stage)
-            self._recorded.discard(stage)
             self._begin_anew(stage)
 
     def _begin_anew(self, stage: str) -> None:
+        self._finished.discard(stage)
+        self._recorded.discard(stage)
         self.probe.reset(stage)
         self.probe._windows.advance(_READER, stage)
 
-    def explain(self, stage: Stage, values: Mapping[str, Any]) -> None:
-        """Say what the values of a stage mean, and why there are none if all that ran in it was generation.
+    def compute_stage(self, stage: Stage) -> dict[tuple[str, str], float]:
+        """(metric, layer) -> value of a stage, which has then been read; empty if nothing can be observed in it.
 
         All processes call it. The first one that reads the probe logs each problem once, see
-        :meth:`.LayerProbe.findings`.
+        :meth:`.LayerProbe.findings`. If all that ran in the stage was generation, a warning says so.
         """
+        if self.is_empty(stage):
+            return {}
+        values = self.probe.compute(stage, LateBar("reading layers"))
         if values:
             for finding in self.probe.findings(stage):
                 if finding.severity == "problem" and finding[:3] not in self._told:
@@ -236,6 +237,8 @@ class Forwards:
             message = f"all that ran in {stage} was generate(), which is observed with generation=True only"
             warnings.warn(message, UserWarning, stacklevel=4)
         self._left_out.discard(stage)
+        self.finish(stage)
+        return with_means(values)
 
     @contextlib.contextmanager
     def _unseen(self, stage: Stage, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -14,7 +14,7 @@ from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.probe import group_of
 from spectralmetrics.probing.processes import on_first_process
-from spectralmetrics.probing.progress import LateBar
+from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.probing.windows import take_over
 from spectralmetrics.recording import Recorder
 from spectralmetrics.recording.record import RecordKey
