@@ -19,7 +19,7 @@ from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
-from spectralmetrics.probing.processes import is_first, on_first_process
+from spectralmetrics.probing.processes import from_first_process, is_first
 from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
@@ -141,11 +141,9 @@ class Forwards:
             ValueError: for the state of other layers, metrics or observations.
         """
         self.reset()
-        entries, error = on_first_process(
+        entries = from_first_process(
             lambda: None if saved is None else {key: saved[key] for key in saved.keys() - STATES}, None
         )
-        if error is not None:
-            raise error
         if entries is not None:
             self._check_rule(entries.get("rule", {}))
             lacking = load_whole_state(self.probe, saved)

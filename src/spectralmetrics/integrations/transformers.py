@@ -22,7 +22,7 @@ from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.hooks import warn_user
-from spectralmetrics.probing.processes import is_first, on_first_process
+from spectralmetrics.probing.processes import from_first_process, is_first
 from spectralmetrics.probing.selection import unwrap
 
 with from_extra("transformers", "this callback needs transformers"):
@@ -172,10 +172,7 @@ class LayerProbeCallback(TrainerCallback):
         if (forwards := self._forwards) is None:
             return
         folders = self._resumed_from(args, state) if state.global_step else []
-        saved, error = on_first_process(lambda: read_state(folders, self._number()), None)
-        if error is not None:
-            raise error
-        entries = forwards.load(saved)
+        entries = forwards.load(from_first_process(lambda: read_state(folders, self._number()), None))
         if entries is None:
             self._watching.load(folders)  # of a checkpoint that has only the memory of a monitor
         going_on = (
@@ -203,9 +200,7 @@ class LayerProbeCallback(TrainerCallback):
                 epoch = {"epoch": self._keeping.epoch} if self._keeping else {}
                 write_state(folder, saved | epoch | {"awaited": self._awaited}, self._number())
 
-        _, error = on_first_process(write, None)
-        if error is not None:
-            raise error
+        from_first_process(write, None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -80,7 +80,7 @@ def agree_on_layers(
     """
     identity.check_presence(group)
     error: BaseException | None = None
-    catalogue, number, call, changed = None, 0, 0, True
+    catalogue, number, call, changed = None, 0, 0, [True]
     weights: dict[str, Weights] = {}
     try:
         weights = identity.weights()
@@ -88,10 +88,10 @@ def agree_on_layers(
         # What is kept of merged sums serves other calls, too.
         number = digest(repr((list(catalogue.layers.items()), catalogue._replace(call="", layers={}))))
         call = digest(catalogue.call)
-        changed = _note_reading(own.values(), group)
+        changed = [place.note_reading(group_object(group)) for place in own.values()]  # since the last reading
     except BaseException as raised:
         error = raised
-    flags = [number, call, digest_of(weights), changed, kept.digest != number, error is not None]
+    flags = [number, call, digest_of(weights), any(changed), kept.digest != number, error is not None]
     try:
         high, low = extremes(flags, group)
     except BaseException:
@@ -204,12 +204,6 @@ def _check(catalogues: Mapping[int, Catalogue], exempt: Container[Place]) -> Non
             "expected the same number of features and the same kind of sum on every process, got"
             f" {'; '.join(wrong)}; names must mean one layer on all processes"
         )
-
-
-def _note_reading(places: Iterable[LayerMetrics], group: Any) -> bool:
-    """True if this process' observations have changed since the last reading."""
-    changed = [place.note_reading(group_object(group)) for place in places]
-    return any(changed)
 
 
 _ENOUGH = -1  # stands for the number of a batch: none is needed any more

@@ -251,6 +251,14 @@ def on_first_process(
     return value, error
 
 
+def from_first_process(function: Callable[[], T], group: Any) -> T:
+    """The value of :func:`on_first_process`; raises its error."""
+    value, error = on_first_process(function, group)
+    if error is not None:
+        raise error
+    return value
+
+
 def portable(error: BaseException) -> BaseException:
     """The error, or a RuntimeError with its words if it cannot be sent to other processes."""
     if not is_one_of_several():

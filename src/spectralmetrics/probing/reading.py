@@ -94,10 +94,17 @@ def read_layers(
     counted = count_together(places)
     readings = {(place.stage, place.layer): _left_out(place, counted) for place in places}
     seen = [place for place in places if place.has_seen(counted)]
-    steps = _Steps(progress, len(seen))
+    before = 0
+
+    def decomposed(done: int, total: int) -> None:
+        nonlocal before
+        before = total
+        if progress is not None:
+            progress(done, total + len(seen))
+
     if not any(reading.refused for reading in readings.values()):
-        decompose_together(_wanted(seen, question, counted), steps.decomposed)
-    for place in seen:
+        decompose_together(_wanted(seen, question, counted), decomposed)
+    for number, place in enumerate(seen, 1):
         reading = readings[place.stage, place.layer]
         reading.seen = True
         if reading.refused:
@@ -130,7 +137,8 @@ def read_layers(
         reading.few = place.too_few(counted)
         if question.for_record and (spectrum := place.spectrum()) is not None:
             reading.known = spectrum.known()
-        steps.read()
+        if progress is not None:
+            progress(before + number, before + len(seen))
     return readings
 
 
@@ -290,26 +298,6 @@ def _wanted(places: Sequence[LayerMetrics], question: Question, counted: Counted
 def _saw_nothing(place: LayerMetrics, name: str, counted: Counted) -> bool:
     """True if a metric of this package has no observations, such as without labels; others may have some."""
     return not counted[id(place.leader_of[name])].observations
-
-
-class _Steps:
-    """Reports progress: first of decompositions, then of layers that are read."""
-
-    def __init__(self, progress: Progress | None, layers: int) -> None:
-        self._progress = progress
-        self._layers = layers
-        self._before = 0
-        self._read = 0
-
-    def decomposed(self, done: int, total: int) -> None:
-        self._before = total
-        if self._progress is not None:
-            self._progress(done, total + self._layers)
-
-    def read(self) -> None:
-        self._read += 1
-        if self._progress is not None:
-            self._progress(self._before + self._read, self._before + self._layers)
 
 
 def nothing_observed(

@@ -173,7 +173,7 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
             _ = layer.sums
         except ValueError as error:  # it is damaged
             return _without(f"on the {side}: {error}")
-    widths = [len(layer.mean) for layer in layers]
+    widths = [layer.spectral.num_features for layer in layers]
     if widths[0] != widths[1]:
         return _without(f"widths {widths[0]} and {widths[1]}") | _alignment(first, second)
     spectra = [layer.spectrum() for layer in layers]
@@ -188,7 +188,8 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
     if any(spectrum.sketch is not None for spectrum in spectra):
         row["note"] = "sketched: no Fréchet distance"
     elif variance > 0:
-        distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+        left, right = spectra
+        distance = frechet_distance(left.mean, left.covariance, right.mean, right.covariance)
         row["frechet_distance"] = float(distance) / variance
     bases = [s.eigenvectors[:, : int(size)] for s, size in zip(spectra, sizes, strict=True)]
     if constant := [side for side, basis in zip(SIDES, bases, strict=True) if basis.shape[1] == 0]:
@@ -202,7 +203,8 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
 def _alignment(first: SavedLayer, second: SavedLayer) -> dict[str, float]:
     """Linear CKA of corresponding rows; empty if no rows are known to correspond."""
     samples = [each for layer in (first, second) for each in layer.sums if isinstance(each, Numbered)]
-    if len(samples) < 2 or first.count + first.non_finite != second.count + second.non_finite:
+    offered = {int(each.spectral.num_observations + each.spectral.num_left_out) for each in (first, second)}
+    if len(samples) < 2 or len(offered) > 1:
         return {}
     left, right = samples[0].paired_with(samples[1])
     return {"linear_cka": float(linear_cka(left, right))} if len(left) >= MINIMUM_SAMPLES else {}

@@ -17,7 +17,7 @@ from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.facts import Key, ProbeReading, as_text
 from spectralmetrics.probing.probe import group_of, read_probe
-from spectralmetrics.probing.processes import agreed, has_others, on_first_process
+from spectralmetrics.probing.processes import agreed, from_first_process, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
 from spectralmetrics.recording.manifest import describe
 from spectralmetrics.recording.record import (
@@ -271,9 +271,7 @@ class Recorder:
 
     def _on_first(self, work: Callable[[Any], None]) -> None:
         self._check_open()
-        _, error = on_first_process(lambda: work(self._run), group_of(self.probe))
-        if error is not None:
-            raise error
+        from_first_process(lambda: work(self._run), group_of(self.probe))
 
     def _open(self, probe: LayerProbe | None, mode: Mode) -> None:
         """Open the directory: for the first time, or again after it was closed."""
@@ -287,9 +285,7 @@ class Recorder:
             self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
             return self._run.last
 
-        self._last, error = on_first_process(open_directory, group_of(probe))
-        if error is not None:
-            raise error
+        self._last = from_first_process(open_directory, group_of(probe))
         self._is_open = True
 
     def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
