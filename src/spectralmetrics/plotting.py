@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectralmetrics.extras import from_extra
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
-from spectralmetrics.sums.checks import check_positive_integer, check_real
+from spectralmetrics.sums.checks import check_names, check_positive_integer, check_real
 from spectralmetrics.table import shorten_names
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def plot_profile(
     """
     layers = _layers_of(profiles)
     _check_text("statistic", statistic)
-    _check_names("tail", tail, "layers")
+    check_names("tail", tail, "layers")
     bands, ceilings = {} if bands is None else bands, {} if ceilings is None else ceilings
     for argument, by_name in (("bands", bands), ("ceilings", ceilings)):
         if not isinstance(by_name, Mapping):
@@ -195,8 +195,8 @@ def plot_similarity(
     """
     check_real("matrix", matrix)
     columns = layers if other_layers is None else other_layers
-    _check_names("layers", layers)
-    _check_names("other_layers", columns)
+    check_names("layers", layers)
+    check_names("other_layers", columns)
     if tuple(matrix.shape) != (len(layers), len(columns)) or 0 in matrix.shape:
         raise ValueError(
             f"expected a matrix of {len(layers)} x {len(columns)} named layers, got {tuple(matrix.shape)}"
@@ -258,7 +258,7 @@ def plot_spectrum(
         if values.ndim != 1:
             raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
     if labels is not None:
-        _check_names("labels", labels)
+        check_names("labels", labels)
     names = [f"step {step}" for step in range(len(spectra))] if labels is None else list(labels)
     if len(names) != len(spectra):
         raise ValueError(f"expected {len(spectra)} labels, got {len(names)}")
@@ -541,12 +541,6 @@ def _check_numbers(noun: str, values: Mapping[str, float | Tensor]) -> None:
     for name, value in values.items():
         if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
             raise TypeError(f"expected {noun} that is a number, got {value!r} for {name!r}")
-
-
-def _check_names(argument: str, names: object, what: str = "names") -> None:
-    """Raise a TypeError unless these are a sequence; a string alone is a common mistake."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"expected {argument} as a sequence of {what}, got {names!r}")
 
 
 def _check_text(argument: str, value: object) -> None:

@@ -67,8 +67,7 @@ class Measurement(NamedTuple):
             table = ["One row has no variance, and all statistics are zero: measure more rows."]
         return "\n".join([str(self.summary), *([""] if table else []), *table])
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.summary._repr_html_()

@@ -80,7 +80,7 @@ class Forwards:
         self.end()
         model = self._model
         self._renew(stage)
-        self.probe._count_by(lambda _: stage if mode is None or model.training == mode else None)
+        self.probe._steps.stage_of = lambda _: stage if mode is None or model.training == mode else None
         for each in self._generators:
             # Not longer than this: a copy that is made of the model at other times has it not.
             each.surround("generate", functools.partial(self._unseen, stage))
@@ -101,7 +101,7 @@ class Forwards:
 
     def end(self, observes: bool = True) -> None:
         """From now on forwards count by the layers' ``training`` flags, or not at all."""
-        self.probe._count_by(self._by_flag if observes else lambda training: None)
+        self.probe._steps.stage_of = self._by_flag if observes else lambda training: None
         for each in self._generators:
             each.restore()
 

@@ -48,7 +48,6 @@ from spectralmetrics.probing.processes import (
 )
 from spectralmetrics.probing.reading import (
     HOST,
-    Covariance,
     Question,
     Reading,
     nothing_observed,
@@ -64,7 +63,7 @@ from spectralmetrics.probing.rules import FeatureMaps, Interpolation, Observatio
 from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
-from spectralmetrics.probing.steps import Steps, stage_by_flag
+from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.summary import (
     Summary,
     SummaryRow,
@@ -491,10 +490,7 @@ class LayerProbe(nn.Module):
         self, agreement: Agreement | None, stages: Sequence[str], question: Question, progress: Progress | None
     ) -> dict[Place, Reading]:
         """The reading of each layer, in one order on all processes."""
-
-        def read(places: list[LayerMetrics], report: Progress | None) -> dict[Place, Reading]:
-            return read_layers(places, question, report)
-
+        read = functools.partial(read_layers, question)
         readings: dict[Place, Reading] = {}
         for where, (place, found) in self._read_places(agreement, stages, read, progress).items():
             reading = readings[where] = found or Reading()
@@ -897,9 +893,7 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
 
-        def read(place: LayerMetrics) -> Covariance:
-            return read_covariance(place, unbiased=unbiased, center=center)
-
+        read = functools.partial(read_covariance, unbiased=unbiased, center=center)
         with self._router.lock:
             call = f"covariances(unbiased={unbiased}, center={center})"
             by_layer = dict(self._each_merged(call, stage, read))
@@ -965,10 +959,6 @@ class LayerProbe(nn.Module):
             yield
         finally:
             self.resume()
-
-    def _count_by(self, stage_of: Callable[[bool], str | None] = stage_by_flag) -> None:
-        """Set the function from the training flag to the stage in which a forward counts, None for no stage."""
-        self._steps.stage_of = stage_of
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[None]:

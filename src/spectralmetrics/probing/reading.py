@@ -82,13 +82,13 @@ class Question:
 
 
 def read_layers(
-    places: Sequence[LayerMetrics], question: Question, progress: Progress | None = None
+    question: Question, places: Sequence[LayerMetrics], progress: Progress | None
 ) -> dict[tuple[str, str], Reading]:
     """Read the metrics of this package and the reasons for warnings, by stage and layer.
 
     Args:
-        places: layers whose states are merged.
         question: the reading to take.
+        places: layers whose states are merged.
         progress: called with the number of finished steps and their total.
     """
     counted = count_together(places)
