@@ -307,11 +307,7 @@ def order_of(finding: Finding) -> tuple[bool, int]:
 
 
 def of_layer(
-    stage: str,
-    layer: LayerNumbers,
-    before: Sequence[LayerNumbers],
-    last: LayerNumbers,
-    is_new: bool = False,
+    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool = False
 ) -> Iterator[Finding]:
     """Findings about one layer, except the tail of low saturation.
 

@@ -336,11 +336,7 @@ _CONV1D = ("transformers.pytorch_utils", "Conv1D")  # the linear layer of GPT-2
 # Types of packages that may not be installed, by module and name.
 _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
     _CONV1D: LayerKind(
-        -1,
-        in_features=_inputs_of_conv1d,
-        out_features="nf",
-        ceiling=_of_conv1d,
-        is_default=True,
+        -1, in_features=_inputs_of_conv1d, out_features="nf", ceiling=_of_conv1d, is_default=True
     ),
 }
 _KINDS_OF_TYPES: weakref.WeakKeyDictionary[type, tuple[LayerKind | None, bool]] = weakref.WeakKeyDictionary()

@@ -378,11 +378,7 @@ def plot_embedding(
 
 
 def plot_layers(
-    values: Mapping[str, Tensor],
-    draw: Callable[..., Any],
-    *,
-    title: str | None = None,
-    **options: Any,
+    values: Mapping[str, Tensor], draw: Callable[..., Any], *, title: str | None = None, **options: Any
 ) -> tuple[Figure, npt.NDArray[np.object_]]:
     """Draw one small picture per layer, row by row in forward order.
 

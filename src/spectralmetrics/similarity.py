@@ -23,6 +23,7 @@ from spectralmetrics.probing.hooks import (
     warn_user,
     watch_outputs,
     weakly,
+    why_unseen,
 )
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.meshes import Meshes
@@ -35,7 +36,7 @@ from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums.merging import communication_device
-from spectralmetrics.torch_private import ignores_hooks, in_backward, is_context_parallel
+from spectralmetrics.torch_private import in_backward, is_context_parallel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -444,13 +445,8 @@ class LayerSimilarity:
             if len(ran) == 1
             else " and ".join(name for name, has in zip(("`model`", "`other`"), ran, strict=True) if not has)
         )
-        because = (
-            "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
-            " ignores hooks: set it to False and call torch.compiler.reset()"
-            if ignores_hooks()
-            else "a model that is exported, scripted or run inside transforms of torch.func is not observed"
-        )
-        return f"no forward of {models} has been seen since the LayerSimilarity was made; {because}"
+        because = "a model that is exported, scripted or run inside transforms of torch.func is not observed"
+        return f"no forward of {models} has been seen since the LayerSimilarity was made; {why_unseen(because)}"
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -117,11 +117,7 @@ class Agreement:
         ]
 
     def batches(
-        self,
-        stages: Container[str] = STAGES,
-        *,
-        among: Container[Place] | None = None,
-        in_order: bool = False,
+        self, stages: Container[str] = STAGES, *, among: Container[Place] | None = None, in_order: bool = False
     ) -> list[list[Place]]:
         """The layers with observations on some process, in batches that travel together.
 

@@ -16,10 +16,9 @@ from spectralmetrics.functional.together import Progress, Wanted, decompose_toge
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.facts import Key
-from spectralmetrics.probing.hooks import level_of_user
+from spectralmetrics.probing.hooks import level_of_user, why_unseen
 from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
-from spectralmetrics.torch_private import ignores_hooks
 
 _OF_LEFT_OUT = "observations with NaN or infinite values were left out in {}: {}"
 HOST = torch.device("cpu")
@@ -301,11 +300,7 @@ def _saw_nothing(place: LayerMetrics, name: str, counted: Counted) -> bool:
 
 
 def nothing_observed(
-    stages: Iterable[str],
-    places: Iterable[LayerMetrics],
-    is_off: bool,
-    budget: float | None,
-    observe: Observes,
+    stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool, budget: float | None, observe: Observes
 ) -> str:
     """A message that nothing was observed, with the reason.
 
@@ -337,13 +332,8 @@ def nothing_observed(
         reason = f"the layers ran in {other} only; the stage is the layer's own `training` flag"
     elif is_off:
         reason = "no probed layer has run since the probe was made or reset, and it is paused or removed now"
-    elif ignores_hooks():
-        reason = (
-            "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
-            " ignores hooks: set it to False and call torch.compiler.reset()"
-        )
     else:
-        reason = (
+        reason = why_unseen(
             "no probed layer has run since the probe was made or reset; a model that is exported or"
             " scripted does not call hooks"
         )

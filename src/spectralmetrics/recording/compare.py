@@ -102,11 +102,7 @@ class Side:
 
 
 def open_sides(
-    left: str | Path,
-    right: str | Path | None,
-    epochs: tuple[int, int] | None,
-    stage: str,
-    threshold: float,
+    left: str | Path, right: str | Path | None, epochs: tuple[int, int] | None, stage: str, threshold: float
 ) -> list[Side]:
     """Both sides of a comparison; for the arguments see :func:`compare`."""
     check_threshold(threshold)

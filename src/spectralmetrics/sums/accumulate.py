@@ -129,12 +129,7 @@ def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tens
 
 
 def _add_compiled(
-    moments: DenseSums,
-    piece: Tensor,
-    dim: int,
-    valid: Tensor | None,
-    gram_dtype: torch.dtype,
-    recentre: bool,
+    moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, gram_dtype: torch.dtype, recentre: bool
 ) -> None:
     rounded = piece.dtype != torch.float64
     if piece.dtype not in _NATIVE:

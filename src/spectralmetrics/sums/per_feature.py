@@ -151,13 +151,7 @@ class Marginals(AboutOrigin):
             " metric that keeps it, such as SaturationMetric()"
         )
 
-    def eigenvalues(self, *, center: bool = True) -> NoReturn:
-        """See :meth:`covariance`."""
-        self.covariance()
-
-    def eigenvectors(self, *, center: bool = True) -> NoReturn:
-        """See :meth:`covariance`."""
-        self.covariance()
+    eigenvalues = eigenvectors = covariance
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""

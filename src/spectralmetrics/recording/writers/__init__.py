@@ -17,27 +17,10 @@ from spectralmetrics.recording.writers.tensorboard import TensorBoardWriter
 WRITERS: dict[str, type[Writer]] = {
     writer.name: writer
     for writer in (
-        CSVWriter,
-        ArraysWriter,
-        HistoryWriter,
-        ConsoleWriter,
-        TensorBoardWriter,
-        PlotWriter,
-        ReportWriter,
+        *(CSVWriter, ArraysWriter, HistoryWriter),
+        *(ConsoleWriter, TensorBoardWriter, PlotWriter, ReportWriter),
     )
 }
-
-__all__ = [
-    "WRITERS",
-    "ArraysWriter",
-    "CSVWriter",
-    "ConsoleWriter",
-    "HistoryWriter",
-    "PlotWriter",
-    "ReportWriter",
-    "TensorBoardWriter",
-    "make_writers",
-]
 
 
 def make_writers(writers: str | Writer | Sequence[str | Writer]) -> list[Writer]:
