@@ -121,10 +121,6 @@ class Budget:
         rows = self._stages[stage].plan.rows_per_feature
         return None if rows >= _ALL_ROWS_PER_FEATURE else rows
 
-    def plan(self, stage: str) -> Plan:
-        """The current plan of a stage."""
-        return self._stages[stage].plan
-
     def follow(self, stage: str, plan: Plan) -> None:
         """Follow a plan until the next call, instead of making another plan at the end of each block.
 
