@@ -151,7 +151,13 @@ class Marginals(AboutOrigin):
             " metric that keeps it, such as SaturationMetric()"
         )
 
-    eigenvalues = eigenvectors = covariance
+    def eigenvalues(self, *, center: bool = True) -> NoReturn:
+        """See :meth:`covariance`."""
+        self.covariance()
+
+    def eigenvectors(self, *, center: bool = True) -> NoReturn:
+        """See :meth:`covariance`."""
+        self.covariance()
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`.Sum`."""
