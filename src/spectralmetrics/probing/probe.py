@@ -19,7 +19,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.base import REPEATED_INPUTS
-from spectralmetrics.probing import saving
+from spectralmetrics.probing import saving, windows
 from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
@@ -71,17 +71,6 @@ from spectralmetrics.probing.summary import (
     summary_of,
     summary_rows,
     threshold_of,
-)
-from spectralmetrics.probing.windows import (
-    Windows,
-    check_places,
-    load_remembered,
-    load_updates,
-    merge_places,
-    put_back,
-    save_remembered,
-    save_updates,
-    take_out,
 )
 from spectralmetrics.sums import Sum, compiled
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
@@ -277,7 +266,7 @@ class LayerProbe(nn.Module):
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._warned: set[str] = set()  # stages and layers without observations that have been named
-        self._windows = Windows(self._places)
+        self._windows = windows.Windows(self._places)
         self._remembered: dict[str, dict[str, Any]] = {}  # by reader of windows; saved with the states
         self._identity = Identity(chosen)
         self._hooks = Hooks(self, unwrap(model))
@@ -935,13 +924,13 @@ class LayerProbe(nn.Module):
             self._join_windows()
             before, self._aside = self._aside, self._aside.union(stages)
             places = [self._places[stage, name] for stage in stages for name in self._layers]
-            taken = [take_out(place) for place in places]
+            taken = [windows.take_out(place) for place in places]
             try:
                 yield
             finally:
                 self._aside = before
                 for place, each in zip(places, taken, strict=True):
-                    put_back(place, each)
+                    windows.put_back(place, each)
 
     def pause(self) -> None:
         """Observe nothing until :meth:`resume`."""
@@ -1078,9 +1067,9 @@ class LayerProbe(nn.Module):
             other._join_windows()
             pairs = [(self._places[place], each) for place, each in other._places.items() if each.has_data()]
             for own, added in pairs:
-                check_places(own, added)
+                windows.check_places(own, added)
             for own, added in pairs:
-                merge_places(own, added)
+                windows.merge_places(own, added)
             self._steps.go_beyond(other._steps)
             self._router.order += [name for name in other._router.order if name not in self._router.order]
 
@@ -1108,8 +1097,8 @@ class LayerProbe(nn.Module):
             order = [self._layers.index(name) for name in self._router.order]
             saving.save_progress(destination, prefix, list(self._places.values()), self._steps, order)
             for place, of_layer in self._places.items():
-                save_updates(destination, f"{prefix}metrics.{module_key(*place)}.", of_layer)
-            save_remembered(destination, prefix, self._remembered, self._steps)
+                windows.save_updates(destination, f"{prefix}metrics.{module_key(*place)}.", of_layer)
+            windows.save_remembered(destination, prefix, self._remembered, self._steps)
 
     def _load_from_state_dict(
         self,
@@ -1122,11 +1111,11 @@ class LayerProbe(nn.Module):
     ) -> None:
         self._join_windows()
         self._windows.forget()
-        load_remembered(state_dict, prefix, self._remembered, self._steps)
+        windows.load_remembered(state_dict, prefix, self._remembered, self._steps)
         for place, of_layer in self._places.items():
             start = f"{prefix}metrics.{module_key(*place)}."
             saving.give_to_leaders(state_dict, start, of_layer)
-            load_updates(state_dict, start, of_layer)
+            windows.load_updates(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
                 if any(key.endswith(".sketch_image") for key in names):  # in 0.2.0 only these say it
