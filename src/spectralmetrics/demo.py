@@ -95,12 +95,7 @@ def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[:4000], labels[:4000], images[4000:], labels[4000:]
 
 
-def run(
-    epochs: int = 5,
-    threshold: float = 0.99,
-    seed: int = 0,
-    output: Path = Path("runs/demo"),
-) -> list[Row]:
+def run(epochs: int = 5, threshold: float = 0.99, seed: int = 0, output: Path = Path("runs/demo")) -> list[Row]:
     """Train the network with a probe on every layer; print, record and draw its values.
 
     Args:

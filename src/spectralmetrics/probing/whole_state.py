@@ -32,6 +32,7 @@ each, and ``"windows"`` has by reader and stage the first two of these for rows 
 """
 STATES = ("probe", "others", "layers", "windows")
 """The keys of a whole state."""
+_Layers: TypeAlias = Sequence[Sequence[str]]  # of each process
 _State: TypeAlias = dict[str, Any]
 _Share: TypeAlias = dict[Place, list[_State]]  # by reader and stage, and all: states that are added up
 _ALL = ("", "")
@@ -99,7 +100,7 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> list[str]:
     return lacking
 
 
-def _states(probe: LayerProbe, layers: Sequence[Sequence[str]]) -> list[_State]:
+def _states(probe: LayerProbe, layers: _Layers) -> list[_State]:
     """The states of all processes on the first one; its own, in the place of the first, on the others."""
     with probe.merged():
         state = {key: _copied(value) for key, value in probe.state_dict().items()}
@@ -128,7 +129,7 @@ def _start(stage: str, layer: str) -> str:
     return f"metrics.{module_key(stage, layer)}."
 
 
-def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[_Share]:
+def _dealt(saved: WholeState, layers: _Layers) -> list[_Share]:
     """The share of each process in what was saved."""
     if "layers" not in saved:  # of an earlier release, by the first process
         state = saved["probe"]
@@ -149,7 +150,7 @@ def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[_Share]:
     return found
 
 
-def _lacking(saved: WholeState, layers: Sequence[Sequence[str]], probe: LayerProbe) -> list[str]:
+def _lacking(saved: WholeState, layers: _Layers, probe: LayerProbe) -> list[str]:
     """The layers of these processes, and the metrics of the probe, that a state has nothing of.
 
     Raises:
@@ -197,9 +198,7 @@ def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
     return found
 
 
-def _regrouped(
-    states: Sequence[_State], before: Sequence[Sequence[str]], layers: Sequence[Sequence[str]]
-) -> list[list[_State]]:
+def _regrouped(states: Sequence[_State], before: _Layers, layers: _Layers) -> list[list[_State]]:
     """For processes with these layers, states to add up: together they are what others have saved.
 
     Args:
@@ -236,12 +235,7 @@ def _regrouped(
     return shares
 
 
-def _progress(
-    states: Sequence[_State],
-    before: Sequence[Sequence[str]],
-    layers: Sequence[Sequence[str]],
-    own: Sequence[str],
-) -> _State:
+def _progress(states: Sequence[_State], before: _Layers, layers: _Layers, own: Sequence[str]) -> _State:
     """The progress for a process with these layers: the furthest of all, so that nothing is drawn twice."""
     found: _State = {}
     for key, value in ((key, value) for state in states for key, value in state.items()):
