@@ -108,10 +108,9 @@ def plot_profile(
         ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.88", zorder=0, label="tail")
     ax.set_xlim(-0.6, len(layers) - 0.4)
     _name_layers(ax, layers, "x", room=not given)
-    ax.set_ylabel(literal(statistic.replace("_", " ")))
+    ax.set(xlabel="layers in forward order", ylabel=literal(statistic.replace("_", " ")))
     if statistic == "saturation":
         ax.set_ylim(0, 1.02)
-    ax.set_xlabel("layers in forward order")
     ax.grid(axis="y", color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9)
@@ -159,8 +158,7 @@ def plot_heatmap(
     step = math.ceil(len(epochs) / 12)
     ax.set_xticks(range(0, len(epochs), step), [str(epoch) for epoch in epochs[::step]])
     _name_layers(ax, layers, "y", room=not given)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("layers in forward order")
+    ax.set(xlabel="epoch", ylabel="layers in forward order")
     return _titled(ax, title)
 
 
@@ -276,8 +274,7 @@ def plot_spectrum(
         if threshold is not None and dimension:
             ax.axvline(dimension, color=colour, linestyle="--", linewidth=1)
     if any((values > 0).any() for values in spectra):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        ax.set(xscale="log", yscale="log")
         last = max(int((values > 0).sum()) for values in spectra)
         if last <= 500:
             # Few decades: powers of ten alone would be too few labels, all numbers in between too many.
@@ -287,8 +284,7 @@ def plot_spectrum(
             ax.xaxis.set_major_locator(FixedLocator(ticks))
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("index")
-    ax.set_ylabel("eigenvalue")
+    ax.set(xlabel="index", ylabel="eigenvalue")
     ax.grid(color="0.9")
     if len(spectra) > 1 or threshold is not None or labels is not None:
         ax.legend(framealpha=1, edgecolor="none", fontsize=9)  # above the dashed lines
@@ -317,8 +313,7 @@ def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figu
     limit = float(abs(values).max()) or 1.0
     image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="covariance")
-    ax.set_xlabel("feature")
-    ax.set_ylabel("feature")
+    ax.set(xlabel="feature", ylabel="feature")
     return _titled(ax, None)
 
 
@@ -372,8 +367,7 @@ def plot_embedding(
     else:
         scatter = ax.scatter(first, second, s=8, c=classes.astype(float), cmap="viridis")
         ax.figure.colorbar(scatter, ax=ax, label="label")
-    ax.set_xlabel("component 1")
-    ax.set_ylabel("component 2")
+    ax.set(xlabel="component 1", ylabel="component 2")
     return _titled(ax, title)
 
 
