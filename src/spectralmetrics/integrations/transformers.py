@@ -227,7 +227,9 @@ class LayerProbeCallback(TrainerCallback):
         evaluations = len(sets) if isinstance(sets, dict) else 1
         self._end_epoch(evaluations if control.should_evaluate else 0)
 
-    def on_evaluate(self, *args: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         """Log what the evaluation showed, and add it to the evaluation's metrics; record it."""
         if self._evaluations:  # of one inside another
             return
@@ -242,7 +244,9 @@ class LayerProbeCallback(TrainerCallback):
                 self._keeping.open(self._forwards)
                 self._keeping.record(self._forwards)
 
-    def on_predict(self, *args: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_predict(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         """Log what the prediction showed, and add it to its metrics."""
         if not self._evaluations:
             self._log_evaluation(metrics, "test")
