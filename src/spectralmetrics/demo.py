@@ -153,7 +153,8 @@ def run(epochs: int = 5, threshold: float = 0.99, seed: int = 0, output: Path = 
             recorder.add_scalar("accuracy", accuracy, stage="eval")
             reading = progress.add_task("reading layers", total=None)
             values = recorder.record(
-                epoch, progress=lambda n, of, task=reading: progress.update(task, completed=n, total=of)
+                epoch,
+                progress=lambda done, total: progress.update(reading, completed=done, total=total),  # noqa: B023
             )
             progress.remove_task(reading)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.hooks import (
+    HOOKS_IGNORED,
     Hooks,
     Select,
     how_it_runs,
@@ -23,7 +24,6 @@ from spectralmetrics.probing.hooks import (
     warn_user,
     watch_outputs,
     weakly,
-    why_unseen,
 )
 from spectralmetrics.probing.layout import Layout, find_layout
 from spectralmetrics.probing.meshes import Meshes
@@ -36,7 +36,7 @@ from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.sums.merging import communication_device
-from spectralmetrics.torch_private import in_backward, is_context_parallel
+from spectralmetrics.torch_private import ignores_hooks, in_backward, is_context_parallel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -446,7 +446,8 @@ class LayerSimilarity:
             else " and ".join(name for name, has in zip(("`model`", "`other`"), ran, strict=True) if not has)
         )
         because = "a model that is exported, scripted or run inside transforms of torch.func is not observed"
-        return f"no forward of {models} has been seen since the LayerSimilarity was made; {why_unseen(because)}"
+        because = HOOKS_IGNORED if ignores_hooks() else because
+        return f"no forward of {models} has been seen since the LayerSimilarity was made; {because}"
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -67,7 +67,8 @@ class Measurement(NamedTuple):
             table = ["One row has no variance, and all statistics are zero: measure more rows."]
         return "\n".join([str(self.summary), *([""] if table else []), *table])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return self.summary._repr_html_()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.methods import Methods
+from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
@@ -20,7 +21,6 @@ from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
 from spectralmetrics.probing.processes import from_first_process, is_first
-from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
 from spectralmetrics.probing.whole_state import STATES, load_whole_state, whole_state
@@ -217,7 +217,7 @@ class Forwards:
         self.probe._windows.advance(_READER, stage)
 
     def compute_stage(self, stage: Stage) -> dict[tuple[str, str], float]:
-        """(metric, layer) -> value of a stage, which has then been read; empty if nothing can be observed in it.
+        """(metric, layer) -> value of a stage, which has then been read; empty if nothing is observed in it.
 
         All processes call it. The first one that reads the probe logs each problem once, see
         :meth:`.LayerProbe.findings`. If all that ran in the stage was generation, a warning says so.

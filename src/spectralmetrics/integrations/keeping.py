@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from spectralmetrics.integrations.forwards import Forwards
+from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.probe import group_of
 from spectralmetrics.probing.processes import from_first_process
-from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.probing.windows import take_over
 from spectralmetrics.recording import Recorder
 from spectralmetrics.recording.record import RecordKey

@@ -88,13 +88,13 @@ class Budget:
         clock: gives the time in seconds.
     """
 
-    def __init__(self, share: float, seed: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, share: Any, seed: int, clock: Callable[[], float] = time.perf_counter) -> None:
         if not (isinstance(share, numbers.Real) and 0 < float(share) < 1):
             raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {share!r}")
-        self.share = share
+        self.share: float = share  # type: ignore[assignment]  # a number of any kind
         self._seed = seed
         self._now = clock
-        self._stages = {stage: _Account(share, (seed, stage)) for stage in ("train", "eval")}
+        self._stages = {stage: _Account(self.share, (seed, stage)) for stage in ("train", "eval")}
         self._last: tuple[_Account, float] | None = None
         self._pending: deque[tuple[_Account, Any, Any, float]] = deque()
 

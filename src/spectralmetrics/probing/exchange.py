@@ -19,9 +19,9 @@ import torch.distributed as dist
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.stream import stream_of
+from spectralmetrics.probing import processes
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing import processes
 from spectralmetrics.sums import Sum, run_together
 from spectralmetrics.sums.merging import communication_device
 

@@ -33,7 +33,6 @@ from spectralmetrics.probing.parts import Part, dtensors_of, is_dtensor
 from spectralmetrics.sums import no_autocast
 from spectralmetrics.torch_private import (
     heed_hooks,
-    ignores_hooks,
     is_autocast_anywhere,
     is_exporting,
     is_fake,
@@ -65,6 +64,12 @@ _BETWEEN = {
 Select = Callable[..., Any]
 Observe = Callable[[nn.Module, Any, bool, Select | None], None]
 """Takes a module, its output, its training flag, and a function that is still to be applied to the output."""
+
+HOOKS_IGNORED = (
+    "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model ignores"
+    " hooks: set it to False and call torch.compiler.reset()"
+)
+"""The reason why no hook was called, where PyTorch is set so."""
 
 _SELECTED = "selected "  # prefix of the kind of an output that a user's function has returned
 
@@ -281,16 +286,6 @@ def level_of_user() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     return level
-
-
-def why_unseen(otherwise: str) -> str:
-    """The reason why no hook was called: compiled models ignore hooks, or another reason."""
-    if not ignores_hooks():
-        return otherwise
-    return (
-        "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model ignores"
-        " hooks: set it to False and call torch.compiler.reset()"
-    )
 
 
 def how_it_runs(output: Any) -> Literal["run", "transformed", "traced"]:

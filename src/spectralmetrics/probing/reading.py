@@ -16,9 +16,10 @@ from spectralmetrics.functional.together import Progress, Wanted, decompose_toge
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.facts import Key
-from spectralmetrics.probing.hooks import level_of_user, why_unseen
+from spectralmetrics.probing.hooks import HOOKS_IGNORED, level_of_user
 from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
+from spectralmetrics.torch_private import ignores_hooks
 
 _OF_LEFT_OUT = "observations with NaN or infinite values were left out in {}: {}"
 HOST = torch.device("cpu")
@@ -332,8 +333,10 @@ def nothing_observed(
         reason = f"the layers ran in {other} only; the stage is the layer's own `training` flag"
     elif is_off:
         reason = "no probed layer has run since the probe was made or reset, and it is paused or removed now"
+    elif ignores_hooks():
+        reason = HOOKS_IGNORED
     else:
-        reason = why_unseen(
+        reason = (
             "no probed layer has run since the probe was made or reset; a model that is exported or"
             " scripted does not call hooks"
         )
