@@ -19,7 +19,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.base import REPEATED_INPUTS
-from spectralmetrics.probing import saving, windows
+from spectralmetrics.probing import processes, saving, windows
 from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
@@ -35,17 +35,6 @@ from spectralmetrics.probing.meshes import Meshes, may_share_layers
 from spectralmetrics.probing.movers import History, Scales, scales_of
 from spectralmetrics.probing.outputs import Choose
 from spectralmetrics.probing.parts import dtensors_of
-from spectralmetrics.probing.processes import (
-    NO_GROUP,
-    agreed,
-    gather_agreed,
-    is_one_of_several,
-    merges_nothing,
-    merging_group,
-    merging_groups,
-    reading_group,
-    uninterrupted,
-)
 from spectralmetrics.probing.reading import (
     HOST,
     Question,
@@ -526,10 +515,10 @@ class LayerProbe(nn.Module):
                 raise error
             yield self._guests if self._is_sharing else None
             return
-        group = merging_group(self._places.values())
-        keeps_own = of_all and merges_nothing(self._places.values()) and is_one_of_several()
-        with uninterrupted():
-            if group is NO_GROUP and not keeps_own:
+        group = processes.merging_group(self._places.values())
+        keeps_own = of_all and processes.merges_nothing(self._places.values()) and processes.is_one_of_several()
+        with processes.uninterrupted():
+            if group is processes.NO_GROUP and not keeps_own:
                 with self._merged_states(call, stages, error):
                     yield None
                 return
@@ -553,8 +542,8 @@ class LayerProbe(nn.Module):
         """Read the merged states of each stage's layers, in one order on all processes; None without data."""
         if agreement is None:
             places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
-            groups = [] if self._router.is_merged else merging_groups(self._places.values())
-            results = agreed(lambda: read(list(places.values()), progress), groups)
+            groups = [] if self._router.is_merged else processes.merging_groups(self._places.values())
+            results = processes.agreed(lambda: read(list(places.values()), progress), groups)
         else:
             places = {place: each for place, each in agreement.places.items() if place[0] in stages}
             results = agreement.read(read, progress, stages, is_held=self._is_sharing)
@@ -579,7 +568,9 @@ class LayerProbe(nn.Module):
             try:
                 with self._merged_states("merged", STAGES):
                     self._router.is_merged = True
-                    self._is_sharing = sharing and merging_group(self._places.values()) is not NO_GROUP
+                    self._is_sharing = (
+                        sharing and processes.merging_group(self._places.values()) is not processes.NO_GROUP
+                    )
                     try:
                         yield
                     finally:
@@ -596,8 +587,8 @@ class LayerProbe(nn.Module):
         before = self._guests
         with contextlib.ExitStack() as stack:
             try:
-                with uninterrupted():
-                    for group in merging_groups(self._places.values()):
+                with processes.uninterrupted():
+                    for group in processes.merging_groups(self._places.values()):
                         try:
                             agreement = self._agree(call, stages, group, error=error)
                             for batch in agreement.batches():
@@ -755,9 +746,9 @@ class LayerProbe(nn.Module):
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
         """Layer -> True if its weights are still the initial ones, from a process that has the layer."""
         of_processes = [self._router.untrained(layers)]
-        group = merging_group(self._places.values())
-        if group is not NO_GROUP and not self._router.is_merged:
-            of_processes = gather_agreed(of_processes[0], None, group)
+        group = processes.merging_group(self._places.values())
+        if group is not processes.NO_GROUP and not self._router.is_merged:
+            of_processes = processes.gather_agreed(of_processes[0], None, group)
         known = ((name, flag) for each in reversed(of_processes) for name, flag in each.items())
         return {name: flag for name, flag in known if flag is not None}
 
@@ -845,9 +836,9 @@ class LayerProbe(nn.Module):
 
     def _each_merged(self, call: str, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
         """Read each layer while its states are merged, on all processes."""
-        group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
+        group = processes.NO_GROUP if self._router.is_merged else processes.merging_group(self._places.values())
         self._join_windows()
-        if group is not NO_GROUP:
+        if group is not processes.NO_GROUP:
             with self._router.lock:
                 agreement = self._agree(call, [stage], group)
             yield from agreement.iterate(read, self._router.lock)
@@ -1086,7 +1077,8 @@ class LayerProbe(nn.Module):
 
         def agree() -> Agreement | None:
             self._join_windows()
-            return self._agree("sharded", STAGES, None, takes_all=True) if is_one_of_several() else None
+            is_alone = not processes.is_one_of_several()
+            return None if is_alone else self._agree("sharded", STAGES, None, takes_all=True)
 
         return Sharded(self._places, agree, self._steps, self._router.order, self._remembered, self.reset)
 
@@ -1200,7 +1192,7 @@ def group_of(probe: LayerProbe | None) -> Any:
 
     See :func:`~.processes.reading_group`; the default group without a probe.
     """
-    return None if probe is None else reading_group(probe._places.values())
+    return None if probe is None else processes.reading_group(probe._places.values())
 
 
 def keep_history(probe: LayerProbe, steps: int) -> None:

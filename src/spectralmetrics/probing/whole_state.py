@@ -175,24 +175,24 @@ def _lacking(saved: WholeState, layers: _Layers, probe: LayerProbe) -> list[str]
 def _load(probe: LayerProbe, share: _Share) -> None:
     windows = {reader: share[reader] for reader in probe._windows.readers() if reader in share}
     kept = {reader: _taken(probe, states) for reader, states in windows.items()}
-    whole, *more = share[_ALL]
-    added = [_taken(probe, [state]) for state in more]
-    probe.load_state_dict(whole, strict="progress" in whole)
-    for taken in added:
-        for place, each in taken.items():
-            merge_in(probe._places[place], each)
+    _hold(probe, share[_ALL])
     for (reader, stage), taken in kept.items():
         probe._windows.give(reader, {place: each for place, each in taken.items() if place[0] == stage})
 
 
-def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
-    """The sums of some states, added up; the probe holds nothing afterwards."""
+def _hold(probe: LayerProbe, states: Sequence[_State]) -> None:
+    """Give a probe the sums of some states, added up."""
     first, *more = states
     added = [_taken(probe, [state]) for state in more]
-    probe.load_state_dict(first)
+    probe.load_state_dict(first, strict="progress" in first)
     for each in added:
         for place, taken in each.items():
             merge_in(probe._places[place], taken)
+
+
+def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
+    """The sums of some states, added up; the probe holds nothing afterwards."""
+    _hold(probe, states)
     found = {place: take_out(each, to_merge=True) for place, each in probe._places.items()}
     probe.reset()
     return found
