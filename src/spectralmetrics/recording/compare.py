@@ -10,12 +10,7 @@ from typing import Any
 
 from spectralmetrics.findings import has_eigenvalues
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.functional.relations import (
-    MINIMUM_SAMPLES,
-    frechet_distance,
-    linear_cka,
-    subspace_overlap,
-)
+from spectralmetrics.functional.relations import MINIMUM_SAMPLES, frechet_distance, linear_cka, subspace_overlap
 from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import RecordKey, Row
