@@ -94,14 +94,9 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
     gathered = gather_objects((described, value), group)
     if error is not None:
         raise error
-    ranks = dist.get_process_group_ranks(group)
-    raised = [
-        f"process {rank} raised {words}"
-        for rank, (words, _) in zip(ranks, gathered, strict=True)
-        if words is not None
-    ]
-    if raised:
-        raise RuntimeError("; ".join(raised))
+    if failed := [(number, words) for number, (words, _) in enumerate(gathered) if words is not None]:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError("; ".join(f"process {ranks[number]} raised {words}" for number, words in failed))
     return [each for _, each in gathered]
 
 

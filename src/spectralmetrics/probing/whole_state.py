@@ -47,7 +47,7 @@ def whole_state(probe: LayerProbe, without: Collection[str] = ()) -> WholeState 
         probe: a persistent probe.
         without: stages whose observations are left out.
     """
-    layers = gather_objects(list(probe._layers)) if is_one_of_several() else [list(probe._layers)]
+    layers = gather_objects(list(probe._layers))
     with probe._without(without):
         states = _states(probe, layers)
     windows: dict[str, dict[str, WholeState]] = {}
@@ -79,7 +79,7 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> list[str]:
         ValueError: for layers that no process probes, or metrics that the probe lacks; for what
             ``load_state_dict`` raises.
     """
-    layers = gather_objects(list(probe._layers)) if is_one_of_several() else [list(probe._layers)]
+    layers = gather_objects(list(probe._layers))
     dealt: list[_Share] = []
     lacking: list[str] = []
     error: BaseException | None = None
@@ -88,14 +88,9 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> list[str]:
             dealt, lacking = _dealt(saved, layers), _lacking(saved, layers, probe)
     except Exception as raised:
         error = raised
-    if is_one_of_several():
-        # The first one's share is most of it, and stays where it is.
-        of_others = gather_agreed(dealt[1:], error, None)[0]
-        mine = dealt[0] if is_first(None) else of_others[dist.get_rank() - 1]
-    elif error is not None:
-        raise error
-    else:
-        (mine,) = dealt
+    # The first one's share is most of it, and stays where it is.
+    of_others = gather_agreed(dealt[1:], error, None)[0]
+    mine = dealt[0] if is_first(None) else of_others[dist.get_rank() - 1]
     agreed(lambda: _load(probe, mine), [None] if is_one_of_several() else [])
     return lacking
 
