@@ -24,6 +24,7 @@ from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.processes import from_first_process, is_first
 from spectralmetrics.probing.selection import unwrap
+from spectralmetrics.sums.checks import check_type
 
 with from_extra("transformers", "this callback needs transformers"):
     from transformers import (
@@ -119,8 +120,7 @@ class LayerProbeCallback(TrainerCallback):
         monitor: bool | MakesMonitor = False,
         **arguments: Any,
     ) -> None:
-        if not isinstance(trainer, Trainer):
-            raise TypeError(f"expected trainer to be a Trainer, got {type(trainer).__name__}")
+        check_type("trainer", trainer, Trainer)
         masks = {"attention_mask": attention_mask, "decoder_attention_mask": decoder_attention_mask}
         for argument, name in masks.items():
             if name is not None and not (isinstance(name, str) and name):
