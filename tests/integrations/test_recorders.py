@@ -348,3 +348,14 @@ def test_what_is_no_recorder(tmp_path):
     trainer.add_callback(transformers.LayerProbeCallback(trainer, recorder=lambda probe: "run"))
     with pytest.raises(TypeError, match="expected recorder to return a Recorder of the probe, got 'run'"):
         trainer.train()
+
+
+def test_processes_that_a_strategy_starts_go_on_in_the_directory(tmp_path):
+    callback = lightning.LayerProbeCallback(SaturationMetric(), recorder=tmp_path / "run")
+    module = Classifier(0.0)
+    make_trainer(tmp_path, callback, logger=False, strategy="ddp_spawn", devices=1).fit(module)
+    make_trainer(tmp_path, callback, logger=False, strategy="ddp_spawn", devices=1).validate(module)
+    assert list(rows(tmp_path / "run", "train", "saturation", "model.0")) == [0, 1]
+    assert list(rows(tmp_path / "run", "eval", "saturation", "model.0")) == [0, 1, 2]
+    with pytest.raises(FileExistsError, match="already holds records"):  # of another program
+        make_trainer(tmp_path, lightning.LayerProbeCallback(recorder=tmp_path / "run")).fit(module)

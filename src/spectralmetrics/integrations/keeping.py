@@ -46,6 +46,10 @@ class Keeping:
                 f" {recorder!r}"
             )
         self._made_by = recorder
+        self._process = os.getpid()
+        self._was_empty = isinstance(recorder, (str, os.PathLike)) and not (
+            os.path.isdir(recorder) and os.listdir(recorder)
+        )
         self._last: Recorder | None = None  # the recorder that was last made, open or closed
         self._has_trained = False  # with that recorder
         self.recorder: Recorder | None = None  # while it is open
@@ -86,6 +90,8 @@ class Keeping:
     def _made(self, probe: LayerProbe, goes_on: bool) -> Recorder:
         if not callable(self._made_by):
             assert self._made_by is not None
+            # A process that a trainer starts for each fit and evaluation knows no earlier recorder.
+            goes_on = goes_on or (self._was_empty and os.getppid() == self._process)
             return Recorder(self._made_by, probe, _WRITERS, mode="resume" if goes_on else "create")
         made = self._made_by(probe)
         if not isinstance(made, Recorder) or made.probe is not probe:

@@ -56,7 +56,8 @@ class LayerProbeCallback(Callback):
             where it logs within an epoch. A directory may hold records only if the fit goes on from
             a checkpoint; those that it holds from there on stay, and are not recorded again. The function is
             called once, and again for another fit from scratch; validations, and fits that go on, open
-            its recorder again.
+            its recorder again. Where the strategy starts processes for each fit and validation, it is called
+            in each: give a directory.
         each_layer: True logs the values of each layer at steps, too; False their means alone.
         monitor: True for a :class:`~spectralmetrics.Monitor` of the training, or a function from the probe to
             one: ``lambda probe: Monitor(probe, every=50, on_alarm="stop")``. Where it is to stop, the fit ends.
@@ -64,7 +65,8 @@ class LayerProbeCallback(Callback):
         **arguments: everything else that :class:`~spectralmetrics.LayerProbe` takes, such as ``layers``.
 
     Attributes:
-        probe: the :class:`~spectralmetrics.LayerProbe`, on the model while the trainer runs; None before.
+        probe: the :class:`~spectralmetrics.LayerProbe`, on the model while the trainer runs; None before. Where
+            the strategy starts processes (``"ddp_spawn"``, ``"ddp_notebook"``), it is theirs, and not yours.
         monitor: the :class:`~spectralmetrics.Monitor` of the probe; None without one.
 
     Raises:

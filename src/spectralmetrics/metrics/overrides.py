@@ -77,6 +77,7 @@ def copy_metric(metric: Metric) -> Metric:
 
 STATES: set[str] = set()
 """The names of all states of all metrics of this package; each is a property."""
+_PLAIN = frozenset({"configuration", "_update_count", "_computed"})  # set often, and never a module
 _NOT_MERGED = contextlib.nullcontext()
 
 
@@ -230,7 +231,7 @@ class OverriddenMetric(MergingMetric):
     def __setattr__(self, name: str, value: Any) -> None:
         # A collection sets all states of all its metrics whenever it is read. torchmetrics would pass each to
         # `torch.nn.Module`, which looks for parameters, buffers and modules of that name first.
-        if name in STATES:
+        if name in STATES or name in _PLAIN:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

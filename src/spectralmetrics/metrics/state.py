@@ -327,7 +327,7 @@ class SumsMetric(DealingMetric):
     def _current(self) -> tuple[Sum, ...]:
         """The sums without the rows that wait."""
         self.refresh()
-        live: _Live | None = self.__dict__.get("_live")
+        live = self.__dict__.get("_live") or self._borrowed()
         if live is not None:
             return live.sums
         states = self.all_states()
@@ -336,7 +336,7 @@ class SumsMetric(DealingMetric):
     def _revive(self) -> _Live | None:
         """The sums as objects and their stream; None before the first rows."""
         own = self.__dict__
-        live: _Live | None = own.get("_live")
+        live: _Live | None = own.get("_live") or self._borrowed()
         if live is None:
             sums = self._current()
             if sums[0].num_features == 0:
@@ -347,3 +347,14 @@ class SumsMetric(DealingMetric):
             if self._leader is None:  # a leader may replace them
                 own["_live"] = live
         return live
+
+    def _borrowed(self) -> _Live | None:
+        """The leader's sums of this metric's kinds, if its states are the leader's and hold rows."""
+        leader: Any = self._leader
+        if leader is None or self._is_synced or not self.is_borrowed():
+            return None
+        live: _Live | None = leader._revive()
+        if live is None:
+            return None
+        kept = {type(each): each for each in live.sums}
+        return live._replace(sums=tuple(kept[type(each)] for each in self._prototypes))

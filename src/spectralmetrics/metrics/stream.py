@@ -58,6 +58,7 @@ class Stream:
         self.noted: Any = None
         self._intakes: dict[type[Sum], Intake] = {}
         self._keeps_rows = True
+        self._may_wait = False  # True if rows may wait in an intake
 
     @property
     def merged(self) -> MutableMapping[Any, list[Sum]]:
@@ -106,6 +107,7 @@ class Stream:
             self.begin(sums, gram_dtype, phase)
             for made in sums:
                 self._intakes[type(made)].meet(made)
+        self._may_wait = True
         if self._keeps_rows:
             observations = detached(observations)
         for each in sums:
@@ -121,10 +123,13 @@ class Stream:
 
     def flush(self, sums: Sequence[Sum]) -> None:
         """Add the rows that wait."""
+        if not self._may_wait:
+            return
         for each in sums:
             intake = self._intakes.get(type(each))
             if intake is not None and intake.flush(each):
                 self.forget()
+        self._may_wait = False
 
     def forget(self) -> None:
         """Forget all readings: there are more observations now."""

@@ -338,7 +338,10 @@ class LayerMetrics:
 
     def readable(self) -> dict[str, Metric]:
         """The metrics by name; metrics that need eigenvectors first, since these bring the eigenvalues, too."""
-        named = dict(self.collection.items(keep_base=True, copy_state=False))
+        collection = self.collection
+        if not all(metric.is_borrowed() for metric in self._followers.values()):  # the user updated it alone
+            collection.items(copy_state=False)
+        named = {name: self._followers.get(name, leader) for name, leader in sorted(self.leader_of.items())}
         return dict(sorted(named.items(), key=lambda item: not getattr(item[1], "needs_eigenvectors", False)))
 
 

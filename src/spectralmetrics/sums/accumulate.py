@@ -23,7 +23,7 @@ from spectralmetrics.sums.workspace import workspace
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; on an accelerator, fewer and larger products are faster.
-_CPU_WORKSPACE_BYTES = 2**21
+_CPU_WORKSPACE_BYTES = 2**22
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # With fewer rows the pass over the D x D sum takes longer than the arithmetic. With more, rows leave the cache.
 _MINIMUM_ROWS_PER_PRODUCT = 1024
@@ -51,9 +51,9 @@ def accumulate(
         gram_dtype: dtype of the products. ``torch.float64``, or ``torch.float32`` for speed: then the centred
             rows are scaled by a power of two to the middle of the range of float32 and each block's product
             is added to the float64 sum.
-            Sums of more than 256 products are never left to float32, so that the error of a sum stays below
-            1e-5 of the size of its summands, as long as no feature is more than 1e18 times smaller than another
-            and no deviation from the origin exceeds 3e38.
+            A float32 sum has at most 256 products, and the sums of one block are added in float32, so that the
+            error of a sum stays below 1e-5 of the size of its summands, as long as no feature is more than 1e18
+            times smaller than another and no deviation from the origin exceeds 3e38.
         recentre: True first moves the origin to the mean of these rows, which re-bases the sums exactly, unless
             they are fewer than the root of the number of rows before them. False saves that pass: use it if the
             origin lies near the data and rows of this dtype have set it.
@@ -108,7 +108,7 @@ def accumulate(
 
 
 def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Cut observations into pieces of at most about ``limit`` rows, without copying where the layout allows it.
+    """Cut observations into equal pieces of about ``limit`` rows, without copying where the layout allows it.
 
     Yields each piece with the dimension of its features, which is the first or the last, and the index of its
     first row among all rows (meaningful if the features come last).
@@ -117,15 +117,22 @@ def _blocks(values: Tensor, feature_dim: int, limit: int) -> Iterator[tuple[Tens
     moved = values.movedim(feature_dim, -1)
     if moved.is_contiguous() or moved.ndim == 2:
         start = 0
-        for rows in torch.split(moved.reshape(-1, features), limit):
-            yield rows, -1, start
-            start += rows.shape[0]
+        rows = moved.reshape(-1, features)
+        for piece in torch.split(rows, _evenly(len(rows), limit)):
+            yield piece, -1, start
+            start += len(piece)
         return
     # (B, D, *positions) -> (D, b, p) for b samples at a time, so that runs of positions stay contiguous
     maps = values.movedim(feature_dim, 1).flatten(2)
-    for samples in torch.split(maps, max(limit // max(maps.shape[2], 1), 1)):
-        for piece in torch.split(samples, limit, dim=2):
+    positions = max(maps.shape[2], 1)
+    for samples in torch.split(maps, _evenly(len(maps), limit / positions)):
+        for piece in torch.split(samples, _evenly(positions, limit), dim=2):
             yield piece.transpose(0, 1), 0, 0
+
+
+def _evenly(number: int, limit: float) -> int:
+    """The size of equal parts of about a limit; a small last part would cost as many passes as a full one."""
+    return -(-number // max(round(number / limit), 1))
 
 
 def _add_compiled(
@@ -163,8 +170,7 @@ def _add_if_finite(
             return False
         _multiply_in_float64(moments, rows)
     else:
-        least, most = torch.aminmax(work)
-        largest = torch.maximum(-least, most)
+        largest = torch.maximum(-work.amin(), work.amax())  # faster than `aminmax`
         if not largest.isfinite():
             return False
         low, high = _UNSCALED
@@ -232,36 +238,20 @@ def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | No
         # Float64 rows keep their digits until they are centred and scaled.
         centred = centred.mul_(scale.to(centred.dtype)).to(torch.float32)
     weight = None if scale is None else scale.square().reciprocal()
+    number = centred.shape[0] // ROWS_PER_FLOAT32_SUM
+    whole = number * ROWS_PER_FLOAT32_SUM
+    pieces, rest = centred[:whole].unflatten(0, (number, ROWS_PER_FLOAT32_SUM)), centred[whole:]
     for start, stop in block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
         # Add the product while the cache holds it; a product of all features would not fit.
-        product = _product_of_short_sums(centred[:, start:stop], centred[:, start:])
-        moments.second[start:stop, start:].add_(product if weight is None else product.mul_(weight))
-    first = _sum_of_short_sums(centred)
+        left, right = pieces[..., start:stop].mT, pieces[..., start:]  # (n / 256, b, 256), (n / 256, 256, w)
+        shape = (number, left.shape[1], right.shape[2])
+        product = torch.bmm(left, right, out=workspace(left, "product", shape, torch.float32)).sum(0)
+        if len(rest):
+            product.addmm_(rest[:, start:stop].t(), rest[:, start:])
+        if weight is not None:
+            product = product.to(torch.float64).mul_(weight)
+        moments.second[start:stop, start:].add_(product)
+    ones = centred.new_ones(ROWS_PER_FLOAT32_SUM)
+    first = (ones[: len(rest)] @ rest).to(torch.float64)  # torch.sum takes four times as long
+    first += (ones @ pieces).sum(0, dtype=torch.float64)
     return first if scale is None else first.div_(scale)
-
-
-def _sum_of_short_sums(rows: Tensor) -> Tensor:
-    """Sum rows in float64, from float32 sums over few rows each; torch.sum takes four times as long."""
-    whole = rows.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
-    ones = rows.new_ones(ROWS_PER_FLOAT32_SUM)
-    total = (ones[: rows.shape[0] - whole] @ rows[whole:]).to(torch.float64)
-    if whole:
-        total += (ones @ rows[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM))).sum(0, dtype=torch.float64)
-    return total
-
-
-def _product_of_short_sums(left: Tensor, right: Tensor) -> Tensor:
-    """The product leftᵀ right in float64, from float32 sums over few rows each."""
-    whole = left.shape[0] // ROWS_PER_FLOAT32_SUM * ROWS_PER_FLOAT32_SUM
-    shape = (left.shape[1], right.shape[1])
-    total = workspace(left, "summed products", shape, torch.float64)
-    if whole:
-        # (n, b) -> (n / 256, b, 256), (n, w) -> (n / 256, 256, w)
-        transposed = left[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM)).mT
-        pieces = workspace(left, "product", (transposed.shape[0], *shape), torch.float32)
-        torch.bmm(transposed, right[:whole].unflatten(0, (-1, ROWS_PER_FLOAT32_SUM)), out=pieces)
-        torch.sum(pieces, 0, dtype=torch.float64, out=total)
-    if whole == left.shape[0]:
-        return total
-    rest = torch.mm(left[whole:].t(), right[whole:])
-    return total.add_(rest) if whole else total.copy_(rest)
