@@ -4,8 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectralmetrics.face import *  # noqa: F403  # its own list says which
-    from spectralmetrics.face import __all__ as __all__
+    from spectralmetrics.face import *  # noqa: F403
 
 __version__ = "0.3.0"
 
@@ -14,8 +13,9 @@ def __getattr__(name: str) -> Any:
     """Import the public names, and PyTorch with them, when the first is used: ``--help`` needs none."""
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    face = importlib.import_module(f"{__name__}.face")
-    globals().update({each: getattr(face, each) for each in face.__all__}, __all__=face.__all__)
+    face = vars(importlib.import_module(f"{__name__}.face"))
+    public = {each: value for each, value in face.items() if not each.startswith("_")}
+    globals().update(public, __all__=sorted(public))
     try:
         return globals()[name]
     except KeyError:

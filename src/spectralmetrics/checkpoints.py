@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def _safetensors(path: Path) -> dict[str, _Stored]:
         return tensor
 
     return {
-        name: _Stored(shape, _SAFETENSORS_DTYPES.get(dtype), None, functools.partial(bring, name))
+        name: _Stored(shape, _SAFETENSORS_DTYPES.get(dtype), None, partial(bring, name))
         for name, (shape, dtype) in described.items()
     }
 
@@ -240,19 +240,13 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
         bring = tensor.bring
         if f"{name.removesuffix('_orig')}_mask" in stored:
             name = name.removesuffix("_orig")
-            bring = functools.partial(_pruned, stored, name)
+            bring = partial(weight_in, _LazyTensors(stored), name)  # type: ignore[assignment]
         layer = name.removesuffix(".weight")
         if len(tensor.shape) == 3 and "expert" in name:
             for expert in range(tensor.shape[0]):
                 yield WeightMatrix(f"{layer}.{expert}", "", name, bring, expert)
         else:
             yield WeightMatrix(layer, "", name, bring)
-
-
-def _pruned(stored: Mapping[str, _Stored], name: str) -> Tensor:
-    weight = weight_in(_LazyTensors(stored), name)
-    assert weight is not None
-    return weight
 
 
 def _part(name: str, stored: Mapping[str, _Stored]) -> str:

@@ -133,7 +133,7 @@ def _run_compare(left: Path, right: Path | None, epochs: list[int] | None, **opt
 
 def _run_weights(checkpoint: Path, **options: Any) -> None:
     from spectralmetrics.checkpoints import checkpoint_spectra
-    from spectralmetrics.probing.progress import LateBar
+    from spectralmetrics.integrations.progress import LateBar
 
     _print(str(checkpoint_spectra(checkpoint, progress=LateBar("reading matrices"), **options)))
 
@@ -141,7 +141,7 @@ def _run_weights(checkpoint: Path, **options: Any) -> None:
 def _run_measure(paths: list[str], no_center: bool, **options: Any) -> None:
     from spectralmetrics.files import ReadError, measure
     from spectralmetrics.files.sources import files_of, numeric_order
-    from spectralmetrics.probing.progress import LateBar
+    from spectralmetrics.integrations.progress import LateBar
 
     files = sorted({file for path in paths for file in files_of(path)}, key=numeric_order)
     source = files if len(paths) > 1 else paths[0]
@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = _add_command(
+    add = _add_command(
         commands,
         "demo",
         _run_demo,
@@ -271,20 +271,18 @@ def _add_demo(commands: Any) -> None:
         " layer. Prints a table of the last epoch, names the layers of the low-saturation tail, and records"
         " numbers (records.csv), covariances (arrays), pictures (plots) and a page for the browser"
         " (report.html), replacing an earlier run's.",
-        ["spectralmetrics demo", "spectralmetrics demo --epochs 3 --threshold 0.95"],
+        "spectralmetrics demo",
+        "spectralmetrics demo --epochs 3 --threshold 0.95",
     )
-    demo.add_argument("--epochs", type=_positive, default=5, help="passes over the data (default: 5)")
-    demo.add_argument(
-        "--threshold", type=_share, default=0.99, help="share of variance to explain, in (0, 1] (default: 0.99)"
-    )
-    demo.add_argument("--seed", type=int, default=0, help="seed of the split, weights and order (default: 0)")
-    demo.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="directory to write to (default: runs/demo)"
-    )
+    share = "share of variance to explain, in (0, 1] (default: 0.99)"
+    add("--epochs", type=_positive, default=5, help="passes over the data (default: 5)")
+    add("--threshold", type=_share, default=0.99, help=share)
+    add("--seed", type=int, default=0, help="seed of the split, weights and order (default: 0)")
+    add("--output", type=Path, default=Path("runs/demo"), help="directory to write to (default: runs/demo)")
 
 
 def _add_plot(commands: Any) -> None:
-    plot = _add_command(
+    add = _add_command(
         commands,
         "plot",
         _run_plot,
@@ -292,52 +290,40 @@ def _add_plot(commands: Any) -> None:
         "Draw a recorded run: a profile over the layers for each statistic, heat maps of layers and epochs, and"
         " the spectra if the run has arrays. With several runs, draw the profiles of each statistic into one"
         " picture, a line for each run. Prints the names of the files written.",
-        [
-            "spectralmetrics plot runs/demo",
-            "spectralmetrics plot runs/demo --statistics saturation --epoch 3",
-            "spectralmetrics plot runs/first runs/second --output pictures",
-        ],
+        "spectralmetrics plot runs/demo",
+        "spectralmetrics plot runs/demo --statistics saturation --epoch 3",
+        "spectralmetrics plot runs/first runs/second --output pictures",
     )
-    plot.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
-    plot.add_argument("--epoch", type=int, help="draw the last record of this epoch (default: the last epoch)")
-    plot.add_argument("--statistics", nargs="+", metavar="NAME", help="statistics to draw (default: all)")
-    plot.add_argument(
-        "--threshold", type=_share, help="threshold of the dashed lines in the spectra (default: as recorded)"
-    )
-    plot.add_argument("--output", type=Path, help="folder to write to (default: plots in the first RUN)")
-    plot.add_argument("--dpi", type=_positive, default=150, help="dots per inch (default: 150)")
+    add("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
+    add("--epoch", type=int, help="draw the last record of this epoch (default: the last epoch)")
+    add("--statistics", nargs="+", metavar="NAME", help="statistics to draw (default: all)")
+    add("--threshold", type=_share, help="threshold of the dashed lines in the spectra (default: as recorded)")
+    add("--output", type=Path, help="folder to write to (default: plots in the first RUN)")
+    add("--dpi", type=_positive, default=150, help="dots per inch (default: 150)")
 
 
 def _add_compare(commands: Any) -> None:
-    comparison = _add_command(
+    add = _add_command(
         commands,
         "compare",
         _run_compare,
         "show what changed between two epochs, or between two runs",
         "Compare two runs layer by layer, or two epochs of one run, by the numbers and the covariances that"
         " they recorded (writer arrays). Prints what changed most, and a table of all layers.",
-        ["spectralmetrics compare runs/demo --epochs 1 5", "spectralmetrics compare runs/first runs/second"],
+        "spectralmetrics compare runs/demo --epochs 1 5",
+        "spectralmetrics compare runs/first runs/second",
     )
-    comparison.add_argument("left", type=Path, metavar="RUN", help="directory of a run")
-    comparison.add_argument("right", type=Path, nargs="?", metavar="RUN", help="directory of another run")
-    comparison.add_argument(
-        "--epochs",
-        type=int,
-        nargs=2,
-        metavar=("LEFT", "RIGHT"),
-        help="two epochs of one run, or one of each run: their last records (default: the last of each)",
-    )
-    comparison.add_argument("--stage", default="eval", help="train or eval (default: eval)")
-    comparison.add_argument(
-        "--threshold",
-        type=_share,
-        default=0.99,
-        help="share of variance of the leading eigenspaces, in (0, 1] (default: 0.99)",
-    )
+    epochs = "two epochs of one run, or one of each run: their last records (default: the last of each)"
+    share = "share of variance of the leading eigenspaces, in (0, 1] (default: 0.99)"
+    add("left", type=Path, metavar="RUN", help="directory of a run")
+    add("right", type=Path, nargs="?", metavar="RUN", help="directory of another run")
+    add("--epochs", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help=epochs)
+    add("--stage", default="eval", help="train or eval (default: eval)")
+    add("--threshold", type=_share, default=0.99, help=share)
 
 
 def _add_summary(commands: Any) -> None:
-    summary = _add_command(
+    add = _add_command(
         commands,
         "summary",
         _run_summary,
@@ -345,29 +331,19 @@ def _add_summary(commands: Any) -> None:
         "Print one row per layer: its width, the most directions that its weights allow (ceiling), the"
         " number of observations n, the intrinsic dimension (with its interval if the run was recorded with"
         " folds), saturation, and what stands out.",
-        [
-            "spectralmetrics summary runs/demo",
-            "spectralmetrics summary runs/demo --stage train --threshold 0.95",
-        ],
+        "spectralmetrics summary runs/demo",
+        "spectralmetrics summary runs/demo --stage train --threshold 0.95",
     )
-    summary.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
-    summary.add_argument(
-        "--epoch", type=int, help="show the last record with arrays of this epoch (default: the last epoch)"
-    )
-    summary.add_argument("--stage", default="eval", help="train or eval (default: eval)")
-    summary.add_argument(
-        "--statistic",
-        default="intrinsic_dimension",
-        metavar="NAME",
-        help="statistic to show (default: intrinsic_dimension)",
-    )
-    summary.add_argument(
-        "--threshold", type=_share, metavar="T", help="share of variance, in (0, 1] (default: as recorded)"
-    )
+    name = "intrinsic_dimension"
+    add("directory", type=Path, metavar="RUN", help="directory of the run")
+    add("--epoch", type=int, help="show the last record with arrays of this epoch (default: the last epoch)")
+    add("--stage", default="eval", help="train or eval (default: eval)")
+    add("--statistic", default=name, metavar="NAME", help=f"statistic to show (default: {name})")
+    add("--threshold", type=_share, metavar="T", help="share of variance, in (0, 1] (default: as recorded)")
 
 
 def _add_recompute(commands: Any) -> None:
-    again = _add_command(
+    add = _add_command(
         commands,
         "recompute",
         _run_recompute,
@@ -375,28 +351,19 @@ def _add_recompute(commands: Any) -> None:
         "Rebuild statistics from the arrays of a run, at any threshold, including ones not recorded, and"
         " print them as CSV with the columns of records.csv. With several thresholds, each has its own rows,"
         " saturation@0.95 and so on.",
-        [
-            "spectralmetrics recompute runs/demo --threshold 0.95",
-            "spectralmetrics recompute runs/demo --threshold 0.9 0.95 --output more.csv",
-            "spectralmetrics recompute runs/demo --statistics effective_rank stable_rank",
-        ],
+        "spectralmetrics recompute runs/demo --threshold 0.95",
+        "spectralmetrics recompute runs/demo --threshold 0.9 0.95 --output more.csv",
+        "spectralmetrics recompute runs/demo --statistics effective_rank stable_rank",
     )
-    again.add_argument("directory", type=Path, metavar="RUN", help="directory of the run")
-    again.add_argument(
-        "--threshold",
-        type=_share,
-        nargs="+",
-        metavar="T",
-        help="shares of variance, in (0, 1] (default: as recorded)",
-    )
-    again.add_argument(
-        "--statistics", nargs="+", metavar="NAME", help="statistics to compute (default: as recorded)"
-    )
-    again.add_argument("--output", type=Path, help="file to write to (default: standard output)")
+    shares = "shares of variance, in (0, 1] (default: as recorded)"
+    add("directory", type=Path, metavar="RUN", help="directory of the run")
+    add("--threshold", type=_share, nargs="+", metavar="T", help=shares)
+    add("--statistics", nargs="+", metavar="NAME", help="statistics to compute (default: as recorded)")
+    add("--output", type=Path, help="file to write to (default: standard output)")
 
 
 def _add_report(commands: Any) -> None:
-    report = _add_command(
+    add = _add_command(
         commands,
         "report",
         _run_report,
@@ -404,19 +371,15 @@ def _add_report(commands: Any) -> None:
         "Write recorded runs as one HTML file that needs no network and no server: profile, heat map, spectra,"
         " scalars and a table, with sliders for the epoch and, for runs with arrays, the threshold. Prints the"
         " name of the file.",
-        [
-            "spectralmetrics report runs/demo",
-            "spectralmetrics report runs/narrow runs/wide --output comparison.html",
-        ],
+        "spectralmetrics report runs/demo",
+        "spectralmetrics report runs/narrow runs/wide --output comparison.html",
     )
-    report.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
-    report.add_argument(
-        "--output", type=Path, help="file to write to (default: report.html in the first run's directory)"
-    )
+    add("directories", type=Path, nargs="+", metavar="RUN", help="directory of a run")
+    add("--output", type=Path, help="file to write to (default: report.html in the first run's directory)")
 
 
 def _add_measure(commands: Any) -> None:
-    measure = _add_command(
+    add = _add_command(
         commands,
         "measure",
         _run_measure,
@@ -425,31 +388,22 @@ def _add_measure(commands: Any) -> None:
         " .parquet or .pt files, with intervals, and what stands out. Files are read in numeric order, some"
         " rows at a time, and under torchrun by several processes. A recorded run can be reported and"
         " compared.",
-        [
-            "spectralmetrics measure embeddings.npy",
-            "spectralmetrics measure shards/ --labels class --record runs/monday",
-            "spectralmetrics measure 'shards/*.parquet' --column embedding --no-center",
-            "torchrun --nproc-per-node 4 -m spectralmetrics measure shards/",
-        ],
+        "spectralmetrics measure embeddings.npy",
+        "spectralmetrics measure shards/ --labels class --record runs/monday",
+        "spectralmetrics measure 'shards/*.parquet' --column embedding --no-center",
+        "torchrun --nproc-per-node 4 -m spectralmetrics measure shards/",
     )
-    measure.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder of files, or a glob")
-    measure.add_argument(
-        "--column", metavar="NAME", help="name or pattern of the column of features (default: the only one)"
-    )
-    measure.add_argument("--labels", metavar="COLUMN|FILE", help="an integer for each row (default: none)")
-    measure.add_argument(
-        "--no-center",
-        action="store_true",
-        help="read second moments about zero, not about the mean: the effective rank is then RankMe",
-    )
-    measure.add_argument(
-        "--folds", type=_positive, default=8, help="folds for intervals; 1 gives no intervals (default: 8)"
-    )
-    measure.add_argument("--record", type=Path, metavar="DIR", help="also write a run (default: none)")
+    about_zero = "read second moments about zero, not about the mean: the effective rank is then RankMe"
+    add("paths", nargs="+", metavar="PATH", help="a file, a folder of files, or a glob")
+    add("--column", metavar="NAME", help="name or pattern of the column of features (default: the only one)")
+    add("--labels", metavar="COLUMN|FILE", help="an integer for each row (default: none)")
+    add("--no-center", action="store_true", help=about_zero)
+    add("--folds", type=_positive, default=8, help="folds for intervals; 1 gives no intervals (default: 8)")
+    add("--record", type=Path, metavar="DIR", help="also write a run (default: none)")
 
 
 def _add_weights(commands: Any) -> None:
-    weights = _add_command(
+    add = _add_command(
         commands,
         "weights",
         _run_weights,
@@ -458,31 +412,19 @@ def _add_weights(commands: Any) -> None:
         " law that fits its largest eigenvalues, and what stands out; with an earlier checkpoint the same for"
         " the change of the matrix. Reads .safetensors, an index or a folder of them, and .pt files of tensors"
         " alone.",
-        [
-            "spectralmetrics weights model.safetensors",
-            "spectralmetrics weights step-2000.pt --since step-1000.pt --statistics stable_rank",
-        ],
+        "spectralmetrics weights model.safetensors",
+        "spectralmetrics weights step-2000.pt --since step-1000.pt --statistics stable_rank",
     )
-    weights.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file, index or folder")
-    weights.add_argument(
-        "--since", type=Path, metavar="CHECKPOINT", help="earlier checkpoint of the same model"
-    )
-    weights.add_argument(
-        "--statistics",
-        nargs="+",
-        metavar="NAME",
-        help="statistics to print (default: effective_rank stable_rank alpha)",
-    )
+    statistics = "statistics to print (default: effective_rank stable_rank alpha)"
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file, index or folder")
+    add("--since", type=Path, metavar="CHECKPOINT", help="earlier checkpoint of the same model")
+    add("--statistics", nargs="+", metavar="NAME", help=statistics)
 
 
 def _add_command(
-    commands: Any,
-    name: str,
-    run: Callable[..., None],
-    summary: str,
-    description: str,
-    examples: Sequence[str],
-) -> argparse.ArgumentParser:
+    commands: Any, name: str, run: Callable[..., None], summary: str, description: str, *examples: str
+) -> Callable[..., argparse.Action]:
+    """Add a command; return the function that adds its options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -500,7 +442,7 @@ def _add_command(
             metavar="MODULE",
             help="first import this module, which defines a statistic of your own; may be given several times",
         )
-    return parser
+    return parser.add_argument
 
 
 def _filled(text: str) -> str:

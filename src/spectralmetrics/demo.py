@@ -6,9 +6,8 @@ layers see the whole digit at once, have nothing left to add, and form a low-sat
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ from spectralmetrics.metrics import IntrinsicDimensionMetric, LinearProbeMetric,
 from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording import Recorder, draw_run, summarise_run, write_report
-from spectralmetrics.recording.directory import Mode
 from spectralmetrics.recording.record import Row
 from spectralmetrics.recording.tables import read_rows
 from spectralmetrics.table import percent, plural
@@ -81,11 +79,6 @@ class ResidualNetwork(nn.Module):
         return logits
 
 
-def _completed(update: Callable[..., None]) -> Callable[[int, int], None]:
-    """A function that moves a progress bar of rich."""
-    return lambda done, total: update(completed=done, total=total)
-
-
 def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """4,000 digits to train and 1,000 to validate: images (N, 1, 32, 32) in [0, 1], and labels.
 
@@ -102,13 +95,7 @@ def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[:4000], labels[:4000], images[4000:], labels[4000:]
 
 
-def run(
-    epochs: int = 5,
-    threshold: float = 0.99,
-    seed: int = 0,
-    output: Path = Path("runs/demo"),
-    mode: Mode = "overwrite",
-) -> list[Row]:
+def run(epochs: int = 5, threshold: float = 0.99, seed: int = 0, output: Path = Path("runs/demo")) -> list[Row]:
     """Train the network with a probe on every layer; print, record and draw its values.
 
     Args:
@@ -116,7 +103,6 @@ def run(
         threshold: share of the variance that defines saturation.
         seed: the seed of the split, the weights and the order of the digits.
         output: directory of the run: ``records.csv``, ``arrays``, ``plots`` and ``report.html``.
-        mode: the mode of the recorder.
 
     Returns:
         The rows of ``records.csv``.
@@ -137,7 +123,7 @@ def run(
         LinearProbeMetric(num_classes=10),
     ]
     probe = LayerProbe(model, metrics, folds=FOLDS)
-    recorder = Recorder(output, probe, ["csv", "arrays", "plot"], mode=mode)
+    recorder = Recorder(output, probe, ["csv", "arrays", "plot"], mode="overwrite")
     console.print(
         f"Training on {len(images)} real MNIST digits, validating on {len(validation_images)};"
         f" {len(probe.layers)} layers probed."
@@ -166,8 +152,10 @@ def run(
             accuracy = torch.cat(correct).double().mean()
             recorder.add_scalar("accuracy", accuracy, stage="eval")
             reading = progress.add_task("reading layers", total=None)
-            update = functools.partial(progress.update, reading)
-            values = recorder.record(epoch, progress=_completed(update))
+            values = recorder.record(
+                epoch,
+                progress=lambda done, total: progress.update(reading, completed=done, total=total),  # noqa: B023
+            )
             progress.remove_task(reading)
             progress.console.print(f"epoch {epoch}: validation accuracy {accuracy:.1%}")
     rows = read_rows(output / "records.csv")

@@ -1,142 +1,47 @@
 """The public names of the package, which the package itself imports when the first of them is used."""
 
-from spectralmetrics import functional
-from spectralmetrics.files import Measurement, ReadError, measure, merge, moments_of
-from spectralmetrics.findings import FINDING_RULES, Finding, FindingRule
-from spectralmetrics.functional import Observations, Spectrum
-from spectralmetrics.functional.tail import layer_profile, low_saturation_tail
-from spectralmetrics.integrations.values import loggable
-from spectralmetrics.layers import register_layer
-from spectralmetrics.metrics import (
-    CovarianceDeterminantMetric,
-    CovarianceMetric,
-    CovarianceTraceMetric,
-    DeadFeaturesMetric,
-    DiagonalTraceMetric,
-    DormantFeaturesMetric,
-    EffectiveRankMetric,
-    EigenspaceEmbeddingMetric,
-    HistoryMetric,
-    Interval,
-    IntrinsicDimensionMetric,
-    LinearCKAMetric,
-    LinearProbeMetric,
-    MarginalMetric,
-    MaxAbsMetric,
-    NeuralCollapseMetric,
-    OutlierFeaturesMetric,
-    ParticipationRatioMetric,
-    PowerLawExponentMetric,
-    RootMeanSquareMetric,
-    SaturationMetric,
-    SignalToNoiseMetric,
-    SpectralMetric,
-    SpectrumMetric,
-    SpreadMetric,
-    StableRankMetric,
-    ZeroShareMetric,
-    statistics,
-)
-from spectralmetrics.monitoring import DEFAULT_ALARMS, Alarm, AlarmRule, Monitor
-from spectralmetrics.probing import History, HistoryRow, LayerProbe, Mover, Summary, SummaryRow
-from spectralmetrics.projection import (
-    PCAProjection,
-    insert_projections,
-    randomize_projections,
-    set_projection_threshold,
-)
-from spectralmetrics.receptive_field import ReceptiveField, border_layer, receptive_fields
-from spectralmetrics.recording import (
-    Record,
-    Recorder,
-    Writer,
-    compare,
-    describe_comparison,
-    draw_run,
-    draw_runs,
-    read_records,
-    recompute,
-    summarise_run,
-    write_report,
-)
-from spectralmetrics.similarity import LayerSimilarity, Similarity
-from spectralmetrics.weights import WeightRow, WeightSummary, weight_spectra
-
-__all__ = [
-    "DEFAULT_ALARMS",
-    "FINDING_RULES",
-    "Alarm",
-    "AlarmRule",
-    "CovarianceDeterminantMetric",
-    "CovarianceMetric",
-    "CovarianceTraceMetric",
-    "DeadFeaturesMetric",
-    "DiagonalTraceMetric",
-    "DormantFeaturesMetric",
-    "EffectiveRankMetric",
-    "EigenspaceEmbeddingMetric",
-    "Finding",
-    "FindingRule",
-    "History",
-    "HistoryMetric",
-    "HistoryRow",
-    "Interval",
-    "IntrinsicDimensionMetric",
-    "LayerProbe",
-    "LayerSimilarity",
-    "LinearCKAMetric",
-    "LinearProbeMetric",
-    "MarginalMetric",
-    "MaxAbsMetric",
-    "Measurement",
-    "Monitor",
-    "Mover",
-    "NeuralCollapseMetric",
-    "Observations",
-    "OutlierFeaturesMetric",
-    "PCAProjection",
-    "ParticipationRatioMetric",
-    "PowerLawExponentMetric",
-    "ReadError",
-    "ReceptiveField",
-    "Record",
-    "Recorder",
-    "RootMeanSquareMetric",
-    "SaturationMetric",
-    "SignalToNoiseMetric",
-    "Similarity",
-    "SpectralMetric",
-    "Spectrum",
-    "SpectrumMetric",
-    "SpreadMetric",
-    "StableRankMetric",
-    "Summary",
-    "SummaryRow",
-    "WeightRow",
-    "WeightSummary",
-    "Writer",
-    "ZeroShareMetric",
-    "border_layer",
-    "compare",
-    "describe_comparison",
-    "draw_run",
-    "draw_runs",
-    "functional",
-    "insert_projections",
-    "layer_profile",
-    "loggable",
-    "low_saturation_tail",
-    "measure",
-    "merge",
-    "moments_of",
-    "randomize_projections",
-    "read_records",
-    "receptive_fields",
-    "recompute",
-    "register_layer",
-    "set_projection_threshold",
-    "statistics",
-    "summarise_run",
-    "weight_spectra",
-    "write_report",
-]
+from spectralmetrics import functional as functional
+from spectralmetrics.files import *  # noqa: F403  # its own list says which
+from spectralmetrics.findings import FINDING_RULES as FINDING_RULES
+from spectralmetrics.findings import Finding as Finding
+from spectralmetrics.findings import FindingRule as FindingRule
+from spectralmetrics.functional import Observations as Observations
+from spectralmetrics.functional import Spectrum as Spectrum
+from spectralmetrics.functional.tail import layer_profile as layer_profile
+from spectralmetrics.functional.tail import low_saturation_tail as low_saturation_tail
+from spectralmetrics.integrations.values import loggable as loggable
+from spectralmetrics.layers import register_layer as register_layer
+from spectralmetrics.metrics import *  # noqa: F403
+from spectralmetrics.monitoring import DEFAULT_ALARMS as DEFAULT_ALARMS
+from spectralmetrics.monitoring import Alarm as Alarm
+from spectralmetrics.monitoring import AlarmRule as AlarmRule
+from spectralmetrics.monitoring import Monitor as Monitor
+from spectralmetrics.probing import History as History
+from spectralmetrics.probing import HistoryRow as HistoryRow
+from spectralmetrics.probing import LayerProbe as LayerProbe
+from spectralmetrics.probing import Mover as Mover
+from spectralmetrics.probing import Summary as Summary
+from spectralmetrics.probing import SummaryRow as SummaryRow
+from spectralmetrics.projection import PCAProjection as PCAProjection
+from spectralmetrics.projection import insert_projections as insert_projections
+from spectralmetrics.projection import randomize_projections as randomize_projections
+from spectralmetrics.projection import set_projection_threshold as set_projection_threshold
+from spectralmetrics.receptive_field import ReceptiveField as ReceptiveField
+from spectralmetrics.receptive_field import border_layer as border_layer
+from spectralmetrics.receptive_field import receptive_fields as receptive_fields
+from spectralmetrics.recording import Record as Record
+from spectralmetrics.recording import Recorder as Recorder
+from spectralmetrics.recording import Writer as Writer
+from spectralmetrics.recording import compare as compare
+from spectralmetrics.recording import describe_comparison as describe_comparison
+from spectralmetrics.recording import draw_run as draw_run
+from spectralmetrics.recording import draw_runs as draw_runs
+from spectralmetrics.recording import read_records as read_records
+from spectralmetrics.recording import recompute as recompute
+from spectralmetrics.recording import summarise_run as summarise_run
+from spectralmetrics.recording import write_report as write_report
+from spectralmetrics.similarity import LayerSimilarity as LayerSimilarity
+from spectralmetrics.similarity import Similarity as Similarity
+from spectralmetrics.weights import WeightRow as WeightRow
+from spectralmetrics.weights import WeightSummary as WeightSummary
+from spectralmetrics.weights import weight_spectra as weight_spectra

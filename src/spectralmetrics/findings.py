@@ -100,144 +100,43 @@ class FindingRule(NamedTuple):
 
 
 FINDING_RULES: tuple[FindingRule, ...] = (
-    FindingRule(
-        "non_finite",
-        "problem",
-        "rows left out",
-        0,
-        0,
-        "counts",
-        "rows with NaN or infinities were left out",
-        of_gradients=True,
-    ),
-    FindingRule(
-        "collapsed",
-        "problem",
-        "spread",
-        5e-4,
-        32,
-        "variances",
-        "the variance is less than this share of the mean square, in a layer of 4 features or more (in a "
-        "layer whose weights are still as PyTorch initialises them: less than 1e-8)",
-    ),
-    FindingRule(
-        "collapsed",
-        "problem",
-        "effective_rank",
-        1.2,
-        32,
-        "eigenvalues",
-        "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 or more, "
-        "in a network of 4 outputs or more; and a layer before has more than twice the rank, or the rank is 1 "
-        "up to round-off",
-    ),
-    FindingRule(
-        "dead",
-        "problem",
-        "dead_features",
-        0.75,
-        256,
-        "variances",
-        "more than this share of the features never vary",
-    ),
-    FindingRule(
-        "in_tail",
-        "note",
-        "saturation",
-        0.5,
-        2,
-        "eigenvalues",
-        "the layer is in a run of two layers or more, up to the output layer, whose saturation is below this "
-        "share of the largest",
-    ),
-    FindingRule(
-        "collapsed",
-        "note",
-        "spread",
-        5e-4,
-        32,
-        "variances",
-        "the same in a layer that is not trained yet",
-    ),
+    FindingRule("non_finite", "problem", "rows left out", 0, 0, "counts",
+                "rows with NaN or infinities were left out", of_gradients=True),
+    FindingRule("collapsed", "problem", "spread", 5e-4, 32, "variances",
+                "the variance is less than this share of the mean square, in a layer of 4 features or more (in "
+                "a layer whose weights are still as PyTorch initialises them: less than 1e-8)"),
+    FindingRule("collapsed", "problem", "effective_rank", 1.2, 32, "eigenvalues",
+                "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 "
+                "or more, in a network of 4 outputs or more; and a layer before has more than twice the rank, "
+                "or the rank is 1 up to round-off"),
+    FindingRule("dead", "problem", "dead_features", 0.75, 256, "variances",
+                "more than this share of the features never vary"),
+    FindingRule("in_tail", "note", "saturation", 0.5, 2, "eigenvalues",
+                "the layer is in a run of two layers or more, up to the output layer, whose saturation is "
+                "below this share of the largest"),
+    FindingRule("collapsed", "note", "spread", 5e-4, 32, "variances",
+                "the same in a layer that is not trained yet"),
     FindingRule("dead", "note", "dead_features", 0.0, 2, "variances", "some features never vary"),
-    FindingRule(
-        "dormant",
-        "problem",
-        "dormant_features",
-        0.9,
-        256,
-        "marginals",
-        "more than this share of the features are dormant at tau = 0.025",
-    ),
-    FindingRule(
-        "dormant",
-        "note",
-        "dormant_features",
-        0.5,
-        256,
-        "marginals",
-        "more than this share of the features are dormant at tau = 0.025",
-    ),
-    FindingRule(
-        "few_directions",
-        "note",
-        "effective_rank",
-        2.5,
-        32,
-        "eigenvalues",
-        "the upper end of the effective rank is below this or below 2 % of the width, and below half of the "
-        "ceiling: expected where there are as few classes or targets",
-    ),
-    FindingRule(
-        "outliers",
-        "note",
-        "outlier_features",
-        0.25,
-        32,
-        "variances",
-        "few features hold most of the scale: the kurtosis of their mean squares exceeds this share of "
-        "the width, in a layer of 32 features or more",
-    ),
-    FindingRule(
-        "above_ceiling",
-        "note",
-        "intrinsic_dimension",
-        math.nan,
-        2,
-        "eigenvalues",
-        "the dimension exceeds the most directions that the final weights allow",
-    ),
-    FindingRule(
-        "at_ceiling",
-        "note",
-        "intrinsic_dimension",
-        0.95,
-        2,
-        "eigenvalues",
-        "the dimension is at least this share of the most directions that the weights allow",
-    ),
-    FindingRule(
-        "sketched",
-        "note",
-        "intrinsic_dimension",
-        math.nan,
-        1,
-        "eigenvalues",
-        "a sketch stands for the covariance",
-        of_gradients=True,
-    ),
-    FindingRule(
-        "few_observations",
-        "note",
-        "observations",
-        10,
-        0,
-        "counts",
-        "there are fewer observations than this for each direction, or than a rule above needs, or the "
-        "interval of the dimension is wider than a tenth of the width",
-        of_gradients=True,
-    ),
-)
+    FindingRule("dormant", "problem", "dormant_features", 0.9, 256, "marginals",
+                "more than this share of the features are dormant at tau = 0.025"),
+    FindingRule("dormant", "note", "dormant_features", 0.5, 256, "marginals",
+                "more than this share of the features are dormant at tau = 0.025"),
+    FindingRule("few_directions", "note", "effective_rank", 2.5, 32, "eigenvalues",
+                "the upper end of the effective rank is below this or below 2 % of the width, and below half "
+                "of the ceiling: expected where there are as few classes or targets"),
+    FindingRule("outliers", "note", "outlier_features", 0.25, 32, "variances",
+                "few features hold most of the scale: the kurtosis of their mean squares exceeds this share of "
+                "the width, in a layer of 32 features or more"),
+    FindingRule("above_ceiling", "note", "intrinsic_dimension", math.nan, 2, "eigenvalues",
+                "the dimension exceeds the most directions that the final weights allow"),
+    FindingRule("at_ceiling", "note", "intrinsic_dimension", 0.95, 2, "eigenvalues",
+                "the dimension is at least this share of the most directions that the weights allow"),
+    FindingRule("sketched", "note", "intrinsic_dimension", math.nan, 1, "eigenvalues",
+                "a sketch stands for the covariance", of_gradients=True),
+    FindingRule("few_observations", "note", "observations", 10, 0, "counts",
+                "there are fewer observations than this for each direction, or than a rule above needs, or the "
+                "interval of the dimension is wider than a tenth of the width", of_gradients=True),
+)  # fmt: skip
 """All kinds of findings, with their thresholds, in the order in which they are listed. Problems come first."""
 
 _OF_GRADIENTS = {rule.kind for rule in FINDING_RULES if rule.of_gradients}
@@ -408,11 +307,7 @@ def order_of(finding: Finding) -> tuple[bool, int]:
 
 
 def of_layer(
-    stage: str,
-    layer: LayerNumbers,
-    before: Sequence[LayerNumbers],
-    last: LayerNumbers,
-    is_new: bool = False,
+    stage: str, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, is_new: bool = False
 ) -> Iterator[Finding]:
     """Findings about one layer, except the tail of low saturation.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import sys
@@ -269,13 +270,9 @@ def _table() -> dict[type[nn.Module], LayerKind]:
         "InstanceNorm": norm,
         **dict.fromkeys(pooling.split(), LayerKind(1)),
     }
-    recurrent = LayerKind(
-        -1,
-        takes_sequences=True,
-        in_features="input_size",
-        out_features=_of_recurrent,
-        batch_first=_batch_first,
-        is_default=True,
+    sequence = functools.partial(LayerKind, -1, takes_sequences=True)
+    recurrent = sequence(
+        in_features="input_size", out_features=_of_recurrent, batch_first=_batch_first, is_default=True
     )
     table: dict[str, LayerKind] = {
         "Linear": LayerKind(
@@ -287,21 +284,12 @@ def _table() -> dict[type[nn.Module], LayerKind]:
             if hasattr(nn, f"{name}{rank}d"):
                 table[f"{name}{rank}d"] = replace(kind, spatial=rank)
     table.update(dict.fromkeys(("LSTM", "GRU", "RNN"), recurrent), RNNBase=replace(recurrent, is_default=False))
-    table["MultiheadAttention"] = LayerKind(
-        -1,
-        takes_sequences=True,
-        in_features="embed_dim",
-        out_features="embed_dim",
-        batch_first=_batch_first,
-        is_default=True,
+    table["MultiheadAttention"] = sequence(
+        in_features="embed_dim", out_features="embed_dim", batch_first=_batch_first, is_default=True
     )
-    table["Transformer"] = LayerKind(
-        -1, takes_sequences=True, in_features="d_model", out_features="d_model", batch_first=_batch_first
-    )
+    table["Transformer"] = sequence(in_features="d_model", out_features="d_model", batch_first=_batch_first)
     for part in ("Encoder", "Decoder", "EncoderLayer", "DecoderLayer"):
-        table[f"Transformer{part}"] = LayerKind(
-            -1,
-            takes_sequences=True,
+        table[f"Transformer{part}"] = sequence(
             in_features=_width_of_transformer,
             out_features=_width_of_transformer,
             batch_first=lambda layer: _batch_first(_attention(layer)),
@@ -336,11 +324,7 @@ _CONV1D = ("transformers.pytorch_utils", "Conv1D")  # the linear layer of GPT-2
 # Types of packages that may not be installed, by module and name.
 _ELSEWHERE: dict[tuple[str, str], LayerKind] = {
     _CONV1D: LayerKind(
-        -1,
-        in_features=_inputs_of_conv1d,
-        out_features="nf",
-        ceiling=_of_conv1d,
-        is_default=True,
+        -1, in_features=_inputs_of_conv1d, out_features="nf", ceiling=_of_conv1d, is_default=True
     ),
 }
 _KINDS_OF_TYPES: weakref.WeakKeyDictionary[type, tuple[LayerKind | None, bool]] = weakref.WeakKeyDictionary()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectralmetrics.extras import from_extra
 from spectralmetrics.functional.dimension import check_threshold, intrinsic_dimension
-from spectralmetrics.sums.checks import check_positive_integer, check_real
+from spectralmetrics.sums.checks import check_names, check_positive_integer, check_real
 from spectralmetrics.table import shorten_names
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def plot_profile(
     """
     layers = _layers_of(profiles)
     _check_text("statistic", statistic)
-    _check_names("tail", tail, "layers")
+    check_names("tail", tail, "layers")
     bands, ceilings = {} if bands is None else bands, {} if ceilings is None else ceilings
     for argument, by_name in (("bands", bands), ("ceilings", ceilings)):
         if not isinstance(by_name, Mapping):
@@ -108,10 +108,9 @@ def plot_profile(
         ax.axvspan(min(shaded) - 0.5, max(shaded) + 0.5, color="0.88", zorder=0, label="tail")
     ax.set_xlim(-0.6, len(layers) - 0.4)
     _name_layers(ax, layers, "x", room=not given)
-    ax.set_ylabel(literal(statistic.replace("_", " ")))
+    ax.set(xlabel="layers in forward order", ylabel=literal(statistic.replace("_", " ")))
     if statistic == "saturation":
         ax.set_ylim(0, 1.02)
-    ax.set_xlabel("layers in forward order")
     ax.grid(axis="y", color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9)
@@ -159,8 +158,7 @@ def plot_heatmap(
     step = math.ceil(len(epochs) / 12)
     ax.set_xticks(range(0, len(epochs), step), [str(epoch) for epoch in epochs[::step]])
     _name_layers(ax, layers, "y", room=not given)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("layers in forward order")
+    ax.set(xlabel="epoch", ylabel="layers in forward order")
     return _titled(ax, title)
 
 
@@ -195,8 +193,8 @@ def plot_similarity(
     """
     check_real("matrix", matrix)
     columns = layers if other_layers is None else other_layers
-    _check_names("layers", layers)
-    _check_names("other_layers", columns)
+    check_names("layers", layers)
+    check_names("other_layers", columns)
     if tuple(matrix.shape) != (len(layers), len(columns)) or 0 in matrix.shape:
         raise ValueError(
             f"expected a matrix of {len(layers)} x {len(columns)} named layers, got {tuple(matrix.shape)}"
@@ -258,7 +256,7 @@ def plot_spectrum(
         if values.ndim != 1:
             raise ValueError(f"expected eigenvalues of shape (D,), got shape {tuple(values.shape)}")
     if labels is not None:
-        _check_names("labels", labels)
+        check_names("labels", labels)
     names = [f"step {step}" for step in range(len(spectra))] if labels is None else list(labels)
     if len(names) != len(spectra):
         raise ValueError(f"expected {len(spectra)} labels, got {len(names)}")
@@ -276,8 +274,7 @@ def plot_spectrum(
         if threshold is not None and dimension:
             ax.axvline(dimension, color=colour, linestyle="--", linewidth=1)
     if any((values > 0).any() for values in spectra):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        ax.set(xscale="log", yscale="log")
         last = max(int((values > 0).sum()) for values in spectra)
         if last <= 500:
             # Few decades: powers of ten alone would be too few labels, all numbers in between too many.
@@ -287,8 +284,7 @@ def plot_spectrum(
             ax.xaxis.set_major_locator(FixedLocator(ticks))
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("index")
-    ax.set_ylabel("eigenvalue")
+    ax.set(xlabel="index", ylabel="eigenvalue")
     ax.grid(color="0.9")
     if len(spectra) > 1 or threshold is not None or labels is not None:
         ax.legend(framealpha=1, edgecolor="none", fontsize=9)  # above the dashed lines
@@ -317,8 +313,7 @@ def plot_covariance(covariance: Tensor, *, ax: Axes | None = None) -> tuple[Figu
     limit = float(abs(values).max()) or 1.0
     image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="covariance")
-    ax.set_xlabel("feature")
-    ax.set_ylabel("feature")
+    ax.set(xlabel="feature", ylabel="feature")
     return _titled(ax, None)
 
 
@@ -372,17 +367,12 @@ def plot_embedding(
     else:
         scatter = ax.scatter(first, second, s=8, c=classes.astype(float), cmap="viridis")
         ax.figure.colorbar(scatter, ax=ax, label="label")
-    ax.set_xlabel("component 1")
-    ax.set_ylabel("component 2")
+    ax.set(xlabel="component 1", ylabel="component 2")
     return _titled(ax, title)
 
 
 def plot_layers(
-    values: Mapping[str, Tensor],
-    draw: Callable[..., Any],
-    *,
-    title: str | None = None,
-    **options: Any,
+    values: Mapping[str, Tensor], draw: Callable[..., Any], *, title: str | None = None, **options: Any
 ) -> tuple[Figure, npt.NDArray[np.object_]]:
     """Draw one small picture per layer, row by row in forward order.
 
@@ -541,12 +531,6 @@ def _check_numbers(noun: str, values: Mapping[str, float | Tensor]) -> None:
     for name, value in values.items():
         if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
             raise TypeError(f"expected {noun} that is a number, got {value!r} for {name!r}")
-
-
-def _check_names(argument: str, names: object, what: str = "names") -> None:
-    """Raise a TypeError unless these are a sequence; a string alone is a common mistake."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"expected {argument} as a sequence of {what}, got {names!r}")
 
 
 def _check_text(argument: str, value: object) -> None:

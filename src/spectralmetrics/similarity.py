@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spectralmetrics.functional.relations import MINIMUM_SAMPLES, cka, gram, u_centred, usable_samples
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.hooks import (
+    HOOKS_IGNORED,
     Hooks,
     Select,
     how_it_runs,
@@ -29,10 +30,12 @@ from spectralmetrics.probing.meshes import Meshes
 from spectralmetrics.probing.outputs import Unobservable
 from spectralmetrics.probing.parts import LeftOut, ranks_of, reason_of, whole_of
 from spectralmetrics.probing.placement import has_some_positions
+from spectralmetrics.probing.processes import has_others
 from spectralmetrics.probing.rules import FeatureMaps, ObservationRule, Sequences
 from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.selection import Selectors, select_layers, unwrap
 from spectralmetrics.probing.steps import Steps
+from spectralmetrics.sums.merging import communication_device
 from spectralmetrics.torch_private import ignores_hooks, in_backward, is_context_parallel
 
 if TYPE_CHECKING:
@@ -422,9 +425,8 @@ class LayerSimilarity:
         parts += [torch.tensor(each, dtype=torch.float64, device=sums.device) for each in by_layer]
         packed = torch.cat(parts)
         group = self.process_group
-        if dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0:
-            on_gpu = "nccl" in str(dist.get_backend(group))
-            packed = packed.to("cuda" if on_gpu else "cpu", copy=True)
+        if has_others(group):
+            packed = packed.to(communication_device(group), copy=True)
             dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)
         sums, counts, *rest = torch.split(packed.to(sums.device), [len(part) for part in parts])
         return sums.reshape(shape), counts, rest[0::2], rest[1::2]
@@ -443,12 +445,8 @@ class LayerSimilarity:
             if len(ran) == 1
             else " and ".join(name for name, has in zip(("`model`", "`other`"), ran, strict=True) if not has)
         )
-        because = (
-            "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
-            " ignores hooks: set it to False and call torch.compiler.reset()"
-            if ignores_hooks()
-            else "a model that is exported, scripted or run inside transforms of torch.func is not observed"
-        )
+        because = "a model that is exported, scripted or run inside transforms of torch.func is not observed"
+        because = HOOKS_IGNORED if ignores_hooks() else because
         return f"no forward of {models} has been seen since the LayerSimilarity was made; {because}"
 
     def _warn_once(self, message: str) -> None:

@@ -28,9 +28,7 @@ def number(value: float | None) -> str:
         return "-"
     if math.isnan(value):
         return "?"
-    if isinstance(value, int):
-        return str(value)
-    if math.isinf(value):
+    if isinstance(value, int) or math.isinf(value):
         return str(value)
     size = abs(value)
     if size < 10:

@@ -358,11 +358,7 @@ class _AndThen(importlib.abc.Loader):
 # The attributes of `nn.Module` that hold hooks by number, and flags of hooks by the same number; 2.8 to 2.13. A
 # missing attribute holds no hook of a probe.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-HOOK_NOTES = (
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
+HOOK_NOTES = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
 def renumber(handle: RemovableHandle) -> None:

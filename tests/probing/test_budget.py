@@ -199,7 +199,7 @@ def test_whoever_follows_a_plan_observes_the_same_forwards(clock):
     for number in range(3000):
         clock.now += 0.01
         if number % 100 == 0:  # where they meet
-            plan = leader.plan("train")
+            plan = leader._stages["train"].plan
             for budget in (leader, follower):
                 budget.follow("train", plan)
         decisions = []

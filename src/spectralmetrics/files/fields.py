@@ -129,8 +129,7 @@ class Columns:
         """
         if name not in self.fields:
             raise ReadError(
-                self.name,
-                f"expected labels as a column {name!r} or a file of that name, got {self.listed()}",
+                self.name, f"expected labels as a column {name!r} or a file of that name, got {self.listed()}"
             )
         field = self.fields[name]
         if len(field.shape) != 1 or not (field.is_integer or field.is_floating):

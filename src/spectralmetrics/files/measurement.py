@@ -215,11 +215,8 @@ class _Measuring:
                 fault = raised
             except BaseException as raised:
                 error = raised
-            if is_one_of_several():
-                faults = [each for each in gather_agreed(fault, error, None) if each is not None]
-                fault = fault or (faults[0] if faults else None)
-            elif error is not None:
-                raise error
+            faults = [each for each in gather_agreed(fault, error, None) if each is not None]
+            fault = fault or (faults[0] if faults else None)
             kind = "items" if rows.unit == "items" else "parts"
             parts = f" in {rows.num_parts} {kind}" if rows.num_parts > 1 else ""
             deals = "" if self._place.folds == 1 else f", {self._place.folds} folds of {rows.unit}"

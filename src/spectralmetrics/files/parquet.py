@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.extras import from_extra
-from spectralmetrics.files.fields import (
-    EMPTY,
-    Columns,
-    Field,
-    as_tensor,
-    check_names,
-    ragged,
-    torch_dtype,
-)
+from spectralmetrics.files.fields import EMPTY, Columns, Field, as_tensor, check_names, ragged, torch_dtype
 from spectralmetrics.files.in_order import AT_A_TIME, InOrder, RowError
 
 _BUFFER = 2**20

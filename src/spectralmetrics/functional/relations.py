@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.checks import check_real
+from spectralmetrics.sums.checks import check_real, dtype_or_type
 from spectralmetrics.sums.decomposition import eigenvectors, round_off
 from spectralmetrics.sums.recentring import first_of
 
@@ -334,15 +334,14 @@ def check_pair(left: Tensor, right: Tensor) -> None:
 
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"expected {name} to be a floating tensor, got {kind}")
+        raise TypeError(f"expected {name} to be a floating tensor, got {dtype_or_type(tensor)}")
 
 
 def _check_valid(valid: Tensor | None, samples: int) -> None:
     if valid is None:
         return
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
-        kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        kind = dtype_or_type(valid)
         raise TypeError(f"expected valid as a boolean tensor, True for samples to use, got {kind}")
     if valid.shape != (samples,):
         raise ValueError(f"expected valid of shape ({samples},), got {tuple(valid.shape)}")

@@ -58,7 +58,7 @@ class Spectrum:
         device: torch.device | None = None,
     ) -> None:
         check_type("sums", sums, SpectralSum)
-        self._sums = sums
+        self.sums = sums
         self.center = center
         self._cache = {} if cache is None else cache
         self._others = others
@@ -66,11 +66,11 @@ class Spectrum:
 
     def at(self, device: torch.device | None) -> Spectrum:
         """The same spectrum, with everything that is read on a device; None: on the device of the sums."""
-        return Spectrum(self._sums, center=self.center, cache=self._cache, others=self._others, device=device)
+        return Spectrum(self.sums, center=self.center, cache=self._cache, others=self._others, device=device)
 
     def about(self, *, center: bool) -> Spectrum:
         """The spectrum of the same observations about their mean, or about zero."""
-        return Spectrum(self._sums, center=center, cache=self._cache, others=self._others, device=self._device)
+        return Spectrum(self.sums, center=center, cache=self._cache, others=self._others, device=self._device)
 
     @classmethod
     def of_covariance(
@@ -91,16 +91,11 @@ class Spectrum:
         return cls(moments_of_covariance(covariance, mean, count), center=center)
 
     @property
-    def sums(self) -> SpectralSum:
-        """The sums that the spectrum reads."""
-        return self._sums
-
-    @property
     def _total(self) -> SpectralSum:
-        if not self._sums.folds:
-            return self._sums  # not cached: a cache that holds the sums would keep them alive
+        if not self.sums.folds:
+            return self.sums  # not cached: a cache that holds the sums would keep them alive
         if "total" not in self._cache:
-            self._cache["total"] = self._sums.total
+            self._cache["total"] = self.sums.total
         total: SpectralSum = self._cache["total"]
         return total
 
@@ -131,29 +126,29 @@ class Spectrum:
         """
         if not (isinstance(kind, type) and issubclass(kind, Sum)):
             raise TypeError(f"expected a kind of sum, a subclass of Sum, got {kind!r}")
-        for each in (self._sums, *self._others):
+        for each in (self.sums, *self._others):
             if isinstance(each, kind):
                 return each if self._device is None else each.map(self._on_device)
         raise ValueError(f"expected {kind.described} beside the moments; none was kept")
 
     def has(self, kind: type[Sum]) -> bool:
         """True if :meth:`part` has a sum of another kind."""
-        return any(isinstance(each, kind) for each in (self._sums, *self._others))
+        return any(isinstance(each, kind) for each in (self.sums, *self._others))
 
     @property
     def num_features(self) -> int:
         """The width D."""
-        return self._sums.num_features
+        return self.sums.num_features
 
     @property
     def num_observations(self) -> Tensor:
         """The number of observations n, shape (), int64."""
-        return self._on_device(self._sums.num_observations)
+        return self._on_device(self.sums.num_observations)
 
     @property
     def num_left_out(self) -> Tensor:
         """The number of observations left out for a NaN or an infinity, shape (), int64."""
-        return self._on_device(self._sums.num_left_out)
+        return self._on_device(self.sums.num_left_out)
 
     @property
     def mean(self) -> Tensor:
@@ -233,7 +228,7 @@ class Spectrum:
     @property
     def home(self) -> torch.device:
         """The device of the sums."""
-        return self._sums.num_observations.device
+        return self.sums.num_observations.device
 
     @property
     def identity(self) -> tuple[int, bool]:
@@ -307,13 +302,13 @@ class Spectrum:
     @property
     def fold_products(self) -> Tensor:
         """See :func:`~.functional.held_out.fold_products`; shape (g, 1 + g), float64."""
-        folds: Any = self._sums.folds  # of moments
+        folds: Any = self.sums.folds  # of moments
         return self._kept("fold_products", lambda: fold_products(folds, self.center))
 
     @property
     def num_folds(self) -> int:
         """The number of folds g in which the observations were kept; 1 without folds."""
-        return max(len(self._sums.folds), 1)
+        return max(len(self.sums.folds), 1)
 
     def held_out(self) -> Spectrum | None:
         """A spectrum of variances of a fold along directions of the others; None if a fold is empty.
@@ -342,7 +337,7 @@ class Spectrum:
         if self.num_folds < 2:
             raise RuntimeError("expected observations kept in folds, got one: give the metric folds=8, say")
         if not self.knows(name):
-            folds: Any = self._sums.folds
+            folds: Any = self.sums.folds
             if any(int(fold.num_observations) == 0 for fold in folds):
                 return None
             left_out = leave_one_out(folds, self.center)
@@ -355,7 +350,7 @@ class _OtherEigenvalues(Spectrum):
     """A spectrum with other eigenvalues along the same eigenvectors."""
 
     def __init__(self, plain: Spectrum, values: Tensor) -> None:
-        super().__init__(plain._sums, center=plain.center, others=plain._others, device=plain._device)
+        super().__init__(plain.sums, center=plain.center, others=plain._others, device=plain._device)
         self._plain = plain
         self._values = values
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.methods import Methods
+from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
-from spectralmetrics.probing.processes import is_first, on_first_process
-from spectralmetrics.probing.progress import LateBar
+from spectralmetrics.probing.processes import from_first_process, is_first
 from spectralmetrics.probing.selection import unwrap
 from spectralmetrics.probing.steps import stage_by_flag
 from spectralmetrics.probing.whole_state import STATES, load_whole_state, whole_state
@@ -80,7 +80,7 @@ class Forwards:
         self.end()
         model = self._model
         self._renew(stage)
-        self.probe._count_by(lambda _: stage if mode is None or model.training == mode else None)
+        self.probe._steps.stage_of = lambda _: stage if mode is None or model.training == mode else None
         for each in self._generators:
             # Not longer than this: a copy that is made of the model at other times has it not.
             each.surround("generate", functools.partial(self._unseen, stage))
@@ -101,15 +101,13 @@ class Forwards:
 
     def end(self, observes: bool = True) -> None:
         """From now on forwards count by the layers' ``training`` flags, or not at all."""
-        self.probe._count_by(self._by_flag if observes else lambda training: None)
+        self.probe._steps.stage_of = self._by_flag if observes else lambda training: None
         for each in self._generators:
             each.restore()
 
     def reset(self, stage: Stage | None = None) -> None:
         """Forget what was observed in a stage, or in both."""
         for each in STAGES if stage is None else (stage,):
-            self._finished.discard(each)
-            self._recorded.discard(each)
             self._begin_anew(each)
 
     def finish(self, stage: Stage) -> None:
@@ -143,11 +141,9 @@ class Forwards:
             ValueError: for the state of other layers, metrics or observations.
         """
         self.reset()
-        entries, error = on_first_process(
+        entries = from_first_process(
             lambda: None if saved is None else {key: saved[key] for key in saved.keys() - STATES}, None
         )
-        if error is not None:
-            raise error
         if entries is not None:
             self._check_rule(entries.get("rule", {}))
             lacking = load_whole_state(self.probe, saved)
@@ -212,20 +208,23 @@ class Forwards:
 
     def _renew(self, stage: str) -> None:
         if stage in self._finished:
-            self._finished.discard(stage)
-            self._recorded.discard(stage)
             self._begin_anew(stage)
 
     def _begin_anew(self, stage: str) -> None:
+        self._finished.discard(stage)
+        self._recorded.discard(stage)
         self.probe.reset(stage)
         self.probe._windows.advance(_READER, stage)
 
-    def explain(self, stage: Stage, values: Mapping[str, Any]) -> None:
-        """Say what the values of a stage mean, and why there are none if all that ran in it was generation.
+    def compute_stage(self, stage: Stage) -> dict[tuple[str, str], float]:
+        """(metric, layer) -> value of a stage, which has then been read; empty if nothing is observed in it.
 
         All processes call it. The first one that reads the probe logs each problem once, see
-        :meth:`.LayerProbe.findings`.
+        :meth:`.LayerProbe.findings`. If all that ran in the stage was generation, a warning says so.
         """
+        if self.is_empty(stage):
+            return {}
+        values = self.probe.compute(stage, LateBar("reading layers"))
         if values:
             for finding in self.probe.findings(stage):
                 if finding.severity == "problem" and finding[:3] not in self._told:
@@ -236,6 +235,8 @@ class Forwards:
             message = f"all that ran in {stage} was generate(), which is observed with generation=True only"
             warnings.warn(message, UserWarning, stacklevel=4)
         self._left_out.discard(stage)
+        self.finish(stage)
+        return with_means(values)
 
     @contextlib.contextmanager
     def _unseen(self, stage: Stage, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from spectralmetrics.integrations.forwards import Forwards
+from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.probe import group_of
-from spectralmetrics.probing.processes import on_first_process
-from spectralmetrics.probing.progress import LateBar
+from spectralmetrics.probing.processes import from_first_process
 from spectralmetrics.probing.windows import take_over
 from spectralmetrics.recording import Recorder
 from spectralmetrics.recording.record import RecordKey
@@ -83,10 +83,8 @@ class Keeping:
         self.epoch, self._outside = self.recorder.next_epoch, []
         if epoch is not None:
             directory = self.recorder.directory
-            found, error = on_first_process(lambda: _evaluations(directory, epoch), group_of(forwards.probe))
-            if error is not None:
-                raise error
-            self._outside = found
+            group = group_of(forwards.probe)
+            self._outside = from_first_process(lambda: _evaluations(directory, epoch), group)
             self._go_to(epoch)
 
     def _made(self, probe: LayerProbe, goes_on: bool) -> Recorder:

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'this callback needs lightning: pip install "spectralmetrics[lightning]"'
-    ) from error
-
+from spectralmetrics.extras import from_extra
 from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
 from spectralmetrics.integrations.values import with_means
@@ -24,7 +18,9 @@ from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.hooks import warn_user
-from spectralmetrics.probing.progress import LateBar
+
+with from_extra("lightning", "this callback needs lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class LayerProbeCallback(Callback):
@@ -142,9 +138,7 @@ class LayerProbeCallback(Callback):
             if self._begun is not None:
                 self._end_epoch(pl_module)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Observe the batch."""
         self._step, self._begun = trainer.global_step, trainer.current_epoch
         forwards = self._attach(pl_module)
@@ -153,9 +147,7 @@ class LayerProbeCallback(Callback):
         forwards.scale_by(getattr(trainer.precision_plugin, "scaler", None), engine)
         forwards.probe.step = self._step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop observing; after an optimizer step, run the monitor, and log and record if the trainer logs."""
         forwards = self._attach(pl_module)
         forwards.end(observes=False)
@@ -300,10 +292,7 @@ class LayerProbeCallback(Callback):
             for number, values in enumerate([*self._loaders, forwards.compute_window(stage)]):
                 suffix = f"/dataloader_idx_{number}"  # as Lightning names what each loader shows
                 self._hand_over(pl_module, stage, with_means(values), suffix, add_dataloader_idx=False)
-        values = forwards.probe.compute(stage, LateBar("reading layers"))
-        forwards.explain(stage, values)
-        self._hand_over(pl_module, stage, with_means(values))
-        forwards.finish(stage)
+        self._hand_over(pl_module, stage, forwards.compute_stage(stage))
 
     def _hand_over(
         self,

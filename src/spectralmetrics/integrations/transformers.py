@@ -11,7 +11,22 @@ from typing import Any
 
 from torch import nn
 
-try:
+from spectralmetrics.extras import from_extra
+from spectralmetrics.functional.tail import MEAN_LAYER
+from spectralmetrics.integrations.forwards import Forwards, Stage
+from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
+from spectralmetrics.integrations.masking import Masking
+from spectralmetrics.integrations.methods import Methods
+from spectralmetrics.integrations.resuming import file_name, read_state, write_state
+from spectralmetrics.monitoring import Monitor
+from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.collections import Metrics
+from spectralmetrics.probing.hooks import warn_user
+from spectralmetrics.probing.processes import from_first_process, is_first
+from spectralmetrics.probing.selection import unwrap
+from spectralmetrics.sums.checks import check_type
+
+with from_extra("transformers", "this callback needs transformers"):
     from transformers import (
         EarlyStoppingCallback,
         PrinterCallback,
@@ -22,25 +37,6 @@ try:
         TrainerState,
         TrainingArguments,
     )
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'this callback needs transformers: pip install "spectralmetrics[transformers]"'
-    ) from error
-
-from spectralmetrics.functional.tail import MEAN_LAYER
-from spectralmetrics.integrations.forwards import Forwards, Stage
-from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
-from spectralmetrics.integrations.masking import Masking
-from spectralmetrics.integrations.methods import Methods
-from spectralmetrics.integrations.resuming import file_name, read_state, write_state
-from spectralmetrics.integrations.values import with_means
-from spectralmetrics.monitoring import Monitor
-from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.collections import Metrics
-from spectralmetrics.probing.hooks import warn_user
-from spectralmetrics.probing.processes import is_first, on_first_process
-from spectralmetrics.probing.progress import LateBar
-from spectralmetrics.probing.selection import unwrap
 
 
 class LayerProbeCallback(TrainerCallback):
@@ -124,8 +120,7 @@ class LayerProbeCallback(TrainerCallback):
         monitor: bool | MakesMonitor = False,
         **arguments: Any,
     ) -> None:
-        if not isinstance(trainer, Trainer):
-            raise TypeError(f"expected trainer to be a Trainer, got {type(trainer).__name__}")
+        check_type("trainer", trainer, Trainer)
         masks = {"attention_mask": attention_mask, "decoder_attention_mask": decoder_attention_mask}
         for argument, name in masks.items():
             if name is not None and not (isinstance(name, str) and name):
@@ -177,10 +172,7 @@ class LayerProbeCallback(TrainerCallback):
         if (forwards := self._forwards) is None:
             return
         folders = self._resumed_from(args, state) if state.global_step else []
-        saved, error = on_first_process(lambda: read_state(folders, self._number()), None)
-        if error is not None:
-            raise error
-        entries = forwards.load(saved)
+        entries = forwards.load(from_first_process(lambda: read_state(folders, self._number()), None))
         if entries is None:
             self._watching.load(folders)  # of a checkpoint that has only the memory of a monitor
         going_on = (
@@ -208,9 +200,7 @@ class LayerProbeCallback(TrainerCallback):
                 epoch = {"epoch": self._keeping.epoch} if self._keeping else {}
                 write_state(folder, saved | epoch | {"awaited": self._awaited}, self._number())
 
-        _, error = on_first_process(write, None)
-        if error is not None:
-            raise error
+        from_first_process(write, None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -223,9 +213,7 @@ class LayerProbeCallback(TrainerCallback):
             values = forwards.compute_step(lambda: self._keeping.record_step(state.global_step))
             self._hand_over(values, "")
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Record the last epoch, if an evaluation that was to come did not."""
         self._record_epoch()
 
@@ -240,12 +228,7 @@ class LayerProbeCallback(TrainerCallback):
         self._end_epoch(evaluations if control.should_evaluate else 0)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Log what the evaluation showed, and add it to the evaluation's metrics; record it."""
         if self._evaluations:  # of one inside another
@@ -262,12 +245,7 @@ class LayerProbeCallback(TrainerCallback):
                 self._keeping.record(self._forwards)
 
     def on_predict(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Log what the prediction showed, and add it to its metrics."""
         if not self._evaluations:
@@ -376,12 +354,7 @@ class LayerProbeCallback(TrainerCallback):
 
     def _log(self, stage: Stage, prefix: str = "") -> dict[str, float]:
         """Log the values of a stage, which the probe keeps until it observes that stage again."""
-        if (forwards := self._forwards) is None or forwards.is_empty(stage):
-            return {}
-        found = self.probe.compute(stage, LateBar("reading layers"))
-        forwards.explain(stage, found)
-        forwards.finish(stage)
-        return self._hand_over(with_means(found), prefix)
+        return {} if self._forwards is None else self._hand_over(self._forwards.compute_stage(stage), prefix)
 
     def _hand_over(self, values: dict[tuple[str, str], float], prefix: str) -> dict[str, float]:
         """Log values everywhere, but show only the means of them on the screen."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from spectralmetrics.findings import Finding, LayerNumbers, all_but
 from spectralmetrics.probing.movers import Scales
@@ -75,62 +75,25 @@ class AlarmRule(NamedTuple):
 
 
 DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
-    AlarmRule(
-        "non_finite", "non_finite", 0, 1, 0, 0, math.nan, math.nan, "rows with NaN or infinities were left out"
-    ),
-    AlarmRule(
-        "collapsed",
-        "spread",
-        1e-3,
-        2,
-        256,
-        0,
-        _FALLEN,
-        math.nan,
-        "the variance is less than this share of the mean square, and has fallen to less than a quarter of what"
-        " it was, in a layer of 4 features or more",
-    ),
-    AlarmRule(
-        "dead",
-        "dead_features",
-        0.9,
-        2,
-        256,
-        0,
-        math.nan,
-        math.nan,
-        "at least this share of the features does not vary, and did before",
-    ),
-    AlarmRule(
-        "collapsed",
-        "effective_rank",
-        2.5,
-        3,
-        256,
-        175,
-        1.5,
-        3,
-        "the effective rank is below this, and by the factor and the robust deviations below the least of its"
-        " last six readings, or of the six before the last three, in a layer and a network of 4 outputs or"
-        " more",
-    ),
-    AlarmRule(
-        "scale",
-        "rms",
-        3,
-        1,
-        0,
-        0,
-        math.nan,
-        12,
-        "the root mean square changed by more than this factor, and by more than so many medians of its own"
-        " last 64 changes, from one step to the next, and did not come back in the step after; in a layer of"
-        " less than 4 features by more than its square",
-    ),
-)
+    AlarmRule("non_finite", "non_finite", 0, 1, 0, 0, math.nan, math.nan,
+              "rows with NaN or infinities were left out"),
+    AlarmRule("collapsed", "spread", 1e-3, 2, 256, 0, _FALLEN, math.nan,
+              "the variance is less than this share of the mean square, and has fallen to less than a quarter"
+              " of what it was, in a layer of 4 features or more"),
+    AlarmRule("dead", "dead_features", 0.9, 2, 256, 0, math.nan, math.nan,
+              "at least this share of the features does not vary, and did before"),
+    AlarmRule("collapsed", "effective_rank", 2.5, 3, 256, 175, 1.5, 3,
+              "the effective rank is below this, and by the factor and the robust deviations below the least of"
+              " its last six readings, or of the six before the last three, in a layer and a network of 4"
+              " outputs or more"),
+    AlarmRule("scale", "rms", 3, 1, 0, 0, math.nan, 12,
+              "the root mean square changed by more than this factor, and by more than so many medians of its"
+              " own last 64 changes, from one step to the next, and did not come back in the step after; in a"
+              " layer of less than 4 features by more than its square"),
+)  # fmt: skip
 """The default rules of a :class:`~spectralmetrics.Monitor`."""
 
-STATISTICS: tuple[str, ...] = ("non_finite", "spread", "dead_features", "effective_rank", "rms")
+STATISTICS: tuple[str, ...] = get_args(AlarmStatistic)
 
 Past: TypeAlias = dict[str, Any]
 """The memory of one layer, in types that JSON has."""

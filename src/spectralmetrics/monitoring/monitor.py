@@ -11,7 +11,7 @@ from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.probe import group_of, keep_history, read_window
 from spectralmetrics.probing.processes import is_first
-from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.sums.checks import check_positive_integer, check_type
 
 _FIRST = 5
 """Steps to the first reading, which finds problems that were there from the beginning."""
@@ -87,8 +87,7 @@ class Monitor:
         on_alarm: Literal["warn", "stop"] | Callable[[Alarm], Any] = "warn",
         recorder: AlarmRecorder | None = None,
     ) -> None:
-        if not isinstance(probe, LayerProbe):
-            raise TypeError(f"expected probe to be a LayerProbe, got {type(probe).__name__}")
+        check_type("probe", probe, LayerProbe)
         check_positive_integer("every", every)
         if stage not in STAGES:
             raise ValueError(f"expected a stage among {STAGES}, got {stage!r}")

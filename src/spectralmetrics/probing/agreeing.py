@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from spectralmetrics.metrics.stream import group_object
+from spectralmetrics.probing import processes
 from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.exchange import Agreement, Kept, Place
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.processes import (
-    check_calls,
-    digest,
-    extremes,
-    gather_agreed,
-    interruptible,
-    uninterrupted,
-)
 from spectralmetrics.probing.rendezvous import Identity, Weights, digest_of
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import gather_objects
@@ -80,20 +73,21 @@ def agree_on_layers(
     """
     identity.check_presence(group)
     error: BaseException | None = None
-    catalogue, number, call, changed = None, 0, 0, True
+    catalogue, number, call, changed = None, 0, 0, [True]
     weights: dict[str, Weights] = {}
     try:
         weights = identity.weights()
         catalogue = describe()
         # What is kept of merged sums serves other calls, too.
-        number = digest(repr((list(catalogue.layers.items()), catalogue._replace(call="", layers={}))))
-        call = digest(catalogue.call)
-        changed = _note_reading(own.values(), group)
+        known = list(catalogue.layers.items()), catalogue._replace(call="", layers={})
+        number = processes.digest(repr(known))
+        call = processes.digest(catalogue.call)
+        changed = [place.note_reading(group_object(group)) for place in own.values()]  # since the last reading
     except BaseException as raised:
         error = raised
-    flags = [number, call, digest_of(weights), changed, kept.digest != number, error is not None]
+    flags = [number, call, digest_of(weights), any(changed), kept.digest != number, error is not None]
     try:
-        high, low = extremes(flags, group)
+        high, low = processes.extremes(flags, group)
     except BaseException:
         kept.forget()  # by now it may be out of date
         raise
@@ -101,13 +95,13 @@ def agree_on_layers(
     if any_changed:
         kept.forget()
     if has_failed:
-        gather_agreed(None, error, group)
+        processes.gather_agreed(None, error, group)
     assert catalogue is not None
     is_same = high[:2] == low[:2]
     ranks = dist.get_process_group_ranks(group)
     catalogues = [catalogue] * len(ranks) if is_same else gather_objects(catalogue, group)
     common = set(catalogue.places).intersection(*(each.places for each in catalogues))
-    check_calls([each.call for each in catalogues], group)
+    processes.check_calls([each.call for each in catalogues], group)
     _check(dict(zip(ranks, catalogues, strict=True)), common if keeps_own else ())
     if not keeps_own:
         of_processes = [weights] * len(ranks) if high[2] == low[2] else gather_objects(weights, group)
@@ -206,12 +200,6 @@ def _check(catalogues: Mapping[int, Catalogue], exempt: Container[Place]) -> Non
         )
 
 
-def _note_reading(places: Iterable[LayerMetrics], group: Any) -> bool:
-    """True if this process' observations have changed since the last reading."""
-    changed = [place.note_reading(group_object(group)) for place in places]
-    return any(changed)
-
-
 _ENOUGH = -1  # stands for the number of a batch: none is needed any more
 
 
@@ -256,7 +244,7 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
         if place not in self._held:
             self._held = {}  # makes room for the next batch
             number = self._numbers[place]
-            with uninterrupted():
+            with processes.uninterrupted():
                 self._share(number)
                 self._held = self._agreement.fetch(self._batches[number])
         return self._held[place]
@@ -270,7 +258,7 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
                 return
             try:
                 self._agreement.fetch(self._batches[number])
-                with interruptible():
+                with processes.interruptible():
                     pass  # raises a pending interrupt, which is sent before the next batch
             except BaseException as raised:
                 error = raised
@@ -282,8 +270,8 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
 
     def _share(self, number: int, error: BaseException | None = None) -> int:
         """The number of the batch that the reader needs, on all processes."""
-        (number, has_failed), _ = extremes([number, error is not None], self._agreement.group)
+        (number, has_failed), _ = processes.extremes([number, error is not None], self._agreement.group)
         if has_failed:
             self.close()
-            gather_agreed(None, error, self._agreement.group)
+            processes.gather_agreed(None, error, self._agreement.group)
         return number

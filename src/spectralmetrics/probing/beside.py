@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.rules import Batch
+from spectralmetrics.sums.checks import dtype_or_type
 from spectralmetrics.torch_private import Version
 
 
@@ -123,8 +124,7 @@ class Masks(Beside):
     def check(self, value: Tensor) -> Tensor:
         """See :class:`.Beside`."""
         if not isinstance(value, Tensor) or value.dtype != torch.bool:
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"expected a boolean mask, True for valid tokens, got {kind}")
+            raise TypeError(f"expected a boolean mask, True for valid tokens, got {dtype_or_type(value)}")
         if value.ndim != 2:
             raise ValueError(f"expected a mask of shape (N, T), got {tuple(value.shape)}")
         return value
@@ -152,9 +152,9 @@ class Labels(Beside):
     def check(self, value: Tensor) -> Tensor:
         """See :class:`.Beside`."""
         if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
-                f"expected labels as an integer tensor, the class of each sample or step, got {kind}"
+                "expected labels as an integer tensor, the class of each sample or step, got"
+                f" {dtype_or_type(value)}"
             )
         if value.ndim not in (1, 2):
             raise ValueError(f"expected labels of shape (N,) or (N, T), got {tuple(value.shape)}")

@@ -76,12 +76,6 @@ class Spent(NamedTuple):
     observed: int
 
 
-def _checked(share: Any) -> float:
-    if not (isinstance(share, numbers.Real) and 0 < float(share) < 1):
-        raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {share!r}")
-    return share  # type: ignore[return-value]  # a number of any kind
-
-
 class Budget:
     """Decides which forwards are observed, and how many rows of each, by the time that observing takes.
 
@@ -91,14 +85,16 @@ class Budget:
     Args:
         share: share of the time that the probe may take, such as 0.03.
         seed: seed of the draws.
-        clock: gives the time in seconds; ``time.perf_counter`` by default.
+        clock: gives the time in seconds.
     """
 
-    def __init__(self, share: float, seed: int, clock: Callable[[], float] | None = None) -> None:
-        self.share = _checked(share)
+    def __init__(self, share: Any, seed: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        if not (isinstance(share, numbers.Real) and 0 < float(share) < 1):
+            raise ValueError(f"expected budget to be a share of the time between 0 and 1, got {share!r}")
+        self.share: float = share  # type: ignore[assignment]  # a number of any kind
         self._seed = seed
-        self._clock = clock
-        self._stages = {stage: _Account(share, (seed, stage)) for stage in ("train", "eval")}
+        self._now = clock
+        self._stages = {stage: _Account(self.share, (seed, stage)) for stage in ("train", "eval")}
         self._last: tuple[_Account, float] | None = None
         self._pending: deque[tuple[_Account, Any, Any, float]] = deque()
 
@@ -124,10 +120,6 @@ class Budget:
         """The number of rows to draw for each feature; None: all."""
         rows = self._stages[stage].plan.rows_per_feature
         return None if rows >= _ALL_ROWS_PER_FEATURE else rows
-
-    def plan(self, stage: str) -> Plan:
-        """The current plan of a stage."""
-        return self._stages[stage].plan
 
     def follow(self, stage: str, plan: Plan) -> None:
         """Follow a plan until the next call, instead of making another plan at the end of each block.
@@ -183,9 +175,6 @@ class Budget:
         while self._pending and self._pending[0][2].query():
             account, first, second, paid = self._pending.popleft()
             account.pay(max(first.elapsed_time(second) / 1000 - paid, 0.0))
-
-    def _now(self) -> float:
-        return time.perf_counter() if self._clock is None else self._clock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"share": self.share, "_seed": self._seed}

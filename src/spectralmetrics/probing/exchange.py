@@ -19,16 +19,9 @@ import torch.distributed as dist
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.stream import stream_of
+from spectralmetrics.probing import processes
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.probing.processes import (
-    agreed,
-    check_agreed,
-    gather_agreed,
-    interruptible,
-    is_merged,
-    uninterrupted,
-)
 from spectralmetrics.sums import Sum, run_together
 from spectralmetrics.sums.merging import communication_device
 
@@ -113,15 +106,11 @@ class Agreement:
         return [
             leader
             for leader in self.places[place].spectral_leaders
-            if self.takes_all or (is_merged(leader) and leader.process_group is self.group)
+            if self.takes_all or (processes.is_merged(leader) and leader.process_group is self.group)
         ]
 
     def batches(
-        self,
-        stages: Container[str] = STAGES,
-        *,
-        among: Container[Place] | None = None,
-        in_order: bool = False,
+        self, stages: Container[str] = STAGES, *, among: Container[Place] | None = None, in_order: bool = False
     ) -> list[list[Place]]:
         """The layers with observations on some process, in batches that travel together.
 
@@ -202,8 +191,10 @@ class Agreement:
             report(here, here)
             return some
 
-        with uninterrupted():
-            of_own = agreed(lambda: read_some(own, len(own)), [self.group]) if self.among is not None else {}
+        with processes.uninterrupted():
+            of_own: dict[Place, T] = {}
+            if self.among is not None:
+                of_own = processes.agreed(lambda: read_some(own, len(own)), [self.group])
             before += len(own)
             for start in range(0, len(batches), self.world):
                 round_ = batches[start : start + self.world]
@@ -218,7 +209,7 @@ class Agreement:
                 error: BaseException | None = None
                 payload = b""
                 try:
-                    with interruptible(), self.holding(merged):
+                    with processes.interruptible(), self.holding(merged):
                         self._recall(merged)
                         payload = pickle.dumps(read_some(own_batch, here))
                 except BaseException as raised:
@@ -226,7 +217,7 @@ class Agreement:
                 finally:
                     self._keep(merged)
                 del merged
-                for each in gather_agreed(payload, error, self.group):
+                for each in processes.gather_agreed(payload, error, self.group):
                     results.update(pickle.loads(each) if each else {})
                 before += here
         if not is_held:
@@ -238,9 +229,9 @@ class Agreement:
     ) -> Iterator[tuple[str, T]]:
         """Read each layer while it holds merged sums; yield layers and results in the agreed order."""
         for batch in self.batches(in_order=True):
-            check_agreed(None, self.group)  # raises if a process has left the loop
+            processes.check_agreed(None, self.group)  # raises if a process has left the loop
             try:
-                with uninterrupted(), lock:
+                with processes.uninterrupted(), lock:
                     merged = self.exchange(batch)
                     with self.holding(merged):
                         results = [(place[1], read(self.places[place])) for place in reversed(batch)]
@@ -250,9 +241,9 @@ class Agreement:
             except BaseException as error:
                 left = RuntimeError("the loop over the merged sums ended early")
                 with contextlib.suppress(Exception):
-                    check_agreed(left if isinstance(error, GeneratorExit) else error, self.group)
+                    processes.check_agreed(left if isinstance(error, GeneratorExit) else error, self.group)
                 raise
-        check_agreed(None, self.group)
+        processes.check_agreed(None, self.group)
 
     def fetch(self, batch: Sequence[Place]) -> dict[Place, list[Sum]]:
         """The merged sums of some layers on the first process, as :meth:`.LayerMetrics.sums` returns them."""

@@ -65,6 +65,12 @@ Select = Callable[..., Any]
 Observe = Callable[[nn.Module, Any, bool, Select | None], None]
 """Takes a module, its output, its training flag, and a function that is still to be applied to the output."""
 
+HOOKS_IGNORED = (
+    "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model ignores"
+    " hooks: set it to False and call torch.compiler.reset()"
+)
+"""The reason why no hook was called, where PyTorch is set so."""
+
 _SELECTED = "selected "  # prefix of the kind of an output that a user's function has returned
 
 _WITHOUT_GRADIENTS = "no grad "  # prefix of the kind where gradients are off

@@ -317,16 +317,15 @@ def first_rank(part: Part) -> int:
     return ranks_of(part)[0]
 
 
+# Name of a reduction of DTensors -> name of the method of a tensor.
+_REDUCTIONS = {"sum": "sum", "avg": "mean", "max": "amax", "min": "amin", "product": "prod"}
+
+
 def _reduced(pieces: Tensor, op: str) -> Tensor:
-    if op == "sum":
-        return pieces.sum(0)
-    if op == "avg":
-        return pieces.mean(0)
-    if op in ("max", "min"):
-        return pieces.amax(0) if op == "max" else pieces.amin(0)
-    if op == "product":
-        return pieces.prod(0)
-    raise LeftOut(f"its placement is Partial({op!r}), which is not known here")
+    if op not in _REDUCTIONS:
+        raise LeftOut(f"its placement is Partial({op!r}), which is not known here")
+    reduced: Tensor = getattr(pieces, _REDUCTIONS[op])(0)
+    return reduced
 
 
 def own_of(number: int, split: Split) -> Span:

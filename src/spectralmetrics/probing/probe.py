@@ -19,7 +19,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
 from spectralmetrics.metrics.groups import collect, described
-from spectralmetrics.probing import saving
+from spectralmetrics.probing import processes, saving, windows
 from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
@@ -35,20 +35,8 @@ from spectralmetrics.probing.meshes import Meshes, may_share_layers
 from spectralmetrics.probing.movers import History, Scales, scales_of
 from spectralmetrics.probing.outputs import Choose
 from spectralmetrics.probing.parts import dtensors_of
-from spectralmetrics.probing.processes import (
-    NO_GROUP,
-    agreed,
-    gather_agreed,
-    is_one_of_several,
-    merges_nothing,
-    merging_group,
-    merging_groups,
-    reading_group,
-    uninterrupted,
-)
 from spectralmetrics.probing.reading import (
     HOST,
-    Covariance,
     Question,
     Reading,
     nothing_observed,
@@ -64,7 +52,7 @@ from spectralmetrics.probing.rules import FeatureMaps, Interpolation, Observatio
 from spectralmetrics.probing.sampling import Limits
 from spectralmetrics.probing.saving import Sharded
 from spectralmetrics.probing.selection import Selectors, select_layers, unseen_parameters, unwrap
-from spectralmetrics.probing.steps import Steps, stage_by_flag
+from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.summary import (
     Summary,
     SummaryRow,
@@ -72,17 +60,6 @@ from spectralmetrics.probing.summary import (
     summary_of,
     summary_rows,
     threshold_of,
-)
-from spectralmetrics.probing.windows import (
-    Windows,
-    check_places,
-    load_remembered,
-    load_updates,
-    merge_places,
-    put_back,
-    save_remembered,
-    save_updates,
-    take_out,
 )
 from spectralmetrics.sums import Sum, compiled
 from spectralmetrics.sums.checks import check_positive_integer, is_integer
@@ -279,7 +256,7 @@ class LayerProbe(nn.Module):
         self._guests: Agreement | None = None  # all processes' layers, while states are merged
         self._kept = Kept()
         self._warned: set[str] = set()  # stages and layers without observations that have been named
-        self._windows = Windows(self._places)
+        self._windows = windows.Windows(self._places)
         self._remembered: dict[str, dict[str, Any]] = {}  # by reader of windows; saved with the states
         self._identity = Identity(chosen)
         self._hooks = Hooks(self, unwrap(model))
@@ -492,10 +469,7 @@ class LayerProbe(nn.Module):
         self, agreement: Agreement | None, stages: Sequence[str], question: Question, progress: Progress | None
     ) -> dict[Place, Reading]:
         """The reading of each layer, in one order on all processes."""
-
-        def read(places: list[LayerMetrics], report: Progress | None) -> dict[Place, Reading]:
-            return read_layers(places, question, report)
-
+        read = functools.partial(read_layers, question)
         readings: dict[Place, Reading] = {}
         for where, (place, found) in self._read_places(agreement, stages, read, progress).items():
             reading = readings[where] = found or Reading()
@@ -542,10 +516,10 @@ class LayerProbe(nn.Module):
                 raise error
             yield self._guests if self._is_sharing else None
             return
-        group = merging_group(self._places.values())
-        keeps_own = of_all and merges_nothing(self._places.values()) and is_one_of_several()
-        with uninterrupted():
-            if group is NO_GROUP and not keeps_own:
+        group = processes.merging_group(self._places.values())
+        keeps_own = of_all and processes.merges_nothing(self._places.values()) and processes.is_one_of_several()
+        with processes.uninterrupted():
+            if group is processes.NO_GROUP and not keeps_own:
                 with self._merged_states(call, stages, error):
                     yield None
                 return
@@ -569,8 +543,8 @@ class LayerProbe(nn.Module):
         """Read the merged states of each stage's layers, in one order on all processes; None without data."""
         if agreement is None:
             places = {(stage, name): self._place(stage, name) for stage in stages for name in self.layers}
-            groups = [] if self._router.is_merged else merging_groups(self._places.values())
-            results = agreed(lambda: read(list(places.values()), progress), groups)
+            groups = [] if self._router.is_merged else processes.merging_groups(self._places.values())
+            results = processes.agreed(lambda: read(list(places.values()), progress), groups)
         else:
             places = {place: each for place, each in agreement.places.items() if place[0] in stages}
             results = agreement.read(read, progress, stages, is_held=self._is_sharing)
@@ -595,7 +569,9 @@ class LayerProbe(nn.Module):
             try:
                 with self._merged_states("merged", STAGES):
                     self._router.is_merged = True
-                    self._is_sharing = sharing and merging_group(self._places.values()) is not NO_GROUP
+                    self._is_sharing = (
+                        sharing and processes.merging_group(self._places.values()) is not processes.NO_GROUP
+                    )
                     try:
                         yield
                     finally:
@@ -612,8 +588,8 @@ class LayerProbe(nn.Module):
         before = self._guests
         with contextlib.ExitStack() as stack:
             try:
-                with uninterrupted():
-                    for group in merging_groups(self._places.values()):
+                with processes.uninterrupted():
+                    for group in processes.merging_groups(self._places.values()):
                         try:
                             agreement = self._agree(call, stages, group, error=error)
                             for batch in agreement.batches():
@@ -771,9 +747,9 @@ class LayerProbe(nn.Module):
     def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
         """Layer -> True if its weights are still the initial ones, from a process that has the layer."""
         of_processes = [self._router.untrained(layers)]
-        group = merging_group(self._places.values())
-        if group is not NO_GROUP and not self._router.is_merged:
-            of_processes = gather_agreed(of_processes[0], None, group)
+        group = processes.merging_group(self._places.values())
+        if group is not processes.NO_GROUP and not self._router.is_merged:
+            of_processes = processes.gather_agreed(of_processes[0], None, group)
         known = ((name, flag) for each in reversed(of_processes) for name, flag in each.items())
         return {name: flag for name, flag in known if flag is not None}
 
@@ -861,9 +837,9 @@ class LayerProbe(nn.Module):
 
     def _each_merged(self, call: str, stage: str, read: Callable[[LayerMetrics], T]) -> Iterator[tuple[str, T]]:
         """Read each layer while its states are merged, on all processes."""
-        group = NO_GROUP if self._router.is_merged else merging_group(self._places.values())
+        group = processes.NO_GROUP if self._router.is_merged else processes.merging_group(self._places.values())
         self._join_windows()
-        if group is not NO_GROUP:
+        if group is not processes.NO_GROUP:
             with self._router.lock:
                 agreement = self._agree(call, [stage], group)
             yield from agreement.iterate(read, self._router.lock)
@@ -898,9 +874,7 @@ class LayerProbe(nn.Module):
         """
         _check_stage(stage)
 
-        def read(place: LayerMetrics) -> Covariance:
-            return read_covariance(place, unbiased=unbiased, center=center)
-
+        read = functools.partial(read_covariance, unbiased=unbiased, center=center)
         with self._router.lock:
             call = f"covariances(unbiased={unbiased}, center={center})"
             by_layer = dict(self._each_merged(call, stage, read))
@@ -942,13 +916,13 @@ class LayerProbe(nn.Module):
             self._join_windows()
             before, self._aside = self._aside, self._aside.union(stages)
             places = [self._places[stage, name] for stage in stages for name in self._layers]
-            taken = [take_out(place) for place in places]
+            taken = [windows.take_out(place) for place in places]
             try:
                 yield
             finally:
                 self._aside = before
                 for place, each in zip(places, taken, strict=True):
-                    put_back(place, each)
+                    windows.put_back(place, each)
 
     def pause(self) -> None:
         """Observe nothing until :meth:`resume`."""
@@ -966,10 +940,6 @@ class LayerProbe(nn.Module):
             yield
         finally:
             self.resume()
-
-    def _count_by(self, stage_of: Callable[[bool], str | None] = stage_by_flag) -> None:
-        """Set the function from the training flag to the stage in which a forward counts, None for no stage."""
-        self._steps.stage_of = stage_of
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[None]:
@@ -1089,9 +1059,9 @@ class LayerProbe(nn.Module):
             other._join_windows()
             pairs = [(self._places[place], each) for place, each in other._places.items() if each.has_data()]
             for own, added in pairs:
-                check_places(own, added)
+                windows.check_places(own, added)
             for own, added in pairs:
-                merge_places(own, added)
+                windows.merge_places(own, added)
             self._steps.go_beyond(other._steps)
             self._router.order += [name for name in other._router.order if name not in self._router.order]
 
@@ -1108,7 +1078,8 @@ class LayerProbe(nn.Module):
 
         def agree() -> Agreement | None:
             self._join_windows()
-            return self._agree("sharded", STAGES, None, takes_all=True) if is_one_of_several() else None
+            is_alone = not processes.is_one_of_several()
+            return None if is_alone else self._agree("sharded", STAGES, None, takes_all=True)
 
         return Sharded(self._places, agree, self._steps, self._router.order, self._remembered, self.reset)
 
@@ -1119,8 +1090,8 @@ class LayerProbe(nn.Module):
             order = [self._layers.index(name) for name in self._router.order]
             saving.save_progress(destination, prefix, list(self._places.values()), self._steps, order)
             for place, of_layer in self._places.items():
-                save_updates(destination, f"{prefix}metrics.{module_key(*place)}.", of_layer)
-            save_remembered(destination, prefix, self._remembered, self._steps)
+                windows.save_updates(destination, f"{prefix}metrics.{module_key(*place)}.", of_layer)
+            windows.save_remembered(destination, prefix, self._remembered, self._steps)
 
     def _load_from_state_dict(
         self,
@@ -1133,11 +1104,11 @@ class LayerProbe(nn.Module):
     ) -> None:
         self._join_windows()
         self._windows.forget()
-        load_remembered(state_dict, prefix, self._remembered, self._steps)
+        windows.load_remembered(state_dict, prefix, self._remembered, self._steps)
         for place, of_layer in self._places.items():
             start = f"{prefix}metrics.{module_key(*place)}."
             saving.give_to_leaders(state_dict, start, of_layer)
-            load_updates(state_dict, start, of_layer)
+            windows.load_updates(state_dict, start, of_layer)
             if self.sketch_size is not None and not of_layer.is_sketched:
                 names = (key for key in state_dict if key.startswith(start))
                 if any(key.endswith(".sketch_image") for key in names):  # in 0.2.0 only these say it
@@ -1222,7 +1193,7 @@ def group_of(probe: LayerProbe | None) -> Any:
 
     See :func:`~.processes.reading_group`; the default group without a probe.
     """
-    return None if probe is None else reading_group(probe._places.values())
+    return None if probe is None else processes.reading_group(probe._places.values())
 
 
 def keep_history(probe: LayerProbe, steps: int) -> None:

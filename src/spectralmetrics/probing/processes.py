@@ -94,14 +94,9 @@ def gather_agreed(value: T, error: BaseException | None, group: Any) -> list[T]:
     gathered = gather_objects((described, value), group)
     if error is not None:
         raise error
-    ranks = dist.get_process_group_ranks(group)
-    raised = [
-        f"process {rank} raised {words}"
-        for rank, (words, _) in zip(ranks, gathered, strict=True)
-        if words is not None
-    ]
-    if raised:
-        raise RuntimeError("; ".join(raised))
+    if failed := [(number, words) for number, (words, _) in enumerate(gathered) if words is not None]:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError("; ".join(f"process {ranks[number]} raised {words}" for number, words in failed))
     return [each for _, each in gathered]
 
 
@@ -249,6 +244,14 @@ def on_first_process(
             words = (f"process {rank} raised {in_words(each)}" for rank, each in failed.items())
             error = RuntimeError("; ".join(words))
     return value, error
+
+
+def from_first_process(function: Callable[[], T], group: Any) -> T:
+    """The value of :func:`on_first_process`; raises its error."""
+    value, error = on_first_process(function, group)
+    if error is not None:
+        raise error
+    return value
 
 
 def portable(error: BaseException) -> BaseException:

@@ -16,7 +16,7 @@ from spectralmetrics.functional.together import Progress, Wanted, decompose_toge
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
 from spectralmetrics.probing.facts import Key
-from spectralmetrics.probing.hooks import level_of_user
+from spectralmetrics.probing.hooks import HOOKS_IGNORED, level_of_user
 from spectralmetrics.probing.rules import Observes
 from spectralmetrics.sums import SpectralSum
 from spectralmetrics.torch_private import ignores_hooks
@@ -82,22 +82,29 @@ class Question:
 
 
 def read_layers(
-    places: Sequence[LayerMetrics], question: Question, progress: Progress | None = None
+    question: Question, places: Sequence[LayerMetrics], progress: Progress | None
 ) -> dict[tuple[str, str], Reading]:
     """Read the metrics of this package and the reasons for warnings, by stage and layer.
 
     Args:
-        places: layers whose states are merged.
         question: the reading to take.
+        places: layers whose states are merged.
         progress: called with the number of finished steps and their total.
     """
     counted = count_together(places)
     readings = {(place.stage, place.layer): _left_out(place, counted) for place in places}
     seen = [place for place in places if place.has_seen(counted)]
-    steps = _Steps(progress, len(seen))
+    before = 0
+
+    def decomposed(done: int, total: int) -> None:
+        nonlocal before
+        before = total
+        if progress is not None:
+            progress(done, total + len(seen))
+
     if not any(reading.refused for reading in readings.values()):
-        decompose_together(_wanted(seen, question, counted), steps.decomposed)
-    for place in seen:
+        decompose_together(_wanted(seen, question, counted), decomposed)
+    for number, place in enumerate(seen, 1):
         reading = readings[place.stage, place.layer]
         reading.seen = True
         if reading.refused:
@@ -130,7 +137,8 @@ def read_layers(
         reading.few = place.too_few(counted)
         if question.for_record and (spectrum := place.spectrum()) is not None:
             reading.known = spectrum.known()
-        steps.read()
+        if progress is not None:
+            progress(before + number, before + len(seen))
     return readings
 
 
@@ -292,32 +300,8 @@ def _saw_nothing(place: LayerMetrics, name: str, counted: Counted) -> bool:
     return not counted[id(place.leader_of[name])].observations
 
 
-class _Steps:
-    """Reports progress: first of decompositions, then of layers that are read."""
-
-    def __init__(self, progress: Progress | None, layers: int) -> None:
-        self._progress = progress
-        self._layers = layers
-        self._before = 0
-        self._read = 0
-
-    def decomposed(self, done: int, total: int) -> None:
-        self._before = total
-        if self._progress is not None:
-            self._progress(done, total + self._layers)
-
-    def read(self) -> None:
-        self._read += 1
-        if self._progress is not None:
-            self._progress(self._before + self._read, self._before + self._layers)
-
-
 def nothing_observed(
-    stages: Iterable[str],
-    places: Iterable[LayerMetrics],
-    is_off: bool,
-    budget: float | None,
-    observe: Observes,
+    stages: Iterable[str], places: Iterable[LayerMetrics], is_off: bool, budget: float | None, observe: Observes
 ) -> str:
     """A message that nothing was observed, with the reason.
 
@@ -350,10 +334,7 @@ def nothing_observed(
     elif is_off:
         reason = "no probed layer has run since the probe was made or reset, and it is paused or removed now"
     elif ignores_hooks():
-        reason = (
-            "torch._dynamo.config.skip_nnmodule_hook_guards has been set to True, so that a compiled model"
-            " ignores hooks: set it to False and call torch.compiler.reset()"
-        )
+        reason = HOOKS_IGNORED
     else:
         reason = (
             "no probed layer has run since the probe was made or reset; a model that is exported or"

@@ -83,6 +83,7 @@ def give_to_leaders(state_dict: dict[str, Any], prefix: str, of_layer: LayerMetr
                     state_dict.setdefault(f"{prefix}{leader}.{state}", state_dict.pop(key))
 
 
+@dataclass(eq=False, repr=False)
 class Sharded:
     """A probe's state on all processes, for ``torch.distributed.checkpoint``, which saves its parts.
 
@@ -98,29 +99,20 @@ class Sharded:
         reset: forgets all observations.
     """
 
-    def __init__(
-        self,
-        places: Mapping[Place, LayerMetrics],
-        agree: Callable[[], Agreement | None],
-        steps: Steps,
-        order: list[str],
-        remembered: dict[str, dict[str, Any]],
-        reset: Callable[[], None],
-    ) -> None:
-        self._places = places
-        self._agree = agree
-        self._steps = steps
-        self._order = order
-        self._remembered = remembered
-        self._reset = reset
+    places: Mapping[Place, LayerMetrics]
+    agree: Callable[[], Agreement | None]
+    steps: Steps
+    order: list[str]
+    remembered: dict[str, dict[str, Any]]
+    reset: Callable[[], None]
 
     def state_dict(self) -> dict[str, bytes]:
         """This process' share of the sums of all processes, which call it together."""
-        agreement = self._agree()
+        agreement = self.agree()
         rank, world = (0, 1) if agreement is None else (agreement.rank, agreement.world)
         buckets: dict[int, dict[Place, _Packed]] = {bucket: {} for bucket in range(rank, _BUCKETS, world)}
         if agreement is None:
-            for place, of_layer in self._places.items():
+            for place, of_layer in self.places.items():
                 buckets[_bucket(place)][place] = _pack(of_layer)
         else:
             for reader in range(world):
@@ -137,7 +129,7 @@ class Sharded:
                         packed.others[name] = states
         progress = self._progress()
         gathered = [progress] if agreement is None else gather_objects(progress, agreement.group)
-        order = self._order if agreement is None else agreement.layers
+        order = self.order if agreement is None else agreement.layers
         sums = {
             f"sums.{bucket:02d}": _to_bytes({k: vars(v) for k, v in held.items()})
             for bucket, held in buckets.items()
@@ -150,20 +142,20 @@ class Sharded:
         Raises:
             ValueError: for sums of layers that no process probes, or of metrics with other settings.
         """
-        agreement = self._agree()
+        agreement = self.agree()
         held: dict[Place, _Packed] = {}
         for key, saved in state_dict.items():
             if key.startswith("sums."):
                 held |= {place: _Packed(**each) for place, each in _from_bytes(saved).items()}
         delivered = self._delivered(held, agreement)
-        self._reset()
+        self.reset()
         error: BaseException | None = None
         try:
             for place, packed in delivered.items():
-                _unpack(packed, self._places[place])
+                _unpack(packed, self.places[place])
         except BaseException as raised:
             error = raised
-            self._reset()
+            self.reset()
         if agreement is not None:
             check_agreed(error, agreement.group)
         elif error is not None:
@@ -172,7 +164,7 @@ class Sharded:
 
     def _go_on(self, progress: Mapping[str, Any], world: int) -> None:
         """Restore the progress of the layers."""
-        for place, of_layer in self._places.items():
+        for place, of_layer in self.places.items():
             if place in progress["places"]:
                 of_layer.forwards, samples, of_layer.epoch, of_layer.ran, batches = progress["places"][place]
                 of_layer.samples = -(-samples // world)
@@ -180,15 +172,15 @@ class Sharded:
                     leader = of_layer.leader_of.get(name)
                     if isinstance(leader, SpectralMetric):
                         leader._batches, leader._dealt = numbers
-        own = {layer for _, layer in self._places}
-        self._order[:] = [name for name in progress["order"] if name in own]
-        for counter, numbers in zip(_counters(self._steps), progress["steps"], strict=True):
+        own = {layer for _, layer in self.places}
+        self.order[:] = [name for name in progress["order"] if name in own]
+        for counter, numbers in zip(_counters(self.steps), progress["steps"], strict=True):
             counter.update(numbers)
-        take_over(progress["memory"], self._remembered, self._steps)
+        take_over(progress["memory"], self.remembered, self.steps)
 
     def _delivered(self, held: dict[Place, _Packed], agreement: Agreement | None) -> dict[Place, _Packed]:
         """Sums of this process' layers: loaded here, or by a process that does not probe the layer."""
-        own = list(held), list(self._places)
+        own = list(held), list(self.places)
         gathered = [own] if agreement is None else gather_objects(own, agreement.group)
         targets: dict[Place, int] = {}
         for rank, (loaded, _) in enumerate(gathered):
@@ -221,10 +213,10 @@ class Sharded:
                     each.ran,
                     {name: (leader._batches, leader._dealt) for name, leader in _named_leaders(each)},
                 )
-                for place, each in self._places.items()
+                for place, each in self.places.items()
             },
-            "steps": tuple(map(dict, _counters(self._steps))),
-            "memory": memory(self._remembered, self._steps),
+            "steps": tuple(map(dict, _counters(self.steps))),
+            "memory": memory(self.remembered, self.steps),
         }
 
 

@@ -13,7 +13,6 @@ import torch
 from spectralmetrics.findings import (
     Finding,
     LayerNumbers,
-    find,
     has_eigenvalues,
     in_words,
     read_numbers,
@@ -99,8 +98,7 @@ class Summary:
         problems = [each for each in self.findings if each.severity == "problem"]
         return [f"problem: {each.layer}: {each.message}" for each in problems]
 
-    def __repr__(self) -> str:
-        return str(self)
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:
@@ -137,33 +135,6 @@ class Summary:
         return [row.layer, row.kind, *numbers, value, number(row.saturation), ", ".join(row.stands_out)]
 
 
-def summarise(
-    layers: Mapping[str, Spectrum],
-    facts: Mapping[str, LayerFacts],
-    metric: SpectralMetric,
-    *,
-    threshold: float = 0.99,
-    where: str,
-) -> Summary:
-    """The summary of layers from their spectra.
-
-    Args:
-        layers: name -> spectrum about the mean, on the CPU, in forward order.
-        facts: name -> the layer's facts, known without its data.
-        metric: the metric of the value to show; its value must be a single number.
-        threshold: share of the variance for dimension and saturation.
-        where: the beginning of the title, such as the stage.
-
-    Raises:
-        ValueError: for a statistic that is no single number, or that cannot be read of any layer. If it cannot
-            be read of some layers, it is NaN there, and one warning names them.
-    """
-    rows = summary_rows(layers, facts, metric, threshold=threshold)
-    return summary_of(
-        rows, find("", [numbers for _, numbers in rows]), metric, threshold=threshold, where=where
-    )
-
-
 def summary_rows(
     layers: Mapping[str, Spectrum],
     facts: Mapping[str, LayerFacts],
@@ -172,7 +143,18 @@ def summary_rows(
     threshold: float,
     progress: Progress | None = None,
 ) -> list[tuple[SummaryRow, LayerNumbers]]:
-    """The row of each layer without findings, and the numbers that findings are made from."""
+    """The row of each layer without findings, and the numbers that findings are made from.
+
+    Args:
+        layers: name -> spectrum about the mean, on the CPU, in forward order.
+        facts: name -> the layer's facts, known without its data.
+        metric: the metric of the value to show.
+        threshold: share of the variance for dimension and saturation.
+        progress: called as spectra are decomposed.
+
+    Raises:
+        ValueError: for a statistic that is no single number.
+    """
     return [
         (_row(numbers, layers[numbers.layer], facts.get(numbers.layer, UNKNOWN_LAYER), metric), numbers)
         for numbers in numbers_of(layers, facts, threshold, progress)
@@ -185,7 +167,7 @@ def numbers_of(
     threshold: float,
     progress: Progress | None = None,
 ) -> list[LayerNumbers]:
-    """The numbers that findings need, from layers' spectra about the mean; see :func:`summarise`."""
+    """The numbers that findings need, from layers' spectra about the mean; see :func:`summary_rows`."""
     wanted = [
         Wanted(each, "eigenvalues" if has_eigenvalues(each) else "variances")
         for each in spectra.values()
@@ -207,14 +189,26 @@ def summary_of(
     threshold: float,
     where: str,
 ) -> Summary:
-    """The summary of rows in forward order, with the findings of their layers; see :func:`summarise`."""
+    """The summary of rows in forward order, with the findings of their layers.
+
+    Args:
+        rows: see :func:`summary_rows`.
+        findings: the findings of all layers.
+        metric: the metric of the value to show.
+        threshold: share of the variance for dimension and saturation.
+        where: the beginning of the title, such as the stage.
+
+    Raises:
+        ValueError: for a statistic that cannot be read of any layer. If it cannot be read of some layers, it is
+            NaN there, and one warning names them.
+    """
     unread = [row for row, _ in rows if row.stands_out]
     if unread:
         named = ", ".join(repr(row.layer) for row in unread)
         words = f"{metric.short_name!r} of {named}: {unread[0].stands_out[0]}"
         if len(unread) == len(rows):
             raise ValueError(words)
-        warnings.warn(f"left out {words}", UserWarning, stacklevel=4)
+        warnings.warn(f"left out {words}", UserWarning, stacklevel=3)
     complete = [
         row._replace(
             stands_out=(*in_words(each for each in findings if each.layer == row.layer), *row.stands_out)

@@ -32,6 +32,7 @@ each, and ``"windows"`` has by reader and stage the first two of these for rows 
 """
 STATES = ("probe", "others", "layers", "windows")
 """The keys of a whole state."""
+_Layers: TypeAlias = Sequence[Sequence[str]]  # of each process
 _State: TypeAlias = dict[str, Any]
 _Share: TypeAlias = dict[Place, list[_State]]  # by reader and stage, and all: states that are added up
 _ALL = ("", "")
@@ -46,7 +47,7 @@ def whole_state(probe: LayerProbe, without: Collection[str] = ()) -> WholeState 
         probe: a persistent probe.
         without: stages whose observations are left out.
     """
-    layers = gather_objects(list(probe._layers)) if is_one_of_several() else [list(probe._layers)]
+    layers = gather_objects(list(probe._layers))
     with probe._without(without):
         states = _states(probe, layers)
     windows: dict[str, dict[str, WholeState]] = {}
@@ -78,7 +79,7 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> list[str]:
         ValueError: for layers that no process probes, or metrics that the probe lacks; for what
             ``load_state_dict`` raises.
     """
-    layers = gather_objects(list(probe._layers)) if is_one_of_several() else [list(probe._layers)]
+    layers = gather_objects(list(probe._layers))
     dealt: list[_Share] = []
     lacking: list[str] = []
     error: BaseException | None = None
@@ -87,19 +88,14 @@ def load_whole_state(probe: LayerProbe, saved: WholeState | None) -> list[str]:
             dealt, lacking = _dealt(saved, layers), _lacking(saved, layers, probe)
     except Exception as raised:
         error = raised
-    if is_one_of_several():
-        # The first one's share is most of it, and stays where it is.
-        of_others = gather_agreed(dealt[1:], error, None)[0]
-        mine = dealt[0] if is_first(None) else of_others[dist.get_rank() - 1]
-    elif error is not None:
-        raise error
-    else:
-        (mine,) = dealt
+    # The first one's share is most of it, and stays where it is.
+    of_others = gather_agreed(dealt[1:], error, None)[0]
+    mine = dealt[0] if is_first(None) else of_others[dist.get_rank() - 1]
     agreed(lambda: _load(probe, mine), [None] if is_one_of_several() else [])
     return lacking
 
 
-def _states(probe: LayerProbe, layers: Sequence[Sequence[str]]) -> list[_State]:
+def _states(probe: LayerProbe, layers: _Layers) -> list[_State]:
     """The states of all processes on the first one; its own, in the place of the first, on the others."""
     with probe.merged():
         state = {key: _copied(value) for key, value in probe.state_dict().items()}
@@ -128,7 +124,7 @@ def _start(stage: str, layer: str) -> str:
     return f"metrics.{module_key(stage, layer)}."
 
 
-def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[_Share]:
+def _dealt(saved: WholeState, layers: _Layers) -> list[_Share]:
     """The share of each process in what was saved."""
     if "layers" not in saved:  # of an earlier release, by the first process
         state = saved["probe"]
@@ -149,7 +145,7 @@ def _dealt(saved: WholeState, layers: Sequence[Sequence[str]]) -> list[_Share]:
     return found
 
 
-def _lacking(saved: WholeState, layers: Sequence[Sequence[str]], probe: LayerProbe) -> list[str]:
+def _lacking(saved: WholeState, layers: _Layers, probe: LayerProbe) -> list[str]:
     """The layers of these processes, and the metrics of the probe, that a state has nothing of.
 
     Raises:
@@ -174,32 +170,30 @@ def _lacking(saved: WholeState, layers: Sequence[Sequence[str]], probe: LayerPro
 def _load(probe: LayerProbe, share: _Share) -> None:
     windows = {reader: share[reader] for reader in probe._windows.readers() if reader in share}
     kept = {reader: _taken(probe, states) for reader, states in windows.items()}
-    whole, *more = share[_ALL]
-    added = [_taken(probe, [state]) for state in more]
-    probe.load_state_dict(whole, strict="progress" in whole)
-    for taken in added:
-        for place, each in taken.items():
-            merge_in(probe._places[place], each)
+    _hold(probe, share[_ALL])
     for (reader, stage), taken in kept.items():
         probe._windows.give(reader, {place: each for place, each in taken.items() if place[0] == stage})
 
 
-def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
-    """The sums of some states, added up; the probe holds nothing afterwards."""
+def _hold(probe: LayerProbe, states: Sequence[_State]) -> None:
+    """Give a probe the sums of some states, added up."""
     first, *more = states
     added = [_taken(probe, [state]) for state in more]
-    probe.load_state_dict(first)
+    probe.load_state_dict(first, strict="progress" in first)
     for each in added:
         for place, taken in each.items():
             merge_in(probe._places[place], taken)
+
+
+def _taken(probe: LayerProbe, states: Sequence[_State]) -> dict[Place, Taken]:
+    """The sums of some states, added up; the probe holds nothing afterwards."""
+    _hold(probe, states)
     found = {place: take_out(each, to_merge=True) for place, each in probe._places.items()}
     probe.reset()
     return found
 
 
-def _regrouped(
-    states: Sequence[_State], before: Sequence[Sequence[str]], layers: Sequence[Sequence[str]]
-) -> list[list[_State]]:
+def _regrouped(states: Sequence[_State], before: _Layers, layers: _Layers) -> list[list[_State]]:
     """For processes with these layers, states to add up: together they are what others have saved.
 
     Args:
@@ -236,12 +230,7 @@ def _regrouped(
     return shares
 
 
-def _progress(
-    states: Sequence[_State],
-    before: Sequence[Sequence[str]],
-    layers: Sequence[Sequence[str]],
-    own: Sequence[str],
-) -> _State:
+def _progress(states: Sequence[_State], before: _Layers, layers: _Layers, own: Sequence[str]) -> _State:
     """The progress for a process with these layers: the furthest of all, so that nothing is drawn twice."""
     found: _State = {}
     for key, value in ((key, value) for state in states for key, value in state.items()):

@@ -18,6 +18,7 @@ from spectralmetrics.layers import register_layer
 from spectralmetrics.metrics import CovarianceMetric, IntrinsicDimensionMetric
 from spectralmetrics.probing.processes import is_one_of_several
 from spectralmetrics.sums import SpectralSum, full_precision, run_together
+from spectralmetrics.sums.checks import dtype_or_type
 from spectralmetrics.torch_private import in_backward, outside_transforms, untraced, untransformed
 
 
@@ -251,7 +252,7 @@ class PCAProjection(nn.Module):
         if is_complement and directions.shape[1] == 0:
             return input  # nothing is left out
         with full_precision(input.device.type):
-            values, mean = input.to(dtype), _along(mean, dim, input.ndim)
+            values, mean = input.to(dtype), mean.reshape(-1, *[1] * (input.ndim - dim - 1))  # along `dim`
             result = _multiply(values - mean, directions, dim)
             if self.keep_dim:
                 kept = _multiply(result, directions.mT, dim)
@@ -283,8 +284,7 @@ class PCAProjection(nn.Module):
     def _check(self, input: Tensor) -> int:
         """The dimension of the features."""
         if not isinstance(input, Tensor) or not input.is_floating_point():
-            kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
-            raise TypeError(f"expected a floating tensor to project, got {kind}")
+            raise TypeError(f"expected a floating tensor to project, got {dtype_or_type(input)}")
         dim = self._dim_in(input)
         if not -input.ndim <= dim < input.ndim:
             raise ValueError(f"expected an input that has dimension {dim}, got shape {tuple(input.shape)}")
@@ -313,11 +313,6 @@ def check_generator(generator: torch.Generator | None) -> None:
     """Raise a TypeError for anything but a generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected generator to be a torch.Generator or None, got {generator!r}")
-
-
-def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
-    """A vector shaped to broadcast along one of ``ndim`` dimensions."""
-    return vector.reshape(-1, *[1] * (ndim - dim - 1))
 
 
 def _multiply(values: Tensor, matrix: Tensor, dim: int) -> Tensor:

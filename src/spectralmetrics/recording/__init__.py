@@ -9,14 +9,12 @@ from spectralmetrics.recording.recorder import Recorder
 from spectralmetrics.recording.report import write_report
 from spectralmetrics.recording.saved import read_records
 from spectralmetrics.recording.writer import Writer
-from spectralmetrics.recording.writers import (
-    ArraysWriter,
-    ConsoleWriter,
-    CSVWriter,
-    PlotWriter,
-    ReportWriter,
-    TensorBoardWriter,
-)
+from spectralmetrics.recording.writers.arrays import ArraysWriter
+from spectralmetrics.recording.writers.console import ConsoleWriter
+from spectralmetrics.recording.writers.csv import CSVWriter
+from spectralmetrics.recording.writers.plot import PlotWriter
+from spectralmetrics.recording.writers.report import ReportWriter
+from spectralmetrics.recording.writers.tensorboard import TensorBoardWriter
 
 __all__ = [
     "ArraysWriter",

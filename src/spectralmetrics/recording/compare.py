@@ -10,12 +10,7 @@ from typing import Any
 
 from spectralmetrics.findings import has_eigenvalues
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.functional.relations import (
-    MINIMUM_SAMPLES,
-    frechet_distance,
-    linear_cka,
-    subspace_overlap,
-)
+from spectralmetrics.functional.relations import MINIMUM_SAMPLES, frechet_distance, linear_cka, subspace_overlap
 from spectralmetrics.metrics import IntrinsicDimensionMetric
 from spectralmetrics.recording.recompute import recompute
 from spectralmetrics.recording.record import RecordKey, Row
@@ -102,11 +97,7 @@ class Side:
 
 
 def open_sides(
-    left: str | Path,
-    right: str | Path | None,
-    epochs: tuple[int, int] | None,
-    stage: str,
-    threshold: float,
+    left: str | Path, right: str | Path | None, epochs: tuple[int, int] | None, stage: str, threshold: float
 ) -> list[Side]:
     """Both sides of a comparison; for the arguments see :func:`compare`."""
     check_threshold(threshold)
@@ -173,7 +164,7 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
             _ = layer.sums
         except ValueError as error:  # it is damaged
             return _without(f"on the {side}: {error}")
-    widths = [len(layer.mean) for layer in layers]
+    widths = [layer.spectral.num_features for layer in layers]
     if widths[0] != widths[1]:
         return _without(f"widths {widths[0]} and {widths[1]}") | _alignment(first, second)
     spectra = [layer.spectrum() for layer in layers]
@@ -188,7 +179,8 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
     if any(spectrum.sketch is not None for spectrum in spectra):
         row["note"] = "sketched: no Fréchet distance"
     elif variance > 0:
-        distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+        left, right = spectra
+        distance = frechet_distance(left.mean, left.covariance, right.mean, right.covariance)
         row["frechet_distance"] = float(distance) / variance
     bases = [s.eigenvectors[:, : int(size)] for s, size in zip(spectra, sizes, strict=True)]
     if constant := [side for side, basis in zip(SIDES, bases, strict=True) if basis.shape[1] == 0]:
@@ -202,7 +194,8 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
 def _alignment(first: SavedLayer, second: SavedLayer) -> dict[str, float]:
     """Linear CKA of corresponding rows; empty if no rows are known to correspond."""
     samples = [each for layer in (first, second) for each in layer.sums if isinstance(each, Numbered)]
-    if len(samples) < 2 or first.count + first.non_finite != second.count + second.non_finite:
+    offered = {int(each.spectral.num_observations + each.spectral.num_left_out) for each in (first, second)}
+    if len(samples) < 2 or len(offered) > 1:
         return {}
     left, right = samples[0].paired_with(samples[1])
     return {"linear_cka": float(linear_cka(left, right))} if len(left) >= MINIMUM_SAMPLES else {}

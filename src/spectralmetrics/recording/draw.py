@@ -13,7 +13,7 @@ from spectralmetrics.plotting import literal, plot_layers, plot_profile, plot_sp
 from spectralmetrics.recording.pictures import draw_heatmap, draw_profile, save_figure, title_of
 from spectralmetrics.recording.record import Row, recorded_threshold
 from spectralmetrics.recording.saved import Failures, SavedRun, run_names
-from spectralmetrics.sums.checks import check_positive_integer
+from spectralmetrics.sums.checks import check_names, check_positive_integer
 from spectralmetrics.table import percent
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def draw_run(
         ValueError: for an epoch or statistic that was not recorded, or a threshold or ``dpi`` out of range.
         ModuleNotFoundError: without matplotlib.
     """
-    _check(statistics, dpi)
+    check_names("statistics", () if statistics is None else statistics)
+    check_positive_integer("dpi", dpi)
     if threshold is not None:
         check_threshold(threshold)
     run = SavedRun(directory)
@@ -142,7 +143,8 @@ def draw_runs(
             or a ``dpi`` that is not a positive integer.
         ModuleNotFoundError: without matplotlib.
     """
-    _check(statistics, dpi)
+    check_names("statistics", () if statistics is None else statistics)
+    check_positive_integer("dpi", dpi)
     if isinstance(directories, (str, Path)) or not isinstance(directories, Iterable):
         raise TypeError(f"expected a sequence of directories, got {directories!r}")
     paths = [Path(directory) for directory in directories]
@@ -184,9 +186,3 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 def _statistics_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.statistic for row in rows if row.layer))
-
-
-def _check(statistics: object, dpi: object) -> None:
-    if statistics is not None and (isinstance(statistics, str) or not isinstance(statistics, Iterable)):
-        raise TypeError(f"expected statistics as a sequence of names, got {statistics!r}")
-    check_positive_integer("dpi", dpi)

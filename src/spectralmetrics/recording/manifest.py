@@ -140,8 +140,6 @@ def describe(metric: Metric) -> Settings:
         value = getattr(metric, name, parameter.default)
         if name in _OF_ACCUMULATION or value is parameter.empty:
             continue
-        if isinstance(value, (list, tuple)):
-            value = list(value)
         try:
             settings[name] = json.loads(json.dumps(value))
         except TypeError:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spectralmetrics.findings import find
 from spectralmetrics.functional.dimension import check_threshold
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.probing.summary import Summary, summarise, threshold_of
+from spectralmetrics.probing.summary import Summary, summary_of, summary_rows, threshold_of
 from spectralmetrics.recording.manifest import rebuild_metrics, rebuild_statistic
 from spectralmetrics.recording.record import Row, Settings, tidy_rows, warn_of_undefined
 from spectralmetrics.recording.saved import Failures, SavedRun
@@ -140,7 +141,9 @@ def summarise_run(
     if not spectra:
         failures.check("all")
     failures.warn()
-    return summarise(spectra, run.facts, metric, threshold=threshold, where=f"{key}, {stage}")
+    rows = summary_rows(spectra, run.facts, metric, threshold=threshold)
+    findings = find("", [numbers for _, numbers in rows])
+    return summary_of(rows, findings, metric, threshold=threshold, where=f"{key}, {stage}")
 
 
 def _metrics(

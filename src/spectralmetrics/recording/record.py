@@ -15,7 +15,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.tail import MEAN_LAYER, mean_over_layers, recorded_name
 from spectralmetrics.metrics import Interval
 from spectralmetrics.metrics.stream import spectrum_of
-from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.facts import Key, LayerFacts
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
 
 Settings: TypeAlias = dict[str, Any]
@@ -183,9 +183,7 @@ def check_recordable(what: str, name: str) -> None:
 
 
 def tidy_rows(
-    key: RecordKey,
-    values: Mapping[tuple[str, str, str], Tensor],
-    intervals: Mapping[tuple[str, str, str], Interval] | None = None,
+    key: RecordKey, values: Mapping[Key, Tensor], intervals: Mapping[Key, Interval] | None = None
 ) -> list[Row]:
     """The numbers among values, as rows, and after each stage the means over its layers.
 

@@ -17,7 +17,7 @@ from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.facts import Key, ProbeReading, as_text
 from spectralmetrics.probing.probe import group_of, read_probe
-from spectralmetrics.probing.processes import agreed, has_others, on_first_process
+from spectralmetrics.probing.processes import agreed, from_first_process, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
 from spectralmetrics.recording.manifest import describe
 from spectralmetrics.recording.record import (
@@ -63,6 +63,9 @@ class Recorder:
         OSError: if the directory cannot be written to.
         ModuleNotFoundError: if a writer's extra is not installed.
 
+    Attributes:
+        last: epoch and step of the last record, no step at the end of an epoch; None without a record.
+
     >>> import tempfile, torch
     >>> from spectralmetrics import LayerProbe, SaturationMetric
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -91,19 +94,14 @@ class Recorder:
         self._scalars: dict[Key, float] = {}
         self._undefined: set[str] = set()  # statistics with a warning that named their undefined layers
         self._run: RunDirectory | None = None  # on the first process, while it is open
-        self._last: RecordKey | None = None
+        self.last: RecordKey | None = None
         self._is_open = False
         self._open(probe, mode)
 
     @property
-    def last(self) -> RecordKey | None:
-        """The epoch and step of the last record, no step at the end of an epoch; None without a record."""
-        return self._last
-
-    @property
     def next_epoch(self) -> int:
         """The epoch of the next record, if :meth:`record` gets no other."""
-        return 0 if self._last is None or (ended := self._last.ended_epoch) is None else ended + 1
+        return 0 if self.last is None or (ended := self.last.ended_epoch) is None else ended + 1
 
     def add_scalar(self, name: str, value: float | Tensor, *, stage: str = "", layer: str = "") -> None:
         """Add a number of your own to the next record, such as accuracy or loss.
@@ -204,7 +202,7 @@ class Recorder:
                     raise error
         finally:
             if is_kept:  # even if an error or an interrupt from the keyboard came after it
-                self._last = key
+                self.last = key
                 self._scalars.clear()
                 if self.probe is not None and reset:
                     self.probe.reset()
@@ -271,9 +269,7 @@ class Recorder:
 
     def _on_first(self, work: Callable[[Any], None]) -> None:
         self._check_open()
-        _, error = on_first_process(lambda: work(self._run), group_of(self.probe))
-        if error is not None:
-            raise error
+        from_first_process(lambda: work(self._run), group_of(self.probe))
 
     def _open(self, probe: LayerProbe | None, mode: Mode) -> None:
         """Open the directory: for the first time, or again after it was closed."""
@@ -287,9 +283,7 @@ class Recorder:
             self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
             return self._run.last
 
-        self._last, error = on_first_process(open_directory, group_of(probe))
-        if error is not None:
-            raise error
+        self.last = from_first_process(open_directory, group_of(probe))
         self._is_open = True
 
     def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
@@ -298,15 +292,15 @@ class Recorder:
             if number is not None and not (is_integer and number >= 0):
                 raise ValueError(f"expected {what} as an integer that is not negative, got {number!r}")
         key = RecordKey(self.next_epoch if epoch is None else int(epoch), None if step is None else int(step))
-        if self._last is None or key.order > self._last.order:
+        if self.last is None or key.order > self.last.order:
             return key
-        if key.epoch == self._last.epoch and self._last.step is not None:
+        if key.epoch == self.last.epoch and self.last.step is not None:
             raise ValueError(
-                f"expected a step above the last recorded one of epoch {key.epoch}, {self._last.step}, got"
+                f"expected a step above the last recorded one of epoch {key.epoch}, {self.last.step}, got"
                 f" {key.step}"
             )
         raise ValueError(
-            f"expected an epoch above the last recorded one, {self._last.ended_epoch}, got {key.epoch}"
+            f"expected an epoch above the last recorded one, {self.last.ended_epoch}, got {key.epoch}"
         )
 
     def _make_record(self, key: RecordKey, reading: ProbeReading | None) -> Record:

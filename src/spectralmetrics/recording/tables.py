@@ -31,11 +31,7 @@ _Recorded: TypeAlias = dict[tuple[str, str], dict[int, HistoryRow]]
 
 
 def read_table(
-    path: Path,
-    what: str,
-    parse: Callable[[list[str]], T],
-    columns: tuple[str, ...],
-    *earlier: tuple[str, ...],
+    path: Path, what: str, parse: Callable[[list[str]], T], columns: tuple[str, ...], *earlier: tuple[str, ...]
 ) -> list[T]:
     """The lines of a CSV file behind its header; none without the file.
 

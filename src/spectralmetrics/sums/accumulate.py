@@ -136,12 +136,7 @@ def _evenly(number: int, limit: float) -> int:
 
 
 def _add_compiled(
-    moments: DenseSums,
-    piece: Tensor,
-    dim: int,
-    valid: Tensor | None,
-    gram_dtype: torch.dtype,
-    recentre: bool,
+    moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, gram_dtype: torch.dtype, recentre: bool
 ) -> None:
     rounded = piece.dtype != torch.float64
     if piece.dtype not in _NATIVE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +29,12 @@ def check_real(name: str, value: object) -> None:
     TypeError: expected eigenvalues as a tensor of real numbers, got list
     """
     if not isinstance(value, Tensor) or value.is_complex():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"expected {name} as a tensor of real numbers, got {kind}")
+        raise TypeError(f"expected {name} as a tensor of real numbers, got {dtype_or_type(value)}")
+
+
+def dtype_or_type(value: object) -> object:
+    """The dtype of a tensor, or the name of the type of anything else, for messages."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def are_all_finite(values: Tensor) -> bool:
@@ -41,6 +46,17 @@ def are_all_finite(values: Tensor) -> bool:
     """
     # A finite sum proves in a tenth of the time that all values are finite. Finite values may overflow in it.
     return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
+
+
+def check_names(argument: str, names: object, what: str = "names") -> None:
+    """Raise a TypeError unless these are a sequence; a string alone is a common mistake.
+
+    >>> check_names("layers", "conv1")
+    Traceback (most recent call last):
+    TypeError: expected layers as a sequence of names, got 'conv1'
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"expected {argument} as a sequence of {what}, got {names!r}")
 
 
 def is_integer(value: Any, least: int) -> bool:

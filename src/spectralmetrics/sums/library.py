@@ -53,13 +53,11 @@ def find() -> Found:
     if version != INTERFACE_VERSION:
         why = f"interface version {version} and not {INTERFACE_VERSION}"
         return Found(None, f"the compiled library is of other sources, {why}; {_INSTALL_AGAIN}", True)
-    library.workspace_bytes.restype = ctypes.c_int64
-    library.workspace_bytes.argtypes = [ctypes.c_void_p]
-    library.accumulate.restype = None
-    library.accumulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.measure.restype = None
-    library.measure.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     seed, number, address = ctypes.c_uint32, ctypes.c_int64, ctypes.c_void_p
+    library.workspace_bytes.restype = number
+    library.workspace_bytes.argtypes = [address]
+    library.accumulate.restype = library.measure.restype = None
+    library.accumulate.argtypes = library.measure.argtypes = [address, address]
     library.draw_places.restype = library.draw_rows.restype = None
     library.draw_places.argtypes = [seed, number, number, number, address]
     library.draw_rows.argtypes = [seed, number, number, number, address, number, address]

@@ -177,8 +177,10 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
     Args:
         value: anything that can be pickled.
-        group: the process group; the default group if None.
+        group: the process group; the default group if None. Without one the value is the only one.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
     rank, world, device = dist.get_rank(group), dist.get_world_size(group), communication_device(group)
     own = pickle.dumps(value)
     sizes = torch.zeros(world, dtype=torch.int64, device=device)

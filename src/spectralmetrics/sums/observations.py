@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.checks import dtype_or_type
+
 
 @dataclass(frozen=True)
 class Observations:
@@ -78,7 +80,7 @@ class Observations:
         if values.ndim == 0 or self.num_features == 0:
             raise ValueError(f"expected at least one feature, got rows of shape {tuple(values.shape)}")
         if valid is not None and (not isinstance(valid, Tensor) or valid.dtype != torch.bool):
-            kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+            kind = dtype_or_type(valid)
             raise TypeError(f"expected valid as a boolean tensor, True for rows that count, got {kind}")
         if valid is not None and valid.shape != (self.num_observations,):
             raise ValueError(
@@ -90,7 +92,7 @@ class Observations:
 
     def _check_labels(self, labels: Tensor) -> None:
         if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            kind = dtype_or_type(labels)
             raise TypeError(f"expected labels as an integer tensor, the class of each row, got {kind}")
         if labels.shape != (self.num_observations,):
             raise ValueError(

@@ -93,19 +93,19 @@ class Repeats:
         self._flush()
         other._flush()
         if other._sums is not None and other._alike is not None:
-            self._into(other._sums.device)
-            assert self._sums is not None
-            assert self._alike is not None
-            self._sums += other._sums.to(self._sums.device)
-            self._alike += other._alike.to(self._alike.device)
+            sums, alike = self._into(other._sums.device)
+            sums += other._sums.to(sums.device)
+            alike += other._alike.to(alike.device)
         self._pairs = [left + right for left, right in zip(self._pairs, other._pairs, strict=True)]
         self._counts = [left + right for left, right in zip(self._counts, other._counts, strict=True)]
 
     @torch.inference_mode(False)
-    def _into(self, device: torch.device) -> None:
+    def _into(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The sums, made on a device if there are none yet."""
         if self._sums is None or self._alike is None:
             self._sums = torch.zeros(len(self._counts), _SLOTS, dtype=torch.int64, device=device)
             self._alike = torch.zeros(len(self._pairs), dtype=torch.int64, device=device)
+        return self._sums, self._alike
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -117,18 +117,16 @@ class Repeats:
         labels = [(fold, batch) for batch, (fold, count) in enumerate(waiting) for _ in range(count)]
         folds, batches = torch.tensor(labels, device="cpu").to(device, non_blocking=True).unbind(1)
         hashes = _hashes(self._buffer[: len(labels)])
-        self._into(device)
-        assert self._sums is not None
-        assert self._alike is not None
+        sums, alike = self._into(device)
         signs = (hashes >> 8 & 1) * 2 - 1
-        index, home = folds * _SLOTS + (hashes & _SLOTS - 1), self._sums.device
-        self._sums.view(-1).index_add_(0, index.to(home), signs.to(home))
+        index, home = folds * _SLOTS + (hashes & _SLOTS - 1), sums.device
+        sums.view(-1).index_add_(0, index.to(home), signs.to(home))
         same = hashes[:, None] == hashes
         of_batches = ((same & (batches[:, None] == batches)).sum() - len(labels)) // 2
-        self._alike[0] += of_batches.to(home)
+        alike[0] += of_batches.to(home)
         if len(waiting) == len(labels):
             apart = [same.diagonal(distance).sum() for distance in _DISTANCES]
-            self._alike[1:] += torch.stack(apart).to(home)
+            alike[1:] += torch.stack(apart).to(home)
             for place, distance in enumerate(_DISTANCES, 1):
                 self._pairs[place] += max(len(labels) - distance, 0)
 

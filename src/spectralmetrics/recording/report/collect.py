@@ -205,10 +205,10 @@ def _from_arrays(
             progress(f"{key}: {layer.layer} in {layer.stage}")
             where = axes.of(layer.stage, layer.layer, key)
             with failures.of(key, layer, "the spectrum"):
-                width = len(layer.mean)
+                width = layer.spectral.num_features
                 arrays["width"][where] = width
-                arrays["observations"][where] = layer.count
-                arrays["non_finite"][where] = layer.non_finite
+                arrays["observations"][where] = int(layer.spectral.num_observations)
+                arrays["non_finite"][where] = int(layer.spectral.num_left_out)
                 found = measured(layer, families, thresholds)
                 for table, other, each in zip(tables, held_out, found, strict=True):
                     table[where], other[where] = each

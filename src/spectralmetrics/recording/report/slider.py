@@ -112,7 +112,7 @@ def bounds(spectrum: Spectrum, thresholds: Array, rule: Rule) -> Bounds:
 
 def measured(layer: SavedLayer, families: Sequence[Family], thresholds: Array) -> list[Bounds]:
     """The dimensions of a layer in each family."""
-    with _threads(1 if len(layer.mean) < NARROW else torch.get_num_threads()):
+    with _threads(1 if layer.spectral.num_features < NARROW else torch.get_num_threads()):
         return [bounds(layer.spectrum(center), thresholds, rule) for rule, center in families]
 
 

@@ -14,30 +14,8 @@ from spectralmetrics.recording.writers.plot import PlotWriter
 from spectralmetrics.recording.writers.report import ReportWriter
 from spectralmetrics.recording.writers.tensorboard import TensorBoardWriter
 
-WRITERS: dict[str, type[Writer]] = {
-    writer.name: writer
-    for writer in (
-        CSVWriter,
-        ArraysWriter,
-        HistoryWriter,
-        ConsoleWriter,
-        TensorBoardWriter,
-        PlotWriter,
-        ReportWriter,
-    )
-}
-
-__all__ = [
-    "WRITERS",
-    "ArraysWriter",
-    "CSVWriter",
-    "ConsoleWriter",
-    "HistoryWriter",
-    "PlotWriter",
-    "ReportWriter",
-    "TensorBoardWriter",
-    "make_writers",
-]
+_ALL = (CSVWriter, ArraysWriter, HistoryWriter, ConsoleWriter, TensorBoardWriter, PlotWriter, ReportWriter)
+WRITERS: dict[str, type[Writer]] = {writer.name: writer for writer in _ALL}
 
 
 def make_writers(writers: str | Writer | Sequence[str | Writer]) -> list[Writer]:

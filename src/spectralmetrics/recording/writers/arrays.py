@@ -162,26 +162,6 @@ class SavedLayer:
         """The sum from which the spectrum is read."""
         return next(each for each in self.sums if isinstance(each, SpectralSum))
 
-    @property
-    def covariance(self) -> Tensor:
-        """The covariance about the mean, divided by n, shape (D, D)."""
-        return self.spectral.covariance()
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, shape (D,)."""
-        return self.spectral.mean()
-
-    @property
-    def count(self) -> int:
-        """The number of observations n."""
-        return int(self.spectral.num_observations)
-
-    @property
-    def non_finite(self) -> int:
-        """The number of observations left out for NaN or infinities."""
-        return int(self.spectral.num_left_out)
-
     def spectrum(self, center: bool = True) -> Spectrum:
         """The spectrum that the metrics of this layer read, with the saved eigenvalues."""
         others = [each for each in self.sums if each is not self.spectral]

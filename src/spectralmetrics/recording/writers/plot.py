@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,9 +116,5 @@ def _draw_layers(record: Record, statistic: str, stage: str, keys: Mapping[str, 
 
 
 def _files(directory: Path) -> dict[Path, int]:
-    epochs = {}
-    for path in (directory / FOLDER_NAME).glob("*-epoch-*.png"):
-        number = path.stem.rpartition("-")[2]
-        if number.isdecimal() and len(number) >= 6:
-            epochs[path] = int(number)
-    return epochs
+    paths = (directory / FOLDER_NAME).glob("*-epoch-*.png")
+    return {path: int(match[1]) for path in paths if (match := re.search(r"-(\d{6,})\.png$", path.name))}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from spectralmetrics.probing.progress import LateBar
+from spectralmetrics.integrations.progress import LateBar
 
 
 class Screen(io.StringIO):
