@@ -38,6 +38,23 @@ class Branches(nn.Module):
         return maps * self.squeeze(torch.cat([maps, maps], 1).mean((2, 3)))[:, :2, None, None]
 
 
+class Option(nn.Module):
+    """The residual block of a CIFAR network whose shortcut takes every second position, without weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, 2, 1)
+        self.out = nn.Conv2d(4, 2, 3, 1, 1)
+
+    def forward(self, maps):
+        return self.out(self.conv(maps) + functional.pad(maps[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+
+
+class Take(nn.Module):
+    def forward(self, maps):
+        return maps[:, :1, 1:, ::3].expand(-1, 2, -1, -1)
+
+
 def seen(model, layer, channels, size, axes):
     """The extent of the input, along its last axis, that the middle position of a layer's output depends on."""
     reached = []
@@ -72,6 +89,7 @@ SEQUENTIAL = {
     "shuffled": [nn.PixelUnshuffle(2), nn.Conv2d(8, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 2, 3)],
     "residual": [nn.Conv2d(2, 2, 3, 2, 1), Residual(2), Residual(2, 2), Residual(2)],
     "branches": [Branches()],
+    "slices": [nn.Conv2d(2, 2, 3, 1, 1), Option(), nn.Conv2d(2, 2, 3), Take(), nn.Conv2d(2, 2, 3)],
 }
 
 

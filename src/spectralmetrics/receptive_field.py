@@ -267,6 +267,10 @@ class _Follower(TorchFunctionMode):
             return field.widen([0] * self.axes, resized)
         if name == "pixel_unshuffle":
             return field.widen([int(r) - 1 for r in resized], resized)
+        if name == "__getitem__" and result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+            # The strides of a view tell the steps of its slices.
+            pairs = list(zip(result.stride()[2:], source.stride()[2:], strict=True))
+            field = field.widen([0] * self.axes, [Fraction(a, b) if a and b else Fraction(1) for a, b in pairs])
         number = sum(tensor in self.fields for tensor in _tensors(args))
         mixes = _MIXES_POSITIONS.fullmatch(name) or (_PRODUCT.fullmatch(name) and number > 1)
         return field.see_all([bool(mixes) or (b > 1 and a == 1) for b, a in zip(before, after, strict=True)])
@@ -279,7 +283,7 @@ _PRODUCT = re.compile(r"matmul|__matmul__|bmm|baddbmm|einsum")
 """Products mix positions if both factors come from the input; one with a weight acts on features."""
 _MIXES_POSITIONS = re.compile(
     r"scaled_dot_product_attention|multi_head_attention_forward|lstm|gru|rnn_(tanh|relu)|cumsum"
-    r"|fft_r?fft[2n]?|roll|flip|sort"
+    r"|fft_r?fft[2n]?|roll|flip|sort|grid_sample|fractional_max_pool[23]d|max_unpool[123]d"
 )
 
 

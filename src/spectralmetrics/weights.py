@@ -17,6 +17,7 @@ from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, has_in
 from spectralmetrics.metrics import statistics
 from spectralmetrics.parameters import weight_in, weights_of, why_no_numbers
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
+from spectralmetrics.sums.decomposition import round_off
 from spectralmetrics.table import import_pandas, number, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
 
@@ -282,7 +283,12 @@ def _squared_singular_values(matrix: Tensor) -> Tensor | None:
     if not bool(matrix.isfinite().all()):
         return None
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-    return eigenvalues(gram).cpu()
+    values = eigenvalues(gram)
+    if not bool(values.all()) and bool(matrix.any()):
+        # Squared, singular values below a millionth of the largest are lost in round-off.
+        singular = torch.linalg.svdvals(matrix)
+        values = torch.where(singular > round_off(max(matrix.shape)) * singular[0], singular, 0).square()
+    return values.cpu()
 
 
 def _reader(name: str) -> Callable[[Tensor], float]:
