@@ -131,6 +131,9 @@ def read_layers(
         if question.for_record and (spectrum := place.spectrum()) is not None:
             reading.known = spectrum.known()
         steps.read()
+    for place in places if question.for_record else ():
+        if not readings[place.stage, place.layer].seen and place.recorded_sums():
+            readings[place.stage, place.layer].known = {}  # all was left out, which the record must tell
     return readings
 
 

@@ -100,6 +100,8 @@ def draw_run(
             progress(f"spectrum of {layer.layer} in {layer.stage}")
             with failures.of(spectra_key, layer, "the spectrum"):
                 spectrum = layer.spectrum()
+                if layer.is_empty:
+                    raise ValueError("all its observations were left out for NaN or infinities")
                 if spectrum.sketch is not None:  # its line for the threshold would be wrong
                     raise ValueError("a sketch of its covariance was kept")
                 spectra.setdefault(layer.stage, {})[layer.layer] = spectrum.eigenvalues
