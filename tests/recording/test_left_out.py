@@ -1,4 +1,4 @@
-"""Layers whose observations were all left out for NaN: a run tells of them as the probe does, without values."""
+"""Layers whose observations were all NaN: a run tells of them as the probe does, and has no values of them."""
 
 import math
 
