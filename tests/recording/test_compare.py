@@ -290,6 +290,13 @@ class TestTheText:
         assert overlap["2"] == 0
         assert "Least overlap: 2 0.000" in describe_comparison(tmp_path, epochs=(0, 1))
 
+    def test_statistics_of_other_settings_are_named(self, run, tmp_path):
+        metrics = [sm.SaturationMetric(threshold=0.5, center=False), sm.IntrinsicDimensionMetric()]
+        other = record(tmp_path / "other", metrics=metrics)
+        words = "saturation was recorded with other settings: center True -> False, threshold 0.99 -> 0.5\n"
+        assert words in describe_comparison(run, other)
+        assert "other settings" not in describe_comparison(run, epochs=(0, 1))
+
     def test_a_single_layer_has_each_number_once(self, tmp_path):
         single = record(tmp_path / "single", model=nn.Sequential(nn.Linear(6, 4)), epochs=2)
         (row,) = sm.compare(single, epochs=(0, 1))
@@ -339,6 +346,18 @@ class TestCommandLine:
                 and row["layer"] != "mean"
             ]
             assert line.get_ydata().tolist() == values
+
+    def test_lines_of_other_thresholds_say_them(self, run, tmp_path, monkeypatch):
+        metrics = [sm.SaturationMetric(threshold=0.5), sm.IntrinsicDimensionMetric()]
+        other = record(tmp_path / "other", epochs=2, metrics=metrics)
+        drawn = []
+        monkeypatch.setattr(
+            "spectralmetrics.recording.draw.save_figure", lambda figure, path, dpi: drawn.append(figure.axes[0])
+        )
+        main(["plot", str(run), str(other)])
+        titles = {axis.get_title(): [line.get_label() for line in axis.get_lines()] for axis in drawn}
+        assert titles["Saturation, eval"] == ["first, epoch 2, at 99 %", "other, epoch 1, at 50 %"]
+        assert titles["Intrinsic dimension at 99 % of variance, eval"] == ["first, epoch 2", "other, epoch 1"]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

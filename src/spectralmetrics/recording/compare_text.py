@@ -13,6 +13,7 @@ from spectralmetrics.findings import find, read_numbers
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.probing.facts import UNKNOWN_LAYER
 from spectralmetrics.recording.compare import Side, open_sides, rows_of
+from spectralmetrics.recording.manifest import MODULE
 from spectralmetrics.recording.record import Row
 from spectralmetrics.table import number, percent, plural, screen_width, text_table, wrapped
 
@@ -57,7 +58,8 @@ def describe_comparison(
     is_one = len(rows) == 1
     numbers = _of_both(sides, _scalar) | ({} if is_one else _of_both(sides, _mean))
     table = [f"layer {rows[0]['layer']}", *_numbers_of_layer(rows[0])] if is_one else _table(rows)
-    for part in (_aligned([*numbers.items()]), _problems(sides, threshold), _alarms(sides), _answer(rows)):
+    parts = [_aligned([*numbers.items()]), _settings(sides), _problems(sides, threshold), _alarms(sides)]
+    for part in (*parts, _answer(rows)):
         lines += ["", *part] if part else []
     return "\n".join([*lines, "", *table, "", *(line for each in _LEGEND for line in wrapped(each))])
 
@@ -87,6 +89,19 @@ def _aligned(numbers: Sequence[tuple[str, str]]) -> list[str]:
     """A line for each number, behind its name."""
     width = max((len(name) for name, _ in numbers), default=0)
     return [f"{name:<{width}}  {value}" for name, value in numbers]
+
+
+def _settings(sides: Sequence[Side]) -> list[str]:
+    """A line for each statistic that was recorded with other settings on either side."""
+    left, right = (side.run.statistics for side in sides)
+    lines = []
+    for name in (each for each in left if each in right):
+        own = {key: value for key, value in left[name].items() if key != MODULE}  # a class may move
+        other = [key for key, value in own.items() if right[name].get(key, value) != value]
+        if other:
+            pairs = ", ".join(f"{key} {own[key]} -> {right[name][key]}" for key in other)
+            lines += wrapped(f"{name} was recorded with other settings: {pairs}")
+    return lines
 
 
 def _problems(sides: Sequence[Side], threshold: float) -> list[str]:
