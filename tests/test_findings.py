@@ -200,6 +200,13 @@ def test_untrained_weights_are_told(module, expected):
     assert is_untrained(module) is expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_new_weights_that_were_rounded_are_new(dtype):
+    for fan_in in (300, 512, 768, 1000, 3072):  # rounded to eight bits, the largest may exceed the bound
+        torch.manual_seed(0)
+        assert is_untrained(nn.Linear(fan_in, 600).to(dtype)), fan_in
+
+
 def test_a_few_new_weights_are_new_whatever_their_size_by_chance():
     torch.manual_seed(0)
     assert all(is_untrained(nn.Linear(8, 8)) for _ in range(300))

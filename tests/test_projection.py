@@ -544,6 +544,24 @@ class TestInsert:
         assert isinstance(output, PackedSequence)
         torch.testing.assert_close(projection(output.data), output.data)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    def test_nested_tensors_count_valid_steps(self):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2).eval()
+        x, padding = torch.randn(8, 5, 16), torch.arange(5) >= torch.tensor([[3], [5], [5], [2]] * 2)
+        with torch.no_grad():
+            expected = model(x, src_key_padding_mask=padding)
+            projections = insert_projections(model)
+            with projections.collect():
+                assert torch.equal(model(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+            assert {int(each.covariance.count) for each in projections} == {int((~padding).sum())}
+            set_projection_threshold(model, 0.5)
+            output = model(x, src_key_padding_mask=padding)
+        padded = model(x, src_key_padding_mask=padding)  # with gradients PyTorch keeps the padding
+        assert not torch.allclose(output[~padding], expected[~padding], atol=0.1)
+        torch.testing.assert_close(output[~padding], padded[~padding].detach())
+
     def test_outputs_of_transformers(self):
         from transformers import BertConfig, BertModel
 

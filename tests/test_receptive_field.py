@@ -38,6 +38,23 @@ class Branches(nn.Module):
         return maps * self.squeeze(torch.cat([maps, maps], 1).mean((2, 3)))[:, :2, None, None]
 
 
+class Option(nn.Module):
+    """The residual block of a CIFAR network whose shortcut takes every second position, without weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, 2, 1)
+        self.out = nn.Conv2d(4, 2, 3, 1, 1)
+
+    def forward(self, maps):
+        return self.out(self.conv(maps) + functional.pad(maps[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+
+
+class Take(nn.Module):
+    def forward(self, maps):
+        return maps[:, :1, 1:, ::3].expand(-1, 2, -1, -1)
+
+
 def seen(model, layer, channels, size, axes):
     """The extent of the input, along its last axis, that the middle position of a layer's output depends on."""
     reached = []
@@ -72,6 +89,7 @@ SEQUENTIAL = {
     "shuffled": [nn.PixelUnshuffle(2), nn.Conv2d(8, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 2, 3)],
     "residual": [nn.Conv2d(2, 2, 3, 2, 1), Residual(2), Residual(2, 2), Residual(2)],
     "branches": [Branches()],
+    "slices": [nn.Conv2d(2, 2, 3, 1, 1), Option(), nn.Conv2d(2, 2, 3), Take(), nn.Conv2d(2, 2, 3)],
 }
 
 
@@ -143,6 +161,43 @@ def test_what_mixes_positions_sees_everything():
         "rnn": everything,
         "attention": everything,
         "head": everything,
+    }
+
+
+def test_a_linear_layer_over_positions_sees_all_of_them():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(18, 10), nn.Conv1d(3, 1, 3))
+    fields = receptive_fields(model, torch.zeros(1, 2, 20))
+    assert [field.largest for field in fields.values()] == [(3,), (math.inf,), (math.inf,)]
+    model = nn.Sequential(nn.Conv2d(2, 1, 3), nn.Linear(18, 10))
+    assert receptive_fields(model, torch.zeros(1, 2, 20, 20))["1"].largest == (3, math.inf)
+
+
+class Last(nn.Module):
+    """Linear layers on features, which are brought to the last dimension."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.conv, self.linear, self.out = nn.Conv2d(2, 4, 3), nn.Linear(4, 1), nn.Conv2d(1, 1, 3)
+        self.there, self.back = there, back
+
+    def forward(self, maps):
+        return self.out(self.back(self.linear(self.there(self.conv(maps)))))
+
+
+@pytest.mark.parametrize(
+    ("there", "back"),
+    [
+        (lambda maps: maps.permute(0, 2, 3, 1), lambda maps: maps.permute((0, 3, 1, 2))),
+        (lambda maps: torch.movedim(maps, 1, -1), lambda maps: maps.movedim(-1, 1)),
+        (lambda maps: maps.transpose(1, 3), lambda maps: torch.swapaxes(maps, 3, 1)),
+    ],
+)
+def test_a_linear_layer_on_features_sees_one_position(there, back):
+    fields = receptive_fields(Last(there, back), torch.zeros(1, 2, 20, 20))
+    assert {name: field.largest for name, field in fields.items()} == {
+        "conv": (3, 3),
+        "linear": (3, 3),
+        "out": (5, 5),
     }
 
 

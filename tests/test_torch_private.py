@@ -273,6 +273,21 @@ def test_a_bare_copy_shares_weights_and_has_no_hooks():
     assert len(model[0]._forward_hooks) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_the_weight_that_a_hook_will_make(norm):
+    layer = norm(nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2 + torch.rand(3, *[1] * (parameter.ndim - 1)))
+    made = torch_private.weight_of_hook(layer, "weight")
+    assert not torch.equal(made, layer.weight)
+    layer(torch.ones(1, 4))
+    assert torch.equal(made, layer.weight)
+    assert torch_private.weight_of_hook(layer, "bias") is None
+    assert torch_private.weight_of_hook(nn.Linear(4, 3), "weight") is None
+
+
 def test_children_and_compiled_modules():
     model = nn.Sequential(nn.Linear(2, 2))
     model.register_module("nothing", None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import spectralmetrics as sm
 from spectralmetrics.checkpoints import checkpoint_spectra
@@ -176,6 +177,31 @@ def test_a_matrix_that_was_not_there_has_no_update():
         sm.weight_spectra(model, since={"0.weight": torch.ones(4, 4)})
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "made",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
+)
+def test_weights_that_hooks_make_are_of_the_parameters_as_they_are(made):
+    """Not as at the last forward: a step of training or a loaded state changes the parameters alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(made(nn.Linear(20, 10)))
+    model(torch.randn(3, 20))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 * torch.rand(len(parameter), *[1] * (parameter.ndim - 1)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    [row] = sm.weight_spectra(model, ["effective_rank", "covariance_trace"]).rows
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    model.eval()
+    with torch.no_grad():
+        matrix = (model(torch.eye(20)) - model(torch.zeros(1, 20))).T.double()
+    values = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    shares = values / values.sum()
+    assert row.value["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert row.value["covariance_trace"] == pytest.approx((values**2).sum(), rel=1e-5)
+
+
 def test_alpha_needs_fifty_values():
     model = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 40), nn.Linear(40, 60))
     wide, *narrow = sm.weight_spectra(model).rows
@@ -195,6 +221,23 @@ def test_what_stands_out():
     assert summary.rows[1].stands_out == ("all zero",)
     assert summary.skipped == {"2": "it holds NaN or infinite values"}
     assert "skipped 2: it holds NaN" in str(summary)
+
+
+def test_singular_values_far_below_the_largest_are_no_zeros():
+    generator = np.random.default_rng(0)
+    left, right = (np.linalg.qr(generator.standard_normal((40, 40)))[0] for _ in range(2))
+    layers = [nn.Linear(40, 40, dtype=torch.float64) for _ in range(2)]
+    model = nn.Sequential(*layers)
+    values = np.logspace(0, -9, 40)
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.tensor(left * values @ right))
+        layers[1].weight[:3] = 0
+    whole, cut = sm.weight_spectra(model, ["effective_rank", "power_law_exponent"]).rows
+    shares = values / values.sum()
+    assert whole.value["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+    slope = np.polyfit(np.log(np.arange(1, 41)), np.log(values**2), 1)[0]
+    assert whole.value["power_law_exponent"] == pytest.approx(-slope, rel=1e-5)
+    assert (whole.stands_out, cut.stands_out) == ((), ("3 singular values of zero",))
 
 
 def test_progress_layers_and_words():

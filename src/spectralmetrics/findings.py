@@ -485,4 +485,5 @@ def is_untrained(module: nn.Module) -> bool | None:
     values = weight.detach().to(torch.float32)
     size, largest = float(values.square().mean().sqrt()), float(values.abs().max())
     tolerance = 0.1 + 2 / math.sqrt(weight.numel())  # few weights have another size by chance
-    return abs(size / (bound / math.sqrt(3)) - 1) < tolerance and largest <= (1 + 1e-3) * bound
+    rounding = torch.finfo(weight.dtype).eps / 2 if weight.is_floating_point() else 0.0
+    return abs(size / (bound / math.sqrt(3)) - 1) < tolerance and largest <= (1 + 1e-3 + rounding) * bound

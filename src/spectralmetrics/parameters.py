@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from spectralmetrics.torch_private import weight_of_hook
+
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
     """The weights that a module computes with: name, a parameter behind it, and a function that returns it."""
@@ -30,7 +32,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Te
         elif (mask := buffers.get(f"{own}_mask")) is not None:  # pruned
             yield own, parameter, functools.partial(torch.mul, parameter, mask)
         elif not name.endswith("_g"):
-            yield own, parameter, functools.partial(_itself, made)
+            yield own, parameter, functools.partial(_of_hook, module, own)
 
 
 @torch.no_grad()
@@ -43,6 +45,14 @@ def _made(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
     finally:
         for each, mode in modes:
             each.training = mode
+    return weight
+
+
+@torch.no_grad()
+def _of_hook(module: nn.Module, name: str) -> Tensor:
+    """A weight that a hook makes, of the parameters as they are now, not as at the last forward."""
+    made = weight_of_hook(module, name)
+    weight: Tensor = vars(module)[name] if made is None else made
     return weight
 
 

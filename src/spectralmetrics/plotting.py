@@ -267,7 +267,7 @@ def plot_spectrum(
         colour = _COLOURS[step % len(_COLOURS)]
         if threshold is not None:
             dimension = int(intrinsic_dimension(values, threshold))
-            share = f"{dimension} of {len(values)} explain {threshold:.3g}"
+            share = f"{dimension} of {len(values)} explain {threshold:g}"
             label = share if labels is None and len(spectra) == 1 else f"{label}: {share}"
         index = np.arange(1, len(positive) + 1)
         ax.plot(index, positive, color=colour, marker=".", markersize=4, linewidth=1, label=literal(str(label)))

@@ -12,7 +12,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias
 
@@ -155,11 +155,15 @@ def border_layer(
 
 @dataclass(frozen=True)
 class _Field:
-    """The receptive field of a tensor, with the distance of neighbouring positions in input positions."""
+    """The receptive field of a tensor, with the distance of neighbouring positions in input positions.
+
+    ``channels`` is the dimension of the channels; None until a convolution has shown it.
+    """
 
     smallest: Extent
     largest: Extent
     jump: tuple[Fraction, ...]
+    channels: int | None = None
 
     def widen(self, reach: Sequence[int], stride: Sequence[Fraction]) -> _Field:
         """The field behind an operation that sees ``reach`` positions besides one and moves by ``stride``."""
@@ -168,7 +172,7 @@ class _Field:
             return tuple(float(e + r * j) for e, r, j in zip(extent, reach, self.jump, strict=True))
 
         jump = tuple(j * s for j, s in zip(self.jump, stride, strict=True))
-        return _Field(grow(self.smallest), grow(self.largest), jump)
+        return _Field(grow(self.smallest), grow(self.largest), jump, self.channels)
 
     def see_all(self, axes: Sequence[bool]) -> _Field:
         """The field behind an operation that sees the whole of the given axes."""
@@ -176,7 +180,7 @@ class _Field:
         def grow(extent: Extent) -> Extent:
             return tuple(math.inf if all_ else e for e, all_ in zip(extent, axes, strict=True))
 
-        return _Field(grow(self.smallest), grow(self.largest), self.jump)
+        return replace(self, smallest=grow(self.smallest), largest=grow(self.largest))
 
 
 class _Follower(TorchFunctionMode):
@@ -197,6 +201,7 @@ class _Follower(TorchFunctionMode):
             tuple(map(max, zip(*(field.largest for field in fields), strict=True))),
             # Paths that join have the same positions, unless one is pooled to a single position and broadcast.
             tuple(map(min, zip(*(field.jump for field in fields), strict=True))),
+            fields[0].channels,
         )
 
     def __torch_function__(
@@ -236,7 +241,14 @@ class _Follower(TorchFunctionMode):
             return field.see_all([True] * self.axes)
         before, after = source.shape[2:], result.shape[2:]
         resized = [Fraction(b, a) if a else Fraction(1) for b, a in zip(before, after, strict=True)]
+        if field.channels is not None and _MOVES_DIMENSIONS.fullmatch(name) and args:
+            sizes = func(torch.empty([*range(1, source.ndim + 1)], device="meta"), *args[1:], **kwargs).shape
+            return replace(field, channels=sizes.index(field.channels + 1))
+        if name == "linear" and field.channels is not None:
+            is_mixed = field.channels != source.ndim - 1  # the last dimension has positions
+            return field.see_all([is_mixed and axis == self.axes - 1 for axis in range(self.axes)])
         if _CONVOLUTION.fullmatch(name):
+            field = replace(field, channels=1)
             kernel = (args[1] if len(args) > 1 else kwargs["weight"]).shape[2:]
             transposed = "transpose" in name
             dilation = argument(7 if transposed else 5, "dilation", 1)
@@ -267,6 +279,10 @@ class _Follower(TorchFunctionMode):
             return field.widen([0] * self.axes, resized)
         if name == "pixel_unshuffle":
             return field.widen([int(r) - 1 for r in resized], resized)
+        if name == "__getitem__" and result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+            # The strides of a view tell the steps of its slices.
+            pairs = list(zip(result.stride()[2:], source.stride()[2:], strict=True))
+            field = field.widen([0] * self.axes, [Fraction(a, b) if a and b else Fraction(1) for a, b in pairs])
         number = sum(tensor in self.fields for tensor in _tensors(args))
         mixes = _MIXES_POSITIONS.fullmatch(name) or (_PRODUCT.fullmatch(name) and number > 1)
         return field.see_all([bool(mixes) or (b > 1 and a == 1) for b, a in zip(before, after, strict=True)])
@@ -277,9 +293,10 @@ _POOL = re.compile(r"(max|avg|lp)_pool[123]d")
 _ADAPTIVE_POOL = re.compile(r"adaptive_(max|avg)_pool[123]d")
 _PRODUCT = re.compile(r"matmul|__matmul__|bmm|baddbmm|einsum")
 """Products mix positions if both factors come from the input; one with a weight acts on features."""
+_MOVES_DIMENSIONS = re.compile(r"permute|transpose|movedim|moveaxis|swapaxes|swapdims")
 _MIXES_POSITIONS = re.compile(
     r"scaled_dot_product_attention|multi_head_attention_forward|lstm|gru|rnn_(tanh|relu)|cumsum"
-    r"|fft_r?fft[2n]?|roll|flip|sort"
+    r"|fft_r?fft[2n]?|roll|flip|sort|grid_sample|fractional_max_pool[23]d|max_unpool[123]d"
 )
 
 

@@ -48,10 +48,10 @@ def plural(count: int, noun: str) -> str:
 def percent(share: float) -> str:
     """A share in per cent.
 
-    >>> percent(0.995)
-    '99.5 %'
+    >>> percent(0.995), percent(0.99999)
+    ('99.5 %', '99.999 %')
     """
-    return f"{100 * share:.4g} %"
+    return f"{100 * share:.6g} %"
 
 
 def screen_width() -> int:

@@ -423,6 +423,20 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return dict(getattr(module, "_modules", None) or module.named_children())
 
 
+def weight_of_hook(module: nn.Module, name: str) -> Tensor | None:
+    """The weight that a hook of ``torch.nn.utils`` makes before a forward in evaluation; None without one.
+
+    The hooks of ``weight_norm`` and ``spectral_norm`` in ``_forward_pre_hooks`` with their ``compute_weight``,
+    2.8 to 2.15. Without them, the caller has the weight of the last forward.
+    """
+    for hook in (_find("_forward_pre_hooks", None, module) or {}).values():
+        if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
+            options = {"do_power_iteration": False} if type(hook).__name__ == "SpectralNorm" else {}
+            made: Tensor = hook.compute_weight(module, **options)
+            return made
+    return None
+
+
 def bare_copy(module: nn.Module, replaced: Callable[[Any], Any]) -> nn.Module:
     """A copy that shares a module's contents, without hooks and without a replaced forward.
 

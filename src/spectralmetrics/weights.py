@@ -17,7 +17,8 @@ from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, has_in
 from spectralmetrics.metrics import statistics
 from spectralmetrics.parameters import weight_in, weights_of, why_no_numbers
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
-from spectralmetrics.table import import_pandas, number, text_table
+from spectralmetrics.sums.decomposition import round_off
+from spectralmetrics.table import import_pandas, number, plural, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -282,7 +283,11 @@ def _squared_singular_values(matrix: Tensor) -> Tensor | None:
     if not bool(matrix.isfinite().all()):
         return None
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-    return eigenvalues(gram).cpu()
+    values = eigenvalues(gram)
+    if not bool(values.all()):  # squared, those below a millionth of the largest are lost in round-off
+        singular = torch.linalg.svdvals(matrix)
+        values = torch.where(singular > round_off(max(matrix.shape)) * singular[0], singular, 0).square()
+    return values.cpu()
 
 
 def _reader(name: str) -> Callable[[Tensor], float]:
@@ -328,12 +333,11 @@ def _update(
 def _words(values: Tensor, statistics: Mapping[str, float]) -> tuple[str, ...]:
     if not bool(values.any()):
         return ("all zero",)
-    words = []
-    rank = float(effective_rank(values))
+    words, rank = [], float(effective_rank(values))
     if len(values) > 1 and rank < max(_LOW_RANK * len(values), 1.5):
         words.append(f"low rank: {rank:.3g} of {len(values)}")
     if zero := int((values == 0).sum()):
-        words.append(f"{zero} singular value{'s' if zero > 1 else ''} of zero")
+        words.append(f"{plural(zero, 'singular value')} of zero")
     alpha = statistics.get("alpha", math.nan)
     if alpha < _HEAVY:
         words.append("alpha below 2: very heavy tail")

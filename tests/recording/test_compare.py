@@ -1,6 +1,8 @@
 """What changed between runs and epochs, against the definitions applied by hand."""
 
 import io
+import itertools
+import math
 import shutil
 
 import numpy as np
@@ -266,6 +268,35 @@ class TestTheText:
         ]
         assert _changes(rows) == ["Largest change of d: 1 1 -> 3", "No change of a, b c."]
 
+    def test_a_number_that_is_undefined_on_both_sides_has_not_changed(self, tmp_path):
+        pairs = {"a": (math.nan, math.nan), "b": (1.0, 1.5), "c": (1.0, math.nan), "d": (1.0, 4.0)}
+        rows = [{"layer": each, "p_left": left, "p_right": right} for each, (left, right) in pairs.items()]
+        for order in itertools.permutations(rows):
+            assert _changes(order) == ["Largest change of p: c 1.000 -> ?, d 1.000 -> 4.000, b 1.000 -> 1.500"]
+        assert _changes(rows[:1]) == ["No change of p."]
+        model = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1))  # one eigenvalue has no exponent
+        run = record(tmp_path / "run", model=model, metrics=[sm.PowerLawExponentMetric()])
+        assert "No difference: all layers have the same numbers" in describe_comparison(run, epochs=(1, 1))
+
+    def test_eigenspaces_that_share_nothing_overlap_least(self, tmp_path):
+        model = nn.Sequential(*[nn.Linear(6, 6, bias=False) for _ in range(3)])
+        with make_probe(model) as probe, sm.Recorder(tmp_path, probe, ["csv", "arrays"]) as recorder:
+            for unit in range(2):
+                with torch.no_grad():
+                    model[2].weight.copy_(torch.eye(6)[unit].outer(torch.ones(6)))
+                run_epoch(model, unit)
+                recorder.record(unit)
+        overlap = {row["layer"]: row["subspace_overlap"] for row in sm.compare(tmp_path, epochs=(0, 1))}
+        assert overlap["2"] == 0
+        assert "Least overlap: 2 0.000" in describe_comparison(tmp_path, epochs=(0, 1))
+
+    def test_statistics_of_other_settings_are_named(self, run, tmp_path):
+        metrics = [sm.SaturationMetric(threshold=0.5, center=False), sm.IntrinsicDimensionMetric()]
+        other = record(tmp_path / "other", metrics=metrics)
+        words = "saturation was recorded with other settings: center True -> False, threshold 0.99 -> 0.5\n"
+        assert words in describe_comparison(run, other)
+        assert "other settings" not in describe_comparison(run, epochs=(0, 1))
+
     def test_a_single_layer_has_each_number_once(self, tmp_path):
         single = record(tmp_path / "single", model=nn.Sequential(nn.Linear(6, 4)), epochs=2)
         (row,) = sm.compare(single, epochs=(0, 1))
@@ -315,6 +346,18 @@ class TestCommandLine:
                 and row["layer"] != "mean"
             ]
             assert line.get_ydata().tolist() == values
+
+    def test_lines_of_other_thresholds_say_them(self, run, tmp_path, monkeypatch):
+        metrics = [sm.SaturationMetric(threshold=0.5), sm.IntrinsicDimensionMetric()]
+        other = record(tmp_path / "other", epochs=2, metrics=metrics)
+        drawn = []
+        monkeypatch.setattr(
+            "spectralmetrics.recording.draw.save_figure", lambda figure, path, dpi: drawn.append(figure.axes[0])
+        )
+        main(["plot", str(run), str(other)])
+        titles = {axis.get_title(): [line.get_label() for line in axis.get_lines()] for axis in drawn}
+        assert titles["Saturation, eval"] == ["first, epoch 2, at 99 %", "other, epoch 1, at 50 %"]
+        assert titles["Intrinsic dimension at 99 % of variance, eval"] == ["first, epoch 2", "other, epoch 1"]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

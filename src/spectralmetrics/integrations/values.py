@@ -20,12 +20,13 @@ def with_means(values: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
     ``"mean (layer)"``.
 
     >>> import torch
-    >>> with_means({"saturation/eval/a": torch.tensor(0.5), "saturation/eval/b": torch.tensor(1.0)})
+    >>> values = {"saturation/eval/a": torch.tensor(0.5), "saturation/eval/b": torch.tensor(1.0)}
+    >>> with_means(values | {"spectrum/eval/a": torch.ones(2), "spectrum/eval/b": torch.ones(1)})
     {('saturation', 'a'): 0.5, ('saturation', 'b'): 1.0, ('saturation', 'mean'): 0.75}
     """
     numbers: dict[tuple[str, str], float] = {}
     for key, value in values.items():
-        if value.numel() == 1:  # a logger has no place for spectra and matrices
+        if value.ndim == 0:  # a logger has no place for spectra and matrices, also of one feature
             metric, _, layer = key.split("/", 2)
             numbers[metric, recorded_name(layer)] = float(value)
     for metric in dict.fromkeys(metric for metric, _ in numbers):

@@ -235,7 +235,7 @@ class MergedSums(Mapping[Place, Sequence[Sum]]):
         if place not in self._places:
             raise KeyError(place)
         if place in self._agreement.own:
-            return self._agreement.places[place].sums()
+            return self._agreement.places[place].recorded_sums()
         if self._is_over:
             raise RuntimeError(
                 f"expected the sums of layer {place[1]!r} to be read before `write` returns: on several"

@@ -275,6 +275,10 @@ class LayerMetrics:
         first += [each for each in spectral.values() if not each.describes_layer]
         return [*first, *others.values()] if first else []
 
+    def recorded_sums(self) -> list[Sum]:
+        """The sums for a record: also those of a layer whose observations were all left out."""
+        return self.sums() or self.sums(with_left_out=True)
+
     def spectrum(self, *, with_left_out: bool = False) -> Spectrum | None:
         """The spectrum of :meth:`sums`, with the eigenvalues read so far; None without data."""
         return spectrum_of(self.sums(with_left_out=with_left_out))

@@ -246,10 +246,10 @@ class Agreement:
         processes.check_agreed(None, self.group)
 
     def fetch(self, batch: Sequence[Place]) -> dict[Place, list[Sum]]:
-        """The merged sums of some layers on the first process, as :meth:`.LayerMetrics.sums` returns them."""
+        """The merged sums of some layers on the first process, see :meth:`.LayerMetrics.recorded_sums`."""
         merged = self.exchange(batch, reader=0)
         with self.holding(merged):
-            return {place: self.places[place].sums() for place in merged}
+            return {place: self.places[place].recorded_sums() for place in merged}
 
     def _recall(self, merged: Mapping[Place, list[list[Sum]]]) -> None:
         """Use decompositions again that were made before an interrupt or for another question."""

@@ -479,6 +479,7 @@ class LayerProbe(nn.Module):
                 read_others(place, question, reading)
             if self._expects_overflow:
                 reading.left_out = 0
+                reading.known = reading.known or None
         return readings
 
     def _values(self, stages: Sequence[str], readings: Mapping[Place, Reading]) -> dict[Key, Any]:
@@ -1178,7 +1179,7 @@ def read_probe(
         }
         known = {place: reading.known for place, reading in readings.items() if reading.known is not None}
         if agreement is None or probe._is_sharing:
-            sums = {place: probe._place(*place).sums() for place in known}
+            sums = {place: probe._place(*place).recorded_sums() for place in known}
             yield ProbeReading(values, intervals, sums, known, probe.facts)
             return
         fetched = MergedSums(agreement, known)

@@ -139,6 +139,9 @@ def read_layers(
             reading.known = spectrum.known()
         if progress is not None:
             progress(before + number, before + len(seen))
+    for place in places if question.for_record else ():
+        if not readings[place.stage, place.layer].seen and place.recorded_sums():
+            readings[place.stage, place.layer].known = {}  # all was left out, which the record must tell
     return readings
 
 

@@ -148,8 +148,8 @@ def insert_projections(
 
     Each becomes a submodule ``pca_projection`` of its layer: it follows the model to other devices, into copies
     and state dicts, and changes the layer's output in evaluation. In a tuple, the first floating tensor is
-    projected; in a ``PackedSequence``, the valid steps. To load a state dict with projections into a fresh
-    network, insert them there first.
+    projected; in a ``PackedSequence`` or a nested tensor, the valid steps. To load a state dict with
+    projections into a fresh network, insert them there first.
 
     Args:
         model: any module.
@@ -307,6 +307,13 @@ def _project_output(layer: nn.Module, args: Any, output: Any) -> Any:
 
 def _apply_to_first(projection: Callable[[Tensor], Tensor], output: Any) -> tuple[Any, bool]:
     """The output with its first floating tensor projected, and True if there was one."""
+    if isinstance(output, Tensor) and output.is_nested and output.layout == torch.strided:
+        # In evaluation `nn.TransformerEncoder` makes such tensors of sequences with padding.
+        steps = output.unbind()
+        values = torch.cat(steps)
+        projected = projection(values)
+        parts = projected.split([len(each) for each in steps])
+        return output if projected is values else torch.nested.as_nested_tensor(list(parts)), True
     if isinstance(output, Tensor):
         return (projection(output), True) if output.is_floating_point() else (output, False)
     if isinstance(output, PackedSequence):

@@ -117,8 +117,8 @@ def open_sides(
         for row in rows:
             if row.stage == stage and row.is_of_layer:
                 values.setdefault(row.layer, {})[row.statistic] = row.value
-        if not values:
-            stages = sorted({row.stage for row in rows if row.layer})
+        stages = sorted({row.stage for row in rows if row.layer} | {each for each, _ in run.layers_in(key)})
+        if stage not in stages:
             raise ValueError(f"expected a stage of {key} of {directory} among {stages}, got {stage!r}")
         sides.append(Side(name, run, key, stage, rows, values))
     return sides
@@ -164,6 +164,8 @@ def _compare_layers(first: SavedLayer | None, second: SavedLayer | None, thresho
             _ = layer.sums
         except ValueError as error:  # it is damaged
             return _without(f"on the {side}: {error}")
+    if empty := [side for side, layer in zip(SIDES, layers, strict=True) if layer.is_empty]:
+        return _without(f"all rows with NaN or infinities on the {' and the '.join(empty)}")
     widths = [layer.spectral.num_features for layer in layers]
     if widths[0] != widths[1]:
         return _without(f"widths {widths[0]} and {widths[1]}") | _alignment(first, second)

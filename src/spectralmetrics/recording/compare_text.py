@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics as averages
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from spectralmetrics.findings import find, read_numbers
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.probing.facts import UNKNOWN_LAYER
 from spectralmetrics.recording.compare import Side, open_sides, rows_of
+from spectralmetrics.recording.manifest import MODULE
 from spectralmetrics.recording.record import Row
 from spectralmetrics.table import number, percent, plural, screen_width, text_table, wrapped
 
@@ -56,7 +58,8 @@ def describe_comparison(
     is_one = len(rows) == 1
     numbers = _of_both(sides, _scalar) | ({} if is_one else _of_both(sides, _mean))
     table = [f"layer {rows[0]['layer']}", *_numbers_of_layer(rows[0])] if is_one else _table(rows)
-    for part in (_aligned([*numbers.items()]), _problems(sides, threshold), _alarms(sides), _answer(rows)):
+    parts = [_aligned([*numbers.items()]), _settings(sides), _problems(sides, threshold), _alarms(sides)]
+    for part in (*parts, _answer(rows)):
         lines += ["", *part] if part else []
     return "\n".join([*lines, "", *table, "", *(line for each in _LEGEND for line in wrapped(each))])
 
@@ -86,6 +89,19 @@ def _aligned(numbers: Sequence[tuple[str, str]]) -> list[str]:
     """A line for each number, behind its name."""
     width = max((len(name) for name, _ in numbers), default=0)
     return [f"{name:<{width}}  {value}" for name, value in numbers]
+
+
+def _settings(sides: Sequence[Side]) -> list[str]:
+    """A line for each statistic that was recorded with other settings on either side."""
+    left, right = (side.run.statistics for side in sides)
+    lines = []
+    for name in (each for each in left if each in right):
+        own = {key: value for key, value in left[name].items() if key != MODULE}  # a class may move
+        other = [key for key, value in own.items() if right[name].get(key, value) != value]
+        if other:
+            pairs = ", ".join(f"{key} {own[key]} -> {right[name][key]}" for key in other)
+            lines += wrapped(f"{name} was recorded with other settings: {pairs}")
+    return lines
 
 
 def _problems(sides: Sequence[Side], threshold: float) -> list[str]:
@@ -122,7 +138,8 @@ def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The largest changes, and what could not be compared, in a few lines."""
     names = _statistics(rows)
     if rows and all(
-        row["frechet_distance"] == 0 and all(row[f"{name}_left"] == row[f"{name}_right"] for name in names)
+        row["frechet_distance"] == 0
+        and all(_is_same(row[f"{name}_left"], row[f"{name}_right"]) for name in names)
         for row in rows
     ):
         who = "the layer has" if len(rows) == 1 else "all layers have"
@@ -138,7 +155,8 @@ def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         moved = [row for row in rows if row["frechet_distance"]]
         moved.sort(key=lambda row: -row["frechet_distance"])
         lines += _first("Changed most, by Fréchet distance: ", _numbered(moved, "frechet_distance"))
-        turned = [row for row in rows if (row["subspace_overlap"] or 1) < 1 - _ROUND_OFF]
+        known = [row for row in rows if row["subspace_overlap"] is not None]
+        turned = [row for row in known if row["subspace_overlap"] < 1 - _ROUND_OFF]
         turned.sort(key=lambda row: row["subspace_overlap"])
         lines += _first("Least overlap: ", _numbered(turned, "subspace_overlap"))
     if len(rows) > 1:
@@ -173,14 +191,25 @@ def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for statistic in _statistics(rows):
         pairs = [(row["layer"], row[f"{statistic}_left"], row[f"{statistic}_right"]) for row in rows]
         pairs = [pair for pair in pairs if None not in pair]
-        changes = [pair for pair in pairs if pair[1] != pair[2]]
-        changes.sort(key=lambda pair: -abs(pair[2] - pair[1]))
+        changes = [pair for pair in pairs if not _is_same(*pair[1:])]
+        changes.sort(key=lambda pair: -_size_of_change(*pair[1:]))
         words = statistic.replace("_", " ")
         lines += _first(
             f"Largest change of {words}: ", [f"{layer} {_arrow(*pair)}" for layer, *pair in changes]
         )
         same += [words] if pairs and not changes else []
     return lines + (_listing("No change of ", same, ".") if same else [])
+
+
+def _is_same(left: float | None, right: float | None) -> bool:
+    """True if two values are equal, or both NaN."""
+    return left == right or (left is not None and right is not None and math.isnan(left) and math.isnan(right))
+
+
+def _size_of_change(left: float, right: float) -> float:
+    """The size of a change; infinite if one of the values is NaN."""
+    change = abs(right - left)
+    return math.inf if math.isnan(change) else change
 
 
 def _numbers_of_layer(row: Mapping[str, Any]) -> list[str]:

@@ -101,6 +101,8 @@ def draw_run(
             progress(f"spectrum of {layer.layer} in {layer.stage}")
             with failures.of(spectra_key, layer, "the spectrum"):
                 spectrum = layer.spectrum()
+                if layer.is_empty:
+                    raise ValueError("all its observations were left out for NaN or infinities")
                 if spectrum.sketch is not None:  # its line for the threshold would be wrong
                     raise ValueError("a sketch of its covariance was kept")
                 spectra.setdefault(layer.stage, {})[layer.layer] = spectrum.eigenvalues
@@ -152,17 +154,26 @@ def draw_runs(
         raise ValueError("expected the directory of at least one run, got none")
     runs = {label: SavedRun(path) for label, path in zip(_labels(paths), paths, strict=True)}
     profiles: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    settings = {name: each for run in runs.values() for name, each in run.statistics.items()}
+    differ = {
+        name
+        for run in runs.values()
+        for name, each in run.statistics.items()
+        if each.get("threshold") != settings[name].get("threshold")
+    }
     for label, run in runs.items():
         run.check(rows=True)
         key = run.last_of(epoch)
         for row in run.rows:
             if row.key == key and row.is_of_layer:
+                at = run.statistics.get(row.statistic, {}).get("threshold") if row.statistic in differ else None
+                own = f"{label}, {key}" + ("" if at is None else f", at {percent(at)}")
                 of_runs = profiles.setdefault((row.statistic, row.stage), {})
-                of_runs.setdefault(f"{label}, {key}", {})[row.layer] = row.value
+                of_runs.setdefault(own, {})[row.layer] = row.value
     recorded = list(dict.fromkeys(statistic for statistic, _ in profiles))
     if unknown := [name for name in statistics or () if name not in recorded]:
         raise ValueError(f"expected statistics among {recorded}, got {unknown[0]!r}")
-    settings = next(iter(runs.values())).statistics
+    settings = {name: each for name, each in settings.items() if name not in differ}
     folder = paths[0] / "plots" if output is None else Path(output)
     written = []
     for (statistic, stage), of_runs in profiles.items():

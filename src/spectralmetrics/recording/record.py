@@ -96,7 +96,8 @@ class Record:
             :meth:`LayerProbe.compute` returns them, means over layers and added scalars included.
         rows: the values that are numbers.
         sums: (stage, layer) -> sums over the observations of all processes, the spectral one first. They are
-            the state itself, which changes later: read what you need before ``write`` returns. On several
+            the state itself, which changes later: read what you need before ``write`` returns. A layer whose
+            observations were all left out for NaN or infinities has sums of no observations. On several
             processes, reading them fetches them from the others; keep the sums of one layer at a time.
         statistics: name -> settings of the metric, as JSON holds them.
         layers: name -> facts of the layer, known without its data.
@@ -119,10 +120,14 @@ class Record:
         return RecordKey(self.epoch, self.step)
 
     def spectrum(self, stage: str, layer: str) -> Spectrum | None:
-        """The spectrum of a layer about its mean, on the CPU; None if no covariance or sketch is kept."""
+        """The spectrum of a layer about its mean, on the CPU.
+
+        None if no covariance or sketch is kept, or if all observations were left out for NaN or infinities.
+        """
         spectrum = spectrum_of(self.sums[stage, layer])
-        if spectrum is not None:
-            spectrum.learn_known(self.known.get((stage, layer), {}))
+        if spectrum is None or not int(spectrum.num_observations):
+            return None
+        spectrum.learn_known(self.known.get((stage, layer), {}))
         return spectrum
 
     @property
@@ -132,7 +137,7 @@ class Record:
             place: each.total
             for place, sums in self.sums.items()
             for each in sums
-            if isinstance(each, SpectralSum) and each.describes_layer
+            if isinstance(each, SpectralSum) and each.describes_layer and int(each.num_observations)
         }
         return {place: total for place, total in totals.items() if isinstance(total, Moments)}
 

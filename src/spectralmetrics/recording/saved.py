@@ -162,6 +162,8 @@ class SavedRun:
         values: dict[Key, Tensor] = {}
         intervals: dict[Key, Interval] = {}
         for layer in self.layers(key):
+            if layer.is_empty:
+                continue
             of_layer = {}
             # Eigenvectors first: they come with the eigenvalues that the other metrics read.
             for name in sorted(metrics, key=lambda each: not metrics[each].needs_eigenvectors):

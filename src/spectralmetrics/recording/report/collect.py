@@ -17,6 +17,7 @@ from spectralmetrics.recording.report.slider import (
     DEFAULT_THRESHOLD,
     MISSING,
     Array,
+    Bounds,
     Family,
     Known,
     Words,
@@ -209,12 +210,17 @@ def _from_arrays(
                 arrays["width"][where] = width
                 arrays["observations"][where] = int(layer.spectral.num_observations)
                 arrays["non_finite"][where] = int(layer.spectral.num_left_out)
-                found = measured(layer, families, thresholds)
+                unknown = np.full(len(thresholds), MISSING)
+                found = [Bounds(unknown, unknown)] * len(families)
+                if not layer.is_empty:
+                    found = measured(layer, families, thresholds)
                 for table, other, each in zip(tables, held_out, found, strict=True):
                     table[where], other[where] = each
                 facts = run.facts.get(layer.layer, UNKNOWN_LAYER)
                 known = Known.of_layer(layer, facts, where, found[families.index(DEFAULT_FAMILY)])
                 of_stage.setdefault(layer.stage, []).append(known)
+                if layer.is_empty:
+                    continue
                 arrays["dead"][where] = known.numbers.dead
                 spectrum = layer.spectrum(families[0][1])
                 if spectrum.sketch is not None:

@@ -36,7 +36,8 @@ class ArraysWriter(Writer):
     - ``"{stage}/{layer}/covariance"``, (D, D), about the mean and divided by n;
     - ``"{stage}/{layer}/mean"``, (D,);
     - ``"{stage}/{layer}/count"``, (), int64: the number of observations n;
-    - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities;
+    - ``"{stage}/{layer}/non_finite"``, (), int64: the number left out for NaN or infinities. If all were, the
+      covariance and the mean are zero;
     - ``"{stage}/{layer}/eigenvalues"``, (D,), descending, if a statistic has read them; (k,) for a sketch. For
       the second moment about zero, ``".../second_moment_eigenvalues"``;
     - ``"{stage}/{layer}/sample"``, (m, D), and ``".../sample_keys"``, (m,), where an embedding keeps a sample;
@@ -162,6 +163,13 @@ class SavedLayer:
         """The sum from which the spectrum is read."""
         return next(each for each in self.sums if isinstance(each, SpectralSum))
 
+    @property
+    def is_empty(self) -> bool:
+        """True if all observations were left out for NaN or infinities; False for damaged arrays."""
+        with contextlib.suppress(ValueError):
+            return not int(self.spectral.num_observations)
+        return False
+
     def spectrum(self, center: bool = True) -> Spectrum:
         """The spectrum that the metrics of this layer read, with the saved eigenvalues."""
         others = [each for each in self.sums if each is not self.spectral]
@@ -220,7 +228,9 @@ def _write_layer(archive: zipfile.ZipFile, record: Record, stage: str, layer: st
 def _entries(record: Record, stage: str, layer: str) -> Iterator[tuple[str, Tensor]]:
     """The arrays of a layer, one in memory at a time."""
     for each in record.sums[stage, layer]:
-        yield from each.saved()
+        is_empty = isinstance(each, SpectralSum) and not int(each.num_observations)
+        for name, tensor in each.saved():
+            yield name, tensor.nan_to_num() if is_empty else tensor
     spectrum = record.spectrum(stage, layer)
     for (part, center), value in ({} if spectrum is None else spectrum.known()).items():
         yield _PREFIXES[part] + _EIGENVALUES[center], value

@@ -11,6 +11,7 @@ from spectralmetrics.extras import from_extra
 from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
+from spectralmetrics.metrics.stream import spectrum_of
 from spectralmetrics.probing.summary import SummaryRow, summary_of, summary_rows
 from spectralmetrics.recording.record import Record, recorded_threshold
 from spectralmetrics.recording.writer import Writer
@@ -95,7 +96,7 @@ def _rows_of(
     record: Record, stage: str, layer: str, metric: IntrinsicDimensionMetric
 ) -> list[tuple[SummaryRow, LayerNumbers]]:
     """The row of a layer, if it has one; the layer is released before the next layer's sums are fetched."""
-    spectrum = record.spectrum(stage, layer)
+    spectrum = record.spectrum(stage, layer) or spectrum_of(record.sums[stage, layer])
     spectra = {} if spectrum is None else {layer: spectrum}
     return summary_rows(spectra, record.layers, metric, threshold=metric.threshold)
 
