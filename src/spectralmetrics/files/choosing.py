@@ -17,7 +17,7 @@ from spectralmetrics.metrics import (
     SpreadMetric,
     StableRankMetric,
 )
-from spectralmetrics.probing.collections import Metrics, named_metrics
+from spectralmetrics.metrics.groups import Metrics, named_metrics
 from spectralmetrics.sums import SpectralSum
 
 WIDEST = 8192

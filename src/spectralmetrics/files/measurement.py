@@ -19,8 +19,9 @@ from spectralmetrics.files.fields import ReadError
 from spectralmetrics.findings import Finding
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import Interval, SpectralMetric
+from spectralmetrics.metrics.groups import Metrics
 from spectralmetrics.probing import LayerProbe, Summary
-from spectralmetrics.probing.collections import LayerMetrics, Metrics
+from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.probe import layer_by_hand, read_probe
 from spectralmetrics.probing.processes import agreed, gather_agreed, is_one_of_several
 from spectralmetrics.recording import Recorder

@@ -15,8 +15,8 @@ from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.integrations.values import with_means
+from spectralmetrics.metrics.groups import Metrics
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.exchange import STAGES
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of

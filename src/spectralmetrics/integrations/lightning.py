@@ -14,9 +14,9 @@ from spectralmetrics.extras import from_extra
 from spectralmetrics.integrations.forwards import Forwards, Stage
 from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRecorder, Watching
 from spectralmetrics.integrations.values import with_means
+from spectralmetrics.metrics.groups import Metrics
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.hooks import warn_user
 
 with from_extra("lightning", "this callback needs lightning"):

@@ -18,9 +18,9 @@ from spectralmetrics.integrations.keeping import Keeping, MakesMonitor, MakesRec
 from spectralmetrics.integrations.masking import Masking
 from spectralmetrics.integrations.methods import Methods
 from spectralmetrics.integrations.resuming import file_name, read_state, write_state
+from spectralmetrics.metrics.groups import Metrics
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.collections import Metrics
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.processes import from_first_process, is_first
 from spectralmetrics.probing.selection import unwrap

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from spectralmetrics.metrics.base import SpectralMetric
 from spectralmetrics.metrics.marginals import MarginalMetric
 from spectralmetrics.metrics.overrides import copy_metric
 from spectralmetrics.sums import Sum
+
+Metrics: TypeAlias = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollection
+"""Metrics to read of each layer."""
 
 
 class Templates(NamedTuple):
@@ -95,3 +98,38 @@ def _groups(metrics: Mapping[str, Metric]) -> list[list[str]]:
 
 def _others(metric: Metric) -> Sequence[Sum]:
     return metric.other_sums() if isinstance(metric, SpectralMetric) else ()
+
+
+def named_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """Metrics by the names of their values.
+
+    Raises:
+        TypeError: for anything but metrics.
+        ValueError: without a metric, and for a name that is invalid or comes twice.
+    """
+    if isinstance(metrics, Metric):
+        metrics = [metrics]
+    if isinstance(metrics, MetricCollection):
+        named = [(str(key), metric) for key, metric in metrics.items(copy_state=False)]
+    elif isinstance(metrics, Mapping):
+        named = list(metrics.items())
+    elif isinstance(metrics, Sequence) and not isinstance(metrics, str):
+        named = [(getattr(metric, "short_name", type(metric).__name__), metric) for metric in metrics]
+    else:
+        hint = f"the class {metrics.__name__}; call it" if isinstance(metrics, type) else type(metrics).__name__
+        raise TypeError(f"expected a metric, a sequence or dict of metrics, got {hint}")
+    if not named:
+        raise ValueError("expected at least one metric, got none")
+    for name, metric in named:
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f"expected metric {name!r} to be a torchmetrics.Metric, got {type(metric).__name__}"
+            )
+        if not isinstance(name, str) or {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
+            raise ValueError(
+                f"expected a metric name without '.' and '/', no attribute of torch.nn.Module, got {name!r}"
+            )
+    names = [name for name, _ in named]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"expected each metric name once, got {twice} more than once; name them with a dict")
+    return dict(named)

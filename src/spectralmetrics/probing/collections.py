@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,8 +19,6 @@ from spectralmetrics.metrics.stream import Stream, spectrum_of
 from spectralmetrics.sums import ForwardHistory, Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-
-Metrics: TypeAlias = Metric | Sequence[Metric] | Mapping[str, Metric] | MetricCollection
 
 
 class Counts(NamedTuple):
@@ -317,38 +315,3 @@ def _grouped(observations: Observations, leader: SpectralMetric, groups: dict[in
     if id(leader) not in groups:
         groups[id(leader)] = leader.deal()
     return replace(observations, group=groups[id(leader)])
-
-
-def named_metrics(metrics: Metrics) -> dict[str, Metric]:
-    """Metrics by the names of their values.
-
-    Raises:
-        TypeError: for anything but metrics.
-        ValueError: without a metric, and for a name that is invalid or comes twice.
-    """
-    if isinstance(metrics, Metric):
-        metrics = [metrics]
-    if isinstance(metrics, MetricCollection):
-        named = [(str(key), metric) for key, metric in metrics.items(copy_state=False)]
-    elif isinstance(metrics, Mapping):
-        named = list(metrics.items())
-    elif isinstance(metrics, Sequence) and not isinstance(metrics, str):
-        named = [(getattr(metric, "short_name", type(metric).__name__), metric) for metric in metrics]
-    else:
-        hint = f"the class {metrics.__name__}; call it" if isinstance(metrics, type) else type(metrics).__name__
-        raise TypeError(f"expected a metric, a sequence or dict of metrics, got {hint}")
-    if not named:
-        raise ValueError("expected at least one metric, got none")
-    for name, metric in named:
-        if not isinstance(metric, Metric):
-            raise TypeError(
-                f"expected metric {name!r} to be a torchmetrics.Metric, got {type(metric).__name__}"
-            )
-        if not isinstance(name, str) or {".", "/"} & set(name) or not name or hasattr(MetricCollection, name):
-            raise ValueError(
-                f"expected a metric name without '.' and '/', no attribute of torch.nn.Module, got {name!r}"
-            )
-    names = [name for name, _ in named]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"expected each metric name once, got {twice} more than once; name them with a dict")
-    return dict(named)

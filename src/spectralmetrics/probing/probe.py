@@ -18,12 +18,12 @@ from spectralmetrics.findings import Finding, LayerNumbers, find
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import HistoryMetric, Interval, SaturationMetric, SpectralMetric, statistics
-from spectralmetrics.metrics.groups import collect, described
+from spectralmetrics.metrics.groups import Metrics, collect, described, named_metrics
 from spectralmetrics.probing import processes, saving, windows
 from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_layers
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
-from spectralmetrics.probing.collections import LayerMetrics, Metrics, named_metrics
+from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place
 from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
 from spectralmetrics.probing.facts import Key, LayerFacts, ProbeReading, as_text, module_key
