@@ -193,6 +193,41 @@ def test_steps_that_the_user_tells_count():
     assert [alarm.step for alarm in found] == [1071]
 
 
+def test_monitors_of_both_stages_keep_each_others_alarms(tmp_path):
+    model = network()
+    probe = LayerProbe(model)
+    with Recorder(tmp_path, probe) as recorder:
+        monitors = [
+            Monitor(probe, every=1, stage=stage, on_alarm=silent, recorder=recorder)
+            for stage in ("train", "eval")
+        ]
+        for monitor in monitors:
+            model.train(monitor.stage == "train")(torch.full((8, 8), torch.nan))
+        found = [alarm for monitor in monitors for alarm in monitor.step()]
+        assert {(alarm.finding.stage, alarm.step) for alarm in found} == {("train", 1), ("eval", 1)}
+        assert read_alarms(tmp_path) == found
+
+
+@pytest.mark.parametrize("begin", [None, 1000])
+def test_monitors_of_both_stages_count_the_same_steps(begin):
+    model = network()
+    probe = LayerProbe(model)
+    monitors = [Monitor(probe, every=20, stage=stage, on_alarm=silent) for stage in ("train", "eval")]
+    found = []
+    for step in range(100):
+        if begin is not None:
+            probe.step = begin + step
+        louder(model, step)
+        for monitor in monitors:
+            model.train(monitor.stage == "train")(torch.randn(32, 8))
+        for monitor in monitors if step % 3 else monitors[::-1]:
+            found += monitor.step()
+    assert {(alarm.finding.stage, alarm.step) for alarm in found} == {
+        (stage, (begin or 0) + 71) for stage in ("train", "eval")
+    }
+    assert probe.step == (begin or 0) + 100
+
+
 @pytest.mark.parametrize("how", ["whole", "sharded"])
 def test_saved_and_resumed_it_says_the_same(tmp_path, how):
     whole = network()

@@ -111,8 +111,9 @@ class Monitor:
         probe._windows.open(self._reader, stage)
         self._begun: int | None = None  # the last step that this process has seen
         if probe.step is None:
-            probe.step = self._past.get("step", 0)
-        self._own_step = probe.step  # the last step that this monitor gave the probe
+            probe.step = probe._steps.counted = self._past.get("step", 0)
+        self._first: int = probe.step or 0
+        probe._steps.counted_by[self._reader] = recorder
 
     def step(self) -> list[Alarm]:
         """Call this after each step of the optimiser, on all processes.
@@ -123,13 +124,20 @@ class Monitor:
         Returns:
             The alarms of a reading; empty if nothing is wrong, and at steps without a reading.
         """
-        probe, past = self.probe, self._past
-        own = past.get("step", 0) + 1
-        step = own if probe.step is None or probe.step == self._own_step else probe.step + 1
-        if self.recorder is not None and (self._begun is None or step <= self._begun):
+        probe, past, steps = self.probe, self._past, self.probe._steps
+        last: int = past.get("step", self._first)
+        is_set = probe.step is not None and probe.step != steps.counted  # by the user
+        if is_set or self._reader in steps.counted_by:
+            step = ((probe.step or 0) if is_set else last) + 1
+            steps.counted_by.clear()
+        else:  # the monitor of the other stage has counted this step
+            step = last + 1 if probe.step is None else probe.step
+        drops = not any(each is self.recorder for each in steps.counted_by.values())
+        steps.counted_by[self._reader] = self.recorder
+        if self.recorder is not None and drops and (self._begun is None or step <= self._begun):
             self.recorder.drop_alarms(step)
         past["step"] = self._begun = step
-        probe.step = self._own_step = step
+        probe.step = steps.counted = step
         if step < past.get("next", min(self.every, _FIRST)):
             return []
         past["next"] = (step // self.every + 1) * self.every

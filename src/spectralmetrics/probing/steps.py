@@ -123,6 +123,8 @@ class Steps:
         self.forwards = {"train": 0, "eval": 0}  # ever
         self.alone = {"train": 0, "eval": 0}  # one more than the last number of a layer run by itself
         self.step: int | None = None  # of the optimiser; None until it is set
+        self.counted: int | None = None  # the step that a monitor has set
+        self.counted_by: dict[str, Any] = {}  # the monitors that have counted it -> their recorders
         self.agreed: tuple[int, int] | None = None
         self.thread = Thread()
 
