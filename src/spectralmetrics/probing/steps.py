@@ -268,7 +268,12 @@ class Steps:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "thread"}
-        return state | {"stage_of": stage_by_flag, "shares": _never}  # a copy has no trainer
+        # A copy has no trainer and no recorder.
+        return state | {
+            "stage_of": stage_by_flag,
+            "shares": _never,
+            "counted_by": dict.fromkeys(self.counted_by),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
