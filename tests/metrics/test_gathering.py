@@ -18,7 +18,7 @@ from spectralmetrics import (
     SaturationMetric,
     SpectrumMetric,
 )
-from spectralmetrics.metrics.stream import Stream
+from spectralmetrics.metrics.sharing import Stream
 from spectralmetrics.sums import Moments
 from spectralmetrics.sums.intake import WAITING_ROWS
 from tests.oracles import relative_error, two_pass_covariance

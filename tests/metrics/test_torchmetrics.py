@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Running
 
 import spectralmetrics as sm
-from spectralmetrics.metrics import overrides, stream
+from spectralmetrics.metrics import overrides, sharing
 from spectralmetrics.sums import Observations, compiled, decomposition, intake, per_feature, recentring
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
@@ -758,8 +758,8 @@ def test_memory_is_constant_in_the_number_of_updates():
 
     def size():
         states = sum(value.untyped_storage().nbytes() for value in metric.metric_state.values())
-        kept = stream.Stream.of(metric.__dict__["second_moment"])
-        return states, len(kept.cache), len(stream._STREAMS), len(kept.merged), len(metric.__dict__)
+        kept = sharing.Stream.of(metric.__dict__["second_moment"])
+        return states, len(kept.cache), len(sharing._STREAMS), len(kept.merged), len(metric.__dict__)
 
     metric.update(torch.randn(4, 8, generator=generator))
     metric.compute()
@@ -777,14 +777,14 @@ def test_memory_is_constant_in_the_number_of_updates():
 
 def test_decompositions_do_not_outlive_their_state():
     gc.collect()
-    before = len(stream._STREAMS)
+    before = len(sharing._STREAMS)
     metrics = [feed(sm.SaturationMetric(), torch.randn(20, 4)) for _ in range(5)]
     for metric in metrics:
         metric.compute()
-    assert len(stream._STREAMS) == before + 5
+    assert len(sharing._STREAMS) == before + 5
     del metrics, metric
     gc.collect()
-    assert len(stream._STREAMS) == before
+    assert len(sharing._STREAMS) == before
 
 
 def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():

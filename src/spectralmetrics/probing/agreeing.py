@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from spectralmetrics.metrics.stream import group_object
+from spectralmetrics.metrics.sharing import group_object
 from spectralmetrics.probing import processes
 from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics

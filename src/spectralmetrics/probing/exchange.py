@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.metrics.stream import stream_of
+from spectralmetrics.metrics.sharing import stream_of
 from spectralmetrics.probing import processes
 from spectralmetrics.probing.collections import LayerMetrics
 from spectralmetrics.probing.facts import LayerFacts
