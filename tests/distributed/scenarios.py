@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
 from spectralmetrics.probing import exchange
-from spectralmetrics.recording.tables import read_rows
+from spectralmetrics.recording.writers.csv import read_rows
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows

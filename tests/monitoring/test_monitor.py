@@ -18,8 +18,8 @@ from spectralmetrics import (
     describe_comparison,
     read_records,
 )
+from spectralmetrics.recording.manifest import read_alarms
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import read_alarms
 from spectralmetrics.sums import Sketch
 
 

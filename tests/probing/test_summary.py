@@ -295,7 +295,7 @@ def test_of_a_run(tmp_path, capsys):
 
 
 def map_rows(directory):
-    from spectralmetrics.recording.tables import read_rows
+    from spectralmetrics.recording.writers.csv import read_rows
 
     return read_rows(directory / "records.csv")
 

@@ -17,7 +17,7 @@ from spectralmetrics.findings import Finding
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.recording import describe_comparison
 from spectralmetrics.recording.compare_text import _changes
-from spectralmetrics.recording.tables import write_alarms
+from spectralmetrics.recording.manifest import write_alarms
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from spectralmetrics import HistoryMetric, LayerProbe, Recorder
 from spectralmetrics.recording.report.collect import of_history
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import HISTORY_COLUMNS, read_history
+from spectralmetrics.recording.writers.history_file import HISTORY_COLUMNS, read_history
 
 STEPS = 8
 """How many forwards are remembered."""

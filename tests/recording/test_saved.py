@@ -30,7 +30,7 @@ from spectralmetrics.cli import main
 from spectralmetrics.recording import ArraysWriter, Row, Writer, summarise_run
 from spectralmetrics.recording.record import RecordKey, tidy_rows, undefined_layers, warn_of_undefined
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import format_rows, read_rows
+from spectralmetrics.recording.writers.csv import format_rows, read_rows
 from spectralmetrics.sums import decomposition
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 

@@ -6,8 +6,8 @@ import pytest
 
 from spectralmetrics import Alarm, Finding, read_records
 from spectralmetrics.probing.movers import HistoryRow
-from spectralmetrics.recording.tables import HISTORY_COLUMNS, read_alarms, read_history, write_alarms
-from spectralmetrics.recording.writers.history_file import HistoryWriter
+from spectralmetrics.recording.manifest import read_alarms, write_alarms
+from spectralmetrics.recording.writers.history_file import HISTORY_COLUMNS, HistoryWriter, read_history
 
 RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"
 

@@ -5,8 +5,8 @@ import torch
 from spectralmetrics import CovarianceMetric, Recorder, SpectrumMetric
 from spectralmetrics.functional import eigenvalues
 from spectralmetrics.recording.record import RecordKey, Row
-from spectralmetrics.recording.tables import format_rows, read_rows
 from spectralmetrics.recording.writers.arrays import read_layers, saved_records
+from spectralmetrics.recording.writers.csv import format_rows, read_rows
 from tests.recording.runs import make_model, make_probe, run_epoch
 
 
