@@ -17,8 +17,8 @@ from spectralmetrics import (
     draw_run,
 )
 from spectralmetrics.recording import ConsoleWriter, Record, Row
-from spectralmetrics.recording.pictures import draw_profile
 from spectralmetrics.recording.writers.console import tables_of
+from spectralmetrics.recording.writers.plot import draw_profile
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 matplotlib.use("Agg")
@@ -253,10 +253,9 @@ class TestPictures:
     @pytest.mark.parametrize("name", ["$loss_{x$", "$", "a$b$c", r"$\frac$", "$x^$ {"])
     def test_names_are_no_mathematics(self, name, tmp_path, monkeypatch):
         """matplotlib would set what stands between dollar signs, or fail to."""
-        from spectralmetrics.recording import draw, pictures
+        from spectralmetrics.recording import draw
 
         written = []
-        monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: None)
         monkeypatch.setattr(draw, "save_figure", lambda figure, path, dpi: written.append(figure))
         model = make_model()
         named = {"s": SaturationMetric(), f"{name}rank": SpectrumMetric()}
