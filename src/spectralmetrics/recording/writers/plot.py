@@ -19,8 +19,7 @@ from spectralmetrics.plotting import (
     plot_profile,
     plot_spectrum,
 )
-from spectralmetrics.probing.exchange import STAGES
-from spectralmetrics.probing.facts import LayerFacts, from_text
+from spectralmetrics.probing.facts import STAGES, LayerFacts, from_text
 from spectralmetrics.recording.files import replacing, sweep
 from spectralmetrics.recording.record import Record, Row, Settings
 from spectralmetrics.recording.writer import Writer
