@@ -19,7 +19,7 @@ from spectralmetrics import (
     statistics,
 )
 from spectralmetrics.sums import accelerated, products_dtype
-from spectralmetrics.sums.precision import has_fast_float64
+from spectralmetrics.sums.arithmetic import has_fast_float64
 from tests.accelerator.device import watching
 
 OURS = {

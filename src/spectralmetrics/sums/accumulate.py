@@ -15,11 +15,18 @@ from torch import Tensor
 
 from spectralmetrics.sums import compiled, recentring
 from spectralmetrics.sums.about_origin import DenseSums
+from spectralmetrics.sums.arithmetic import (
+    ROWS_PER_FLOAT32_SUM,
+    as_rows,
+    block_rows,
+    clear,
+    full_precision,
+    power_of_two_scale,
+    row_flags,
+    workspace,
+)
 from spectralmetrics.sums.checks import check_type
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
-from spectralmetrics.sums.recentring import as_rows, block_rows, clear, row_flags
-from spectralmetrics.sums.workspace import workspace
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; on an accelerator, fewer and larger products are faster.

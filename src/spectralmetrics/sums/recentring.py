@@ -5,14 +5,12 @@ The sums are exact about any origin, so that it need not be the mean to the last
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled
 from spectralmetrics.sums.about_origin import AboutOrigin, DenseSums
-from spectralmetrics.sums.workspace import workspace
+from spectralmetrics.sums.arithmetic import as_rows, block_rows, clear, row_flags, workspace
 
 _BLOCK = 256  # features of the sums that are moved at once
 
@@ -111,36 +109,3 @@ def first_of(flags: Tensor) -> Tensor:
 def is_read_freely(values: Tensor) -> bool:
     """True if the program may branch on values, because reading them waits for no device."""
     return values.is_cpu
-
-
-def as_rows(piece: Tensor, dim: int) -> Tensor:
-    """A view of shape (n, D) of rows, or of contiguous memory of shape (D, b, p) with features first."""
-    return piece if dim == -1 else piece.flatten(1).t()
-
-
-def row_flags(rows: Tensor) -> Tensor:
-    """Flags of rows (N, D) without NaN and infinities, shape (N, 1)."""
-    # NaN and infinities make the sum of the row not finite. Small summands ensure that nothing else does.
-    small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
-    return torch.mv(rows, small).isfinite().unsqueeze(1)
-
-
-def clear(centred: Tensor, mask: Tensor) -> None:
-    """Set the rows to leave out to zero, whatever they hold."""
-    # Mask bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
-    bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
-    centred.view(bits).bitwise_and_(mask.to(bits).neg_())
-
-
-def block_rows(like: Tensor, size: int) -> Iterator[tuple[int, int]]:
-    """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work.
-
-    Args:
-        like: shape (..., D), on the device of the product.
-        size: number of rows of a block on the CPU.
-    """
-    features = like.shape[-1]
-    if not like.is_cpu:
-        size = max(128, min(256, features // 4))  # fewer, larger products
-    for start in range(0, features, size):
-        yield start, min(start + size, features)
