@@ -20,7 +20,7 @@ from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Run
 
 import spectralmetrics as sm
 from spectralmetrics.metrics import overrides, sharing
-from spectralmetrics.sums import Observations, compiled, decomposition, intake, per_feature, recentring
+from spectralmetrics.sums import Observations, about_origin, compiled, decomposition, intake, per_feature
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -720,7 +720,7 @@ class HostReads(TorchDispatchMode):
 class TestNoSynchronisation:
     @pytest.fixture(autouse=True)
     def _as_on_an_accelerator(self, monkeypatch):
-        monkeypatch.setattr(recentring, "is_read_freely", lambda values: False)
+        monkeypatch.setattr(about_origin, "is_read_freely", lambda values: False)
         monkeypatch.setattr(compiled, "takes", lambda *args: False)
 
     def test_the_guard_itself(self):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectralmetrics.sums import Observations, accumulate, covariance, empty_moments, recentring
+from spectralmetrics.sums import Observations, about_origin, accumulate, covariance, empty_moments
 from tests.oracles import relative_error, two_pass_covariance
 from tests.sums.test_compiled import assert_sums
 
@@ -16,7 +16,7 @@ GRAM_DTYPES = [torch.float64, torch.float32]
 @pytest.fixture(params=[True, False], ids=["reads", "reads nothing"], autouse=True)
 def reads(request, monkeypatch):
     if not request.param:
-        monkeypatch.setattr(recentring, "is_read_freely", lambda values: False)
+        monkeypatch.setattr(about_origin, "is_read_freely", lambda values: False)
 
 
 def drifting(dtype, features=20):
