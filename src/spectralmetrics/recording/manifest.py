@@ -1,4 +1,4 @@
-"""What a run knows beside its records: ``recording.json``, metrics made from it, and ``alarms.csv``."""
+"""Files of a run that no writer keeps: ``recording.json``, with metrics made from it, and ``alarms.csv``."""
 
 from __future__ import annotations
 
