@@ -172,6 +172,23 @@ def test_float32_products_of_any_magnitude(magnitude, features):
     assert_sums(moments, rows, torch.float32)
 
 
+@pytest.mark.parametrize("feature_dim", [1, -1])
+@pytest.mark.parametrize("far", [0, 1e30])
+@pytest.mark.parametrize("magnitudes", [(1, 1e30), (1e-30, 1e-25, 1, 1e3), (1e-6, 1e-6, 1e12)], ids=str)
+def test_float32_products_of_magnitudes_that_grow(magnitudes, far, feature_dim):
+    # Features differ by 1e15, too; those behind batches of larger rows must not overflow or vanish.
+    origin = torch.zeros(40)
+    origin[0] = far
+    sizes = torch.logspace(0, -15, 40)[:, None]
+    moments, seen = moments_about(origin), []
+    for magnitude in magnitudes:
+        maps = torch.randn(3, 40, 130) * sizes * magnitude + origin[:, None]
+        values = maps if feature_dim == 1 else maps.mT.contiguous()
+        accumulate(moments, Observations(values, feature_dim), torch.float32, recentre=False)
+        seen.append(Observations(maps, 1).rows())
+        assert_sums(moments, torch.cat(seen), torch.float32)
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_float32_products_of_rows_on_one_side_of_the_origin(sign):
     rows = sign * torch.randn(300, 20).abs() * 1e25

@@ -8,6 +8,8 @@ left out. Finite rows that overflow when centred or squared make the sums infini
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -34,8 +36,11 @@ _CPU_WORKSPACE_BYTES = 2**22
 _ACCELERATOR_WORKSPACE_BYTES = 2**26
 # With fewer rows the pass over the D x D sum takes longer than the arithmetic. With more, rows leave the cache.
 _MINIMUM_ROWS_PER_PRODUCT = 1024
-# Float32 products of magnitudes between these need no scaling.
-_UNSCALED = 1.0, 2.0**50
+# Float32 products of rows whose largest magnitude lies between these lose no digits to the range of float32.
+_LEAST, _MOST = 1.0, 2.0**50
+_USUAL = 2**20  # where scaling puts deviations as large as those before: somewhat nearer the lower end
+# Rows of memory at a distance of a power of two from one another would fall into the same lines of the cache.
+_PADDING = 16
 _NATIVE = (torch.float32, torch.float64)  # dtypes that the compiled sums read as they are
 
 
@@ -187,29 +192,46 @@ def _add_if_finite(
     origin = moments.origin.to(dtype)
     if exactly and not torch.equal(origin.to(torch.float64), moments.origin):
         return False  # one subtraction in this dtype would round the origin
-    work = workspace(piece, "rows", piece.shape, dtype)
-    origin = origin if dim == -1 else origin[:, None, None]
-    if piece.dtype == dtype:
-        torch.sub(piece, origin, out=work)
-    else:
-        work.copy_(piece).sub_(origin)
+    work = _memory(piece, dim, dtype)
+    scale = _usual_scale(moments) if dtype == torch.float32 else 1.0
+    shift = origin * -scale if dim == -1 else (origin * -scale)[:, None, None]
+    # scale · (x − o): a power of two adds no rounding error to the difference.
+    torch.add(shift, piece if piece.dtype == dtype else work.copy_(piece), alpha=scale, out=work)
     rows = as_rows(work, dim)
-    number = rows.shape[0]
+    number, features = rows.shape
     if dtype == torch.float64:
         first = rows.new_ones(number) @ rows
         if not first.isfinite().all():  # a row is not finite, or finite rows overflow
             return False
         _multiply_in_float64(moments, rows)
     else:
-        largest = torch.maximum(-work.amin(), work.amax())  # faster than `aminmax`
-        if not largest.isfinite():
-            return False
-        low, high = _UNSCALED
-        scale = None if low <= float(largest) <= high else power_of_two_scale(largest)
+        norms = torch.linalg.vector_norm(rows if dim == -1 else rows.t(), dim=-1)  # faster than the largest
+        largest, summands = float(norms.amax()), features if dim == -1 else number
+        if not _LEAST * math.sqrt(summands) <= largest <= _MOST:
+            return False  # a row is not finite, or the rows are much smaller or larger than those before
         first = _multiply_in_float32(moments, rows, scale)
     moments.first.add_(first)
     moments.count.add_(number)
     return True
+
+
+def _memory(piece: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Memory for rows in the layout of a piece, which the next piece reuses."""
+    if dim == -1:
+        return workspace(piece, "rows", piece.shape, dtype)
+    features, *positions = piece.shape
+    number = math.prod(positions)
+    padded = workspace(piece, "rows", (features, number + _PADDING), dtype)
+    return padded[:, :number].view(features, *positions)
+
+
+def _usual_scale(moments: DenseSums) -> float:
+    """A power of two that brings deviations as large as those before near :data:`_USUAL`."""
+    largest = float(moments.second.diagonal().amax())
+    if not 0 < largest < math.inf:
+        return float(_USUAL)
+    exponent = math.frexp(math.sqrt(largest / float(moments.count)))[1]
+    return math.ldexp(_USUAL, min(max(-exponent, -100), 100))
 
 
 def _centre(
@@ -219,7 +241,7 @@ def _centre(
 
     Rows are checked before they are centred: a row that overflows in centring held no NaN.
     """
-    work = workspace(piece, "rows", piece.shape, dtype)
+    work = _memory(piece, dim, dtype)
     origin = moments.origin.to(dtype)
     broadcast = origin if dim == -1 else origin[:, None, None]
     if piece.dtype == dtype and dim == -1:
@@ -248,9 +270,10 @@ def _add_centred(moments: DenseSums, centred: Tensor, mask: Tensor, fast: bool) 
     clear(centred, mask)
     if fast:
         # aminmax would copy a transposed view, row by row.
-        least, most = torch.aminmax(centred if centred.is_contiguous() else centred.t())
-        scale = power_of_two_scale(torch.maximum(-least, most))
-        moments.first.add_(_multiply_in_float32(moments, centred, scale))
+        scale = power_of_two_scale(torch.maximum(-centred.amin(), centred.amax()))
+        # Float64 rows keep their digits until they are centred and scaled.
+        scaled = centred.mul_(scale.to(centred.dtype)).to(torch.float32)
+        moments.first.add_(_multiply_in_float32(moments, scaled, scale))
     else:
         _multiply_in_float64(moments, centred)
         moments.first.add_(centred.sum(0))
@@ -263,26 +286,30 @@ def _multiply_in_float64(moments: DenseSums, centred: Tensor) -> None:
         moments.second[start:stop, start:].addmm_(centred[:, start:stop].t(), centred[:, start:])
 
 
-def _multiply_in_float32(moments: DenseSums, centred: Tensor, scale: Tensor | None) -> Tensor:
-    """Add the products of rows, scaled by a power of two meanwhile; return the sum of the rows."""
-    if scale is not None:
-        # Float64 rows keep their digits until they are centred and scaled.
-        centred = centred.mul_(scale.to(centred.dtype)).to(torch.float32)
-    weight = None if scale is None else scale.square().reciprocal()
-    number = centred.shape[0] // ROWS_PER_FLOAT32_SUM
-    whole = number * ROWS_PER_FLOAT32_SUM
-    pieces, rest = centred[:whole].unflatten(0, (number, ROWS_PER_FLOAT32_SUM)), centred[whole:]
-    for start, stop in block_rows(centred, 128 if centred.shape[1] < 2048 else 256):
+def _multiply_in_float32(moments: DenseSums, scaled: Tensor, scale: Tensor | float) -> Tensor:
+    """Add the products of rows that were scaled by a power of two; return the sum of the rows before."""
+    weight = 1 / (scale * scale)
+    total, features = scaled.shape
+    size = _rows_of_a_sum(total)
+    number = total // size
+    pieces, rest = scaled[: number * size].view(number, size, features), scaled[number * size :]
+    for start, stop in block_rows(scaled, 64 if features <= 512 else 128 if features < 2048 else 256):
         # Add the product while the cache holds it; a product of all features would not fit.
-        left, right = pieces[..., start:stop].mT, pieces[..., start:]  # (n / 256, b, 256), (n / 256, 256, w)
+        left, right = pieces[..., start:stop].mT, pieces[..., start:]  # (n, b, size), (n, size, w)
         shape = (number, left.shape[1], right.shape[2])
         product = torch.bmm(left, right, out=workspace(left, "product", shape, torch.float32)).sum(0)
         if len(rest):
             product.addmm_(rest[:, start:stop].t(), rest[:, start:])
-        if weight is not None:
-            product = product.to(torch.float64).mul_(weight)
-        moments.second[start:stop, start:].add_(product)
-    ones = centred.new_ones(ROWS_PER_FLOAT32_SUM)
-    first = (ones[: len(rest)] @ rest).to(torch.float64)  # torch.sum takes four times as long
-    first += (ones @ pieces).sum(0, dtype=torch.float64)
-    return first if scale is None else first.div_(scale)
+        moments.second[start:stop, start:].add_(product.to(torch.float64).mul_(weight))
+    ones = scaled.new_ones(size)
+    first = (ones @ pieces).sum(0, dtype=torch.float64)  # torch.sum takes four times as long
+    if len(rest):
+        first += ones[: len(rest)] @ rest
+    return first.div_(scale)
+
+
+@functools.lru_cache
+def _rows_of_a_sum(number: int) -> int:
+    """The rows of one float32 sum: as many as allowed, or half as many or more if these leave no rest."""
+    sizes = range(ROWS_PER_FLOAT32_SUM, ROWS_PER_FLOAT32_SUM // 2, -1)
+    return next((size for size in sizes if number % size == 0), ROWS_PER_FLOAT32_SUM)
