@@ -199,7 +199,7 @@ def what_no_writer_reads_does_not_travel(rank, world):
 
 
 def whatever_ends_a_record_is_raised_on_all(rank, world):
-    """A full disk, or an interrupt in a writer, progress or an exchange: no trace, and the next record works."""
+    """A full disk, or an interrupt in a writer, progress or an exchange: no trace, and the next call works."""
     folder = shared_folder(rank)
     state = {"step": None}
 
