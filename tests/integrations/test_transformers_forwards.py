@@ -309,7 +309,7 @@ class WithEngine(TrainerCallback):
 
 @pytest.mark.parametrize("of_engine", [False, True])
 def test_gradients_without_the_factor_of_the_loss(of_engine, tmp_path):
-    """The factor of accelerate's scaler or a DeepSpeed engine, which scales by itself; evaluations have none."""
+    """The factor of accelerate's scaler, or of a DeepSpeed engine, which scales itself; none in evaluation."""
 
     def trained(scaled):
         trainer = make_trainer(tmp_path, Net(), learning_rate=0.0)
