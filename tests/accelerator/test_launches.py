@@ -1,4 +1,4 @@
-"""How many operations an accelerator is asked for, and how often the host waits for it."""
+"""Number of operations on an accelerator, and of waits of the host for it."""
 
 import pytest
 import torch

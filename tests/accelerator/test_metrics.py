@@ -1,4 +1,4 @@
-"""Metrics of rows on an accelerator equal those of the same rows on the CPU."""
+"""Metrics of rows on an accelerator equal the metrics of the same rows on the CPU."""
 
 import copy
 import pickle

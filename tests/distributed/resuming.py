@@ -39,7 +39,7 @@ def forwards(rank, number, *names):
 
 
 def read(probe):
-    """Values of everything observed, and of what the reader has not read yet."""
+    """Values of the rows that the reader has not read yet, and of all rows."""
     with probe._only("reader", "train"):
         window = probe.compute("train")
     return [window, probe.compute("train")]

@@ -942,7 +942,7 @@ def labels_equal_one_process(rank, world):
 
 
 def labels_beside_a_model_on_some_processes(rank, world):
-    """A process without labels contributes to the other statistics, but not to those of labels."""
+    """A process without labels contributes nothing to statistics of labels, and all to the others."""
     torch.manual_seed(0)
     mine, whole = (nn.Sequential(nn.Linear(6, 5)).double().eval() for _ in range(2))
     whole.load_state_dict(mine.state_dict())
@@ -976,7 +976,7 @@ def labels_beside_a_model_on_some_processes(rank, world):
 
 
 def sketches_equal_one_process(rank, world):
-    """Shares of any size, far from each other; bounds and trace are those of all rows."""
+    """Shares of any size, far from each other; bounds and trace equal the ones of all rows."""
     parts = shares(world, 0, far="each other")
     whole, mine = (sm.StableRankMetric(sketch_size=4) for _ in range(2))
     for part in parts:

@@ -144,7 +144,7 @@ def experts_of_each_process_reach_all(rank, world):
 
 
 def findings_are_the_same_on_all(rank, world):
-    """All processes know the findings of layers that one process has, and whether the weights are new."""
+    """All processes get the findings of a layer that one process has, which depend on whether it is new."""
     own = {f"new{rank}": nn.Linear(8, 8), f"trained{rank}": nn.Linear(8, 8)}
     with torch.no_grad():
         own[f"trained{rank}"].weight.mul_(1e-3)
@@ -184,7 +184,7 @@ def a_loop_over_merged_sums_ends_for_all(rank, world):
 
 
 def sketches_beside_idle_processes(rank, world):
-    """A layer is sketched on the process that ran it, and idle processes do not know its width yet."""
+    """A layer is sketched on the process that ran it, before idle processes get its width."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 90), nn.Linear(90, 4)).double().eval()
     probe = sm.LayerProbe(
@@ -235,7 +235,7 @@ def what_does_not_fit_is_an_error_everywhere(rank, world):
 
 
 def large_layers_travel_by_themselves(rank, world):
-    """With the smallest pieces and batches and every kind of sum, values equal those of one batch for all."""
+    """With the smallest pieces and batches and every kind of sum, values equal the ones of a single batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 30), nn.Linear(30, 5)).double().eval()
     metrics = [
@@ -424,7 +424,7 @@ def pipelines_equal_one_process(rank, world):
 
 
 def what_is_not_merged_is_recorded_of_all(rank, world):
-    """Metrics that each process keeps for itself: its own values, and those of layers that only others have."""
+    """Metrics that each process keeps for itself: its own values, and values of layers that only others have."""
     model = nn.ModuleDict({name: nn.Linear(4, 3).double() for name in ("shared", f"own{rank}")})
     nn.init.ones_(model["shared"].weight)
     probe = sm.LayerProbe(model, sm.CovarianceTraceMetric(sync_on_compute=False))

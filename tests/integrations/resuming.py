@@ -1,4 +1,4 @@
-"""Records of an interrupted and resumed training, compared with those of an uninterrupted one."""
+"""Records of an interrupted and resumed training, compared with an uninterrupted one."""
 
 import functools
 import subprocess
@@ -71,7 +71,7 @@ def remembered(monitor):
 
 
 def on_two_processes(kind, folder):
-    """Numbers of an uninterrupted training, and those of a resumed one that differ."""
+    """Numbers of an uninterrupted training, and the numbers of a resumed one that differ."""
     command = [
         sys.executable,
         "-W",

@@ -353,7 +353,7 @@ def test_a_backward_in_two_parts_shows_each_gradient_once(new, backend, reentran
 
 @pytest.mark.parametrize(("backend", "reentrant"), WAYS)
 def test_what_belongs_to_the_forward_is_that_of_the_forward(backend, reentrant):
-    """Stage, mask, labels and sampling are those of the forward, whatever is set during backward."""
+    """Stage, mask, labels and sampling come from the forward, whatever is set during backward."""
     layers = nn.Sequential(nn.Linear(4, 6), nn.ReLU(True), nn.Linear(6, 2)).double()
 
     def body(x):
@@ -500,7 +500,7 @@ def test_what_arrives_may_have_any_form():
 
 
 def test_the_factor_of_the_loss_is_taken_out():
-    """A number, or a scaler with its scale when the gradient arrives; with more digits than the gradient had."""
+    """A number, or a scaler with its scale when the gradient arrives; more digits than the gradient had."""
     twin = made(lambda: nn.Linear(4, 3), dtype=torch.float16)
     plain = 2e-6 * twin(given(5, 4, dtype=torch.float16)).double().detach()
     for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**12), 2.0**12):
