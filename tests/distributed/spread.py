@@ -144,7 +144,7 @@ def experts_of_each_process_reach_all(rank, world):
 
 
 def findings_are_the_same_on_all(rank, world):
-    """All processes get the findings of a layer that one process has, which depend on whether it is new."""
+    """All processes get one process' findings, which depend on whether its weights are new."""
     own = {f"new{rank}": nn.Linear(8, 8), f"trained{rank}": nn.Linear(8, 8)}
     with torch.no_grad():
         own[f"trained{rank}"].weight.mul_(1e-3)
@@ -424,7 +424,7 @@ def pipelines_equal_one_process(rank, world):
 
 
 def what_is_not_merged_is_recorded_of_all(rank, world):
-    """Metrics that each process keeps for itself: its own values, and values of layers that only others have."""
+    """Metrics that each process keeps for itself: its own values, and values of the others' layers."""
     model = nn.ModuleDict({name: nn.Linear(4, 3).double() for name in ("shared", f"own{rank}")})
     nn.init.ones_(model["shared"].weight)
     probe = sm.LayerProbe(model, sm.CovarianceTraceMetric(sync_on_compute=False))
