@@ -20,7 +20,7 @@ def everything_public(modules):
                 continue
             yield module.__name__, key, each
             if inspect.isclass(each):
-                # The class, and private classes of the package among its bases.
+                # The class, and base classes in the package that have no further bases.
                 plain = [base for base in each.__bases__ if base.__bases__ == (object,)]
                 parts = [each, *(base for base in plain if base.__module__.startswith("spectralmetrics"))]
                 for method, function in (pair for part in parts for pair in vars(part).items()):

@@ -167,7 +167,7 @@ def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least(
 
 
 def test_deep_networks_begin_with_small_spreads():
-    """Biases outweigh the variation: no collapse is reported while the weights are those of a new network."""
+    """Biases outweigh the variation: with the weights of a new network, collapse is no problem."""
     torch.manual_seed(0)
     model = nn.Sequential(*[each for _ in range(8) for each in (nn.Linear(64, 64), nn.GELU())]).eval()
     digits = torch.rand(800, 64)

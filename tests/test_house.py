@@ -165,7 +165,7 @@ def test_groups_of_tests_stay_on_one_worker(request):
 
 
 def docstrings(text):
-    """All docstrings of a file, including those of attributes."""
+    """All docstrings of a file, including docstrings of attributes."""
     values = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
     return [each.value for each in values if isinstance(each, ast.Constant) and isinstance(each.value, str)]
 

@@ -264,7 +264,7 @@ def probes_on_one(rank, world):
                 probe.compute()
             assert time.monotonic() - start < 10
         dist.barrier()
-        # Each process has a layer of this name.
+        # This time each process has the probe.
         model, probe = probe_of(["a"])
         model["a"](torch.randn(9, 4).double())
         probe.compute()

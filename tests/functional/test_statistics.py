@@ -221,7 +221,7 @@ def test_round_off_of_a_singular_covariance_counts_as_zero(rank):
 
 @pytest.mark.parametrize("batches", [1, 40])
 def test_the_rank_of_real_feature_maps_is_exact(batches):
-    """A convolution of one channel with 3x3 kernels has rank 9, also on images that are mostly one colour."""
+    """A convolution of one channel with 3x3 kernels has rank 9, on images that are mostly one colour."""
     from sklearn.datasets import load_digits
 
     import spectralmetrics as sm

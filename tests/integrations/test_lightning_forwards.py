@@ -22,7 +22,7 @@ TRAIN, VALIDATION, TEST = 320, 160, 80  # samples in each epoch of a `Classifier
 
 
 class Frozen(Classifier):
-    """While training, the first layer stays in eval mode, and the last in training mode."""
+    """The first layer stays in eval mode while the rest trains; the last always stays in training mode."""
 
     def __init__(self):
         super().__init__(0.1)
@@ -85,7 +85,7 @@ class Elsewhere(Callback):
 
 
 class Inside(Classifier):
-    """Evaluates its model in the middle of a training step, as adversarial training does."""
+    """Evaluates itself in the middle of a training step, as adversarial training does."""
 
     def training_step(self, batch, index):
         self.eval()

@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
 
 
 def has_no_validation(epoch):
-    """Lightning does not repeat a validation that was due after the checkpoint."""
+    """Lightning skips a validation that was due right after the checkpoint."""
     return lambda key: key[0] == epoch and key[2] == "eval"
 
 
@@ -113,7 +113,7 @@ CASES = {  # event and step of the checkpoint, arguments of the trainer
 }
 
 # Cases in which Lightning skips a validation that was due, so that later ones have other draws; and a case in
-# which it counts other batches until it logs.
+# which its count of batches, which decides when it logs, misses one.
 LOSE_A_VALIDATION = {"at its last batch", "at its last batch, by steps", "at the last step of all"}
 LOG_AT_OTHER_STEPS = {"as it ends, by steps"}
 FIRST = {"in the middle of an epoch", "at its last batch", "as it ends", "after a validation in the middle"}
@@ -253,7 +253,7 @@ def test_two_callbacks_of_one_name(tmp_path):
 
 
 class Late(Callback):
-    """Fails at the end of a step, and saves a checkpoint just before."""
+    """Fails at the end of a step, and saves a checkpoint because of the error."""
 
     def __init__(self, path):
         self.path = path

@@ -73,7 +73,7 @@ class CountMetric(sm.SpectralMetric):
 
 @pytest.fixture(autouse=True)
 def _no_trace(monkeypatch):
-    """Remove the statistics defined here after each test."""
+    """Restore the registry's entries of these statistics after each test."""
     for name in (LargestShareMetric.short_name, CountMetric.short_name):
         monkeypatch.setitem(sm.metrics.base._STATISTICS, name, sm.statistics()[name])
 

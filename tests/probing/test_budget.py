@@ -78,7 +78,7 @@ def test_rows_are_left_out_before_forwards(clock):
     # With all rows, the budget would pay for one forward in 4,000.
     assert sum(observed) > 5000 / 16
     assert budget.rows_per_feature("train") < 10
-    assert own > 0.4 * 0.03 * 50  # and most of it is spent
+    assert own > 0.4 * 0.03 * 50  # and much of it is spent
 
 
 def test_a_dear_beginning_is_paid_off(clock):

@@ -104,7 +104,7 @@ def test_some_experts_are_chosen_by_name_and_a_module_of_them_is_taken_whole_by_
         LayerProbe(model, layers="*.experts.4")
     model(words(0))
     assert int(whole["train", whole.layers[0]]["saturation"].count) == 60
-    # Gradients exist for the whole module only.
+    # Gradients arrive only at the whole module.
     gradients = LayerProbe(model, layers="*.experts", observe="gradients")
     model(words(0)).logits.sum().backward()
     assert len(gradients.compute()) == 2

@@ -489,7 +489,7 @@ def test_what_arrives_may_have_any_form():
     output = linear(given(5, 4).requires_grad_())
     (slope,) = torch.autograd.grad(output.square().sum(), linear.weight, create_graph=True)
     assert torch.equal(rows_of(probe, "Linear"), 2 * output.detach())
-    slope.square().sum().backward()  # the gradient of a gradient comes there, too
+    slope.square().sum().backward()  # a second derivative arrives there, too
     assert len(rows_of(probe, "Linear")) == 10
     assert rows_of(probe, "Linear").isfinite().all()
     half = made(lambda: nn.Linear(4, 3), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A process killed between a record and its pictures: the resumed run draws them, and no remains stay."""
+"""A process killed between a record and its pictures: the resumed run draws them and cleans up."""
 
 import os
 import signal
