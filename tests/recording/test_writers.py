@@ -1,4 +1,4 @@
-"""What is written is what is read again."""
+"""Values that are written are read back unchanged."""
 
 import torch
 
@@ -31,4 +31,4 @@ def test_a_spectrum_is_about_the_mean_unless_it_is_asked_for_about_zero(tmp_path
         expected = eigenvalues(values[f"about mean/{where}"])
         torch.testing.assert_close(layer.spectrum().eigenvalues, expected)
         torch.testing.assert_close(layer.spectrum(False).eigenvalues, values[f"about zero/{where}"])
-        assert layer.spectrum(False).eigenvalues[0] > 1.1 * expected[0]  # their mean is not zero
+        assert layer.spectrum(False).eigenvalues[0] > 1.1 * expected[0]  # the mean is not zero

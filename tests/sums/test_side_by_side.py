@@ -1,4 +1,4 @@
-"""Matrices decomposed at a time give the same results, in order, and other threads keep their settings."""
+"""Matrices decomposed in parallel give the same results, in order, and other threads keep their settings."""
 
 import subprocess
 import sys
