@@ -109,9 +109,17 @@ def read_checkpoint(path: Path) -> dict[str, _Stored]:
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, found no {str(path)!r}")
     tensors: dict[str, _Stored] = {}
+    files: dict[str, Path] = {}  # tensor -> its file
     for file in _files(path):
         read = _safetensors if file.suffix == ".safetensors" else _pickled
-        tensors |= {without_wrappers(name): stored for name, stored in read(file).items()}
+        found = {without_wrappers(name): stored for name, stored in read(file).items()}
+        if (twice := next((name for name in found if name in files), None)) is not None:
+            raise ValueError(
+                f"expected the files of one checkpoint in {str(path)!r}, got {twice!r} in {files[twice].name!r}"
+                f" and in {file.name!r}: give the path of one file"
+            )
+        tensors |= found
+        files |= dict.fromkeys(found, file)
     return tensors
 
 

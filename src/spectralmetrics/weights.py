@@ -176,7 +176,7 @@ def weight_spectra(
     Raises:
         TypeError: for a model that is not a module, or ``since`` that is not a state dict.
         ValueError: for an unknown statistic, a selector that matches nothing, a model without matrices, or a
-            state dict of other shapes.
+            state dict of other shapes or without any of these weights.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch._C.Generator object at ...>
@@ -227,6 +227,12 @@ def summarise_weights(
         progress: see :func:`weight_spectra`.
     """
     readers = {name: _reader(name) for name in (DEFAULT_STATISTICS if statistics is None else statistics)}
+    if before and not any({m.parameter, f"{m.parameter}_orig"} & before.keys() for m in matrices):
+        theirs = next(iter(before), None)
+        raise ValueError(
+            f"expected earlier weights of the same model in since, got none of {matrices[0].parameter!r} and"
+            f" the others; its first name is {theirs!r}"
+        )
     left_out, rows = dict(skipped or {}), []
     for done, matrix in enumerate(matrices, 1):
         weight = matrix.of(matrix.bring())
@@ -258,7 +264,8 @@ def _of_modules(
                 continue
             seen.add(id(parameter))
             layer = name if own == "weight" else f"{prefix}{own}"
-            if reason := _AWAY if parameter.is_meta else why_no_numbers(parameter.dtype):
+            away = _AWAY if parameter.is_meta else "it is empty" if 0 in shape else ""
+            if reason := away or why_no_numbers(parameter.dtype):
                 skipped[layer] = reason
                 continue
             stacked = len(shape) == 3 and not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
