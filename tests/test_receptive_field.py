@@ -169,6 +169,13 @@ def test_a_transposed_convolution(kernel, stride):
         assert field.largest[0] == seen(model, layer, 1, 16, 1)
 
 
+def test_many_phases_are_taken_for_alike():
+    model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.Upsample(size=4999), nn.Conv1d(1, 1, 3), nn.Conv1d(1, 1, 3))
+    fields = receptive_fields(model, torch.zeros(1, 1, 4002), nn.Conv1d)
+    # Neighbouring positions of the interpolated signal lie 4000 / 4999 apart.
+    assert [float(field.largest[0]) for field in fields.values()] == pytest.approx([3, 4.6, 6.2], abs=0.01)
+
+
 class Slice(nn.Module):
     def __init__(self, start, step):
         super().__init__()

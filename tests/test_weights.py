@@ -384,6 +384,17 @@ def test_an_earlier_state_of_another_model_is_refused(tmp_path, capsys):
     assert row.update["relative_size"] > 0
 
 
+def test_matrices_of_gates_and_values_are_whole_weights(tmp_path):
+    state = {name: torch.randn(6, 5) for name in ("cell.w_g", "cell.w_v", "cell.w_o")}
+    with pytest.warns(FutureWarning):
+        normed = nn.utils.weight_norm(nn.Linear(5, 6, bias=False))
+    state |= {f"normed.{name}": value for name, value in normed.state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    found = checkpoint_spectra(tmp_path / "model.pt")
+    assert [row.layer for row in found.rows] == ["cell.w_g", "cell.w_v", "cell.w_o"]
+    assert set(found.skipped) == {"normed.weight_g", "normed.weight_v"}
+
+
 def test_an_empty_matrix_is_skipped():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
     model[1].weight = nn.Parameter(torch.empty(3, 0))
