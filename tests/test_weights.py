@@ -414,6 +414,17 @@ class Evil:
     pass
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_checkpoint_that_is_cut_off_is_said_to_be(share, is_zip, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"model\.pt' (cannot be read as|holds Python objects)"):
+        checkpoint_spectra(path)
+
+
 def test_what_is_refused(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "pickle.pt")
     torch.save({"a": torch.ones(3)}, tmp_path / "vectors.pt")

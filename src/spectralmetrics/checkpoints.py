@@ -199,7 +199,7 @@ def _pickled(path: Path) -> dict[str, _Stored]:
             f"{str(path)!r} holds Python objects besides tensors, which could run code when they are read: save"
             " the model's state_dict() alone, as in torch.save(model.state_dict(), path) or .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file raises any kind of error
         raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: {error}") from error
     return {
         name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), lambda v=value: v, value.is_meta)  # type: ignore[misc]
