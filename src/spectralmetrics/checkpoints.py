@@ -278,10 +278,8 @@ def _reason(tensor: _Stored) -> str:
     """The reason why a tensor is not a matrix that can be read; empty if it is."""
     if len(tensor.shape) < 2:
         return "it is no matrix"
-    if 0 in tensor.shape:
-        return "it is empty"
     if tensor.is_meta:
         return "it was saved on the meta device, without its values"
     if tensor.dtype is None:
         return "PyTorch has no such dtype"
-    return why_no_numbers(tensor.dtype)
+    return why_no_numbers(tensor.dtype, tensor.shape)
