@@ -366,6 +366,29 @@ def test_the_model_is_left_as_it_was():
     assert [module.training for module in model] == [True, False, True, True]
 
 
+class Unusual(nn.Module):
+    """Calls that are rare: arguments by name, empty maps, views of bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 2)
+
+    def forward(self, maps):
+        maps = functional.conv2d(input=maps, weight=self.conv.weight)
+        features = functional.linear(input=maps.permute(0, 2, 3, 1), weight=torch.eye(2, device=maps.device))
+        assert not torch.relu(maps[:, :, :0]).numel()
+        return self.out(features.permute(0, 3, 1, 2) * (maps.view(torch.int32)[:, :, :1, :1] != 0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_unusual_calls(device):
+    model, example = Unusual().to(device), torch.zeros(1, 1, 9, 9, device=device)
+    fields = receptive_fields(nn.Sequential(model, nn.Conv2d(1, 1, 1, device=device)), example, nn.Conv2d)
+    assert fields["1"].smallest == (4, 4)
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), Take(), nn.Conv2d(2, 1, 2)).to(device)
+    assert receptive_fields(model, example)["2"].largest == (4, 6)
+
+
 def test_errors_quote_what_came():
     with pytest.raises(ValueError, match=r"\(N, C, \*spatial\).*got \(2, 3\)"):
         receptive_fields(nn.Linear(3, 2), torch.zeros(2, 3))

@@ -113,7 +113,7 @@ class Follower(TorchFunctionMode):
         mixes = call.is_a(_MIXES_POSITIONS) or (call.is_a(_PRODUCT) and len(self._followed(call.args)) > 1)
         mixed = 1 if call.is_a(_CONVOLUTION) else None  # the dimension of features
         if call.is_a(_LINEAR) and field.dims is not None:
-            mixed = source.ndim - 1 - (call.args[0] is not source)
+            mixed = source.ndim - 2 if call.args and call.args[0] is not source else source.ndim - 1
 
         def behind(axis: Axis, which: int) -> Axis:
             dim, (before, after) = dims[which], sizes[which]
@@ -133,12 +133,14 @@ class Follower(TorchFunctionMode):
         for dim in self._dims(source):
             shape = [1] * source.ndim
             shape[dim] = source.shape[dim]
-            numbers = torch.arange(source.shape[dim], device=source.device).view(shape)
-            numbers = numbers.expand(source.shape).contiguous()
+            numbers = torch.arange(source.shape[dim], device="cpu" if source.is_meta else source.device)
+            numbers = numbers.view(shape).expand(source.shape).contiguous()
             result = list(_tensors(call(numbers, *call.args[1:])))[number]
             along = [d for d in range(result.ndim) if (result.diff(dim=d) != 0).any()]
             if not result.numel():
                 return field
+            if result.dtype != numbers.dtype:  # a view of the bits
+                return field.everything()
             if not along and result.ndim == source.ndim:
                 along = [dim]
             if len(along) != 1 or along[0] in dims:
@@ -207,7 +209,7 @@ def _ways(call: _Call, source: Tensor, result: Tensor) -> list[Way] | None:
     if call.name == "pad":
         starts = [*call.argument(1, "pad", ())[::2], *[0] * len(before)][: len(before)]
         return [moved(-start, 1) for start in reversed(starts)]
-    ratios = [Fraction(b, a) for b, a in zip(before, after, strict=True)]
+    ratios = [Fraction(b, a or 1) for b, a in zip(before, after, strict=True)]
     if call.name in ("interpolate", "upsample"):
         scale = call.argument(2, "scale_factor", None)
         mode = call.argument(3, "mode", "nearest")
