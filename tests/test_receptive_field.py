@@ -1,6 +1,7 @@
 """Receptive fields, compared with the reach of a NaN in the input."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -55,23 +56,66 @@ class Take(nn.Module):
         return maps[:, :1, 1:, ::3].expand(-1, 2, -1, -1)
 
 
+class Focus(nn.Module):
+    """The first layer of YOLO: the four positions of each square, as channels."""
+
+    def forward(self, maps):
+        squares = [maps[..., ::2, ::2], maps[..., 1::2, ::2], maps[..., ::2, 1::2], maps[..., 1::2, 1::2]]
+        return torch.cat(squares, 1).mean(1, keepdim=True).expand(-1, 2, -1, -1)
+
+
+class Merging(nn.Module):
+    """Patches of Swin, joined in channels-last layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.norm = nn.Conv2d(2, 2, 2, 2), nn.Linear(4, 2), nn.LayerNorm(2)
+
+    def forward(self, maps):
+        last = self.conv(maps).permute(0, 2, 3, 1)
+        last = torch.cat([last[:, 0::2, 0::2], last[:, 1::2, 1::2]], -1)
+        return self.norm(self.linear(last)).permute(0, 3, 1, 2)
+
+
+class Shuffled(nn.Module):
+    """ShuffleNet's order of channels, by a view in five dimensions."""
+
+    def forward(self, maps):
+        count, _, height, width = maps.shape
+        return maps.view(count, 2, 1, height, width).transpose(1, 2).reshape(count, -1, height, width)
+
+
+class Written(nn.Module):
+    """A result that is written into a new tensor, part by part."""
+
+    def forward(self, maps):
+        result = torch.zeros_like(maps)
+        result[:, :1] = functional.avg_pool2d(maps[:, :1], 3, 1, 1)
+        result[:, 1:] = maps[:, 1:]
+        return result
+
+
 def seen(model, layer, channels, size, axes):
-    """Extent of the input, along its last axis, on which the middle position of a layer's output depends."""
+    """The extent of the input, along its last axis, that the position that sees most of it depends on.
+
+    Positions that see the border may see less than others; they are left out.
+    """
     reached = []
-
-    def hook(module, args, output):
-        position = [extent // 2 for extent in output.shape[2:]]
-        reached.append(bool(output[(slice(None), slice(None), *position)].isnan().any()))
-
-    handle = model.get_submodule(layer).register_forward_hook(hook)
+    handle = model.get_submodule(layer).register_forward_hook(
+        lambda module, args, output: reached.append(output)
+    )
+    examples = torch.zeros(size, channels, *([size] * axes))
+    examples[range(size), ..., range(size)] = math.nan
     with torch.no_grad():
-        for column in range(size):
-            example = torch.zeros(1, channels, *([size] * axes))
-            example[..., column] = math.nan
-            model.eval()(example)
+        model.eval()(examples)
     handle.remove()
-    columns = [column for column, flag in enumerate(reached) if flag]
-    return columns[-1] - columns[0] + 1
+    flags_of = reached[0].isnan().any(1)[(slice(None),) + (reached[0].shape[2] // 2,) * (axes - 1)]
+    extents = []
+    for flags in flags_of.T.tolist():
+        columns = [column for column, flag in enumerate(flags) if flag]
+        if columns and columns[0] > 0 and columns[-1] < size - 1:
+            extents.append(columns[-1] - columns[0] + 1)
+    return max(extents)
 
 
 SEQUENTIAL = {
@@ -89,6 +133,10 @@ SEQUENTIAL = {
     "shuffled": [nn.PixelUnshuffle(2), nn.Conv2d(8, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 2, 3)],
     "residual": [nn.Conv2d(2, 2, 3, 2, 1), Residual(2), Residual(2, 2), Residual(2)],
     "branches": [Branches()],
+    "focus": [nn.Conv2d(2, 2, 3, 1, 1), Focus(), nn.Conv2d(2, 2, 3, 1, 1), Focus(), nn.Conv2d(2, 2, 2)],
+    "merging": [Merging(), nn.Conv2d(2, 2, 3)],
+    "order of channels": [nn.Conv2d(2, 2, 3), Shuffled(), nn.Conv2d(2, 2, 3)],
+    "written": [nn.Conv2d(2, 2, 3), Written(), nn.Conv2d(2, 2, 3)],
     "slices": [nn.Conv2d(2, 2, 3, 1, 1), Option(), nn.Conv2d(2, 2, 3), Take(), nn.Conv2d(2, 2, 3)],
 }
 
@@ -100,10 +148,7 @@ def test_the_largest_field_is_what_a_position_depends_on(name):
     fields = receptive_fields(model, torch.zeros(1, 2, size, size), nn.Conv2d)
     assert fields
     for layer, field in fields.items():
-        # After a pixel shuffle the positions see different parts; the field bounds them.
-        tolerance = 3 if name == "shuffled" else 0
-        depends_on = seen(model, layer, 2, size, 2)
-        assert field.largest[-1] - tolerance <= depends_on <= field.largest[-1], layer
+        assert field.largest[-1] == seen(model, layer, 2, size, 2), layer
 
 
 @pytest.mark.parametrize(("axes", "conv"), [(1, nn.Conv1d), (3, nn.Conv3d)])
@@ -121,7 +166,78 @@ def test_a_transposed_convolution(kernel, stride):
     fields = receptive_fields(model, torch.zeros(1, 1, 16))
     # Positions of an upsampled signal see different numbers of inputs; the field is the largest of them.
     for layer, field in fields.items():
-        assert field.largest[0] - 1.5 <= seen(model, layer, 1, 16, 1) <= math.ceil(field.largest[0])
+        assert field.largest[0] == seen(model, layer, 1, 16, 1)
+
+
+def test_many_phases_are_taken_for_alike():
+    model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.Upsample(size=4999), nn.Conv1d(1, 1, 3), nn.Conv1d(1, 1, 3))
+    fields = receptive_fields(model, torch.zeros(1, 1, 4002), nn.Conv1d)
+    # Neighbouring positions of the interpolated signal lie 4000 / 4999 apart.
+    assert [float(field.largest[0]) for field in fields.values()] == pytest.approx([3, 4.6, 6.2], abs=0.01)
+
+
+class Slice(nn.Module):
+    def __init__(self, start, step):
+        super().__init__()
+        self.start, self.step = start, step
+
+    def forward(self, signal):
+        return signal[..., self.start :: self.step]
+
+
+class Together(nn.Module):
+    """Two paths, added or concatenated where both have positions."""
+
+    def __init__(self, *paths, concatenate):
+        super().__init__()
+        self.paths, self.concatenate = nn.ModuleList(paths), concatenate
+
+    def forward(self, signal):
+        one, two = (path(signal) for path in self.paths)
+        size = min(one.shape[-1], two.shape[-1])
+        one, two = (signal[..., (signal.shape[-1] - size) // 2 :][..., :size] for signal in (one, two))
+        return torch.cat([one, two], 1).mean(1, keepdim=True) if self.concatenate else one + two
+
+
+def random_network(draw):
+    def same_rate():
+        kernel, dilation = draw.randint(1, 4), draw.randint(1, 2)
+        padding = draw.choice([0, 1, 2, "same"] if kernel % 2 else [0, 1, 2])
+        pool = nn.MaxPool1d(3, 1, draw.randint(0, 1), dilation)
+        conv = nn.Conv1d(1, 1, kernel, padding=padding, dilation=dilation)
+        pad = nn.ConstantPad1d((draw.randint(-2, 2), draw.randint(-2, 2)), 0.0)
+        return draw.choice([conv, pool, pad, Slice(draw.randint(0, 3), 1), nn.AvgPool1d(2, 1, 1)])
+
+    def other_rate():
+        factor, kernel = draw.randint(1, 3), draw.randint(1, 4)
+        up = nn.Upsample(scale_factor=draw.choice([1.5, 2, 3]), mode=draw.choice(["nearest", "linear"]))
+        back = nn.ConvTranspose1d(1, 1, kernel, factor, 0, 0, dilation=draw.randint(1, 2))
+        conv = nn.Conv1d(1, 1, kernel, factor, draw.randint(0, 1))
+        return draw.choice([up, back, conv, Slice(draw.randint(0, 2), factor), nn.LPPool1d(1, factor)])
+
+    def joined():
+        factor = draw.randint(2, 3)
+        there = nn.Conv1d(1, 1, draw.randint(1, 4), factor)
+        back = draw.choice(
+            [nn.ConvTranspose1d(1, 1, draw.randint(1, 4), factor), nn.Upsample(scale_factor=factor)]
+        )
+        paths = (
+            nn.Sequential(same_rate(), *draw.choice([[], [there, back]])),
+            draw.choice([nn.Identity, same_rate])(),
+        )
+        return Together(*paths, concatenate=draw.random() < 0.5)
+
+    return nn.Sequential(
+        *(draw.choice([same_rate, other_rate, joined, joined])() for _ in range(4)), nn.Conv1d(1, 1, 2)
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks(seed):
+    model = random_network(random.Random(seed))
+    fields = receptive_fields(model, torch.zeros(1, 1, 150), nn.Conv1d)
+    for layer, field in fields.items():
+        assert field.largest[0] == seen(model, layer, 1, 150, 1), model
 
 
 def test_skip_connections_leave_the_smallest_field_behind():
@@ -248,6 +364,29 @@ def test_the_model_is_left_as_it_was():
     with pytest.raises(RuntimeError, match="expected input"):
         receptive_fields(model, torch.zeros(1, 3, 8, 8))
     assert [module.training for module in model] == [True, False, True, True]
+
+
+class Unusual(nn.Module):
+    """Calls that are rare: arguments by name, empty maps, views of bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 2)
+
+    def forward(self, maps):
+        maps = functional.conv2d(input=maps, weight=self.conv.weight)
+        features = functional.linear(input=maps.permute(0, 2, 3, 1), weight=torch.eye(2, device=maps.device))
+        assert not torch.relu(maps[:, :, :0]).numel()
+        return self.out(features.permute(0, 3, 1, 2) * (maps.view(torch.int32)[:, :, :1, :1] != 0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_unusual_calls(device):
+    model, example = Unusual().to(device), torch.zeros(1, 1, 9, 9, device=device)
+    fields = receptive_fields(nn.Sequential(model, nn.Conv2d(1, 1, 1, device=device)), example, nn.Conv2d)
+    assert fields["1"].smallest == (4, 4)
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), Take(), nn.Conv2d(2, 1, 2)).to(device)
+    assert receptive_fields(model, example)["2"].largest == (4, 6)
 
 
 def test_errors_quote_what_came():

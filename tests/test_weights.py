@@ -368,8 +368,61 @@ def test_an_earlier_checkpoint(tmp_path, capsys):
     assert [line[end - 8 : end].strip() for line in heads] == ["update:", "relative", "size"]
 
 
+def test_an_earlier_state_of_another_model_is_refused(tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(30, 20))
+    other = nn.ModuleDict({"layer": nn.Linear(30, 20)})
+    with pytest.raises(ValueError, match=r"none of '0\.weight'.*first name is 'layer\.weight'"):
+        sm.weight_spectra(model, since=other.state_dict())
+    torch.save(model.state_dict(), tmp_path / "after.pt")
+    torch.save(other.state_dict(), tmp_path / "before.pt")
+    assert main(["weights", str(tmp_path / "after.pt"), "--since", str(tmp_path / "before.pt")]) == 2
+    assert "none of '0.weight'" in capsys.readouterr().err
+    pruned = nn.utils.prune.random_unstructured(nn.Linear(30, 20), "weight", 0.5)
+    [row] = sm.weight_spectra(
+        model, since={f"0.{name}": value for name, value in pruned.state_dict().items()}
+    ).rows
+    assert row.update["relative_size"] > 0
+
+
+def test_matrices_of_gates_and_values_are_whole_weights(tmp_path):
+    state = {name: torch.randn(6, 5) for name in ("cell.w_g", "cell.w_v", "cell.w_o")}
+    with pytest.warns(FutureWarning):
+        normed = nn.utils.weight_norm(nn.Linear(5, 6, bias=False))
+    state |= {f"normed.{name}": value for name, value in normed.state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    found = checkpoint_spectra(tmp_path / "model.pt")
+    assert [row.layer for row in found.rows] == ["cell.w_g", "cell.w_v", "cell.w_o"]
+    assert set(found.skipped) == {"normed.weight_g", "normed.weight_v"}
+
+
+def test_an_empty_matrix_is_skipped():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    model[1].weight = nn.Parameter(torch.empty(3, 0))
+    found = sm.weight_spectra(model)
+    assert [row.layer for row in found.rows] == ["0"]
+    assert found.skipped == {"1": "it is empty"}
+
+
+def test_a_folder_of_several_checkpoints_is_refused(tmp_path):
+    for epoch in (1, 2):
+        torch.save({"0.weight": torch.randn(6, 5)}, tmp_path / f"epoch-{epoch}.pt")
+    with pytest.raises(ValueError, match=r"'0\.weight' in 'epoch-1\.pt' and in 'epoch-2\.pt'"):
+        checkpoint_spectra(tmp_path)
+
+
 class Evil:
     pass
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_checkpoint_that_is_cut_off_is_said_to_be(share, is_zip, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"model\.pt' (cannot be read as|holds Python objects)"):
+        checkpoint_spectra(path)
 
 
 def test_what_is_refused(tmp_path, capsys):

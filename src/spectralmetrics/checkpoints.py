@@ -109,9 +109,17 @@ def read_checkpoint(path: Path) -> dict[str, _Stored]:
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, found no {str(path)!r}")
     tensors: dict[str, _Stored] = {}
+    files: dict[str, Path] = {}  # tensor -> its file
     for file in _files(path):
         read = _safetensors if file.suffix == ".safetensors" else _pickled
-        tensors |= {without_wrappers(name): stored for name, stored in read(file).items()}
+        found = {without_wrappers(name): stored for name, stored in read(file).items()}
+        if (twice := next((name for name in found if name in files), None)) is not None:
+            raise ValueError(
+                f"expected the files of one checkpoint in {str(path)!r}, got {twice!r} in {files[twice].name!r}"
+                f" and in {file.name!r}: give the path of one file"
+            )
+        tensors |= found
+        files |= dict.fromkeys(found, file)
     return tensors
 
 
@@ -191,7 +199,7 @@ def _pickled(path: Path) -> dict[str, _Stored]:
             f"{str(path)!r} holds Python objects besides tensors, which could run code when they are read: save"
             " the model's state_dict() alone, as in torch.save(model.state_dict(), path) or .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged file raises any kind of error
         raise ValueError(f"{str(path)!r} cannot be read as a PyTorch checkpoint: {error}") from error
     return {
         name: _Stored(tuple(value.shape), value.dtype, _storage_of(value), lambda v=value: v, value.is_meta)  # type: ignore[misc]
@@ -256,6 +264,11 @@ def _part(name: str, stored: Mapping[str, _Stored]) -> str:
         return f"it is the mask of {own!r}"
     made_of = {"g": ("v",), "v": ("g",), "orig": ("mask", "u")}.get(end, ())
     is_part = any(f"{own}_{other}" in stored for other in made_of) and f"{own}_mask" not in stored
+    if is_part and end in (
+        "g",
+        "v",
+    ):  # the sizes of weight_norm, not the matrix of a gate beside that of values
+        is_part = sum(size > 1 for size in stored[f"{own}_g"].shape) <= 1
     if is_part or "parametrizations" in name.split("."):
         return "it is a part of a weight: load the model, and weight_spectra(model) reads the whole"
     return ""
@@ -265,10 +278,8 @@ def _reason(tensor: _Stored) -> str:
     """The reason why a tensor is not a matrix that can be read; empty if it is."""
     if len(tensor.shape) < 2:
         return "it is no matrix"
-    if 0 in tensor.shape:
-        return "it is empty"
     if tensor.is_meta:
         return "it was saved on the meta device, without its values"
     if tensor.dtype is None:
         return "PyTorch has no such dtype"
-    return why_no_numbers(tensor.dtype)
+    return why_no_numbers(tensor.dtype, tensor.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +72,23 @@ def weight_in(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
     return stored[parts[0]] * stored[parts[1]] if all(part in stored for part in parts) else None
 
 
-def why_no_numbers(dtype: torch.dtype) -> str:
-    """The reason why the values of a dtype cannot be read as weights; empty if they can.
+def check_some_in(stored: Mapping[str, Tensor] | None, names: Sequence[str]) -> None:
+    """Raise a ValueError if a state dict has tensors, and none of the weights of these names."""
+    if stored and not any({name, f"{name}_orig"} & stored.keys() for name in names):
+        raise ValueError(
+            f"expected earlier weights of the same model in since, got none of {names[0]!r} and the others; its"
+            f" first name is {next(iter(stored))!r}"
+        )
 
-    >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8)
-    ('', 'it holds uint8: packed or quantised weights')
+
+def why_no_numbers(dtype: torch.dtype, shape: Sequence[int] = ()) -> str:
+    """The reason why a tensor cannot be read as a weight; empty if it can.
+
+    >>> why_no_numbers(torch.bfloat16), why_no_numbers(torch.uint8), why_no_numbers(torch.float32, (3, 0))
+    ('', 'it holds uint8: packed or quantised weights', 'it is empty')
     """
+    if 0 in shape:
+        return "it is empty"
     if dtype.is_floating_point or dtype in (torch.qint8, torch.quint8, torch.qint32):
         return ""
     words = f"it holds {str(dtype).removeprefix('torch.')}"

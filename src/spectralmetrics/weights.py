@@ -15,7 +15,7 @@ from spectralmetrics.functional.power_law import power_law_tail
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, has_inputs_first
 from spectralmetrics.metrics import statistics
-from spectralmetrics.parameters import weight_in, weights_of, why_no_numbers
+from spectralmetrics.parameters import check_some_in, weight_in, weights_of, why_no_numbers
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.sums.decomposition import round_off
 from spectralmetrics.table import import_pandas, number, plural, text_table
@@ -176,7 +176,7 @@ def weight_spectra(
     Raises:
         TypeError: for a model that is not a module, or ``since`` that is not a state dict.
         ValueError: for an unknown statistic, a selector that matches nothing, a model without matrices, or a
-            state dict of other shapes.
+            state dict of other shapes or without any of these weights.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch._C.Generator object at ...>
@@ -227,6 +227,7 @@ def summarise_weights(
         progress: see :func:`weight_spectra`.
     """
     readers = {name: _reader(name) for name in (DEFAULT_STATISTICS if statistics is None else statistics)}
+    check_some_in(before, [matrix.parameter for matrix in matrices])
     left_out, rows = dict(skipped or {}), []
     for done, matrix in enumerate(matrices, 1):
         weight = matrix.of(matrix.bring())
@@ -258,7 +259,7 @@ def _of_modules(
                 continue
             seen.add(id(parameter))
             layer = name if own == "weight" else f"{prefix}{own}"
-            if reason := _AWAY if parameter.is_meta else why_no_numbers(parameter.dtype):
+            if reason := _AWAY if parameter.is_meta else why_no_numbers(parameter.dtype, shape):
                 skipped[layer] = reason
                 continue
             stacked = len(shape) == 3 and not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
@@ -338,8 +339,7 @@ def _words(values: Tensor, statistics: Mapping[str, float]) -> tuple[str, ...]:
         words.append(f"low rank: {rank:.3g} of {len(values)}")
     if zero := int((values == 0).sum()):
         words.append(f"{plural(zero, 'singular value')} of zero")
-    alpha = statistics.get("alpha", math.nan)
-    if alpha < _HEAVY:
+    if (alpha := statistics.get("alpha", math.nan)) < _HEAVY:
         words.append("alpha below 2: very heavy tail")
     elif alpha > _RANDOM:
         words.append("alpha above 6: hardly a tail")

@@ -194,6 +194,35 @@ def test_columns_of_one_name_are_refused(tmp_path):
         sm.measure(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("kind", ["frames", "files"])
+def test_columns_in_another_order_are_the_same_features(kind, tmp_path):
+    frame = pandas.DataFrame(VALUES.numpy() * np.arange(1, 9) + np.arange(8), columns=list("abcdefgh"))
+    parts = [frame[:40], frame[40:][list("hgfedcba")]]
+
+    def source(parts):
+        if kind == "frames":
+            return parts
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, part in enumerate(parts):
+            part.to_parquet(folder / f"{number}.parquet")
+        return folder
+
+    found, expected = sm.measure(source(parts), folds=1), sm.measure(frame, folds=1)
+    for name, value in expected.values.items():
+        torch.testing.assert_close(found.values[name], value)
+    with pytest.raises(sm.ReadError, match="expected a column 'h' as in the rows before") as raised:
+        sm.measure(source([frame[:40], frame[40:].rename(columns={"h": "other"})]), folds=1)
+    assert int(raised.value.partial.sums.num_observations) == 40
+
+
+def test_an_empty_list_of_vectors_is_a_part_without_rows():
+    vectors = list(VALUES.numpy())
+    with pytest.warns(UserWarning, match="there are no rows in them: 'item 0'"):
+        found = sm.measure([{"v": []}, {"v": vectors}], folds=1)
+    assert int(found.sums.num_observations) == 100
+
+
 def test_vectors_of_several_dtypes_keep_their_digits():
     vectors = list(VALUES.double().numpy() + 1e-9)
     vectors[0] = np.zeros(8, int)
@@ -207,6 +236,13 @@ def test_numbers_in_names_of_files_are_decimal(tmp_path):
     for name in ("9².npy", "1²3.npy", "²².npy"):
         np.save(tmp_path / name, VALUES)
     assert int(sm.measure(tmp_path).sums.num_observations) == 300
+
+
+def test_labels_beyond_whole_numbers_are_refused():
+    labels = np.arange(100.0) % 3
+    labels[7] = 1e300
+    with pytest.raises(sm.ReadError, match=r"row 7 of 'labels': expected an integer label, got 1e\+300"):
+        sm.measure(VALUES, labels=labels)
 
 
 def test_labels_must_agree(tmp_path):

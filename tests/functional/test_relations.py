@@ -364,6 +364,25 @@ class TestLinearCKA:
         left = (torch.randn(10, 4).sign() + torch.randn(10, 4).sign()) / 4 * scale
         assert float(functional.linear_cka(left, left)) == pytest.approx(1)
 
+    @pytest.mark.parametrize("scale", [1e-300, 1e-90, 1e90, 1e300])
+    @pytest.mark.parametrize(("samples", "width_1", "width_2"), SHAPES)
+    def test_any_float64_scale(self, samples, width_1, width_2, scale):
+        left, right = related(samples, width_1, width_2, 1)
+        value = functional.linear_cka(left * scale, right / scale)
+        assert float(value) == pytest.approx(float(functional.linear_cka(left, right)), rel=1e-9)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_value_that_is_not_finite_gives_no_number(self, bad):
+        left, right = related(10, 3, 4, 1)
+        for rows, entry in ((left, (2, 1)), (right, (0, 0))):
+            spoilt = rows.clone()
+            spoilt[entry] = bad
+            pair = (spoilt, right) if rows is left else (left, spoilt)
+            assert functional.linear_cka(*pair).isnan()
+        sums = torch.tensor([1.0, bad])
+        assert functional.cka(sums.new_ones(2), sums, sums.new_ones(2)).isnan().tolist() == [False, True]
+        assert functional.cka(sums, sums.new_ones(2), sums.new_ones(2)).isnan().tolist() == [False, True]
+
     @pytest.mark.parametrize(
         ("left", "right", "error", "message"),
         [

@@ -1,6 +1,7 @@
 """Statistics of labels equal a regression on the same rows, and two passes over them."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -295,3 +296,12 @@ def test_their_sums_tell_how_many_folds_they_have(folds):
     assert len(sums.folds) == (folds if folds > 1 else 0)
     assert metric.spectrum.num_folds == folds
     assert sum(int(fold.count) for fold in sums.folds) in (0, len(rows))
+
+
+def test_classes_without_observations_do_not_count():
+    covariance, counts = torch.eye(2), torch.tensor([4, 0, 4])
+    means = torch.tensor([[0.5, 0.0], [math.nan, math.nan], [-0.5, 0.0]])
+    for statistic in (neural_collapse, ridge_explained_variance):
+        expected = statistic(covariance, means[::2], counts[::2])
+        assert float(statistic(covariance, means, counts)) == pytest.approx(float(expected))
+        assert statistic(covariance, torch.zeros(3, 2), torch.zeros(3)).isnan()

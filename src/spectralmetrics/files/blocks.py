@@ -22,6 +22,9 @@ _MOST_BYTES = 2**25
 _BLOCKS_A_FOLD = 8
 """If folds are made of blocks, the least number of blocks in a fold, taken from all over the rows."""
 
+_LARGEST_LABEL = 2**53
+"""The largest whole number up to which float64 has all of them."""
+
 
 class Block(NamedTuple):
     """Rows that are read together.
@@ -104,6 +107,7 @@ class Rows:
         self._rank, self._world_size = rank, world_size
         self.empty: list[str] = []
         self.num_parts = self._num_rows = 0  # opened so far
+        self._order: tuple[str, ...] = ()  # names of the columns of numbers that are features
         self._label_column, self._label_field = _labels_of(labels)
         self._label_name = str(labels) if isinstance(labels, (str, Path)) else "labels"
         parts = parts_of(source)
@@ -177,7 +181,8 @@ class Rows:
                 if columns.is_empty:
                     self.empty.append(part.name)
                     continue
-                features = columns.features(self._column, self._label_column)
+                features = columns.features(self._column, self._label_column, self._order)
+                self._order = self._order or features.names
                 if features.shape[1] == 0:
                     raise ReadError(part.name, f"expected at least one feature, got {features}")
             except ReadError as raised:
@@ -284,7 +289,7 @@ def _read_labels(field: Field, name: str, start: int, stop: int) -> Tensor:
     labels = field.read(start, stop)
     if labels.is_floating_point():
         is_there = labels.isfinite()
-        wrong = is_there & (labels != labels.round())
+        wrong = is_there & ((labels != labels.round()) | (labels.abs() > _LARGEST_LABEL))
         if bool(wrong.any()):
             row = int(wrong.to(torch.uint8).argmax())
             raise ReadError(name, f"expected an integer label, got {float(labels[row])}", start + row)

@@ -44,12 +44,14 @@ class Field:
         dtype: the dtype of the rows that :attr:`read` returns; None if they are not numbers.
         described: the dtype as its file calls it.
         read: (start, stop) -> these rows. From call to call, the start must not decrease.
+        names: names of the columns of numbers that make the vectors; empty for others.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     described: str
     read: Callable[[int, int], Tensor]
+    names: tuple[str, ...] = ()
 
     @property
     def is_floating(self) -> bool:
@@ -86,16 +88,17 @@ class Columns:
         """True if there are columns, and no rows in them."""
         return bool(self.fields) and all(each.shape[:1] == (0,) for each in self.fields.values())
 
-    def features(self, column: str | None, labels: str | None) -> Field:
+    def features(self, column: str | None, labels: str | None, order: tuple[str, ...] = ()) -> Field:
         """The column of feature vectors.
 
         Args:
             column: its name, or a pattern as in ``fnmatch``, which may match several columns of numbers. None:
                 the only candidate.
             labels: name of the column of labels, which is not a candidate.
+            order: names of the columns of numbers that made the features before; empty if there were none.
 
         Raises:
-            ReadError: if there is none, or there are several.
+            ReadError: if there is none, or there are several, or as many columns of numbers with other names.
         """
         fields = {name: each for name, each in self.fields.items() if name != labels}
         if column is None:
@@ -113,9 +116,17 @@ class Columns:
             )
         if vectors:
             return next(iter(vectors.values()))
-        numbers = [name for name, each in fields.items() if each.is_floating and len(each.shape) == 1]
+        numbers = tuple(name for name, each in fields.items() if each.is_floating and len(each.shape) == 1)
         if numbers and self.join is not None:
-            return self.join(numbers)
+            if len(numbers) == len(order):
+                if missing := [name for name in order if name not in numbers]:
+                    raise ReadError(
+                        self.name,
+                        f"expected a column {missing[0]!r} as in the rows before, got {self.listed(fields)}; a"
+                        " feature is one column throughout: rename columns that are the same",
+                    )
+                numbers = order
+            return replace(self.join(numbers), names=numbers)
         if not fields:
             raise ReadError(self.name, f"expected a column of features, got {self.listed()}")
         words = f"expected floating rows of shape (N, D), got {self.listed(fields)}"
@@ -208,7 +219,9 @@ def _field_of(value: Any) -> Field | None:
         return _field_of_series(value)
     if hasattr(value, "__array__"):
         return field_of_array(np.asanyarray(value))
-    if isinstance(value, list) and value:
+    if isinstance(value, list):
+        if not value:
+            return EMPTY[""]
         if np.ndim(value[0]) == 0:
             return field_of_array(np.asarray(value))
         vectors = np.empty(len(value), object)

@@ -110,8 +110,8 @@ def measure(
             participation ratio, stable rank, total variance and spread, and with labels linear probe and
             neural collapse.
         column: name or pattern of the column of features; in a Parquet file a pattern may match columns of
-            numbers. None: the only column of floating vectors, or all columns of floating numbers. Integers
-            are never features.
+            numbers. None: the only column of floating vectors, or all columns of floating numbers, which keep
+            their names in all files, in any order. Integers are never features.
         labels: an integer for each row: the name of a column, a path of a file (one of the above, or ``.txt``
             with one in each line), or the labels themselves; -1, NaN or a missing value for none. None: no
             labels.

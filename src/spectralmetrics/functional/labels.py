@@ -46,7 +46,7 @@ def ridge_explained_variance(
     _check_classes(covariance, class_means, class_counts)
     check_ridge(ridge)
     shares = class_counts.to(torch.float64) / class_counts.sum()
-    cross = (shares[:, None] * class_means.to(torch.float64)).mT  # (D, K)
+    cross = torch.where(shares[:, None] > 0, shares[:, None] * class_means.to(torch.float64), 0).mT  # (D, K)
     weights = _regress(covariance, cross, ridge)
     explained = 2 * (weights * cross).sum() - (weights * (covariance @ weights)).sum()
     return explained / _label_variance(shares)
@@ -131,7 +131,7 @@ def neural_collapse(covariance: Tensor, class_means: Tensor, class_counts: Tenso
     covariance = check_covariance(covariance)
     _check_classes(covariance, class_means, class_counts)
     has_rows = class_counts > 0
-    number = has_rows.sum().to(torch.float64)
+    number = has_rows.sum().to(torch.float64).clamp(min=1)
     class_means = torch.where(has_rows[:, None], class_means.to(torch.float64), 0)
     shares = class_counts.to(torch.float64) / class_counts.sum()
     between = shares.sqrt()[:, None] * class_means  # its products sum to the covariance between classes

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.about_origin import first_of
+from spectralmetrics.sums.arithmetic import power_of_two_below
 from spectralmetrics.sums.checks import check_real, dtype_or_type
 from spectralmetrics.sums.decomposition import eigenvectors, round_off
 
@@ -193,7 +194,7 @@ def linear_cka(left: Tensor, right: Tensor) -> Tensor:
         right: rows (N, D2) of the same samples, floating.
 
     Returns:
-        Shape (), float64, in [−1, 1]; 0 where one side is constant.
+        Shape (), float64, in [−1, 1]; 0 where one side is constant, NaN where a value is not finite.
 
     Raises:
         TypeError: for rows that are not floating.
@@ -203,6 +204,12 @@ def linear_cka(left: Tensor, right: Tensor) -> Tensor:
     >>> linear_cka(rows, rows.flip(1) * 2 + 1)
     tensor(1., dtype=torch.float64)
     """
+    check_pair(left, right)
+    # Fourth powers of float64 could leave its range; those of other dtypes are inside.
+    left, right = (
+        rows / power_of_two_below(rows.abs().amax()) if rows.dtype == torch.float64 and rows.numel() else rows
+        for rows in (left.detach(), right.detach())
+    )
     return cka(debiased_hsic(left, right), debiased_hsic(left, left), debiased_hsic(right, right))
 
 
@@ -215,7 +222,7 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
         right: the same of the right side.
 
     Returns:
-        Shape (...), float64, in [−1, 1]; 0 where a side never varied.
+        Shape (...), float64, in [−1, 1]; 0 where a side never varied, NaN where a sum is not finite.
 
     >>> cka(torch.tensor([3.0, 0.0]), torch.tensor([9.0, 0.0]), torch.tensor([4.0, 1.0]))
     tensor([0.5000, 0.0000], dtype=torch.float64)
@@ -225,8 +232,9 @@ def cka(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     # The product of both could leave the range of float64.
     norms = [side.to(torch.float64).clamp(min=0).sqrt() for side in (left, right)]
     denominator = norms[0] * norms[1]
-    ratio = torch.where(denominator > 0, cross.to(torch.float64) / denominator, 0.0)
-    return ratio.clamp(-1.0, 1.0)
+    cross = cross.to(torch.float64)
+    ratio = torch.where(denominator == 0, 0.0, cross / denominator)
+    return torch.where((denominator + cross).isfinite(), ratio, torch.nan).clamp(-1.0, 1.0)
 
 
 def gram(rows: Tensor) -> Tensor:
