@@ -3,7 +3,7 @@
     python -m pip install dimensionality
     python checks/unbiased.py [--draws 200]
 
-Gaussian rows of width 192 with known spectra, at n = D/8, D/2 and 2D. Theirs averages over sets of distinct rows
+Gaussian rows of width 192 with known spectra, at n = D/8, D/2 and 2D. Theirs averages over distinct rows
 ("row" of Chun et al., ICLR 2026), and needs all rows at once; ours averages over pairs of folds, from sums.
 Then six similar rows per input: our folds hold whole inputs, theirs has no argument for inputs. The script
 prints the mean over the draws relative to the truth, and the spread of a draw.
