@@ -58,7 +58,7 @@ THREE_WORKERS = ("-n", "3")
 ZIG = "ziglang==0.17.1"
 MANYLINUX = "manylinux_2_17_x86_64"
 # Clang, for the glibc of manylinux_2_17. Its scheduler needs one register too many in the innermost loop for
-# AVX2, which makes the sums half as fast; without it they are as fast as those of g++.
+# AVX2, which makes the sums half as fast; without it they are as fast as by g++.
 COMPILER = "c++ -target x86_64-linux-gnu.2.17 -s -mllvm -enable-misched=false"
 
 

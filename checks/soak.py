@@ -378,7 +378,7 @@ def main() -> int:
         for name, each in found.items():
             for weight, values in plain["weights"].items():
                 if not torch.equal(values, each["weights"][weight]):
-                    wrong.append(f"{name}: the weights {weight!r} are not those of training without a probe")
+                    wrong.append(f"{name}: the weights {weight!r} differ from training without a probe")
             for kind, values in expected.items():
                 compared.same(f"{name}, {kind}", each[kind], values)
             for layer, width in LAYERS.items():

@@ -78,4 +78,4 @@ plt.show()
 # The first layer maps 64 pixels to 128 features. It is linear, so no more than 64 directions can be in use, and
 # its saturation cannot exceed a half. Many pixels at the borders are always white and neighbours are alike: far
 # fewer directions hold 99 % of the variance. Both processes print how many digits they have seen themselves;
-# the values are those of all 1,797.
+# the values describe all 1,797.
