@@ -21,7 +21,7 @@ import torch
 from common import Parser, table, write_result
 
 from spectralmetrics import functional, write_report
-from spectralmetrics.recording.tables import format_rows
+from spectralmetrics.recording.writers.csv import format_rows
 
 ARGUMENTS = [
     "--no-sandbox",

@@ -5,15 +5,15 @@ import torch
 
 from tests.accelerator.device import CAN_BE_EMULATED, emulated_device
 
-# PyTorch makes room for the devices that it knows when the first backward runs.
+# PyTorch reserves room for the devices it has when the first backward runs.
 if CAN_BE_EMULATED:
     emulated_device()
 
 NO_LIMITS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=8, **NO_LIMITS)
-# Of `.ci/run`.
+# Used by `.ci/run`.
 hypothesis.settings.register_profile("ci", derandomize=True, max_examples=20, **NO_LIMITS)
-# Of `nox -s properties`: a million examples, of the 210 tests of sums and statistics together.
+# Used by `nox -s properties`: a million examples over the 210 tests of sums and statistics.
 hypothesis.settings.register_profile("properties", max_examples=5000, **NO_LIMITS)
 hypothesis.settings.load_profile("default")
 
@@ -26,13 +26,13 @@ def _seeded():
 
 @pytest.fixture
 def one_thread():
-    """One thread of torch's: many small products take longer on several."""
+    """Use one thread of torch: many small products take longer on several."""
     yield from _with_threads(1)
 
 
 @pytest.fixture
 def two_threads():
-    """Two threads of torch's, which `nox -s tests` gives one."""
+    """Use two threads of torch; `nox -s tests` sets one."""
     yield from _with_threads(2)
 
 

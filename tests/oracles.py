@@ -1,18 +1,18 @@
-"""Plain definitions in extended precision, to which everything else is compared."""
+"""Plain definitions in extended precision, the reference for everything else."""
 
 import numpy as np
 import torch
 
 
 def two_pass_covariance(rows, *, center=True, unbiased=False):
-    """The covariance by the textbook formula in long double (80 bits)."""
+    """Covariance by the textbook formula in long double (80 bits)."""
     x = np.asarray(rows.detach().to(torch.float64)).astype(np.longdouble)
     deviations = x - x.mean(0) if center else x
     return deviations.T @ deviations / (len(x) - int(unbiased))
 
 
 def relative_error(actual, expected):
-    """Frobenius norm of the difference over that of the expected matrix."""
+    """Frobenius norm of the difference, relative to the norm of ``expected``."""
     difference = np.asarray(actual).astype(np.longdouble) - expected
     return float(np.sqrt((difference**2).sum()) / np.sqrt((expected**2).sum()))
 
@@ -32,7 +32,7 @@ def rotation(seed, features):
     return torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64))[0]
 
 
-# Independent definitions of every statistic, in numpy, of eigenvalues and covariance.
+# Independent definitions of every statistic in numpy, from eigenvalues and covariance.
 def _dimension(values, threshold=0.99):
     values = np.clip(np.sort(values)[::-1], 0, None)
     if values.sum() == 0:
@@ -63,7 +63,7 @@ def _second_moments(rows):
     return (rows**2).mean(0)
 
 
-# Of rows (n, D) in extended precision, where eigenvalues and covariance do not tell.
+# Definitions from rows (n, D) in extended precision, where eigenvalues and covariance do not suffice.
 OF_ROWS = {
     "rms": lambda rows: np.sqrt((rows**2).mean()),
     "spread": lambda rows: ((rows - rows.mean(0)) ** 2).sum() / (rows**2).sum(),

@@ -1,10 +1,10 @@
-"""Processes that know nothing of what tests have done: forks of one that has only imported what they need."""
+"""Processes without traces of other tests: forks of a process that has only imported what they need."""
 
 import multiprocessing
 
 import pytest
 
-# Every process would take four seconds for that; whoever is first to start one makes them all at once.
+# Importing takes four seconds. The first test that starts the server has it import the modules of all tests.
 _IMPORTED = (
     "tests.distributed.engines.scenarios",
     "tests.distributed.test_processes",
@@ -18,7 +18,7 @@ needs_fork = pytest.mark.skipif(
 
 
 def fresh():
-    """A context whose processes are such forks."""
+    """Return a context whose processes are such forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED))
     return context

@@ -13,7 +13,7 @@ from spectralmetrics.functional.compiled import describe
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The demo itself, on a slice of the real digits."""
+    """The real demo, on a slice of the digits."""
     folder = tmp_path_factory.mktemp("demo") / "nested"
     whole = demo.load_digits
 
@@ -105,12 +105,12 @@ class TestDemo:
 
     def test_recompute(self, finished, tmp_path, capsys):
         run = finished[1]
-        assert main(["recompute", str(run), "--threshold", "0.9"]) == 0  # as it was recorded
+        assert main(["recompute", str(run), "--threshold", "0.9"]) == 0  # as recorded
         printed = capsys.readouterr().out
         recorded = (run / "records.csv").read_text().splitlines()
         again = [line for line in printed.splitlines() if "linear_probe" not in line]
         assert again == [line for line in recorded if "accuracy" not in line and "linear_probe" not in line]
-        # A regression on what was saved differs from that on the sums in the last digits.
+        # A regression on saved values differs in the last digits from one on the sums.
         of_labels = [
             [float(line.split(",")[4]) for line in lines if "linear_probe" in line]
             for lines in (printed.splitlines(), recorded)
@@ -147,9 +147,9 @@ class TestDemo:
         whole = demo.load_digits
         monkeypatch.setattr(demo, "load_digits", lambda seed: tuple(part[:64] for part in whole(seed)))
         monkeypatch.setattr(demo, "ResidualNetwork", SmallNetwork)
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes long
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # saving takes long
         runs = [demo.run(epochs=1, seed=seed, output=tmp_path) for seed in (3, 3, 4)]
-        texts = [repr(rows) for rows in runs]  # where the upper end of an interval is unknown it is NaN
+        texts = [repr(rows) for rows in runs]  # unknown upper ends of intervals are NaN
         assert texts[0] == texts[1]
         assert texts[0] != texts[2]
 
@@ -257,4 +257,4 @@ def test_importing_the_package_imports_no_extra():
         " print(*(m for m in ('rich', 'mlxtend', 'delve') if m in sys.modules))"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert finished.stdout.split() == []  # matplotlib is imported by torchmetrics itself, where it is there
+    assert finished.stdout.split() == []  # torchmetrics itself imports matplotlib if it is installed

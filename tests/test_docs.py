@@ -21,7 +21,7 @@ def python_blocks(page):
     return re.findall(fences, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-# Their cells train networks: only the build of the site runs them.
+# Pages whose cells train networks; only the build of the site runs them.
 LEFT_TO_THE_SITE = {"accelerators", "choosing", "collapse", "resuming", "summary"}
 LEFT_TO_THE_SITE |= {"embeddings", "low_rank", "pretraining", "self_supervised"}
 LONG = {"integrations"}
@@ -38,7 +38,7 @@ def test_what_the_site_does_not_run_runs_here():
             assert "```python" not in page.read_text(encoding="utf-8"), page
 
 
-# What other libraries warn of is not ours.
+# Warnings of other libraries.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", RUN)
 def test_the_python_blocks_run(page, tmp_path, monkeypatch, capsys):
@@ -66,7 +66,7 @@ def test_links_within_the_repository(page):
     for link in re.findall(r"\]\((?!http|#)([^)#\s]+)", text):
         target = page.parent / link
         if "gallery" in target.parts:
-            continue  # made by the build, which refuses broken ones
+            continue  # made by the build, which refuses broken links
         assert target.exists() or target.with_suffix(".md").exists(), link
 
 
@@ -88,7 +88,7 @@ def test_every_page_stands_in_one_path_of_the_menu():
 
 
 def load(name):
-    """A script of docs/ as a module."""
+    """Load a script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -96,13 +96,13 @@ def load(name):
 
 
 def quoted(page):
-    """The block quotes of a page, each on one line."""
+    """Block quotes of a page, each on one line."""
     blocks = page.read_text(encoding="utf-8").split("\n\n")
     return [" ".join(block[2:].replace("\n> ", " ").split()) for block in blocks if block.startswith("> ")]
 
 
 def test_every_warning_is_explained():
-    """As the code says them: a message that is new or reworded needs its entry on the page."""
+    """Messages must match the code: each new or reworded message needs an entry on the page."""
     explained = quoted(DOCS / "reference" / "warnings.md")
     messages = load("warning_messages").Reader().messages()
     assert len(messages) > 50

@@ -1,4 +1,4 @@
-"""Findings: networks whose state is known, and what is expected of a task."""
+"""Findings: networks in a known state, and expectations of a task."""
 
 import math
 
@@ -21,7 +21,7 @@ from spectralmetrics.recording import describe_comparison
 
 
 class Gives(nn.Module):
-    """Puts out these rows, whatever comes in."""
+    """Returns the same rows for any input."""
 
     def __init__(self, rows):
         super().__init__()
@@ -32,7 +32,7 @@ class Gives(nn.Module):
 
 
 def findings_of(*rows, **options):
-    """The findings of layers that put out these rows, as (layer, kind, severity)."""
+    """Findings of layers with these rows as outputs, as (layer, kind, severity)."""
     model = nn.Sequential(*map(Gives, rows)).eval()
     with LayerProbe(model, layers=Gives, **options) as probe:
         model(torch.zeros(1))
@@ -70,7 +70,7 @@ def test_the_share_of_the_mean_is_told_with_the_digits_that_tell_it_from_all():
 
 def test_a_layer_that_puts_out_one_direction_where_the_one_before_has_more():
     assert ("1", "collapsed", "problem") in findings_of(gaussian(), of_rank(1))
-    nearly = of_rank(1) + 0.0005 * gaussian(seed=2)  # as smooth inputs make of a first layer
+    nearly = of_rank(1) + 0.0005 * gaussian(seed=2)  # as the first layer has for smooth inputs
     assert ("1", "collapsed", "problem") in findings_of(gaussian(), nearly)
     assert ("0", "collapsed", "problem") not in findings_of(nearly, gaussian())
     assert ("1", "collapsed", "problem") not in findings_of(nearly, nearly)
@@ -103,7 +103,7 @@ def test_few_directions_are_a_note():
 @pytest.mark.parametrize(("dead", "severity"), [(1, "note"), (32, "note"), (60, "problem"), (64, "problem")])
 def test_dead_features(dead, severity):
     rows = gaussian()
-    rows[:, :dead] = 0.1  # constants that are no float64
+    rows[:, :dead] = 0.1  # constants without an exact float64
     assert ("1", "dead", severity) in findings_of(gaussian(), rows)
 
 
@@ -152,7 +152,7 @@ def test_ceilings_tails_and_sketches():
     found = findings_of(wide, narrow, narrow, gaussian(n=3000, d=10))
     assert {("0", "at_ceiling", "note"), ("1", "in_tail", "note"), ("2", "in_tail", "note")} <= set(found)
     found = findings_of(wide, narrow, gaussian(n=3000, d=10))
-    assert not {each for each in found if each[1] == "in_tail"}  # one layer is no tail
+    assert not {each for each in found if each[1] == "in_tail"}  # one layer is not a tail
     assert ("0", "sketched", "note") in findings_of(gaussian(d=256), sketch_size=16, max_features=100)
 
 
@@ -167,7 +167,7 @@ def test_a_sketch_that_is_too_small_says_how_many_directions_there_are_at_least(
 
 
 def test_deep_networks_begin_with_small_spreads():
-    """Biases outweigh what varies: no collapse as long as the weights are those of a new network."""
+    """Biases outweigh the variation: with the weights of a new network, collapse is no problem."""
     torch.manual_seed(0)
     model = nn.Sequential(*[each for _ in range(8) for each in (nn.Linear(64, 64), nn.GELU())]).eval()
     digits = torch.rand(800, 64)
@@ -176,7 +176,7 @@ def test_deep_networks_begin_with_small_spreads():
         new = probe.findings("eval")
         probe.reset()
         with torch.no_grad():
-            model[8].weight.mul_(0.01)  # no new network any more
+            model[8].weight.mul_(0.01)  # the network is no longer new
         model(digits)
         trained = probe.findings("eval")
     assert [each for each in new if each.kind == "collapsed"]
@@ -202,7 +202,7 @@ def test_untrained_weights_are_told(module, expected):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_new_weights_that_were_rounded_are_new(dtype):
-    for fan_in in (300, 512, 768, 1000, 3072):  # rounded to eight bits, the largest may exceed the bound
+    for fan_in in (300, 512, 768, 1000, 3072):  # rounded to eight bits, the largest weight may exceed the bound
         torch.manual_seed(0)
         assert is_untrained(nn.Linear(fan_in, 600).to(dtype)), fan_in
 
@@ -251,7 +251,7 @@ def test_what_marginals_tell_at_any_width():
     )
     assert found == [("1", "collapsed", "problem"), ("2", "dormant", "problem")]
     kinds = {kind for _, kind, _ in findings_of(gaussian(), metrics=RootMeanSquareMetric())}
-    assert kinds == set()  # nothing of dimensions, which are not known
+    assert kinds == set()  # nothing about dimensions, which are unknown
 
 
 def test_no_findings_of_nothing():

@@ -1,4 +1,4 @@
-"""How the code is laid out; what may import what stands in `pyproject.toml`, for import-linter."""
+"""Layout of the code. `pyproject.toml` lists permitted imports, for import-linter."""
 
 import ast
 import graphlib
@@ -29,7 +29,7 @@ IMPORTS = draw_imports.module_imports()
 
 
 def test_no_module_imports_itself_in_a_circle():
-    list(graphlib.TopologicalSorter(IMPORTS).static_order())  # raises a CycleError that names one
+    list(graphlib.TopologicalSorter(IMPORTS).static_order())  # raises a CycleError that names a cycle
 
 
 def test_the_drawing_is_that_of_the_code():
@@ -38,9 +38,9 @@ def test_the_drawing_is_that_of_the_code():
 
 
 def metric_classes():
-    """All classes of the package that are metrics."""
+    """All metric classes of the package."""
     for name in IMPORTS:
-        if name not in ("spectralmetrics.__main__", "spectralmetrics.sums.kernels"):  # which needs Triton
+        if name not in ("spectralmetrics.__main__", "spectralmetrics.sums.kernels"):  # needs Triton
             for each in vars(importlib.import_module(name)).values():
                 if inspect.isclass(each) and issubclass(each, torchmetrics.Metric) and each.__module__ == name:
                     yield each
@@ -58,7 +58,7 @@ def test_private_methods_of_torchmetrics_are_overridden_in_one_file():
     assert overriding == {"spectralmetrics.metrics.overrides"}
 
 
-# What instances hold and classes define that neither library promises.
+# Attributes of instances and classes that neither library promises.
 THEIRS = {
     name
     for each in (torch.nn.Module(), torchmetrics.MeanMetric(), torchmetrics.MetricCollection([]))
@@ -68,7 +68,7 @@ THEIRS = {
 
 
 def private_uses(tree):
-    """Where a file uses a private name of torch's or torchmetrics'; a method may call what it overrides."""
+    """Uses of private names of torch or torchmetrics; a method may call the method that it overrides."""
     own = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
     own = {each for each in own if f"self.{each} = " in ast.unparse(tree)}
     for node in ast.walk(tree):
@@ -121,7 +121,7 @@ def test_private_names_of_torch_and_torchmetrics_are_used_in_one_file_each():
     assert set(found) == {"torch_private.py", "metrics/overrides.py"}, found
 
 
-# Beyond 350 lines, and why it is one file all the same.
+# Files of more than 350 lines, and why each is one file.
 LONG_FILES = {
     "findings.py": "one table of rules, and how each is applied",
     "functional/spectrum.py": "everything that a statistic may read, a property each",
@@ -159,13 +159,13 @@ def test_the_core_is_one_page_that_names_what_joins_it():
 
 @pytest.mark.xdist_group("here")
 def test_groups_of_tests_stay_on_one_worker(request):
-    """Where the plugin no longer marks them, what a group shares is made on every worker, unnoticed."""
+    """If the plugin stops marking them, each worker silently makes what a group shares."""
     if hasattr(request.config, "workerinput"):
         assert request.node.nodeid.endswith("@here")
 
 
 def docstrings(text):
-    """All docstrings of a file, also of attributes."""
+    """All docstrings of a file, including docstrings of attributes."""
     values = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
     return [each.value for each in values if isinstance(each, ast.Constant) and isinstance(each.value, str)]
 

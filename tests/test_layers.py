@@ -1,4 +1,4 @@
-"""One table of layer types: probes and projections take the same dimension for the features of every layer."""
+"""One table of layer types: probes and projections use the same feature dimension for every layer."""
 
 import gc
 import importlib.util
@@ -21,7 +21,7 @@ MODULES = {
     for name, each in vars(nn).items()
     if inspect.isclass(each) and issubclass(each, nn.Module) and each.__name__ == name
 }
-# Modules that put out no features, and why.
+# Modules without features in their outputs, and why.
 EXEMPT = {
     **dict.fromkeys((name for name in MODULES if name.endswith(("Loss", "Loss2d"))), "puts out a loss"),
     **dict.fromkeys(("CosineSimilarity", "PairwiseDistance"), "puts out one number for each pair"),
@@ -31,13 +31,13 @@ EXEMPT = {
 }
 SERIES, TOKENS, IMAGES, VOLUMES = (5, 6, 9), (5, 9, 6), (5, 6, 7, 8), (3, 6, 4, 5, 7)
 MAPS = {1: SERIES, 2: IMAGES, 3: VOLUMES}
-# Of these the input tells where its features are.
+# Modules whose input decides where the features are.
 ELEMENTWISE = [name for name, each in MODULES.items() if each.__module__ == "torch.nn.modules.activation"]
 ELEMENTWISE = sorted(
     {*ELEMENTWISE, "Dropout", "AlphaDropout", "Identity"} - {"MultiheadAttention", "GLU", "Softmax2d"}
 )
 ARGUMENTS = {"Threshold": (-0.1, 0.0), "Softmax": (-1,), "Softmin": (-1,), "LogSoftmax": (-1,)}
-# Name without the rank -> arguments of a layer that takes (N, 6, *spatial).
+# Name without rank -> arguments of a layer that takes (N, 6, *spatial).
 BY_RANK = {
     "Conv": (6, 4, 1),
     "LazyConv": (4, 1),
@@ -64,7 +64,7 @@ def tensor(*shape):
 
 
 def cases():
-    """Name of a module, the module, its arguments, dimension of the features."""
+    """(name of a module, the module, its arguments, dimension of the features) for each case."""
     for name, arguments in BY_RANK.items():
         for rank, shape in MAPS.items():
             if hasattr(nn, f"{name}{rank}d"):
@@ -147,7 +147,7 @@ def cases():
 
 
 class After(nn.Module):
-    """A layer behind another, called by a forward that is not that of a sequence."""
+    """A layer after another, called in a forward that is not Sequential's."""
 
     def __init__(self, first, layer):
         super().__init__()
@@ -158,7 +158,7 @@ class After(nn.Module):
 
 
 def cases_behind_others():
-    """Of modules whose type does not tell: what comes before does."""
+    """Modules whose type does not decide the dimension; the layer before them does."""
     for around in (After, nn.Sequential):
         for name in ELEMENTWISE:
             for first, shape, dim in (
@@ -177,11 +177,11 @@ def cases_behind_others():
 
 
 def taken(model, name, args):
-    """Covariances of one layer by a probe, by a projection, and what it put out."""
+    """Covariances of one layer by a probe and by a projection, and the layer's output."""
     outputs = []
     layer = model.get_submodule(name)
     with torch.no_grad():
-        model.eval()(*args)  # a lazy layer has its weights now
+        model.eval()(*args)  # gives a lazy layer its weights
         with insert_projections(model, layers=name or type(model).__name__) as (projection,):
             layer.register_forward_hook(lambda module, args, output: outputs.append(first_tensor(output)))
             with (
@@ -210,7 +210,7 @@ def identify(value):
 
 
 def made(generator):
-    """All cases; making layers must not change the random state of other tests."""
+    """List all cases; making layers must not change the random state of other tests."""
     with torch.random.fork_rng(devices=()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return list(generator)
@@ -253,14 +253,14 @@ def test_the_guide_has_the_table():
 
 
 class Snake(nn.Module):
-    """An activation of a user's own, as in audio models."""
+    """A user's own activation, as in audio models."""
 
     def forward(self, x):
         return x + x.sin().square()
 
 
 class Halves(nn.Module):
-    """Half of the features, with time first or last."""
+    """One half of the features, with time first or last."""
 
     def __init__(self, dim=1):
         super().__init__()
@@ -271,7 +271,7 @@ class Halves(nn.Module):
 
 
 class Steps(nn.Module):
-    """What users write: functions between layers, in a forward of their own."""
+    """A model as users write it: functions between layers, in its own forward."""
 
     def __init__(self, forward, **layers):
         super().__init__()
@@ -412,7 +412,7 @@ def test_also_of_what_it_takes():
 
 
 def doubtful():
-    """As many positions as channels, and a function between that could have put either of them last."""
+    """As many positions as channels, and a function between that could have moved either to the end."""
     return Steps(
         lambda m, x: m.head(m.act(m.conv(x).transpose(1, 2).contiguous())),
         conv=nn.Conv1d(6, 9, 1),
@@ -426,7 +426,7 @@ def test_a_guess_is_told_once_with_the_way_out():
     probe = LayerProbe(model, layers="act")
     with pytest.warns(UserWarning, match=r"'act' is unknown: dimension 1 of 3.*register_layer.*select"):
         model(tensor(*SERIES))
-    model(tensor(*SERIES))  # said already
+    model(tensor(*SERIES))  # already warned
     probe.remove()
     with insert_projections(model.eval(), layers="act") as projections, projections.collect():
         with pytest.warns(UserWarning, match="feature dimension of 'act' is unknown: .*Give `dim`"):
@@ -448,12 +448,12 @@ def test_what_was_sure_once_decides_where_it_is_not():
     probe = LayerProbe(model, sm.CovarianceMetric(), layers="act")
     longer = tensor(5, 6, 20)
     with torch.no_grad():
-        model(longer)  # (5, 20, 9) behind the convolution
+        model(longer)  # (5, 20, 9) after the convolution
         model(tensor(*SERIES))
         outputs = [model.act(model.conv(x).transpose(1, 2)).reshape(-1, 9) for x in (longer, tensor(*SERIES))]
     probe.remove()
     expected = np.cov(torch.cat(outputs[:2]).double().numpy().T, bias=True)
-    # The two calls by hand were observed too.
+    # The two direct calls were observed, too.
     np.testing.assert_allclose(probe.compute()["covariance/eval/act"].numpy(), expected, rtol=1e-6, atol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The reference has a page for each metric, made from the classes: also for one that is still to be written."""
+"""The reference has a page for each metric, made from the classes, including metrics still to be written."""
 
 import importlib.util
 from pathlib import Path
@@ -17,7 +17,7 @@ _SPEC.loader.exec_module(metric_pages)
 
 @pytest.fixture
 def own_statistics(monkeypatch):
-    """Three that might be added to the package: like all others, with labels, and with more than is known."""
+    """Three metrics that might join the package: a plain one, one with labels, one with unknown arguments."""
     monkeypatch.setattr(base, "_STATISTICS", base._STATISTICS.copy())
 
     class PlainMetric(SpectralMetric):
@@ -50,7 +50,7 @@ def own_statistics(monkeypatch):
             return spectrum.total_variance
 
     class UnknownMetric(PlainMetric):
-        """One that nothing here knows how to draw."""
+        """A metric with an unknown argument, so that no picture can be drawn."""
 
         short_name = "unknown_example"
         __module__ = "spectralmetrics.metrics.example"
@@ -92,7 +92,7 @@ def test_a_new_statistic_has_a_page(own_statistics, tmp_path, monkeypatch):
     assert "image" not in unknown
     assert "autoclass" in unknown
     labelled = (tmp_path / "metrics" / "labelled_example.md").read_text(encoding="utf-8")
-    assert ":members: update\n" in labelled  # its own, and not what the base class reads
+    assert ":members: update\n" in labelled  # its own methods, without those that read the base class
 
 
 def test_registered_statistics_of_the_package_are_found(own_statistics):

@@ -1,6 +1,6 @@
-"""Every statistic beside an implementation that others wrote; docs/parity.md holds the table of what is here.
+"""Every statistic against an implementation by others; docs/parity.md holds the table of these pairs.
 
-Write that table anew with ``python -m tests.test_parity``.
+``python -m tests.test_parity`` writes that table.
 """
 
 import re
@@ -35,12 +35,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 _PIXELS, _DIGITS = sklearn.datasets.load_digits(return_X_y=True)
 PIXELS = torch.from_numpy(_PIXELS)  # (1797, 64), float64; three pixels are always white
 DIGITS = torch.from_numpy(_DIGITS)
-MIXED = random_rows(0, 500, 20, mean=3.0, decay=0.5)  # of full rank
+MIXED = random_rows(0, 500, 20, mean=3.0, decay=0.5)  # full rank
 FOLDS = 5
 
 
 def streamed(metric, rows, labels=None):
-    """The value after batches of 100."""
+    """Value after batches of 100."""
     for start in range(0, len(rows), 100):
         batch = slice(start, start + 100)
         metric.update(rows[batch], *([] if labels is None else [labels[batch]]))
@@ -57,7 +57,7 @@ def singular_values(rows, *, center=True):
 
 
 def lpca(rows, **settings):
-    import skdim  # compiles a little, and so comes late
+    import skdim  # compiles on import, so it comes late
 
     return skdim.id.lPCA(**settings).fit(rows.numpy()).dimension_
 
@@ -70,12 +70,12 @@ def delve_covariance(rows, *, bias=True):
 
 
 def delve_state(rows):
-    """Of all observations in one batch: of several, Delve's tracker keeps the last one only."""
+    """Covariance of one batch of all observations: Delve's tracker keeps only the last batch."""
     return rows.T.cov(correction=0)
 
 
 def embedding():
-    """Up to the sign of each direction, which is a convention; the sample here is of all observations."""
+    """Signs of directions are a convention, so they are matched; the sample holds all observations."""
     ours = streamed(sm.EigenspaceEmbeddingMetric(max_samples=len(MIXED)), MIXED).numpy()
     theirs = pca(MIXED, 2).transform(MIXED.numpy())
     order = np.argsort(ours[:, 0]), np.argsort(theirs[:, 0])
@@ -87,7 +87,7 @@ def embedding():
 
 
 def penalty(rows, ridge=1e-3):
-    """What scikit-learn's Ridge calls alpha: it penalises the sum of squared errors, not their mean."""
+    """The ridge as scikit-learn's alpha, which penalises the sum of squared errors, not their mean."""
     return ridge * float(rows.var(0, correction=0).mean()) * len(rows)
 
 
@@ -126,7 +126,7 @@ def neural_collapse_in_two_passes():
 
 
 def cka_of_batches():
-    """pytorch-cka's estimate for one batch; it centres the rows first, which changes nothing but round-off."""
+    """pytorch-cka's estimate for one batch. It centres the rows first, which changes only round-off."""
     left, right = random_rows(1, 64, 20), random_rows(2, 64, 30)
     right[:, :20] += left
     grams = [(rows @ rows.T)[None] for rows in (left - left.mean(0), right - right.mean(0))]
@@ -166,7 +166,7 @@ def signal_to_noise(scaler):
 
 
 def held_out_values():
-    """Eigenvectors of the other folds, scikit-learn's isotonic regression of what they meet on each fold."""
+    """Variances along eigenvectors of the other folds, and scikit-learn's isotonic regression of them."""
     from sklearn.isotonic import isotonic_regression
 
     parts = MIXED.split(100)
@@ -184,7 +184,7 @@ def held_out_values():
 class Row(NamedTuple):
     statistic: str
     beside: str
-    pair: object  # makes both values
+    pair: object  # function that returns both values
     tolerance: float  # relative to the largest entry; 0 for equal
     differs: str = ""
 
@@ -471,7 +471,7 @@ PARITY = [
 
 
 def table():
-    """The table of the page."""
+    """The table on the page."""
     lines = ["| here | beside | largest relative difference | what differs on purpose |", "|---|---|---|---|"]
     for row in PARITY:
         tolerance = "none" if row.tolerance == 0 else f"{row.tolerance:.0e}"
@@ -480,7 +480,7 @@ def table():
 
 
 @pytest.mark.parametrize("row", PARITY, ids=lambda row: f"{row.statistic} beside {row.beside}")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the other side
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by the other packages
 def test_equal(row):
     ours, theirs = (np.asarray(value, dtype=float) for value in row.pair())
     assert ours.shape == theirs.shape
@@ -489,7 +489,7 @@ def test_equal(row):
 
 
 def test_every_statistic_has_a_row():
-    # Those of doctests are of no module that has them.
+    # Statistics of doctests belong to no module.
     here = {name for name, each in sm.statistics().items() if hasattr(sm, each.__name__)}
     assert here == {row.statistic for row in PARITY if row.statistic in here}
 

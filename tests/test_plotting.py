@@ -18,7 +18,7 @@ def test_lines_names_and_tail():
     assert lines["train"].get_ydata().tolist() == [0.5, 0.25, 0.1]
     eval_values = lines["eval"].get_ydata()
     assert (eval_values[0], eval_values[2]) == (0.4, 0.2)
-    assert math.isnan(eval_values[1])  # a gap, and no line across it
+    assert math.isnan(eval_values[1])  # a gap that no line crosses
     assert [text.get_text() for text in axis.get_xticklabels()] == ["a", "b", "c"]
     assert axis.get_title() == "Title"
     assert {text.get_text() for text in axis.get_legend().get_texts()} == {"train", "eval", "tail"}
@@ -106,7 +106,7 @@ def test_spectrum_with_the_crossing():
     _, axis = plot_spectrum(values, threshold=0.9)
     curve, line = axis.get_lines()
     frame = axis.get_legend().get_frame()
-    assert frame.get_alpha() == 1  # the line ends at the words, not in them
+    assert frame.get_alpha() == 1  # the line ends at the words, not inside them
     assert axis.get_legend().get_zorder() > line.get_zorder()
     assert curve.get_ydata().tolist() == [5.0, 3.0, 1.5, 0.5]
     assert line.get_xdata() == [3, 3]

@@ -68,7 +68,7 @@ class TestSubspace:
         left = ((rows - projected) ** 2).sum() / variance
         assert left <= 1 - threshold + 1e-9
         np.testing.assert_allclose(projected.mean(0), rows.mean(0), rtol=1e-9, atol=1e-9)
-        # The rank is the intrinsic dimension, and one direction fewer would leave too much behind.
+        # The rank is the intrinsic dimension; one direction fewer would leave out too much.
         eigenvalues = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
         rank = int(F.intrinsic_dimension(torch.from_numpy(eigenvalues.copy()), threshold))
         assert projection.rank == rank
@@ -176,7 +176,7 @@ def test_layouts_of_memory():
 def test_gradients_flow_and_training_is_untouched():
     projection, values = trained(threshold=0.5)
     with torch.inference_mode():
-        projection(values)  # what is made here must be usable where gradients are wanted
+        projection(values)  # its tensors must work with gradients, too
     values = values.clone().requires_grad_()
     projection(values).square().sum().backward()
     assert np.linalg.matrix_rank(values.grad.numpy(), tol=1e-6) <= projection.rank + 1
@@ -289,7 +289,7 @@ class TestRandom:
         assert not torch.equal(torch.random.get_rng_state(), before)
 
     def test_directions_are_uniform(self):
-        """Of a random plane in six dimensions, a fixed direction keeps a third of its square on average."""
+        """For a random plane in six dimensions, a fixed direction keeps a third of its square on average."""
         projection, _ = trained(threshold=0.9)
         rank = projection.rank
         generator = torch.Generator().manual_seed(0)
@@ -349,7 +349,7 @@ class TestState:
         projection, values = trained(threshold=0.7)
         expected = projection(values)
         if not evaluated:
-            projection.threshold = 0.7  # forgets what was computed
+            projection.threshold = 0.7  # clears computed values
         twin = copy.deepcopy(projection)
         twin.threshold = 0.2
         twin.train()
@@ -361,7 +361,7 @@ class TestState:
         projection, values = trained(threshold=0.7)
         projection(values)
         projection.train()
-        assert projection.rank == trained(threshold=0.7)[0].rank  # until there is new data
+        assert projection.rank == trained(threshold=0.7)[0].rank  # until new data arrive
         other = torch.randn(100, WIDTH).double()
         projection(other[:50])
         projection.train()
@@ -389,7 +389,7 @@ def test_where_features_are_is_asked_once():
         UserWarning, match="the feature dimension of '0' is unknown: dimension 2 of 3, of size 6, is used"
     ):
         model(torch.randn(4, 5, 6))
-    model(torch.randn(4, 5, 6))  # which would be an error
+    model(torch.randn(4, 5, 6))  # a second warning would be an error
 
 
 class TestErrors:
@@ -505,7 +505,7 @@ class TestInsert:
         assert torch.equal(model(data), by_hand(data))
         torch.testing.assert_close(model.eval()(data), by_hand.eval()(data))
         rows = set_projection_threshold(model, 0.6)
-        assert [row.name for row in rows] == ["0", "3"]  # as a probe names the layers
+        assert [row.name for row in rows] == ["0", "3"]  # the names that a probe uses
         assert [row.name for row in set_projection_threshold(by_hand, 0.6)] == ["1", "5"]
         assert [row[1:] for row in rows] == [row[1:] for row in set_projection_threshold(by_hand, 0.6)]
 
@@ -558,7 +558,7 @@ class TestInsert:
             assert {int(each.covariance.count) for each in projections} == {int((~padding).sum())}
             set_projection_threshold(model, 0.5)
             output = model(x, src_key_padding_mask=padding)
-        padded = model(x, src_key_padding_mask=padding)  # with gradients PyTorch keeps the padding
+        padded = model(x, src_key_padding_mask=padding)  # with gradients, PyTorch keeps the padding
         assert not torch.allclose(output[~padding], expected[~padding], atol=0.1)
         torch.testing.assert_close(output[~padding], padded[~padding].detach())
 
@@ -600,7 +600,7 @@ class TestInsert:
         model(torch.randn(64, 1, 8, 8))
         model.eval()(torch.randn(64, 1, 8, 8))
         values = probe.compute()
-        assert values["saturation/eval/0"] < values["saturation/train/0"]  # it sees what the next layer sees
+        assert values["saturation/eval/0"] < values["saturation/train/0"]  # it sees what the next layer gets
 
     def test_errors(self):
         model = nn.ModuleDict({"parts": nn.ModuleList([nn.Linear(2, 2)])})
@@ -668,12 +668,12 @@ def test_a_sequence_of_modules_without_a_floating_output_is_left_alone():
 
 
 class TestFunctorch:
-    """Under ``torch.func`` a projection counts the rows that are really there."""
+    """Under ``torch.func``, a projection counts the rows that really exist."""
 
     def loss(self, model, parameters, x):
         return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, of its jvp
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # from PyTorch's own jvp
     @pytest.mark.parametrize("kind", ["grad", "vmap", "per sample", "twice", "jvp"])
     def test_training(self, kind):
         model = nn.Sequential(nn.Linear(4, WIDTH), PCAProjection(None), nn.Linear(WIDTH, 2)).double()
@@ -712,7 +712,7 @@ class TestFunctorch:
         first = torch.func.grad(lambda p: self.loss(model, p, x))(parameters)
         per_row = torch.func.vmap(lambda row: model(row[None])[0])(x)
         torch.testing.assert_close(per_row, model(x))
-        model[1].threshold = 0.5  # forgets what was computed
+        model[1].threshold = 0.5  # clears computed values
         second = torch.func.grad(lambda p: self.loss(model, p, x))(parameters)
         torch.testing.assert_close(first, second)
 
@@ -748,7 +748,7 @@ class TestCollect:
     def test_the_model_does_not_notice(self):
         model = network_with_everything()
         model(torch.randn(32, 1, 8, 8))
-        model.train()[1].eval()  # flags of its own
+        model.train()[1].eval()  # its own training flags
         model[5].weight.requires_grad_(False)
         x = torch.randn(16, 1, 8, 8)
         state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -783,12 +783,12 @@ class TestCollect:
             with projections.collect():
                 for part in parts:
                     model(part)
-                    set_projection_threshold(model, 0.7)  # reading disturbs nothing
+                    set_projection_threshold(model, 0.7)  # reading changes nothing
             expected = CovarianceMetric()
             expected.update(nn.functional.linear(torch.cat(parts), model[0].weight, model[0].bias).detach())
             torch.testing.assert_close(projection.spectrum().covariance, expected.compute())
             model(first)
-        model.train()(first)  # training starts a new one, too
+        model.train()(first)  # training also starts a new accumulation
         assert int(projection.covariance.count) == 50
 
     def test_in_training_mode_and_one_alone(self):
@@ -809,7 +809,7 @@ class TestCollect:
             raise KeyError
         x = torch.randn(8, 4)
         assert not torch.allclose(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
-        assert int(projections[0].covariance.count) == 50  # until there is new data
+        assert int(projections[0].covariance.count) == 50  # until new data arrive
 
     def test_after_removal(self):
         projections = insert_projections(nn.Sequential(nn.Linear(4, WIDTH)), "0")

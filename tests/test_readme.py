@@ -31,7 +31,7 @@ def test_the_site_begins_with_it():
     shown, rest = TEXT.split(marker)
     assert "## Quick start" in shown
     assert len(rest.splitlines()) < 15
-    assert re.findall(r"\]\((?!http|docs/)([^)]+)\)", shown) == []  # nothing that the site does not have
+    assert re.findall(r"\]\((?!http|docs/)([^)]+)\)", shown) == []  # nothing that the site lacks
 
 
 def test_the_quick_start_prints_what_it_shows(capsys):
@@ -46,7 +46,7 @@ def test_the_quick_start_prints_what_it_shows(capsys):
     assert list(found) == list(expected) == ["1", "3", "5", "7"]
     for layer, (*facts, dimension) in expected.items():
         assert found[layer][:-1] == tuple(facts)
-        assert found[layer][-1] == pytest.approx(dimension, abs=4)  # training rounds otherwise elsewhere
+        assert found[layer][-1] == pytest.approx(dimension, abs=4)  # training rounds differently elsewhere
     assert set(namespace["probe"].compute("eval")) == {f"saturation/eval/{layer}" for layer in "1357"}
 
 
@@ -91,7 +91,7 @@ def test_the_published_links_lead_to_the_repository(tmp_path, monkeypatch):
     assert [link for link in links if not link.startswith("https://")] == []
     assert not re.search(
         r"""(src|href)=|^\[[^]]+\]:""", published, re.MULTILINE
-    )  # links that the hook does not know
+    )  # links in a form that the hook does not find
     within = [(match[1], link[match.end() :]) for link in links if (match := re.match(base, link))]
     assert len(within) > 5
     for kind, path in within:

@@ -1,4 +1,4 @@
-"""The demo's network on the real digits: what the fast paths cost in accuracy."""
+"""The demo's network on real digits: accuracy of the fast paths."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ PATHS = {
 
 @pytest.fixture(scope="module")
 def epoch():
-    """Intrinsic dimensions of all layers over one epoch of training and one validation, on every path."""
+    """Intrinsic dimensions of all layers on every path, over one training epoch and one validation."""
     images, labels, validation, _ = demo.load_digits(seed=0)
     torch.manual_seed(0)
     model = demo.ResidualNetwork()

@@ -1,4 +1,4 @@
-"""Receptive fields, against what a NaN in the input reaches."""
+"""Receptive fields, compared with the reach of a NaN in the input."""
 
 import math
 
@@ -22,7 +22,7 @@ class Residual(nn.Module):
 
 
 class Branches(nn.Module):
-    """A squeeze-and-excitation, a concatenation and a step in channels-last layout."""
+    """A squeeze-and-excitation, a concatenation and an operation in channels-last layout."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Take(nn.Module):
 
 
 def seen(model, layer, channels, size, axes):
-    """The extent of the input, along its last axis, that the middle position of a layer's output depends on."""
+    """Extent of the input, along its last axis, on which the middle position of a layer's output depends."""
     reached = []
 
     def hook(module, args, output):
@@ -100,7 +100,7 @@ def test_the_largest_field_is_what_a_position_depends_on(name):
     fields = receptive_fields(model, torch.zeros(1, 2, size, size), nn.Conv2d)
     assert fields
     for layer, field in fields.items():
-        # Behind a pixel shuffle the positions see different parts; the field bounds them.
+        # After a pixel shuffle the positions see different parts; the field bounds them.
         tolerance = 3 if name == "shuffled" else 0
         depends_on = seen(model, layer, 2, size, 2)
         assert field.largest[-1] - tolerance <= depends_on <= field.largest[-1], layer
@@ -128,7 +128,7 @@ def test_skip_connections_leave_the_smallest_field_behind():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Residual(2), Residual(2))
     fields = receptive_fields(model, torch.zeros(1, 1, 16, 16))
     assert fields["1.conv2"] == ReceptiveField((7, 7), (7, 7))
-    assert fields["2.conv1"] == ReceptiveField((5, 5), (9, 9))  # past the first block, or through it
+    assert fields["2.conv1"] == ReceptiveField((5, 5), (9, 9))  # around the first block, or through it
     assert fields["2.conv2"] == ReceptiveField((7, 7), (11, 11))
     assert border_layer(fields, 8) == "2.conv1"
     assert border_layer(fields, 6, paths="smallest") == "1.conv2"
@@ -173,7 +173,7 @@ def test_a_linear_layer_over_positions_sees_all_of_them():
 
 
 class Last(nn.Module):
-    """Linear layers on features, which are brought to the last dimension."""
+    """Linear layers on features that are moved to the last dimension."""
 
     def __init__(self, there, back):
         super().__init__()
@@ -212,7 +212,7 @@ def test_a_global_pool_and_a_scale_per_channel():
 
 
 class Collapsing(nn.Module):
-    """Two convolutions, and between them a mean over one axis."""
+    """Two convolutions with a mean over one axis between them."""
 
     def __init__(self, axis):
         super().__init__()
@@ -227,7 +227,7 @@ class Collapsing(nn.Module):
 @pytest.mark.parametrize("axis", [2, 3])
 def test_a_mean_over_an_axis_sees_all_of_it(axis, extent):
     shape = [1, 1, 6, 6]
-    shape[axis] = extent + 1  # which the first convolution leaves at `extent`
+    shape[axis] = extent + 1  # the first convolution shortens it to `extent`
     field = receptive_fields(Collapsing(axis), torch.zeros(shape))["second"]
     expected = [2, 2]
     if extent > 1:

@@ -1,4 +1,4 @@
-"""What the recipes promise beyond running: see tests/test_docs.py for that."""
+"""Claims of the recipes; test_docs.py runs them."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def make_thin():
 def test_thin_layers_leave_out_the_variance_that_they_may(make_thin, layer, shape, bias):
     torch.manual_seed(0)
     model = nn.Sequential(layer(bias)).double()
-    # About a mean, and of few directions.
+    # A mean that is not zero, and few directions.
     inputs = 5 + torch.randn(300, 4, dtype=torch.float64) @ torch.randn(4, torch.Size(shape).numel()).double()
     inputs = (inputs + 0.3 * torch.randn_like(inputs)).reshape(300, *shape)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Situations in which tools of this kind were reported to fail; docs/reported_situations.md lists them all."""
+"""Situations in which similar tools were reported to fail; docs/reported_situations.md lists all of them."""
 
 import contextlib
 import copy
@@ -33,12 +33,12 @@ def count(probe, layer="0", stage="train"):
 
 @pytest.mark.parametrize("kind", ["linear", "GPT-2"])
 def test_reading_changes_no_weight_that_is_made_when_it_is_read(kind):
-    # Each look at the weight of a spectral norm in training mode is one more power iteration.
+    # In training mode, each access to the weight of a spectral norm is one more power iteration.
     layer = nn.Linear(8, 8)
     if kind == "GPT-2":
         layer = pytest.importorskip("transformers.pytorch_utils", reason="needs transformers").Conv1D(8, 8)
     model = nn.Sequential(nn.Linear(6, 8), parametrizations.spectral_norm(layer))
-    nn.init.constant_(model[1].bias, 1e4)  # so that its small spread makes findings ask for its weights
+    nn.init.constant_(model[1].bias, 1e4)  # a small spread, so that findings read the weights
     plain = copy.deepcopy(model)
     probe = sm.LayerProbe(model)
     for _ in range(2):
@@ -73,9 +73,7 @@ def test_spectra_are_those_of_the_weights_that_the_model_computes_with(tmp_path)
     assert rows["3"].update["relative_size"] == 0
     torch.save(state, tmp_path / "state.pt")
     summary = checkpoint_spectra(tmp_path / "state.pt", ["stable_rank"])
-    assert {row.layer: row.value for row in summary.rows} == {
-        "3": rows["3"].value
-    }  # what no model need be there for
+    assert {row.layer: row.value for row in summary.rows} == {"3": rows["3"].value}  # needs no model
     assert "load the model" in summary.skipped["0.parametrizations.weight.original1"]
     assert "load the model" in summary.skipped["2.weight_v"]
     assert summary.skipped["3.weight_mask"] == "it is the mask of '3.weight'"
@@ -114,7 +112,7 @@ def test_threads_have_each_their_own_mask():
         thread.join()
     assert len(seen) == 2
     assert count(probe) == 5 * (10 + 2)
-    model(torch.randn(2, 5, 4))  # and nothing is left of any
+    model(torch.randn(2, 5, 4))  # nothing of the earlier ones is left
     assert count(probe) == 5 * (10 + 2) + 10
 
 
@@ -150,7 +148,7 @@ def test_the_index_of_a_data_frame_is_no_feature(index, tmp_path):
     np.testing.assert_allclose(
         covariance(sm.measure(tmp_path / "frame.parquet")), np.cov(VALUES.T, ddof=0), rtol=1e-9
     )
-    if index == "named":  # who asks for it gets it
+    if index == "named":  # read when it is named
         assert covariance(sm.measure(tmp_path / "frame.parquet", column="time")).shape == (1, 1)
 
 
@@ -261,7 +259,7 @@ def test_a_model_may_hold_its_probe_and_metrics():
     model = Watched()
     model(torch.randn(20, 4)).sum().backward()
     copied = copy.deepcopy(model)
-    copied(torch.randn(20, 4))  # a copy has no hooks, and metrics of its own
+    copied(torch.randn(20, 4))  # a copy has no hooks, and its own metrics
     model.half().float()(torch.randn(20, 4))
     assert list(model.state_dict()) == ["layer.weight", "layer.bias"]
     states = model.metric.metric_state.values()
@@ -314,7 +312,7 @@ def test_a_table_goes_to_any_stream(tmp_path):
     with sm.Recorder(tmp_path / "run", sm.LayerProbe(model), ["csv", "arrays"]) as recorder:
         model(torch.randn(60, 4))
         recorder.record()
-    shown = io.StringIO()  # as the streams of notebooks, it takes text alone
+    shown = io.StringIO()  # takes only text, as the streams of notebooks
     with contextlib.redirect_stdout(shown):
         assert main(["recompute", str(tmp_path / "run")]) == 0
     assert main(["recompute", str(tmp_path / "run"), "--output", str(tmp_path / "table.csv")]) == 0

@@ -1,4 +1,4 @@
-"""LayerSimilarity: hooks that say what the definition says and disturb nothing."""
+"""LayerSimilarity: hooks that give the values of the definition and change nothing."""
 
 import copy
 import gc
@@ -19,7 +19,7 @@ from tests.functional.test_relations import cka_by_definition
 
 
 class Mixed(nn.Module):
-    """Maps, sequences and rows, not registered in forward order."""
+    """Maps, sequences and rows, registered in another order than the forward's."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Chain(nn.Module):
 
 
 def outputs_of(model, names, inputs):
-    """Plain rows of layers, flattened by hand."""
+    """Rows of layers, flattened by hand."""
     rows = {}
 
     def keep(name):
@@ -175,7 +175,7 @@ def train(model, similarity_of=None):
 
 
 def test_layers_whose_type_does_not_tell_go_by_their_surroundings():
-    """A GELU behind a convolution has channels first, a Linear inside a transformer may have time first."""
+    """A GELU after a convolution has channels first; a Linear inside a transformer may have time first."""
     convolutions = nn.Sequential(nn.Conv1d(3, 6, 1), nn.GELU())
     encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
     series, steps = torch.randn(8, 3, 9), torch.randn(5, 8, 6)
@@ -222,7 +222,7 @@ def test_nothing_is_left_behind():
     assert list(model.state_dict()) == keys
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert hooks_of(copied) == 0
-        copied(torch.randn(8, 1, 4, 4))  # a copy is not observed, and runs
+        copied(torch.randn(8, 1, 4, 4))  # a copy runs, and is not observed
     with pytest.raises(RuntimeError, match="no forward of the model"):
         similarity.compute()
     similarity.remove()
@@ -241,7 +241,7 @@ def test_autocast_inference_mode_and_half_precision():
         with torch.inference_mode():
             model(inputs)
         expected = similarity.compute().matrix
-        model(inputs)  # what was made in inference mode can be added to
+        model(inputs)  # sums made in inference mode can be added to
         torch.testing.assert_close(similarity.compute().matrix, expected, rtol=1e-12, atol=0)
         similarity.reset()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -268,7 +268,7 @@ def test_a_checkpoints_recomputation_is_not_another_forward():
 
 
 class TestCompiled:
-    """Every pair of forwards is seen, whenever the hooks were made, and the graph stays in one piece."""
+    """Every pair of forwards counts, whenever the hooks were made, and the graph stays whole."""
 
     @pytest.fixture(autouse=True)
     def _fresh(self):
@@ -320,7 +320,7 @@ class TestCompiled:
             metric.update(*rows)
         torch.testing.assert_close(values["parts.1", "parts.1"], metric.compute(), rtol=1e-5, atol=1e-7)
         runs[0](batches[0])
-        assert similarity.compute().count == 41  # no hook any more
+        assert similarity.compute().count == 41  # no more hooks
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_training_is_bit_identical(self, backend):
@@ -425,7 +425,7 @@ def test_samples_that_are_not_finite_are_left_out_of_the_batch():
 
 
 class Given(nn.Module):
-    """Puts out what it is given, layer by layer."""
+    """Returns its input, layer by layer."""
 
     def __init__(self):
         super().__init__()
@@ -441,7 +441,7 @@ def test_a_sample_that_another_layer_leaves_out_costs_the_others_no_digits(shift
     second = first @ torch.randn(4, 3, dtype=torch.float64) + torch.randn(12, 3, dtype=torch.float64)
     expected = cka_by_definition(first[1:], second[1:])
     first += shift
-    first[0], second[0] = outlier, torch.inf  # a sample that diverges: finite at first, then not
+    first[0], second[0] = outlier, torch.inf  # a diverging sample: finite in one layer, infinite in the next
     with sm.LayerSimilarity(model, layers="parts.?") as similarity:
         model([first, second])
     with pytest.warns(UserWarning, match="in some layer: 1"):
@@ -479,7 +479,7 @@ def test_forwards_that_are_no_pair_are_said_and_left_out():
         right(inputs)
     with pytest.raises(RuntimeError, match="no batch has been counted; run both models on the same batch"):
         similarity.compute()
-    right.parts[0](torch.randn(9, 5))  # a layer by itself is no forward of its model
+    right.parts[0](torch.randn(9, 5))  # a direct call of a layer is no forward of its model
     inputs = torch.randn(10, 5)
     right(inputs), left(inputs)
     assert similarity.compute().count == 10
@@ -529,7 +529,7 @@ def test_a_failed_construction_leaves_no_hook():
     model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
     with pytest.raises(RuntimeError, match="not supported on ScriptModules") as told:
         sm.LayerSimilarity(model, layers="?")
-    assert told.tb  # as long as the error is looked at, what failed is not collected
+    assert told.tb  # while the error exists, the failed object is not collected
     assert hooks_of(model) == 0
     assert "__reduce_ex__" not in vars(model) | vars(model[0])
 
@@ -567,7 +567,7 @@ def test_outputs_that_hold_themselves_and_transforms(caplog):
 
 
 def test_autocast_by_function_stays_as_it_was():
-    """Leaving autocast's own context would clear the cache of cast weights, and change gradients."""
+    """Leaving autocast's own context would clear the cache of cast weights, and change the gradients."""
 
     def gradient(probed):
         torch.manual_seed(0)

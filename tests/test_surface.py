@@ -1,4 +1,4 @@
-"""What users can call, with which arguments and defaults: a change of it is one of a promise."""
+"""The public surface with arguments and defaults; changing it changes a promise to users."""
 
 import inspect
 import re
@@ -23,7 +23,7 @@ MODULES = (
 
 
 def surface():
-    """One line for each public function, class and method, by the module that has it first."""
+    """One line for each public function, class and method, under the first module that has it."""
     lines = {}
     for module, name, each in everything_public(MODULES):
         lines.setdefault(id(each), f"{module}.{name}{_arguments(inspect.unwrap(each))}")
@@ -31,7 +31,7 @@ def surface():
 
 
 def _arguments(function):
-    """Names and defaults, without annotations."""
+    """Names and defaults of the arguments, without annotations."""
     signature = inspect.signature(function)
     plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     shown = str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))

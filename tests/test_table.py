@@ -1,4 +1,4 @@
-"""Tables on the screen: names stay whole as long as there is room, and never become the same."""
+"""Tables on the screen: names stay whole while there is room, and always stay distinct."""
 
 import fcntl
 import os

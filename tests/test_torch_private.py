@@ -1,4 +1,4 @@
-"""What PyTorch does not promise: each use does what is said, and what it does where the name is gone."""
+"""Private names of PyTorch: each use does what it says, and has a fallback where the name is missing."""
 
 import copy
 import functools
@@ -52,12 +52,12 @@ def test_backward_is_told_from_forward():
     assert not torch_private.in_backward()
     seen.clear()
     checkpoint(Look.apply, torch.ones(2, requires_grad=True), use_reentrant=True).sum().backward()
-    assert seen[:2] == [False, True]  # the recomputation
+    assert seen[:2] == [False, True]  # recomputation
 
 
 @pytest.mark.parametrize("threads", [False, True])
 def test_the_parts_of_a_stages_backward_are_told(threads):
-    """Also in a thread that has none of the frames, as autograd's own of a GPU."""
+    """Also in a thread without any of these frames, such as autograd's own for a GPU."""
     model, x = nn.Linear(2, 3), torch.ones(4, 2, requires_grad=True)
     seen = []
 
@@ -154,7 +154,7 @@ def test_exporting_is_told_inside_dynamo():
 
 @pytest.mark.parametrize("decorate", [torch_private.untraced, None])
 def test_what_is_untraced_runs_and_dynamo_does_not_look_in(decorate, monkeypatch):
-    if decorate is None:  # as in a release that has no such thing
+    if decorate is None:  # as in a release without it
         monkeypatch.setattr(torch_private, "_frames", None)
         decorate = torch_private.untraced
     seen = []
@@ -235,7 +235,7 @@ def test_summands_of_an_embedding_have_no_words_of_others():
     parts, placements = torch_private.masked_parts(local, [Masked(mask)])
     assert parts.tolist() == [[0.0] * 3, [1.0] * 3]
     assert list(placements) == [torch.distributed.tensor.Partial("sum")]
-    assert local.sum() == 6  # the layer's own
+    assert local.sum() == 6  # the layer's own values
     other = torch.distributed.tensor.Replicate()
     assert torch_private.masked_parts(local, [other]) == (local, [other])
 
@@ -353,7 +353,7 @@ in_a_process = functools.cache(in_a_process)
 
 
 def test_dynamo_is_not_imported_by_what_does_not_compile():
-    """Nor sympy, which takes as long; 0.3 s of CPU are what the package may take beyond torchmetrics."""
+    """Nor is sympy, which takes as long to import."""
     dynamo, sympy, seconds, probed = in_a_process(
         "import sys, time, torch, torchmetrics",
         "start = time.process_time()",
@@ -367,11 +367,11 @@ def test_dynamo_is_not_imported_by_what_does_not_compile():
         "print('torch._dynamo' in sys.modules)",
     )
     assert (dynamo, sympy, probed) == ("False", "False", "False")
-    assert float(seconds) < 1.0  # 0.15 s where nothing else runs; Dynamo alone takes more than this
+    assert float(seconds) < 1.0  # 0.15 s on an idle machine; Dynamo alone takes longer than the limit
 
 
 def test_a_probe_that_is_older_than_dynamo_has_hooks_heeded():
-    """The setting is made as soon as somebody imports Dynamo, and the import is otherwise what it was."""
+    """The setting is made when Dynamo is imported, and that import is otherwise unchanged."""
     heeded, counted, loader, left = in_a_process(
         "import sys, torch, spectralmetrics",
         "first, second = (torch.nn.Sequential(torch.nn.Linear(3, 3)) for _ in range(2))",
@@ -393,7 +393,7 @@ def test_views_and_changes_in_place_are_told():
     assert torch_private.base_of_view(view.view(-1)) is base
     assert torch_private.base_of_view(base) is None
     version = torch_private.Version(view)
-    assert version._twin.untyped_storage().nbytes() == 0  # keeps no memory
+    assert version._twin.untyped_storage().nbytes() == 0  # takes no memory
     assert not version.has_changed()
     base[0, 0] = 1.0
     assert version.has_changed()

@@ -183,7 +183,7 @@ def test_a_matrix_that_was_not_there_has_no_update():
     [nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
 )
 def test_weights_that_hooks_make_are_of_the_parameters_as_they_are(made):
-    """Not as at the last forward: a step of training or a loaded state changes the parameters alone."""
+    """Not as in the last forward: a training step or a loaded state changes only the parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(made(nn.Linear(20, 10)))
     model(torch.randn(3, 20))
@@ -334,7 +334,7 @@ def test_values_that_are_no_weights_are_skipped_in_models_as_in_checkpoints(tmp_
             super().__init__()
             self.weight = nn.Parameter(weight, requires_grad=False)
 
-    packed = torch.randint(0, 255, (64, 1), dtype=torch.uint8)  # as 4-bit layers hold them
+    packed = torch.randint(0, 255, (64, 1), dtype=torch.uint8)  # as in 4-bit layers
     phases = torch.randn(6, 5, dtype=torch.complex64)
     dense = torch.randn(6, 5).relu()
     model = nn.Sequential(*map(Held, (packed, phases, dense.to_sparse(), dense)))
@@ -364,7 +364,7 @@ def test_an_earlier_checkpoint(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     heads, (cells,) = lines[:-2], [line for line in lines if line.startswith("0 ")]
-    end = cells.index("0.500") + len("0.500")  # the heads of its column end where it does
+    end = cells.index("0.500") + len("0.500")  # the column's heading ends at the same place
     assert [line[end - 8 : end].strip() for line in heads] == ["update:", "relative", "size"]
 
 

@@ -184,7 +184,7 @@ def _run_recompute(
     from spectralmetrics.recording.files import replace_file
     from spectralmetrics.recording.recompute import recompute
     from spectralmetrics.recording.saved import SavedRun
-    from spectralmetrics.recording.tables import format_rows
+    from spectralmetrics.recording.writers.csv import format_rows
 
     thresholds = threshold[0] if threshold is not None and len(threshold) == 1 else threshold
     with _progress("reading", len(SavedRun(directory).arrays)) as advance:

@@ -23,7 +23,7 @@ from spectralmetrics.plotting import plot_profile
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.recording import Recorder, draw_run, summarise_run, write_report
 from spectralmetrics.recording.record import Row
-from spectralmetrics.recording.tables import read_rows
+from spectralmetrics.recording.writers.csv import read_rows
 from spectralmetrics.table import percent, plural
 
 if TYPE_CHECKING:

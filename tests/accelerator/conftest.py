@@ -12,7 +12,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture
 def accelerator():
-    """A device that is not the CPU: a real one where there is one, and the emulated one elsewhere."""
+    """A device that is not the CPU: a real one if the machine has one, else the emulated one."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else emulated_device()
 
 

@@ -1,8 +1,8 @@
-"""An accelerator that this machine does not have: tensors of a device of its own, computed on the CPU.
+"""An emulated accelerator: tensors of a device of its own, computed on the CPU.
 
-It refuses what an accelerator refuses (operands on different devices, and float64 where it is told to have
-none), counts the kernels that it is asked to launch, and every time the host waits for a value. It has neither
-streams nor autocast, and nothing is compiled for it.
+It refuses what an accelerator refuses: operands on different devices and, inside :func:`without_float64`,
+float64. It counts the kernels that it launches and the values that the host waits for. It has neither streams
+nor autocast, and nothing is compiled for it.
 
 >>> device = emulated_device()
 >>> with watching() as seen:
@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_iter, tree_map
 _NAME = "emulated"
 # Since torch 2.10 a device can be defined in Python.
 CAN_BE_EMULATED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-# What takes a value to the host, by the name of the operation.
+# Operations that copy a value to the host.
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim"}
-# What gives memory and computes nothing.
+# Operations that allocate memory and compute nothing.
 _FREE = {
     "empty",
     "empty_like",
@@ -46,7 +46,7 @@ _FREE |= {"_unsafe_view", "set_", "resize_", "record_stream", "_reshape_alias", 
 
 
 class Seen:
-    """What the device was asked for.
+    """Counts of what the device was asked for.
 
     Attributes:
         operations: kernels launched, by name.
@@ -155,7 +155,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """What ``torch.tensor`` calls by itself."""
+    """Copy, called by ``torch.tensor`` itself."""
     _run(torch.ops.aten.copy_.default, (target, source), {})
     return target
 
@@ -164,22 +164,22 @@ def _refuse_mixed(name: str, operands: list[Tensor]) -> None:
     if name in ("copy_", "_to_copy", "set_", "is_same_size"):
         return
     if name.startswith("index") and "select" not in name:
-        operands = operands[:1]  # where to look may be told by the CPU
-    # A scalar of the CPU goes with the launch.
+        operands = operands[:1]  # index tensors may be on the CPU
+    # A scalar on the CPU is passed with the launch.
     types = {type(each) is EmulatedTensor for each in operands if each.ndim or isinstance(each, EmulatedTensor)}
     if len(types) > 1:
         raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
 
 
 class _Generator(torch.Generator):
-    """Generators of the emulated device are those of the CPU: PyTorch asks a device in C++ for its own."""
+    """Generators of the emulated device are CPU generators: PyTorch asks a device in C++ for its own."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu" if torch.device(device).type == _NAME else device)
 
 
 class _Module:
-    """What PyTorch looks for as ``torch.emulated``."""
+    """The module that PyTorch looks up as ``torch.emulated``."""
 
     @staticmethod
     def is_initialized() -> bool:
@@ -187,7 +187,7 @@ class _Module:
 
     @staticmethod
     def is_available() -> bool:
-        return False  # so that nobody takes it who was not told to, such as `DataParallel` in other tests
+        return False  # so that nothing uses it unasked, such as `DataParallel` in other tests
 
     @staticmethod
     def current_device() -> int:
@@ -212,7 +212,7 @@ class _Module:
 
 @functools.cache
 def emulated_device() -> torch.device:
-    """The device; made when first asked for. A test that asks for it is skipped where it cannot be made."""
+    """The device, made on first use. A test that asks for it is skipped where it cannot be made."""
     if not CAN_BE_EMULATED:
         pytest.skip("a device can be emulated since torch 2.10")
 
@@ -228,7 +228,7 @@ def emulated_device() -> torch.device:
 
     register = backend_registration._setup_privateuseone_for_python_backend
     register(_NAME, backend_module=_Module(), hook=Hook())
-    # Whatever takes no tensor of the device must be found by its key.
+    # A function without a tensor of the device among its arguments is found by this key.
     anything = torch.library.Library("_", "IMPL")
     anything.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
     copies = torch.library.Library("aten", "IMPL")
@@ -243,7 +243,7 @@ _KEPT: list[Any] = []
 
 @contextlib.contextmanager
 def watching() -> Iterator[Seen]:
-    """Count what the device is asked for inside."""
+    """Count what the device is asked for inside the context."""
     seen = Seen()
     _watchers.append(seen)
     try:
@@ -254,7 +254,7 @@ def watching() -> Iterator[Seen]:
 
 @contextlib.contextmanager
 def without_float64() -> Iterator[None]:
-    """Inside, the device has no float64, as MPS."""
+    """Inside the context, the device has no float64, as MPS."""
     before, _has_float64[0] = _has_float64[0], False
     try:
         yield

@@ -1,4 +1,4 @@
-"""How often an accelerator is asked to do something, and how often the host waits for it."""
+"""Number of operations on an accelerator, and of waits of the host for it."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.accelerator.device import watching
 
 
 def steady(metric, rows):
-    """What the next update of these rows asks for, once the origin has settled."""
+    """Counts of the next update with these rows, once the origin has settled."""
     for _ in range(9):
         metric.update(rows)
     with watching() as seen:
@@ -76,7 +76,7 @@ def test_the_hooks_of_a_thousand_steps_wait_for_nothing(emulated, options):
                 model(images)
             assert seen.reads == 0
             launches.append((seen.launches - alone) / len(probe.layers))
-    # Per hook; most rows wait, and what is sampled is chosen first.
+    # Per hook. Most rows wait, and sampled rows are selected first.
     assert sorted(launches)[500] <= 8
     assert sum(launches) / 1000 <= 15
 
@@ -137,7 +137,7 @@ def test_equal_layers_do_not_multiply_on_one_step(emulated):
             with watching() as seen:
                 model(rows)
             products.append(seen.operations["bmm"])
-    # Each layer multiplies every 16th step, and so one of 16 in each.
+    # Each layer multiplies every 16th step, so one layer in 16 multiplies in each step.
     assert max(products[40:]) <= 5
     assert sum(products[40:]) >= 40
     assert len(probe.compute()) == 16

@@ -1,4 +1,4 @@
-"""Marginals and histories on an accelerator: right, without waiting, in few launches."""
+"""Marginals and histories on an accelerator: correct, without waiting, in few launches."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Metrics of rows on an accelerator have the values of the same rows on the CPU."""
+"""Metrics of rows on an accelerator equal the metrics of the same rows on the CPU."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from spectralmetrics import (
     statistics,
 )
 from spectralmetrics.sums import accelerated, products_dtype
-from spectralmetrics.sums.precision import has_fast_float64
+from spectralmetrics.sums.arithmetic import has_fast_float64
 from tests.accelerator.device import watching
 
 OURS = {
@@ -57,7 +57,7 @@ def assert_close(value, expected, tolerance=1e-5):
         (name, folds)
         for name, kind in OURS.items()
         for folds in (1, 3)
-        if folds == 1 or not issubclass(kind, MarginalMetric)  # which refuses folds
+        if folds == 1 or not issubclass(kind, MarginalMetric)  # it refuses folds
     ],
 )
 def test_every_statistic(accelerator, name, folds):
@@ -65,7 +65,7 @@ def test_every_statistic(accelerator, name, folds):
     here, there = both(lambda **kwargs: new(folds=folds, **kwargs), accelerator, batches())
     value = there.compute()
     assert value.device == accelerator
-    if name == "embedding":  # which rows are drawn depends on the generator of the device
+    if name == "embedding":  # the drawn rows depend on the device's generator
         assert value.shape == here.compute().shape
     else:
         # A determinant multiplies the errors of all its factors.
@@ -315,7 +315,7 @@ def test_without_float64_the_sums_stay_with_the_cpu(like_mps, rows):
     assert metric.second_moment.device.type == "cpu"
     assert metric.second_moment.dtype == torch.float64
     assert int(metric.non_finite) == 1
-    if rows > 256:  # the product is the device's
+    if rows > 256:  # the device computed the product
         assert seen.operations["bmm"] == 1
     assert_close(metric.compute(), reference.compute(), 1e-5)
 

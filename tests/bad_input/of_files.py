@@ -1,4 +1,4 @@
-"""What `measure` and its companions refuse."""
+"""Bad input to `measure` and its companions."""
 
 from pathlib import Path
 

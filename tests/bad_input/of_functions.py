@@ -1,4 +1,4 @@
-"""What the functions of numbers refuse."""
+"""Bad input to the functions of numbers."""
 
 import torch
 

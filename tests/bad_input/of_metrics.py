@@ -1,4 +1,4 @@
-"""What the metrics refuse."""
+"""Bad input to the metrics."""
 
 import torch
 

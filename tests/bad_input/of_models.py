@@ -1,4 +1,4 @@
-"""What is refused by all that looks into models."""
+"""Bad input to everything that inspects models."""
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ ROWS_OF_MODELS = [
     *refuses(
         "register_layer",
         sm.register_layer,
-        {"layer": nn.Linear, "dim": -1},  # what it is anyway
+        {"layer": nn.Linear, "dim": -1},  # its dim anyway
         layer=[
             (each, TypeError, "expected layer to be a subclass of torch.nn.Module, got")
             for each in ("Linear", None, dict, nn.ReLU())

@@ -1,4 +1,4 @@
-"""What the pictures refuse; an axis that was given has nothing drawn into it then."""
+"""Bad input to the plotting functions; nothing is drawn into the given axes then."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What is refused by all that keeps runs and reads them."""
+"""Bad input to everything that writes or reads runs."""
 
 import math
 

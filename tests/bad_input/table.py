@@ -1,4 +1,4 @@
-"""How a row says what is refused, and whether a message quotes what came."""
+"""Rows of the table of bad input, and the check that a message quotes the bad value."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """Something of the :class:`~tests.bad_input.world.World`."""
+    """A part of the :class:`~tests.bad_input.world.World`."""
 
     of: Callable[[Any], Any]
 
@@ -22,13 +22,13 @@ class Row:
     """One bad value of one argument.
 
     Attributes:
-        name: of the function, class or method, as its user writes it.
-        call: it, or how to come by it.
+        name: name of the function, class or method, as its user writes it.
+        call: the function, or how to get it from the world.
         good: the other arguments.
-        argument: the bad one; a name with a dot is an attribute of the argument's own.
-        value: bad.
-        error: exactly its type.
-        words: of the message, the value among them; "…" stands for any others.
+        argument: name of the bad argument; a name with a dot is an attribute of the argument's own.
+        value: the bad value.
+        error: exact type of the error.
+        words: words of the message, including the value; "…" stands for any others.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
     words: str
 
     def arguments(self, world):
-        """All arguments, the bad one among them."""
+        """All arguments, including the bad one."""
         found = {**self.good, self.argument: self.value}
         return {name: value.of(world) if isinstance(value, Given) else value for name, value in found.items()}
 
@@ -56,7 +56,7 @@ class Row:
 
 
 def refuses(name, call, good=None, /, **arguments):
-    """Rows: argument -> (value, error, words) of each value that is refused."""
+    """Rows for one function; each argument has its refused values as (value, error, words)."""
     return [
         Row(name, call, good or {}, argument, value, error, words)
         for argument, bad in arguments.items()
@@ -65,7 +65,7 @@ def refuses(name, call, good=None, /, **arguments):
 
 
 def quotes(value, message):
-    """Whether a message shows a value, or of what has no short form its type, a size of it, or a part."""
+    """True if a message shows the value or, for values without a short form, its type, a size or a part."""
     kind = type(value).__name__
     shown = {
         repr(value),

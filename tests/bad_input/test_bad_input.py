@@ -1,4 +1,4 @@
-"""What every public function refuses: one row for each bad value, and a look that nothing has changed by it."""
+"""Every public function refuses bad values: one row for each value, and nothing is changed by the call."""
 
 import dataclasses
 import fnmatch
@@ -27,7 +27,7 @@ TABLE = [
 ]
 MODULES = ("", ".functional", ".metrics", ".monitoring", ".probing", ".projection", ".recording", ".plotting")
 
-# Arguments of which the table says nothing, and why.
+# Arguments without rows in the table, and why.
 EXEMPT = {
     **dict.fromkeys(
         (
@@ -151,7 +151,7 @@ def test_is_refused_and_changes_nothing(row, world):
         row.function(world)(**arguments)
     assert type(caught.value) is row.error
     message = str(caught.value)
-    # Of an argument that there is none of, its name is what is wrong.
+    # If the argument does not exist, the message must quote its name.
     assert quotes(arguments[row.argument], message) or re.search(f"['`]{row.argument}['`]", message)
     after = world.fingerprint()
     assert not [key for key in {*before, *after} if before.get(key) != after.get(key)]
@@ -163,12 +163,12 @@ def test_the_table_is_long_and_no_row_comes_twice():
 
 
 def public():
-    """Name -> function, class or method of all that is public."""
+    """Every public function, class and method, by name."""
     return {name: each for _, name, each in everything_public(MODULES)}
 
 
 def arguments():
-    """Name with argument -> the function that it is an argument of, which classes may have in common."""
+    """Every public argument, as "name(argument)" -> (its function, which classes may share; the argument)."""
     found = {}
     for name, each in public().items():
         for argument in list(inspect.signature(each).parameters):

@@ -1,4 +1,4 @@
-"""What the command line refuses: exit status 2, one line that quotes the value, and no file has changed."""
+"""Bad input on the command line: exit status 2, one line that quotes the value, and no file is changed."""
 
 import argparse
 
@@ -16,7 +16,7 @@ INTEGERS = [(text, f"invalid int value: {text!r}") for text in ("x", "1.5")]
 NO_TABLE = [("nowhere", "expected a run with a records.csv, got nowhere")]
 NO_ARRAYS = [("nowhere", "expected a run recorded with the writer 'arrays', got nowhere")]
 UNKNOWN = [("red", "unrecognized arguments: --colour red")]
-# Command and its other arguments -> option, or name of an argument -> bad value and words.
+# Command and its other arguments -> option or name of an argument -> bad value and words.
 NO_MODULE = [("no.such", "cannot import 'no.such': No module named 'no'")]
 
 TABLE = {
@@ -153,7 +153,7 @@ def test_is_one_line_and_changes_nothing(command, argument, value, words, world,
         )
         assert (place := error.find(text, place)) >= 0, (text, error)
     after = world.fingerprint()
-    # A command has a process of its own, and the demo seeds that.
+    # The demo seeds the random state; a command has a process of its own.
     assert not [key for key in {*before, *after} - {"random"} if before.get(key) != after.get(key)]
 
 

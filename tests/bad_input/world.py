@@ -1,4 +1,4 @@
-"""Something of everything that a refused call might have changed, and what it holds."""
+"""One object of each kind that a refused call might change, and a fingerprint of their contents."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ from spectralmetrics.functional import Observations, accumulate, empty_moments
 
 
 class World:
-    """One of each, with observations in it.
+    """One object of each kind, with observations.
 
     Args:
-        folder: an empty one, for runs.
+        folder: an empty folder for runs.
     """
 
     def __init__(self, folder):
@@ -62,7 +62,7 @@ class World:
         return moments
 
     def entering(self, manager):
-        """A function that enters the context that another returns."""
+        """A function that enters the context returned by another function."""
 
         @functools.wraps(manager)
         def enter(*args, **kwargs):
@@ -75,7 +75,7 @@ class World:
         self.projection.threshold = threshold
 
     def fingerprint(self):
-        """All that could be changed, in a form that can be compared."""
+        """Everything that could be changed, in a comparable form."""
         found = {"random": _plain(torch.get_rng_state())}
         for name in ("metric", "folded", "embedding", "pair"):
             metric = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Make the files here: what a release writes, for the tests of every later one.
+"""Write the files of this folder with one release, for the tests of every later release.
 
 python tests/data/make.py 0.3.0      # with that release installed
 """
@@ -44,7 +44,7 @@ def run(release):
 
 
 def run_with_folds(release):
-    """Folds, labels and a layer that is sketched."""
+    """Run with folds, labels and a sketched layer."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3))
     chosen = [sm.IntrinsicDimensionMetric(), sm.CovarianceTraceMetric(), sm.LinearProbeMetric(num_classes=3)]

@@ -1,4 +1,4 @@
-"""Rows in files: each process reads some of them, and all get the result of all rows."""
+"""Rows in files: each process reads some of them, and all get the result for all rows."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ LABELS = torch.arange(1300) % 3
 
 
 def assert_is_all(measured, parts):
-    """The folds of all rows, on all processes, with the values that one process has."""
+    """All processes have the folds of all rows, with the values that one process computes."""
     for fold, expected in zip(measured.sums.folds, parts, strict=True):
         assert int(fold.count) == len(expected)
         assert relative_error(fold.covariance(), two_pass_covariance(expected)) < 1e-12

@@ -1,4 +1,4 @@
-"""Groups of processes (gloo) on this machine; one start runs many scenarios, since starting is what costs."""
+"""Groups of processes (gloo) on this machine. One start runs many scenarios, because starting is slow."""
 
 import datetime
 import os
@@ -16,7 +16,7 @@ from tests import processes
 
 STRICT = (
     ("error", ""),
-    ("ignore", ".*barrier.*"),  # torch.distributed's own, on some platforms
+    ("ignore", ".*barrier.*"),  # torch.distributed warns of it on some platforms
     ("ignore", "FSDP2-wrapped module"),
     ("ignore", "Guards may run slower on Python 3.13.0"),
 )
@@ -26,7 +26,7 @@ LENIENT = (("ignore", ""),)
 def _process(rank, world, folder, scenarios, filters, timeout, arguments):
     for action, message in filters:
         warnings.filterwarnings(action, message=message)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.distributed's own, too
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # from torch.distributed
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     dist.init_process_group(
@@ -50,19 +50,19 @@ def _process(rank, world, folder, scenarios, filters, timeout, arguments):
 
 
 def run(world, scenarios, folder, *, method="fork", filters=STRICT, timeout=60, limit=400, arguments=()):
-    """Run functions of (rank, world) one after the other on each process of a fresh group; exit codes.
+    """Run functions of (rank, world) one after the other on each process of a fresh group; return exit codes.
 
     Args:
-        world: how many processes.
+        world: number of processes.
         scenarios: the functions; the first that fails ends its process, and the others soon after.
-        folder: where the group meets, and notes what has passed and failed, with the seconds that it took.
-        method: ``"forkserver"`` knows nothing of what other tests have done to torch.
-        filters: of warnings, action and message.
-        timeout: of collectives, in seconds.
-        limit: seconds after which what still runs is killed.
-        arguments: further ones of the functions; with ``"dies"`` as the first, some process is meant to.
+        folder: folder in which the group meets, and writes which scenarios passed or failed, and the seconds.
+        method: start method; with ``"forkserver"``, processes have no trace of what other tests did to torch.
+        filters: (action, message) of each filter for warnings.
+        timeout: seconds after which a collective fails.
+        limit: seconds after which running processes are killed.
+        arguments: further arguments of the functions; ``"dies"`` comes first if a process ends on purpose.
     """
-    processes.fresh()  # says what a server of forks imports
+    processes.fresh()  # names the modules that a fork server imports
     context = mp.start_processes(
         _process,
         (world, str(folder), scenarios, filters, timeout, arguments),
@@ -81,12 +81,12 @@ def run(world, scenarios, folder, *, method="fork", filters=STRICT, timeout=60, 
 
 
 def failures(folder):
-    """What failed in a group, by the name of the scenario and the rank."""
+    """Tracebacks of a group, by "scenario.rank.failed"."""
     return {path.name: path.read_text() for path in Path(folder).glob("*.failed")}
 
 
 def assert_passed(folder, world, scenario):
-    """All processes have run a scenario to its end."""
+    """Fail unless all processes have run a scenario to its end."""
     failed = failures(folder)
     own = [text for name, text in failed.items() if name.startswith(f"{scenario.__name__}.")]
     assert not own, own[0]

@@ -1,4 +1,4 @@
-"""Gradients under torch's pipeline schedules, also those that run a stage's backward in two parts."""
+"""Gradients under torch's pipeline schedules, including those that run a stage's backward in two parts."""
 
 import copy
 
@@ -27,7 +27,7 @@ def loss_of(output, target):
 
 
 def schedules(rank, world):
-    """The schedules, the number of each stage of this process, and how many stages there are."""
+    """(schedule, numbers of this process' stages, number of all stages) for each schedule."""
     from torch.distributed import pipelining
 
     several, folded = [rank, rank + world], [rank, 2 * world - 1 - rank]
@@ -40,7 +40,7 @@ def schedules(rank, world):
     ]
     if hasattr(
         pipelining, "ScheduleDualPipeV"
-    ):  # torch 2.8 has none, and its ZBV fails over gloo, with no probe
+    ):  # torch 2.8 has none, and its ZBV fails over gloo even without a probe
         known += [("ScheduleZBVZeroBubble", folded, 2 * world), ("ScheduleDualPipeV", folded, 2 * world)]
     return [(getattr(pipelining, name), *rest) for name, *rest in known]
 

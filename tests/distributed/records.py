@@ -23,7 +23,7 @@ from tests.metrics.properties import assert_same
 
 
 class Keeper(sm.Writer):
-    """Keeps what it is told to read of a record."""
+    """Keeps the result of ``read`` for a record."""
 
     name = "keeper"
     keeps_records = True
@@ -37,7 +37,7 @@ class Keeper(sm.Writer):
 
 @contextlib.contextmanager
 def limits(**values):
-    """Inside, layers travel in batches of these limits."""
+    """Inside the context, layers travel in batches of these limits."""
     kept = {name: getattr(exchange, name) for name in values}
     vars(exchange).update(values)
     try:
@@ -52,7 +52,7 @@ def one_by_one():
 
 @contextlib.contextmanager
 def counted_decompositions():
-    """The widths of all matrices that this process decomposes inside."""
+    """Widths of all matrices that this process decomposes inside the context."""
     seen = []
     originals = {name: getattr(torch.linalg, name) for name in ("eigvalsh", "eigh")}
 
@@ -79,14 +79,14 @@ def shared_folder(rank):
 
 
 def outputs_of(rank, world):
-    """The rows of each layer on a process: one layer of all, one of its own."""
+    """Rows of each layer on a process: one layer that all have, one of its own."""
     generator = torch.Generator().manual_seed(rank)
     rows = {name: torch.randn(24 + rank, 5, generator=generator).double() for name in ("mean", "b", "c")}
     return rows | {f"own{rank}": torch.randn(16, 7, generator=generator).double()}
 
 
 def probe_of(names, metrics=None, **arguments):
-    """A probe of layers that put out what they are given; one of them has the name of the means."""
+    """A probe of layers that return their input; one of them has the name of the means."""
     model = nn.ModuleDict({name: nn.Identity() for name in names})
     metrics = metrics or [sm.SpectrumMetric(), sm.HistoryMetric(steps=4), sm.SaturationMetric()]
     return model, sm.LayerProbe(model, metrics, layers="*", exclude="ModuleDict", **arguments)
@@ -104,7 +104,7 @@ def arrays_in(path):
 
 
 def a_record_fetches_a_layer_at_a_time(rank, world):
-    """Whatever a writer reads, in whatever order: the first process holds one batch, decomposed once."""
+    """Whatever a writer reads, in any order: the first process holds one batch, which is decomposed once."""
     folder = shared_folder(rank)
     everything = {}
     for each in range(world):
@@ -144,7 +144,7 @@ def a_record_fetches_a_layer_at_a_time(rank, world):
         values, decomposed = record(folder / "many", probe, model, outputs_of(rank, world), keeper)
     counts = [None] * world
     dist.all_gather_object(counts, len(decomposed))
-    # Each layer once, and once for what is held out of each of its two folds.
+    # One for each layer, and one for each of the two held-out folds.
     assert sum(counts) == 3 * len(recorded)
     if rank == 0:
         assert keeper.found == {
@@ -153,8 +153,8 @@ def a_record_fetches_a_layer_at_a_time(rank, world):
         if world > 1:
             with pytest.raises(RuntimeError, match="'b' to be read before `write` returns"):
                 keeper.record.sums["train", "b"]
-    assert not probe["train", "b"]["spectrum"].update_called  # it begins anew
-    # On one process, with the same rows in the same folds.
+    assert not probe["train", "b"]["spectrum"].update_called  # it starts anew
+    # One process with the same rows in the same folds.
     if rank == 0:
         metrics = [sm.SpectrumMetric(), sm.HistoryMetric(steps=4), sm.SaturationMetric()]
         for metric in metrics:
@@ -182,7 +182,7 @@ def a_record_fetches_a_layer_at_a_time(rank, world):
 
 
 def what_no_writer_reads_does_not_travel(rank, world):
-    """A record of numbers alone takes the collectives of `compute`, and a few flags."""
+    """A record of numbers alone needs the collectives of `compute` and a few flags."""
     if world == 1:
         return
     model, probe = probe_of(["a", "b"], [sm.SpectrumMetric()])
@@ -193,13 +193,13 @@ def what_no_writer_reads_does_not_travel(rank, world):
             with counted_collectives() as seen, limits(_BATCH_BYTES=1, _KEPT_BYTES=0):
                 recorder.record()
         kept.extend(size for name, size in seen if name == "reduce")
-    # The sums of two layers, each to the process that reads it, and then to the first one.
+    # The sums of two layers: each goes to the process that reads it, and then to the first one.
     assert (len(numbers), len(whole)) == (2, 4)
     assert max(numbers + whole) == packed_size(60)
 
 
 def whatever_ends_a_record_is_raised_on_all(rank, world):
-    """A full disk, an interrupt in a writer, in progress or while sums travel: no trace, and the next works."""
+    """A full disk, or an interrupt in a writer, progress or an exchange: no trace, and the next call works."""
     folder = shared_folder(rank)
     state = {"step": None}
 
@@ -308,7 +308,7 @@ def an_interrupt_from_the_keyboard_waits_for_the_others(rank, world):
 
 
 def groups_agree_on_errors(rank, world):
-    """Metrics of several process groups in one probe, and processes of which each has its own group."""
+    """Metrics of several process groups in one probe, and a group of its own for each process."""
     if world < 3:
         return
     some = [0, world - 1]
@@ -322,7 +322,7 @@ def groups_agree_on_errors(rank, world):
                 raise KeyboardInterrupt("in the metric")
             return spectrum.eigenvalues.sum()
 
-    Fussy.short_name = "fussy"  # not in the class, which would be known everywhere
+    Fussy.short_name = "fussy"  # set after the class body, which would register the name everywhere
     metrics = {"some": sm.CovarianceTraceMetric(process_group=group), "all": Fussy()}
     model, probe = probe_of(["a"], metrics)
     rows = [torch.randn(9 + each, 4, generator=torch.Generator().manual_seed(each)) for each in range(world)]
@@ -358,7 +358,7 @@ def groups_agree_on_errors(rank, world):
     if rank in some:
         together = torch.cat([rows[each] for each in some]).double()
         assert_same(values["some/train/a"], together.var(0, correction=0).sum(), 1e-6)
-    # Each process has another group, and each group a directory, in which its first process writes.
+    # Each process has one of two groups, and the first process of each group writes into its directory.
     halves = [list(range(world // 2)), list(range(world // 2, world))]
     groups = [dist.new_group(half) for half in halves]
     mine = rank >= world // 2
@@ -379,7 +379,7 @@ def groups_agree_on_errors(rank, world):
 
 
 def what_the_members_of_a_group_do_waits_for_nobody_else(rank, world):
-    """A recorder and a monitor of metrics that are merged in a group, which only its processes make."""
+    """A recorder and a monitor that only the members of a group make do not wait for other processes."""
     if world == 1:
         return
     members = list(range(1, world))
@@ -410,7 +410,7 @@ def what_the_members_of_a_group_do_waits_for_nobody_else(rank, world):
 
 
 def arguments_of_one_process_are_an_error_on_all(rank, world):
-    """Where they differ it names both, and the next call works; where one is wrong, nobody waits."""
+    """Different arguments: an error that names both, and the next call works. A wrong one: no process waits."""
     if world == 1:
         return
     last = world - 1

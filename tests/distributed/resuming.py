@@ -1,4 +1,4 @@
-"""The state of a probe of all processes, from which processes go on."""
+"""State of a probe over all processes, and processes that continue from it."""
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,9 @@ class Apart(nn.ModuleDict):
 
 
 def probe_of(*names, **arguments):
-    """A probe of layers that put out what they are given, and a reader of windows."""
+    """A probe of layers that return their input, and a reader of windows."""
     metrics = {
-        "rows": Rows(),  # it is not merged but read
+        "rows": Rows(),  # kept per process, not merged
         "spectrum": sm.SpectrumMetric(),
         "saturation": sm.SaturationMetric(),
         "history": sm.HistoryMetric(steps=16),
@@ -33,13 +33,13 @@ def probe_of(*names, **arguments):
 
 
 def forwards(rank, number, *names):
-    """What some layers are given in each forward of a process."""
+    """Inputs of the named layers in each forward of a process."""
     generator = torch.Generator().manual_seed(rank)
     return [{name: torch.randn(24 + rank, 5, generator=generator) for name in names} for _ in range(number)]
 
 
 def read(probe):
-    """The values of what was observed, and of what the reader has yet to read."""
+    """Values of the rows that the reader has not read yet, and of all rows."""
     with probe._only("reader", "train"):
         window = probe.compute("train")
     return [window, probe.compute("train")]
@@ -53,7 +53,7 @@ def assert_same(found, expected):
 
 
 def processes_go_on_as_if_nothing_had_been_put_away(rank, world):
-    """Each with a layer of its own beside one of all; what is drawn next is what would have been."""
+    """Each process has its own layer beside a shared one; the next draws are those without an interruption."""
     for how, sums in (({}, "moment"), ({"max_features": 4, "sketch_size": 16}, "sketch_image")):
         goes_on(rank, how, sums)
 
@@ -77,7 +77,7 @@ def goes_on(rank, how, sums):
                 probe._windows.advance("reader", "train")
         values.append([*early, *read(probe)])
     assert_same(values[1], values[0])
-    if rank == 0:  # only progress of the shared layer is there more than once
+    if rank == 0:  # other processes keep only the progress of the shared layer
         kept = [
             [key for key in state if "shared" in key and key.startswith("metrics.train") and sums in key]
             for state in (saved["probe"], *saved["others"])
@@ -87,7 +87,7 @@ def goes_on(rank, how, sums):
 
 
 def other_processes_hold_what_was_saved(rank, world):
-    """More or fewer of them than have saved, or with the layers of others."""
+    """More or fewer processes than saved it, or processes with the layers of others."""
     how = {"every_n_steps": 1, "rows_per_feature": None}
     names = ("shared", f"own{rank}")
     model, probe = probe_of(*names, **how)
@@ -110,7 +110,7 @@ def other_processes_hold_what_was_saved(rank, world):
 
 
 def more(saved):
-    """The same as of one process more, which has seen nothing that is not in the sums of others."""
+    """State with one process more, all of whose observations are in the sums of others."""
     if saved is None:
         return None
 

@@ -1,4 +1,4 @@
-"""What each process of a group runs; assertions fail the test that started the group."""
+"""Scenarios that each process of a group runs; a failed assertion fails the test that started the group."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 import spectralmetrics as sm
 from spectralmetrics.probing import exchange
-from spectralmetrics.recording.tables import read_rows
+from spectralmetrics.recording.writers.csv import read_rows
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows
@@ -24,7 +24,7 @@ from tests.sums.toy import CrestFactorMetric, crest_factor
 
 @contextlib.contextmanager
 def counted_collectives():
-    """The number of elements of every collective inside."""
+    """Number of elements of every collective inside the context."""
     seen = []
     names = ("all_reduce", "reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "barrier")
     names += ("broadcast", "all_to_all_single")
@@ -47,21 +47,21 @@ def counted_collectives():
             setattr(dist, name, originals[name])
 
 
-# What a probe of small layers takes: flags; widths, origins and sums; the size of the values, and the values.
+# Collectives of a probe of small layers: flags; widths, origins and sums; the size of the values, the values.
 PROBE = ["all_reduce"] * 3 + ["reduce"] + ["all_reduce"] * 2
 DIFFERING = (
     PROBE[:1] + ["all_reduce"] * 2 + PROBE[1:]
-)  # where processes have seen other layers: what each has seen
+)  # where processes have different layers: the layers of each
 METRIC = ["all_reduce"] * 3  # widths, origins, sums
 
 
 def of_several(world, names):
-    """A process by itself has nobody to ask."""
+    """The collectives; none if there is only one process."""
     return names if world > 1 else []
 
 
 def shares(world, without, *, far):
-    """Rows of each process: uneven numbers, none on one of them, each about a mean of its own."""
+    """Rows of each process: uneven numbers, none on one of them, each about its own mean."""
     parts = []
     for rank in range(world):
         mean = (1e6 + 1e3 * rank) if far == "zero" else 1e7 * rank if far == "each other" else 0.5
@@ -72,7 +72,7 @@ def shares(world, without, *, far):
 
 
 def each_share(world):
-    """Each distance, and each process that can be without rows, once: one has nothing to do with the other."""
+    """Each distance, and each process without rows, once: the two do not interact."""
     if world == 1:
         return [(None, None), ("zero", None), ("each other", None)]
     without = [(None, 0), ("zero", world - 1), ("each other", world // 2)]
@@ -80,7 +80,7 @@ def each_share(world):
 
 
 def alone(new, rows):
-    """The value on this process, merged with nobody."""
+    """Value on this process alone, without merging."""
     return feed(new(sync_on_compute=False), rows).compute()
 
 
@@ -88,7 +88,7 @@ def every_statistic_equals_that_of_one_process(rank, world):
     for far, without in each_share(world):
         parts = shares(world, without, far=far)
         everything = torch.cat(parts)
-        # Far apart, all covariances are nearly singular: what follows from the smallest ones drowns.
+        # Far apart, all covariances are nearly singular, and values from the smallest eigenvalues are lost.
         fragile = ("covariance_determinant", "determinant_log", "power_law_exponent")
         fragile += ("effective_rank",) if far == "each other" else ()
         for name, new in VARIANTS.items():
@@ -106,7 +106,7 @@ def every_statistic_equals_that_of_one_process(rank, world):
                 assert all(torch.equal(value, other) for other in values)
             else:
                 assert_same(value, alone(new, everything), 1e-9)
-            # Accumulation goes on, on some processes only, and every one computes again.
+            # Accumulation continues on some processes only, and every process computes again.
             assert int(metric.count) == len(parts[rank])
             more = random_rows(100, 9, 6, mean=float(everything.mean()))
             if rank == 0:
@@ -121,7 +121,7 @@ def the_covariance_is_exact_far_from_zero(rank, world):
 
     for mean in (0.0, 1e4, 1e8):
         rows = random_rows(0, 2000, 9, mean=mean)
-        # Blocks of one distribution, of very different sizes.
+        # Blocks of one distribution with very different sizes.
         sizes = [2000 - 10 * (world - 1)] + [10] * (world - 1)
         metric = feed(sm.CovarianceMetric(), rows.split(sizes)[rank], 100)
         assert relative_error(metric.compute(), two_pass_covariance(rows)) < 1e-9
@@ -204,7 +204,7 @@ def own_rows(rank, spoiled=False):
 
 
 def assert_goes_on(metric, rank, world, new):
-    """The metric holds this process' rows only, takes more, and merges as if nothing had happened."""
+    """The metric holds only this process' rows, takes more, and merges as if no error had occurred."""
     assert not metric._is_synced
     assert int(metric.count) == 10 + rank
     metric.update(random_rows(70 + rank, 10, 3))
@@ -334,7 +334,7 @@ def the_sample_is_the_rows_with_the_smallest_keys_of_all(rank, world):
         for batch in parts[rank].split(7):
             if len(batch):
                 metric.update(batch)
-        # What each process has drawn, from its number and that of the batch.
+        # Keys of the rows that each process has drawn, from its number and the number of the batch.
         keys = []
         for process, part in enumerate(parts):
             for number, batch in enumerate(part.split(7)):
@@ -354,7 +354,7 @@ def the_sample_is_the_rows_with_the_smallest_keys_of_all(rank, world):
 
 
 def packed_size(features):
-    """Two counts, a vector sum, and products 16 rows at a time, from the diagonal of the first one on."""
+    """Two counts, a vector sum, and products 16 rows at a time, starting at the diagonal of the first row."""
     return 2 + features + sum(min(16, left) * left for left in range(features, 0, -16))
 
 
@@ -378,7 +378,7 @@ def a_collection_merges_its_sums_once(rank, world):
     assert len([size for _, size in seen if size > 20]) == 1
     for name, value in values.items():
         assert_same(value, alone(getattr(sm, name), torch.cat(parts)))
-    # One process goes on, the others do not: their merged result must not be taken for the new one.
+    # One process continues, the others do not: their earlier merged result must not pass as the new one.
     if rank == 0:
         collection.update(random_rows(50, 8, 6))
     everything = torch.cat([*parts, random_rows(50, 8, 6)])
@@ -387,7 +387,7 @@ def a_collection_merges_its_sums_once(rank, world):
 
 
 class Experts(nn.Module):
-    """A layer for all and one for each process."""
+    """One layer that all processes run and one for each process."""
 
     def __init__(self, world):
         super().__init__()
@@ -417,7 +417,7 @@ def a_probe_merges_all_layers_in_few_collectives(rank, world):
     with counted_collectives() as seen, unseen:
         values = probe.compute()
     assert [name for name, _ in seen] == of_several(world, DIFFERING)
-    # The same on one process that sees everything.
+    # The same model on one process with all data.
     single = Experts(world)
     reference = sm.LayerProbe(single, [m.clone() for m in metrics])
     for place in reference._places.values():
@@ -436,7 +436,7 @@ def a_probe_merges_all_layers_in_few_collectives(rank, world):
             assert_same(value, expected[key], 1e-9)
         else:
             assert value.shape == expected[key].shape
-    # The states are this process' own again, and go on.
+    # The states are this process' own again, and accumulate further.
     assert int(probe["train", "shared"]["saturation"].count) == len(parts[rank])
     model.train()
     model(parts[rank], rank)
@@ -446,7 +446,7 @@ def a_probe_merges_all_layers_in_few_collectives(rank, world):
 
 
 def dealt(rows, sizes, folds):
-    """Batches of each process, and the rows that each fold then holds of all processes together."""
+    """Batches of each process, and the rows of each fold over all processes."""
     batches = [list(part.split(size)) if len(part) else [] for part, size in zip(rows, sizes, strict=True)]
     of_folds = [[rows[0][:0]] for _ in range(folds)]
     for rank, own in enumerate(batches):
@@ -477,7 +477,7 @@ def folds_equal_one_process(rank, world):
             if name != "covariance":
                 with counted_collectives() as seen:
                     interval = folded.interval()
-                # Nothing has come since, which a process that never had anything cannot tell.
+                # No new rows since. A process that never had any cannot detect that.
                 assert [kind for kind, _ in seen] == (
                     METRIC if without is not None and world > 1 else METRIC[:1]
                 )
@@ -491,7 +491,7 @@ def folds_equal_one_process(rank, world):
         for fold, rows in enumerate(of_folds):
             one.update(sm.Observations(rows, group=fold))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # with so few rows it may lie at its limit
+            warnings.simplefilter("ignore")  # with so few rows the value may lie at its limit
             assert_same(unbiased.compute(), one.compute(), 1e-9 if far else 1e-12)
 
 
@@ -514,14 +514,14 @@ def intervals_of_a_probe_take_few_collectives(rank, world):
     with torch.no_grad():
         for batch in batches[rank]:
             mine(batch)
-        for turn in range(4):  # the reference begins where this process does
+        for turn in range(4):  # the reference starts at this process' fold
             alone(of_folds[(rank * 4 // world + turn) % 4])
     with counted_collectives() as seen:
         intervals = probe.intervals("eval")
     assert [name for name, _ in seen] == of_several(world, PROBE)
     with counted_collectives() as seen:
         values = probe.compute("eval")
-    # Nothing has come since, and no sum travels.
+    # No new rows since, so no sum travels.
     assert [name for name, _ in seen] == of_several(world, [PROBE[0], *PROBE[4:]])
     expected = reference.compute("eval")
     for key, value in values.items():
@@ -535,7 +535,7 @@ def intervals_of_a_probe_take_few_collectives(rank, world):
             others = [torch.empty_like(end) for _ in range(world)]
             dist.all_gather(others, end)
             assert all(torch.equal(end, other) for other in others)
-    # The states are this process' own again, and the dealing goes on.
+    # The states are this process' own again, and dealing continues.
     metric = probe["eval", "0"]["saturation"]
     counts = [sum(map(len, batches[rank][turn::4])) for turn in range(4)]
     start = rank * 4 // world
@@ -546,7 +546,7 @@ def replicas_fill_all_folds_alike(rank, world):
     model = nn.Sequential(nn.Linear(6, 5)).double()
     together, apart = (sm.LayerProbe(model, sm.EffectiveRankMetric(), folds=8) for _ in range(2))
     for leader in together._places["train", "0"].spectral_leaders:
-        leader.replica = (0, 1)  # as of ranks that share their forwards
+        leader.replica = (0, 1)  # as for ranks that share their forwards
     metric = sm.EffectiveRankMetric(folds=8)
     for batch in random_rows(rank, 10 * (8 // world + 1), 6).split(10):
         model(batch)
@@ -623,7 +623,7 @@ def fully_sharded_training_is_observed(rank, world):
 
 
 class Captured(nn.Module):
-    """Layers whose outputs are views, with activations in place behind them."""
+    """Layers whose outputs are views, followed by activations in place."""
 
     def __init__(self, *, inplace):
         super().__init__()
@@ -634,7 +634,7 @@ class Captured(nn.Module):
 
 
 def trained_with_gradients(rank, wrap, shape, probed, steps=6):
-    """Weights after some steps of two micro-batches each, and what a probe saw."""
+    """Weights after some steps of two micro-batches each, and the observations of a probe."""
     torch.manual_seed(1)
     model = wrap(Captured(inplace=True).double())
     probe = sm.LayerProbe(model, sm.CovarianceMetric(center=False), observe="gradients") if probed else None
@@ -691,12 +691,12 @@ def gradients_of_fully_sharded_training(rank, world):
             fully_shard(layer, mesh=mesh)
         return model
 
-    # Of three dimensions a linear layer puts out a view, which FSDP2 wants nobody to change in place.
+    # For a 3-D input a linear layer returns a view, and FSDP2 does not allow changing it in place.
     check_gradients(rank, world, wrap, (12, 6))
 
 
 def hybrid_sharded_training_is_observed(rank, world):
-    """Sharded in one dimension of the mesh and replicated in the other: each process' rows count once."""
+    """Sharded in one dimension of the mesh, replicated in the other: each process' rows count once."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -758,7 +758,7 @@ def only_the_first_process_records(rank, world):
             assert "saturation/train/mean" in values
     probe.remove()
     dist.barrier()
-    # All processes hear of an error, and none waits for the others.
+    # All processes raise the error, and none waits for the others.
     with pytest.raises(FileExistsError, match="already holds records"):
         sm.Recorder(runs / "own", probe)
     with sm.Recorder(runs / "own", None, ["csv", "arrays"], mode="resume") as recorder:
@@ -797,13 +797,13 @@ def projections_are_alike_everywhere(rank, world):
         model = nn.Sequential(sm.PCAProjection(6, threshold=0.9))
         alone = nn.Sequential(sm.PCAProjection(6, threshold=0.9, dim=1))
         model(parts[rank])
-        rows = sm.set_projection_threshold(model, 0.8)  # in the middle of training
+        rows = sm.set_projection_threshold(model, 0.8)  # during training
         model(parts[rank])
         model.eval()
         everything = torch.cat(parts)
         found = model(everything)
         assert rows[0].dimension == model[0].rank
-        # On one process, with no group to ask:
+        # One process without a group:
         reference = sm.CovarianceMetric(sync_on_compute=False)
         reference.update(everything)
         spectrum = reference.spectrum
@@ -825,7 +825,7 @@ def projections_are_alike_everywhere(rank, world):
 
 
 def a_pair_of_models():
-    """Two models that run their layers in the reverse of the order in which they are registered."""
+    """Two models that run their layers in reverse order of registration."""
 
     class Backwards(nn.Sequential):
         def forward(self, rows):
@@ -849,7 +849,7 @@ def similarities_equal_those_of_one_process(rank, world):
         return similarity, metric
 
     for other in (right, None):
-        # A process that saw nothing contributes nothing, and does not know the order of the layers.
+        # A process without rows contributes nothing and does not have the order of the layers.
         for first in {0, 1 if world > 1 else 0}:
             similarity, metric = observe(batches[rank::world] if rank >= first else batches[:0], other)
             everything = torch.cat([batches[r::world] for r in range(first, world)])
@@ -859,7 +859,7 @@ def similarities_equal_those_of_one_process(rank, world):
             assert [name for name, _ in seen] == (["all_reduce"] if world > 1 else [])
             assert result.count == 12 * len(everything)
             assert result.layers == result.other_layers == ["2", "0"]
-            # The layers are kept in the order of registration.
+            # Layers are kept in order of registration.
             expected = sm.functional.cka(*alone._sums).flip(0, 1)
             torch.testing.assert_close(result.matrix, expected, rtol=1e-10, atol=1e-12)
             expected = sm.functional.cka(alone_metric.cross, alone_metric.left, alone_metric.right)
@@ -917,7 +917,7 @@ def histories_are_added_by_the_number_of_the_forward(rank, world):
 
 
 def labels_equal_one_process(rank, world):
-    """Each process has classes and a place of its own, and one has no labels at all."""
+    """Each process has its own classes and its own mean, and one has no labels."""
     classes = 2 * world
     for far, silent in each_share(world)[:3]:
         parts = shares(world, None, far=far)
@@ -942,7 +942,7 @@ def labels_equal_one_process(rank, world):
 
 
 def labels_beside_a_model_on_some_processes(rank, world):
-    """A process without labels adds its observations to the other statistics, and to those of labels none."""
+    """A process without labels contributes nothing to statistics of labels, and all to the others."""
     torch.manual_seed(0)
     mine, whole = (nn.Sequential(nn.Linear(6, 5)).double().eval() for _ in range(2))
     whole.load_state_dict(mine.state_dict())
@@ -952,14 +952,14 @@ def labels_beside_a_model_on_some_processes(rank, world):
     for metric in own:
         metric.sync_on_compute = False
     reference = sm.LayerProbe(whole, own, folds=2)
-    for observing in (probe, reference):  # all begin with the same fold, so that the reference has their folds
+    for observing in (probe, reference):  # all begin with the same fold, so that folds are the same
         for place in observing._places.values():
             for leader in place.spectral_leaders:
                 leader.replica = (0, 1)
     parts = shares(world, None, far=None)
     silent = world - 1 if world > 1 else None
     for each, part in enumerate(parts):
-        # The reference deals the batches of each process in turn, as that process does.
+        # The reference deals each process' batches in turn, as that process does.
         for turn, batch in enumerate(part.chunk(2)):
             for model, observing, present in ((mine, probe, each == rank), (whole, reference, True)):
                 if present:
@@ -976,7 +976,7 @@ def labels_beside_a_model_on_some_processes(rank, world):
 
 
 def sketches_equal_one_process(rank, world):
-    """Of any share, and far from each other; bounds and trace are those of all rows."""
+    """Shares of any size, far from each other; bounds and trace equal the ones of all rows."""
     parts = shares(world, 0, far="each other")
     whole, mine = (sm.StableRankMetric(sketch_size=4) for _ in range(2))
     for part in parts:
@@ -996,7 +996,7 @@ def sketches_equal_one_process(rank, world):
 
 
 def large_decompositions_are_shared(rank, world):
-    """Each is made on one process, and all have the eigenvalues, also where one has read some before."""
+    """Each is decomposed on one process; all get the eigenvalues, even if one process has some already."""
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)]).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Models spread over processes: each process has layers, an order and data of its own."""
+"""Models spread over processes: each process has its own layers, order and data."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from tests.sums.toy import CrestFactorMetric
 
 
 def outputs(model, batches, kinds):
-    """Layer of these kinds -> its output for each batch, in one process without any probe."""
+    """Outputs of the layers of these kinds for each batch, in one process without a probe."""
     found, handles = {}, []
     for name, module in model.named_modules():
         if isinstance(module, kinds):
@@ -38,13 +38,13 @@ def outputs(model, batches, kinds):
 
 
 def every_linear(model, batches):
-    """The rows that each linear layer of a model puts out, by name."""
+    """Output rows of each linear layer of a model, by name."""
     found = outputs(model, batches, nn.Linear)
     return {name: torch.cat([each.flatten(0, -2) for each in every]) for name, every in found.items()}
 
 
 def assert_holds(probe, stage, rows, tolerance=1e-12):
-    """All processes have the covariances and counts of these rows, by name and in one order."""
+    """All processes have the covariances and counts of these rows, by name and in the same order."""
     covariances = probe.covariances(stage)
     with contextlib.suppress(UserWarning), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -65,7 +65,7 @@ def assert_holds(probe, stage, rows, tolerance=1e-12):
 
 
 class Experts(nn.Module):
-    """Experts that run in any order, each on the tokens that it is given."""
+    """Experts that run in any order, each on the tokens given for it."""
 
     def __init__(self, names, width=5):
         super().__init__()
@@ -79,7 +79,7 @@ class Experts(nn.Module):
 
 
 def experts_run_in_any_order(rank, world):
-    """Uneven tokens, an order of its own on each process, an expert without tokens, a process without data."""
+    """Uneven tokens, another order on each process, an expert without tokens, a process without data."""
     names = [f"e{k}" for k in range(6)]
     generator = torch.Generator().manual_seed(0)
     tokens = [
@@ -116,7 +116,7 @@ def experts_run_in_any_order(rank, world):
 
 
 def experts_of_each_process_reach_all(rank, world):
-    """Expert parallel: each process probes experts of its own, under their global names."""
+    """Expert parallel: each process probes its own experts, under their global names."""
     own = {f"{2 * rank + k}": nn.Linear(6, 3 + rank).double() for k in range(2)}
     model = nn.ModuleDict({"experts": nn.ModuleDict(own)}).eval()
     probe = sm.LayerProbe(model, [sm.SpectrumMetric()])
@@ -144,7 +144,7 @@ def experts_of_each_process_reach_all(rank, world):
 
 
 def findings_are_the_same_on_all(rank, world):
-    """What stands out in layers that one process has, and whether its weights are new, is known to all."""
+    """All processes get one process' findings, which depend on whether its weights are new."""
     own = {f"new{rank}": nn.Linear(8, 8), f"trained{rank}": nn.Linear(8, 8)}
     with torch.no_grad():
         own[f"trained{rank}"].weight.mul_(1e-3)
@@ -184,7 +184,7 @@ def a_loop_over_merged_sums_ends_for_all(rank, world):
 
 
 def sketches_beside_idle_processes(rank, world):
-    """A layer that is sketched where it ran, and processes that do not know yet how wide it is."""
+    """A layer is sketched on the process that ran it, before idle processes get its width."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 90), nn.Linear(90, 4)).double().eval()
     probe = sm.LayerProbe(
@@ -203,7 +203,7 @@ def sketches_beside_idle_processes(rank, world):
     assert_same(values["stable_rank/eval/0"], expected, 1e-6)
     with probe.merged():
         assert int(probe["eval", "0"]["covariance_trace"].sketch_count) == len(plain)
-    if rank not in busy:  # and it runs there later
+    if rank not in busy:  # and the layer runs there later
         with torch.no_grad():
             model(rows[rank])
     assert probe.compute("eval").keys() == values.keys()
@@ -222,7 +222,7 @@ def what_does_not_fit_is_an_error_everywhere(rank, world):
         with pytest.raises(ValueError, match=rf"layer 'a' in train: 3 on process 0.*4 on process {other}"):
             probe.compute()
     assert int(probe["train", "a"]["spectrum"].count) == 9
-    # Other settings, another stage.
+    # Other settings; another stage.
     probe = sm.LayerProbe(model, sm.SpectrumMetric(folds=2 + (rank == other)), layers="b")
     model["b"](torch.randn(9, 4))
     with pytest.raises(ValueError, match=f"same metrics.*process 0.*process {other}"):
@@ -235,7 +235,7 @@ def what_does_not_fit_is_an_error_everywhere(rank, world):
 
 
 def large_layers_travel_by_themselves(rank, world):
-    """In the smallest pieces and batches, with every kind of sum, values are those of one batch for all."""
+    """With the smallest pieces and batches and every kind of sum, values equal the ones of a single batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 30), nn.Linear(30, 5)).double().eval()
     metrics = [
@@ -381,7 +381,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Some blocks of a stack, under the names that they have in the whole."""
+    """Some blocks of a stack, under their names in the whole model."""
 
     def __init__(self, blocks, numbers):
         super().__init__()
@@ -394,7 +394,7 @@ class Stage(nn.Module):
 
 
 def pipelines_equal_one_process(rank, world):
-    """torch's own schedules over equal and unequal stages; what they run to learn shapes is not counted."""
+    """torch's own schedules over equal and unequal stages; forwards that only infer shapes are not counted."""
     if world == 1:
         return
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -424,7 +424,7 @@ def pipelines_equal_one_process(rank, world):
 
 
 def what_is_not_merged_is_recorded_of_all(rank, world):
-    """Metrics that each process keeps for itself: its own values, and those of layers that only others have."""
+    """Metrics that each process keeps for itself: its own values, and values of the others' layers."""
     model = nn.ModuleDict({name: nn.Linear(4, 3).double() for name in ("shared", f"own{rank}")})
     nn.init.ones_(model["shared"].weight)
     probe = sm.LayerProbe(model, sm.CovarianceTraceMetric(sync_on_compute=False))
@@ -460,16 +460,16 @@ def stages_that_count_from_zero_are_told(rank, world):
     stage(torch.randn(9, 4))
     with pytest.warns(UserWarning, match=r"the name '0' means different layers.*on process 0.*ModuleDict"):
         probe.compute()
-    probe.compute()  # once
+    probe.compute()  # the warning comes once
     probe.remove()
-    # The way out that the warning names.
+    # The solution that the warning names.
     probe = sm.LayerProbe(nn.ModuleDict({f"stage{rank}": stage}), sm.SpectrumMetric())
     stage(torch.randn(9, 4))
     assert [key.split("/")[-1] for key in probe.compute()] == [
         f"stage{k}.{j}" for k in range(world) for j in "01"
     ]
     probe.remove()
-    # Replicas that have drifted apart a little are the same layers.
+    # Replicas that have drifted apart a little still count as the same layers.
     torch.manual_seed(0)
     local = nn.Sequential(nn.Linear(4, 4))
     with torch.no_grad():
@@ -511,7 +511,7 @@ def wrappers_do_not_rename(rank, world):
             wrapped(batches[rank]).square().mean().backward()
             assert_holds(probe, "train", rows)
             probe.remove()
-    # What is called like a wrapper's attribute is none.
+    # A module whose name equals a wrapper's attribute is no wrapper.
     odd = nn.ModuleDict({"_orig_mod": nn.Linear(2, 2), "module": nn.Linear(2, 2)})
     assert sm.LayerProbe(odd).layers == ["_orig_mod", "module"]
 

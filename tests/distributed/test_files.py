@@ -1,4 +1,4 @@
-"""`spectralmetrics measure` under torchrun; what processes share out is shown in `files.py`."""
+"""`spectralmetrics measure` under torchrun. `files.py` tests how the files are shared out."""
 
 import os
 import subprocess
@@ -24,10 +24,10 @@ def test_torchrun_prints_what_one_process_prints(tmp_path, capsys):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*launcher, "-m", "spectralmetrics", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("COLUMNS", None)  # workers of pytest-xdist have it
+    environment.pop("COLUMNS", None)  # pytest-xdist sets it for its workers
     for _ in range(3):
         found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-        # A thread of gloo that ends late aborts once in a hundred times.
+        # A gloo thread that ends late aborts once in a hundred runs.
         if "terminate called without an active exception" not in found.stderr:
             break
     assert found.returncode == 0, found.stderr

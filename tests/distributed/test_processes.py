@@ -1,4 +1,4 @@
-"""Real process groups (gloo). One group of each size runs all scenarios, since starting it is slow."""
+"""Real process groups (gloo). One group of each size runs all scenarios, because starting it is slow."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ SCENARIOS = {
     1: EVERYWHERE,
     2: ON_SEVERAL + scenarios.ON_TWO,
     3: EVERYWHERE + resuming.SCENARIOS,  # an odd number, and a process in the middle
-    # Sums that are merged in two rounds, a grid, stages of a pipeline that have neither end, layers of each.
+    # Sums merged in two rounds, a grid, inner pipeline stages, layers that each process has alone.
     4: scenarios.ON_FOUR + spread.SCENARIOS + pipelines.SCENARIOS,
 }
 ALL = list(dict.fromkeys(itertools.chain(*SCENARIOS.values())))
@@ -26,7 +26,7 @@ ALL = list(dict.fromkeys(itertools.chain(*SCENARIOS.values())))
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-# Two processes show most of what there is to see; each process takes seconds to start.
+# Two processes show most faults, and each process takes seconds to start.
 GROUPS = [pytest.param(2), *(pytest.param(each, marks=pytest.mark.long) for each in SCENARIOS if each != 2)]
 
 
@@ -72,8 +72,8 @@ def test_the_example_script_runs_under_torchrun(world, tmp_path):
         except subprocess.TimeoutExpired:
             os.killpg(launcher.pid, signal.SIGKILL)  # the workers too: they hold the pipes
             raise
-        # Seen once in a hundred starts: a thread of gloo that still gives up a tensor when Python ends is
-        # unwound through C++, which aborts. Whatever else goes wrong has another message.
+        # Seen once in a hundred starts: a gloo thread that frees a tensor while Python ends is unwound
+        # through C++, which aborts. Other faults have other messages.
         if "terminate called without an active exception" not in errors:
             break
     assert launcher.returncode == 0, errors

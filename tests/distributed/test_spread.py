@@ -1,4 +1,4 @@
-"""Groups of processes that end, or of other sizes than those before: kills, and saved states."""
+"""Groups of processes that are killed, and saved states that groups of other sizes load."""
 
 import errno
 import os
@@ -19,11 +19,11 @@ from tests.oracles import relative_error, two_pass_covariance
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-DIES = 7  # exit status of a process that is meant to
+DIES = 7  # exit status of a process that ends on purpose
 
 
 def run(function, world, *arguments, dying=()):
-    """Run a function on processes of a fresh group; all must pass but those that are meant to die."""
+    """Run a function on processes of a fresh group; all must pass except ``dying``, which end on purpose."""
     folder = tempfile.mkdtemp()
     codes = groups.run(
         world, [function], folder, filters=groups.LENIENT, timeout=40, limit=120, arguments=arguments
@@ -34,7 +34,7 @@ def run(function, world, *arguments, dying=()):
 
 
 def outputs(world):
-    """What each process' layers have put out, by layer: a shared one, one of its own, and none on some."""
+    """Outputs of each process by layer: a shared layer, its own layer, and one that only some have."""
     found = []
     for rank in range(world):
         generator = torch.Generator().manual_seed(rank)
@@ -55,14 +55,14 @@ def everything(world):
 
 
 def probe_of(names, **arguments):
-    """A probe of layers that put out what they are given."""
+    """A probe of layers that return their input."""
     model = nn.ModuleDict({name: nn.Identity() for name in names})
     metrics = [sm.SpectrumMetric(), sm.EigenspaceEmbeddingMetric(max_samples=8), sm.CovarianceTraceMetric()]
     return model, sm.LayerProbe(model, metrics, layers="*", exclude="ModuleDict", **arguments)
 
 
 def own_layers(rank, saved, world):
-    """The shared layer, and some of those that saved processes had for themselves: others than they had."""
+    """The shared layer, and some of the saved processes' own layers, dealt to other processes than before."""
     return ["shared", *(f"own{k}" for k in range(saved) if (k + 1) % world == rank)]
 
 
@@ -96,7 +96,7 @@ def save(rank, world, folder, how):
 
 def load(rank, world, folder, saved):
     model, probe = probe_of(own_layers(rank, saved, world))
-    model["shared"](torch.randn(99, 4).double())  # is forgotten
+    model["shared"](torch.randn(99, 4).double())  # forgotten by loading
     for _ in range(2):
         dcp.load({"probe": probe.sharded()}, checkpoint_id=folder)
         assert_saved(probe, saved)
@@ -105,7 +105,7 @@ def load(rank, world, folder, saved):
     dist.all_gather_object(counts, own)
     total = sum(sum(each.values()) for each in counts)
     assert total == sum(map(len, everything(saved).values()))  # each row is on one process
-    model["shared"](torch.ones(1, 4).double())  # and it goes on
+    model["shared"](torch.ones(1, 4).double())  # and accumulation continues
     with probe.merged():
         assert int(probe["train", "shared"]["spectrum"].count) == len(everything(saved)["shared"]) + world
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_four_processes_on_two_and_of_two_on_eight(tmp_path):
     run(load_too_few, 2, str(tmp_path / "four"))
     run(save, 2, str(tmp_path / "two"), "async")
     run(load, 8, str(tmp_path / "two"), 2)
-    # And on one, without any group.
+    # Load on one process without a group.
     _, probe = probe_of(everything(4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,7 +178,7 @@ def test_a_process_that_dies_is_an_error_for_the_others(where):
 
 
 class Dying(sm.Writer):
-    """Ends the process once it has read a layer, when it is told to."""
+    """Ends the process once it has read a layer, if ``dies`` is set."""
 
     name = "dying"
     keeps_records = True
@@ -203,7 +203,7 @@ def dies_in_record(rank, world, _, folder, culprit):
     if rank == 0:
         writer.dies = culprit == 0
     elif rank == culprit:
-        # When the first process asks for sums, which it is about to write.
+        # When the first process asks for sums that it is about to write.
         exchange.Agreement.fetch = lambda self, *arguments: os._exit(DIES)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
@@ -264,7 +264,7 @@ def probes_on_one(rank, world):
                 probe.compute()
             assert time.monotonic() - start < 10
         dist.barrier()
-        # Of this one there is one on each.
+        # This time each process has the probe.
         model, probe = probe_of(["a"])
         model["a"](torch.randn(9, 4).double())
         probe.compute()
@@ -290,7 +290,7 @@ def another_group(rank, world, folder):
     before = probe.compute()["spectrum/train/a"], metric.compute()
     dist.barrier()
     dist.destroy_process_group()
-    # Another group, in which this process is alone with its rows.
+    # Another group, in which this process has only its own rows.
     dist.init_process_group("gloo", init_method=f"file://{folder}/{rank}", rank=0, world_size=1)
     after = probe.compute()["spectrum/train/a"], metric.compute()
     assert before[0].sum() > 0 == after[0].sum()

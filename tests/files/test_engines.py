@@ -1,4 +1,4 @@
-"""Sums of partitions, merged by an engine in whatever tree."""
+"""Sums of partitions, merged by an engine along any tree."""
 
 import pickle
 from functools import reduce

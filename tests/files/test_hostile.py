@@ -1,4 +1,4 @@
-"""What cannot be read is said in words that name file and row, and what was read before is kept."""
+"""Unreadable input: the message names file and row, and what was read before is kept."""
 
 import pickle
 

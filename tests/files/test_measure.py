@@ -1,4 +1,4 @@
-"""The same rows give the same numbers, whatever they lie in."""
+"""The same rows give the same numbers in every container."""
 
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ def test_every_format_holds_the_same_rows_and_labels(suffix, tmp_path):
     expected = sm.measure(values, labels=labels)
     assert set(measured.values) == set(expected.values) >= {"linear_probe", "effective_rank"}
     for name, value in expected.values.items():
-        if name not in ("linear_probe",):  # which depends on what is in which fold
+        if name not in ("linear_probe",):  # it depends on which rows are in which fold
             assert_same(measured.values[name], value, 1e-9)
     assert measured.summary.rows[0].kind == "float32"
 
@@ -127,7 +127,7 @@ def test_one_row_has_no_variance_and_two_have():
     )
     assert "effective_rank" not in str(sm.measure(rows[:1]))
     assert "effective_rank" in str(sm.measure(rows))
-    with pytest.warns(UserWarning, match="fewer observations than twice"):  # about zero it has one direction
+    with pytest.warns(UserWarning, match="fewer observations than twice"):  # one direction about zero
         assert "effective_rank       1.000" in str(sm.measure(rows[:1], center=False))
 
 
@@ -176,7 +176,7 @@ def test_columns_of_numbers_are_features_and_integers_never(tmp_path):
 
 
 class Column:
-    """As pandas 2 has columns of numbers that know what is missing: objects, unless floats are asked for."""
+    """A nullable numeric column as in pandas 2: objects, unless floats are asked for."""
 
     dtype = SimpleNamespace(kind="f")
 
@@ -188,7 +188,7 @@ class Column:
 
 
 class Frame:
-    to_numpy = None  # which is looked at, and not called
+    to_numpy = None  # only its existence is checked
 
     def __init__(self, columns):
         self.columns = columns

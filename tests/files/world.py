@@ -52,6 +52,6 @@ SAVE = {
 
 
 def save(path, **columns):
-    """Write columns in the format of the suffix."""
+    """Write columns in the format that the suffix names."""
     SAVE[path.suffix](path, **columns)
     return path

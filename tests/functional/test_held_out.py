@@ -40,7 +40,7 @@ def non_increasing(values):
 
 
 def plain_definition(parts, center):
-    """Directions of the rows of the other folds, and the variance of a fold's rows along each of them."""
+    """Variance of each fold's rows along the eigenvectors of the other folds."""
     parts = [np.asarray(part) for part in parts]
     found = np.zeros(parts[0].shape[1])
     for index, fold in enumerate(parts):
@@ -109,7 +109,7 @@ def test_fewer_observations_than_features(count, center):
 
 @pytest.mark.parametrize("count", [12, 20, 31, 200])
 def test_axes_do_not_matter(count):
-    """Neither where observations are fewer than features: what no direction was fitted to has no order."""
+    """Also with fewer observations than features: directions that no row determines have no order."""
     rows = random_rows(count, count, 32)
     expected = held_out_eigenvalues([moments(part) for part in rows.chunk(4)])
     for seed in range(3):
@@ -137,7 +137,7 @@ def test_the_order_of_folds_does_not_matter():
 
 
 def test_alike_folds_hold_out_what_they_fit():
-    """With the same data in each fold, held out or not is the same."""
+    """With the same data in each fold, held-out values are the plain ones."""
     rows = random_rows(2, 300, 7, mean=4.0)
     found = held_out_eigenvalues([moments(rows) for _ in range(3)])
     expected = np.linalg.eigvalsh(two_pass_covariance(rows).astype(float))[::-1]
@@ -162,7 +162,7 @@ shapes = {
 
 @given(**shapes)
 def test_the_sum_is_the_scatter_about_the_others_means(seed, sizes, features, mean):
-    """It is at least the total variance: no point is nearer to the data than its mean."""
+    """The sum is at least the total variance: no point is nearer to the data than their mean."""
     rows = random_rows(seed, sum(sizes), features, mean=mean)
     parts = [part.numpy() for part in rows.split(sizes)]
     found = float(held_out_eigenvalues([moments(torch.from_numpy(part)) for part in parts]).sum())

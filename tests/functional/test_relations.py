@@ -43,7 +43,7 @@ def cka_by_definition(left, right):
 
 
 def related(samples, width_1, width_2, seed, dtype=torch.float64, mean=0.0):
-    """Rows of two layers that have something in common."""
+    """Rows of two related layers."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(samples, width_1, generator=generator, dtype=torch.float64)
     mixing = torch.randn(width_1, width_2, generator=generator, dtype=torch.float64) / math.sqrt(width_1)
@@ -121,7 +121,7 @@ class TestFrechetDistance:
 
     @pytest.mark.parametrize(("rank_1", "rank_2"), [(0, 0), (0, 3), (1, 1), (5, 9), (20, 7)])
     def test_singular_covariances_that_commute(self, rank_1, rank_2):
-        # Of one eigenbasis the distance is that of the standard deviations: sum (sqrt a - sqrt b)^2.
+        # With a shared eigenbasis the distance is the one of the standard deviations: sum (sqrt a - sqrt b)^2.
         vectors = basis(20, 20, 0)
         generator = torch.Generator().manual_seed(1)
         values = torch.rand(2, 20, generator=generator, dtype=torch.float64)
@@ -222,7 +222,7 @@ SHAPES = [
 class TestDebiasedHSIC:
     @pytest.mark.parametrize(("samples", "width_1", "width_2"), SHAPES)
     def test_equals_the_definition(self, samples, width_1, width_2):
-        # Some shapes go by products of features, others by products of samples.
+        # Some shapes are computed by products of features, others by products of samples.
         left, right = related(samples, width_1, width_2, samples)
         for pair in ((left, right), (left, left), (right, right)):
             expected = float(hsic_by_definition(*pair))
@@ -268,7 +268,7 @@ class TestDebiasedHSIC:
         torch.testing.assert_close(centred[1:, 1:], expected, rtol=1e-9, atol=1e-9)
         assert functional.gram(rows[:0]).shape == (0, 0)
         zero = rows.clone()
-        zero[0] = 0  # far from the others, which the other side does not know
+        zero[0] = 0  # far from the other rows, on one side only
         value = functional.debiased_hsic(zero, rows, torch.arange(20) > 0)
         torch.testing.assert_close(value, functional.debiased_hsic(rows[1:], rows[1:]), rtol=1e-9, atol=0)
 
@@ -353,7 +353,7 @@ class TestLinearCKA:
 
     @pytest.mark.parametrize("width", [1, 2, 100])
     def test_a_single_sample_that_differs_gives_zero(self, width):
-        # All that is left of it after debiasing is round-off, and a ratio of that could be anything.
+        # Debiasing leaves nothing but round-off, and a ratio of round-off could be anything.
         left, right = torch.zeros(30, width), torch.zeros(30, width)
         left[7], right[11] = torch.randn(width), 1e3
         assert functional.linear_cka(left + 0.3, right - 5) == 0

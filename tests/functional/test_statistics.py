@@ -55,7 +55,7 @@ def test_batches_of_spectra(name, shape):
 
 def test_round_off_goes_by_the_width_and_not_by_the_batch():
     spectrum = torch.zeros(1000, dtype=torch.float64)
-    spectrum[1:100], spectrum[0] = 4e-16, 1  # together less than so many values may be off by
+    spectrum[1:100], spectrum[0] = 4e-16, 1  # together less than the round-off of so many values
     for batch in (spectrum, spectrum[None], spectrum.expand(2, 3, -1)):
         found = F.intrinsic_dimension(batch, threshold=1.0)
         assert (found == 1).all()
@@ -70,7 +70,7 @@ def test_batches_of_covariances(shape):
     singly = [F.eigenvectors(each) for each in covariances.flatten(0, -3)]
     torch.testing.assert_close(values.flatten(0, -2), torch.stack([each for each, _ in singly]))
     torch.testing.assert_close(vectors.flatten(0, -3), torch.stack([each for _, each in singly]))
-    # The sign of each vector of each covariance is its own.
+    # Each vector of each covariance has its own sign.
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     assert (largest > 0).all()
     torch.testing.assert_close(vectors * values[..., None, :] @ vectors.mT, covariances)
@@ -108,7 +108,7 @@ def test_equal_shares_reach_the_threshold_where_they_should(width):
 
 @pytest.mark.parametrize("unit", [5e-324, 1.5e308])
 def test_the_dimension_at_the_ends_of_the_range(unit):
-    # Shares of the smallest numbers cannot be multiplied by a threshold, and sums of the largest are infinite.
+    # Shares of the smallest numbers cannot be multiplied by a threshold; sums of the largest are infinite.
     values = torch.full((10,), unit, dtype=torch.float64)
     assert F.intrinsic_dimension(values, 0.75) == 8
     assert F.intrinsic_dimension(values, 0.75, "delve") == 7
@@ -202,7 +202,7 @@ def test_eigenvector_signs_do_not_depend_on_the_solver():
     leading = vectors.abs().argmax(0)
     assert (vectors[leading, torch.arange(12)] > 0).all()
     _, pair = F.eigenvectors(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
-    # Both entries of each vector have the same magnitude; the first one decides.
+    # Both entries of each vector have the same magnitude; the first one decides the sign.
     assert (pair[0] > 0).all()
 
 
@@ -260,7 +260,7 @@ def test_determinant_against_extended_precision(seed, features, spread):
 def test_determinants_of_batches(shape, log):
     factors = torch.randn(shape, dtype=torch.float64)
     covariances = factors @ factors.mT
-    covariances[1] = 0  # singular, among others that are not
+    covariances[1] = 0  # singular, among regular ones
     singly = [F.determinant(each, log) for each in covariances.flatten(0, -3)]
     torch.testing.assert_close(F.determinant(covariances, log).flatten(), torch.stack(singly))
 
@@ -325,5 +325,5 @@ def test_values_that_are_not_finite_do_not_pass_for_zero(name, bad):
             OF_EIGENVALUES[name](values)
     with pytest.raises(ValueError, match="finite covariance"):
         F.determinant(torch.diag(values))
-    # All is finite here, and the sum of all entries is not.
+    # Every entry is finite, but their sum is not.
     assert F.eigenvalues(torch.full((2,), 1.5e308, dtype=torch.float64).diag()).isfinite().all()

@@ -1,4 +1,4 @@
-"""Spectra that are read together are decomposed as one batch for each width."""
+"""Spectra that are read together are decomposed in one batch for each width."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def spectrum(width, seed):
 
 @pytest.fixture
 def decomposed(monkeypatch):
-    """(function, shape) of all decompositions."""
+    """(function, shape) of every decomposition."""
     calls = []
     for name in ("eigh", "eigvalsh"):
         function = getattr(torch.linalg, name)
@@ -44,7 +44,7 @@ def test_one_decomposition_for_each_width(part, function, decomposed):
     for each, expected in zip(spectra, singly, strict=True):
         torch.testing.assert_close(getattr(each, part), expected)
         assert each.eigenvalues.shape == (each.num_features,)
-    assert not decomposed  # also eigenvalues come with the vectors
+    assert not decomposed  # the eigenvalues came with the vectors
 
 
 def test_a_batch_takes_no_more_memory_than_it_may(decomposed, monkeypatch):

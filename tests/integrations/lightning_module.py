@@ -71,7 +71,7 @@ def make_trainer(folder, callback, **arguments):
 
 
 class Experts(Classifier):
-    """Of two experts another one runs first on each process; the second sees one direction only."""
+    """Two experts, run in another order on each process; the second has outputs along one direction only."""
 
     def __init__(self):
         super().__init__(0.0)
@@ -84,7 +84,7 @@ class Experts(Classifier):
 
 
 class Told(Callback):
-    """Writes what callbacks of each process can read, and how often somebody asked for a reduction."""
+    """Writes the values that callbacks of each process can read, and the number of `sync_dist` warnings."""
 
     def __init__(self, folder, warned):
         self.folder = folder

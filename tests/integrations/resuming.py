@@ -1,4 +1,4 @@
-"""Records of a training that was cut off and went on, beside those of one that was not."""
+"""Records of an interrupted and resumed training, compared with an uninterrupted one."""
 
 import functools
 import subprocess
@@ -13,17 +13,17 @@ NAMES = ("epoch", "step", "stage", "statistic", "layer")
 
 
 def metrics():
-    """One of another library, and two with intervals."""
+    """One metric of another library, and two with intervals."""
     return {"rows": Rows(), "variance": CovarianceTraceMetric(), "saturation": SaturationMetric()}
 
 
 def drawing():
-    """Arguments of a probe whose draws depend on how far it was."""
+    """Arguments of a probe whose draws depend on the number of steps so far."""
     return {"folds": 2, "rows_per_feature": 0.5, "every_n_steps": 2, "each_layer": True}
 
 
 def numbers(run):
-    """The numbers of each row of a run, by what they are of; a row that is there twice is an error."""
+    """Numbers of each row of a run, by the row's names; a duplicate row is an error."""
     found = {}
     for row in read_records(run):
         key = tuple(row[name] for name in NAMES)
@@ -33,11 +33,11 @@ def numbers(run):
 
 
 def in_one_go(tmp_path_factory, train):
-    """A function from the arguments of a trainer to the numbers of a training that is not cut off.
+    """A function from the arguments of a trainer to the numbers of an uninterrupted training.
 
     Args:
-        tmp_path_factory: see pytest.
-        train: trains in a folder with these arguments, and records in the folder "run" there.
+        tmp_path_factory: the fixture of pytest.
+        train: function that trains in a folder with these arguments and records in its folder "run".
     """
 
     @functools.cache
@@ -50,7 +50,7 @@ def in_one_go(tmp_path_factory, train):
 
 
 def differing(run, expected, counts=lambda key: True):
-    """Rows of a run that are not these, those that it lacks, and others that it has, among those that count."""
+    """Rows of a run that differ from ``expected``, are missing or are extra, among those that count."""
     found = numbers(run)
     return {
         key: (found.get(key), expected.get(key))
@@ -60,7 +60,7 @@ def differing(run, expected, counts=lambda key: True):
 
 
 def remembered(monitor):
-    """The numbers that a monitor remembers, one beside another."""
+    """Flat list of the numbers in a monitor's memory."""
 
     def numbers(value):
         if isinstance(value, dict):
@@ -71,7 +71,7 @@ def remembered(monitor):
 
 
 def on_two_processes(kind, folder):
-    """The numbers of a training in one go, and those of one that was cut off that differ."""
+    """Numbers of an uninterrupted training, and the numbers of a resumed one that differ."""
     command = [
         sys.executable,
         "-W",

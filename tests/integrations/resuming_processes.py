@@ -1,4 +1,4 @@
-"""Both trainers on two processes as a script: a training in one go, and one that is cut off and goes on."""
+"""Both trainers on two processes as a script: one uninterrupted training, and one that is resumed."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""How many rows each layer has shown, as a value that the callbacks log."""
+"""Number of rows that each layer has shown, as a value that the callbacks log."""
 
 import torch
 from torchmetrics import Metric

@@ -1,4 +1,4 @@
-"""What the callbacks refuse, when they see the model; it is left as it was."""
+"""Bad input to the callbacks: refused as soon as they have the model, which is unchanged."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from spectralmetrics import SaturationMetric
 from spectralmetrics.integrations import lightning, transformers
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the libraries
 
 BAD = [
     ("metrics", "saturation", TypeError, "expected a metric, a sequence or dict of metrics, got str"),

@@ -1,4 +1,4 @@
-"""What a checkpoint does not hold: a trainer that goes on from it says so."""
+"""A checkpoint that lacks observations: a trainer that resumes from it warns."""
 
 import warnings
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def said(function, about="the checkpoint"):
-    """The words of the warnings of a training that begin so."""
+    """Texts of the warnings that begin with ``about``."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function()
@@ -31,7 +31,7 @@ END = ("on_train_epoch_end", LAST)
     [
         (("on_train_batch_end", 3), {"metrics": ROWS, "layers": "model.0"}, {"metrics": ROWS}, "'model.2'"),
         (("on_train_batch_end", 3), {"metrics": ROWS}, {"metrics": ROWS | SPREAD}, "'variance'"),
-        # These have the same sums, and an epoch that begins lacks nothing.
+        # These share their sums, and a new epoch lacks nothing.
         (("on_train_batch_end", 3), {"metrics": SPREAD}, {"metrics": SPREAD | {"s": SaturationMetric()}}, None),
         (END, {"metrics": ROWS, "layers": "model.0"}, {"metrics": ROWS | SPREAD}, None),
     ],
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_lightning_without_the_callback(event, at, epoch, tmp_pa
     [(6, "epoch 0 gets no record"), (8, "values and record of epoch 1 are of what comes after it alone")],
 )
 def test_checkpoints_of_transformers_with_the_model_alone(at, lost, tmp_path):
-    """They hold no observations, as they hold no state of the optimizer."""
+    """Without a state of the optimizer, checkpoints have no observations either."""
     how = hf.BY_STEPS | {"save_only_model": True}
     checkpoint, run = hf.cut_off(tmp_path, at, **how), tmp_path / "fresh"
     assert not list(tmp_path.glob("checkpoint-*/layer_probe_state*"))

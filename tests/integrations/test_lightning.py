@@ -12,7 +12,7 @@ from spectralmetrics import LayerProbe
 from spectralmetrics.integrations.lightning import LayerProbeCallback
 from tests.integrations.lightning_module import Classifier, digits, make_trainer, metrics
 
-# Lightning's own: few workers, no checkpoint folder, and what it uses of torch.
+# Lightning's warnings of few workers, a missing checkpoint folder, and its use of torch.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -71,11 +71,11 @@ def test_values_can_be_monitored(tmp_path):
     stopping = EarlyStopping("saturation/eval/model.0", patience=1, check_on_train_epoch_end=False)
     trainer = make_trainer(tmp_path, callback, callbacks=[callback, stopping], max_epochs=9)
     trainer.fit(Classifier(0.0))
-    assert trainer.current_epoch == 2  # nothing changes at a rate of zero
+    assert trainer.current_epoch == 2  # a rate of zero changes nothing
 
 
 class Seen(Callback):
-    """The images that the model has trained on, in the order in which Lightning gave them."""
+    """Images that the model has trained on, in the order in which Lightning gave them."""
 
     def __init__(self):
         self.images = []
@@ -121,7 +121,7 @@ def test_two_processes_log_what_all_data_show_and_layers_in_any_order(tmp_path):
     for stage, start, stop in (("train", 0, 320), ("eval", 320, 480)):
         for key, value in expected(module, start, stop, stage).items():
             assert logged(tmp_path, key) == pytest.approx([float(value)] * 2, rel=1e-5)
-    # Processes that run layers in other orders log the same.
+    # Processes that run layers in different orders log the same values.
     texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     told = [dict(line.split() for line in text.splitlines()) for text in texts]
     assert told[0] == told[1]

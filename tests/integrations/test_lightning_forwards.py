@@ -1,4 +1,4 @@
-"""Which forwards the Lightning callback observes, and in which stage; what several processes log."""
+"""Forwards that the Lightning callback observes, their stages, and values logged by several processes."""
 
 import csv
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ TRAIN, VALIDATION, TEST = 320, 160, 80  # samples in each epoch of a `Classifier
 
 
 class Frozen(Classifier):
-    """The first layer keeps to eval mode while the rest trains, and the last to training mode."""
+    """The first layer stays in eval mode while the rest trains; the last always stays in training mode."""
 
     def __init__(self):
         super().__init__(0.1)
@@ -72,7 +72,7 @@ def test_validate_and_test_around_a_fit(tmp_path):
 
 
 class Elsewhere(Callback):
-    """Runs the model between the trainer's batches, before the probe's callback has its turn or after it."""
+    """Runs the model between the trainer's batches, before or after the probe's callback."""
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         pl_module.eval()
@@ -158,7 +158,7 @@ def test_a_fit_after_one_that_ran_out_of_memory_begins_anew(tmp_path):
 
 
 class Generating(Classifier):
-    """Has a model of transformers write while it is trained and validated."""
+    """Generates with a model of transformers during training and validation."""
 
     def __init__(self):
         from tests.integrations.test_transformers import sequence_to_sequence
@@ -219,7 +219,7 @@ def test_training_stops_at_a_floor_of_the_effective_rank(floor, epochs, tmp_path
 
 
 def test_gradients_without_the_factor_of_the_loss(tmp_path):
-    """Of a scaler, and of an engine of DeepSpeed, which scales by itself; an evaluation has none."""
+    """The factor of a scaler, or of a DeepSpeed engine, which scales by itself; evaluations have none."""
 
     def fitted(folder, **arguments):
         callback = LayerProbeCallback(RootMeanSquareMetric(), observe="gradients", recorder=tmp_path / folder)

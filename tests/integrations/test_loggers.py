@@ -15,7 +15,7 @@ NAMES = ["a:b", "a_b", "a?b", "with space", "é", "..", "slash/in", "%", "x" * 3
 
 @pytest.fixture
 def values():
-    """Of a model whose layers have names that loggers refuse."""
+    """Values of a model whose layers have names that loggers refuse."""
     torch.manual_seed(0)
     model = nn.Module()
     for name in NAMES:
@@ -55,7 +55,7 @@ def test_mlflow_takes_them(values, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}")
-    # Not set_experiment, which later tests of the process would find set, in a folder of theirs.
+    # Not set_experiment: later tests in this process would use it, in a folder of this test.
     with mlflow.start_run(experiment_id=mlflow.create_experiment("layers")) as run:
         mlflow.log_metrics(loggable(values), step=3)
     logged = mlflow.get_run(run.info.run_id).data.metrics

@@ -1,4 +1,4 @@
-"""Runs of both trainers end to end: steps in records, a monitor, a stop, a crash and a resumption, loggers."""
+"""Runs of both trainers from end to end: steps in records, monitors, stops, crashes, resumption, loggers."""
 
 import copy
 import sys
@@ -37,18 +37,18 @@ def records(folder, stage, statistic, layer):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """W&B without a network, which leaves nothing but in the test's folder."""
+    """W&B without a network; it writes only into the test's folder."""
     wandb = pytest.importorskip("wandb")
-    wandb.teardown()  # what another test has set up
+    wandb.teardown()  # left by another test
     for name, value in {"WANDB_SILENT": "true", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     yield
-    wandb.teardown()  # it would keep to this folder
+    wandb.teardown()  # else it would stay with this folder
 
 
 class Louder(Classifier):
-    """Forty batches an epoch; a layer that is scaled by 30 before some step."""
+    """Forty batches an epoch; one layer is scaled by 30 at step ``at``."""
 
     def __init__(self, at=None, rate=0.01):
         super().__init__(rate)
@@ -88,7 +88,7 @@ def test_a_fit_of_lightning_end_to_end(tmp_path, offline):
     )
     trainer.fit(Louder(at=110))
     loggers[1].experiment.finish()
-    # 200 steps, values every 50 of what came since, and at the ends of epochs of 40 steps.
+    # 200 steps; values of the last 50 steps every 50 steps, and at the ends of epochs of 40 steps.
     found = records(run, "train", "rows", "model.0")
     steps = [(epoch, step, value) for epoch, step, value in found if step is not None]
     assert steps == [(1, 50, 320), (2, 100, 640), (3, 150, 960), (4, 200, 1280)]
@@ -96,7 +96,7 @@ def test_a_fit_of_lightning_end_to_end(tmp_path, offline):
     assert [alarm.step for alarm in SavedRun(run).alarms] == [111]
     assert SavedRun(run).alarms[0].finding.layer == "model.0"
     assert callback.monitor.raised == SavedRun(run).alarms
-    assert "step 111" not in (run / "report.html").read_text()  # packed
+    assert "step 111" not in (run / "report.html").read_text()  # the page is compressed
     assert 'data-refresh=""' in (run / "report.html").read_text()
     assert list((tmp_path / "board").rglob("events.*"))
     assert list(tmp_path.rglob("*.wandb"))
@@ -234,7 +234,7 @@ def test_a_training_of_transformers_end_to_end(tmp_path, offline, monkeypatch):
     assert write_report(run, tmp_path / "report.html").exists()
     assert list(tmp_path.rglob("events.*"))
     assert list(tmp_path.rglob("*.wandb"))
-    # It goes on from a checkpoint, with alarms from there on.
+    # The training resumes from a checkpoint, with alarms after it.
     again = hf.make_trainer(
         tmp_path,
         bert(),
@@ -249,12 +249,12 @@ def test_a_training_of_transformers_end_to_end(tmp_path, offline, monkeypatch):
         transformers.LayerProbeCallback(again, metrics(), layers="*.output.dense", recorder=run, monitor=True)
     )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-100"))
-    assert not SavedRun(run).alarms  # superseded: this time nothing was scaled
+    assert not SavedRun(run).alarms  # superseded: nothing was scaled this time
     assert [epoch for epoch, step, _ in records(run, "eval", "rows", layer)] == [0, 1, 2, 3, 4, 5]
 
 
 class FirstStep(TrainerCallback):
-    """What a monitor remembers when a training begins, or goes on."""
+    """Memory of a monitor when a training begins or resumes."""
 
     def __init__(self, of):
         self.of, self.past = of, None
@@ -282,7 +282,7 @@ def test_a_training_of_transformers_goes_on_with_its_monitor(tmp_path):
         trainer.train(resume_from_checkpoint=folder)
         told.append([alarm.step for alarm in alarms])
         pasts.append(first.past)
-    assert told == [[51], []]  # it is not told again
+    assert told == [[51], []]  # no second alarm
     assert not pasts[0]
     assert pasts[1]["step"] == 60
     assert pasts[1]["layers"]["head"]
@@ -298,7 +298,7 @@ def test_transformers_stop(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 60
     assert [alarm.step for alarm in callback.monitor.raised] == [51]
-    trainer.train()  # another training has a past of its own
+    trainer.train()  # a new training starts with an empty memory
     assert trainer.state.global_step == 60
 
 

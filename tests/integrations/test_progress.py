@@ -1,4 +1,4 @@
-"""What a callback shows while layers are read: nothing, unless it takes long and somebody looks."""
+"""Progress while layers are read: shown only if it takes long and there is a screen."""
 
 import io
 import sys
@@ -38,7 +38,7 @@ def test_it_comes_after_three_seconds_and_leaves_nothing_behind(clock, monkeypat
     bar(5, 5)
     assert screen.getvalue().endswith("\rreading layers: 5 of 5\r\x1b[K")
     shown = screen.getvalue()
-    clock[0] -= 2  # the next one is quick
+    clock[0] -= 2  # the next layer is quick
     bar(5, 5)
     assert screen.getvalue() == shown
 

@@ -1,4 +1,4 @@
-"""What callbacks keep of a run: records, windows within an epoch, and what the probe still holds afterwards."""
+"""Runs written by callbacks: records, windows within an epoch, and the observations left in the probe."""
 
 import csv
 
@@ -50,7 +50,7 @@ def test_a_fit_of_lightning_is_kept(tmp_path):
     trainer = make_trainer(tmp_path / "log", callback, check_val_every_n_epoch=2, max_epochs=3)
     trainer.fit(module)
     assert rows(run, "train", "rows", "model.0") == {0: 320, 1: 320, 2: 320}
-    assert rows(run, "eval", "rows", "model.0") == {1: 160}  # and no epoch has the validation of another
+    assert rows(run, "eval", "rows", "model.0") == {1: 160}  # no other epoch repeats this validation
     saturations = [
         row
         for row in read_records(run)
@@ -62,9 +62,9 @@ def test_a_fit_of_lightning_is_kept(tmp_path):
     assert "model.2" in str(summarise_run(run, stage="train"))
     assert write_report(run, tmp_path / "report.html").stat().st_size > 10_000
     assert not any(each._forward_hooks for each in module.modules())
-    with pytest.raises(FileExistsError):  # a fit that begins anew is another run
+    with pytest.raises(FileExistsError):  # a new fit is another run
         make_trainer(tmp_path / "log", lightning.LayerProbeCallback(recorder=run)).fit(module)
-    (found,) = trainer.validate(module)  # one more record
+    (found,) = trainer.validate(module)  # one record more
     assert rows(run, "eval", "rows", "model.0") == {1: 160, 3: found["rows/eval/model.0"]}
     assert len(rows(run, "train", "rows", "model.0")) == 3
 
@@ -91,7 +91,7 @@ def test_a_fit_of_lightning_goes_on_with_its_records(tmp_path):
         if crashes:
             with pytest.raises(KeyError):
                 trainer.fit(Classifier(0.1))
-            # The second epoch was recorded, but its checkpoint is lost.
+            # The second epoch was recorded, but its checkpoint is missing.
             assert list(rows(run, "train", "rows", "model.0")) == [0, 1]
             callback = lightning.LayerProbeCallback(
                 {"rows": Rows(), "variance": CovarianceTraceMetric()}, recorder=run
@@ -107,13 +107,13 @@ def test_a_fit_of_lightning_goes_on_with_its_records(tmp_path):
 
 
 def test_an_epoch_of_lightning_is_the_same_with_windows(tmp_path):
-    """The means of windows are logged at steps; the values of an epoch are of all of it."""
+    """Means of windows are logged at steps; the values of an epoch cover all of it."""
     module = Classifier(0.0)
     callback = lightning.LayerProbeCallback(
         {"rows": Rows(), "variance": CovarianceTraceMetric()}, layers="model.0", every_n_steps=2
     )
     make_trainer(tmp_path, callback, log_every_n_steps=4, max_epochs=1, accumulate_grad_batches=1).fit(module)
-    # Ten batches of 32, one of each two observed; windows end after the fourth and the eighth.
+    # Ten batches of 32, every second one observed; windows end after the fourth and the eighth.
     assert column(tmp_path, "rows/train/mean") == [64, 64, 160]
     assert column(tmp_path, "rows/train/model.0") == [160]
     plain = lightning.LayerProbeCallback(
@@ -140,7 +140,7 @@ def test_a_history_of_lightning_has_the_trainer_s_steps(every, tmp_path):
     callback = lightning.LayerProbeCallback(HistoryMetric())
     arguments = {"accumulate_grad_batches": 2, "log_every_n_steps": every, "max_epochs": 2}
     make_trainer(tmp_path, callback, **arguments).fit(Classifier(0.1))
-    # Ten batches of 32 an epoch, two for each step; the probe holds the last epoch.
+    # Ten batches of 32 an epoch, two per step; the probe holds the last epoch.
     assert steps(callback, "train", "model.2") == [(step, 32) for step in range(5, 10) for _ in range(2)]
 
 
@@ -151,7 +151,7 @@ def test_a_history_of_transformers_has_the_trainer_s_steps(every, tmp_path):
     callback = transformers.LayerProbeCallback(trainer, HistoryMetric())
     trainer.add_callback(callback)
     trainer.train()
-    # Twelve batches of 4 an epoch, two for each step.
+    # Twelve batches of 4 an epoch, two per step.
     assert steps(callback, "train", "head") == [(step, 4) for step in range(6, 12) for _ in range(2)]
 
 
@@ -217,7 +217,7 @@ def test_a_training_of_transformers_is_kept(tmp_path):
     trainer.train()
     assert rows(run, "train", "rows", "backbone") == {0: hf.TRAIN, 1: hf.TRAIN}
     assert rows(run, "eval", "rows", "backbone") == {0: hf.EVALUATION, 1: hf.EVALUATION}
-    # Windows of two batches of 16, the last one of an epoch left to its end.
+    # Windows of two batches of 16; the last window of an epoch ends with it.
     assert hf.logged(trainer, "rows/mean") == [32, 48, 16, 32, 48]
     assert hf.logged(trainer, "rows/backbone") == [48, 48]
     assert "head" in str(callback.probe.summary("eval"))
@@ -257,7 +257,7 @@ def test_a_training_of_transformers_goes_on_with_its_records(tmp_path):
         if crashes:
             with pytest.raises(KeyError):
                 train(True)
-            train(False, resume_from_checkpoint=str(folder / "checkpoint-3"))  # an epoch is trained again
+            train(False, resume_from_checkpoint=str(folder / "checkpoint-3"))  # trains an epoch again
         else:
             train(False)
         values.append({stage: rows(folder / "run", stage, "variance", "head") for stage in ("train", "eval")})
@@ -290,7 +290,7 @@ def test_a_recorder_of_one_s_own(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lightning", "transformers"])
 def test_a_recorder_that_overwrites(kind, tmp_path):
-    """It is made once for a training and the evaluations around it; a training from scratch makes the next."""
+    """One recorder for a training and the evaluations around it; a new training gets the next one."""
     run, made = tmp_path / "run", []
 
     def make(probe):
@@ -329,7 +329,7 @@ def test_a_recorder_that_overwrites(kind, tmp_path):
     assert len(made) == 1
     train()
     assert epochs() == ([0, 1], [0, 1])
-    made[-1].add_scalar("mine", 3.0)  # it is the recorder of what follows, too
+    made[-1].add_scalar("mine", 3.0)  # the next evaluations and trainings use it, too
     evaluate()
     train(checkpoint)
     evaluate()
@@ -357,5 +357,5 @@ def test_processes_that_a_strategy_starts_go_on_in_the_directory(tmp_path):
     make_trainer(tmp_path, callback, logger=False, strategy="ddp_spawn", devices=1).validate(module)
     assert list(rows(tmp_path / "run", "train", "saturation", "model.0")) == [0, 1]
     assert list(rows(tmp_path / "run", "eval", "saturation", "model.0")) == [0, 1, 2]
-    with pytest.raises(FileExistsError, match="already holds records"):  # of another program
+    with pytest.raises(FileExistsError, match="already holds records"):  # by another program
         make_trainer(tmp_path, lightning.LayerProbeCallback(recorder=tmp_path / "run")).fit(module)

@@ -1,4 +1,4 @@
-"""A fit of Lightning that goes on from a checkpoint has the records of one that was not cut off."""
+"""A Lightning fit that resumes from a checkpoint has the records of an uninterrupted one."""
 
 import contextlib
 import math
@@ -24,11 +24,11 @@ from tests.integrations.rows import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-EPOCHS, STEPS = 3, 5  # and so many in each
+EPOCHS, STEPS = 3, 5  # epochs, and steps in each
 
 
 class Resumable(DataLoader):
-    """Goes on with the batch after the checkpoint; of another one Lightning begins with the first again."""
+    """Continues with the batch after the checkpoint; with other loaders Lightning starts at the first again."""
 
     given = start = 0
 
@@ -55,7 +55,7 @@ class Short(Classifier):
 
 
 class Saving(Callback):
-    """Saves a checkpoint at one event of one step, and is cut off there or some steps later."""
+    """Saves a checkpoint at one event of one step, and ends the fit there or some steps later."""
 
     def __init__(self, path, event, at, later):
         self.path, self.at, self.until = path, at, at + later
@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
 
 
 def has_no_validation(epoch):
-    """Lightning does not make up for a validation that was to follow the checkpoint."""
+    """Lightning skips a validation that was due right after the checkpoint."""
     return lambda key: key[0] == epoch and key[2] == "eval"
 
 
@@ -112,8 +112,8 @@ CASES = {  # event and step of the checkpoint, arguments of the trainer
     "in the middle, with few validations": ("on_train_batch_end", 2, {"check_val_every_n_epoch": 2}),
 }
 
-# What Lightning does not make up for: a validation that was to follow, and then draws of later ones are others;
-# a batch by which it counts when to log.
+# Cases in which Lightning skips a validation that was due, so that later ones have other draws; and a case in
+# which its count of batches, which decides when it logs, misses one.
 LOSE_A_VALIDATION = {"at its last batch", "at its last batch, by steps", "at the last step of all"}
 LOG_AT_OTHER_STEPS = {"as it ends, by steps"}
 FIRST = {"in the middle of an epoch", "at its last batch", "as it ends", "after a validation in the middle"}
@@ -121,8 +121,8 @@ FIRST = {"in the middle of an epoch", "at its last batch", "as it ends", "after 
 
 @pytest.mark.parametrize(
     ("case", "is_before", "is_fresh"),
-    # Lightning has its own callbacks that save at the end of a step behind all others. Long cases have a fresh
-    # directory or the same one, in turn.
+    # Lightning puts its own callbacks that save at the end of a step last. Long cases alternate between a fresh
+    # directory and the same one.
     [
         pytest.param(case, is_before, is_fresh, marks=() if case in FIRST else pytest.mark.long)
         for number, (case, (event, *_)) in enumerate(CASES.items())
@@ -132,7 +132,7 @@ FIRST = {"in the middle of an epoch", "at its last batch", "as it ends", "after 
     ],
 )
 def test_each_row_is_that_of_a_fit_in_one_go(case, is_before, is_fresh, whole, tmp_path):
-    """Whether the checkpoint is saved before or after the probe's callback had its turn."""
+    """The checkpoint is saved before or after the probe's callback runs."""
     event, at, arguments = CASES[case]
     saving = Saving(tmp_path / "saved.ckpt", event, at, 0 if is_fresh else 3)
     probing = callback(tmp_path / "run")
@@ -140,7 +140,7 @@ def test_each_row_is_that_of_a_fit_in_one_go(case, is_before, is_fresh, whole, t
         fit(tmp_path, [saving, probing] if is_before else [probing, saving], **arguments)
     run = tmp_path / "fresh" if is_fresh else tmp_path / "run"
     fit(tmp_path, [callback(run)], tmp_path / "saved.ckpt", **arguments)
-    epoch = (at - 1) // STEPS  # in which the checkpoint was saved
+    epoch = (at - 1) // STEPS  # the epoch of the checkpoint
     has_ended = event == "on_train_epoch_end" and not is_before
 
     def counts(key):
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_an_earlier_release(event, at, whole, tmp_path):
     torch.save(saved, path)
     fit(tmp_path, [callback(run)], path)
 
-    # It did not say how much metrics of others had seen.
+    # The state did not say how many observations metrics of others had.
     assert differing(run, whole(), lambda key: key[:3] == (0, None, "train") and key[3] != "rows") == {}
     assert {key[0] for key in numbers(run)} == set(range(EPOCHS))
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_with_nothing_to_train_after_it(whole, tmp_path, recwarn):
 
 
 def test_one_callback_in_several_fits(whole, tmp_path):
-    """One of its own after another, one from a checkpoint, and one after a validation of a checkpoint."""
+    """A fit after another, a fit from a checkpoint, and a fit after a validation of a checkpoint."""
     path, run = tmp_path / "saved.ckpt", tmp_path / "run"
     probing = callback(run)
     with pytest.raises(KeyError):
@@ -208,7 +208,7 @@ def test_one_callback_in_several_fits(whole, tmp_path):
 
 
 def test_a_validation_between_a_fit_and_its_next_part(whole, tmp_path):
-    """It is one more record; no epoch of the fit is lost, again or after another such validation."""
+    """The validation adds a record, and no epoch of the fit is lost, however often this happens."""
     run = tmp_path / "run"
 
     def go_on(epochs, ckpt_path=None):
@@ -220,7 +220,7 @@ def test_a_validation_between_a_fit_and_its_next_part(whole, tmp_path):
     go_on(1)
     go_on(2, tmp_path / "epoch=0.ckpt")
     go_on(EPOCHS, tmp_path / "epoch=1.ckpt")
-    go_on(EPOCHS, tmp_path / "epoch=0.ckpt")  # as after a crash: these epochs are there
+    go_on(EPOCHS, tmp_path / "epoch=0.ckpt")  # as after a crash: these epochs were recorded
     outside = {1, 3, 5, 6}
     assert {key[0] for key in numbers(run) if key[2] == "train"} == {0, 2, 4}
     assert {key[0] for key in numbers(run)} == {0, 2, 4} | outside
@@ -247,13 +247,13 @@ def test_two_callbacks_keep_apart(tmp_path):
 
 
 def test_two_callbacks_of_one_name(tmp_path):
-    """Lightning would log the mean of their values."""
+    """Lightning would log the mean of both values."""
     with pytest.raises(ValueError, match="different names, got 'variance' in two"):
         fit(tmp_path, [LayerProbeCallback({"variance": Rows(), name: Rows()}) for name in "ab"])
 
 
 class Late(Callback):
-    """Fails at the end of a step, and saves a checkpoint as it does."""
+    """Fails at the end of a step, and saves a checkpoint because of the error."""
 
     def __init__(self, path):
         self.path = path
@@ -282,7 +282,7 @@ def test_a_checkpoint_after_a_fit(whole, tmp_path):
 
 
 def test_lightning_s_own_checkpoints(whole, tmp_path):
-    """At the last batch of each epoch, and as it ends."""
+    """Saved at the last batch of each epoch, and at its end."""
     by_steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=STEPS, save_top_k=-1)
     by_epochs = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
     saving = {"enable_checkpointing": True, "limit_val_batches": 0}

@@ -1,4 +1,4 @@
-"""A training of the Hugging Face trainer that goes on from a checkpoint has the records of one in one go."""
+"""A training of the Hugging Face trainer that resumes has the records of an uninterrupted one."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from tests.integrations.resuming import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-EPOCHS, STEPS = 3, 6  # and so many in each
+EPOCHS, STEPS = 3, 6  # epochs, and steps in each
 HOW = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": 8, "logging_steps": 4, "eval_strategy": "no"}
 
 
@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
 BY_STEPS = {"save_strategy": "steps", "save_steps": 2}
 BY_EPOCHS = {"save_strategy": "epoch"}
 EACH = {"eval_strategy": "epoch"}
-CASES = {  # the step of the checkpoint, arguments of the trainer
+CASES = {  # step of the checkpoint, arguments of the trainer
     "in the middle of an epoch": (8, BY_STEPS),
     "in the middle, with evaluations": (8, BY_STEPS | EACH),
     "after an evaluation in the middle": (10, BY_STEPS | {"eval_strategy": "steps", "eval_steps": 2}),
@@ -68,14 +68,14 @@ CASES = {  # the step of the checkpoint, arguments of the trainer
     "the best one": (8, BY_STEPS | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}),
     "the last one alone": (8, BY_STEPS | {"save_total_limit": 1}),
 }
-# The trainer does not make up for an evaluation that was to follow, and then draws of later ones are others.
+# The trainer skips an evaluation that was due, and later ones have other draws.
 LOSE_AN_EVALUATION = {"at the last step, with evaluations"}
 FIRST = {"in the middle, with evaluations", "at the last step of an epoch", "at the end, with evaluations"}
 
 
 @pytest.mark.parametrize(
     ("case", "is_fresh"),
-    # Long cases have a fresh directory or the same one, in turn.
+    # Long cases alternate between a fresh directory and the same one.
     [
         pytest.param(case, is_fresh, marks=() if case in FIRST else pytest.mark.long)
         for number, case in enumerate(CASES)
@@ -112,7 +112,7 @@ def cut_off(folder, at=8, **arguments):
 def test_a_checkpoint_that_was_moved(whole, tmp_path):
     checkpoint = cut_off(tmp_path)
     assert not [each.name for each in checkpoint.iterdir() if each.name.startswith(".")]
-    (tmp_path / "checkpoint-6").rename(tmp_path / "other")  # its place is taken by another one
+    (tmp_path / "checkpoint-6").rename(tmp_path / "other")  # another checkpoint takes its place
     shutil.copytree(checkpoint, tmp_path / "moved")
     shutil.copy(tmp_path / "other" / "layer_probe_state.pt", checkpoint)
     train(tmp_path, tmp_path / "run", tmp_path / "moved", **BY_STEPS)
@@ -133,7 +133,7 @@ def test_the_same_trainer_goes_on(whole, tmp_path):
 def test_going_on_with_all_of_an_epoch_warns_of_nothing(tmp_path, recwarn):
     checkpoint = cut_off(tmp_path)
     train(tmp_path, tmp_path / "run", str(checkpoint), **BY_STEPS)
-    (tmp_path / "checkpoint-6" / "layer_probe_state.pt").unlink()  # where an epoch begins
+    (tmp_path / "checkpoint-6" / "layer_probe_state.pt").unlink()  # the checkpoint at the start of an epoch
     train(tmp_path, tmp_path / "run", str(tmp_path / "checkpoint-6"), **BY_STEPS)
     assert not [each for each in recwarn if "has no layer_probe_state" in str(each.message)]
 
@@ -191,7 +191,7 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"observations from '{file}'.*remove the file to go on without them"):
         train(tmp_path, tmp_path / "run", str(file.parent), **BY_STEPS)
-    file.unlink()  # as of an earlier release
+    file.unlink()  # as from an earlier release
     words = (
         "step 8 has no layer_probe_state.pt with the observations before it: values and record of epoch 1 are"
     )

@@ -104,7 +104,7 @@ def test_epochs_and_evaluations_are_logged_without_padding(masked, tmp_path):
         for key, value in expected(model, start, stop, stage, masked).items():
             logged = [row[key] for row in trainer.state.log_history if key in row]
             assert logged == pytest.approx([value] * 2, rel=1e-4), key
-    json.dumps(trainer.state.log_history)  # as the trainer itself saves it
+    json.dumps(trainer.state.log_history)  # as the trainer saves it
     callback.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     different = expected(model, 0, 96, "train", True) != expected(model, 0, 96, "train", False)
@@ -153,7 +153,7 @@ def test_curves_reach_tensorboard(tmp_path):
         events = EventAccumulator(str(folder))
         events.Reload()
         tags.update(events.Tags()["scalars"])
-    # Each has its stage once, where the trainer puts it.
+    # Each tag has its stage once, where the trainer puts it.
     assert {tag for tag in tags if tag.endswith("/classifier")} == {
         "train/saturation/classifier",
         "eval/saturation/classifier",
@@ -185,14 +185,14 @@ def test_an_evaluation_s_values_are_among_its_metrics(tmp_path):
     assert "eval_two_effective_rank/mean" in sets
     tested = trainer.predict(dataset(96, 144)).metrics
     assert tested["test_saturation/classifier"] == values["eval_saturation/classifier"]
-    found = trainer.evaluate()  # of which the prediction is no part
+    found = trainer.evaluate()  # the prediction is not part of it
     assert {key: found[key] for key in values} == values
     json.dumps(found)
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_early_stopping_and_the_best_model_go_by_them(given, tmp_path):
-    """Whether the callback that stops was there before or comes after."""
+    """The stopping callback is added before or after the probe's."""
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
     trainer = make_trainer(
         tmp_path,
@@ -210,7 +210,7 @@ def test_early_stopping_and_the_best_model_go_by_them(given, tmp_path):
     if not given:
         trainer.add_callback(stopping)
     others = [type(each) for each in trainer.callback_handler.callbacks if each is not callback]
-    trainer.train()  # which learns nothing: its rate is zero
+    trainer.train()  # a rate of zero: nothing is learnt
     assert trainer.state.epoch == 3
     assert trainer.state.best_metric == trainer.evaluate()["eval_saturation/mean"]
     after = [type(each) for each in trainer.callback_handler.callbacks if each is not callback]
@@ -254,11 +254,11 @@ def sequence_to_sequence(kind):
 
 
 def pairs(count, given):
-    """Source and target of one length, of which the first tokens are valid."""
+    """Source and target of one length, whose first tokens are valid."""
     source, target = torch.arange(LENGTH) < SOURCE, torch.arange(LENGTH) < TARGET
     item = {"input_ids": 5 * source.long(), "attention_mask": source.long()}
     item["labels"] = torch.where(target, 7, -100)
-    item["labels"][1] = -100  # not learnt, and no padding
+    item["labels"][1] = -100  # ignored by the loss, but not padding
     if given == "mask":
         item["decoder_attention_mask"] = target.long()
         item["labels"] = torch.full((LENGTH,), 7)
@@ -326,6 +326,6 @@ def test_a_failed_forward_of_a_decoder_leaves_no_mask(tmp_path):
     with torch.no_grad():
         model.encoder.block[0].layer[1].DenseReluDense.wo(
             torch.zeros(2, LENGTH, 32)
-        )  # by itself, without a mask
+        )  # a direct call, without a mask
     name = "encoder.block.0.layer.1.DenseReluDense.wo"
     assert int(callback.probe["train", name]["saturation"].count) == 2 * LENGTH

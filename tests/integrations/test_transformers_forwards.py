@@ -1,4 +1,4 @@
-"""Which forwards the callback for the Hugging Face trainer observes, and in which stage."""
+"""Forwards that the callback for the Hugging Face trainer observes, and their stages."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ TRAIN, EVALUATION = 48, 20
 
 
 class Net(nn.Module):
-    """A frozen first layer in eval mode, and a second one that keeps to training mode."""
+    """A frozen first layer in eval mode, and a second one that stays in training mode."""
 
     def __init__(self, largest=math.inf):
         super().__init__()
@@ -186,7 +186,7 @@ def test_two_callbacks_go_in_any_order_and_leave_nothing(order, tmp_path):
 
 
 class Sometimes(Rows):
-    """Undefined for layers of two features."""
+    """NaN for layers of two features."""
 
     def update(self, rows):
         self.count += math.nan if rows.shape[1] == 2 else len(rows)
@@ -297,7 +297,7 @@ def test_training_stops_at_a_floor_of_the_effective_rank(floor, epochs, tmp_path
 
 
 class WithEngine(TrainerCallback):
-    """Gives an accelerator what looks like an engine of DeepSpeed."""
+    """Gives an accelerator an imitation of a DeepSpeed engine."""
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
@@ -309,7 +309,7 @@ class WithEngine(TrainerCallback):
 
 @pytest.mark.parametrize("of_engine", [False, True])
 def test_gradients_without_the_factor_of_the_loss(of_engine, tmp_path):
-    """Of accelerate's scaler, and of an engine of DeepSpeed, which scales by itself; an evaluation has none."""
+    """The factor of accelerate's scaler, or of a DeepSpeed engine, which scales itself; none in evaluation."""
 
     def trained(scaled):
         trainer = make_trainer(tmp_path, Net(), learning_rate=0.0)

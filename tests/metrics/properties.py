@@ -1,4 +1,4 @@
-"""What every statistic must satisfy, for any statistic: also one defined in a test."""
+"""Properties that every statistic must have, including one defined in a test."""
 
 import copy
 import pickle
@@ -11,14 +11,14 @@ from spectralmetrics.functional import accumulate, empty_moments
 from spectralmetrics.sums import empty_marginals
 from tests.oracles import random_rows, rotation
 
-# Statistics whose value is attached to the axes or to a sample; all others depend on eigenvalues alone.
+# Statistics that depend on the axes or on a sample; all others depend on eigenvalues only.
 ALONG_AXES = {"max_abs", "zero_share", "dead_features", "dormant_features", "outlier_features"}
 AXES_MATTER = {"covariance", "embedding", *ALONG_AXES}
 SAMPLED = {"embedding"}
-# Of features that are all 0.1, where it is not zero.
+# Values for features that are all 0.1, where they are not zero.
 CONSTANT = {"rms": 0.1, "max_abs": 0.1, "dead_features": 1.0, "outlier_features": 1.0}
 CONSTANT["signal_to_noise"] = float("inf")
-# Whose value is no statement about the mean alone.
+# Statistics that depend on more than deviations from the mean.
 ABOUT_ZERO = {"rms", "spread", "max_abs", "zero_share", "dormant_features", "outlier_features"}
 ABOUT_ZERO.add("signal_to_noise")
 
@@ -39,7 +39,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 
 def read_directly(metric: SpectralMetric, rows: torch.Tensor) -> torch.Tensor:
-    """The statistic without any state: one pass over all rows."""
+    """The statistic in one pass over all rows, without a state."""
     moments = empty_moments(rows.shape[1])
     accumulate(moments, Observations(rows.double()))
     marginals = empty_marginals(rows.shape[1])
@@ -89,7 +89,7 @@ def check_merge(new, seed, count, features, rank, shift):
 
 
 def check_repeated_data(new, seed, count, features, rank, shift):
-    """Statistics of the population do not change when everything is seen twice."""
+    """Statistics of the population do not change when all rows come twice."""
     rows = random_rows(seed, count, features, rank=rank, mean=shift)
     if new().short_name not in SAMPLED:
         once, twice = feed(new(), rows), feed(feed(new(), rows), rows)
@@ -116,7 +116,7 @@ def check_life_cycle(new):
     assert_same(metric.compute(), value)  # the checkpoint's tensors are not updated in place
     assert all(torch.equal(saved[name], tensor) for name, tensor in metric.sums[0].tensors().items())
     metric.reset()
-    metric.update(rows[:20, :4])  # a width that was read from rows is forgotten
+    metric.update(rows[:20, :4])  # the width read from rows is forgotten
     assert metric.num_features == 4
 
 

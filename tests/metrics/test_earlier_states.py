@@ -1,4 +1,4 @@
-"""States that earlier releases have saved load, give the values that they gave there, and go on."""
+"""States saved by earlier releases load, give the values that those releases gave, and accumulate further."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_folds_and_sketches(name):
     metric.load_state_dict(states[name])
     assert metric.compute().item() == pytest.approx(expected[name], rel=1e-13)
     if name == "with folds":
-        # Releases of SciPy differ by 1e-11 in the quantiles that it is made of.
+        # Releases of SciPy differ by 1e-11 in the quantiles behind it.
         assert [float(each) for each in metric.interval()] == pytest.approx(expected["interval"], rel=1e-9)
     metric.update(torch.randn(6, 4))
     assert int(metric.count) == 18

@@ -19,13 +19,13 @@ from tests.metrics.properties import SAMPLED, assert_same, feed
 from tests.metrics.test_properties import BUILT_IN, VARIANTS
 from tests.oracles import STATISTICS, random_rows
 
-# What each feature does by itself has no folds.
+# Statistics of each feature by itself have no folds.
 MARGINAL = [name for name, new in BUILT_IN.items() if issubclass(new, sm.MarginalMetric)]
 FOLDED = {name: new for name, new in VARIANTS.items() if name not in MARGINAL}
 STREAMED = [name for name, new in FOLDED.items() if new().short_name not in SAMPLED]
 REFUSING = ("covariance", "embedding")
 COUNTING = ("delve", "intrinsic_dimension", "saturation")
-# The statistic of each variant that has an interval, in numpy.
+# The statistic of each variant with an interval, in numpy.
 ORACLES = {name: STATISTICS[name] for name in STREAMED if name in STATISTICS and name not in REFUSING} | {
     "delve": lambda values, covariance: (np.cumsum(values) < 0.99 * values.sum()).mean(),
     "determinant_log": lambda values, covariance: np.linalg.slogdet(covariance)[1],
@@ -35,7 +35,7 @@ ORACLES = {name: STATISTICS[name] for name in STREAMED if name in STATISTICS and
 
 
 def plain_interval(statistic, parts, center=True, counts_directions=False):
-    """By the definition: of all rows, of held-out values, and the jackknife over all parts but one."""
+    """The definition: values of all rows and of held-out rows, and the jackknife over all parts but one."""
 
     def of_rows(rows):
         covariance = np.cov(rows.T, bias=True) if center else rows.T @ rows / len(rows)
@@ -54,7 +54,7 @@ def plain_interval(statistic, parts, center=True, counts_directions=False):
 
 
 class LargestShareMetric(sm.SpectralMetric):
-    """Share of the first eigenvalue; a statistic of a user's own."""
+    """Share of the first eigenvalue; a user's own statistic."""
 
     short_name = "largest_share_of_a_test"
 
@@ -63,7 +63,7 @@ class LargestShareMetric(sm.SpectralMetric):
 
 
 class CountMetric(sm.SpectralMetric):
-    """A statistic of a user's own that is a plain number."""
+    """A plain number; a user's own statistic."""
 
     short_name = "count_of_a_test"
 
@@ -73,7 +73,7 @@ class CountMetric(sm.SpectralMetric):
 
 @pytest.fixture(autouse=True)
 def _no_trace(monkeypatch):
-    """What is defined here is no statistic of other tests."""
+    """Restore the registry's entries of these statistics after each test."""
     for name in (LargestShareMetric.short_name, CountMetric.short_name):
         monkeypatch.setitem(sm.metrics.base._STATISTICS, name, sm.statistics()[name])
 
@@ -84,7 +84,7 @@ def counts(metric):
 
 
 def pair(name, **options):
-    """A metric that keeps its observations in four folds, and one that keeps them in one."""
+    """A metric with its observations in four folds, and one with all in one fold."""
     return VARIANTS[name](folds=4, **options), VARIANTS[name](**options)
 
 
@@ -93,7 +93,7 @@ def pair(name, **options):
     ("count", "batch"), [(200, 7), pytest.param(200, 30, marks=pytest.mark.long), (1500, 300)]
 )
 class TestFoldsEqualNoFolds:
-    """In every value, to rounding."""
+    """All values agree up to rounding."""
 
     def rows(self, count):
         return random_rows(count, count, 9, mean=3.0, decay=0.6)
@@ -140,7 +140,7 @@ class TestFoldsEqualNoFolds:
         fresh = pair(name)[0]
         fresh.load_state_dict(folded.state_dict())
         assert_same(fresh.compute(), plain.compute(), 1e-10)
-        # The dealing goes on where it was.
+        # The dealing continues where it was.
         for metric in (folded, fresh, plain):
             feed(metric, rows, batch)
         assert counts(fresh) == counts(folded)
@@ -197,7 +197,7 @@ class TestDealing:
         assert counts(metric) == [13, 7]
 
     def test_a_reset_goes_on_in_turn(self):
-        """Otherwise an epoch of few batches would always fill the first folds."""
+        """Dealing continues after a reset; otherwise short epochs would always fill the first folds."""
         metric = feed(sm.SaturationMetric(folds=4), torch.randn(5, 3), 1)
         metric.reset()
         feed(metric, torch.randn(2, 3), 1)
@@ -225,7 +225,7 @@ class TestDealing:
 
 class TestCollections:
     def test_metrics_with_different_folds_never_share(self):
-        """Not even where their first batches leave states that look alike."""
+        """Not even if their states look alike after the first batches."""
         collection = MetricCollection(
             {
                 f"{name}_{folds}": new(folds=folds)
@@ -261,7 +261,7 @@ class TestCollections:
 
         monkeypatch.setattr(torch.linalg, "eigh", counted)
         model = torch.nn.Sequential(torch.nn.Linear(4, 6))
-        # The determinant is read from the covariance, which needs the eigenvectors of all data.
+        # The determinant needs the covariance, and so the eigenvectors of all data.
         without = (*REFUSING, *MARGINAL, "covariance_determinant")
         able = [new() for name, new in BUILT_IN.items() if name not in without]
         with sm.LayerProbe(model, able, folds=5) as probe:
@@ -309,12 +309,12 @@ class TestInterval:
 
     def test_without_enough_observations_a_logarithm_of_zero_leaves_the_margin_out(self):
         metric = feed(sm.CovarianceDeterminantMetric(log=True, folds=4), torch.randn(20, 18), 5)
-        assert metric.compute().isfinite()  # but not without a fold
+        assert metric.compute().isfinite()  # without folds it is not
         low, high = metric.interval()
         assert low <= metric.compute() <= high
 
     def test_it_holds_what_a_few_large_eigenvalues_decide(self):
-        """Which observations are drawn moves this ratio by more than the fitting of directions does."""
+        """Sampling of the observations moves this ratio more than fitting the directions does."""
         generator = torch.Generator().manual_seed(0)
         variances = torch.arange(1, 49, dtype=torch.float64) ** -2
         truth = float(variances.sum() ** 2 / (variances**2).sum())
@@ -327,7 +327,7 @@ class TestInterval:
             ends = sorted([float(metric.compute()), float(metric.statistic(metric.spectrum.held_out()))])
             held_without += ends[0] <= truth <= ends[1]
         assert held >= 36
-        assert held_without < 30  # or the margin would not be needed
+        assert held_without < 30  # so the margin is needed
 
     @pytest.mark.parametrize("name", REFUSING)
     def test_what_is_no_number_of_a_spectrum_has_none(self, name):
@@ -396,7 +396,7 @@ class TestInterval:
 
     @pytest.mark.parametrize("folds", [2, 8])
     def test_a_known_flat_spectrum(self, folds):
-        """Of 96 equal directions, few observations show few; the interval reaches to within one of all."""
+        """With 96 equal directions, few observations show few; the interval reaches almost all."""
         rows = torch.randn(192, 96, dtype=torch.float64)
         low, high = feed(sm.IntrinsicDimensionMetric(folds=folds), rows, 6).interval()
         assert low <= 90
@@ -457,7 +457,7 @@ def test_the_states_of_all_folds_together_have_the_names_that_they_have_without(
 
 
 class TestMergedFoldsAreEqual:
-    """However few batches each side has seen."""
+    """For any number of batches on each side."""
 
     def seen(self, batches, seed=0, folds=8, rows=10):
         return feed(sm.EffectiveRankMetric(folds=folds), random_rows(seed, rows * batches, 4), rows)

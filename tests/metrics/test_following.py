@@ -1,4 +1,4 @@
-"""Metrics that read the states of another one in the place of their own."""
+"""Metrics that read the states of another metric in place of their own."""
 
 import torch
 
@@ -31,8 +31,8 @@ def test_an_update_of_a_follower_alone_leaves_its_leader_as_it_is():
     assert not follower.is_borrowed()
     assert int(follower.count) == 80
     assert all(torch.equal(value, before[name]) for name, value in leader.metric_state.items())
-    leader.update(torch.randn(20, 4))  # by the user, who may give each metric of a collection the same rows
+    leader.update(torch.randn(20, 4))  # users may give each metric of a collection the same rows
     assert (int(leader.count), int(follower.count)) == (70, 80)
-    leader.reset()  # which is for all
+    leader.reset()  # this resets both
     assert int(follower.count) == 0
     assert follower.is_borrowed()

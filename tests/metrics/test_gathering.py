@@ -1,4 +1,4 @@
-"""Small batches wait for a product; nobody who reads a state notices."""
+"""Small batches wait for a common product; every reader of a state gets all rows."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from spectralmetrics import (
     SaturationMetric,
     SpectrumMetric,
 )
-from spectralmetrics.metrics.stream import Stream
+from spectralmetrics.metrics.sharing import Stream
 from spectralmetrics.sums import Moments
 from spectralmetrics.sums.intake import WAITING_ROWS
 from tests.oracles import relative_error, two_pass_covariance
@@ -95,7 +95,7 @@ def test_every_metric_of_a_group_reads_what_waits_with_its_leader():
         assert int(member.count) == 120
     for batch in data:
         collection.update(batch)
-    for member in members:  # those in the collection, without asking it
+    for member in members:  # members of the collection, read without it
         for batch in data:
             # The collection itself would read the states.
             members[0].update(batch)

@@ -1,4 +1,4 @@
-"""What is read of labels is what a regression on the same rows, and two passes over them, give."""
+"""Statistics of labels equal a regression on the same rows, and two passes over them."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ def data(seed=0, count=300, features=7, classes=4, shift=0.0, apart=2.0):
 
 
 def alpha(rows, ridge):
-    """What scikit-learn calls alpha: it does not divide by the number of rows."""
+    """The ridge as scikit-learn's alpha, which is not divided by the number of rows."""
     return ridge * rows.var(0).mean() * len(rows)
 
 
@@ -34,7 +34,7 @@ def r_squared(labels, predicted, classes):
 
 
 def refitted(rows, labels, folds, ridge, classes):
-    """Predictions for each fold by a regression on the others."""
+    """Predictions for each fold by a regression on the other folds."""
     predicted = np.zeros((len(rows), classes))
     for fold in np.unique(folds):
         others = folds != fold
@@ -68,7 +68,7 @@ def test_held_out_r_squared_is_that_of_refitting_fold_by_fold(seed, count, featu
     predicted = refitted(rows.numpy(), labels.numpy(), np.array(where), 0.05, 3)
     seen = np.eye(3)[labels]
     variance = ((seen - seen.mean(0)) ** 2).sum()
-    expected = 1 - ((seen - predicted) ** 2).sum() / variance if variance else np.nan  # of a single class
+    expected = 1 - ((seen - predicted) ** 2).sum() / variance if variance else np.nan  # NaN for a single class
     assert float(metric.compute()) == pytest.approx(expected, abs=1e-8, rel=1e-8, nan_ok=True)
 
 
@@ -156,7 +156,7 @@ def test_rows_without_a_label_or_with_nan_are_passed_over():
     rows, labels = data(count=100)
     spoiled, marked = rows.clone(), labels.clone()
     marked[::3] = -100
-    spoiled[::3] = torch.nan  # not looked at, since they have no label
+    spoiled[::3] = torch.nan  # ignored, because they have no label
     spoiled[1] = torch.inf
     kept = (torch.arange(100) % 3 != 0) & (torch.arange(100) != 1)
     for new in (sm.LinearProbeMetric, sm.NeuralCollapseMetric):
@@ -212,7 +212,7 @@ class TestEdges:
         whole, parts = new(4, folds=folds), [new(4, folds=folds) for _ in range(3)]
         for number, each in enumerate(zip(rows.split(20), labels.split(20), strict=True)):
             whole.update(*each)
-            part = parts[number // folds % 3]  # whole turns, so that each batch has the fold it would have had
+            part = parts[number // folds % 3]  # whole turns, so that each batch gets the same fold
             part.update(*each)
         for part in parts[1:]:
             parts[0].merge_state(copy.deepcopy(part))

@@ -1,4 +1,4 @@
-"""What each feature does by itself, against plain definitions, and what it shares with other metrics."""
+"""Statistics of each feature by itself against plain definitions, and the states they share with others."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_dead_and_dormant_units_of_a_network_made_to_have_them():
 
 def test_a_probe_of_these_alone_takes_any_width():
     model = nn.Sequential(nn.Linear(3, 20_000), nn.ReLU(), nn.Linear(20_000, 2))
-    probe = sm.LayerProbe(model, [kind() for kind in METRICS.values()])  # no warning
+    probe = sm.LayerProbe(model, [kind() for kind in METRICS.values()])  # without a warning
     model(torch.randn(30, 3))
     values = probe.compute("train")
     assert len(values) == 2 * len(METRICS)

@@ -1,4 +1,4 @@
-"""A user's own statistic: one function, one short class, and everything else knows it."""
+"""A user's own statistic needs one function and one short class; everything else works with it."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def spectral_gap(eigenvalues):
 
 
 class SpectralGapMetric(SpectralMetric):
-    """How much the leading direction stands out."""
+    """Lead of the first direction over the second."""
 
     short_name = "spectral_gap"
     plot_lower_bound = 0.0
@@ -78,6 +78,6 @@ class CountMetric(SpectralMetric):
 def test_it_may_return_a_number(kind, dtype):
     metric = CountMetric()
     metric.kind = kind
-    metric.update(torch.ones(1, 1).expand(2**24 + 1, 1))  # which float32 does not know
+    metric.update(torch.ones(1, 1).expand(2**24 + 1, 1))  # float32 has no such number
     assert metric.compute() == 2**24 + 1
     assert metric.compute().dtype == dtype

@@ -10,7 +10,7 @@ import spectralmetrics as sm
 from tests.metrics import properties
 from tests.oracles import OF_ROWS, STATISTICS, random_rows, two_pass_covariance
 
-# Defined by the package; what doctests and other tests define comes later.
+# Defined by the package; doctests and other tests define more later.
 BUILT_IN = {
     name: cls
     for name, cls in sm.statistics().items()
@@ -37,11 +37,11 @@ shapes = {
 @given(**shapes)
 def test_property(check, name, seed, count, features, rank, shift):
     if name == "power_law_exponent" and rank is not None:
-        rank = None  # the logarithm of round-off is no quantity
+        rank = None  # the logarithm of round-off means nothing
     if name == "power_law_exponent" or name.endswith(("determinant", "log")):
         count = count + 2 * features  # regular covariances: near-singular ones magnify round-off
     if name == "unbiased" and check is properties.check_repeated_data:
-        return  # n - 1 does change
+        return  # n - 1 changes
     if name in ("rankme", "uncentred_spectrum", "determinant_log", "covariance_determinant"):
         shift = 0.0 if check is not properties.check_translation else shift
     check(VARIANTS[name], seed, count, features, rank, shift)
@@ -87,7 +87,7 @@ def test_one_feature(name):
         "embedding": (2, 1),
     }
     assert metric.compute().shape == expected.get(name, ())
-    assert metric.compute().shape == expected.get(name, ())  # the cached value, too
+    assert metric.compute().shape == expected.get(name, ())  # also from the cache
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -105,7 +105,7 @@ class TestEmbedding:
         metric = properties.feed(sm.EigenspaceEmbeddingMetric(num_components=3), rows, 30)
         embedded = metric.compute()
         assert embedded.shape == (200, 3)
-        # Diagonal covariance, the leading eigenvalues on the diagonal; distances to the mean plane kept.
+        # The covariance is diagonal, with the leading eigenvalues.
         covariance = embedded.T @ embedded / 200
         spectrum = properties.feed(sm.SpectrumMetric(), rows).compute()
         torch.testing.assert_close(covariance, torch.diag(spectrum[:3]), atol=1e-12, rtol=1e-9)

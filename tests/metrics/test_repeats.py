@@ -1,4 +1,4 @@
-"""Folds that were shown the same inputs are told, and those that were not are left in peace."""
+"""Folds with the same inputs cause a warning; others do not, however alike their rows."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ INPUTS = {
     "double precision": lambda g: torch.randn(400, 32, generator=g, dtype=torch.float64),
     "fewer than a buffer": lambda g: torch.randn(70, 32, generator=g),
 }
-# Of which many are alike by nature.
+# Data in which many rows are equal by nature.
 ALIKE = {
     "classes": lambda g: torch.eye(20)[torch.randint(20, (800,), generator=g)],
     "binary": lambda g: (torch.rand(600, 8, generator=g) > 0.5).float(),
@@ -94,7 +94,7 @@ def test_a_metric_says_so_with_its_interval():
     feed(metric, rows, 11)
     with pytest.warns(UserWarning, match=f"EffectiveRankMetric: {TOLD}"):
         metric.interval()
-    metric.compute()  # the value itself is right
+    metric.compute()  # the value itself is correct
     metric.reset()
     feed(metric, rows, 11)
     metric.interval()
@@ -159,7 +159,7 @@ def test_inputs_of_a_training_are_others_once_the_weights_have_changed():
             optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probe.intervals()  # which cannot be seen, and is said in the docs
+        probe.intervals()  # this cannot be detected, as the docs say
 
 
 def test_inference_mode():

@@ -1,4 +1,4 @@
-"""LinearCKAMetric: what the pure functions say, streamed."""
+"""LinearCKAMetric: values of the pure functions, streamed."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What is read of a sketch encloses what is read of the covariance, for any data."""
+"""Bounds from a sketch enclose the value from the covariance, for any data."""
 
 import copy
 import pickle
@@ -76,7 +76,7 @@ def test_the_bounds_hold(spectrum, count, width, size, seed, shift, constant, ce
         truth, (low, high) = float(metric.value_of(of_all)), metric.interval_of(of_sketch)
         slack = error * max(abs(truth), 1e-300)
         if hasattr(metric, "threshold") and not low <= truth <= high:
-            # A share that is met to within rounding by two numbers of directions.
+            # Within rounding, two numbers of directions reach this share.
             near = []
             for metric.threshold in (threshold * (1 - error), min(threshold * (1 + error), 1.0)):
                 near.append(float(metric.value_of(of_all)))
@@ -184,7 +184,7 @@ def test_copies_pickles_saved_states_and_merges():
 
 def test_the_test_matrix_is_the_same_everywhere():
     omega = empty_sketch(3, 4).test_matrix()
-    # From the raw bits of Philox, which numpy promises not to change.
+    # From the raw bits of Philox, which numpy promises to keep.
     assert omega.tolist() == EXPECTED_SIGNS
     assert torch.equal(empty_sketch(3, 4).test_matrix(), omega)
     assert not torch.equal(empty_sketch(3, 4, seed=1).test_matrix(), omega)

@@ -1,4 +1,4 @@
-"""One process: what torchmetrics asks of a metric, and what is overridden in it."""
+"""One process: the contract of torchmetrics metrics, and the methods of torchmetrics that are overridden."""
 
 import contextlib
 import copy
@@ -19,8 +19,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Running
 
 import spectralmetrics as sm
-from spectralmetrics.metrics import overrides, stream
-from spectralmetrics.sums import Observations, compiled, decomposition, intake, per_feature, recentring
+from spectralmetrics.metrics import overrides, sharing
+from spectralmetrics.sums import Observations, about_origin, compiled, decomposition, intake, per_feature
 from tests.metrics.properties import assert_same, feed
 from tests.metrics.test_properties import VARIANTS
 from tests.oracles import random_rows, relative_error, two_pass_covariance
@@ -190,7 +190,7 @@ class TestBadData:
     @pytest.mark.parametrize("nan_strategy", ["warn", "error", "ignore"])
     def test_overflow_is_named_as_overflow(self, largest, dtype, gram_dtype, nan_strategy):
         metric = sm.CovarianceTraceMetric(gram_dtype=gram_dtype, nan_strategy=nan_strategy)
-        # More than the largest number from their mean, wherever the origin is.
+        # Differences from the mean overflow, wherever the origin is.
         metric.update(torch.tensor([[largest], [-largest], [-largest]], dtype=dtype))
         assert (int(metric.count), int(metric.non_finite)) == (3, 0)
         with pytest.raises(RuntimeError, match=r"the observations overflow.*scale them down before"):
@@ -232,7 +232,7 @@ class TestCollections:
         collection.update(rows[:30])
         calls["accumulate"] = 0
         collection.update(rows[30:60])
-        # Some releases of torchmetrics read the states in `update`; with the others the rows wait for a reader.
+        # Some releases of torchmetrics read the states in `update`; in others the rows wait for a reader.
         assert all(int(metric.count) == 60 for metric in collection.values(copy_state=False))
         assert calls == {"accumulate": 1, "eigenvalues": 0}
         collection.compute()
@@ -316,7 +316,7 @@ class TestCollections:
         assert_same(collection.compute()["trace"], values["trace"])
 
     def test_beside_metrics_that_take_other_arguments(self):
-        """`update(x, y)` gives each metric both; named arguments reach those that take them."""
+        """`update(x, y)` gives both to each metric; named arguments go to the metrics that accept them."""
         accuracy = torchmetrics.classification.MulticlassAccuracy(3, average="micro")
         collection = MetricCollection([accuracy, sm.SaturationMetric(), sm.StableRankMetric()])
         scores, labels = torch.randn(20, 3), torch.randint(3, (20,), generator=torch.Generator())
@@ -371,7 +371,7 @@ class TestLifeCycle:
 
     @pytest.mark.parametrize("name", VARIANTS)
     def test_merge_state_after_compute(self, name):
-        """torchmetrics alone would return the value computed before the merge."""
+        """torchmetrics alone would return the value from before the merge."""
         rows = random_rows(0, 60, 4)
         metric, other = feed(VARIANTS[name](), rows[:30]), feed(VARIANTS[name](), rows[30:])
         metric.compute()
@@ -389,7 +389,7 @@ class TestLifeCycle:
         value = full.compute()
         empty.merge_state(full.metric_state)
         assert_same(empty.compute(), value)
-        empty.update(rows)  # in place, but not in the other's tensors
+        empty.update(rows)  # in place, without changing the other's tensors
         assert int(full.count) == 60
         full.merge_state(VARIANTS[name]())
         assert_same(full.compute(), value)
@@ -477,10 +477,10 @@ class TestLifeCycle:
         metric.update(torch.randn(5, 4))
         assert metric.second_moment.dtype == torch.float64
 
-    @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))  # a generator cannot be on "meta"
+    @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"embedding"}))  # generators cannot be on "meta"
     def test_after_a_reset_no_state_stays_where_the_rows_were(self, name, monkeypatch):
         for kind in (intake.DenseIntake, per_feature.MarginalsIntake):
-            monkeypatch.setattr(kind, "meet", lambda *_: None)  # nothing can be read on "meta"
+            monkeypatch.setattr(kind, "meet", lambda *_: None)  # tensors on "meta" have no values to read
         metric = VARIANTS[name](nan_strategy="ignore")
         spoiled = random_rows(0, 20, 4)
         spoiled[3] = torch.nan
@@ -495,7 +495,7 @@ class TestLifeCycle:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     @pytest.mark.parametrize("name", VARIANTS)
     def test_rows_of_another_device_after_a_reset(self, name):
-        """No state stays behind where the rows were before."""
+        """No state stays on the previous device."""
         metric = VARIANTS[name]()
         metric.update(torch.randn(9, 4, device="cuda"))
         assert {state.device.type for key, state in metric.metric_state.items() if key != "configuration"} == {
@@ -509,7 +509,7 @@ class TestLifeCycle:
 
     def test_moving_pins_the_device(self):
         metric = sm.SaturationMetric().to("meta")
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):  # where nothing has a value
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):  # tensors without values
             metric.update(torch.randn(5, 4))
         assert metric.second_moment.device.type == "meta"
         assert sm.SaturationMetric().cpu()._pinned_device == torch.device("cpu")
@@ -608,7 +608,7 @@ class TestModes:
         expected = feed(VARIANTS[name](), rows, 20).compute()
         torch.set_default_dtype(torch.float16)
         try:
-            # As torch.set_default_device("meta"), after which torch 2.8 has no default device any more.
+            # As torch.set_default_device("meta"); after it, torch 2.8 would have no default device at all.
             with torch.device("meta"):
                 metric = VARIANTS[name]()
                 for part in rows.split(20):
@@ -642,7 +642,7 @@ class TestModes:
 
 
 class TestOrigin:
-    """Moving the origin costs a pass over the sums: it must be seldom, also after the state was replaced."""
+    """Moving the origin costs a pass over the sums, so it must be rare, also after the state was replaced."""
 
     @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
     @pytest.mark.parametrize("how", ["updates", "forward", "merge", "load"])
@@ -703,7 +703,7 @@ def test_float8_rows_of_other_sums(new):
 
 
 class HostReads(TorchDispatchMode):
-    """Fails on whatever would wait for the device."""
+    """Fails on every operation that would wait for the device."""
 
     FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal")
 
@@ -720,7 +720,7 @@ class HostReads(TorchDispatchMode):
 class TestNoSynchronisation:
     @pytest.fixture(autouse=True)
     def _as_on_an_accelerator(self, monkeypatch):
-        monkeypatch.setattr(recentring, "is_read_freely", lambda values: False)
+        monkeypatch.setattr(about_origin, "is_read_freely", lambda values: False)
         monkeypatch.setattr(compiled, "takes", lambda *args: False)
 
     def test_the_guard_itself(self):
@@ -752,14 +752,14 @@ class TestNoSynchronisation:
 
 
 def test_memory_is_constant_in_the_number_of_updates():
-    gc.collect()  # what other tests left in circles
+    gc.collect()  # reference cycles left by other tests
     metric = sm.EigenspaceEmbeddingMetric(max_samples=16)
     generator = torch.Generator().manual_seed(0)
 
     def size():
         states = sum(value.untyped_storage().nbytes() for value in metric.metric_state.values())
-        kept = stream.Stream.of(metric.__dict__["second_moment"])
-        return states, len(kept.cache), len(stream._STREAMS), len(kept.merged), len(metric.__dict__)
+        kept = sharing.Stream.of(metric.__dict__["second_moment"])
+        return states, len(kept.cache), len(sharing._STREAMS), len(kept.merged), len(metric.__dict__)
 
     metric.update(torch.randn(4, 8, generator=generator))
     metric.compute()
@@ -777,14 +777,14 @@ def test_memory_is_constant_in_the_number_of_updates():
 
 def test_decompositions_do_not_outlive_their_state():
     gc.collect()
-    before = len(stream._STREAMS)
+    before = len(sharing._STREAMS)
     metrics = [feed(sm.SaturationMetric(), torch.randn(20, 4)) for _ in range(5)]
     for metric in metrics:
         metric.compute()
-    assert len(stream._STREAMS) == before + 5
+    assert len(sharing._STREAMS) == before + 5
     del metrics, metric
     gc.collect()
-    assert len(stream._STREAMS) == before
+    assert len(sharing._STREAMS) == before
 
 
 def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():
@@ -794,7 +794,7 @@ def test_the_numbers_hold_after_ten_thousand_updates_far_from_zero():
 
 
 class TestWhatIsOverridden:
-    """What torchmetrics does by itself: if one of these fails, look at the override in overrides.py again."""
+    """Behaviour of torchmetrics that forces an override; if a test fails, look at overrides.py again."""
 
     OVERRIDES: ClassVar = {
         "update_called": None,
@@ -976,7 +976,7 @@ class TestWhatIsOverridden:
         stock = torchmetrics.SumMetric()
         stock.persistent(True)
         stock.load_state_dict({"sum_value": torch.zeros(3)})
-        assert stock.sum_value.shape == (3,)  # why `_load_from_state_dict` looks at it before
+        assert stock.sum_value.shape == (3,)  # why `_load_from_state_dict` checks it first
         other = feed(sm.CovarianceTraceMetric(), random_rows(0, 30, 5))
         other.persistent(True)
         ours = sm.CovarianceTraceMetric(4)
@@ -990,7 +990,7 @@ class TestWhatIsOverridden:
 
         stock = Marked()
         stock.anything = object()
-        # Why `__getstate__` adds the rows that wait, and leaves out the objects that hold the same tensors.
+        # Why `__getstate__` adds the waiting rows, and leaves out objects that hold the same tensors.
         assert stock.__getstate__()["anything"] is stock.anything
         ours = feed(sm.CovarianceTraceMetric(), random_rows(0, 60, 4), 20)
         assert int(ours.__dict__["count"]) == 20  # the others wait
@@ -1016,12 +1016,12 @@ class TestWhatIsOverridden:
         expected = feed(sm.CovarianceTraceMetric(), torch.cat(rows)).compute()
         for kind, is_right in ((Summed, False), (sm.CovarianceTraceMetric, True)):
             merged = feed(kind(), rows[0])
-            with contextlib.suppress(RuntimeError, ValueError):  # the origins are not added, nor anything else
+            with contextlib.suppress(RuntimeError, ValueError):  # origins are not added, nor anything else
                 merged.merge_state(feed(kind(), rows[1]))
             assert bool(torch.isclose(kind.compute(merged), expected)) is is_right
 
     def test_torch_compile_would_still_trace_the_bookkeeping(self):
-        # Why `_wrap_update` is overridden: dynamo looks into what is not marked.
+        # Why `_wrap_update` is overridden: Dynamo traces what is not marked.
         assert not getattr(torchmetrics.SumMetric().update, "_torchdynamo_disable", False)
         assert getattr(sm.CovarianceTraceMetric().update, "_torchdynamo_disable", False)
 
@@ -1078,7 +1078,7 @@ class TestWhatIsOverridden:
                 return self.total
 
         module = torch.nn.ModuleList([Summed()]).to(torch.bfloat16)
-        assert module[0].total.dtype == torch.bfloat16  # why `_apply` moves devices only
+        assert module[0].total.dtype == torch.bfloat16  # why `_apply` only moves devices
 
     def test_torchmetrics_still_keeps_the_value_across_a_merge(self):
         metric, other = torchmetrics.SumMetric(), torchmetrics.SumMetric()

@@ -1,4 +1,4 @@
-"""The participation ratio of few observations without bias."""
+"""The participation ratio of few observations, without bias."""
 
 import itertools
 import time
@@ -91,7 +91,7 @@ def test_known_spectra(name, count, folds):
         if len(plain) < 3:
             eigenvalues = torch.linalg.eigvalsh(torch.cov(rows.T))
             plain.append(float(eigenvalues.sum() ** 2 / eigenvalues.square().sum()))
-    # Of the ratio itself, whose denominator is uncertain, the mean is too large where few directions are large.
+    # The ratio's denominator is uncertain, so its mean is too large where few directions are large.
     tolerance = 0.2 if name == "1/i" and count < WIDTH / 4 else 0.05
     assert np.mean(values) == pytest.approx(truth, rel=tolerance)
     assert held >= 0.92 * len(values)
@@ -100,7 +100,7 @@ def test_known_spectra(name, count, folds):
 
 
 def test_rows_that_come_in_dependent_groups():
-    """Six positions of one input resemble each other, and are in one fold."""
+    """Six positions of one input resemble each other, and share a fold."""
     generator = torch.Generator().manual_seed(0)
     values, plain = [], []
     for _ in range(200):
@@ -162,7 +162,7 @@ def test_a_probe_gives_the_folds():
 
 @pytest.mark.parametrize("options", [{"rows_per_feature": 1}, {"every_n_steps": 3}, {"budget": 0.9}], ids=str)
 def test_sampled_layers(options, monkeypatch):
-    ticks = itertools.count()  # a budget observes few forwards on a machine that is slow
+    ticks = itertools.count()  # with a budget, a slow machine would observe few forwards
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False)).eval()
@@ -180,7 +180,7 @@ def test_sampled_layers(options, monkeypatch):
 def test_a_value_beyond_the_width_is_clipped_and_told():
     torch.manual_seed(0)
     rows = 1e-3 * torch.randn(16, 40)
-    # Each fold varies along a direction of its own.
+    # Each fold varies along its own direction.
     rows[torch.arange(16), torch.arange(16) // 4] += torch.randn(16)
     metric = unbiased(rows, 4, 4)
     with pytest.warns(UserWarning, match="beyond what is possible"):

@@ -1,4 +1,4 @@
-"""The rules by themselves, on numbers that are made up."""
+"""The rules alone, on made-up numbers."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def reading(layer="a", *, rank=12.0, width=64, observations=1000, **numbers):
 
 
 def alarms_of(readings, every=100, rules=DEFAULT_ALARMS, scales=None):
-    """(step, kind) of the alarms of one layer in readings one after the other; what is remembered is saved."""
+    """(step, kind) of the alarms of one layer over consecutive readings; the memory is saved in between."""
     past, found = {}, []
     for number, one in enumerate(readings):
         layers = one if isinstance(one, list) else [one]
@@ -52,7 +52,7 @@ def test_one_alarm_when_it_has_been_so_for_long_enough(bad, kind, after):
     assert kinds(found) == [(800 + 100 * after, kind)]
     assert found[0].finding.severity == "problem"
     assert not alarms_of([*FINE, *[reading(**bad)] * (after - 1), *FINE])
-    # It was over, and comes again.
+    # It ended, and comes again.
     again = alarms_of([*FINE, *[reading(**bad)] * 4, *FINE, *[reading(**bad)] * 4])
     assert kinds(again) == [(800 + 100 * after, kind), (2000 + 100 * after, kind)]
 
@@ -76,7 +76,7 @@ def test_a_rank_must_leave_the_range_of_its_own_past():
     assert alarms_of([*[reading(rank=3.8)] * 8, *[reading(rank=2.3)] * 8])
     noisy = [reading(rank=each) for each in (4, 12, 7, 25, 4.2, 15, 9)]
     assert not alarms_of([*noisy, *[reading(rank=2.4)] * 8])
-    assert alarms_of([*noisy, *[reading(rank=1.02)] * 8]) == []  # nor below three of its own deviations
+    assert alarms_of([*noisy, *[reading(rank=1.02)] * 8]) == []  # nor below three of its standard deviations
 
 
 def test_the_upper_end_of_the_interval_counts():
@@ -105,7 +105,7 @@ def noise(seed, count=400, size=0.02):
 
 
 def series(values, every=100, told=True):
-    """What a history says at each reading: its last 256 forwards, some of them again."""
+    """History at each reading: the last 256 forwards, some of them repeated from the reading before."""
 
     def scales(layer, number):
         end = every * (number + 1)
@@ -139,13 +139,13 @@ def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
 @pytest.mark.parametrize(
     "values",
     [
-        [each + 3.0 * (k == 150) for k, each in enumerate(noise(0))],  # one odd batch
+        [each + 3.0 * (k == 150) for k, each in enumerate(noise(0))],  # one unusual batch
         [each + 1.0 * (k >= 150) for k, each in enumerate(noise(0))],  # less than a factor of three
-        [each + 3.0 * (k >= 5) for k, each in enumerate(noise(0))],  # before anything is known
-        [3.0 * (k % 2) + each for k, each in enumerate(noise(0))],  # two kinds of batches in turn
+        [each + 3.0 * (k >= 5) for k, each in enumerate(noise(0))],  # before a level is established
+        [3.0 * (k % 2) + each for k, each in enumerate(noise(0))],  # two kinds of batches alternate
         [0.01 * k + each for k, each in enumerate(noise(0))],  # growth
         noise(0, size=0.5),
-        [each if k < 150 else -math.inf for k, each in enumerate(noise(0))],  # dead, which has words of its own
+        [each if k < 150 else -math.inf for k, each in enumerate(noise(0))],  # dead, which has its own alarm
         [math.nan if k % 3 else each for k, each in enumerate(noise(0))],
     ],
 )

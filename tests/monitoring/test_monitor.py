@@ -1,4 +1,4 @@
-"""Monitors of real trainings: what they say, keep and leave alone."""
+"""Monitors of real trainings: alarms, saved memory, and what stays unchanged."""
 
 import copy
 import warnings
@@ -18,8 +18,8 @@ from spectralmetrics import (
     describe_comparison,
     read_records,
 )
+from spectralmetrics.recording.manifest import read_alarms
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import read_alarms
 from spectralmetrics.sums import Sketch
 
 
@@ -49,7 +49,7 @@ def dying(model, step):
 
 
 def train(model, monitor, steps, event=lambda model, step: None, start=0, probe=None):
-    """Steps of a training, of which each has its own batch; returns the alarms."""
+    """Run training steps, each with its own batch; return the alarms."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     found = []
     for step in range(start, start + steps):
@@ -82,7 +82,7 @@ def test_a_layer_that_dies_is_told():
     probe = LayerProbe(model, layers=[nn.Linear, nn.ReLU])
     rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "dead"]
     found = train(model, Monitor(probe, every=20, alarms=rules, on_alarm=silent), 160, dying)
-    # Those behind it put out their biases, which change. It is the second reading of dead features alone.
+    # Layers behind it output their changing biases. Dead features give an alarm at their second reading.
     assert [str(alarm) for alarm in found] == [
         "step 120: '3' in train: dead: 32 of 32 features, since step 100"
     ]
@@ -158,7 +158,7 @@ def test_the_history_joins_and_is_there_once():
     wide.reset()
     Monitor(wide)
     model(torch.randn(40, 8))
-    assert [type(each) for each in wide.sums("train", "0")[:1]] == [Sketch]  # no covariance of any width
+    assert [type(each) for each in wide.sums("train", "0")[:1]] == [Sketch]  # no covariance, whatever the width
 
 
 def test_values_of_a_state_that_was_saved_without_a_monitor_are_there():
@@ -240,7 +240,7 @@ def test_saved_and_resumed_it_says_the_same(tmp_path, how):
     monitor = Monitor(probe, every=20, on_alarm=silent, recorder=recorder)
     train(first, monitor, 50, louder)
     states = copy.deepcopy((first.state_dict(), (probe if how == "whole" else probe.sharded()).state_dict()))
-    train(first, monitor, 50, louder, start=50)  # and then it was killed
+    train(first, monitor, 50, louder, start=50)  # killed after this
     recorder.close()
     assert read_alarms(run) == expected
     second = network()

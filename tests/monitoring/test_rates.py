@@ -1,4 +1,4 @@
-"""A few of the trainings of ``checks/alarms.py``, whose rates the guide shows."""
+"""Some of the trainings of ``checks/alarms.py``, whose rates the guide shows."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def test_collapses_are_found_and_healthy_runs_are_left_alone(tmp_path):
         assert run["took"], run
         assert run["found"] == (run["kind"] in PLANTED), run
 
-    # What is there is not run again.
+    # Runs with a result are not repeated.
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert kept.read_text().count("\n") == len(runs)
     assert again.splitlines()[-6:] == first.splitlines()[-6:]

@@ -1,4 +1,4 @@
-"""Windows are read by themselves, and change nothing of what a probe says of an epoch."""
+"""Windows are read separately, and change no value of a whole epoch."""
 
 import copy
 
@@ -83,7 +83,7 @@ def batches(mean=0.0, count=23):
 
 
 def identity():
-    """A layer that puts out what comes in, so that its rows are known."""
+    """A layer that returns its input, so that its rows are known."""
     model = nn.Sequential(nn.Linear(6, 6)).double()
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(6))
@@ -94,14 +94,14 @@ def identity():
 def same(first, second, rel=1e-12):
     assert list(first) == list(second)
     for key, value in first.items():
-        if "embedding" in key:  # directions are known to less than values
+        if "embedding" in key:  # directions are less accurate than values
             assert value.shape == second[key].shape
             torch.testing.assert_close(value, second[key], rtol=1e-6, atol=1e-9)
         elif "history" in key:
             torch.testing.assert_close(value, second[key], rtol=1e-12, atol=1e-9)
         else:
             scale = float(torch.as_tensor(value).abs().max()) if value.numel() else 0.0
-            found = second[key].to(value.dtype)  # torchmetrics makes means float32
+            found = second[key].to(value.dtype)  # torchmetrics turns means into float32
             torch.testing.assert_close(value, found, rtol=rel, atol=rel * scale, equal_nan=True)
 
 
@@ -124,7 +124,7 @@ def test_an_epoch_has_the_same_values_with_and_without(kind, folds):
                 model(batch)
                 if monitor:
                     monitor.step()
-                if number in (9, 10):  # somebody looks while a window is open
+                if number in (9, 10):  # read while a window is open
                     values.append(probe.compute())
             values.append(probe.compute())
             if folds and kind in ("plain", "samples"):
@@ -132,7 +132,7 @@ def test_an_epoch_has_the_same_values_with_and_without(kind, folds):
             probe.reset()
         found.append(values)
     for first, second in zip(*found, strict=True):
-        same(first, second, 1e-6 if kind == "others" else 1e-12)  # a float32 sum keeps fewer
+        same(first, second, 1e-6 if kind == "others" else 1e-12)  # float32 sums keep fewer digits
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e8])
@@ -180,7 +180,7 @@ def test_the_moments_at_a_large_mean_are_those_without_to_the_last_digits():
     truth = centred.T @ centred / len(rows)
     scale = float(truth.abs().max())
     assert float((found[0] - found[1]).abs().max()) <= 1e-13 * scale * 10
-    assert float((found[1] - truth).abs().max()) <= 1e-6 * scale  # the truth here has lost digits itself
+    assert float((found[1] - truth).abs().max()) <= 1e-6 * scale  # the reference itself has lost digits
 
 
 def test_a_window_goes_on_over_a_reset_and_a_layer_with_few_rows_is_carried_on():

@@ -57,7 +57,7 @@ MODELS = {
 
 
 def train(kind, probe_with=None, steps=3):
-    """Train for a few steps; return everything that a probe must not change, and the probe."""
+    """Train for a few steps; return everything that a probe must leave unchanged, and the probe."""
     make, data = MODELS[kind]
     torch.manual_seed(3)
     model = make()
@@ -75,7 +75,7 @@ def train(kind, probe_with=None, steps=3):
         if step == 1:
             model.eval()
             with torch.no_grad():
-                # A fused path of TransformerEncoderLayer is not taken while hooks are there.
+                # With hooks, TransformerEncoderLayer does not take its fused path.
                 if kind != "transformer":
                     trace.append(model(data()))
     trace += [value.clone() for value in model.state_dict().values()]

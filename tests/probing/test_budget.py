@@ -1,4 +1,4 @@
-"""A probe with a budget stays below it, whatever observing costs, and sees all layers alike."""
+"""A probe with a budget stays within it, whatever observing costs, and observes all layers equally."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ from tests.accelerator.device import emulated_device
 
 
 class Clock:
-    """A clock that tells the time of a simulated training."""
+    """Clock of a simulated training."""
 
     now = 100.0
 
@@ -34,7 +34,7 @@ def clock():
 def simulate(
     clock, share, steps, step_seconds, fixed, each_row, start=0.0, stages=("train",), rows=1000.0, seed=0
 ):
-    """A training whose observed forwards cost ``fixed`` seconds and ``each_row`` for a row of each feature."""
+    """A training; an observed forward costs ``fixed`` seconds and ``each_row`` for each row per feature."""
     budget = Budget(share, seed, clock)
     observed, own = [], 0.0
     for index in range(steps):
@@ -60,7 +60,7 @@ def simulate(
 def test_the_share_is_kept(clock, share, fixed, each_row):
     steps = 2000
     budget, observed, own = simulate(clock, share, steps, 0.01, fixed, each_row)
-    # One price may be paid ahead of what is earned.
+    # The price of one forward may be spent in advance.
     assert own <= share * 0.01 * steps + fixed + 1000 * each_row
     assert budget.spent("train").share == pytest.approx(own / (0.01 * (steps - 1)), rel=0.05)
     assert budget.spent("train").observed == sum(observed)
@@ -75,10 +75,10 @@ def test_what_is_cheap_is_observed_whole(clock):
 
 def test_rows_are_left_out_before_forwards(clock):
     budget, observed, own = simulate(clock, 0.03, 5000, 0.01, 2e-4, 1e-3)
-    # With all rows it could be one forward in 4,000.
+    # With all rows, the budget would pay for one forward in 4,000.
     assert sum(observed) > 5000 / 16
     assert budget.rows_per_feature("train") < 10
-    assert own > 0.4 * 0.03 * 50  # and what there is, is used
+    assert own > 0.4 * 0.03 * 50  # and much of it is spent
 
 
 def test_a_dear_beginning_is_paid_off(clock):
@@ -91,11 +91,11 @@ def test_a_dear_beginning_is_paid_off(clock):
 def test_a_break_between_forwards_is_nothing_to_spend(clock):
     pauses = itertools.chain([0.01] * 100, [3600.0], itertools.repeat(0.01))
     _, observed, _ = simulate(clock, 0.03, 1000, pauses, 1e-2, 0.0)
-    # 3,600 s would pay for 10,000 forwards.
+    # A pause of 3,600 s would pay for 10,000 forwards.
     assert sum(observed[100:300]) <= 20
 
 
-# Seconds to the next forward, over and over.
+# Seconds to the next forward, repeated.
 STEPS = {
     "a fake batch, then a real one": [5e-5, 3e-3],
     "two fake batches, then a real one": [1e-3, 5e-5, 3e-3],
@@ -108,7 +108,7 @@ STEPS = {
 @pytest.mark.parametrize("share", [0.01, 0.1])
 @pytest.mark.parametrize("step", STEPS)
 def test_forwards_are_observed_whatever_pause_came_before(clock, step, share):
-    """Each kind of forward in a step has the same chance, and each is seen with the same number of rows."""
+    """Each kind of forward in a step has the same chance, and the same number of rows when observed."""
     kinds = len(STEPS[step])
     seen = torch.zeros(kinds)
     for seed in range(8):
@@ -118,7 +118,7 @@ def test_forwards_are_observed_whatever_pause_came_before(clock, step, share):
             seen[kind] += sum(observed[kind::kinds])
     expected = float(seen.sum()) / kinds
     assert expected > 40
-    # The draws of one block exclude each other, so that the variance is at most that of independent ones.
+    # The draws of one block exclude each other, so their variance is at most the one of independent draws.
     assert float((seen - expected).abs().max()) < 4 * expected**0.5
 
 
@@ -138,7 +138,7 @@ def test_rows_do_not_depend_on_the_pause_before(clock):
 
 
 def test_a_gan_step_seen_with_a_budget_has_the_trace_of_all():
-    """Real batches have a trace of 1, and fake ones, behind which there is a long pause, one of 100."""
+    """Real batches have a trace of 1; fake ones, which a long pause follows, have a trace of 100."""
     clock = Clock()
     layer = nn.Linear(32, 32)
     probe, everything = (LayerProbe(layer, CovarianceTraceMetric(), budget=budget) for budget in (0.03, None))
@@ -161,11 +161,11 @@ def test_a_gan_step_seen_with_a_budget_has_the_trace_of_all():
 
 @contextlib.contextmanager
 def monkeypatched_measuring(budget, clock, seconds):
-    """Inside, what is observed takes so long by a simulated clock."""
+    """Inside the context, each observed forward takes ``seconds`` of a simulated clock."""
     own = budget.rows_per_feature
 
     def rows_per_feature(stage):
-        clock.now += seconds  # asked for in each observed forward, where its rows are drawn
+        clock.now += seconds  # called in each observed forward, where its rows are drawn
         return own(stage)
 
     budget.rows_per_feature = rows_per_feature
@@ -193,12 +193,12 @@ def test_epochs_shorter_than_a_block_are_seen_in_turn(clock):
 
 
 def test_whoever_follows_a_plan_observes_the_same_forwards(clock):
-    """Of any speed: that is how processes that share layers agree."""
+    """At any speed: this is how processes that share layers agree."""
     leader, follower = Budget(0.03, 7, clock), Budget(0.03, 7, Clock())
     agreed = []
     for number in range(3000):
         clock.now += 0.01
-        if number % 100 == 0:  # where they meet
+        if number % 100 == 0:  # where the processes exchange their plan
             plan = leader._stages["train"].plan
             for budget in (leader, follower):
                 budget.follow("train", plan)
@@ -208,7 +208,7 @@ def test_whoever_follows_a_plan_observes_the_same_forwards(clock):
             budget.passes("train")
         assert decisions[0] == decisions[1] == plan.observes(number, (7, "train"))
         agreed.append(decisions[0])
-    assert 300 < sum(agreed) < 1500  # one of four, as long as nothing has cost anything
+    assert 300 < sum(agreed) < 1500  # one in four, as long as nothing has cost anything
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 8, 61])
@@ -221,7 +221,7 @@ def test_a_plan_draws_one_forward_of_each_block(every):
 
 
 def test_a_short_run_stays_below_its_budget(clock):
-    """With a dear beginning, too, as long as that is below it."""
+    """Even with an expensive beginning, as long as that is within the budget."""
     for seed in range(20):
         for share in (0.01, 0.03, 0.1):
             _, observed, own = simulate(clock, share, 600, 0.01, 2e-3, 1e-3, start=2e-2, seed=seed, rows=4)
@@ -362,7 +362,7 @@ def test_the_time_of_a_device_is_paid_for_once_it_is_known(monkeypatch):
     output = torch.randn(3, 2).to(emulated_device())
     for _ in range(2):
         budget.begins("train")
-        with budget.measuring("train", (output,)):  # the first tensor in it tells the device
+        with budget.measuring("train", (output,)):  # the first tensor in it has the device
             pass
     assert budget._stages["train"].cost < 0.04
     Event.is_over = True

@@ -1,4 +1,4 @@
-"""Compiled models: every forward is seen once, and the graph is the user's with one operation more."""
+"""Compiled models: every forward counts once, and the graph is the user's with one operation more."""
 
 import copy
 import warnings
@@ -14,7 +14,7 @@ from spectralmetrics import LayerProbe, torch_private
 from spectralmetrics.probing import hooks
 from tests.probing.test_probe import assert_nothing, same
 
-# Inside the compiler, where what it is given is no leaf.
+# A warning inside the compiler, whose inputs are no leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -73,7 +73,7 @@ def test_fullgraph_is_the_users_own_graph(training, backend):
     twin = copy.deepcopy(model)
     probe = LayerProbe(model)
     probed = steps(model, torch.compile(model, backend=backend, fullgraph=True))
-    torch.compiler.reset()  # or the twin's batch sizes would be dynamic from the beginning, in other kernels
+    torch.compiler.reset()  # otherwise the twin would start with dynamic batch sizes, in other kernels
     plain = steps(twin, torch.compile(twin, backend=backend, fullgraph=True))
     assert same(probed, plain)
     stage = "train" if training else "eval"
@@ -143,7 +143,7 @@ def num_graphs():
 
 @pytest.mark.parametrize("kind", PROBES)
 def test_blocks_compiled_alike_share_their_graph(kind):
-    """Regional compilation: a hundred blocks, one code; each layer is counted for itself."""
+    """Regional compilation: a hundred blocks share one code, and each layer is counted separately."""
     graphs = []
     for is_probed in (False, True):
         torch.compiler.reset()
@@ -158,7 +158,7 @@ def test_blocks_compiled_alike_share_their_graph(kind):
     assert graphs[0] == graphs[1]
     model(torch.randn(4, 8))
     for number, block in enumerate(model[:10]):
-        for _ in range(number):  # by itself, a block's layer counts its own forwards
+        for _ in range(number):  # called separately, a block's layer counts its own forwards
             block(torch.randn(4, 8))
     assert num_graphs() - before == graphs[1]
     if kind != "steps":
@@ -205,7 +205,7 @@ def test_a_probe_for_every_evaluation_shares_its_graph(kind, in_place):
         seen = {count(probe, layer, "eval" if number % 2 else "train") for layer in ("first", "second")}
         assert seen == ({4} if kind == "steps" else {8})
         run(torch.randn(4, 8))
-    # With and without hooks, in training and in evaluation, as far as the model itself tells these apart.
+    # With and without hooks, in training and in evaluation, where the model itself distinguishes these.
     assert num_graphs() - before <= 4
 
 
@@ -241,7 +241,7 @@ def test_the_layers_own_flag_is_read_at_every_run():
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("skips", [True, False])
 def test_recurrent_layers_of_a_compiled_model(kind, skips, monkeypatch):
-    """Dynamo breaks its graph there, and compiles what the hook calls unless it is told to skip it."""
+    """Dynamo breaks its graph there, and compiles what the hook calls unless it is marked to be skipped."""
     if not skips:
 
         class Unskipped(hooks.Observer):
@@ -280,7 +280,7 @@ def test_recurrent_layers_of_a_compiled_model(kind, skips, monkeypatch):
 
 
 def test_siblings_are_apart():
-    """The next fold of a cross-validation, a teacher: Dynamo keeps graphs by class."""
+    """Models of one class, such as folds of a cross-validation: Dynamo keeps graphs by class."""
     first, second, third = made(1), made(2), made(3)
     run_first = torch.compile(first, backend="eager")
     run_first(torch.randn(5, 3, 8, 8))
@@ -297,7 +297,7 @@ def test_siblings_are_apart():
 
 @torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)
 def test_a_model_compiled_before_hooks_were_heeded():
-    """Dynamo's default: what was compiled then must be compiled again once the first probe is made."""
+    """Dynamo's default ignores hooks: what was compiled so must be compiled again after the first probe."""
     model = made()
     step = torch.compile(lambda x: model(x).sum(), backend="eager")  # the model is part of a function
     step(torch.randn(4, 3, 8, 8))
@@ -317,7 +317,7 @@ def test_who_has_hooks_ignored_again_is_told():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_checkpoints_inside_count_once(backend):
-    # A backend that has the operation change its ticket changes nothing for the checkpoints of another.
+    # The operation changes its ticket under another backend; the checkpoints here are not affected.
     other = nn.Sequential(nn.Linear(6, 6))
     LayerProbe(other)
     torch.compile(other, backend="aot_eager")(torch.randn(9, 6))

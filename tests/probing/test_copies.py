@@ -1,4 +1,4 @@
-"""Copies and files of a probed model have no hook, and a removed probe leaves nothing on its modules."""
+"""Copies and files of a probed model have no hooks, and a removed probe leaves nothing on its modules."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ ALL_HOOKS = [
 
 
 def remains(model):
-    """What a probe has put on the modules of a model."""
+    """Everything a probe has put on a model's modules."""
     found = []
     for name, module in model.named_modules():
         found += [f"{name}.{each}" for each in ALL_HOOKS if getattr(module, each)]
@@ -63,12 +63,12 @@ def test_a_copy_has_no_hook_and_can_be_scripted(copier, make, removed):
     expected = model(data)
     if removed:
         probes[0].remove()
-        assert remains(model)  # the other one's
+        assert remains(model)  # hooks of the other probe
     twin = COPIERS[copier](model)
     assert not remains(twin)
     assert torch.equal(twin(data), expected)
     assert torch.equal(torch.jit.script(twin)(data), expected)
-    assert int(probes[1]["train", "0"]["saturation"].count) == 2 * 36  # of the model alone
+    assert int(probes[1]["train", "0"]["saturation"].count) == 2 * 36  # the model only, not its copies
     assert len(model.get_submodule("0")._forward_hooks) == (1 if removed else 2)
     model(data)
     for probe in probes:
@@ -149,7 +149,7 @@ def test_a_copy_of_a_transformer_takes_its_fused_path(copier, monkeypatch):
     twin = COPIERS[copier](model).eval()
     with torch.no_grad():
         model(torch.randn(2, 4, 8))
-        assert not fused  # a layer with hooks does not
+        assert not fused  # with hooks it is not fused
         twin(torch.randn(2, 4, 8))
         assert len(fused) == 2
         probe.remove()

@@ -1,4 +1,4 @@
-"""Experts of transformers' mixtures, whose weights are stacked in one parameter: each is a layer of its own."""
+"""Experts of transformers' mixtures, whose weights are stacked in one parameter: each counts as a layer."""
 
 import copy
 
@@ -11,7 +11,7 @@ import spectralmetrics as sm
 from spectralmetrics import LayerProbe, SpectrumMetric
 from tests.oracles import relative_error, two_pass_covariance
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of that library
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of transformers
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -38,7 +38,7 @@ def words(seed, samples=3, steps=20):
 
 
 def by_hand(model, batches, masks=None):
-    """Layer -> tokens in and rows out of each expert, from the weights, in one more run without a probe."""
+    """Layer -> tokens in and rows out of each expert, computed from the weights, without a probe."""
     found, current = {}, {}
     model = copy.deepcopy(model)  # copies have no hooks
     for name, module in model.named_modules():
@@ -104,7 +104,7 @@ def test_some_experts_are_chosen_by_name_and_a_module_of_them_is_taken_whole_by_
         LayerProbe(model, layers="*.experts.4")
     model(words(0))
     assert int(whole["train", whole.layers[0]]["saturation"].count) == 60
-    # Gradients arrive at the whole module only.
+    # Gradients arrive only at the whole module.
     gradients = LayerProbe(model, layers="*.experts", observe="gradients")
     model(words(0)).logits.sum().backward()
     assert len(gradients.compute()) == 2
@@ -142,7 +142,7 @@ def test_masks_and_labels_are_those_of_the_tokens():
     name = probe.layers[0]
     states = by_hand(model, batches, masks)[name][0]
     assert int(probe["train", name]["linear_probe"].count) == len(states)
-    # Labels of samples belong to no token.
+    # Labels of samples do not fit tokens.
     probe.reset()
     told = r"labels of shape \(3,\).*'model.layers.0.mlp.experts' \(60, 16\)"
     with pytest.warns(UserWarning, match=told), probe.labels(torch.arange(3)):
@@ -206,7 +206,7 @@ def test_under_autocast_rows_are_those_of_autocast():
 
 @pytest.mark.parametrize(("is_before", "cast"), [(True, False), (False, True)])
 def test_compiled_experts_are_seen(is_before, cast):
-    """The operation runs the experts outside of the graph, which stays one."""
+    """The operation runs the experts outside of the graph, which stays whole."""
     torch.compiler.reset()
     model, batches = mixtral("batched_mm", torch.float32 if cast else torch.float64), [words(0), words(1)]
     chosen, block = "*.0.mlp.experts", model.model.layers[0].mlp

@@ -1,4 +1,4 @@
-"""A probe with folds: the same values, and intervals of all layers."""
+"""A probe with folds: the same values, and intervals for all layers."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_folds_equal_no_folds(kind):
     found, expected = folded.compute(), plain.compute()
     assert list(found) == list(expected)
     for key, value in found.items():
-        # A determinant of few observations is zero but for round-off, and so are the last eigenvalues.
+        # A determinant of few observations is zero up to round-off, and so are the last eigenvalues.
         if not any(name in key for name in ("determinant", "power_law")):
             assert_same(value, expected[key], 1e-7)
 
@@ -95,7 +95,7 @@ def test_folds_of_the_metrics_are_left_where_the_probe_asks_for_none():
     assert metrics["two"].folds == 2
     _, probe = small(folds=8, metrics=metrics)
     assert set(probe.intervals()) == {f"{name}/train/{layer}" for name in metrics for layer in "02"}
-    assert metrics["one"].folds == 1  # the user's own are left alone
+    assert metrics["one"].folds == 1  # the user's own metrics are unchanged
 
 
 def test_without_folds_the_error_says_how_to_get_intervals():
@@ -236,7 +236,7 @@ def test_the_turn_goes_on_where_it_was_saved():
     for _ in range(3 * 3):
         model(torch.randn(5, 4))
     assert fold_counts(probe) == 8 * [5]
-    # As a state of 0.2.0, which did not say how many groups had been dealt.
+    # A state as saved by 0.2.0, without the number of dealt groups.
     older = {key: value for key, value in state.items() if not key.endswith("deals")}
     model, probe = new()
     probe.load_state_dict(older)

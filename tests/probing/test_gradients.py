@@ -1,4 +1,4 @@
-"""Gradients with respect to layers' outputs: those that autograd gives, and training as without a probe."""
+"""Gradients with respect to layers' outputs: equal to autograd's, with training as without a probe."""
 
 import contextlib
 import copy
@@ -70,7 +70,7 @@ def rows_of(probe, layer, stage="train"):
 
 
 def captured(model, layers, run):
-    """Gradients by autograd, of a network without operations in place: layer -> one for each of its calls."""
+    """Gradients by autograd, for a network without in-place operations: layer -> one for each of its calls."""
     outputs = {}
 
     def keep(name):
@@ -95,7 +95,7 @@ def captured(model, layers, run):
 
 
 class Behind(nn.Module):
-    """A layer, and an activation behind it that may work in place."""
+    """A layer followed by an activation that may work in place."""
 
     def __init__(self, layer, *, inplace):
         super().__init__()
@@ -169,7 +169,7 @@ def test_gradients_are_those_of_autograd(name):
         probe = probing(model)
         model(*inputs()).pow(3).mean().backward()
         found = rows_of(probe, "layer")
-        if rows is None:  # sorted by step, and not by sequence
+        if rows is None:  # sorted by step, not by sequence
             found, expected = (each[each[:, 0].argsort()] for each in (found, expected))
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
         else:
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_autograd(name):
 
 
 class Net(nn.Module):
-    """A layer used twice, one that gets no gradient, and activations in place behind views."""
+    """A layer used twice, one that gets no gradient, and in-place activations of views."""
 
     def __init__(self, *, inplace=True, reentrant=None):
         super().__init__()
@@ -201,7 +201,7 @@ class Net(nn.Module):
 
 
 def trained(model, run=None, steps=50, options=None):
-    """Weights and gradients after some steps of training, and what they draw of random numbers."""
+    """Weights and gradients after some steps of training, and random numbers drawn afterwards."""
     run = model if run is None else run
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_training_stays_bit_identical_and_nothing_is_missed(backend, reentrant):
 
 
 def expected_of(net, run, layers=("conv", "a", "b", "head")):
-    """Rows by autograd, of a network without operations in place, the calls of a layer one after the other."""
+    """Rows by autograd, for a network without in-place operations, in order of the calls of each layer."""
     found = captured(net, layers, run)
     return {
         name: torch.cat([(maps if name == "conv" else flat)(each) for each in found[name]]) for name in layers
@@ -250,7 +250,7 @@ def loss_of(net, x=None):
 
 
 def assert_rows(probe, expected, stage="train"):
-    """The rows of each layer, in whatever order its calls come in backward."""
+    """Compare each layer's rows, whatever the order of its calls in backward."""
     for layer, rows in expected.items():
         found = rows_of(probe, layer, stage)
         assert found.shape == rows.shape
@@ -263,7 +263,7 @@ WAYS = [(None, None), (None, True), (None, False), ("aot_eager", None), ("aot_ea
 
 @pytest.mark.parametrize(("backend", "reentrant"), WAYS)
 def test_every_gradient_arrives_once(backend, reentrant):
-    """Layers used twice, in place, checkpointed, compiled, and several backwards through one graph."""
+    """Layers used twice, in place, checkpointed, compiled, and with several backwards through one graph."""
     twin = made(lambda: Net(inplace=False)).eval()
     expected = expected_of(twin, loss_of)
     model = made(lambda: Net(reentrant=reentrant)).eval()
@@ -281,7 +281,7 @@ def test_every_gradient_arrives_once(backend, reentrant):
 
 
 def test_compiled_autograd_does_not_trace_the_hooks_of_eager_code():
-    from torch._dynamo.compiled_autograd import _enable  # as torchtitan does, by way of torch._dynamo.utils
+    from torch._dynamo.compiled_autograd import _enable  # as torchtitan does, through torch._dynamo.utils
 
     layer = nn.Linear(3, 2).double()
     probe = LayerProbe(layer, sm.CovarianceMetric(), observe="gradients")
@@ -308,7 +308,7 @@ class Table(nn.Module):
 
 
 class Sided(Net):
-    """Beside its layers some whose gradients no input needs."""
+    """Net with further layers whose gradients no input needs."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -337,7 +337,7 @@ def test_a_backward_in_two_parts_shows_each_gradient_once(new, backend, reentran
     run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     weights, others = zip(*(pair for pair in pairs if pair[1].grad is not None), strict=True)
-    with torch._functorch.config.patch(donated_buffer=False):  # or no graph can be kept for the second part
+    with torch._functorch.config.patch(donated_buffer=False):  # else no graph can be kept for the second part
         losses = [loss_of(run, x) for x in batches]
         waiting = []
         for loss, x in zip(losses, batches, strict=True):
@@ -353,7 +353,7 @@ def test_a_backward_in_two_parts_shows_each_gradient_once(new, backend, reentran
 
 @pytest.mark.parametrize(("backend", "reentrant"), WAYS)
 def test_what_belongs_to_the_forward_is_that_of_the_forward(backend, reentrant):
-    """The stage, the mask, the labels, and whether it is observed, whatever there is at backward."""
+    """Stage, mask, labels and sampling come from the forward, whatever is set during backward."""
     layers = nn.Sequential(nn.Linear(4, 6), nn.ReLU(True), nn.Linear(6, 2)).double()
 
     def body(x):
@@ -377,7 +377,7 @@ def test_what_belongs_to_the_forward_is_that_of_the_forward(backend, reentrant):
             if number == 0:
                 stack.enter_context(probe.labels(torch.tensor([0, 1, 1, 0])))
             outputs.append(run(x[number]))
-        if backend and reentrant is not None:  # of several forwards at a time nothing tells which is run again
+        if backend and reentrant is not None:  # of several open forwards, it is unknown which is run again
             outputs[-1].square().sum().backward()
     layers.train()
     order = (0, 1) if backend and reentrant is not None else (1, 0, 3, 2)
@@ -409,7 +409,7 @@ def test_a_history_keeps_the_last_forwards_in_whatever_order_their_gradients_arr
 
 
 class Cut(torch.autograd.Function):
-    """Passes values on, and no gradient back."""
+    """Passes values on, but no gradient back."""
 
     @staticmethod
     def forward(ctx, values):
@@ -421,7 +421,7 @@ class Cut(torch.autograd.Function):
 
 
 class Halves(nn.Linear):
-    """Puts out two halves, which one operation makes."""
+    """Puts out two halves, made by one operation."""
 
     def forward(self, x):
         return super().forward(x).chunk(2, -1)
@@ -452,7 +452,7 @@ def test_a_mask_that_changes_in_place_is_that_of_the_forward(backend):
     masks = [given(2, 5, seed=seed) > 0 for seed in range(3)]
     losses = []
     with probe.mask(mask), probe.labels(labels):
-        for each in masks:  # buffers that are used again for each micro-batch
+        for each in masks:  # buffers that each micro-batch uses again
             mask.copy_(each)
             labels.copy_(~each[:, :1])
             losses.append(run(given(2, 5, 4)).square().sum())
@@ -489,7 +489,7 @@ def test_what_arrives_may_have_any_form():
     output = linear(given(5, 4).requires_grad_())
     (slope,) = torch.autograd.grad(output.square().sum(), linear.weight, create_graph=True)
     assert torch.equal(rows_of(probe, "Linear"), 2 * output.detach())
-    slope.square().sum().backward()  # arrives there, too
+    slope.square().sum().backward()  # a second derivative arrives there, too
     assert len(rows_of(probe, "Linear")) == 10
     assert rows_of(probe, "Linear").isfinite().all()
     half = made(lambda: nn.Linear(4, 3), dtype=torch.bfloat16)
@@ -500,7 +500,7 @@ def test_what_arrives_may_have_any_form():
 
 
 def test_the_factor_of_the_loss_is_taken_out():
-    """Of a number, and of a scaler as it is when the gradient arrives, in more digits than it was scaled in."""
+    """A number, or a scaler with its scale when the gradient arrives; more digits than the gradient had."""
     twin = made(lambda: nn.Linear(4, 3), dtype=torch.float16)
     plain = 2e-6 * twin(given(5, 4, dtype=torch.float16)).double().detach()
     for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**12), 2.0**12):
@@ -516,7 +516,7 @@ def test_the_factor_of_the_loss_is_taken_out():
 
 
 def test_a_scaler_in_training():
-    """Bit-identical, with steps that overflow left out, and nothing said of them."""
+    """Bit-identical; steps that overflow are left out without a warning."""
 
     def scaled(model, probe=None):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -553,7 +553,7 @@ def test_a_scaler_in_training():
 
 
 class Views(nn.Module):
-    """A layer that returns a view of its input, with something in place behind it."""
+    """A layer that returns a view of its input, followed by an in-place operation."""
 
     def __init__(self, *, inplace):
         super().__init__()
@@ -759,7 +759,7 @@ def test_folds_histories_and_budgets_go_by_the_forward():
 
 
 def test_findings_of_gradients_are_those_that_hold_of_them(tmp_path):
-    """One direction, dead features and a large mean are what gradients of a small network look like."""
+    """One direction, dead features and a large mean are normal for gradients of a small network."""
 
     def new():
         torch.manual_seed(0)
@@ -771,7 +771,7 @@ def test_findings_of_gradients_are_those_that_hold_of_them(tmp_path):
     for observe in ("outputs", "gradients"):
         model = new()
         with torch.no_grad():
-            model[0].bias[:60] = -100  # behind which no gradient arrives either
+            model[0].bias[:60] = -100  # dead, so no gradient reaches its outputs
         probe = LayerProbe(model, sm.SaturationMetric(), observe=observe)
         recorder = sm.Recorder(tmp_path / observe, probe, ["csv", "arrays"])
         for _ in range(10):
@@ -813,7 +813,7 @@ def test_a_factor_that_is_none(scale, error, words):
 
 
 def test_statistics_are_those_of_gradients_of_each_sample_by_torch_func():
-    """Of batches of different sizes, whose mean losses scale their gradients differently."""
+    """With batches of different sizes, whose mean losses scale their gradients differently."""
     model = made(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
     x, y = given(24, 4) + 0.5, torch.arange(24) % 3
 

@@ -1,4 +1,4 @@
-"""What each of the last forwards did, and which layer moved first."""
+"""Numbers of each of the last forwards, and the layer that moved first."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def small_model():
 
 
 def expected_row(forward, step, layer, values):
-    """By numpy, of the rows (N, D) that a layer put out."""
+    """Row of the history for outputs (N, D) of a layer, computed with numpy."""
     x = values.detach().double().numpy().astype(np.longdouble)
     left_out = ~np.isfinite(x).all(1)
     x = x[~left_out]
@@ -77,7 +77,7 @@ def test_every_row_of_each_forward(others, options):
 
 
 class Mixed(nn.Module):
-    """Feature maps, positions with their features last, and sequences."""
+    """Feature maps, positions with features last, and sequences."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ def test_steps_are_told_and_forwards_without_gradients_do_not_count():
     assert len(probe.history("train")) == 0
     model.train()
     model(rows)
-    assert probe.history("train").forwards == [6]  # numbers go on
+    assert probe.history("train").forwards == [6]  # numbering continues
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -256,7 +256,7 @@ def test_a_forward_has_one_row_whatever_runs_in_between():
 
 
 def test_layers_that_run_by_themselves_and_in_the_model_are_told_apart():
-    """As where a loss asks for the whole model, and another one for its body alone."""
+    """For example, one loss needs the whole model, and another one only its body."""
     model = Pair()
     probe = LayerProbe(model, HistoryMetric())
     monitored = LayerProbe(model, HistoryMetric())
@@ -355,7 +355,7 @@ class TestFirstMovers:
         assert history.first_movers(threshold=1000) == []
 
     def test_forwards_of_one_step_are_pooled(self):
-        """Two forwards of a step, of which the second always has another scale."""
+        """Two forwards in each step; the second has another scale."""
         scales = np.where(np.arange(80) % 2, 30.0, 1.0) * noisy(0, 80)
         steps = np.arange(80) // 2
         assert history_of(a=table_of(scales, steps)).first_movers() == []
@@ -365,7 +365,7 @@ class TestFirstMovers:
         ]
 
     def test_to_and_fro_is_no_leaving(self):
-        """Real and generated batches in turn, of which nobody told the step."""
+        """Real and generated batches in turn, without step numbers."""
         scales = np.where(np.arange(61) % 2, 30.0, 1.0) * noisy(0, 61)
         assert history_of(a=table_of(scales)).first_movers() == []
 
@@ -416,6 +416,6 @@ def test_pictures():
 
 @pytest.mark.parametrize("model", ["mlp", "gpt"])
 def test_the_layer_that_was_disturbed_moves_first(model):
-    """A few of the 50 runs each of ``checks/first_movers.py``."""
+    """Some of the 50 runs each of ``checks/first_movers.py``."""
     assert first_movers.count(model, "scale", range(3)) == {"it": 3}
     assert first_movers.count(model, "quiet", range(2)) == {"none": 2}

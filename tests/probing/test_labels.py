@@ -1,4 +1,4 @@
-"""Labels beside a probed model, and the inputs of its layers in place of their outputs."""
+"""Labels beside a probed model, and inputs of layers in place of their outputs."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 def by_hand(model, images, labels, name, metric):
-    """The metric of what a layer put out, pooled to a mean of each sample."""
+    """Metric of a layer's outputs, pooled to a mean for each sample."""
     with torch.no_grad():
         maps = model.conv(images)
         outputs = {
@@ -65,7 +65,7 @@ def test_samples_are_pooled_to_means(name, new):
         for images, labels in every:
             with probe.labels(labels):
                 model(images)
-        model(every[0][0])  # without labels, and so for the saturation alone
+        model(every[0][0])  # without labels, and so only for the saturation
     images, labels = (torch.cat(each) for each in zip(*every, strict=True))
     model = copy.deepcopy(model)  # without hooks
     expected = by_hand(model, images, labels, name, new(3))
@@ -167,7 +167,7 @@ def test_a_column_of_labels_is_none_of_feature_maps():
 
 
 class Parts(nn.Module):
-    """A head that runs on a part of the batch at a time."""
+    """A head that runs on one part of the batch at a time."""
 
     def __init__(self, parts, width=10):
         super().__init__()
@@ -191,12 +191,12 @@ class Parts(nn.Module):
 )
 def test_labels_of_another_number_of_samples_are_left_out(parts):
     labels = torch.randint(10, (100,))
-    features = nn.functional.one_hot(labels, 10).float() + 0.01 * torch.randn(100, 10)  # they tell the labels
+    features = nn.functional.one_hot(labels, 10).float() + 0.01 * torch.randn(100, 10)  # they show the labels
     model = Parts(parts).eval()
     probe = LayerProbe(model, [SaturationMetric(), LinearProbeMetric(10)], layers=["body", "head"])
     for step in range(2):
         with contextlib.ExitStack() as stack:
-            if not step:  # said once
+            if not step:  # warned once
                 stack.enter_context(pytest.warns(UserWarning, match=r"fit no output of some layers: 'head' "))
             stack.enter_context(probe.labels(labels))
             model(features)

@@ -1,4 +1,4 @@
-"""What is observed of outputs with many positions: feature maps are interpolated, all else is drawn from."""
+"""Outputs with many positions: feature maps are interpolated, rows of all other outputs are drawn."""
 
 import zlib
 
@@ -30,7 +30,7 @@ def rows_of(output, dim):
 
 
 def noise(*shape):
-    """Values of which neighbours differ, so that what averages them is seen."""
+    """Values whose neighbours differ, so that averaging shows."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
@@ -49,7 +49,7 @@ class TestDrawn:
         assert int(probe["train", "0"].covariance.count) == samples * 3 ** max(spatial, 2) < len(rows)
 
     def test_the_covariance_is_unbiased(self, situation):
-        """Interpolated it would be that of averages: 0.39 to 0.71 of the truth where this was found."""
+        """Interpolation averages, which would leave 0.39 to 0.71 of the true variance."""
         probe, rows, _, _ = self.observe(situation, forwards=200, max_map_size=3)
         found = probe.compute()["covariance/train/0"].numpy()
         expected = np.cov(rows.T, bias=True)

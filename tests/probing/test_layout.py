@@ -1,4 +1,4 @@
-"""Sequences with time first, of layers whose own type does not tell."""
+"""Sequences with time first, for layers whose type has no layout."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from tests.metrics.properties import assert_same, feed
 
 
 def last_steps(model, layer, data, **settings):
-    """The covariance of a layer's last steps as a probe has it, and the layer's output."""
+    """Covariance of a layer's last steps by a probe, and the layer's output."""
     outputs = []
     handle = model.get_submodule(layer).register_forward_hook(
         lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -63,7 +63,7 @@ def test_a_layer_itself_says_so(model):
 
 
 class Mixed(nn.Module):
-    """A layer outside the only part that says what its layout is."""
+    """A layer outside of the only part with a known layout."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which steps count where tokens come in other shapes than (N, T, D), and what is said where no mask fits."""
+"""Steps that count where tokens do not come as (N, T, D), and warnings where no mask fits."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ VALID = torch.arange(T) < torch.tensor([[20], [5], [11]])
 
 
 class Around(nn.Module):
-    """A layer that gets tokens in another shape."""
+    """A layer whose tokens come in another shape."""
 
     def __init__(self, shape, layer, **others):
         super().__init__()
@@ -30,7 +30,7 @@ class Around(nn.Module):
 
 
 def seen(model, valid=VALID, tokens=None, **settings):
-    """The covariance and number of what a probe sees of `layer`, and what that puts out."""
+    """Covariance and count of `layer` by a probe, and the layer's output."""
     outputs = []
     handle = model.layer.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
     tokens = torch.randn(N, T, D, generator=torch.Generator().manual_seed(0)) if tokens is None else tokens
@@ -100,7 +100,7 @@ class TimeFirst(nn.Module):
 
 
 class Enclosed(nn.TransformerEncoderLayer):
-    """What encloses the router says that time is first."""
+    """The module around the router has time first."""
 
     def __init__(self):
         super().__init__(D, 1, 16)
@@ -128,7 +128,7 @@ def test_where_nothing_tells_their_order_a_word_is_said():
     with pytest.warns(UserWarning, match=said), probe.mask(VALID):
         model(torch.randn(N, T, D))
     with probe.mask(VALID):
-        model(torch.randn(N, T, D))  # said already
+        model(torch.randn(N, T, D))  # already warned
 
 
 MISSED = {
@@ -157,7 +157,7 @@ def test_each_layer_that_a_mask_missed_is_named_once(situation):
         model(torch.randn(N, T, D))
     assert len(told) == 1
     with probe.mask(VALID):
-        model(torch.randn(N, T, D))  # said already
+        model(torch.randn(N, T, D))  # already warned
     assert int(probe["train", "inner"].covariance.count) == 2 * int(VALID.sum())
 
 

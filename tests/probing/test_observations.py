@@ -69,7 +69,7 @@ class TestMaps:
     @pytest.mark.parametrize("rank", [1, 2, 3])
     @pytest.mark.parametrize("how", ["mean", "max", "median"])
     def test_maps_are_pooled_as_they_are(self, how, rank):
-        """What is shrunk first has lost its maximum: one position of a hundred would be averaged away."""
+        """Interpolation before would lose the maximum: one position in a hundred would be averaged away."""
         maps = torch.randn(2, 3, *(60, 7, 5)[:rank])
         maps[(..., *(3,) * rank)] = 50.0
         flat = maps.flatten(2)
@@ -88,7 +88,7 @@ class TestMaps:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
     @pytest.mark.parametrize("positions", [1, 2, 5, 6, 49])
     def test_the_median_is_that_of_torch_without_its_kernel(self, positions, dtype, monkeypatch):
-        """`torch.median` with indices has no deterministic way on CUDA."""
+        """`torch.median` with indices has no deterministic kernel on CUDA."""
         maps = torch.randn(5, 4, positions, 1).to(dtype)
         maps[0, 0, 0] = torch.nan
         maps[1, 1] = torch.inf
@@ -236,7 +236,7 @@ class TestSequences:
             sets_of_rows_equal(observe(module, output, sequences="last"), output[-1])
         mask = torch.rand(4, 7) > 0.5
         sets_of_rows_equal(observe(layer, output, mask), output.transpose(0, 1)[mask])
-        # A linear layer inside does not know; the mask tells, unless T = N.
+        # A linear layer inside has no layout; the mask decides, unless T = N.
         sets_of_rows_equal(observe(nn.Linear(6, 6), output, mask), output.transpose(0, 1)[mask])
 
     @pytest.mark.filterwarnings("ignore:.*nested tensors")
@@ -254,7 +254,7 @@ class TestSequences:
         parts = [torch.randn(length, 4) for length in lengths]
         nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
         sets_of_rows_equal(observe(nn.Identity(), nested), torch.cat(parts))  # (N, D, T*)
-        if len(set(lengths)) > 1:  # nothing tells which dimension is ragged
+        if len(set(lengths)) > 1:  # otherwise the ragged dimension is unknown
             nested = torch.nested.nested_tensor([part.T for part in parts])
             sets_of_rows_equal(observe(nn.Identity(), nested), torch.cat(parts))
 
@@ -309,7 +309,7 @@ class TestNests:
         ring["rows"] = torch.ones(2, 3)
         assert torch.equal(first_tensor(ring), torch.ones(2, 3))
         shared = [torch.zeros(1, dtype=torch.int64)]
-        assert first_tensor([shared, shared, torch.ones(3)]) is not None  # the same twice is no ring
+        assert first_tensor([shared, shared, torch.ones(3)]) is not None  # the same list twice is no cycle
 
     ids, hidden = torch.arange(3), torch.randn(2, 4)
 
@@ -394,7 +394,7 @@ def test_which_outputs_concern_a_process_that_observes_nothing():
     assert not meshes.concerns(values)
     assert not meshes.concerns((values, [values]))
     assert meshes.concerns(Part(values, (4, 6), (6, 1), ()))
-    meshes.active = True  # where some layer is shared, any may be
+    meshes.active = True  # if some layer is shared, any may be
     assert meshes.concerns(values)
 
 

@@ -1,4 +1,4 @@
-"""Forwards on no data, models that TorchScript has, and arguments in the caller's order."""
+"""Forwards without data, models with a copy in TorchScript, and arguments in the caller's order."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_a_forward_that_has_no_signature_is_observed_in_the_order_of_the_call():
         def forward(self, first, second):
             return first + second
 
-    Odd.forward.__signature__ = "none"  # as some wrappers leave it: inspect raises a TypeError
+    Odd.forward.__signature__ = "none"  # as some wrappers set it: inspect raises a TypeError
     model = Odd()
     probe = LayerProbe(model, CovarianceMetric(), layers=[Odd], observe="inputs")
     batch = torch.randn(20, 3)

@@ -1,4 +1,4 @@
-"""Whatever kind of tensor a layer puts out, its forward goes on as without the probe, eager and compiled."""
+"""For every kind of output, the forward continues as without the probe, eager and compiled."""
 
 import warnings
 
@@ -16,7 +16,7 @@ ROWS, WIDTH = 4, 5
 
 
 class Listening(torch.Tensor):
-    """Sees the functions that are called on it."""
+    """Intercepts the functions that are called on it."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -24,7 +24,7 @@ class Listening(torch.Tensor):
 
 
 class Refusing(torch.Tensor):
-    """Takes none of them."""
+    """Refuses every function."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -32,7 +32,7 @@ class Refusing(torch.Tensor):
 
 
 class Wrapping(torch.Tensor):
-    """Holds another tensor, as DTensor and quantised weights do, and knows no operation of ours."""
+    """Holds another tensor, as DTensor and quantised weights do, and has no operation of ours."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -63,7 +63,7 @@ def jagged(x):
     return torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 1, 4]))
 
 
-# Kind -> how it is made of (4, 5), and how many observations are counted in it.
+# Kind -> function that makes it from (4, 5), and the number of observations that count.
 KINDS = {
     "listening": (lambda x: x.as_subclass(Listening), ROWS),
     "refusing": (lambda x: x.as_subclass(Refusing), 0),
@@ -93,12 +93,12 @@ KINDS = {
 }
 
 
-# Of a compiled layer, whatever is made of them in eager code.
+# Kinds that eager code makes from a compiled layer's output.
 LEFT_OUT = ("listening", "wrapping")
 
 
 def outcome(run):
-    """What becomes of three forwards, by the type of the error that ends one."""
+    """Result of three forwards: the type of the error that ends one, or "ended"."""
     try:
         for _ in range(3):
             run(torch.randn(ROWS, 3))
@@ -132,7 +132,7 @@ def test_a_forward_goes_on_whatever_it_puts_out(kind, way):
             warnings.simplefilter("always")
             return outcome(run), probe, told
 
-    # In one graph, where PyTorch itself can do that.
+    # One graph, if PyTorch itself can compile one.
     is_one = ended(False, True)[0] == "ended"
     if not is_one and ended(False, False)[0] != "ended":
         pytest.skip("PyTorch does not compile that without a probe, either")
@@ -142,7 +142,7 @@ def test_a_forward_goes_on_whatever_it_puts_out(kind, way):
     seen = int(probe["train", "1"]["saturation"].count)
     said = [str(each.message) for each in told if "layer '1' is not observed any more" in str(each.message)]
     assert seen == 3 * count or (way != "eager" and kind in LEFT_OUT and seen == 0)
-    # Left out with words, once; of an output without values there is nothing to say.
+    # An output is left out with one warning; without values there is nothing to warn about.
     assert len(said) == (seen == 0 and kind not in ("meta", "empty"))
 
 

@@ -39,7 +39,7 @@ SETTINGS = {
 
 
 def assert_nothing(probe, reason, stage=None):
-    """Nothing was observed, and `compute` says why."""
+    """Check that nothing was observed, and that `compute` says why."""
     with pytest.warns(UserWarning, match=f"nothing was observed in .*{reason}") as seen:
         assert probe.compute(stage) == {}
     assert len(seen) == 1
@@ -117,7 +117,7 @@ class TestNothingIsDisturbed:
         assert int(probe["train", "stem"]["saturation"].count) == count
 
     def test_autocast_switched_on_by_function(self):
-        """Leaving autocast's own context would clear the cache of cast weights, and gradients would differ."""
+        """Leaving autocast's own context would clear the cache of cast weights, and change the gradients."""
 
         def gradients(probed):
             torch.manual_seed(0)
@@ -150,7 +150,7 @@ class TestNothingIsDisturbed:
         before = set(vars(model[0]))
         with pytest.raises(RuntimeError, match="not supported on ScriptModules") as told:
             LayerProbe(model, layers="?", every_n_steps=2)
-        assert told.tb  # as long as the error is looked at, the failed probe is not collected
+        assert told.tb  # while the error exists, the failed probe is not collected
         assert not model[0]._forward_hooks
         assert not model._forward_pre_hooks
         assert set(vars(model[0])) == before
@@ -192,12 +192,12 @@ class TestEveryForwardOnce:
         model[0].register_forward_hook(lambda *_: fired.append(1))
         rows = torch.randn(5, 3, requires_grad=True)
         checkpoint(model, rows, use_reentrant=reentrant).sum().backward()
-        assert len(fired) == 2  # PyTorch does recompute
+        assert len(fired) == 2  # PyTorch recomputed
         assert self.count(probe) == 5
 
     @pytest.mark.parametrize("saved", ["abs", "all", "all but tanh"])
     def test_selective_checkpointing(self, saved):
-        """PyTorch records the operations of the forward and replays them in backward; not the probe's."""
+        """PyTorch records the operations of the forward and replays them in backward, but not the probe's."""
         from functools import partial
 
         from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -293,7 +293,7 @@ class TestEveryForwardOnce:
         for thread in threads:
             thread.join()
         expected = feed(sm.CovarianceMetric(), model(torch.cat(parts)).detach()).compute()
-        # the forward above was observed, too, and changed nothing but the count
+        # the forward above was observed, too, and changed only the count
         assert int(probe["train", "0"]["covariance"].count) == 640
         assert_same(probe.compute()["covariance/train/0"], expected, 1e-6)
 
@@ -351,7 +351,7 @@ class TestEveryForwardOnce:
         probe = LayerProbe(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.jit.trace(model, torch.randn(2, 3), check_trace=False)  # the check is a run
+            torch.jit.trace(model, torch.randn(2, 3), check_trace=False)  # the check would run the model
         torch.fx.symbolic_trace(model)
         torch.export.export(model, (torch.randn(2, 3),))
         with torch.device("meta"):
@@ -545,7 +545,7 @@ class TestValues:
         spectrum, covariance = (values[f"{name}/train/0"] for name in ("spectrum", "covariance"))
         together, _ = sm.functional.eigenvectors(covariance)
         alone = sm.functional.eigenvalues(covariance)
-        assert not torch.equal(together, alone)  # or this would show nothing
+        assert not torch.equal(together, alone)  # otherwise the test shows nothing
         assert torch.equal(spectrum, together)
 
     def test_one_accumulation_and_decomposition_for_all_statistics(self, monkeypatch):
@@ -654,7 +654,7 @@ class TestControls:
         sizes = [10**power for power in range(6)]
         for size in sizes:
             model(torch.randn(size, 3))
-        # The first forward, and one of the next three.
+        # The first forward, and one of the three after it.
         assert self.count(probe) - sizes[0] in sizes[3:]
         model.eval()
         model(torch.randn(7, 3))
@@ -757,7 +757,7 @@ class TestControls:
             model(torch.randn(5, 3))
         model(torch.randn(7, 3))
         assert self.count(probe) == 14
-        probe.resume()  # once too often, which is no credit
+        probe.resume()  # one too many; it does not offset the next pause
         with probe.paused():
             model(torch.randn(5, 3))
         assert self.count(probe) == 14
@@ -797,7 +797,7 @@ class TestControls:
         ):
             model(tokens)
         with probe.mask(other):
-            model(tokens)  # said already
+            model(tokens)  # already warned
         assert int(probe["train", "0"]["covariance"].count) == 48
 
     def test_select(self):
@@ -818,7 +818,7 @@ class TestControls:
         assert_same(
             probe.compute()["covariance/train/encoder"], feed(sm.CovarianceMetric(), hidden[0]).compute()
         )
-        # What is selected is taken by its own shape, not by the type of the layer.
+        # The shape of the selected tensor decides, not the type of the layer.
         for settings in ({"sequences": "last"}, {"sequences": "flatten"}, {"max_samples": 5}):
             other = LayerProbe(model, select={"encoder": lambda output: output[1][0][-1]}, **settings)
             model(torch.randn(9, 5, 3))
@@ -853,7 +853,7 @@ class TestControls:
         assert int(probe["train", "1"]["saturation"].count) == 10
 
     def test_warnings_that_are_errors_end_no_forward(self, caplog):
-        """Under `python -W error` what the probe has to say from a forward is logged."""
+        """Under `python -W error`, a probe logs the warnings that it has during a forward."""
 
         def noisy(output):
             warnings.warn("the user's own", UserWarning, stacklevel=1)
@@ -875,7 +875,7 @@ class TestControls:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="saw nothing in train"):
-                probe.compute()  # outside a forward the user's filters hold
+                probe.compute()  # outside of a forward the user's filters apply
 
     def test_an_output_that_holds_itself(self):
         @dataclasses.dataclass
@@ -1009,7 +1009,7 @@ class TestResume:
         values = probe.compute()
         assert list(values) == list(expected)
         for key, value in values.items():
-            # The same observations; saving has added the rows that waited earlier, which rounds differently.
+            # The same observations. Saving has added the waiting rows earlier, which rounds differently.
             torch.testing.assert_close(value, expected[key], rtol=1e-13, atol=1e-15, msg=key)
 
     def test_states_are_saved_once_per_layer(self):
@@ -1063,7 +1063,7 @@ class TestDevices:
             assert probe["train", "0"]["saturation"].second_moment.dtype == torch.float64
 
 
-# Called in C: no other line of this file is among the callers.
+# Called from C, so that no other line of this file is among the callers.
 READINGS = [methodcaller("compute", "train"), methodcaller("compute"), methodcaller("covariances", "train")]
 
 

@@ -1,4 +1,4 @@
-"""Processes that tell each other numbers, here by threads and a store in memory."""
+"""Processes that exchange numbers; here threads with a store in memory."""
 
 import concurrent.futures
 import threading
@@ -12,7 +12,7 @@ from spectralmetrics.probing.rendezvous import Rendezvous, key_of_probe
 
 @pytest.fixture
 def ask(monkeypatch):
-    """Asks as one of several processes, each of which has one rendezvous."""
+    """Ask as one of several processes, each with its own rendezvous."""
     store, here = dist.HashStore(), threading.local()
     monkeypatch.setattr(rendezvous, "default_store", lambda: store)
     monkeypatch.setattr(dist, "get_rank", lambda: here.rank)
@@ -49,7 +49,7 @@ def test_who_comes_late_hears_who_was_first(ask):
     alone = ask(0, "a", [3])
     assert not alone.is_all
     assert alone.up_to(0) == [(0, [3])]
-    late = ask(1, "a", [5])  # which waits for nobody
+    late = ask(1, "a", [5])  # does not wait
     assert not late.is_all
     assert late.up_to(1) == [(0, [3]), (1, [5])]
     assert late.up_to(0) == alone.up_to(0)

@@ -69,7 +69,7 @@ class Tied(nn.Module):
 
 
 class TestSharedModules:
-    """Each of its names will do; it counts once, under the first that was asked for."""
+    """Any of its names selects it; it counts once, under the first selected name."""
 
     @pytest.mark.parametrize(
         ("selectors", "names"),
@@ -94,7 +94,7 @@ class TestSharedModules:
         values = probe.compute()
         assert list(values) == [f"saturation/train/{name}" for name in names]
         if names[0] != "head":
-            assert int(probe["train", names[0]]["saturation"].count) == 10  # both its runs
+            assert int(probe["train", names[0]]["saturation"].count) == 10  # both runs
 
     @pytest.mark.parametrize("chosen", ["encoder", "decoder"])
     @pytest.mark.parametrize("pattern", ["encoder", "decoder", "dec*"])
@@ -150,7 +150,7 @@ def test_the_inner_projection_of_an_attention_is_left_out_wherever_the_attention
 
 
 class Twice(nn.Linear):
-    """A layer that holds one of its type's name."""
+    """A layer that holds an attribute with the name of its type."""
 
     def __init__(self):
         super().__init__(4, 4)
@@ -175,7 +175,7 @@ def test_a_model_and_a_child_that_has_the_name_of_its_type_are_two_layers():
 
 
 class Experts(nn.Module):
-    """Weights of several experts in one tensor, as transformers keeps them."""
+    """Weights of several experts in one tensor, as in transformers."""
 
     def __init__(self, width):
         super().__init__()
@@ -199,7 +199,7 @@ def test_a_probe_says_which_modules_hold_parameters_that_it_does_not_see():
         experts = {f"experts{each}": Experts(width) for each in range(number)}
         return nn.ModuleDict({"seen": nn.Linear(100, 100, bias=False), **experts})
 
-    # 676 weights of 11,676, with the 1,000 of a vector, of which nothing is said.
+    # 676 of 11,676 weights; the 1,000 weights of a vector are not named.
     (words,) = unseen_in(model(13))
     assert words.startswith(
         "6 % of the model's parameters lie in layers that are not probed by default: 'experts0'"
@@ -209,7 +209,7 @@ def test_a_probe_says_which_modules_hold_parameters_that_it_does_not_see():
     (words,) = unseen_in(model(50, 7))
     assert words.startswith("80 % of")  # 70,000 of 87,000
     assert "'experts4' and 2 more; " in words
-    # Said under the names that the layers have without wrappers, also of modules deep inside.
+    # Names without wrappers, also for modules deep inside.
     (words,) = unseen_in(torch.compile(nn.Sequential(model(50), nn.ReLU()), backend="eager"))
     assert "by default: '0.experts0'; " in words
 
@@ -222,7 +222,7 @@ def test_nothing_is_said_of_parameters_that_are_seen_or_left_out_on_purpose():
         {"seen": nn.Linear(8, 8), "tokens": nn.Embedding(1000, 8), "norm": nn.LayerNorm(900)}
     )
     assert unseen_in(embedded) == []
-    # What a module holds beside probed layers inside of it, and a weight that is shared with one.
+    # Weights that a module holds beside probed layers inside it, and a weight shared with a probed layer.
     attention = nn.MultiheadAttention(16, 2)
     assert unseen_in(nn.ModuleDict({"attention": attention, "out": nn.Linear(16, 16)})) == []
 
@@ -233,5 +233,5 @@ def test_nothing_is_said_of_parameters_that_are_seen_or_left_out_on_purpose():
 
     layer = nn.Linear(30, 30)
     assert unseen_in(nn.ModuleDict({"layer": layer, "tied": Tied(layer.weight)})) == []
-    # A layer of a default type that was left out was left out on purpose.
+    # A layer of a default type that is left out was left out on purpose.
     assert unseen_in(nn.ModuleDict({"a": nn.Linear(9, 9), "b": nn.Linear(90, 90)}), exclude="b") == []

@@ -1,4 +1,4 @@
-"""What may be set once a probe is made takes effect and is checked; what may not says so."""
+"""Settings that may be changed on a probe take effect and are checked; others refuse."""
 
 import inspect
 
@@ -72,7 +72,7 @@ def test_every_n_steps(is_compiled):
     run(forward)
     assert count(probe) == 2100
     probe.remove()
-    probe.every_n_steps = 5  # nothing is hooked again
+    probe.every_n_steps = 5  # does not hook again
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
 

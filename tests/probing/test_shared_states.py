@@ -1,4 +1,4 @@
-"""What a reader of a collection finds, inside `merged` too, and what modules that run several times show."""
+"""Values that readers of a collection get, also inside `merged`, and modules that run several times."""
 
 import copy
 import pickle
@@ -144,7 +144,7 @@ def test_members_keep_no_sums_alive_that_are_there_no_more():
 )
 @pytest.mark.parametrize("state_of", [lambda probe: probe, LayerProbe.sharded], ids=["whole", "sharded"])
 def test_a_state_goes_to_whichever_metric_leads_now(kept, joining, state_of):
-    """What was saved by the name of a metric that leads no more is not lost."""
+    """A state saved under the name of a metric that leads no longer is not lost."""
     model, probe = probed(kept())
     inputs = [torch.randn(30, 8), torch.randn(20, 8)]
     model(inputs[0])
@@ -236,7 +236,7 @@ def test_a_ceiling_that_is_refuted_is_none():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 64))
     probe = LayerProbe(model)
-    for _ in range(40):  # weights that change
+    for _ in range(40):  # changing weights
         nn.init.normal_(model[0].weight)
         model(torch.randn(30, 2))
     row = probe.summary("train").rows[0]

@@ -50,7 +50,7 @@ def test_wide_layers_are_sketched_and_others_are_not():
     intervals = probe.intervals()
     assert list(intervals) == ["intrinsic_dimension/eval/0"]
     low, high = intervals["intrinsic_dimension/eval/0"]
-    assert int(low) == int(high) == 6  # of a layer of rank 6
+    assert int(low) == int(high) == 6  # the layer has rank 6
 
 
 def test_without_a_size_the_warning_says_what_to_do():
@@ -137,7 +137,7 @@ def test_reset_and_go_on():
 
 
 def test_a_run_is_resumed_whose_first_layer_is_sketched(tmp_path):
-    """Metrics that the probe has turned into sketches still have the settings with which the run began."""
+    """Metrics that the probe has turned into sketches keep the settings with which the run began."""
     model, states = network(), []
     for mode in ("create", "resume"):
         probe = LayerProbe(model, CovarianceTraceMetric(), max_features=50, sketch_size=12)
@@ -153,7 +153,7 @@ def test_a_run_is_resumed_whose_first_layer_is_sketched(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:values that could not be computed")
 def test_a_history_may_come_first():
-    """It keeps marginals, whatever the other metrics keep."""
+    """A history keeps marginals, whatever the other metrics keep."""
     values = []
     for history in ({}, {"history": HistoryMetric()}):
         model = network().eval()
@@ -227,7 +227,7 @@ def test_progress_and_an_interrupt_without_loss():
     again = []
     values = probe.compute("eval", progress=lambda done, total: again.append((done, total)))
     assert seen == [(1, 8), (2, 8)]
-    assert again[0][1] == 2 + 4  # of the four decompositions two are left
+    assert again[0][1] == 2 + 4  # two of the four decompositions remain
     assert again[-1][0] == again[-1][1]
     assert len(values) == 4
 

@@ -1,4 +1,4 @@
-"""Steps are forwards of the model: all calls of its layers inside an observed one are seen, or none."""
+"""Steps are forwards of the model: in an observed step all calls of its layers count, in others none."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def test_one_step_of_each_block_is_observed(every):
     assert observed[0] == 0
     places = [step % every for step in observed[1:]]
     if every > 1:
-        assert set(places) == set(range(every))  # no fixed beat
+        assert set(places) == set(range(every))  # no fixed rhythm
 
 
 @pytest.mark.parametrize("calls", [2, 8])
@@ -58,7 +58,7 @@ def test_all_calls_of_an_observed_step_are_seen(calls, every):
 
 
 class Tree(nn.Module):
-    """Calls itself; stops where it is told to, by an error of the given kind."""
+    """Calls itself; the innermost call raises ``stops`` if it is set."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ def test_a_model_that_calls_itself_makes_one_step(stops):
 
 @pytest.mark.parametrize("calls", [2, 8])
 def test_it_is_unbiased_for_a_model_that_is_called_several_times_per_step(calls):
-    """A discriminator sees real and generated data in turn: a fixed beat would meet one kind only."""
+    """A discriminator sees real and generated data in turn: a fixed rhythm would show one kind only."""
     model = nn.Sequential(nn.Identity())
     metric = sm.CovarianceTraceMetric(center=False)
     probe = LayerProbe(model, metric, layers="0", every_n_steps=calls)
@@ -102,7 +102,7 @@ def test_it_is_unbiased_for_a_model_that_is_called_several_times_per_step(calls)
             model(rows * 2.0**call)
     sampled, exact = (float(each.compute()["covariance_trace/train/0"]) for each in (probe, everything))
     assert count(probe) == 400
-    # Each call has the same chance: the standard error of the mean over 400 draws.
+    # Each call has the same chance. Tolerance: standard errors of the mean over 400 draws.
     traces = 4 * 4.0 ** torch.arange(calls, dtype=torch.float64)
     assert exact == pytest.approx(float(traces.mean()))
     assert abs(sampled - exact) < 4 * float(traces.std(correction=0)) / 400**0.5
@@ -192,7 +192,7 @@ def test_it_goes_on_where_it_was(interrupted_after):
         return found
 
     model, probe = new()
-    probe.reset()  # draws of the second epoch
+    probe.reset()  # the draws of the second epoch
     expected = run(model, probe, range(24))
     model, probe = new()
     probe.reset()
@@ -225,4 +225,4 @@ def test_what_readers_of_windows_remember_is_taken_over():
     take_over(saved, mine, steps)
     assert steps.step == 17
     assert mine == {"one": {"a": 1}, "unsaid": {}, "gone": {"b": 2}}
-    assert all(mine[name] is each for name, each in own.items())  # readers have these very dicts
+    assert all(mine[name] is each for name, each in own.items())  # readers hold these very dicts

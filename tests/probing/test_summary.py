@@ -26,7 +26,7 @@ LAYERS = {
 
 
 def outputs(layer):
-    """Rows of many outputs on random inputs, (N, D)."""
+    """Rows of many outputs for random inputs, (N, D)."""
     width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
     out = layer(torch.randn(400, width, *[4] * rank, dtype=torch.float64))
@@ -55,7 +55,7 @@ class Net(nn.Module):
         self.idle = nn.Linear(40, 30)
         self.head = nn.Linear(30, 4)
         with torch.no_grad():
-            self.idle.weight[2:].zero_()  # two of its features vary
+            self.idle.weight[2:].zero_()  # two features of this layer vary
 
     def forward(self, x):
         return self.head(self.idle(self.wide(self.conv(x).mean((2, 3)))))
@@ -111,7 +111,7 @@ def test_dead_features_are_counted(dead, words):
     model[0].weight.data[:dead] = 0
     probe = LayerProbe(model)
     assert words not in str(model(torch.randn(1, 4)))
-    assert probe.summary().rows[0].stands_out == ("few observations",)  # of one nothing is known to be dead
+    assert probe.summary().rows[0].stands_out == ("few observations",)  # one observation shows no dead features
     model(torch.randn(99, 4))
     assert words in probe.summary().rows[0].stands_out
 
@@ -170,7 +170,7 @@ def test_any_statistic_that_is_one_number():
         values[f"effective_rank/eval/{row.layer}"] for row in summary.rows
     ]
     assert "effective rank" in str(summary)
-    assert probe.summary(statistic="participation_ratio").rows[0].value > 1  # which the probe does not keep
+    assert probe.summary(statistic="participation_ratio").rows[0].value > 1  # not among the probe's metrics
     for wrong, message in (("spectrum", "one number, got 'spectrum'"), ("nothing", "got 'nothing'")):
         with pytest.raises(ValueError, match=message):
             probe.summary(statistic=wrong)
@@ -281,13 +281,13 @@ def test_of_a_run(tmp_path, capsys):
         summarise_run(tmp_path / "arrays")
     with pytest.raises(ValueError, match="got 7"):
         summarise_run(tmp_path, epoch=7)
-    # The ends of the intervals are in the table, and are rebuilt from the arrays at any threshold.
+    # The table has the ends of the intervals, and the arrays give them at any threshold.
     recorded = {f"{row.statistic}/{row.stage}/{row.layer}": row for row in map_rows(tmp_path)}
     rebuilt = {f"{r['statistic']}/{r['stage']}/{r['layer']}": r for r in sm.recompute(tmp_path)}
     for key, interval in intervals.items():
         ends = tuple(map(float, interval))
         assert (recorded[key].low, recorded[key].high) == pytest.approx(ends, rel=1e-12)
-        # The effective rank takes the roots of eigenvalues, those that are round-off of float32 features, too.
+        # The effective rank takes roots of eigenvalues, including those that are round-off of float32.
         tolerance = 1e-6 if key.startswith("effective_rank") else 1e-9
         assert (rebuilt[key]["low"], rebuilt[key]["high"]) == pytest.approx(ends, rel=tolerance)
     lower = {r["layer"]: r for r in sm.recompute(tmp_path, 0.5, ["saturation"])}
@@ -295,7 +295,7 @@ def test_of_a_run(tmp_path, capsys):
 
 
 def map_rows(directory):
-    from spectralmetrics.recording.tables import read_rows
+    from spectralmetrics.recording.writers.csv import read_rows
 
     return read_rows(directory / "records.csv")
 
@@ -334,7 +334,7 @@ def test_an_output_layer_that_has_collapsed(rank, words):
         model(torch.randn(4000, 16))
         assert not any(each.startswith(words) for row in probe.summary().rows for each in row.stands_out)
         probe.reset()
-        with torch.no_grad():  # so many directions of the sixteen that its weights allow
+        with torch.no_grad():  # weights of this rank
             model[2].weight.copy_(torch.randn(64, rank) @ torch.randn(rank, 16))
         model(torch.randn(4000, 16))
         summary = probe.summary()

@@ -1,4 +1,4 @@
-"""Outputs like the last one of their layer are taken in few steps, with the same result as in many."""
+"""Outputs like the previous one of their layer take a shorter path, with the same result."""
 
 import copy
 
@@ -21,7 +21,7 @@ from spectralmetrics.sums.reservoir import SampleIntake
 
 
 class Network(nn.Module):
-    """Rows, maps, sequences, and a layer that puts out what it is told to."""
+    """Rows, maps, sequences, and a layer that is also called directly."""
 
     def __init__(self):
         super().__init__()
@@ -38,10 +38,10 @@ def images(number=4, size=6, seed=0):
 
 
 def train(model, probe):
-    """Forwards of all kinds; most are like the one before."""
+    """Forwards of all kinds; most resemble the one before."""
     for seed in range(6):
         model(images(seed=seed))
-    for seed in range(3):  # another shape, and back, and none at all
+    for seed in range(3):  # another shape, and back, and no sample at all
         model(images(number=2, size=5 + seed % 2, seed=seed))
     model(images(number=0))
     broken = images()
@@ -77,7 +77,7 @@ def train(model, probe):
     probe.every_n_steps = 3
     for seed in range(4):
         model(images(seed=seed))
-        model.linear(torch.full((4, 16, 6), float(seed)))  # by itself
+        model.linear(torch.full((4, 16, 6), float(seed)))  # called directly
     probe.every_n_steps = 1
     probe.reset("eval")
     model.eval()
@@ -128,7 +128,7 @@ def test_the_short_way_is_the_long_one(kind, monkeypatch):
 
 
 def test_only_sums_that_keep_no_rows_get_them_with_their_graph(monkeypatch):
-    # Detaching takes as long as a copy of a small batch; a row that is kept must not keep its graph alive.
+    # Detaching takes as long as copying a small batch, so only rows that are kept are detached.
     given = {}
     for kind in (DenseIntake, SampleIntake):
 
@@ -144,5 +144,5 @@ def test_only_sums_that_keep_no_rows_get_them_with_their_graph(monkeypatch):
             layer(torch.randn(4, 3))
         assert int(next(iter(probe["train", "Linear"].values())).count) == 12
     assert given[SampleIntake] == 3 * [False]
-    assert given[DenseIntake][-3:] == 3 * [False]  # beside the sample
+    assert given[DenseIntake][-3:] == 3 * [False]  # with a sample beside the sums
     assert given[DenseIntake][1:3] == 2 * [True]

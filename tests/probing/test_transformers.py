@@ -1,4 +1,4 @@
-"""Random-weight models of the transformers library, by block and by linear layer."""
+"""Models of the transformers library with random weights, by block and by linear layer."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectralmetrics import IntrinsicDimensionMetric, LayerProbe, LinearProbeMetric, SaturationMetric
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of that library
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of transformers
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -100,7 +100,7 @@ def test_the_ceiling_of_conv1d_is_the_rank_of_its_weight(inputs, outputs):
     layer(torch.randn(8, 50, inputs))
     (row,) = probe.summary("train").rows
     assert (row.kind, row.width, row.ceiling) == ("Conv1D", outputs, 3)
-    assert int(*probe.compute().values()) == 3  # and it is reached
+    assert int(*probe.compute().values()) == 3  # the ceiling is reached
 
 
 def test_a_label_for_each_token():
@@ -108,7 +108,7 @@ def test_a_label_for_each_token():
     model.eval()
     tokens = torch.randint(50, (40, 9))
     attention = torch.arange(9) < torch.randint(2, 10, (40, 1))
-    labels = torch.where(attention, tokens % 2, -100)  # as the transformers library marks what has none
+    labels = torch.where(attention, tokens % 2, -100)  # as transformers marks tokens without a label
     probe = LayerProbe(model, LinearProbeMetric(2), layers=["transformer.h.?.attn.c_attn", "lm_head"])
     with torch.no_grad(), probe.labels(labels):
         model(input_ids=tokens, attention_mask=attention.long())

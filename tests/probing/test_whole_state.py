@@ -1,4 +1,4 @@
-"""The state of a probe of all processes: a probe that goes on from it is as one that was never put away."""
+"""State of a probe over all processes: a probe that continues from it equals one without interruption."""
 
 import io
 
@@ -25,7 +25,7 @@ def probe_of(model, kind, folds):
 
 
 def written(saved):
-    """As it is read from a file that holds no code, and the file's size."""
+    """The state as read from a file without code, and the file's size."""
     file = io.BytesIO()
     torch.save(saved, file)
     size = file.tell()
@@ -43,7 +43,7 @@ def test_what_comes_next_is_as_if_nothing_had_been_put_away(kind, folds):
         model = network()
         probe, values = probe_of(model, kind, folds), []
         for number, batch in enumerate(batches(), 1):
-            if number == 12 and puts_away:  # one has yet to read five batches, the other nothing
+            if number == 12 and puts_away:  # one reader has five batches left to read, the other none
                 saved, _ = written(whole_state(probe))
                 probe.remove()
                 model = network()
@@ -73,11 +73,11 @@ def test_a_reader_that_has_yet_to_read_everything_takes_no_room():
             probe._windows.open("a", "train")
         model(torch.randn(100, 6))
         sizes.append(written(whole_state(probe))[1])
-    assert sizes[1] - sizes[0] < 64 * 64 * 8  # the smallest matrix of it
+    assert sizes[1] - sizes[0] < 64 * 64 * 8  # the smallest matrix of the state
 
 
 class Apart(nn.ModuleDict):
-    """Layers that put out what they are given, each what is its own."""
+    """Layers that return their input, each its own."""
 
     def forward(self, rows):
         for name, layer in self.items():
@@ -92,7 +92,7 @@ def layered(*names):
 
 
 def test_other_layers_than_those_that_were_saved():
-    """As of two processes with a layer each, which one takes over, with another that is new."""
+    """For example, two processes with one layer each; one process takes over both, with a new layer."""
     rows = {name: torch.randn(30, 5) for name in "ab"}
     states = []
     for name, each in rows.items():
@@ -116,7 +116,7 @@ def test_other_layers_than_those_that_were_saved():
 
 
 def test_the_furthest_of_processes_with_the_same_layer_counts():
-    """And what each has kept for itself is added up, as of metrics of other libraries."""
+    """Observations that each process keeps for itself, as for metrics of other libraries, are added up."""
     states = []
     for count in (3, 5):
         model, probe = layered("a")

@@ -1,4 +1,4 @@
-"""The system's Chromium, driven through Playwright, whose own browsers are not used."""
+"""The system's Chromium, driven by Playwright, whose own browsers are not used."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def chromium():
 
 
 class Visit:
-    """A page that is open, and everything that it asked for or complained about."""
+    """An open page, with all its requests and complaints."""
 
     def __init__(self, browser, path, width=1280, scheme="light"):
         self.path = path
@@ -55,12 +55,12 @@ class Visit:
         self.settle()
 
     def settle(self):
-        """Wait until the frame with all changes so far is drawn."""
+        """Wait until a frame with all changes so far is drawn."""
         self.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_selector("html[data-drawn=all]", state="attached")
 
     def set(self, control, value):
-        """Move a slider, or choose in a list."""
+        """Move a slider, or choose from a list."""
         element = self.page.locator(f"#{control}")
         if element.evaluate("(each) => each.tagName") == "SELECT":
             element.select_option(value)
@@ -72,7 +72,7 @@ class Visit:
         self.set("threshold", self.page.evaluate("page.thresholds").index(threshold))
 
     def table(self):
-        """The rows as dicts, numbers exactly; None where there is none, and layers by their text."""
+        """Rows as dicts, with exact numbers (None where there is none) and the texts of layers."""
         rows = self.page.evaluate(
             """() => {
               const titles = [...document.querySelectorAll("#headings button")].map((each) => each.textContent);
@@ -93,7 +93,7 @@ class Visit:
         return json.loads(found)
 
     def click(self, chart, x, y):
-        """With the mouse, at a point of a chart's axes."""
+        """Click at a point of a chart's axes."""
         self.page.locator(f"#{chart}").scroll_into_view_if_needed()
         place = self.page.evaluate(
             """([chart, x, y]) => {
@@ -109,7 +109,7 @@ class Visit:
         self.settle()
 
     def leave(self):
-        """Close the page; nothing may have gone wrong on it, or out of it."""
+        """Close the page; it must have no complaints and no other requests."""
         assert self.complaints == []
         assert self.requests == [self.path.as_uri()]
         assert self.page.evaluate("performance.getEntriesByType('resource').length") == 0

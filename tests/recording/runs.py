@@ -18,7 +18,7 @@ def make_probe(model, metrics=None, **options):
 
 
 def run_epoch(model, epoch, rows=20):
-    """Train and eval forwards whose data depend on the epoch alone."""
+    """Train and eval forwards whose data depend only on the epoch."""
     generator = torch.Generator().manual_seed(epoch)
     width = model[0].in_features
     for training, shift in ((True, 0.0), (False, 3.0)):

@@ -1,4 +1,4 @@
-"""The recipe of the guide for checkpoints, killed where it can be killed."""
+"""The guide's recipe for checkpoints, killed wherever it can be killed."""
 
 import os
 import re
@@ -29,12 +29,12 @@ def train():
     ]
     namespace = {}
     exec(compile(block, str(GUIDE), "exec"), namespace)
-    # 25 steps an epoch, of which the 20th has a checkpoint, too.
+    # 25 steps an epoch; the recipe saves one checkpoint more, at the 20th.
     namespace.update(images=namespace["images"][:1600], labels=namespace["labels"][:1600])
     return namespace["train"]
 
 
-@pytest.mark.filterwarnings("ignore:added after the last record")  # as what is killed cannot warn
+@pytest.mark.filterwarnings("ignore:added after the last record")  # a killed process cannot warn
 @pytest.mark.parametrize("where", ["before record", "after record", "before the checkpoint", "after it"])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_each_epoch_is_recorded_once(where, epoch, train, tmp_path, monkeypatch):
@@ -73,4 +73,4 @@ def test_each_epoch_is_recorded_once(where, epoch, train, tmp_path, monkeypatch)
     assert {key[0] for key in recorded} == {"0", "1", "2"}
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 3
     counts = [torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"][0]["step"]]
-    assert counts == [3 * 25]  # no epoch was lost or counted twice in what is trained
+    assert counts == [3 * 25]  # training neither lost nor repeated an epoch

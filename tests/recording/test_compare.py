@@ -1,4 +1,4 @@
-"""What changed between runs and epochs, against the definitions applied by hand."""
+"""Changes between runs and epochs, against the definitions applied by hand."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ from spectralmetrics.findings import Finding
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.recording import describe_comparison
 from spectralmetrics.recording.compare_text import _changes
-from spectralmetrics.recording.tables import write_alarms
+from spectralmetrics.recording.manifest import write_alarms
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 
@@ -102,12 +102,12 @@ def test_two_runs_at_their_last_or_given_epochs(run, tmp_path):
     last = sm.compare(run, other)
     assert last == sm.compare(run, other, epochs=(2, 1))
     assert last != sm.compare(run, other, epochs=(0, 1))
-    # The same weights and data at the same epochs.
+    # Weights and data are the same at the same epochs.
     assert all(row["frechet_distance"] == 0 for row in sm.compare(run, other, epochs=(1, 1)))
 
 
 class Wider(nn.Sequential):
-    """As ``make_model`` makes it, but for its second layer, and with one layer more."""
+    """A model as of ``make_model``, with another second layer and one layer more."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -321,7 +321,7 @@ class TestCommandLine:
         assert b"Fr?chet" in raw.getvalue()
 
     def test_plot_of_several_runs(self, run, tmp_path, capsys):
-        other = record(tmp_path / "first", epochs=2)  # of the same name as the other
+        other = record(tmp_path / "first", epochs=2)  # same folder name as the other
         output = tmp_path / "pictures"
         assert main(["plot", str(run), str(other), "--output", str(output), "--dpi", "40"]) == 0
         names = [f"{s}-{t}-runs.png" for t in ("train", "eval") for s in ("saturation", "intrinsic_dimension")]

@@ -1,4 +1,4 @@
-"""A manifest that something has damaged is one line on the command line, and never a traceback."""
+"""A damaged manifest gives one line on the command line, never a traceback."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def paths(content, path=()):
 
 
 def damaged():
-    """Every part of the manifest replaced by each of some other things, and what is no JSON at all."""
+    """Manifests with one part replaced by something else, and contents that are no JSON."""
     for path in paths(MANIFEST):
         for wrong in WRONG:
             content = copy.deepcopy(MANIFEST)
@@ -45,7 +45,7 @@ def damaged():
 
 @pytest.mark.filterwarnings("ignore")
 def test_commands_and_resuming(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(draw, "save_figure", lambda *arguments: None)  # which takes most of the time
+    monkeypatch.setattr(draw, "save_figure", lambda *arguments: None)  # takes most of the time
     run = Path(shutil.copytree(RUN, tmp_path / "run"))
     shutil.rmtree(run / "arrays")
     (run / "arrays").mkdir()

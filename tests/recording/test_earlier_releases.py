@@ -1,4 +1,4 @@
-"""What earlier releases wrote goes on working: ``tests/data`` was made by the release that its names say."""
+"""Runs of earlier releases still work. ``tests/data`` was made by the releases in its names."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from spectralmetrics.cli import main
 from tests.recording.runs import read_csv
 
 DATA = Path(__file__).parents[1] / "data"
-ADDED = {"0.1.0": ",low,high,step", "0.2.0": ",step"}  # columns, since
+ADDED = {"0.1.0": ",low,high,step", "0.2.0": ",step"}  # columns added since
 RELEASES = tuple(ADDED)
 
 
@@ -114,16 +114,16 @@ def test_a_run_with_folds_labels_and_a_sketch(tmp_path):
     }
     with pytest.warns(UserWarning, match="sketch"):
         rebuilt = recompute(run)
-    assert len(rebuilt) == 3 * 2 * (5 + 3)  # of two layers, and means
+    assert len(rebuilt) == 3 * 2 * (5 + 3)  # two layers, and the means
     for row in rebuilt:
         old = recorded[str(row["epoch"]), row["stage"], row["layer"], row["statistic"]]
         if (row["layer"], row["statistic"]) == ("mean", "intrinsic_dimension"):
-            assert (old["value"], row["value"]) == ("nan", 3)  # since 0.3.0 of the layers that have a value
+            assert (old["value"], row["value"]) == ("nan", 3)  # since 0.3.0 over the layers with a value
             continue
         for key in ("value", "low", "high"):
             before = float(old[key] or "nan")
             after = math.nan if row[key] is None else row[key]
-            # Releases of SciPy differ by 1e-11 in the quantiles that intervals are made of.
+            # Releases of SciPy differ by 1e-11 in the quantiles behind intervals.
             assert after == pytest.approx(before, rel=1e-12 if key == "value" else 1e-9, nan_ok=True), (
                 row,
                 old,

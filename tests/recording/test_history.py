@@ -1,4 +1,4 @@
-"""The history of a run that several processes made, one after the other."""
+"""History of a run that several processes write, one after the other."""
 
 import copy
 
@@ -9,10 +9,10 @@ from torch import nn
 from spectralmetrics import HistoryMetric, LayerProbe, Recorder
 from spectralmetrics.recording.report.collect import of_history
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import HISTORY_COLUMNS, read_history
+from spectralmetrics.recording.writers.history_file import HISTORY_COLUMNS, read_history
 
 STEPS = 8
-"""How many forwards are remembered."""
+"""Number of forwards that the metric keeps."""
 
 LIVES = {
     "as long": [[5], [5]],
@@ -25,11 +25,11 @@ LIVES = {
     "before all of the first": [[20], [9], [5]],
     "behind all of the first": [[3], [20], [20]],
 }
-"""For each process the forwards of its records."""
+"""For each process, the number of forwards before each of its records."""
 
 
 class Marked(nn.Module):
-    """A layer that puts out what it is given, and one that always puts out the same."""
+    """A layer that returns its input, and one with a constant output."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Marked(nn.Module):
 
 
 class Life:
-    """What a probe has been shown in one stage, and which of it has yet to be recorded."""
+    """Forwards that a probe has observed in one stage, and those not recorded yet."""
 
     def __init__(self):
         self.marks, self.first, self.recorded = [], 0, 0
@@ -78,7 +78,7 @@ def test_each_forward_once_and_in_order(lives, goes_on, reset, told, tmp_path):
                     probe.step = step if told else None
                     model.train()(torch.full((2, 1), float(mark)))
                     life["train"].marks.append(mark)
-                # As a model that does not learn is evaluated, every second epoch.
+                # An evaluation every second epoch, with equal data and weights.
                 for each in range(1, 4 * (recorder.next_epoch % 2 == 0)):
                     model.eval()(torch.full((2, 1), float(each)))
                     life["eval"].marks.append(each)
@@ -100,7 +100,7 @@ def test_each_forward_once_and_in_order(lives, goes_on, reset, told, tmp_path):
 
 
 def read(folder, *records):
-    """(forward, rms) of what is read of records, each of which is {forward: rms or (rms, rows)}."""
+    """(forward, rms) read back from records, each given as {forward: rms or (rms, rows)}."""
     lines = []
     for epoch, record in enumerate(records):
         for forward, value in record.items():
@@ -115,7 +115,7 @@ def test_sums_of_processes_may_be_rounded_otherwise(tmp_path):
 
 
 def test_a_forward_that_was_not_over(tmp_path):
-    """More of it came after the first record, such as the gradients of another loss."""
+    """More rows came after the first record, such as gradients of another loss."""
     assert read(tmp_path, {0: 1.0, 1: 2.0}, {0: 1.0, 1: (2.5, 8)}) == [(0, 1.0), (1, 2.5)]
 
 
@@ -124,7 +124,7 @@ def test_the_first_of_a_new_process_may_have_more_rows(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_earlier_state(tmp_path):
-    """What the state remembers is there once, and what came after it follows what was recorded."""
+    """Forwards that the state still holds appear once; later ones follow those recorded."""
     first = {forward: 1.0 + forward for forward in range(5)}
     second = {1: 2.0, 2: 3.0, 3: 7.0, 4: 8.0}
     third = {2: 3.0, 3: 7.0, 4: 8.0, 5: 9.0}
@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_from_an_earlier_state(tmp_path):
 
 
 def test_no_observations(tmp_path):
-    """Values that there are not are no difference."""
+    """Missing values count as equal."""
     lines = "".join(f"{epoch},train,{n},,a,0,,,,,4\r\n" for epoch in range(2) for n in range(epoch, epoch + 2))
     (tmp_path / "history.csv").write_text(f"{','.join(HISTORY_COLUMNS)}\r\n{lines}", newline="")
     assert [row.forward for row in read_history(tmp_path)["train"]] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: whatever was recorded before is whole, and a resumed run goes on."""
+"""SIGKILL at random moments: all earlier records are whole, and a resumed run continues."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ ROWS = 2 * (LAYERS + 1) * 2 + 1
 
 
 def record_for_ever(directory, writers, recorded, started):
-    """Records of one epoch after the other; ``started`` is set once ``recorded`` of them are written."""
+    """Record one epoch after the other; set ``started`` once ``recorded`` of them are written."""
     torch.set_num_threads(1)
     model = make_model(LAYERS)
     probe = make_probe(model)
@@ -48,7 +48,7 @@ def test_killed_at_random_moments(writers, kills, tmp_path):
     interrupted = 0
     for kill in range(kills):
         started = context.Event()
-        # One of three is killed near its first record, which also imports what writes it.
+        # One in three is killed near its first record, which also imports the writers.
         worker = context.Process(target=record_for_ever, args=(tmp_path, writers, kill % 3, started))
         worker.start()
         assert started.wait(60)
@@ -83,4 +83,4 @@ def test_killed_at_random_moments(writers, kills, tmp_path):
         events.Reload()
         steps = [event.step for event in events.Scalars("saturation/train/0")]
         assert steps == list(range(seen + 1))
-    assert not list(tmp_path.rglob(".*"))  # neither halves of files nor a lock
+    assert not list(tmp_path.rglob(".*"))  # no incomplete files, no lock

@@ -1,4 +1,4 @@
-"""Layers whose observations were all NaN: a run tells of them as the probe does, and has no values of them."""
+"""Layers whose observations were all NaN: a run warns as the probe does, and has no values of them."""
 
 import math
 
@@ -45,7 +45,7 @@ def run_epoch(model, is_broken):
 
 @pytest.fixture
 def run(probed, tmp_path):
-    """Two epochs; in the second, two of three layers put out NaN alone."""
+    """Two epochs; in the second, two of three layers return only NaN."""
     (model, probe), keep = probed, Keep()
     writers = ["csv", "arrays", "history", keep]
     with sm.Recorder(tmp_path, probe, writers) as recorder:

@@ -1,4 +1,4 @@
-"""The report beside a run that goes on, in a real browser."""
+"""The report of an unfinished run, in a real browser."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def network():
 
 
 class Going:
-    """A run that goes on."""
+    """An unfinished run."""
 
     def __init__(self, directory, mode="create", **how):
         self.model = network()
@@ -52,24 +52,24 @@ def visit(run):
         found = Visit(browser, run.path)
         yield found
         assert set(found.requests) == {run.path.as_uri()}
-        del found.requests[1:]  # it came again and again
+        del found.requests[1:]  # the page was reloaded
         found.leave()
 
 
 def patiently(function, *arguments, timeout=20):
-    """The result of a call on a page that may reload meanwhile; such calls are made again."""
+    """Result of a call on a page that may reload; a call that a reload interrupts is repeated."""
     end = time.monotonic() + timeout
     while True:
         try:
             return function(*arguments)
-        except playwright.Error:  # between one document and the next
+        except playwright.Error:  # the page was reloading
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
 
 
 def wait(page, condition, timeout=20):
-    """Until a condition holds in whatever the page has loaded by then."""
+    """Wait until a condition holds on the page, whichever version it has loaded."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if patiently(page.evaluate, condition):
@@ -99,7 +99,7 @@ def test_a_record_arrives_and_what_was_chosen_is_kept(run, visit):
         Alarm(310, Finding("train", "2", "collapsed", "problem", "collapsed: <b>x</b>", 0.1), 0.5)
     )
     wait(page, "page.epochs.length === 3")
-    assert patiently(page.evaluate, "current.epoch") == 2  # the newest, as before
+    assert patiently(page.evaluate, "current.epoch") == 2  # the newest epoch, as before
     run.record()
     wait(page, "page.epochs.length === 4 && current.epoch === 3")
     assert page.locator("#alarm-list li").all_text_contents() == ["step 310: '2' in train: collapsed: <b>x</b>"]
@@ -131,7 +131,7 @@ def test_a_record_arrives_and_what_was_chosen_is_kept(run, visit):
 
 
 def test_half_a_record_is_never_seen(run, visit, monkeypatch):
-    """Neither while the file is written, nor after that has failed."""
+    """Neither while the file is written, nor after writing failed."""
     before = run.path.read_bytes()
     replace = os.replace
 

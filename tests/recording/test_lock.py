@@ -1,4 +1,4 @@
-"""Two recorders on one directory: the second is refused while the first lives, and no longer."""
+"""Two recorders on one directory: the second is refused as long as the first lives, and no longer."""
 
 import gc
 import os
@@ -82,7 +82,7 @@ def test_another_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
     try:
         with pytest.raises(BlockingIOError, match=f"in process {process.pid} on "):
             Recorder(tmp_path, mode="resume")
-        os.kill(process.pid, signal.SIGSTOP)  # one that hangs still lives
+        os.kill(process.pid, signal.SIGSTOP)  # a process that hangs still lives
         with pytest.raises(BlockingIOError):
             Recorder(tmp_path, mode="overwrite")
     finally:
@@ -99,7 +99,7 @@ def test_a_forked_process_neither_holds_nor_releases_it(tmp_path):
     lock = DirectoryLock(tmp_path)
     ready, done = os.pipe(), os.pipe()
     child = os.fork()
-    if child == 0:  # such as the worker of a data loader, which may live a while longer
+    if child == 0:  # such as a data loader's worker, which may live longer
         lock.release()
         os.write(ready[1], b".")
         os.read(done[0], 1)
@@ -108,7 +108,7 @@ def test_a_forked_process_neither_holds_nor_releases_it(tmp_path):
     try:
         with pytest.raises(BlockingIOError):
             DirectoryLock(tmp_path)
-        lock._file.close()  # as if this process had been killed
+        lock._file.close()  # as if this process were killed
         DirectoryLock(tmp_path).release()
     finally:
         os.write(done[1], b".")
@@ -118,7 +118,7 @@ def test_a_forked_process_neither_holds_nor_releases_it(tmp_path):
 
 
 def test_many_take_turns(tmp_path):
-    """Removing the file while others open it lets no two in."""
+    """At most one has the lock, although files are removed while others open them."""
     import threading
 
     inside, most, taken = [], [], []

@@ -1,4 +1,4 @@
-"""Runs with statistics of one's own: which module they need, and the command line that imports it."""
+"""Runs with a user's own statistics: the module that they need, and the command line that imports it."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ class {kind}(SpectralMetric):
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """The run of a module that is not imported any more."""
+    """A run with a module that is no longer imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "mylab_largest.py").write_text(MODULE.format(kind="LargestOfMyLab", name="largest_of_my_lab"))

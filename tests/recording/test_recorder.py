@@ -56,7 +56,7 @@ def no_space(*args):
 
 
 class Keeper(Writer):
-    """A user's writer."""
+    """A writer as a user might write it."""
 
     def __init__(self):
         self.records = []
@@ -279,7 +279,7 @@ class TestModes:
     def test_create_takes_a_directory_with_other_files(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
         Recorder(tmp_path).close()
-        record(tmp_path, 1)  # nothing was recorded
+        record(tmp_path, 1)  # nothing has been recorded
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
     def test_resume_goes_on(self, tmp_path):
@@ -417,7 +417,7 @@ class TestModes:
 
 
 class TestRepeated:
-    """A record that fails is not kept by anyone, and the same epoch can be recorded again."""
+    """A failed record is kept by no writer, and the same epoch can be recorded again."""
 
     @pytest.mark.parametrize("broken", ["csv", "arrays"])
     def test_after_a_writer_that_keeps_records_fails(self, broken, tmp_path, monkeypatch):
@@ -434,7 +434,7 @@ class TestRepeated:
                 recorder.record()
         assert not (tmp_path / "arrays/epoch-000001.npz").exists()
         assert {row["epoch"] for row in read_csv(tmp_path)} == {"0"}
-        run_epoch(model, 2)  # the user trains on
+        run_epoch(model, 2)  # training continues
         values = recorder.record()
         recorder.close()
         rows = read_csv(tmp_path)
@@ -449,7 +449,7 @@ class TestRepeated:
 
     @pytest.mark.parametrize("failing", [0, 1])
     @pytest.mark.parametrize("method", ["write", "flush"])
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
     def test_after_tensorboard_could_not_write(self, method, failing, tmp_path, monkeypatch):
         model = make_model()
         recorder = Recorder(tmp_path, make_probe(model), ["csv", "tensorboard"])
@@ -462,7 +462,7 @@ class TestRepeated:
                     for again in range(2):
                         with pytest.raises(OSError, match=f"cannot record epoch {epoch}, .*No space left"):
                             recorder.record()
-                        # Where TensorBoard cannot make a file, it leaves a thread that nobody can end.
+                        # If TensorBoard cannot make a file, it leaves a thread that cannot be ended.
                         assert again or not failing or {*threading.enumerate()} <= threads
             values.append(recorder.record())
         recorder.close()
@@ -476,7 +476,7 @@ class TestRepeated:
     @pytest.mark.parametrize("is_full", [False, True], ids=["one file", "the disk"])
     @pytest.mark.parametrize("failing", [0, 1])
     def test_what_others_wrote_of_it_is_taken_back(self, failing, is_full, tmp_path, monkeypatch):
-        """At once, or before the next record where it cannot be."""
+        """At once or, if that fails too, before the next record."""
         model = make_model()
         writers = make_writers(["history", "csv"])
         with Recorder(tmp_path, make_probe(model, HistoryMetric()), writers) as recorder:
@@ -490,7 +490,7 @@ class TestRepeated:
                             patch.setattr(HistoryWriter, "discard", no_space)
                         with pytest.raises(OSError, match=f"cannot record epoch {2 * epoch}, .*No space"):
                             recorder.record(2 * epoch)
-                recorder.record(2 * epoch + 1)  # another number than the one that failed
+                recorder.record(2 * epoch + 1)  # not the number that failed
         rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
         assert [int(row["epoch"]) for row in rows] == [1] * 12 + [3] * 12 + [5] * 12
         assert [row["epoch"] for row in read_csv(tmp_path)] == ["1", "3", "5"]
@@ -628,7 +628,7 @@ class TestDisk:
         assert [r for r in rows if r["layer"]] == [r for r in expected if r["layer"]]
 
     def test_a_full_disk(self, tmp_path):
-        """The system itself refuses to write more than some bytes."""
+        """The operating system refuses to write beyond a limit."""
         pytest.importorskip("resource", reason="Windows has no limit on the size of a file")
         worker = processes.fresh().Process(target=_record_until_the_disk_is_full, args=(tmp_path,))
         worker.start()
@@ -672,7 +672,7 @@ def _record_until_the_disk_is_full(directory):
 
 
 def test_a_resumed_run_s_event_file_comes_after_all_others(tmp_path):
-    """TensorBoard reads them by name, and names of the same second are ordered by process."""
+    """TensorBoard reads files in order of their names; within a second, process numbers decide that order."""
     model = make_model(2)
     for epoch in range(3):
         with Recorder(tmp_path, make_probe(model), ["tensorboard"], mode="resume") as recorder:

@@ -1,4 +1,4 @@
-"""The content of a report, and what goes wrong on the way to it. The page itself: test_report_page.py."""
+"""Content of a report, and errors in making it. The page itself: test_report_page.py."""
 
 import json
 
@@ -173,7 +173,7 @@ def test_a_covariance_that_cannot_be_decomposed_is_left_out_with_a_warning(tmp_p
     path = tmp_path / "arrays" / "epoch-000000.npz"
     arrays = dict(np.load(path))
     arrays["eval/1/covariance"][0, 0] = np.inf
-    del arrays["eval/1/eigenvalues"]  # as in earlier releases, which kept none
+    del arrays["eval/1/eigenvalues"]  # earlier releases saved none
     np.savez(path, **arrays)
     with pytest.warns(UserWarning, match="left out the spectrum of '1' in eval, epoch 0"):
         page = content(tmp_path)

@@ -72,7 +72,7 @@ def record(directory, seed, epochs, writers, threshold=0.99):
 
 
 def record_in_folds(directory, writers):
-    """Layers of several types and ceilings; the first epoch of train leaves a fold empty."""
+    """Layers of several types and ceilings; in the first epoch of train one fold is empty."""
     torch.manual_seed(3)
     model = nn.Sequential(
         nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 20), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 2)
@@ -90,14 +90,14 @@ def record_in_folds(directory, writers):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    with warnings.catch_warnings(record=True) as notes:  # pytest.warns takes a single statement
+    with warnings.catch_warnings(record=True) as notes:  # pytest.warns takes only one statement
         warnings.simplefilter("always")
         record(folder / "first", 0, 3, ["csv", "arrays"])
         record(folder / "second", 1, 2, ["csv", "arrays"])
         record(folder / "plain", 2, 3, ["csv"], threshold=0.9)
     assert all("NaN" in str(note.message) for note in notes)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few observations, as is meant here
+        warnings.simplefilter("ignore")  # a warning of few observations is expected
         record_in_folds(folder / "folds", ["csv", "arrays"])
     shutil.copytree(folder / "folds", folder / "table", ignore=shutil.ignore_patterns("arrays"))
     shutil.copytree(folder / "first", folder / "earlier")
@@ -114,7 +114,7 @@ def browser():
 
 @pytest.fixture
 def visit(runs, browser):
-    """Opens the report of some runs; in the end nothing may have gone wrong there."""
+    """Open the report of some runs; in the end the page must have no faults."""
     visits = []
 
     def go(*names, **options):
@@ -172,7 +172,7 @@ def test_the_threshold_slider_gives_the_numbers_of_recompute(visit, runs, thresh
 
 
 def test_the_sliders_make_a_difference(runs):
-    """Else the tests above compare little."""
+    """Otherwise the tests above compare little."""
     rows = recompute(runs / "first", THRESHOLDS, "saturation")
     profiles = [expected(rows, f"saturation@{threshold}", "eval", 2) for threshold in THRESHOLDS]
     assert len({tuple(profile.values()) for profile in profiles}) == len(THRESHOLDS)
@@ -307,7 +307,7 @@ def in_brackets(value, low, high):
     return f"{value:g} ({low:g}–{'?' if high != high else format(high, 'g')})"
 
 
-# At 1 what is held out depends on the last bit.
+# At 1, held-out values depend on the last bit.
 @pytest.mark.parametrize("threshold", THRESHOLDS[:-1])
 def test_the_threshold_slider_moves_the_intervals_as_recompute_does(visit, runs, threshold):
     report = visit("folds")
@@ -343,7 +343,7 @@ def test_the_threshold_slider_moves_the_intervals_as_recompute_does(visit, runs,
 
 
 def test_the_intervals_make_a_difference(runs):
-    """Else the test above compares little."""
+    """Otherwise the test above compares little."""
     found = {
         (row["layer"], row["low"], row["high"])
         for row in recompute(runs / "folds", THRESHOLDS[:-1])
@@ -355,7 +355,7 @@ def test_the_intervals_make_a_difference(runs):
 
 @pytest.mark.parametrize("name", ["folds", "table"])
 def test_recorded_intervals_are_shown(visit, runs, name):
-    """Also those of other statistics, and without arrays."""
+    """Also for other statistics, and without arrays."""
     report = visit(name)
     report.set("statistic", "effective_rank")
     wanted = intervals(read_csv(runs / name), "effective_rank", "eval", 1)
@@ -389,7 +389,7 @@ def test_the_table_says_what_the_summary_says(visit, runs, stage, epoch):
 
 
 def test_something_stands_out_and_something_does_not(runs):
-    """Else the test above compares little."""
+    """Otherwise the test above compares little."""
     tables = [summarise_run(runs / "folds", epoch=epoch, threshold=0.99).rows for epoch in (0, 1)]
     for words in ("few observations", "at its ceiling"):
         assert {words in row.stands_out for rows in tables for row in rows} == {True, False}
@@ -422,7 +422,7 @@ def test_a_run_of_an_earlier_release(visit):
     report = visit("earlier")
     assert not {"type", "ceiling"} & set(report.table()[0])
     assert report.page.locator("#profile-hint").text_content() == ""
-    # Beside a run that knows more, its ceilings are the widths.
+    # Beside a run with more information, its ceilings are the widths.
     both = visit("earlier", "folds")
     table = both.table()
     assert {row["ceiling"] for row in table if row["run"] == "earlier"} == {12}
@@ -433,7 +433,7 @@ def test_a_run_of_an_earlier_release(visit):
 def test_two_runs_lie_over_each_other(visit, runs):
     report = visit("first", "second")
     report.set_threshold(0.9)
-    # The second ended with epoch 1, and goes on showing it.
+    # The second run ended with epoch 1, and keeps showing it.
     assert "second shows its epoch 1" in report.page.locator("#table-caption").text_content()
     for index, (name, epoch) in enumerate((("first", 2), ("second", 1))):
         wanted = expected(recompute(runs / name, 0.9), "saturation", "eval", epoch)
@@ -491,7 +491,7 @@ def test_a_history_forward_by_forward(visit, runs):
     report.settle()
     drawn = "(id) => { const each = document.getElementById(id).data[0]; return [each.z, each.text]; }"
     z, text = report.page.evaluate(drawn, "forwards-0")
-    assert [len(row) for row in z] == [250] * 3  # two forwards in a column
+    assert [len(row) for row in z] == [250] * 3  # two forwards per column
     for layer in range(3):
         of_layer = [row.rms for row in rows if row.layer == str(layer)]
         assert 10 ** z[layer][38] == pytest.approx(max(of_layer[76:78]), rel=1e-9)
@@ -555,7 +555,7 @@ def test_the_table_sorts(visit):
         assert values == sorted(values, reverse=direction == "descending")
         assert report.page.locator(f"th[aria-sort={direction}]").text_content() == "dimension"
     report.page.get_by_role("button", name="layer", exact=True).click()
-    # It goes on being sorted while a slider moves.
+    # The table stays sorted while a slider moves.
     heading.click()
     report.set_threshold(0.5)
     values = [row["dimension"] for row in report.table()]
@@ -590,7 +590,7 @@ def test_everything_is_reached_by_keyboard(visit):
     report.page.keyboard.press("Enter")
     report.settle()
     assert report.page.locator("#layer-title").text_content() == f"Layer {NAMES[3]}"
-    # The button that was pressed still has the focus.
+    # The pressed button keeps the focus.
     assert report.page.evaluate("document.activeElement.textContent") == NAMES[3]
 
 
@@ -613,7 +613,7 @@ def test_a_narrow_window_is_not_scrolled_sideways(visit, runs_shown):
 
 
 class OddModel(nn.Module):
-    """A layer whose name has no place to break, and fills a narrow window several times."""
+    """A layer whose name has no place to break and is several times as wide as a narrow window."""
 
     def __init__(self):
         super().__init__()
@@ -668,7 +668,7 @@ def test_the_page_cannot_reach_a_network(browser, runs):
 
 
 class ShareAbove(SpectralMetric):
-    """A statistic of one's own, with a threshold that the page knows nothing of."""
+    """A user's own statistic, with a threshold that the page cannot interpret."""
 
     short_name = "share_above_for_the_page"
 
@@ -681,7 +681,7 @@ class ShareAbove(SpectralMetric):
 
 
 class Grown(nn.Linear):
-    """What it puts out has more directions than its weights allow when the probe is made."""
+    """Its outputs have more directions than its weights allowed when the probe was made."""
 
     def grow(self):
         self.weight = nn.Parameter(torch.randn(self.out_features, 24))
@@ -689,7 +689,7 @@ class Grown(nn.Linear):
 
 
 def record_what_python_alone_knew(directory):
-    """A ceiling that is refuted, an output layer that has collapsed, and a statistic that no slider moves."""
+    """A refuted ceiling, a collapsed output layer, and a statistic that no slider moves."""
     torch.manual_seed(0)
     model = nn.Sequential(Grown(4, 20), nn.ReLU(), nn.Linear(20, 30), nn.Linear(30, 40)).eval()
     metrics = [EffectiveRankMetric(), ShareAbove()]
@@ -726,7 +726,7 @@ def test_a_phone_shows_what_stands_out_without_scrolling(visit, runs):
     assert report.page.locator("#notes").text_content() == f"Notes on {len(noted)} layers: see the table."
     for part in ("#outstanding-title", "#tail", "#notes"):
         box = report.page.locator(part).bounding_box()
-        assert 0 < box["y"] < box["y"] + box["height"] < 664  # what a browser leaves of 844 pixels
+        assert 0 < box["y"] < box["y"] + box["height"] < 664  # a browser leaves 664 of 844 pixels
     report.page.locator("#notes a").click()
     report.settle()
     assert 0 <= report.page.locator("#table-title").bounding_box()["y"] < 664

@@ -1,4 +1,4 @@
-"""A process killed between a record and its pictures: the resumed run draws them, and nothing is left over."""
+"""A process killed between a record and its pictures: the resumed run draws them and cleans up."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ ALL = [
 
 
 def record(directory, writers, epochs=2, metrics=ALL):
-    model = make_model(layers=1)  # each has a drawing of its own in most pictures, which takes long
+    model = make_model(layers=1)  # most pictures have a drawing for each layer, which takes long
     with make_probe(model, metrics) as probe, Recorder(directory, probe, writers, mode="resume") as recorder:
         for epoch in range(recorder.next_epoch, epochs):
             run_epoch(model, epoch)
@@ -38,7 +38,7 @@ def record(directory, writers, epochs=2, metrics=ALL):
 
 
 def record_and_die(directory, writers, pictures):
-    """Until so many pictures of the last epoch are there and the next one is half written."""
+    """Record until so many pictures of the last epoch exist and the next one is half written."""
     save, saved = os.replace, []
 
     def replace(source, target):
@@ -81,7 +81,7 @@ def test_resume_draws_what_is_missing(writers, drawn, tmp_path):
     expected = of_numbers | set(there) if "arrays" not in writers else set(whole)
     assert set(after) == {name for name in expected if not name.endswith(".tmp")}
     for name in after:
-        # Without a table nothing is known of the accuracy that stands in the titles.
+        # The titles show the accuracy, which only the table holds.
         if "csv" in writers or name not in of_numbers or name in there:
             assert after[name] == whole[name], name
 

@@ -1,4 +1,4 @@
-"""One reader of a run: eigenvalues that were saved, sketched layers, damaged files, records at steps."""
+"""The reader of runs: saved eigenvalues, sketched layers, damaged files, records at steps."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ from spectralmetrics.cli import main
 from spectralmetrics.recording import ArraysWriter, Row, Writer, summarise_run
 from spectralmetrics.recording.record import RecordKey, tidy_rows, undefined_layers, warn_of_undefined
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import format_rows, read_rows
+from spectralmetrics.recording.writers.csv import format_rows, read_rows
 from spectralmetrics.sums import decomposition
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
@@ -45,7 +45,7 @@ def record(directory, metrics=None, writers=("csv", "arrays"), epochs=1, model=N
 
 @pytest.fixture
 def decompositions(monkeypatch):
-    """How often a matrix is decomposed, one of a batch counting as one."""
+    """Number of decomposed matrices, counting each matrix of a batch."""
     seen = []
     for name in ("eigh", "eigvalsh"):
         original = getattr(torch.linalg, name)
@@ -67,7 +67,7 @@ class TestEigenvalues:
     def test_a_record_decomposes_each_covariance_once(self, folds, tmp_path, decompositions, capsys):
         model = make_model()
         metrics = [SaturationMetric(), IntrinsicDimensionMetric(), EffectiveRankMetric(), SpectrumMetric()]
-        writers = ["csv", "arrays", "console"]  # whose summary reads them, too
+        writers = ["csv", "arrays", "console"]  # the console's summary reads them, too
         with make_probe(model, metrics, folds=folds) as probe, Recorder(tmp_path, probe, writers) as recorder:
             for _ in range(2):
                 run_epoch(model, 0)
@@ -119,7 +119,7 @@ class TestEigenvalues:
 
 
 def sketched(directory, metrics, writers=("csv", "arrays")):
-    """The second of two layers is sketched."""
+    """Record two layers, of which the second is sketched."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 50)).eval()
     with warnings.catch_warnings():
@@ -262,10 +262,10 @@ class TestMeans:
             with pytest.warns(UserWarning, match=words) as told:
                 values = recorder.record(reset=False)
             assert len(told) == 1
-            recorder.record()  # of what has been said once, nothing
+            recorder.record()  # the second time without a warning
         assert values["power_law_exponent/eval/mean"] == values["power_law_exponent/eval/0"]
         assert values["saturation/eval/mean"] != values["saturation/eval/0"]
-        rows = recompute(tmp_path)  # which was said when it was recorded
+        rows = recompute(tmp_path)  # the warning came when recording
         with pytest.warns(UserWarning, match="the mean of 'own' is over 1 of 2 layers"):
             recompute(tmp_path, statistics={"own": PowerLawExponentMetric()})
         recorded = {tuple(row[name] for name in ("epoch", "layer", "statistic")): row["value"] for row in rows}
@@ -295,7 +295,7 @@ class TestMeans:
             warn_of_undefined(tidy_rows(RecordKey(0), values))
 
     def test_records_are_apart(self):
-        """Of two layers one is undefined in each epoch: each mean is over one of two, not over none."""
+        """In each epoch one of two layers is undefined, so each mean covers one layer."""
         rows = []
         for epoch, without in enumerate("ab"):
             values = {
@@ -307,7 +307,7 @@ class TestMeans:
 
 
 def read_all(run):
-    """What the arrays of a run say, and which layers cannot be read."""
+    """Numbers from the arrays of a run, and warnings about layers that cannot be read."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         rows = recompute(run)
@@ -331,7 +331,7 @@ class TestDamaged:
         return path
 
     def test_any_byte_of_an_array_file(self, run, tmp_path):
-        """The same numbers, or the layer is named and the others are as they were, or the file is named."""
+        """The numbers are the same; or the layer is named, and others are unchanged; or the file is named."""
         file = run / "arrays" / "epoch-000000.npz"
         content, (whole, _) = file.read_bytes(), read_all(run)
         broken = tmp_path / "run"
@@ -496,7 +496,7 @@ class TestSteps:
         whole = [row for row in read_records(tmp_path) if row["step"] == 7]
         (tmp_path / "arrays" / "epoch-000000.npz").rename(tmp_path / "arrays" / "epoch-000000.npz.lost")
         (tmp_path / "arrays" / "epoch-000000.npz.lost").unlink()
-        manifest = tmp_path / "recording.json"  # as if it had been killed before it was written
+        manifest = tmp_path / "recording.json"  # as if killed before the manifest was written
         manifest.write_text(manifest.read_text().replace('"last_epoch": 0', '"last_epoch": [\n  0,\n  7\n ]'))
         with Recorder(tmp_path, None, ["csv", "arrays"], mode="resume") as recorder:
             assert recorder.next_epoch == 0

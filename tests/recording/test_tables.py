@@ -1,4 +1,4 @@
-"""Tables of a run that have been damaged are refused, with the line."""
+"""Damaged tables of a run are refused, with the line."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 
 from spectralmetrics import Alarm, Finding, read_records
 from spectralmetrics.probing.movers import HistoryRow
-from spectralmetrics.recording.tables import HISTORY_COLUMNS, read_alarms, read_history, write_alarms
-from spectralmetrics.recording.writers.history_file import HistoryWriter
+from spectralmetrics.recording.manifest import read_alarms, write_alarms
+from spectralmetrics.recording.writers.history_file import HISTORY_COLUMNS, HistoryWriter, read_history
 
 RECORDS = "epoch,stage,layer,statistic,value,low,high,step\n0,eval,a,saturation,0.5,,,\n"
 
@@ -34,7 +34,7 @@ def forwards(folder, line):
 LINES = {
     forwards: ("a forward in line 3", "1,train,8,3,a,4,0.5,0.1,2.0,0.0,1"),
     records: ("a record in line 3", "1,eval,a,saturation,0.5,0.4,0.6,7"),
-    alarms: ("an alarm in line 4", "5,train,b,dead,problem,of two,0.9,,,0.1"),  # a name takes two lines
+    alarms: ("an alarm in line 4", "5,train,b,dead,problem,of two,0.9,,,0.1"),  # one name spans two lines
 }
 
 

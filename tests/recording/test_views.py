@@ -17,8 +17,8 @@ from spectralmetrics import (
     draw_run,
 )
 from spectralmetrics.recording import ConsoleWriter, Record, Row
-from spectralmetrics.recording.pictures import draw_profile
 from spectralmetrics.recording.writers.console import tables_of
+from spectralmetrics.recording.writers.plot import draw_profile
 from tests.recording.runs import make_model, make_probe, read_csv, run_epoch
 
 matplotlib.use("Agg")
@@ -101,7 +101,7 @@ class TestConsole:
         tables = tables_of(Record(0, {}, rows), width=width)
         sizes = [console.measure(table).maximum for table in tables]
         for table, size in zip(tables, sizes, strict=True):
-            assert size <= width or len(table.columns) == 2  # one statistic is always shown
+            assert size <= width or len(table.columns) == 2  # one statistic always fits
         assert sum(len(table.columns) - 1 for table in tables) == 10
         for index, (table, size) in enumerate(zip(tables[:-1], sizes[:-1], strict=True)):
             start = sum(len(each.columns) - 1 for each in tables[:index])
@@ -161,7 +161,7 @@ class TestConsole:
             progress.refresh()
             ConsoleWriter().write(example_record())
             progress.refresh()
-        # What is printed goes through the bar's console, which draws the bar anew below it.
+        # Printed text goes through the bar's console, which draws the bar again below it.
         text = screen.getvalue()
         assert text.index("train") < text.index("Epoch 4") < text.index("mean") < text.rindex("train")
 
@@ -171,7 +171,7 @@ class TestConsole:
             for _ in range(10):
                 ConsoleWriter().write(example_record())
                 bar.update()
-        # Every table begins on a line of its own, and the bar is drawn anew after it.
+        # Every table begins on its own line, and the bar is drawn again after it.
         out = capsys.readouterr().out
         assert out.count("Epoch 4") == 10
         assert "it/s" not in out
@@ -252,11 +252,10 @@ class TestPictures:
 
     @pytest.mark.parametrize("name", ["$loss_{x$", "$", "a$b$c", r"$\frac$", "$x^$ {"])
     def test_names_are_no_mathematics(self, name, tmp_path, monkeypatch):
-        """matplotlib would set what stands between dollar signs, or fail to."""
-        from spectralmetrics.recording import draw, pictures
+        """matplotlib would read text between dollar signs as mathematics, or fail."""
+        from spectralmetrics.recording import draw
 
         written = []
-        monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dpi: None)
         monkeypatch.setattr(draw, "save_figure", lambda figure, path, dpi: written.append(figure))
         model = make_model()
         named = {"s": SaturationMetric(), f"{name}rank": SpectrumMetric()}

@@ -1,12 +1,12 @@
-"""What is written is what is read again."""
+"""Values that are written are read back unchanged."""
 
 import torch
 
 from spectralmetrics import CovarianceMetric, Recorder, SpectrumMetric
 from spectralmetrics.functional import eigenvalues
 from spectralmetrics.recording.record import RecordKey, Row
-from spectralmetrics.recording.tables import format_rows, read_rows
 from spectralmetrics.recording.writers.arrays import read_layers, saved_records
+from spectralmetrics.recording.writers.csv import format_rows, read_rows
 from tests.recording.runs import make_model, make_probe, run_epoch
 
 
@@ -31,4 +31,4 @@ def test_a_spectrum_is_about_the_mean_unless_it_is_asked_for_about_zero(tmp_path
         expected = eigenvalues(values[f"about mean/{where}"])
         torch.testing.assert_close(layer.spectrum().eigenvalues, expected)
         torch.testing.assert_close(layer.spectrum(False).eigenvalues, values[f"about zero/{where}"])
-        assert layer.spectrum(False).eigenvalues[0] > 1.1 * expected[0]  # their mean is not zero
+        assert layer.spectrum(False).eigenvalues[0] > 1.1 * expected[0]  # the mean is not zero

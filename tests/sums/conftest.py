@@ -3,7 +3,7 @@ import pytest
 from spectralmetrics.sums import compiled
 
 BEST = compiled.instruction_set()
-# PyTorch, and the best that this processor has; the other set of instructions does the same.
+# PyTorch, and the best instructions of this processor. The others do the same, so they are `long`.
 OTHER = [each for each in ("avx2", "avx512") if each != BEST]
 
 

@@ -1,4 +1,4 @@
-"""Streams of batches, and what a sum over them must hold, worked out plainly."""
+"""Streams of batches, and checks of the sums over them by plain formulas."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from tests.oracles import two_pass_covariance
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One batch of a stream: its number in it, and its observations."""
+    """One batch of a stream: its number and its observations."""
 
     number: int
     observations: Observations
 
     def __post_init__(self):
-        if self.observations.labels is None:  # 0, 1, 2, or none; only sums of classes look at them
+        if self.observations.labels is None:  # 0, 1, 2 or none; only sums of classes use them
             labels = (7 * torch.arange(self.observations.num_observations) + self.number) % 4 - 1
             start = 1000 * self.number
             object.__setattr__(
@@ -26,20 +26,20 @@ class Batch:
             )
 
     def of(self, label):
-        """The same batch, of which only the rows of one class are valid; of all classes, if it is None."""
+        """This batch with only the rows of one class valid; with None, the rows of all classes."""
         labels, valid = self.observations.labels, self.observations.valid
         chosen = labels >= 0 if label is None else labels == label
         valid = chosen if valid is None else chosen & valid
         return dataclasses.replace(self, observations=dataclasses.replace(self.observations, valid=valid))
 
     def kept(self):
-        """Which rows are to count, (N,): those that are valid and finite."""
+        """Mask (N,) of the rows that count: valid and finite."""
         rows = self.observations.rows()
         valid = self.observations.valid
         return rows.isfinite().all(1) & (torch.ones(len(rows), dtype=torch.bool) if valid is None else valid)
 
     def left_out(self):
-        """The number of valid rows that are not finite."""
+        """Number of valid rows that are not finite."""
         valid = self.observations.valid
         every = self.observations.num_observations if valid is None else int(valid.sum())
         return every - int(self.kept().sum())
@@ -49,7 +49,7 @@ class Batch:
 
 
 def rows_of(batches):
-    """The rows that count, (N, D); of no batches, (0, 0)."""
+    """Rows that count, (N, D); (0, 0) without batches."""
     return torch.cat([batch.rows() for batch in batches]) if batches else torch.zeros(0, 0, dtype=torch.float64)
 
 
@@ -64,7 +64,7 @@ def stream(seed, sizes, features, *, means=(0.0,), first=0, bad=0.0, masked=Fals
         rows[spoiled, index % features] = (torch.nan, torch.inf, -torch.inf)[index % 3]
         rows = rows.to(dtype or torch.float64)
         valid = torch.rand(size, generator=generator) < 0.7 if masked and index % 2 else None
-        if maps and size % 2 == 0:  # (N, D) -> (2, D, N / 2), whose rows come in the same order
+        if maps and size % 2 == 0:  # (N, D) -> (2, D, N / 2), with rows in the same order
             observations = Observations(rows.view(2, -1, features).mT.contiguous(), 1, valid)
         else:
             observations = Observations(rows, valid=valid)
@@ -73,7 +73,7 @@ def stream(seed, sizes, features, *, means=(0.0,), first=0, bad=0.0, masked=Fals
 
 
 def streams(**fixed):
-    """Any stream: of one batch or many, small ones and large ones, near zero or far away."""
+    """Any stream: one batch or many, small or large, near zero or far away."""
     drawn = {
         "seed": st.integers(0, 10**6),
         "sizes": st.lists(st.sampled_from([1, 2, 3, 8, 40, 300]), min_size=1, max_size=7),
@@ -92,7 +92,7 @@ def streams(**fixed):
 
 
 def check_mean(sums, batches, error):
-    """Counts and mean are those of the rows that count; returns these and their largest squared deviation."""
+    """Check counts and mean against the rows that count; return these and their largest squared deviation."""
     rows = rows_of(batches)
     assert int(sums.num_observations) == len(rows)
     assert int(sums.num_left_out) == sum(batch.left_out() for batch in batches)
@@ -101,14 +101,14 @@ def check_mean(sums, batches, error):
     extended = rows.numpy().astype(np.longdouble)
     mean = extended.mean(0)
     spread = np.abs(extended - mean).max() ** 2 + np.longdouble(1e-300)
-    # The mean is one float64, so this is as near as it can be.
+    # The mean is one float64, so it cannot be more exact.
     scale = np.abs(mean).max() + np.sqrt(spread)
     assert np.abs(sums.mean().numpy() - mean).max() <= max(error, 1e-15) * scale
     return rows, spread
 
 
 def check_moments(sums, batches, error=1e-12):
-    """Counts, mean, variances and covariance are those of the rows that count."""
+    """Check counts, mean, variances and covariance against the rows that count."""
     rows, spread = check_mean(sums, batches, error)
     if not len(rows):
         return
@@ -121,14 +121,14 @@ def check_moments(sums, batches, error=1e-12):
 
 
 def check_folds(sums, batches, error=1e-12):
-    """The whole is that of all rows, and each fold that of every g-th batch."""
+    """Check the whole against all rows, and each fold against every g-th batch."""
     check_moments(sums, batches, error)
     for turn, fold in enumerate(sums.folds):
         check_moments(fold, [batch for batch in batches if batch.number % sums.number == turn], error)
 
 
 def check_sketch(sums, batches, error=1e-12):
-    """Trace, mean and image are exact, and the eigenvalues that are read never exceed those of the rows."""
+    """Check that trace, mean and image are exact, and that eigenvalues never exceed the rows' own."""
     rows, spread = check_mean(sums, batches, error)
     if not len(rows):
         return
@@ -147,7 +147,7 @@ def check_sketch(sums, batches, error=1e-12):
 
 
 def check_labelled(sums, batches, error=1e-12):
-    """The moments are those of the rows with a label, and each class has the mean of its rows."""
+    """Check the moments against the rows with a label, and each class mean against its rows."""
     labelled = [batch.of(None) for batch in batches]
     check_moments(sums, labelled, error)
     for turn, fold in enumerate(sums.each):
@@ -164,7 +164,7 @@ def check_labelled(sums, batches, error=1e-12):
 
 
 def check_marginals(sums, batches, error=1e-12):
-    """Counts, mean, variances, magnitudes, zeros and maxima are those of the rows that count."""
+    """Check counts, mean, variances, magnitudes, zeros and maxima against the rows that count."""
     rows, spread = check_mean(sums, batches, error)
     if not len(rows):
         return
@@ -179,7 +179,7 @@ def check_marginals(sums, batches, error=1e-12):
 
 
 def check_history(sums, batches, error=1e-12):
-    """Each of the last batches has a row, in the order of their numbers, and no other batch has one."""
+    """Check that exactly the last batches have a row, in order of their numbers."""
     numbers = sorted({batch.number for batch in batches})[-sums.steps :]
     rows = sums.forwards().numpy()
     assert rows[:, 0].tolist() == numbers
@@ -196,7 +196,7 @@ def check_history(sums, batches, error=1e-12):
 
 
 def check_numbered(sums, batches, error=None):
-    """The rows of the numbers with the smallest hashes, by splitmix64."""
+    """Check against the rows whose numbers have the smallest splitmix64 hashes."""
 
     def hashed(number):
         mixed, whole = (number + 1) * 0x9E3779B97F4A7C15 % 2**64, 2**64
@@ -215,11 +215,11 @@ def check_numbered(sums, batches, error=None):
 
 
 def check_reservoir(sums, batches, error=None):
-    """The rows with the smallest keys, whole and in the order of their keys."""
+    """Check against the rows with the smallest keys, whole and in order of their keys."""
     keys, rows = [], []
     for batch in batches:
         count = batch.observations.num_observations
-        # seed, process, batch: so a sample is the same again in a run that is repeated.
+        # seed, process, batch: a repeated run draws the same sample again.
         entropy = np.random.SeedSequence([sums.seed, 0, batch.number]).generate_state(1, np.uint64)
         drawn = torch.rand(
             count, generator=torch.Generator().manual_seed(int(entropy[0]) >> 1), dtype=torch.float64

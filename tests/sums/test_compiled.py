@@ -1,4 +1,4 @@
-"""The compiled accumulation beside plain float64 arithmetic; what else it must hold is in test_moments.py."""
+"""The compiled accumulation against plain float64 arithmetic; test_moments.py has further requirements."""
 
 import concurrent.futures
 import dataclasses
@@ -18,7 +18,7 @@ from spectralmetrics.sums.library import find
 
 pytestmark = pytest.mark.usefixtures("instructions")
 
-DTYPES = [  # of values and of products
+DTYPES = [  # (dtype of values, dtype of products)
     (torch.float32, torch.float64),
     (torch.float64, torch.float64),
     (torch.float32, torch.float32),
@@ -28,11 +28,11 @@ DTYPES = [  # of values and of products
 
 
 def bound(gram_dtype):
-    """Of the error of a sum beside the sizes of what it sums."""
+    """Bound on the error of a sum, relative to the magnitudes of its terms."""
     if gram_dtype == torch.float64:
-        # BLAS rounds 64,000 products of few digits, such as those of float16, all in one direction.
+        # BLAS rounds 64,000 products of few digits, such as products of float16, all in one direction.
         return 1e-12 if compiled.instruction_set() is None else 1e-13
-    # Of float32 products the compiled accumulation sums 256 at most before it goes on in float64.
+    # The compiled accumulation sums at most 256 float32 products, and continues in float64.
     return 1e-5 if compiled.instruction_set() is None else 3e-6
 
 
@@ -43,7 +43,7 @@ def moments_about(origin):
 
 
 def plain_sums(rows, origin):
-    """Sums over the rows without NaN and infinities; of products of few rows, which BLAS adds up well."""
+    """Sums over rows without NaN and infinities; 64 rows at a time, which BLAS adds accurately."""
     finite = rows.isfinite().all(1)
     centred = rows[finite].double() - origin
     return int(finite.sum()), centred.sum(0), sum(part.T @ part for part in centred.split(64))
@@ -90,7 +90,7 @@ def test_an_origin_that_is_no_float32(instructions):
 
 @st.composite
 def batches(draw):
-    """Values of up to four dimensions in any memory layout, and the dimension of the features."""
+    """Values with up to four dimensions in any memory layout, and the dimension of the features."""
     ndim = draw(st.integers(2, 4))
     shape = [draw(st.integers(1, 40)) for _ in range(ndim)]
     feature_dim = draw(st.integers(0, ndim - 1))
@@ -101,7 +101,7 @@ def batches(draw):
     inner = whole[tuple(slice(2, 2 + shape[i] * step, step) for i in order)]
     inner.copy_(torch.randn(inner.shape, generator=generator))
     if draw(st.booleans()):
-        inner.flatten()[0] = torch.inf  # of a copy, unless the layout is contiguous
+        inner.flatten()[0] = torch.inf  # of a copy unless the layout is contiguous
         inner.select(0, 0).select(0, 0).fill_(draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 3.0])))
     values = inner.permute([order.index(i) for i in range(ndim)])
     if draw(st.booleans()):
@@ -163,7 +163,7 @@ def test_rows_that_are_not_finite(spoiled, features):
 @pytest.mark.parametrize("features", [40, 300])
 @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-6, 1e6, 1e16, 1e30, 1e37])
 def test_float32_products_of_any_magnitude(magnitude, features):
-    # Every second chunk of rows is small beside the others, and still counts for what it is.
+    # Every second chunk of rows is small beside the others, and must keep its accuracy.
     rows = torch.randn(2000, features)
     rows[500:1000] *= 1e-3
     rows *= magnitude
@@ -176,7 +176,7 @@ def test_float32_products_of_any_magnitude(magnitude, features):
 @pytest.mark.parametrize("far", [0, 1e30])
 @pytest.mark.parametrize("magnitudes", [(1, 1e30), (1e-30, 1e-25, 1, 1e3), (1e-6, 1e-6, 1e12)], ids=str)
 def test_float32_products_of_magnitudes_that_grow(magnitudes, far, feature_dim):
-    # Features differ by 1e15, too; those behind batches of larger rows must not overflow or vanish.
+    # Features differ by 1e15, too. Those after batches of larger rows must not overflow or vanish.
     origin = torch.zeros(40)
     origin[0] = far
     sizes = torch.logspace(0, -15, 40)[:, None]
@@ -208,7 +208,7 @@ def test_the_number_of_threads(threads, features, gram_dtype):
         runs = []
         for _ in range(3):
             moments = empty_moments(features)
-            for some in rows.split([50, 2000]):  # the second add to the sums of the first
+            for some in rows.split([50, 2000]):  # the second part adds to the sums of the first
                 accumulate(moments, Observations(some), gram_dtype, recentre=False)
             runs.append(moments)
     finally:
@@ -313,7 +313,7 @@ def test_it_uses_the_instructions_that_the_processor_has():
 
 @pytest.mark.skipif(not compiled.instruction_set(), reason="nothing is compiled here")
 def test_it_uses_the_best_that_the_processor_has():
-    """As PyTorch does, which looks for itself."""
+    """Compared with PyTorch's own detection."""
     theirs = torch.backends.cpu.get_cpu_capability()
     with compiled.using("avx512"):
         assert compiled.instruction_set() == {"AVX512": "avx512", "AVX2": "avx2"}[theirs]

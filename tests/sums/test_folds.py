@@ -1,4 +1,4 @@
-"""Folds as a sum: dealt, merged, moved, saved and restored."""
+"""Folds as a sum: dealing, merging, moving, saving and restoring."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_views_are_those_of_the_tensors_that_are_there():
 
 @pytest.mark.parametrize("filled", [2, 4])
 def test_saved_and_restored(filled):
-    """An empty fold stays one; what is read is what was saved."""
+    """Restored sums equal those saved, and an empty fold stays empty."""
     rows = random_rows(0, 40 * filled, 6, mean=3.0)
     rows[3, 2] = torch.nan
     folds = dealt(rows, 4, 40)

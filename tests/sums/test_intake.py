@@ -1,4 +1,4 @@
-"""When the origin follows the data, and when it is rounded so that float32 rows lose nothing to it."""
+"""When the origin follows the data, and when it is rounded so that float32 rows lose nothing."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def origins(dtypes, gram_dtype):
-    """The origin after each batch; every batch is large enough not to wait, and has a mean of its own."""
+    """Origin after each batch. Every batch is too large to wait, and has its own mean."""
     sums = empty_moments(2)
     intake = sums.intake(gram_dtype)
     found = []
@@ -22,7 +22,7 @@ def origins(dtypes, gram_dtype):
 
 
 def moves(found):
-    """The batches, counted from 1, with which the origin moved."""
+    """Numbers of the batches, from 1, at which the origin moved."""
     before = [torch.zeros(2, dtype=F64), *found[:-1]]
     return [k for k, (old, new) in enumerate(zip(before, found, strict=True), 1) if not torch.equal(old, new)]
 
@@ -48,7 +48,7 @@ def test_float64_rows_set_an_origin_with_all_its_digits():
 def test_float32_rows_after_float64_rows_set_it_anew():
     dtypes = [F32] * 5 + [F64] * 3 + [F32] * 2 + [F64] * 2
     found = origins(dtypes, F32)
-    # The eighth batch is of float64 and moves the origin; the float32 rows after it cannot use that.
+    # The eighth batch is float64 and moves the origin, so the float32 rows after it need another origin.
     assert moves(found) == [1, 2, 3, 4, 8, 9, 10]
     assert are_float32(found) == [True] * 7 + [False] + [True] * 4
 
@@ -76,9 +76,9 @@ def test_a_row_far_away_does_not_draw_the_origin_to_it():
     for batch, rows in enumerate([torch.randn(1000, 2), *torch.full((3, 257, 2), 1e8)[:, :1].unbind()]):
         intake.add(sums, Observations(rows.to(F64), valid=torch.ones(len(rows), dtype=torch.bool)), batch)
         assert sums.origin.abs().max() < 1
-    many = torch.full((300, 2), 1e8, dtype=F64)  # more than the root of all before
+    many = torch.full((300, 2), 1e8, dtype=F64)  # more than the square root of all rows before
     intake.add(sums, Observations(many), 4)
-    assert sums.origin.abs().max() < 1  # the fifth batch is none with which the origin moves
+    assert sums.origin.abs().max() < 1  # the origin does not move at the fifth batch
     for batch in range(5, 8):
         intake.add(sums, Observations(many), batch)
     assert sums.origin.min() > 1e7

@@ -1,4 +1,4 @@
-"""What every kind of sum must do, one abstract case for all of them; a new kind adds a line to ``KINDS``."""
+"""Requirements on every kind of sum, in one abstract case; a new kind adds a line to ``KINDS``."""
 
 import copy
 import dataclasses
@@ -52,10 +52,10 @@ class Kind:
     """A kind of sum under test.
 
     Attributes:
-        make: gives one of width zero.
-        check: takes a sum and the batches that it must be the sum of; raises unless it is.
-        other: gives one of other settings, which must not be added; None if there are no settings.
-        is_exact: whether it holds rows as they were, whatever the dtype of products.
+        make: function that makes an empty sum of width zero.
+        check: function of a sum and batches; raises unless it is the sum of these batches.
+        other: function that makes a sum with other settings, which must not be added; None without settings.
+        is_exact: True if the sum holds rows unchanged, whatever the dtype of products.
     """
 
     make: Callable[[], Sum]
@@ -93,13 +93,13 @@ def kind(request):
 
 
 def begin(sums, batches):
-    """The same kind, of the width of these batches."""
+    """An empty sum of the same kind with the width of these batches, or the sum itself if it has rows."""
     width = batches[0].observations.num_features
     return sums if sums.num_features else sums.empty(width)
 
 
 def take(sums, batches, gram_dtype=torch.float64, flush_after=()):
-    """Add batches as a stream does; a sum that holds something already is met first."""
+    """Add batches as a stream does; the intake first meets a sum that has rows."""
     is_new = not sums.num_features
     if not batches:
         return sums
@@ -113,14 +113,14 @@ def take(sums, batches, gram_dtype=torch.float64, flush_after=()):
         if batch.number in flush_after:
             intake.flush(sums)
     intake.flush(sums)
-    assert not intake.flush(sums)  # nothing waits any more
+    assert not intake.flush(sums)  # nothing waits
     return sums
 
 
 def exchanged(locals_, known=None, reader=None):
-    """What each of several processes gets, and the number of collectives.
+    """Results of several processes that exchange sums, and the number of collectives.
 
-    With a reader, others get nothing of what is for that alone.
+    With a reader, the other processes get nothing of what only the reader needs.
     """
     world = len(locals_)
     known = [None] * world if known is None else known
@@ -163,7 +163,7 @@ def test_every_kind_of_the_package_is_here():
     assert {type(kind.make()) for kind in KINDS.values()} >= set(kinds())
 
 
-@pytest.mark.usefixtures("instructions")  # by PyTorch, and by what is compiled
+@pytest.mark.usefixtures("instructions")  # by PyTorch and by the compiled code
 class TestTaking:
     @given(batches=streams(), order=st.randoms(use_true_random=False))
     def test_any_split_in_any_order(self, kind, batches, order):
@@ -343,7 +343,7 @@ class TestProcesses:
         before = [copied(each) for each in locals_]
         results, collectives = exchanged(locals_)
         assert collectives <= 3
-        # The common origin is a rounded mean, which costs a digit or two of the spread about it.
+        # The common origin is a rounded mean, which costs one or two digits of the spread about it.
         for result in results:
             kind.check(result, list(chain(*parts)), 1e-11)
             assert_identical(result, results[0])
@@ -397,7 +397,7 @@ class TestProcesses:
         again, one = exchanged(locals_, known)
         assert several > one == 1
         assert all(new is old for new, old in zip(again, known, strict=True))
-        # One process has more rows since: all must send anew.
+        # One process has new rows since, so all must send again.
         more = stream(9, [30], 4, first=50)
         locals_[1] = take(locals_[1], more)
         renewed, _ = exchanged(locals_, [known[0], None, known[2]])
@@ -468,7 +468,7 @@ class TestCopies:
                 assert tensor.device.type == "meta"
                 assert tensor.shape == sums.tensors()[name].shape
                 assert tensor.dtype == sums.tensors()[name].dtype
-        # What comes from elsewhere is brought here.
+        # Sums from another device are moved to this one.
         assert {t.device.type for t in kind.make().empty(4, "meta").merged(sums).tensors().values()} == {"meta"}
 
     def test_through_a_run(self, kind):
@@ -476,7 +476,7 @@ class TestCopies:
         sums = take(kind.make(), batches)
         kept = dict(sums.saved())
         assert set(sums.arrays) <= set(kept)
-        # As a file gives it back: another tensor, on the CPU, without a NaN.
+        # As read from a file: another tensor, on the CPU, without NaN.
         arrays = {name: torch.as_tensor(tensor.numpy().copy()) for name, tensor in kept.items()}
         assert all(tensor.isfinite().all() for name, tensor in arrays.items() if name != "sample_keys")
         restored = type(sums).restored(arrays.__getitem__)
@@ -486,9 +486,9 @@ class TestCopies:
             name: tensor.tolist() for name, tensor in kept.items()
         }  # to the last digit
         more = stream(9, [40], 4, first=3)
-        if not isinstance(sums, Reservoir):  # whose file does not say how it was drawn
+        if not isinstance(sums, Reservoir):  # its file does not say how the rows were drawn
             merged = restored.merged(take(kind.make(), more))
             kind.check(merged, [*batches, *more])
-            # What is said of it again is of all, and no more what the file said.
+            # After the merge, saved values describe all rows, not only those of the file.
             for name, tensor in take(kind.make(), [*batches, *more]).saved():
                 torch.testing.assert_close(dict(merged.saved())[name], tensor, rtol=1e-9, atol=1e-9)

@@ -65,7 +65,7 @@ def test_on_several_threads(layout):
     origin = torch.zeros(64, dtype=torch.float64)
     first = measure(LAYOUTS[layout](rows), origin)
     check(first, rows, origin, 1e-12)
-    for _ in range(5):  # to the last digit, whichever thread was faster
+    for _ in range(5):  # to the last digit, whichever thread is faster
         again = measure(LAYOUTS[layout](rows), origin)
         assert torch.equal(again.totals, first.totals)
 
@@ -85,7 +85,7 @@ def test_rows_that_are_not_valid_are_not_looked_at(layout):
 @pytest.mark.parametrize(("mean", "error"), [(0.0, 1e-13), (1e4, 1e-12), (1e8, 1e-9)])
 @pytest.mark.parametrize("first", [0.0, None])
 def test_far_from_zero(mean, error, first):
-    """Also where the first row is unlike all others."""
+    """Also if the first row is unlike all others."""
     rows = torch.randn(4000, 12, dtype=torch.float64) + mean
     rows[:, 3] = mean + 0.1  # constant
     if first is not None:

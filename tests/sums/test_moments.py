@@ -19,7 +19,7 @@ from spectralmetrics.functional import (
 from spectralmetrics.sums import empty_folds, moments_of_covariance
 from tests.oracles import random_rows, relative_error, two_pass_covariance
 
-pytestmark = pytest.mark.usefixtures("instructions")  # all of it by PyTorch, and by what is compiled
+pytestmark = pytest.mark.usefixtures("instructions")  # by PyTorch and by the compiled code
 
 
 def stream(rows, batch, gram_dtype=torch.float64):
@@ -43,7 +43,7 @@ def test_covariance_is_right_far_from_zero(ratio):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
 def test_merge_of_streams_that_began_far_apart(ratio, order):
     means = [0.0, ratio, -ratio, 3 * ratio]
-    # The first batch of each stream lies far from the rest of it, too.
+    # The first batch of each stream also lies far from the rest of it.
     parts = [
         torch.cat([random_rows(k, 3, 12, mean=-5 * ratio), random_rows(10 + k, 500 + k, 12, mean=m)])
         for k, m in enumerate(means)
@@ -98,7 +98,7 @@ KINDS = {"relu": lambda x: x.relu(), "binary": lambda x: (x > 0).double(), "norm
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("features", [1, 2, 3, 4, 8, 300])
 def test_float32_products_are_bounded_whatever_the_width(features, kind, dtype):
-    """A float32 sum of products of like sign drifts with their number: 2.4e-3 of it for 131,072 of them."""
+    """A plain float32 sum of products of like sign drifts with their number: by 2.4e-3 for 131,072 products."""
     count = 70_000 if features <= 8 else 5_000
     generator = torch.Generator().manual_seed(features)
     rows = KINDS[kind](torch.randn(count, features, generator=generator, dtype=torch.float64)).to(dtype)
@@ -114,7 +114,7 @@ def test_float32_products_are_bounded_whatever_the_width(features, kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("smaller", [1e-6, 1e-12, 1e-18])
 def test_float32_products_beside_a_much_smaller_feature(smaller, dtype):
-    """All features share one scale, which must leave the smallest in the range of float32."""
+    """All features share one scale, which must keep the smallest in the range of float32."""
     rows = (random_rows(0, 4000, 3, decay=0.0) * torch.tensor([1.0, smaller, 1.0]).double()).to(dtype)
     actual = torch.as_tensor(covariance(stream(rows, 700, torch.float32)))
     exact = torch.as_tensor(np.asarray(two_pass_covariance(rows), dtype=np.float64))
@@ -126,14 +126,14 @@ def test_float32_products_beside_a_much_smaller_feature(smaller, dtype):
 @pytest.mark.parametrize("gram_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("features", [1, 3, 40])
 def test_rows_that_overflow_are_no_rows_of_nan(features, gram_dtype, dtype):
-    """They are finite, so they are counted; that they overflow is said when the sums are read."""
+    """They are finite, so they count; reading the sums reports the overflow."""
     largest = 3e38 if dtype == torch.float32 else 1e308
     rows = largest * (1 - 1e-3 * torch.rand(300, features, dtype=dtype))
     rows[150:160] = -largest
     rows[157, 0] = torch.nan
     moments = stream(rows, 100, gram_dtype)
     assert (int(moments.count), int(moments.non_finite)) == (299, 1)
-    # A distance of 6e38 has no place in float32, and the square of 1e308 none in float64.
+    # A distance of 6e38 exceeds float32, and the square of 1e308 exceeds float64.
     assert moments.in_range() == (dtype == torch.float32 and gram_dtype == torch.float64)
     ordinary = torch.randn(300, features, dtype=dtype)
     ordinary[157, 0] = torch.nan
@@ -165,7 +165,7 @@ def test_tiny_and_huge_float64_rows(magnitude, gram_dtype):
     rows = random_rows(0, 500, 8) * magnitude
     exact = two_pass_covariance(rows)
     bound = 1e-12 if gram_dtype == torch.float64 else 1e-5
-    # The norm is taken of rescaled matrices: squares of 1e300 have no place even in long double's float64 view.
+    # Rescaled matrices, because squares of 1e300 exceed the range of the norm.
     actual = covariance(stream(rows, 40, gram_dtype)).numpy().astype(np.longdouble) / exact[0, 0]
     assert relative_error(actual, exact / exact[0, 0]) < bound
 
@@ -182,7 +182,7 @@ def test_every_block_of_the_product(features, gram_dtype):
 
 
 def layouts(maps):
-    """One batch of feature maps (N, C, H, W), as it may lie in memory."""
+    """One batch of feature maps (N, C, H, W) in several memory layouts."""
     yield maps
     yield maps.to(memory_format=torch.channels_last)
     yield maps.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
@@ -264,7 +264,7 @@ def test_float32_products_after_an_unlike_first_batch(beginning):
         metric.update(part)
     exact = two_pass_covariance(torch.cat([beginning, rows]).double())
     assert relative_error(metric.compute(), exact) < 1e-6
-    # What follows from the small eigenvalues holds, too: the spread of the many rows.
+    # Small eigenvalues are accurate, too: the spread of the many rows.
     within = torch.linalg.eigvalsh(metric.compute())[:-1]
     expected = torch.linalg.eigvalsh(torch.from_numpy(two_pass_covariance(rows).astype(float)))
     torch.testing.assert_close(within[:20], expected[:20], rtol=0.02, atol=0)
@@ -281,7 +281,7 @@ def test_one_outlying_row_does_not_carry_the_origin_away(when, gram_dtype):
     for part in parts:
         metric.update(part)
     assert metric.origin.abs().max() < 10
-    # In float32 the rows that wait with the outlying one share its product's rounding.
+    # In float32, rows that wait with the outlying one share its rounding.
     bound = 1e-12 if gram_dtype == torch.float64 else 1e-5
     assert relative_error(metric.compute(), two_pass_covariance(torch.cat(parts).double())) < bound
 
@@ -295,7 +295,7 @@ def test_the_scale_of_float32_products_is_not_that_of_the_first_block_alone(firs
     moments = empty_moments(512)
     accumulate(moments, Observations(rows), torch.float32)
     finite = rows[rows.isfinite().all(1)]
-    scale, some = 1e30, slice(3, None, 8)  # features of each block: extended precision of all takes seconds
+    scale, some = 1e30, slice(3, None, 8)  # features of each block; extended precision of all takes seconds
     actual = covariance(moments)[some, some] / scale
     assert relative_error(actual, two_pass_covariance(finite[:, some]) / scale) < 1e-5
 
@@ -366,7 +366,7 @@ PRECISION_SETTINGS = {
 @pytest.mark.parametrize("setting", PRECISION_SETTINGS)
 @pytest.mark.filterwarnings("ignore:Please use the new API settings")
 def test_precision_settings_are_left_as_they_were(setting):
-    """Also those of the newer interface, which PyTorch refuses to mix with the older one."""
+    """Also the settings of the newer interface, which PyTorch refuses to mix with the older one."""
     path, name, value = PRECISION_SETTINGS[setting]
     modules = {"cuda.matmul": torch.backends.cuda.matmul, "": torch.backends}
     if hasattr(torch.backends, "fp32_precision"):
@@ -399,7 +399,7 @@ def test_autocast_does_not_reach_the_products(gram_dtype):
     rows = torch.randn(500, 64)
     expected = covariance(stream(rows, 100, gram_dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (rows @ rows.T).dtype == torch.bfloat16  # it would
+        assert (rows @ rows.T).dtype == torch.bfloat16  # autocast is active
         actual = covariance(stream(rows, 100, gram_dtype))
     assert torch.equal(actual, expected)
 
@@ -431,7 +431,7 @@ def test_moments_of_a_covariance_stay_those_about_another_origin():
     given = torch.eye(2, dtype=torch.float64) * 0.1
     moments = moments_of_covariance(given, mean, 3)
     assert not torch.equal(moments.second / 3, given)
-    assert torch.equal(moments.covariance(), given)  # with its last digit
+    assert torch.equal(moments.covariance(), given)  # to the last digit
     moved = rebase(moments, torch.ones(2, dtype=torch.float64))
     for center in (True, False):
         torch.testing.assert_close(moved.covariance(center=center), moments.covariance(center=center))

@@ -1,4 +1,4 @@
-"""A kind of sum from elsewhere, in one file (``toy.py``): everything else takes it as it is."""
+"""A kind of sum from outside the package, in one file (``toy.py``): all other code works with it."""
 
 import copy
 import pickle

@@ -1,9 +1,9 @@
-"""The origin is where the rows are, whoever looks for it: compiled, by PyTorch, or without reading anything."""
+"""The origin lies near the rows, whether compiled code or PyTorch finds it, or no value can be read."""
 
 import pytest
 import torch
 
-from spectralmetrics.sums import Observations, accumulate, covariance, empty_moments, recentring
+from spectralmetrics.sums import Observations, about_origin, accumulate, covariance, empty_moments
 from tests.oracles import relative_error, two_pass_covariance
 from tests.sums.test_compiled import assert_sums
 
@@ -16,11 +16,11 @@ GRAM_DTYPES = [torch.float64, torch.float32]
 @pytest.fixture(params=[True, False], ids=["reads", "reads nothing"], autouse=True)
 def reads(request, monkeypatch):
     if not request.param:
-        monkeypatch.setattr(recentring, "is_read_freely", lambda values: False)
+        monkeypatch.setattr(about_origin, "is_read_freely", lambda values: False)
 
 
 def drifting(dtype, features=20):
-    """Batches whose mean moves, with a feature that is another constant in each, and rows to leave out."""
+    """Batches whose mean moves, with a feature that is constant within each batch, and rows to leave out."""
     generator = torch.Generator().manual_seed(0)
     for batch in range(4):
         rows = 3 + 10 * batch + torch.randn(300, features, generator=generator, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_rows_too_far_apart_to_be_subtracted_are_told_by_the_sums():
 
 
 def test_maps_in_no_order():
-    maps = torch.randn(6, 4, 5, 7).permute(2, 1, 3, 0)  # (5, 4, 7, 6), with no neighbours along the positions
+    maps = torch.randn(6, 4, 5, 7).permute(2, 1, 3, 0)  # (5, 4, 7, 6), without neighbours along the positions
     moments, seen = empty_moments(4), []
     for step in range(3):
         accumulate(moments, Observations(maps + 5 * step, 1))

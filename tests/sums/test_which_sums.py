@@ -1,4 +1,4 @@
-"""What computes the sums is said wherever somebody asks about speed: nothing is slower without a word."""
+"""Every report of speed names the code that computes the sums, so that nothing is slower silently."""
 
 import importlib.metadata
 import importlib.util
@@ -30,11 +30,11 @@ REASONS = (
     "stale",
     "old",
 )
-FAULTS = {"gone after install", "damaged", "stale"}  # what the install had made is not used
+FAULTS = {"gone after install", "damaged", "stale"}  # the library of the install is missing or unusable
 
 
 def forget():
-    """All that is found out once for a process."""
+    """Clear everything that is found out once per process."""
     found = (
         library.find,
         library.is_switched_off,
@@ -48,7 +48,7 @@ def forget():
 
 @pytest.fixture
 def _afresh(monkeypatch):
-    """What the test finds out is of what it has patched, and no other test goes on with it."""
+    """Detect under the test's patches, and clear the results for other tests."""
     forget()
     yield
     monkeypatch.undo()
@@ -57,7 +57,7 @@ def _afresh(monkeypatch):
 
 @pytest.fixture
 def install(monkeypatch, tmp_path, _afresh):
-    """A function that lets the package find its library in a state."""
+    """A function that puts the package's library into a state."""
     before = library.find()
     monkeypatch.delenv("SPECTRALMETRICS_COMPILED", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -109,7 +109,7 @@ def test_why(state, install, caplog):
     }
     assert re.fullmatch(words[state], public.describe())
     assert (public.instruction_set() is None) == (state != "there")
-    # Of an install that has gone bad a probe says so, once; of one that could do no better it says nothing.
+    # If an install has gone bad, a probe warns once; if it could not be better, it does not warn.
     assert bool(compiled.fault()) == (state in FAULTS)
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +160,7 @@ def test_the_install_leaves_a_note_in_the_place_of_the_library(version, tmp_path
     found = []
     for compiler in ("no-compiler", f"{sys.executable} -c 'import sys; sys.exit(\"error: bad\")'", "works"):
         monkeypatch.setenv("CXX", compiler)
-        if compiler == "works":  # whatever it does
+        if compiler == "works":  # the compiler itself is not run
             monkeypatch.setattr(
                 hatch_build.CompileHook, "_compile", lambda self, path: path.write_text("library")
             )

@@ -1,4 +1,4 @@
-"""A kind of sum that the package does not know, and a metric that reads it: all that a user writes for one."""
+"""A kind of sum from outside the package, and a metric that reads it: everything that a user writes for one."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -79,7 +79,7 @@ def empty_extremes(num_features, device=None):
 
 
 class CrestFactorMetric(SpectralMetric):
-    """The largest magnitude of each feature over its standard deviation about zero, shape (D,)."""
+    """Largest magnitude of each feature over its standard deviation about zero, shape (D,)."""
 
     short_name = "crest_factor"
     has_interval = False
@@ -103,6 +103,6 @@ def check_extremes(sums, batches, error=None):
 
 
 def crest_factor(rows):
-    """Of rows (N, D), in numpy."""
+    """Crest factor of rows (N, D), computed with numpy."""
     x = rows.double().numpy()
     return torch.from_numpy(abs(x).max(0) / (x**2).mean(0) ** 0.5)

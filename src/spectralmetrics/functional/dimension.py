@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.arithmetic import power_of_two_below
 from spectralmetrics.sums.checks import are_all_finite, check_real, is_integer
-from spectralmetrics.sums.precision import power_of_two_below
 
 Rule = Literal["explained", "delve"]
 

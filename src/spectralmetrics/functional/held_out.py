@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.side_by_side import side_by_side
 from spectralmetrics.sums import Moments, merge, rebase
 from spectralmetrics.sums.checks import check_real, check_type
-from spectralmetrics.sums.decomposition import without_round_off
+from spectralmetrics.sums.decomposition import side_by_side, without_round_off
 
 _BLOCK_VALUES = 2**21  # of float64, 16 MB
 _BLOCK_ROWS = 128  # of an upper triangle, at least, so that nearly half of a product is saved

@@ -12,8 +12,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.arithmetic import power_of_two_below
 from spectralmetrics.sums.checks import check_real
-from spectralmetrics.sums.precision import power_of_two_below
 
 
 def root_mean_square(second_moments: Tensor) -> Tensor:

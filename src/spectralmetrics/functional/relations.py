@@ -23,9 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.about_origin import first_of
 from spectralmetrics.sums.checks import check_real, dtype_or_type
 from spectralmetrics.sums.decomposition import eigenvectors, round_off
-from spectralmetrics.sums.recentring import first_of
 
 MINIMUM_SAMPLES = 4
 """The unbiased estimator divides by n − 3."""

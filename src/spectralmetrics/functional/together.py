@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from spectralmetrics.functional.side_by_side import side_by_side
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.sums import eigenvalues, eigenvectors
+from spectralmetrics.sums.decomposition import side_by_side
 
 Progress = Callable[[int, int], None]
 """Called with the number of spectra decomposed so far, and the number of all spectra to decompose."""

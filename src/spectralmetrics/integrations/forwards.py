@@ -17,7 +17,7 @@ from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.integrations.values import with_means
 from spectralmetrics.metrics.groups import Metrics
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.exchange import STAGES
+from spectralmetrics.probing.facts import STAGES
 from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
 from spectralmetrics.probing.processes import from_first_process, is_first

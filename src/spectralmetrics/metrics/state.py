@@ -16,8 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from spectralmetrics.metrics.overrides import count_update, defaults, drop_states, has_persistent_states
-from spectralmetrics.metrics.sharing import Live, SharingMetric
-from spectralmetrics.metrics.stream import group_object
+from spectralmetrics.metrics.sharing import Live, SharingMetric, group_object
 from spectralmetrics.sums import Exchange, Observations, Sum, first_fold, has_float64, run_together
 from spectralmetrics.sums.checks import check_positive_integer
 from spectralmetrics.sums.repeats import Repeats

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.exchange import STAGES
+from spectralmetrics.probing.facts import STAGES
 from spectralmetrics.probing.probe import group_of, keep_history, read_window
 from spectralmetrics.probing.processes import is_first
 from spectralmetrics.sums.checks import check_positive_integer, check_type

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from spectralmetrics.metrics.stream import group_object
+from spectralmetrics.metrics.sharing import group_object
 from spectralmetrics.probing import processes
 from spectralmetrics.probing.alike import Alike, Settings
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.exchange import Agreement, Kept, Place
-from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.exchange import Agreement, Kept
+from spectralmetrics.probing.facts import LayerFacts, Place
 from spectralmetrics.probing.rendezvous import Identity, Weights, digest_of
 from spectralmetrics.sums import Sum
 from spectralmetrics.sums.merging import gather_objects

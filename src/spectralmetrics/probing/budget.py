@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spectralmetrics.probing.facts import STAGES
 from spectralmetrics.probing.outputs import first_tensor
 from spectralmetrics.probing.sampling import draw_place
 
@@ -94,7 +95,7 @@ class Budget:
         self.share: float = share  # type: ignore[assignment]  # a number of any kind
         self._seed = seed
         self._now = clock
-        self._stages = {stage: _Account(self.share, (seed, stage)) for stage in ("train", "eval")}
+        self._stages = {stage: _Account(self.share, (seed, stage)) for stage in STAGES}
         self._last: tuple[_Account, float] | None = None
         self._pending: deque[tuple[_Account, Any, Any, float]] = deque()
 

@@ -15,7 +15,7 @@ from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.together import read_together
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.groups import Templates
-from spectralmetrics.metrics.stream import Stream, spectrum_of
+from spectralmetrics.metrics.sharing import Stream, spectrum_of
 from spectralmetrics.sums import ForwardHistory, Observations, SpectralSum, Sum
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2

@@ -12,25 +12,20 @@ import math
 import pickle
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.metrics.stream import stream_of
+from spectralmetrics.metrics.sharing import stream_of
 from spectralmetrics.probing import processes
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.facts import LayerFacts
+from spectralmetrics.probing.facts import STAGES, LayerFacts, Place
 from spectralmetrics.sums import Sum, run_together
 from spectralmetrics.sums.merging import communication_device
 
 T = TypeVar("T")
-
-Place: TypeAlias = tuple[str, str]
-"""Stage and layer."""
-
-STAGES = ("train", "eval")
 
 # The sums of layers that travel together; half of a dense matrix travels, since it is symmetric.
 _BATCH_BYTES = 2**26

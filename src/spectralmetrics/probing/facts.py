@@ -1,15 +1,18 @@
-"""Facts about layers that follow from their types and weights, keys of values, and a whole reading by both."""
+"""Stages and layers, the keys of their values, and facts about layers that follow from types and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
 from spectralmetrics.layers import ceiling_of
-from spectralmetrics.metrics import Interval
-from spectralmetrics.sums import Sum
+
+STAGES = ("train", "eval")
+
+Place: TypeAlias = tuple[str, str]
+"""Stage and layer."""
 
 Key: TypeAlias = tuple[str, str, str]
 """Statistic, stage, layer; see :func:`as_text`."""
@@ -69,27 +72,6 @@ def facts_of(module: nn.Module, *, is_linear: bool = True) -> LayerFacts:
     LayerFacts(kind='Conv2d', ceiling=64)
     """
     return LayerFacts(type(module).__name__, ceiling_of(module) if is_linear else None)
-
-
-class ProbeReading(NamedTuple):
-    """The values of a probe, read once.
-
-    Attributes:
-        values: as :meth:`.LayerProbe.compute` returns them.
-        intervals: the intervals of the values that have one.
-        sums: (stage, layer) -> sums of the layer. On several processes the first one may read them, one layer
-            at a time, while all others are in :attr:`serve`.
-        known: (stage, layer) -> eigenvalues that were read, see :meth:`.Spectrum.known`.
-        facts: layer -> its facts, known without its data.
-        serve: see :func:`~.processes.on_first_process`; None if this process has all sums.
-    """
-
-    values: dict[Key, Any]
-    intervals: dict[Key, Interval]
-    sums: Mapping[tuple[str, str], Sequence[Sum]]
-    known: Mapping[tuple[str, str], Mapping[tuple[str, bool], Any]]
-    facts: Mapping[str, LayerFacts]
-    serve: Callable[[], None] | None = None
 
 
 def as_text(values: Mapping[Key, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from spectralmetrics.probing.agreeing import Catalogue, MergedSums, agree_on_lay
 from spectralmetrics.probing.alike import Alike
 from spectralmetrics.probing.budget import Budget
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.exchange import STAGES, Agreement, Kept, Place
+from spectralmetrics.probing.exchange import Agreement, Kept
 from spectralmetrics.probing.experts import Expert, by_whole, is_elsewhere, select_probed
-from spectralmetrics.probing.facts import Key, LayerFacts, ProbeReading, as_text, module_key
+from spectralmetrics.probing.facts import STAGES, Key, LayerFacts, Place, as_text, module_key
 from spectralmetrics.probing.gradient_hooks import FirstGradientHook, GradientHook
 from spectralmetrics.probing.gradients import GradientRouter, check_scale
 from spectralmetrics.probing.hooks import Hooks, Select, level_of_user, warn_user, watch_outputs, weakly
@@ -1149,6 +1149,27 @@ def _warn_fault() -> None:
     """Warn once in a process if the compiled sums of the install are missing."""
     if fault := compiled.fault():
         warn_user(f"sums in the memory of the CPU take about twice as long as they could: {fault}")
+
+
+class ProbeReading(NamedTuple):
+    """The values of a probe, read once.
+
+    Attributes:
+        values: as :meth:`.LayerProbe.compute` returns them.
+        intervals: the intervals of the values that have one.
+        sums: (stage, layer) -> sums of the layer. On several processes the first one may read them, one layer
+            at a time, while all others are in :attr:`serve`.
+        known: (stage, layer) -> eigenvalues that were read, see :meth:`.Spectrum.known`.
+        facts: layer -> its facts, known without its data.
+        serve: see :func:`~.processes.on_first_process`; None if this process has all sums.
+    """
+
+    values: dict[Key, Any]
+    intervals: dict[Key, Interval]
+    sums: Mapping[tuple[str, str], Sequence[Sum]]
+    known: Mapping[tuple[str, str], Mapping[tuple[str, bool], Any]]
+    facts: Mapping[str, LayerFacts]
+    serve: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics.overrides import count_update, defaults
 from spectralmetrics.probing.collections import LayerMetrics
-from spectralmetrics.probing.exchange import Agreement, Place
+from spectralmetrics.probing.exchange import Agreement
+from spectralmetrics.probing.facts import Place
 from spectralmetrics.probing.processes import check_agreed
 from spectralmetrics.probing.steps import Steps
 from spectralmetrics.probing.windows import memory, take_over

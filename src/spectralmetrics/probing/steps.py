@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectralmetrics.probing.budget import Budget, Plan
+from spectralmetrics.probing.facts import STAGES
 from spectralmetrics.probing.hooks import Hooks, Select
 from spectralmetrics.probing.sampling import is_observed
 from spectralmetrics.sums.merging import communication_device
@@ -117,11 +118,11 @@ class Steps:
         self.every = every
         self.seed = seed
         self.budget = budget
-        self.counts = {"train": 0, "eval": 0}  # since the last reset
-        self.epochs = {"train": 0, "eval": 0}  # resets so far
+        self.counts = dict.fromkeys(STAGES, 0)  # since the last reset
+        self.epochs = dict.fromkeys(STAGES, 0)  # resets so far
         self._is_watching = False
-        self.forwards = {"train": 0, "eval": 0}  # ever
-        self.alone = {"train": 0, "eval": 0}  # one more than the last number of a layer run by itself
+        self.forwards = dict.fromkeys(STAGES, 0)  # ever
+        self.alone = dict.fromkeys(STAGES, 0)  # one more than the last number of a layer run by itself
         self.step: int | None = None  # of the optimiser; None until it is set
         self.counted: int | None = None  # the step that a monitor has set
         self.counted_by: dict[str, Any] = {}  # the monitors that have counted it -> their recorders

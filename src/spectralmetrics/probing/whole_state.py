@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectralmetrics.metrics import SpectralMetric
-from spectralmetrics.probing.exchange import STAGES, Place
-from spectralmetrics.probing.facts import module_key
+from spectralmetrics.probing.facts import STAGES, Place, module_key
 from spectralmetrics.probing.probe import LayerProbe
 from spectralmetrics.probing.processes import agreed, gather_agreed, is_first, is_merged, is_one_of_several
 from spectralmetrics.probing.windows import Taken, merge_in, take_out

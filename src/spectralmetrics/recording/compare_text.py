@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.findings import find, read_numbers
+from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.functional.tail import MEAN_LAYER
-from spectralmetrics.probing.facts import UNKNOWN_LAYER
+from spectralmetrics.probing.summary import numbers_of
 from spectralmetrics.recording.compare import Side, open_sides, rows_of
 from spectralmetrics.recording.manifest import MODULE
 from spectralmetrics.recording.record import Row
@@ -108,13 +108,10 @@ def _problems(sides: Sequence[Side], threshold: float) -> list[str]:
     """Problems on both sides, a line for each layer and kind."""
     lines = []
     for side in sides:
-        numbers = []
+        numbers: list[LayerNumbers] = []
         for layer in side.layers():
             with contextlib.suppress(ValueError):  # a damaged layer is named in the table
-                facts = side.run.facts.get(layer.layer, UNKNOWN_LAYER)
-                numbers.append(
-                    read_numbers(layer.layer, layer.spectrum(), facts.ceiling, threshold, facts.of_gradients)
-                )
+                numbers += numbers_of({layer.layer: layer.spectrum()}, side.run.facts, threshold)
         for each in find(side.stage, numbers) if numbers else []:
             if each.severity == "problem":
                 lines += wrapped(f"problem on the {side.name}: {each.layer}: {each.message}")

@@ -14,10 +14,17 @@ from typing import Literal
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.processes import portable
 from spectralmetrics.recording.lock import DirectoryLock
-from spectralmetrics.recording.manifest import MODULE, Manifest, read_manifest, write_manifest
+from spectralmetrics.recording.manifest import (
+    ALARMS,
+    MODULE,
+    Manifest,
+    read_alarms,
+    read_manifest,
+    write_alarms,
+    write_manifest,
+)
 from spectralmetrics.recording.record import Record, RecordKey, Settings
 from spectralmetrics.recording.saved import SavedRun
-from spectralmetrics.recording.tables import ALARMS, read_alarms, write_alarms
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.recording.writers import WRITERS
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralmetrics.functional.dimension import check_threshold
-from spectralmetrics.plotting import literal, plot_layers, plot_profile, plot_spectrum
-from spectralmetrics.recording.pictures import draw_heatmap, draw_profile, save_figure, title_of
-from spectralmetrics.recording.record import Row, recorded_threshold
+from spectralmetrics.plotting import literal, plot_heatmap, plot_layers, plot_profile, plot_spectrum
+from spectralmetrics.recording.record import RecordKey, Row, Settings, recorded_threshold
 from spectralmetrics.recording.saved import Failures, SavedRun, run_names
+from spectralmetrics.recording.writers.plot import FOLDER_NAME, draw_profile, save_figure, title_of
 from spectralmetrics.sums.checks import check_names, check_positive_integer
 from spectralmetrics.table import percent
 
@@ -72,7 +72,7 @@ def draw_run(
     if unknown := [name for name in chosen if name not in drawable]:
         raise ValueError(f"expected statistics among {drawable}, got {unknown[0]!r}")
 
-    folder = run.directory / "plots" if output is None else Path(output)
+    folder = run.directory / FOLDER_NAME if output is None else Path(output)
     written = []
     by_step = not run.has_epochs
     epoch_name = f"epoch-{key.epoch:06d}"
@@ -89,7 +89,7 @@ def draw_run(
         for stage in dict.fromkeys(row.stage for row in rows if row.statistic == statistic and row.layer):
             places = run.places(by_step)
             name = f"{statistic}-{stage}-epochs.png"
-            save(name, draw_heatmap, rows, statistic, stage, settings, places, by_step)
+            save(name, _draw_heatmap, rows, statistic, stage, settings, places, by_step)
     if threshold is not None and ("spectrum" not in chosen or spectra_key is None):
         why = "statistics leave them out" if spectra_key else f"{run.directory} has no arrays of {key}"
         warnings.warn(f"threshold {threshold} is for spectra, which are not drawn: {why}", stacklevel=2)
@@ -174,7 +174,7 @@ def draw_runs(
     if unknown := [name for name in statistics or () if name not in recorded]:
         raise ValueError(f"expected statistics among {recorded}, got {unknown[0]!r}")
     settings = {name: each for name, each in settings.items() if name not in differ}
-    folder = paths[0] / "plots" if output is None else Path(output)
+    folder = paths[0] / FOLDER_NAME if output is None else Path(output)
     written = []
     for (statistic, stage), of_runs in profiles.items():
         if statistics is None or statistic in statistics:
@@ -184,6 +184,24 @@ def draw_runs(
             save_figure(plot_profile(of_runs, statistic=statistic, title=title)[0], target, dpi)
             written.append(target)
     return written
+
+
+def _draw_heatmap(
+    rows: Sequence[Row],
+    statistic: str,
+    stage: str,
+    settings: Mapping[str, Settings],
+    places: Mapping[RecordKey, int],
+    by_step: bool = False,
+) -> Figure:
+    """Draw all epochs or steps of a statistic in one stage; for the places see :meth:`.SavedRun.places`."""
+    profiles: dict[int, dict[str, float]] = {}
+    for row in rows:
+        is_one = row.statistic == statistic and row.stage == stage and row.is_of_layer
+        if is_one and row.key in places:
+            profiles.setdefault(places[row.key], {})[row.layer] = row.value
+    title = f"{title_of(statistic, settings)}, {literal(stage)}{', by step' if by_step else ''}"
+    return plot_heatmap(profiles, statistic=statistic, title=title)[0]
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -1,14 +1,18 @@
-"""Files that are whole or absent, even if the process is killed."""
+"""Files that are whole or absent, even if the process is killed, and tables in them."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -89,3 +93,55 @@ def sweep(folder: Path, pattern: str) -> None:
     for path in folder.glob(f".{pattern}.tmp"):
         with contextlib.suppress(OSError):  # a file that cannot be removed does no harm
             path.unlink()
+
+
+def read_table(
+    path: Path, what: str, parse: Callable[[list[str]], T], columns: tuple[str, ...], *earlier: tuple[str, ...]
+) -> list[T]:
+    """The lines of a CSV file behind its header; none without the file.
+
+    Args:
+        path: the path of the file.
+        what: the content of a line, with its article, for errors.
+        parse: makes an object of the cells of a line; raises a ValueError if it cannot.
+        columns: the header.
+        earlier: headers of earlier releases.
+
+    Raises:
+        ValueError: if it is not such a table; names the line.
+    """
+    if not path.exists():
+        return []
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} to be UTF-8 text: {error}") from error
+    parsed = []
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header = tuple(next(reader, ()))
+        if header not in (columns, *earlier):
+            raise ValueError(f"expected {path} to begin with {','.join(columns)}, got {','.join(header)!r}")
+        for cells in reader:
+            try:
+                if len(cells) != len(header):
+                    raise ValueError
+                parsed.append(parse(cells))
+            except ValueError:
+                line = f"line {reader.line_num} of {path}"
+                raise ValueError(f"expected {what} in {line}, got {','.join(cells)!r}") from None
+    except csv.Error as error:
+        raise ValueError(f"expected {what} in line {reader.line_num} of {path}: {error}") from None
+    return parsed
+
+
+def csv_text(lines: Iterable[Iterable[Any]]) -> bytes:
+    """Lines of cells as CSV; cells with line breaks are quoted."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    return text.getvalue().encode()
+
+
+def blank_missing(values: Iterable[Any]) -> list[Any]:
+    """The values of a line, with empty cells for None and NaN."""
+    return ["" if value is None or value != value else value for value in values]

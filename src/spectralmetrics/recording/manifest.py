@@ -1,25 +1,30 @@
-"""``recording.json``: the facts about a run that its other files do not hold, and metrics made from them."""
+"""Files of a run that no writer keeps: ``recording.json``, with metrics made from it, and ``alarms.csv``."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchmetrics import Metric
 
+from spectralmetrics.findings import Finding
 from spectralmetrics.metrics import SpectralMetric
 from spectralmetrics.metrics import statistics as all_statistics
+from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import LayerFacts
-from spectralmetrics.recording.files import replace_file
+from spectralmetrics.recording.files import blank_missing, csv_text, read_table, replace_file, sweep
 from spectralmetrics.recording.record import RecordKey, Settings
 
 FILE_NAME = "recording.json"
+ALARMS = "alarms.csv"
+ALARM_COLUMNS = ("step", *Finding._fields, "before")
 _FORMAT = 1
 _KINDS: dict[str, tuple[type, ...]] = {"metric": (str,), "center": (bool,), "threshold": (float, int)}
 MODULE = "module"
@@ -196,3 +201,33 @@ def rebuild_statistic(name: str, recorded: Mapping[str, Settings]) -> SpectralMe
         return kinds[short_name](**settings)
     except TypeError as error:
         raise ValueError(f"the recorded settings of {name!r} are none of {short_name!r}: {error}") from error
+
+
+# -- alarms.csv ------------------------------------------------------------------------------------------------
+
+
+def read_alarms(directory: Path) -> list[Alarm]:
+    """The alarms of a run, in the order in which they were raised; none without the file.
+
+    Raises:
+        ValueError: if it is not a table of alarms.
+    """
+    return read_table(directory / ALARMS, "an alarm", _alarm, ALARM_COLUMNS)
+
+
+def write_alarms(directory: Path, alarms: Iterable[Alarm]) -> None:
+    """Replace the alarms of a run by these alarms; an error leaves the earlier ones."""
+    sweep(directory, ALARMS)
+    lines = [blank_missing((alarm.step, *alarm.finding, alarm.before)) for alarm in alarms]
+    if lines:
+        replace_file(directory / ALARMS, csv_text([ALARM_COLUMNS, *lines]))
+    else:
+        (directory / ALARMS).unlink(missing_ok=True)
+
+
+def _alarm(cells: list[str]) -> Alarm:
+    step, stage, layer, kind, severity, message, *values = cells
+    value, low, high, before = (float(each) if each else math.nan for each in values)
+    if severity not in ("problem", "note"):
+        raise ValueError
+    return Alarm(int(step), Finding(stage, layer, kind, severity, message, value, low, high), before)  # type: ignore[arg-type]

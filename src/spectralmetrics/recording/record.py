@@ -14,7 +14,7 @@ from torch import Tensor
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.tail import MEAN_LAYER, mean_over_layers, recorded_name
 from spectralmetrics.metrics import Interval
-from spectralmetrics.metrics.stream import spectrum_of
+from spectralmetrics.metrics.sharing import spectrum_of
 from spectralmetrics.probing.facts import Key, LayerFacts
 from spectralmetrics.sums import Moments, Reservoir, SpectralSum, Sum
 

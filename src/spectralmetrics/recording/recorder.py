@@ -15,8 +15,8 @@ from spectralmetrics.functional.tail import MEAN_LAYER, recorded_name
 from spectralmetrics.functional.together import Progress
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing import LayerProbe
-from spectralmetrics.probing.facts import Key, ProbeReading, as_text
-from spectralmetrics.probing.probe import group_of, read_probe
+from spectralmetrics.probing.facts import Key, as_text
+from spectralmetrics.probing.probe import ProbeReading, group_of, read_probe
 from spectralmetrics.probing.processes import agreed, from_first_process, has_others, on_first_process
 from spectralmetrics.recording.directory import Mode, RunDirectory
 from spectralmetrics.recording.manifest import describe

@@ -18,10 +18,11 @@ from spectralmetrics.metrics import statistics as all_statistics
 from spectralmetrics.monitoring import Alarm
 from spectralmetrics.probing.facts import Key, LayerFacts, as_text, from_text
 from spectralmetrics.probing.movers import HistoryRow
-from spectralmetrics.recording.manifest import Manifest, read_manifest, rebuild_metrics
+from spectralmetrics.recording.manifest import Manifest, read_alarms, read_manifest, rebuild_metrics
 from spectralmetrics.recording.record import Record, RecordKey, Row, Settings, tidy_rows
-from spectralmetrics.recording.tables import RECORDS, read_alarms, read_history, read_rows
 from spectralmetrics.recording.writers.arrays import SavedLayer, read_layers, saved_layers, saved_records
+from spectralmetrics.recording.writers.csv import RECORDS, read_rows
+from spectralmetrics.recording.writers.history_file import read_history
 from spectralmetrics.sums import Marginals
 
 

@@ -1,6 +1,7 @@
 """Sums that can be re-based, merged and exchanged between processes, one kind a file."""
 
 from spectralmetrics.sums.accumulate import accumulate
+from spectralmetrics.sums.arithmetic import full_precision, has_float64, no_autocast
 from spectralmetrics.sums.decomposition import check_covariance, eigenvalues, eigenvectors, symmetrise
 from spectralmetrics.sums.folds import Folds, empty_folds, first_fold, stack
 from spectralmetrics.sums.intake import products_dtype
@@ -20,7 +21,6 @@ from spectralmetrics.sums.moments import (
 from spectralmetrics.sums.numbered import Numbered, empty_numbered
 from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.per_feature import Marginals, empty_marginals
-from spectralmetrics.sums.precision import full_precision, has_float64, no_autocast
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, kept_rows, offer
 from spectralmetrics.sums.ring import ForwardHistory, empty_history
 from spectralmetrics.sums.sketch import Sketch, empty_sketch

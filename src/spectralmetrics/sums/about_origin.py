@@ -1,4 +1,8 @@
-"""The base class of sums about an origin near the data, whatever they keep of the products."""
+"""Sums about an origin near the data, whatever they keep of the products, and how the origin follows the data.
+
+The origin moves to the mean of new rows, and the sums move with it, exactly. They are exact about any origin,
+so that it need not be the mean to the last digit.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,14 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.arithmetic import as_rows, block_rows, clear, row_flags, workspace
 from spectralmetrics.sums.merging import Piece, Pieces, agree
 from spectralmetrics.sums.sum import Exchange, SpectralSum
 
 MOST_BYTES = 2**25
 """The most bytes of one collective, unless a single row of a matrix is larger."""
 _ROWS_BYTES = 2**22  # the most bytes of matrix rows that are moved to another origin at a time
+_BLOCK = 256  # features of dense sums that are moved at once
 
 
 class AboutOrigin(SpectralSum):
@@ -140,6 +146,78 @@ class DenseSums(AboutOrigin):
         count = self.count.to(torch.float64)
         half = self.first + 0.5 * count * shift
         return torch.stack([half, shift], dim=1), torch.stack([shift, half], dim=0), self.first + count * shift
+
+
+def recentre(moments: DenseSums, piece: Tensor, dim: int, valid: Tensor | None, dtype: torch.dtype) -> None:
+    """Move the origin, and the sums with it, to the mean of rows, unless these are too few.
+
+    Args:
+        moments: the sums so far.
+        piece: shape (N, D) with the features in dimension -1, or (D, b, p) with them in dimension 0.
+        dim: the dimension of the features.
+        valid: shape (N,), boolean; None if all rows count.
+        dtype: the dtype to compute the mean in.
+    """
+    rounded = piece.dtype != torch.float64
+    rows = as_rows(workspace(piece, "rows", piece.shape, dtype).copy_(piece), dim)
+    if is_read_freely(rows) and valid is None:
+        # Finite rows take half of the passes.
+        pivot = rows[0].to(torch.float64, copy=True)
+        total = rows.new_ones(len(rows)) @ rows.sub_(pivot.to(dtype))
+        if total.isfinite().all():
+            kept = torch.full((), len(rows), device="cpu")
+            move(moments, next_origin(moments, pivot, total, kept, rounded=rounded))
+            return
+        rows = as_rows(workspace(piece, "rows", piece.shape, dtype).copy_(piece), dim)
+    mask = row_flags(rows)
+    mask = mask if valid is None else mask & valid.unsqueeze(1)
+    pivot = rows.index_select(0, first_of(mask[:, 0]))[0].to(torch.float64)
+    rows.sub_(pivot.to(dtype))
+    clear(rows, mask)
+    move(moments, next_origin(moments, pivot, rows.sum(0), mask.sum(), rounded=rounded))
+
+
+def next_origin(
+    sums: AboutOrigin, pivot: Tensor, total: Tensor, kept: Tensor, *, rounded: bool = False
+) -> Tensor:
+    """The next origin: the mean of the rows, or the present origin if the rows are too few.
+
+    Args:
+        sums: the sums so far.
+        pivot: one of the rows, so that constant features are centred to exactly zero; shape (D,), float64.
+        total: the sum of the rows minus ``pivot``, shape (D,).
+        kept: the number of rows, shape ().
+        rounded: True rounds the origin to float32, so that float32 rows minus the origin is one subtraction.
+    """
+    about_pivot = total.to(torch.float64) / kept.clamp(min=1)
+    origin = pivot + torch.where(about_pivot.isfinite(), about_pivot, 0)
+    if rounded:
+        nearest = origin.to(torch.float32).to(torch.float64)
+        origin = torch.where(nearest.isfinite(), nearest, origin)
+    # A few rows that are unlike the rest, such as a last incomplete batch, must not move the origin far.
+    return torch.where((kept > 0) & (kept.square() >= sums.count), origin, sums.origin)
+
+
+def move(moments: DenseSums, origin: Tensor) -> None:
+    """Move sums to another origin, in place."""
+    # Without observations the sums are zero and the origin has no meaning: a shift must leave them zero.
+    shift = torch.where(moments.count > 0, moments.origin - origin, 0)
+    if not is_read_freely(shift) or shift.any():
+        left, right, first = moments.moved_by(shift)
+        for start, stop in block_rows(shift, _BLOCK):
+            moments.second[start:stop, start:].addmm_(left[start:stop], right[:, start:])
+        moments.first.copy_(first)
+    moments.origin.copy_(origin)
+
+
+def first_of(flags: Tensor) -> Tensor:
+    """The index of the first set flag, or 0 if none is set, shape (1,); reads nothing from a device."""
+    return flags.to(torch.uint8).argmax().reshape(1)
+
+
+def is_read_freely(values: Tensor) -> bool:
+    """True if the program may branch on values, because reading them waits for no device."""
+    return values.is_cpu
 
 
 def exchange_about_origins(sums: Any, known: Any, rank: int, world_size: int) -> Exchange:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spectralmetrics.sums import fused
 from spectralmetrics.sums.about_origin import DenseSums
+from spectralmetrics.sums.arithmetic import ROWS_PER_FLOAT32_SUM, are_finite, full_precision, power_of_two_scale
 from spectralmetrics.sums.observations import Observations, as_maps
-from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, are_finite, full_precision, power_of_two_scale
 
 # Rows up to this width take one product. Wider rows take several, without the part below the diagonal.
 _WIDTH_OF_ONE_PRODUCT = 1024

@@ -15,13 +15,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums import compiled, recentring
-from spectralmetrics.sums.about_origin import DenseSums
+from spectralmetrics.sums import about_origin, compiled
+from spectralmetrics.sums.about_origin import DenseSums, first_of, move, next_origin
+from spectralmetrics.sums.arithmetic import (
+    ROWS_PER_FLOAT32_SUM,
+    as_rows,
+    block_rows,
+    clear,
+    full_precision,
+    power_of_two_scale,
+    row_flags,
+    workspace,
+)
 from spectralmetrics.sums.checks import check_type
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import ROWS_PER_FLOAT32_SUM, full_precision, power_of_two_scale
-from spectralmetrics.sums.recentring import as_rows, block_rows, clear, row_flags
-from spectralmetrics.sums.workspace import workspace
 
 # Memory that one pass may use for centred rows. On a CPU it is small enough to stay in the cache between
 # centring and product; on an accelerator, fewer and larger products are faster.
@@ -106,7 +113,7 @@ def accumulate(
                 _add_compiled(moments, piece, dim, chosen, gram_dtype, recentre)
                 continue
             if recentre:
-                recentring.recentre(moments, piece, dim, chosen, dtype)
+                about_origin.recentre(moments, piece, dim, chosen, dtype)
             if chosen is not None or not _add_if_finite(moments, piece, dim, dtype, gram_dtype, recentre):
                 centred, finite = _centre(moments, piece, dim, dtype, exactly=recentre)
                 _add_centred(moments, centred, _count(moments, finite, chosen), fast)
@@ -148,15 +155,39 @@ def _add_compiled(
         piece = workspace(piece, "rows", piece.shape, torch.float32).copy_(piece)
     maps = piece.t().unsqueeze(0) if dim == -1 else piece.transpose(0, 1)
     if recentre:
-        recentring.recentre_in_memory(moments, maps, valid, rounded)
+        _recentre_in_memory(moments, maps, valid, rounded)
     compiled.add(moments, maps, valid, gram_dtype)
+
+
+def _recentre_in_memory(moments: DenseSums, maps: Tensor, valid: Tensor | None, rounded: bool) -> None:
+    """Like :func:`.recentre`, in one compiled pass over any number of rows.
+
+    Args:
+        moments: the sums so far.
+        maps: shape (samples, D, positions), float32 or float64, in any memory layout.
+        valid: shape (samples * positions,), boolean; None if all count.
+        rounded: True if the rows came in float32 or half precision.
+    """
+    row = 0 if valid is None else int(first_of(valid))
+    pivot = _observation(maps, row)
+    if not pivot.isfinite().all():
+        flags = maps.isfinite().all(1).flatten()
+        pivot = _observation(maps, int(first_of(flags if valid is None else flags & valid.cpu())))
+    pivot = pivot.to(torch.float64)
+    counts, totals = compiled.measure(maps, valid, pivot)
+    move(moments, next_origin(moments, pivot, totals[0], counts[0], rounded=rounded))
+
+
+def _observation(maps: Tensor, number: int) -> Tensor:
+    sample, position = divmod(number, maps.shape[2])
+    return maps[sample, :, position]
 
 
 def _add_if_finite(
     moments: DenseSums, piece: Tensor, dim: int, dtype: torch.dtype, gram_dtype: torch.dtype, exactly: bool
 ) -> bool:
     """Add rows in half of the passes if all are finite; False if some may not be, or not on a CPU."""
-    if not recentring.is_read_freely(piece) or dtype != gram_dtype:
+    if not about_origin.is_read_freely(piece) or dtype != gram_dtype:
         return False
     origin = moments.origin.to(dtype)
     if exactly and not torch.equal(origin.to(torch.float64), moments.origin):
@@ -262,7 +293,7 @@ def _multiply_in_float32(moments: DenseSums, scaled: Tensor, scale: Tensor | flo
     size = _rows_of_a_sum(total)
     number = total // size
     pieces, rest = scaled[: number * size].view(number, size, features), scaled[number * size :]
-    for start, stop in block_rows(scaled, 128 if features < 2048 else 256):
+    for start, stop in block_rows(scaled, 64 if features <= 512 else 128 if features < 2048 else 256):
         # Add the product while the cache holds it; a product of all features would not fit.
         left, right = pieces[..., start:stop].mT, pieces[..., start:]  # (n, b, size), (n, size, w)
         shape = (number, left.shape[1], right.shape[2])

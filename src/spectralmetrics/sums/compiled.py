@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums.about_origin import DenseSums
+from spectralmetrics.sums.arithmetic import workspace
 from spectralmetrics.sums.library import find, is_switched_off
-from spectralmetrics.sums.workspace import workspace
 
 InstructionSet = Literal["avx2", "avx512"]
 _NAMES: dict[InstructionSet, str] = {"avx2": "AVX2", "avx512": "AVX-512"}

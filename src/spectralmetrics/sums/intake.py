@@ -12,9 +12,9 @@ from spectralmetrics.sums import accelerated
 from spectralmetrics.sums.about_origin import DenseSums
 from spectralmetrics.sums.accelerated import Centring
 from spectralmetrics.sums.accumulate import accumulate
+from spectralmetrics.sums.arithmetic import has_fast_float64
 from spectralmetrics.sums.compiled import is_in_memory
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import has_fast_float64
 from spectralmetrics.sums.sum import Intake
 
 WAITING_ROWS = 2048

@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.arithmetic import flags_of_counted
 from spectralmetrics.sums.folds import Folds, InFolds
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.moments import Moments, empty_moments
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import flags_of_counted
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from spectralmetrics.sums import compiled, fused
+from spectralmetrics.sums.arithmetic import has_float64, no_autocast
 from spectralmetrics.sums.observations import Observations, as_maps
-from spectralmetrics.sums.precision import has_float64, no_autocast
 
 # Memory for one piece of the rows where PyTorch does the work; on a CPU it stays in the cache.
 _CPU_PIECE_BYTES = 2**20

@@ -36,11 +36,11 @@ from torch import Tensor
 
 from spectralmetrics.sums import decomposition
 from spectralmetrics.sums.about_origin import DenseSums, rows_at_a_time
+from spectralmetrics.sums.arithmetic import workspace
 from spectralmetrics.sums.checks import check_real, check_type, is_integer
 from spectralmetrics.sums.intake import DenseIntake
 from spectralmetrics.sums.merging import Piece
 from spectralmetrics.sums.sum import zeros
-from spectralmetrics.sums.workspace import workspace
 
 
 @dataclass(frozen=True)

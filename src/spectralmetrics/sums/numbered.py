@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectralmetrics.sums.arithmetic import flags_of_counted
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.reservoir import Reservoir, empty_reservoir, offer
 from spectralmetrics.sums.sum import Intake
 

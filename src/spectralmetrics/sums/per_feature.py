@@ -24,12 +24,11 @@ from typing import ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin
+from spectralmetrics.sums.about_origin import AboutOrigin, first_of, next_origin
+from spectralmetrics.sums.arithmetic import flags_of_counted
 from spectralmetrics.sums.measuring import measure
 from spectralmetrics.sums.merging import ForReader, Largest, agree
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import flags_of_counted
-from spectralmetrics.sums.recentring import first_of, next_origin
 from spectralmetrics.sums.sum import Exchange, Intake, zeros
 
 

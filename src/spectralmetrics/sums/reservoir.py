@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spectralmetrics.sums.arithmetic import flags_of_counted
 from spectralmetrics.sums.merging import ForReader, agree
 from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import flags_of_counted
 from spectralmetrics.sums.sum import Exchange, Intake, Sum, zeros
 
 

@@ -29,19 +29,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectralmetrics.sums.about_origin import AboutOrigin, rows_at_a_time
-from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
-from spectralmetrics.sums.intake import DenseIntake, products_dtype
-from spectralmetrics.sums.merging import Piece
-from spectralmetrics.sums.observations import Observations
-from spectralmetrics.sums.precision import (
+from spectralmetrics.sums.about_origin import AboutOrigin, first_of, next_origin, rows_at_a_time
+from spectralmetrics.sums.arithmetic import (
     ROWS_PER_FLOAT32_SUM,
     are_finite,
     full_precision,
     power_of_two_below,
     power_of_two_scale,
 )
-from spectralmetrics.sums.recentring import first_of, next_origin
+from spectralmetrics.sums.decomposition import with_fixed_signs, without_round_off
+from spectralmetrics.sums.intake import DenseIntake, products_dtype
+from spectralmetrics.sums.merging import Piece
+from spectralmetrics.sums.observations import Observations
 from spectralmetrics.sums.sum import zeros
 
 # Features in a block of a product. The block's result stays in the cache until it is added.

@@ -1,4 +1,4 @@
-"""Experts whose weights are stacked in one parameter, spread by hand as transformers spreads its own."""
+"""Experts whose weights are stacked in one parameter, spread by hand in the way of transformers."""
 
 import contextlib
 
@@ -18,13 +18,13 @@ WIDTH, INNER, NUMBER = 6, 8, 4
 
 
 def put_out(states, up, down):
-    """What one expert puts out, from its weights."""
+    """Output of one expert, from its weights."""
     gate, value = (states @ up.T).chunk(2, -1)
     return ((nn.functional.silu(gate) * value) @ down.T).detach()
 
 
 class Experts(nn.Module):
-    """As in transformers."""
+    """Experts as in transformers."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ def rows(batches, masks=None):
 
 
 def place(experts, mesh, how):
-    """Give a process some inner features of each expert, or some experts, and a forward that takes them."""
+    """Give a process some inner features of each expert, or some experts, and a forward that uses them."""
     original = experts.forward
 
     def shard(name, dim, values):
@@ -122,7 +122,7 @@ def spread_mixture(mesh, how):
 
 
 def experts_that_are_spread_equal_one_process(rank, world):
-    """Each expert's rows whole and once: cut experts, some experts, and the same ones on all processes."""
+    """Each expert's rows count once and whole: cut experts, some experts, the same ones on all processes."""
     mesh, batches = mesh_of(world), [inputs(seed) for seed in range(2)]
     expected = rows(batches)
     for how in ("tensor", "experts", "copies"):
@@ -135,7 +135,7 @@ def experts_that_are_spread_equal_one_process(rank, world):
                     model(x, index)
             assert_holds(probe, "train", {n: each[observe == "outputs"] for n, each in expected.items()})
             probe.remove()
-    # FSDP2, with tokens of its own on each process.
+    # FSDP2; each process has tokens of its own.
     model, own = Mixture().double(), [inputs(10 + seed) for seed in range(world)]
     fully_shard(model.experts, mesh=mesh)
     probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts")
@@ -143,7 +143,7 @@ def experts_that_are_spread_equal_one_process(rank, world):
     model(*own[rank]).sum().backward()
     assert_holds(probe, "train", {name: found for name, (_, found) in rows(own).items()})
     probe.remove()
-    # Drawn before they run, and a process that is paused takes part.
+    # Rows are drawn before the experts run, and a paused process takes part.
     for how in ("tensor", "copies"):
         model = spread_mixture(mesh, how)
         probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="experts", rows_per_feature=0.5)
@@ -162,7 +162,7 @@ def experts_that_are_spread_equal_one_process(rank, world):
 
 
 def tokens_that_travel_to_experts_of_other_processes_are_seen(rank, world):
-    """Each process has tokens of its own and some experts, and may probe other experts than the others."""
+    """Each process has its own tokens and some experts; processes may probe different experts."""
     mesh, batches = mesh_of(world), [inputs(seed, 6) for seed in range(2 * world)]
     expected = rows(batches)
     masks = [torch.rand(6, 1, generator=torch.Generator().manual_seed(seed)) < 0.7 for seed in range(2 * world)]

@@ -1,4 +1,4 @@
-"""A tiny Llama, ways to spread it over processes, and what its layers put out in one process."""
+"""A tiny Llama, ways to spread it over processes, and the outputs of its layers in one process."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         samples, steps, _ = x.shape
-        # Heads come first: torch 2.8 multiplies DTensors that are sharded along the first dimension only.
+        # Heads come first: torch 2.8 multiplies only DTensors that are sharded along the first dimension.
         q, k, v = (
             w(x).view(samples, steps, -1, WIDTH // HEADS).permute(2, 0, 1, 3)
             for w in (self.wq, self.wk, self.wv)
@@ -84,7 +84,7 @@ def tokens(seed, samples=5, steps=6):
 
 
 def plan(*, is_local=True, sequence=False, blocks=1):
-    """A plan for ``parallelize_module`` like torchtitan's, of tensor or also of sequence parallelism."""
+    """A plan for ``parallelize_module`` like torchtitan's: tensor parallel, or also sequence parallel."""
     columns, rows = ColwiseParallel, RowwiseParallel
     between = Shard(1) if sequence else Replicate()
     found = {
@@ -118,12 +118,12 @@ def loss_of(output):
 
 
 def outputs(batches, kinds=KINDS, model=None):
-    """Layer -> (N, T, D) of each batch, in one process without a probe."""
+    """Layer -> (N, T, D) for each batch, in one process without a probe."""
     return spread.outputs(llama() if model is None else model, batches, kinds)
 
 
 def rows(batches, kinds=KINDS, model=None):
-    """Layer -> (n, D), likewise."""
+    """Layer -> (n, D), in one process without a probe."""
     return {
         name: torch.cat([each.flatten(0, -2) for each in found])
         for name, found in outputs(batches, kinds, model).items()

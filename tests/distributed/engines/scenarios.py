@@ -1,4 +1,4 @@
-"""What the processes of a group run: models that PyTorch spreads, and the same model in one process."""
+"""Scenarios that a group of processes runs: models spread by PyTorch, and the same model in one process."""
 
 import contextlib
 import copy
@@ -51,7 +51,7 @@ def probed(
     blocks=1,
     **arguments,
 ):
-    """A parallelised Llama and its probe, made before or after."""
+    """A parallelised Llama and its probe, which is made before or after parallelising."""
     model = llama(blocks=blocks)
     metrics = sm.SpectrumMetric() if metrics is None else metrics
     if is_before:
@@ -67,7 +67,7 @@ def probed(
 
 
 def alone(metrics, run, *, layers=LINEAR, **arguments):
-    """A probe of the whole model in this process, which merges with nobody, and what it has seen in a run."""
+    """A probe of the whole model that merges with no other process, after ``run``."""
     for metric in metrics:
         metric.sync_on_compute = False
     model = llama()
@@ -79,7 +79,7 @@ def alone(metrics, run, *, layers=LINEAR, **arguments):
 
 
 class Rows(Metric):
-    """Keeps the rows it is given, of this process."""
+    """Keeps the rows that it gets in this process."""
 
     def __init__(self):
         super().__init__(sync_on_compute=False)
@@ -99,7 +99,7 @@ def gathered(value):
 
 
 def tensor_parallel_equals_one_process(rank, world):
-    """Two blocks; local and DTensor outputs, the probe made before and after; samples that do not divide."""
+    """Two blocks; local and DTensor outputs; probes made before and after; samples that do not divide."""
     mesh = mesh_of(world)
     for is_local, is_before in itertools.product((True, False), repeat=2):
         for samples, steps in ((5, 6), (1, 7)):
@@ -111,7 +111,7 @@ def tensor_parallel_equals_one_process(rank, world):
 
 
 def sequence_parallel_equals_one_process(rank, world):
-    """Norms and a row-parallel embedding, too, whose own reduction the probe must leave its mask."""
+    """Also norms and a row-parallel embedding; the probe leaves the mask to the embedding's own reduction."""
     mesh = mesh_of(world)
     for is_local, is_before in itertools.product((True, False), repeat=2):
         for samples, steps in ((5, 2 * world),) if is_local else ((5, 2 * world), (1, 2 * world + 1)):
@@ -146,7 +146,7 @@ def training_is_the_same_to_the_bit(rank, world):
 
 
 def masks_and_labels(rank, world):
-    """What lies beside the model is for the whole batch, however it is divided."""
+    """Masks and labels are given for the whole batch, however the batch is divided."""
     mesh = mesh_of(world)
     steps = 2 * world
     batches = [tokens(seed, 5, steps) for seed in range(3)]
@@ -172,7 +172,7 @@ def masks_and_labels(rank, world):
         assert any("labels of shape (5,)" in str(each.message) for each in told) == (
             sequence and labels is of_samples
         )
-        if sequence and labels is of_samples:  # outputs whose time is sharded have no mean of a sample here
+        if sequence and labels is of_samples:  # outputs with sharded time have no mean per sample here
             divided = {key for key in expected if "linear_probe" in key and "norm" in key}
             assert set(expected) - set(found) == divided
             assert divided
@@ -224,10 +224,10 @@ def observations_of_whole_sequences(rank, world):
 
 
 def rows_are_drawn_before_they_travel(rank, world):
-    """As many as in one process, each a row of the whole, and none on two processes."""
+    """As many rows as in one process, each a row of the whole, and no row on two processes."""
     mesh = mesh_of(world)
     generator = torch.Generator().manual_seed(0)
-    # No word twice in a sample: behind the first attention no two rows are alike.
+    # No token twice in a sample: no two rows after the first attention are alike.
     samples = [torch.randperm(VOCABULARY, generator=generator)[: 2 * world] for _ in range(15)]
     batches = list(torch.stack(samples).split(5))
     expected = outputs(batches, KINDS)
@@ -259,7 +259,7 @@ def rows_are_drawn_before_they_travel(rank, world):
 
 
 def folds_histories_and_marginals(rank, world):
-    """What belongs to one forward is in one fold on all processes, and is one row of a history."""
+    """All processes put one forward into one fold, and it is one row of a history."""
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(5)]
 
@@ -298,7 +298,7 @@ def a_history_leaves_what_others_draw(rank, world):
             metrics = [sm.CovarianceTraceMetric(), sm.MaxAbsMetric(), *joins]
             model, probe = probed(mesh, metrics, sequence=sequence, is_local=not sequence, rows_per_feature=0.3)
             with torch.no_grad():
-                model.eval()  # in training, what has no gradients is a rollout, of which there is no history
+                model.eval()  # in training, a forward without gradients is a rollout, which has no history
                 for seed in range(3):
                     model(tokens(seed, 5, 2 * world))
             found.append(probe.compute("eval"))
@@ -308,7 +308,7 @@ def a_history_leaves_what_others_draw(rank, world):
 
 
 class Fussy(sm.SpectralMetric):
-    """Fails in an update, on some process."""
+    """Fails in an update on some process."""
 
     fails = False
 
@@ -322,13 +322,13 @@ class Fussy(sm.SpectralMetric):
 
 
 def each_process_has_another_fate(rank, world):
-    """Paused, full, failed and out of budget processes take part, and the others go on."""
+    """A process that is paused, full, failed or out of budget takes part, and the others go on."""
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(12)]
     unlucky = world - 1
     fates = ("paused", "full", "failed", "budget", "merged")
     everything = list(itertools.product(fates, (False, True)))
-    # On two processes each fate once, and on four the other way, since it takes seconds.
+    # On two processes each fate runs once; on four with the other layout, because it takes seconds.
     for fate, sequence in (everything[2 * k + (k + (world > 2)) % 2] for k in range(5)):
         metrics = [Fussy()] if fate == "failed" else [sm.SpectrumMetric()]
         arguments = {"budget": 1e-6 if rank == unlucky else 0.9} if fate == "budget" else {}
@@ -359,7 +359,7 @@ def each_process_has_another_fate(rank, world):
             }
         each = 5 * 2 * world
         whole_ones = len(batches) * each
-        if fate == "budget":  # as many rows as a plan says, of as many features
+        if fate == "budget":  # as many rows as the plan says, from layers of equal width
             widths = {name: model.get_submodule(name).out_features for name in counts}
             assert len(set(zip(widths.values(), counts.values(), strict=True))) == len(set(widths.values()))
             assert min(counts.values()) > 0
@@ -373,7 +373,7 @@ def each_process_has_another_fate(rank, world):
 
 
 def every_placement_of_rows(rank, world):
-    """Rows of all placements, along one dimension and, on four processes, along two."""
+    """Rows of all placements along one dimension and, on four processes, along two."""
     rule = ObservationRule()
     meshes = [mesh_of(world)] + ([init_device_mesh("cpu", (2, 2))] if world == 4 else [])
     for shape, mesh in itertools.product(((5, 6, 8), (1, 7, 9), (3, 1, 1), (2, 9)), meshes):
@@ -413,7 +413,7 @@ def counting(graphs):
 
 
 def compiled(mesh, is_local):
-    """One graph, and the same gradients to the bit as without a probe."""
+    """One graph, and bit for bit the same gradients as without a probe."""
     batches = [tokens(seed, 5, 2 * mesh.size()) for seed in range(2)]
     generator = torch.Generator().manual_seed(3)
     masks = [torch.rand(batch.shape, generator=generator) < 0.7 for batch in batches]
@@ -436,20 +436,20 @@ def compiled(mesh, is_local):
         name: torch.cat([each[mask] for each, mask in zip(found, masks, strict=True)])
         for name, found in outputs(batches, KINDS, llama()).items()
     }
-    if is_local:  # of a row-parallel embedding only positions come, which no mask fits
+    if is_local:  # a row-parallel embedding shows only its rows, which no mask fits
         expected["tokens"] = rows(batches, (nn.Embedding,), llama())["tokens"]
     assert_holds(probe, "train", expected)
 
 
 def compiled_llamas(rank, world):
-    """Sequence parallel; `compiled_layers` has the rest: the probe before, and batches that differ in size."""
+    """Sequence parallel. `compiled_layers` has the rest: probes made before, and batches of different sizes."""
     mesh = mesh_of(world)
     compiled(mesh, is_local=False)
     compiled(mesh, is_local=True)
 
 
 def compiled_layers(rank, world):
-    """Local and DTensor outputs, and a function of the user's: one graph, the same training to the bit."""
+    """Local and DTensor outputs, and a user's function: one graph, and the same training to the bit."""
     mesh = mesh_of(world)
     batches = [
         torch.randn(size, 8, generator=torch.Generator().manual_seed(size)).double() for size in (5, 6, 7)
@@ -494,7 +494,7 @@ def compiled_layers(rank, world):
 
 
 def plain_outputs_beside_tensor_parallelism(rank, world):
-    """Norms, a layer outside of the plan, activations of divided features, and what nothing tells."""
+    """Norms, a layer outside of the plan, activations of divided features, outputs of unclear placement."""
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 6) for seed in range(2)]
     for is_before in (False, True):
@@ -523,7 +523,7 @@ def plain_outputs_beside_tensor_parallelism(rank, world):
 
 
 class OfOne(nn.Module):
-    """The first process runs a layer more, and an activation is registered last."""
+    """The first process runs one layer more, and an activation is registered last."""
 
     diagnoses = True
 
@@ -544,7 +544,7 @@ class OfOne(nn.Module):
 
 
 def plain_layers_that_one_process_runs(rank, world):
-    """Nobody waits for others for long, and an activation is divided like the layer before it."""
+    """No process waits for the others for long, and an activation is divided like the layer before it."""
     rendezvous.PATIENCE, before = 1.0, rendezvous.PATIENCE
     try:
         model, kinds = OfOne(world), (nn.Linear, nn.GELU)
@@ -561,7 +561,7 @@ def plain_layers_that_one_process_runs(rank, world):
 
 
 class RunsTwice(nn.Module):
-    """An activation is run on whole samples, and then on this process' share of them."""
+    """An activation runs on whole samples, and then on this process' share of them."""
 
     def __init__(self, world):
         super().__init__()
@@ -587,7 +587,7 @@ def each_call_of_a_layer_is_placed_by_itself(rank, world):
 
 
 def groups_of_which_one_holds_another(rank, world):
-    """Attention over two processes, experts over all: plain outputs are placed by the smaller mesh alone."""
+    """Attention over two processes, experts over all: only the smaller mesh places plain outputs."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)).double()
     replicas = [torch.randn(7, 6, generator=torch.Generator().manual_seed(each)).double() for each in range(2)]
@@ -603,7 +603,7 @@ def groups_of_which_one_holds_another(rank, world):
 
 
 class Untold(nn.Module):
-    """Of its outputs nothing tells how they are placed."""
+    """Gives no sign of how its outputs are placed."""
 
     def forward(self, x):
         return x[..., :1] * torch.arange(7) + dist.get_rank()
@@ -617,11 +617,11 @@ def unknown_placements_are_left_out_with_words(rank, world):
     probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=["0", "2"])
     with pytest.warns(UserWarning, match=r"'2' is not observed.*differ between the processes.*select="):
         model(torch.randn(9, 6))
-    model(torch.randn(9, 6))  # said once
+    model(torch.randn(9, 6))  # warned once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert list(probe.compute("train")) == ["spectrum/train/0"]
-    # Zeros are alike everywhere, and tell nothing of what comes next.
+    # Zeros are alike everywhere and say nothing about the next forward.
     model = nn.Sequential(nn.Linear(6, 4 * world), nn.Linear(4 * world, 5), nn.Linear(5, 4)).double()
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
@@ -629,14 +629,14 @@ def unknown_placements_are_left_out_with_words(rank, world):
     probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers=["2"])
     model(torch.ones(2 * world, 6).double())
     nn.init.ones_(model[2].weight)
-    model[2](torch.randn(4, 5).double() + rank)  # now each process has samples of its own
+    model[2](torch.randn(4, 5).double() + rank)  # now each process has its own samples
     model[2](torch.randn(4, 5).double() + rank)
     with probe.merged():
         assert int(probe["train", "2"]["spectrum"].count) == 2 * world + 2 * 4 * world
 
 
 def select_says_what_nothing_tells(rank, world):
-    """A Megatron-style layer, of which each process holds some features, and what the user knows of it."""
+    """`select` places the output of a Megatron-style layer, of which each process holds some features."""
     mesh = mesh_of(world)
     width = 3 * world - 1
     chunk = -(-width // world)
@@ -660,16 +660,16 @@ def select_says_what_nothing_tells(rank, world):
     probe = sm.LayerProbe(own, sm.SpectrumMetric(), select={"0": place_it})
     for each in inputs:
         own(each)
-    probe._identity._is_compared = True  # the weights are others on purpose
+    probe._identity._is_compared = True  # the weights differ on purpose
     assert_holds(probe, "train", expected)
-    # Uneven parts without their shape: said on all, where they would not fit.
+    # Uneven parts without their shape: all processes warn, because the parts would not fit.
     forgetful = sm.LayerProbe(
         own, sm.SpectrumMetric(), select={"0": lambda output: DTensor.from_local(output, mesh, [Shard(-1)])}
     )
     with pytest.warns(UserWarning, match="give DTensor.from_local the shape and stride"):
         own(inputs[0])
     forgetful.remove()
-    # A function that fails on one process leaves its rows out, and does not keep the others waiting.
+    # A function that fails on one process leaves out its rows, and the others do not wait.
     if rank == world - 1:
         fails += [True]
         with pytest.warns(UserWarning, match="ValueError: not now"):
@@ -689,7 +689,7 @@ def select_says_what_nothing_tells(rank, world):
 
 
 def inputs_equal_one_process(rank, world):
-    """What layers take: divided features of row-parallel layers, replicated ones of column-parallel ones."""
+    """Inputs of layers: divided features of row-parallel layers, replicated ones of column-parallel layers."""
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(2)]
     expected = {}
@@ -711,7 +711,7 @@ def inputs_equal_one_process(rank, world):
 
 
 def context_parallel_rows_add_up(rank, world):
-    """Each process has positions of its own of every sample: nothing is to be said."""
+    """Each process has its own positions of every sample: nothing is warned about."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     full = torch.randn(3, 2 * world + 1, 6, generator=torch.Generator().manual_seed(2)).double()
@@ -723,7 +723,7 @@ def context_parallel_rows_add_up(rank, world):
 
 
 def tensor_parallel_and_fsdp(rank, world):
-    """Two by two: sums of all replicas, each layer whole; the probe before, between and after."""
+    """Two by two: sums cover all replicas, and each layer is whole; probes made before, between and after."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -746,7 +746,7 @@ def tensor_parallel_and_fsdp(rank, world):
 
 
 def tensor_parallel_and_replicas_of_fsdp(rank, world):
-    """FSDP2 with a mesh that replicates alone; layers outside of its blocks run before any block is whole."""
+    """FSDP2 with a mesh that only replicates; layers outside of its blocks run before any block is whole."""
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -766,7 +766,7 @@ def tensor_parallel_and_replicas_of_fsdp(rank, world):
 
 
 def a_mesh_of_one_process_is_as_none(rank, world):
-    """As where the degree of tensor parallelism is one: each process has DTensors and batches of its own."""
+    """A tensor-parallel degree of one: each process has DTensors and batches of its own."""
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("dp", "tp"))["tp"]
     batches = [[tokens(10 * each + seed, 4 + each, 6) for seed in range(2)] for each in range(world)]
     expected = rows([batch for of_rank in batches for batch in of_rank])
@@ -799,7 +799,7 @@ def a_mesh_of_one_process_is_as_none(rank, world):
 
 
 def layers_that_processes_share_are_compared_whole(rank, world):
-    """Each forward counts once; also beside another model, which is whole everywhere."""
+    """Each forward counts once, also when compared with another model, which is whole everywhere."""
     batches = [tokens(seed, 5 + seed, 2 * world) for seed in range(3)]
     expected = sm.LayerSimilarity(model := llama(), layers=list(KINDS))
     for batch in batches:
@@ -819,7 +819,7 @@ def layers_that_processes_share_are_compared_whole(rank, world):
                 parallelize()
             for batch in batches[:-1]:
                 loss_of(model(batch)).backward()
-            # Whoever looks away takes part all the same; here it is the one that counts.
+            # A paused process takes part in the exchange all the same; here it is the one that counts.
             with similarity.paused() if rank == 0 else contextlib.nullcontext():
                 model(tokens(9, 5, 2 * world))
             model(batches[-1])
@@ -842,7 +842,7 @@ def layers_that_processes_share_are_compared_whole(rank, world):
     if world == 4:  # replicas with batches of their own
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         parallelize_module(model := llama(), mesh["tp"], plan(is_local=True, sequence=True))
-        # All processes, or one of each that share a forward.
+        # Over all processes, or over one of those that share a forward.
         for group in (None, mesh["dp"].get_group()):
             with sm.LayerSimilarity(model, layers=list(KINDS), process_group=group) as similarity:
                 for batch in batches[mesh["dp"].get_local_rank() :: 2]:
@@ -871,7 +871,7 @@ def fsdp_alone_adds_up(rank, world):
 
 
 def data_parallel_over_tensor_parallel(rank, world):
-    """DDP gets this process' parts of weights as plain parameters, which are DTensors in a forward."""
+    """DDP gets this process' parts of weights as plain parameters; in a forward they are DTensors."""
     from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
 
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
@@ -922,7 +922,7 @@ def gradients(batches):
     }
 
 
-# What goes another way where processes form a grid, or where each has a smaller part.
+# Scenarios that run differently where processes form a grid, or where each has a smaller part.
 EVERYWHERE = [
     every_placement_of_rows,
     tensor_parallel_equals_one_process,
@@ -964,7 +964,7 @@ def transformers_llama(folder, **arguments):
 
 
 def saved_llama(rank, world):
-    """The folder of a Llama with random weights, see :func:`saved`."""
+    """Folder of a Llama with random weights, see :func:`saved`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -976,7 +976,7 @@ def saved_llama(rank, world):
 
 @contextlib.contextmanager
 def saved(kind, config, rank, world):
-    """The folder of a model with random weights, and the environment that a launcher makes."""
+    """Folder of a model with random weights; sets the environment variables of a launcher."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -998,7 +998,7 @@ def saved(kind, config, rank, world):
 
 
 def tp_plan_of_transformers(rank, world):
-    """Never a DTensor among the outputs: planned, unplanned, embeddings, norms, the head."""
+    """No output is a DTensor: planned and unplanned layers, embeddings, norms, the head."""
     with saved_llama(rank, world) as folder:
         model = transformers_llama(folder)
         layers = [nn.Linear, nn.Embedding, type(model.model.norm)]
@@ -1016,7 +1016,7 @@ def tp_plan_of_transformers(rank, world):
 
 
 def experts_of_transformers(rank, world):
-    """Its own tensor and expert parallelism: weights of each expert are cut, or each process has some."""
+    """Tensor and expert parallelism of transformers: each expert is cut, or each process has some experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -1057,7 +1057,7 @@ def experts_of_transformers(rank, world):
             for batch in batches:
                 model(batch)
             assert_holds(probe, "eval", expected)
-        # Each process has tokens of its own, which travel inside the layer.
+        # Each process has its own tokens, which are exchanged inside the layer.
         model = new(distributed_config=DistributedConfig(fsdp_size=world, ep_size=world))
         probe = sm.LayerProbe(model, sm.SpectrumMetric(), layers="*.experts")
         model(batches[rank])
@@ -1095,7 +1095,7 @@ def accelerate_with_fsdp2(rank, world):
 
 
 def parallelized_as_by_torchtitan(rank, world):
-    """Tensor parallel, checkpoints, each block compiled, FSDP2; the probe behind all that."""
+    """Tensor parallel, checkpoints, compiled blocks, FSDP2; the probe is made after all of these."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.fsdp import fully_shard
 

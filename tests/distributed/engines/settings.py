@@ -1,4 +1,4 @@
-"""Probes that are set otherwise on one process, and functions that fail there first: said, and nobody waits."""
+"""Probes with other settings on one process, and functions that fail there first: a warning, and no waiting."""
 
 import re
 import time
@@ -33,7 +33,7 @@ def rows(seed, number=12):
 
 
 def settings_that_differ_are_refused(rank, world):
-    """Rows of other numbers would end the processes, and skipped forwards keep them waiting."""
+    """Different numbers of rows would end the processes; different skipped forwards would make them wait."""
     mesh, last = mesh_of(world), world - 1
     for name, (mine, other) in {
         "rows_per_feature": (1.0, 0.5),
@@ -81,7 +81,7 @@ def settings_that_change_count_from_the_next_reading_on(rank, world):
     mesh, last = mesh_of(world), world - 1
     model, probe = sharded(mesh)
     model(rows(0))
-    # Earlier on one process than on another, as where each has a timer of its own.
+    # Changed earlier on one process than on another, as where each has its own timer.
     if rank == last:
         probe.rows_per_feature, probe.every_n_steps, probe.seed = 0.25, 3, 7
     for seed in range(1, 4):
@@ -104,12 +104,12 @@ def settings_that_change_count_from_the_next_reading_on(rank, world):
     model(rows(5))
     read()
     assert counted == {"0": 60 + world, "1": 60 + 2}
-    # Refused before, and alike now.
+    # Refused before, and equal now.
     model, probe = sharded(mesh, rows_per_feature=0.5 if rank == last else 1.0)
     assert len(said(lambda: model(rows(0)))) == 2
     probe.rows_per_feature = 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of no observations
+        warnings.simplefilter("ignore")  # no observations
         read()
     probe.reset()
     model(rows(0))
@@ -135,7 +135,7 @@ def a_function_that_fails_in_the_first_forward_keeps_nobody_waiting(rank, world)
     assert "'0' is not observed any more" in words
     assert "not yet" in words
     assert rank == last or f"on process {last}" in words
-    fails = False  # for good: nobody can know who tries again
+    fails = False  # permanently: no process can know which others try again
     for seed in range(2):
         model(rows(seed))
     with pytest.warns(UserWarning, match="saw nothing in train"):

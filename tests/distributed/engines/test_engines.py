@@ -14,7 +14,7 @@ GROUPS = [pytest.param(each, marks=() if each == "2" else pytest.mark.long) for 
 def finished(request, tmp_path_factory):
     group = request.param
     folder = tmp_path_factory.mktemp(f"engines{group}")
-    # What is forked knows of the device that other tests emulate, and transformers puts models there.
+    # A forked process has the emulated device of other tests, and transformers would put models on it.
     method = "forkserver" if "long" in group else "fork"
     groups.run(int(group[0]), scenarios.SCENARIOS[group], folder, method=method)
     return group, folder

@@ -1,4 +1,4 @@
-"""What a probe sees, and leaves alone, while engines train: gradients, sharded weights, context parallel."""
+"""Probes beside training engines, which they do not change: gradients, sharded weights, context parallel."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from tests.distributed.spread import assert_holds
 
 
 def gradients(batches, model=None, masks=None):
-    """Layer -> (n, D), of each layer's outputs in one process without a probe."""
+    """Layer -> (n, D) gradients of its outputs in one process, without a probe."""
     model, found = llama() if model is None else model, {}
     for name, module in model.named_modules():
         if isinstance(module, KINDS):
@@ -38,7 +38,7 @@ def weights_of(model):
 
 
 def gradients_equal_one_process(rank, world):
-    """Local and DTensor outputs, the probe before and after; one process paused; training as without it."""
+    """Local and DTensor outputs, probes made before and after, one process paused; same training as without."""
     mesh = mesh_of(world)
     batches = [tokens(seed, 5, 2 * world) for seed in range(2)]
     expected = gradients(batches)
@@ -58,12 +58,12 @@ def gradients_equal_one_process(rank, world):
         assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
         assert_holds(probe, "train", expected)
         probe.remove()
-    # Paused in a forward, in a backward, full: takes part and keeps nothing.
+    # A process paused in a forward, paused in a backward, or full takes part and keeps nothing.
     model = llama()
     parallelize_module(model, mesh, plan())
     probe = sm.LayerProbe(model, sm.SpectrumMetric(), observe="gradients", max_samples=15 if rank == 0 else 20)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other limits
+        warnings.simplefilter("ignore")  # max_samples differs
         for number, batch in enumerate(batches * 2):
             if rank == 0 and number == 1:
                 probe.pause()
@@ -80,7 +80,7 @@ def gradients_equal_one_process(rank, world):
 
 
 def gradients_of_compiled_layers(rank, world):
-    """Local outputs: one graph, and the training of the same without a probe."""
+    """Local outputs: one graph, and the same training as without a probe."""
     mesh = mesh_of(world)
     batches = [torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)).double() for seed in range(2)]
 
@@ -109,7 +109,7 @@ def gradients_of_compiled_layers(rank, world):
         ends.append(weights_of(model))
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
     assert_holds(probe, "train", {name: torch.cat(each) for name, each in found.items()})
-    # Of DTensors, in words.
+    # DTensor outputs are not observed, and a warning says so.
     torch.compiler.reset()
     model = new()
     parallelize_module(model, mesh, {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()})
@@ -158,7 +158,7 @@ def assert_same_training(rank, spread, befores, **arguments):
 
 
 def training_with_sharded_weights_is_the_same_to_the_bit(rank, world):
-    """FSDP2; on four processes also replicated, and beside tensor parallelism, eager and compiled."""
+    """FSDP2, eager and compiled; on four processes also replicated, and with tensor parallelism."""
     if world != 4:
         assert_same_training(rank, sharded_weights(mesh_of(world)), (True, False))
         return
@@ -178,7 +178,7 @@ def training_with_sharded_weights_is_the_same_to_the_bit(rank, world):
 
 
 class Between(nn.Module):
-    """What comes between attentions, whose own kernels for context parallelism are those of accelerators."""
+    """Layers between attentions; PyTorch's attention for context parallelism runs on accelerators only."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ class Between(nn.Module):
 
 
 def context_parallel_of_torch(rank, world):
-    """Buffers are cut in place: positions of each process add up, masks are buffers too, wholes are refused."""
+    """Buffers are cut in place: positions of all processes add up, masks are buffers, wholes are refused."""
     mesh = mesh_of(world)
     torch.manual_seed(0)
     model = Between().double()
@@ -229,7 +229,7 @@ def context_parallel_of_torch(rank, world):
         ):
             model(batch)
         probe.reset()
-        model(batch)  # outside of it samples are whole
+        model(batch)  # outside of the context samples are whole
         assert int(probe["train", "up"]["spectrum"].count) == 3
         probe.remove()
     probe = sm.LayerProbe(model, sm.LinearProbeMetric(2), layers="up")

@@ -11,7 +11,7 @@ from spectralmetrics.extras import from_extra
 from spectralmetrics.findings import LayerNumbers, find
 from spectralmetrics.functional.tail import MEAN_LAYER
 from spectralmetrics.metrics import IntrinsicDimensionMetric
-from spectralmetrics.metrics.stream import spectrum_of
+from spectralmetrics.metrics.sharing import spectrum_of
 from spectralmetrics.probing.summary import SummaryRow, summary_of, summary_rows
 from spectralmetrics.recording.record import Record, recorded_threshold
 from spectralmetrics.recording.writer import Writer

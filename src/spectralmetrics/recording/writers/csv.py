@@ -1,14 +1,20 @@
-"""Numbers as a tidy table."""
+"""``records.csv``: numbers as a tidy table."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from spectralmetrics.recording.files import lengthen, replace_file, sweep
-from spectralmetrics.recording.record import Record, RecordKey
-from spectralmetrics.recording.tables import COLUMNS, RECORDS, format_rows, read_rows
+from spectralmetrics.recording.files import csv_text, lengthen, read_table, replace_file, sweep
+from spectralmetrics.recording.record import Record, RecordKey, Row
 from spectralmetrics.recording.writer import Writer
+
+RECORDS = "records.csv"
+COLUMNS = Row._fields
+# The columns of 0.1.0, without intervals, and of 0.2.0, without steps.
+_EARLIER_COLUMNS = (COLUMNS[:5], COLUMNS[:7])
 
 
 class CSVWriter(Writer):
@@ -74,3 +80,33 @@ class CSVWriter(Writer):
         kept = [row for row in rows if row.key.order <= after.order]
         if len(kept) < len(rows):
             replace_file(path, format_rows(kept))
+
+
+def format_rows(rows: Iterable[Row | Mapping[str, Any]], *, header: bool = True) -> bytes:
+    """Rows as CSV text; floats with all their digits."""
+    lines: list[Iterable[Any]] = [COLUMNS] if header else []
+    lines += [row.values() if isinstance(row, Mapping) else row for row in rows]
+    return b"".join(csv_text([line]).removesuffix(b"\r\n") + b"\n" for line in lines)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ``records.csv``; none without one.
+
+    Raises:
+        ValueError: if it is not a table of records.
+    """
+    return read_table(path, "a record", _row, COLUMNS, *_EARLIER_COLUMNS)
+
+
+def _row(cells: list[str]) -> Row:
+    epoch, stage, layer, statistic, value, *more = cells
+    *ends, step = (*more, "", "", "")[:3]
+    low, high = (_number(end) if end else None for end in ends)
+    return Row(int(epoch), stage, layer, statistic, _number(value), low, high, int(step) if step else None)
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

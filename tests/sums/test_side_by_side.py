@@ -1,4 +1,4 @@
-"""Matrices decomposed at a time give the same results, in order, and other threads keep their settings."""
+"""Matrices decomposed in parallel give the same results, in order, and other threads keep their settings."""
 
 import subprocess
 import sys
@@ -8,14 +8,15 @@ import weakref
 import pytest
 import torch
 
-from spectralmetrics.functional import side_by_side as module
-from spectralmetrics.functional.side_by_side import side_by_side
+from spectralmetrics.sums import decomposition
+from spectralmetrics.sums.decomposition import side_by_side
 
 CPU = torch.device("cpu")
 
 
 needs_limits = pytest.mark.skipif(
-    module.use_one_thread is None, reason="no function of PyTorch's library sets the threads of one thread"
+    decomposition.use_one_thread is None,
+    reason="no function of PyTorch's library sets the threads of one thread",
 )
 
 
@@ -53,7 +54,7 @@ def test_nothing_is_gained_by_threads(number, width, device):
 
 @pytest.mark.usefixtures("two_threads")
 def test_one_after_the_other_where_a_thread_cannot_be_limited(monkeypatch):
-    monkeypatch.setattr(module, "use_one_thread", None)
+    monkeypatch.setattr(decomposition, "use_one_thread", None)
     assert run(lambda item: threading.current_thread(), range(3)) == [threading.current_thread()] * 3
 
 
@@ -132,7 +133,7 @@ def test_threads_work_in_the_callers_inference_mode():
 
 PROGRAM = """
 import atexit, threading, torch
-from spectralmetrics.functional.side_by_side import side_by_side
+from spectralmetrics.sums.decomposition import side_by_side
 
 def run():
     read = lambda item: (torch.get_num_threads(), threading.current_thread() is threading.main_thread())

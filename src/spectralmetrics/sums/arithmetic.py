@@ -1,10 +1,15 @@
-"""Products at the precision of their dtype, whatever settings the user's program has switched on."""
+"""Arithmetic on rows: products at the precision of their dtype, flags of finite rows, memory that is reused.
+
+Products keep their precision whatever settings the user's program has switched on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +17,10 @@ from torch import Tensor
 
 ROWS_PER_FLOAT32_SUM = 256
 """A float32 sum of products of like sign drifts in proportion to their number: by 2.4e-3 for 131,072."""
+
+# The most memory that a thread keeps for one role.
+_KEPT_WORKSPACE_BYTES = 2**26
+_KEPT = threading.local()
 
 
 @contextlib.contextmanager
@@ -110,6 +119,52 @@ def flags_of_counted(rows: Tensor, valid: Tensor | None) -> Tensor:
     """Flags of the rows that count, shape (N,): finite rows (N, D), and not marked False in ``valid``, (N,)."""
     finite = are_finite(rows)[:, 0]
     return finite if valid is None else finite & valid
+
+
+def row_flags(rows: Tensor) -> Tensor:
+    """Flags of rows (N, D) without NaN and infinities, shape (N, 1)."""
+    # NaN and infinities make the sum of the row not finite. Small summands ensure that nothing else does.
+    small = torch.full_like(rows[0], 2.0 ** -(rows.shape[1].bit_length() + 1))
+    return torch.mv(rows, small).isfinite().unsqueeze(1)
+
+
+def clear(centred: Tensor, mask: Tensor) -> None:
+    """Set the rows to leave out to zero, whatever they hold."""
+    # Mask bits, in one vectorised pass: a product would leave NaN, and a masked fill is several times slower.
+    bits = torch.int64 if centred.dtype == torch.float64 else torch.int32
+    centred.view(bits).bitwise_and_(mask.to(bits).neg_())
+
+
+def as_rows(piece: Tensor, dim: int) -> Tensor:
+    """A view of shape (n, D) of rows, or of contiguous memory of shape (D, b, p) with features first."""
+    return piece if dim == -1 else piece.flatten(1).t()
+
+
+def block_rows(like: Tensor, size: int) -> Iterator[tuple[int, int]]:
+    """The upper triangle of a product as block rows ``[start:stop, start:]``: half the work.
+
+    Args:
+        like: shape (..., D), on the device of the product.
+        size: number of rows of a block on the CPU.
+    """
+    features = like.shape[-1]
+    if not like.is_cpu:
+        size = max(128, min(256, features // 4))  # fewer, larger products
+    for start in range(0, features, size):
+        yield start, min(start + size, features)
+
+
+def workspace(like: Tensor, role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of any content; on a CPU it is reused for the same role, since fresh pages are slow there."""
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size * dtype.itemsize > _KEPT_WORKSPACE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    name = f"{role}, {dtype}"
+    kept: Tensor | None = getattr(_KEPT, name, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=dtype, device="cpu")
+        setattr(_KEPT, name, kept)
+    return kept[:size].view(tuple(shape))
 
 
 @functools.cache
