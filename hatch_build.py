@@ -1,7 +1,7 @@
 """The hook that hatchling runs when it builds this package.
 
-It compiles csrc/ where that is possible; PyTorch does the same work without it. pip shows the reason for a
-failure only with -v, so a note in the library's place keeps the reason, and the package can say it.
+It compiles csrc/ if it can; otherwise PyTorch does the same work. pip shows the reason for a failure only with
+-v, so the hook writes it into a note in the library's place, and the package can report it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class CompileHook(BuildHookInterface):
     """Puts the shared library into a wheel of this platform, or into the source tree of an editable install."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatchling before a wheel, or an editable install, is put together."""
+        """Called by hatchling before it builds a wheel or an editable install."""
         if self.target_name != "wheel" or sys.platform != "linux" or platform.machine() != "x86_64":
             return
         self._folder = tempfile.mkdtemp()
@@ -48,7 +48,7 @@ class CompileHook(BuildHookInterface):
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Called by hatchling when the wheel has been written."""
+        """Called by hatchling after it has written the wheel."""
         if hasattr(self, "_folder"):
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -60,7 +60,7 @@ class CompileHook(BuildHookInterface):
             raise OSError(f"{shlex.join(command)} has written nothing")
 
     def _put(self, version: str, made: Path, path: str, build_data: dict[str, Any]) -> None:
-        """Put the library, or the note, into the wheel, or into the source tree in the place of either."""
+        """Put the library or the note into the wheel or the source tree, where it replaces an older one."""
         if version != "editable":
             build_data["force_include"][str(made)] = path
             return
@@ -74,7 +74,7 @@ class CompileHook(BuildHookInterface):
 
 
 def in_short(error: Exception) -> str:
-    """An error in one line; for a compiler its name, its status and its first error message."""
+    """An error in one line; for a compiler: its name, exit status and first error message."""
     if not isinstance(error, subprocess.CalledProcessError):
         return " ".join(str(error).split())
     messages = [line.strip() for line in error.stderr.splitlines() if "error" in line]

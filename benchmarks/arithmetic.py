@@ -1,16 +1,16 @@
-"""Time that exact sums add to a training step, beside that of the symmetric products alone on the same rows.
+"""Time that exact sums add to a training step, compared with the symmetric products alone on the same rows.
 
     python benchmarks/arithmetic.py [--models mlp vgg resnet vit gpt] [--rounds 9] [--clock wall]
 
 Each round runs the arms in turn: steps without a probe, steps with exact sums in float64 and in float32,
 compiled and by PyTorch, and scipy's `dsyrk` and `ssyrk` of the rows that the probed layers put out in one step.
 The first ratio of an arm is the time that its steps take longer than the same round's plain steps, over that
-round's products: all that a probe costs, what it does to caches included. The second is the time that passes in
-the hooks alone over the products, which other programs on the same cores disturb less. Medians over rounds,
-with the quartiles of the first ratio.
+round's products: the whole cost of a probe, with its effect on caches. The second is the time inside the hooks
+alone over the products; other programs on the same cores disturb it less. Medians over rounds, with the
+quartiles of the first ratio.
 
-With `--clock processor` the time is that of the processor, on all threads, for machines that others use:
-nothing here waits for anything, but what threads of a library spin counts.
+`--clock processor` measures processor time of all threads, for machines that others use. No step waits, but
+threads of a library that spin count.
 """
 
 import statistics
@@ -36,7 +36,7 @@ ARMS = {
     "compiled, float32": "exact, float32 products",
     "by PyTorch, float32": "exact, float32 products, by PyTorch",
 }
-PAUSE_SECONDS = 0.1  # in which the threads of another library stop to spin
+PAUSE_SECONDS = 0.1  # until the threads of another library stop spinning
 
 
 def rows_of(model, inputs):

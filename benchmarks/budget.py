@@ -1,20 +1,18 @@
-"""What a probe with a budget takes of a training, what it sees, and how near its dimensions are to the exact
-ones.
+"""A probe with a budget: its share of a training's time, the rows it observes, the error of its dimensions.
 
     python benchmarks/budget.py [--models mlp vgg resnet vit gpt] [--budgets 0.01 0.03 0.1] [--blocks 12]
     python benchmarks/budget.py --models mlp resnet gpt --short 600 --arms eager compiled
 
 For each model and budget, blocks of training steps with the probe and with the probe paused take turns. The
-share is measured from outside: the time of the steps with it over that of those without, less one, as the
-median over pairs of neighbouring blocks. The first blocks, in which the sums are made and their price is paid
-off, are left out of it and told apart. Exact dimensions are those of a probe without a budget on the same
-network and inputs afterwards; the inputs are drawn anew for each step, so that they have a spectrum of their
-own.
+share is measured from outside: time with the probe over time without, less one; the median over pairs of
+neighbouring blocks. It leaves out the first blocks, in which the probe allocates its sums and pays their time
+off. A probe without a budget then measures the exact dimensions, on the same network and further inputs. Every
+step draws new inputs from one distribution.
 
 ``--short`` measures whole runs of so many steps instead, from the first step on: blocks of steps with the
-probe, with the probe paused, and with it paused again take turns, and the share is that of all of them
-together. The second paused arm over the first says how much the machine itself varies. Beside the time on the
-wall stands that of the processor, which other programs on the same cores move less.
+probe, with the probe paused, and with it paused again take turns, and the share is taken over all blocks
+together. The second paused arm over the first shows how much the machine itself varies. The processor's time
+stands beside wall time, because other programs on the same cores disturb it less.
 """
 
 import statistics
@@ -121,7 +119,7 @@ def measure(name, budget, blocks):
 
 
 def measure_short(name, budget, steps, arm):
-    """A whole run, its time beside that of as many steps without the probe."""
+    """A whole run, compared with as many steps without the probe."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine in words, tables, and where results go."""
+"""Shared by all benchmarks: a description of the machine, tables, and the folder for results."""
 
 import argparse
 import importlib.metadata
@@ -23,12 +23,12 @@ MARGINALS = [  # the metrics that need no matrix
     sm.DormantFeaturesMetric,
     sm.OutlierFeaturesMetric,
 ]
-# That of the processor, on all threads, is for machines that others use.
+# Processor time (of all threads) is for machines that others use.
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a benchmark; says what it runs on before anything is measured."""
+    """Reads a benchmark's options, and prints what it runs on before it measures."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe_machine():
-    """Date, processor, load, versions, and which sums run and why, for the head of a result."""
+    """Date, processor, load, versions, and the instructions of the sums, for the head of a result."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -49,7 +49,7 @@ def describe_machine():
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
         model = facts.get("model name", model)
-        # Virtual machines shorten the name ("AMD EPYC"); these numbers still tell the generation.
+        # Virtual machines shorten the name ("AMD EPYC"); these numbers still give the generation.
         numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
         model += f" ({', '.join(numbers)})" if numbers else ""
     return {

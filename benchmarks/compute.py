@@ -2,14 +2,13 @@
 
     python benchmarks/compute.py [--widths 128 256 512 1024 2048] [--rounds 7] [--folds 8] [--clock wall]
 
-Ours are read from one state, from sums to values, nothing kept from earlier calls; Delve decomposes the
-covariance anew for most of its statistics.
+Our seven statistics are computed from one state, with no cached result. Delve decomposes the covariance anew
+for most of its statistics.
 
-After that a record of a network with the 21 widths of ResNet-18: what a recorder reads of a probe with folds,
-the seven statistics and their intervals of all layers, beside one `eigvalsh` per fold and layer. Beside that
-stands the least that a record decomposes and multiplies, one after the other: what is held out of a fold is
-looked at along the eigenvectors of the others, an `eigh` and a product for each fold, and the values are of
-all folds, an `eigvalsh` for each layer.
+Then a record of a network with the 21 widths of ResNet-18: a recorder reads seven statistics with intervals
+from a probe with folds, compared with one `eigvalsh` per fold and layer. "Its arithmetic alone" is the least
+work of a record, in sequence: for each fold an `eigh` of the other folds and a product along its eigenvectors,
+and for each layer an `eigvalsh` of all folds.
 """
 
 import statistics
@@ -23,7 +22,7 @@ from torchmetrics import MetricCollection
 import spectralmetrics as sm
 from spectralmetrics.probing.probe import read_probe
 
-WIDTHS = [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5 + [1000]  # of ResNet-18
+WIDTHS = [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5 + [1000]  # ResNet-18
 SEVEN = (
     sm.SaturationMetric,
     sm.IntrinsicDimensionMetric,
@@ -71,7 +70,7 @@ def record(folds, rounds, clock):
             layer(decaying(width, 2 * width))
 
     def ours():
-        show()  # new rows: nothing that was read is still valid
+        show()  # new rows make cached values invalid
         start = clock()
         with read_probe(probe) as read:
             seconds = clock() - start
@@ -126,7 +125,7 @@ def main():
         covariance = torch.cov(rows.double().T, correction=0)
 
         def ours(collection=collection, row=rows[:1]):
-            # The clock starts with nothing computed yet, and no row waiting to be added.
+            # Before the clock starts: empty the cache, and add the waiting row.
             collection.update(row)
             int(next(iter(collection.values(copy_state=False))).count)
             start = clock()

@@ -1,12 +1,12 @@
-"""Embeddings in files: rate and memory of `measure`, beside numpy, scikit-learn and the disk itself.
+"""Embeddings in files: rate and memory of `measure`, compared with numpy, scikit-learn and the disk itself.
 
     python benchmarks/files.py [--gigabytes 50] [--width 768] [--folder DIR] [--parts synthetic file disk]
 
-``synthetic``: float16 rows that are generated as they are read, each arm in a process of its own whose peak
-memory is told: `measure` with and without folds and with float32 products, `numpy.cov` added up over blocks,
-scikit-learn's `IncrementalPCA` (a hundredth of the rows: it is that slow), and the generator alone. ``file``:
-100,000 rows by the command line, beside `numpy.load` and `numpy.cov`. ``disk``: how fast the file is read and
-nothing else is done, with the cache of the operating system emptied of it.
+``synthetic``: float16 rows, generated while they are read. Each arm runs in its own process, which reports its
+peak memory: `measure` with and without folds and with float32 products, `numpy.cov` added up over blocks,
+scikit-learn's `IncrementalPCA` (on a hundredth of the rows, since it is slow), and the generator alone.
+``file``: 100,000 rows by the command line, compared with `numpy.load` and `numpy.cov`. ``disk``: reading a file
+alone, and `measure` of it, each after the operating system's cache of the file is emptied.
 """
 
 import argparse
@@ -28,13 +28,13 @@ BLOCK = 16384
 
 
 def peak():
-    """The most memory that this process has used, in GB."""
+    """Peak memory of this process, in GiB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
 
 def blocks(gigabytes, width):
-    """Blocks of float16 rows, each another cut of one block of noise: they cost hardly more than a copy."""
+    """Blocks of float16 rows, each cut from one array of noise: a block costs little more than a copy."""
     generator = np.random.default_rng(0)
     scale = np.arange(1, width + 1, dtype=np.float32) ** -0.5
     noise = (generator.standard_normal((2 * BLOCK, width), dtype=np.float32) * scale).astype(np.float16)
@@ -52,7 +52,7 @@ def by_measure(source, folds=8, gram_dtype=None):
 
 
 def by_numpy(source):
-    """Sums of `numpy.cov`, as people write it; what differs between means of blocks is lost."""
+    """Sums of `numpy.cov` over blocks, as people write it; it ignores that the blocks' means differ."""
     count, total = 0, 0
     for rows in source:
         count += len(rows)
@@ -84,7 +84,7 @@ ARMS = {
 
 
 def run_arm(name, gigabytes, width):
-    """Print seconds and peak memory of one arm as JSON; in a process of its own."""
+    """Print seconds and peak memory of one arm as JSON; each arm needs its own process."""
     start, processor = time.perf_counter(), time.process_time()
     value = ARMS[name](blocks(gigabytes, width))
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
@@ -97,7 +97,7 @@ def synthetic(gigabytes, width):
         amount = gigabytes / 100 if name == "IncrementalPCA" else gigabytes
         command = [sys.executable, __file__, "--arm", name, "--gigabytes", str(amount), "--width", str(width)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = json.loads(output.splitlines()[-1])  # what it runs on comes first
+        found = json.loads(output.splitlines()[-1])  # the machine's description comes first
         amount = max(int(amount * 1e9 / (2 * width * BLOCK)), 1) * 2 * width * BLOCK / 1e9
         found |= {"arm": name, "gigabytes": amount, "rate": amount / found["seconds"]}
         results.append(found)
@@ -120,7 +120,7 @@ def write_file(path, rows, width):
 
 
 def forget(path):
-    """Empty the cache of the operating system of a file."""
+    """Drop a file from the operating system's cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -158,7 +158,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=50)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=100_000, help="of the parts `file` and `disk`")
+    parser.add_argument("--rows", type=int, default=100_000, help="rows of the parts `file` and `disk`")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary one)")
     parser.add_argument("--parts", nargs="+", default=["synthetic", "file", "disk"])
     parser.add_argument("--arm", help=argparse.SUPPRESS)

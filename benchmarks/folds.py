@@ -1,8 +1,8 @@
-"""What folds cost: the time of an update and the size of the state with 8 folds, beside those with one.
+"""Cost of folds: time of an update and size of the state with 8 folds and with one.
 
     python benchmarks/folds.py [--rounds 9] [--threads 1]
 
-Each round times one arm after the other, for so many updates that every fold's waiting rows are added often.
+Each round times both arms in turn, with so many updates that every fold adds its waiting rows often.
 """
 
 import statistics
@@ -47,7 +47,7 @@ def measure(width, count, rounds):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results, shown = [], []

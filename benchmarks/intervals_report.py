@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/guide/observations.md, from results/*.json; seconds, nothing is measured.
+"""Make the tables and the picture of docs/guide/observations.md from results/*.json, in seconds.
 
 python benchmarks/intervals_report.py
 """
@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 DOCS = Path(__file__).parents[1] / "docs"
 SPACE = "\N{NO-BREAK SPACE}"
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 
 
 def read(name):
@@ -30,7 +30,7 @@ def number(value):
 
 
 def between(low, high):
-    """Both ends, on one line of a table."""
+    """Both ends, without a line break."""
     return f"{number(low)}{SPACE}…{SPACE}{number(high)}"
 
 
@@ -43,7 +43,7 @@ def pivoted(results):
 
 
 def spectra(results):
-    """Of the dimension: truth and means, and how often the interval holds."""
+    """Table of the dimension: truth, means, and share of intervals that contain the truth."""
     rows = []
     for (spectrum, ratio, statistic), of in pivoted(results).items():
         if statistic == "dimension":
@@ -64,7 +64,7 @@ def spectra(results):
 
 
 def ranks(results, statistic):
-    """Of another statistic with 8 folds."""
+    """Table of another statistic with 8 folds."""
     rows = []
     for (spectrum, ratio, name), of in pivoted(results).items():
         if name == statistic:
@@ -77,7 +77,7 @@ def ranks(results, statistic):
 
 
 def digits(results):
-    """How often intervals of real layers hold the value of all digits."""
+    """Table of real layers: share of intervals that contain the value of all digits."""
     rows = []
     for statistic in dict.fromkeys(row["statistic"] for row in results["rows"]):
         for count in dict.fromkeys(row["digits"] for row in results["rows"]):
@@ -107,7 +107,7 @@ def digits(results):
 
 
 def layers(results):
-    """The dimension of each layer of the first network, and how often all networks' intervals hold."""
+    """Each layer's dimension in the first network, and the share of all networks' intervals that hold it."""
     found = {}
     for row in results["rows"]:
         if row["statistic"] == "dimension":
@@ -129,7 +129,7 @@ def layers(results):
 
 
 def cost(results):
-    """Updates and states with 8 folds beside one."""
+    """Time of updates and size of states, with one fold and with 8."""
     rows = []
     for result in results:
         one, eight = result["seconds"]["1"], result["seconds"]["8"]
@@ -142,7 +142,7 @@ def cost(results):
 
 
 def draw(closing, path):
-    """The interval of some layers as digits come in."""
+    """Plot the interval of some layers over the number of digits seen."""
     figure = Figure(figsize=(7.6, 5.6), layout="constrained")
     names = list(dict.fromkeys(row["layer"] for row in closing))
     for axis, layer in zip(figure.subplots(2, 2, sharex=True).flat, names, strict=True):

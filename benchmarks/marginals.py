@@ -1,17 +1,17 @@
-"""Added time of what needs no matrix: marginals and the history of forwards, beside loggers written by hand.
+"""Added time of metrics without a matrix (marginals, the history of forwards), and of loggers written by hand.
 
     python benchmarks/marginals.py [--models gpt,resnet] [--rounds 15] [--settle 3]
 
 Training steps of a GPT-like network (width 256, 6 blocks, 4 sequences of 128 tokens) and of a ResNet-18 (8
 images of 32 x 32), all linear or convolutional layers watched, in one thread. One network is trained; each
 round runs a step of every arm in turn, with the hooks of the other arms off, and an arm's cost is its step less
-that round's step without hooks, as a share of it. Time is the thread's own processor time, so that programs
-that share the machine count only by what they do to the caches. Reported are medians over the rounds with
-quartiles, and what an arm adds to the fastest of all steps, which a busy machine disturbs least.
+that round's step without hooks, as a share of it. Time is the thread's own processor time, so that other
+programs on the machine count only by their effect on the caches. The script reports medians over the rounds
+with quartiles, and the time added to the fastest of all steps, which a busy machine disturbs least.
 
-The loggers are written here in the way of theirs: composer's `ActivationMonitor` (L2 norm over features, mean,
-largest, kurtosis and skewness of each output, brought to the host), and OLMo-core's monitor of activations
-(mean, standard deviation and largest magnitude, kept on the device). Delve has its cheapest statistic.
+The loggers imitate composer's `ActivationMonitor` (L2 norm over features, mean, largest, kurtosis and skewness
+of each output, copied to the host) and OLMo-core's monitor of activations (mean, standard deviation and largest
+magnitude, kept on the device). Delve computes its cheapest statistic.
 """
 
 import logging
@@ -39,7 +39,7 @@ WATCHED = (nn.Linear, nn.Conv2d)
 
 
 class Logger:
-    """A hook on each watched layer that can be switched off."""
+    """A hook on each watched layer, which can be switched off."""
 
     def __init__(self, model):
         self.is_on = False
@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--settle", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)  # Delve tells of each layer
+    logging.disable(logging.INFO)  # Delve logs each layer
     torch.set_num_threads(1)
     results = {}
     for name in options.models.split(","):

@@ -1,9 +1,9 @@
-"""Memory of a metric's state, and what one update takes on top of it at its peak.
+"""Memory of a metric's state, and the peak of one update above it.
 
     python benchmarks/memory.py [--widths 64 ... 4096]
 
-Each width is measured in a process of its own: the peak of its resident memory during updates with a batch of
-128 MB, less what it had before the metric was made. Needs Linux.
+Each width runs in its own process. The peak is its resident memory during updates with a batch of 128 MB, less
+its memory before the metric was made. Needs Linux.
 """
 
 import multiprocessing
@@ -18,14 +18,14 @@ MEGABYTE = 2**20
 
 
 def resident(field):
-    """``VmRSS``, what is resident now, or ``VmHWM``, its peak since the last reset; in bytes."""
+    """Bytes of resident memory: ``VmRSS`` now, ``VmHWM`` the peak since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure(width, count, dtype, queue):
     rows = torch.ones(count, width).add_(torch.arange(width))
-    torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # the libraries' own buffers
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # allocates the libraries' own buffers
     sm.CovarianceMetric(gram_dtype=dtype).update(rows[:64, :8])
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
@@ -39,7 +39,7 @@ def measure(width, count, dtype, queue):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--bytes", type=int, default=128 * MEGABYTE, help="of a batch in float32")
+    parser.add_argument("--bytes", type=int, default=128 * MEGABYTE, help="bytes of a batch in float32")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     results = []

@@ -1,10 +1,10 @@
-"""Merging ResNet-18's layers across processes: the fused path beside torchmetrics' own, interleaved in one run.
+"""Merging ResNet-18's layers across processes: the fused path and torchmetrics' own, in turn in one run.
 
     python benchmarks/merge.py [--processes 2 4] [--rounds 7]
 
 Both arms end with the merged sums of 21 layers and 3 metrics on every process; neither decomposes them.
-The stock arm is what torchmetrics does for a metric with three states that are reduced by sums: it gathers each
-state of each metric and adds them up.
+The stock arm does what torchmetrics does for a metric with three states that are reduced by sums: it gathers
+each state of each metric and adds them up.
 """
 
 import json
@@ -21,13 +21,13 @@ from common import Parser, write_result
 
 import spectralmetrics as sm
 
-# Output channels of ResNet-18's convolutions and its classifier.
+# Output channels of ResNet-18's convolutions and classifier.
 WIDTHS = [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5 + [1000]
 METRICS = (sm.SaturationMetric, sm.CovarianceTraceMetric, sm.EffectiveRankMetric)
 
 
 class Stock(torchmetrics.Metric):
-    """A covariance as torchmetrics would have it: three sums."""
+    """A covariance as three sums that torchmetrics reduces."""
 
     full_state_update = False
 
@@ -50,7 +50,7 @@ class Stock(torchmetrics.Metric):
 def process(rank, world, folder, rounds):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.manual_seed(0)  # the same network everywhere, as in a training
+    torch.manual_seed(0)  # the same network on each process, as in a training
     model = torch.nn.ModuleList(torch.nn.Linear(4, width) for width in WIDTHS)
     probe = sm.LayerProbe(model, [metric() for metric in METRICS])
     stock = [Stock(width) for width in WIDTHS for _ in METRICS]
@@ -62,7 +62,7 @@ def process(rank, world, folder, rounds):
             rows = layer(torch.randn(64, 4)).detach()
             for metric in stock[3 * index : 3 * index + 3]:
                 metric.update(rows)
-        for layer in probe.layers:  # no rows may wait: those of the stock arm have been added, too
+        for layer in probe.layers:  # add the rows that wait, since the stock arm has added its rows
             int(next(iter(probe["train", layer].values(copy_state=False))).count)
 
     def fused():
@@ -92,7 +92,7 @@ def process(rank, world, folder, rounds):
     counted("stock", one_by_one)
     seconds = {"fused": [], "stock": []}
     for index in range(rounds):
-        fill(index + 1)  # new rows: nothing that was merged before is still valid
+        fill(index + 1)  # new rows make earlier merged sums invalid
         for name, arm in (("fused", fused), ("stock", one_by_one)):
             dist.barrier()
             start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""What a monitor costs: a reading of all layers, beside a training step and the eigenvalues that it needs.
+"""Cost of a monitor: one reading of all layers, compared with a training step and with its eigenvalues alone.
 
     python benchmarks/monitor.py [--models gpt,resnet] [--rounds 9] [--steps 10]
 
-The networks of `marginals.py`, with a probe on all linear or convolutional layers that samples
-(`rows_per_feature=4, every_n_steps=8`) and a monitor. Each round trains some steps and reads; then the
-covariance of each layer is decomposed alone. Time is the thread's own processor time; medians over the rounds.
+The networks of `marginals.py` have a monitor, and a probe on all linear or convolutional layers that samples
+(`rows_per_feature=4, every_n_steps=8`). Each round trains some steps and reads; then it decomposes the
+covariance of each layer alone. Time is the thread's own processor time; medians over the rounds.
 """
 
 import statistics
@@ -41,7 +41,7 @@ def measure(name, rounds, steps):
         own = [(timed(train), timed(monitor.step)) for _ in range(steps)]
         covariances = probe.covariances("train").values()
         decomposed = timed(lambda matrices=covariances: [torch.linalg.eigvalsh(each) for each in matrices])
-        if number:  # the first has the first steps and the first reading
+        if number:  # the first round warms up
             *between, reading = (each for _, each in own)
             seconds["step"].append(statistics.median(each for each, _ in own))
             seconds["between"].append(statistics.median(between))
@@ -54,7 +54,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--models", default="gpt,resnet")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=16, help="from one reading to the next")
+    parser.add_argument("--steps", type=int, default=16, help="steps from one reading to the next")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -1,10 +1,11 @@
-"""The compiled sums beside the most that one core can do: their rate over its peak of multiply-adds.
+"""Rate of the compiled sums, as a share of one core's peak of multiply-adds.
 
     python benchmarks/pieces.py [--widths 64 128 ...] [--rounds 9] [--rows 4096]
 
-The peak is that of a loop in registers, compiled here for the instructions that the sums use. One thread;
-processor time, so that other programs on the machine count little. Every round runs all arms in turn. BLAS'
-``dsyrk`` and ``ssyrk`` stand beside, on rows that are converted already; ours convert and centre them, too.
+A loop in registers, compiled here for the instructions that the sums use, measures the peak. All run in one
+thread, and time is processor time, so that other programs on the machine count little. Every round runs all
+arms in turn. BLAS' ``dsyrk`` and ``ssyrk`` get rows that are converted already; ours convert and centre them,
+too.
 """
 
 import ctypes
@@ -47,7 +48,7 @@ KINDS = {"float64": ("double", "f8", dsyrk), "float32": ("float", "f4", ssyrk)}
 
 
 def peak_loop(instructions, real):
-    """A function that runs the loop once, and the multiply-adds that it makes."""
+    """A function that runs the loop once, and its number of multiply-adds."""
     flags, size, chains = VECTORS[instructions]
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "peak.cpp"), Path(folder, "peak.so")
@@ -129,7 +130,7 @@ HEADS = ["D", "rows", "ours, float64", "dsyrk", "ours, float32", "ssyrk"]
 
 
 def row_of(result):
-    """The cells of a width: medians, with the least and the most, of the shares of the peak."""
+    """The cells of a width: median, least and most of the shares of the peak."""
     cells = [
         f"{statistics.median(values):.2f} ({min(values):.2f} … {max(values):.2f})"
         for values in result["shares of peak"].values()

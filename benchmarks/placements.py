@@ -1,10 +1,10 @@
-"""What observing sharded layers takes: collectives and bytes of each step, measured and by formula.
+"""Cost of observing sharded layers: collectives and bytes of each step, measured and by formula.
 
     python benchmarks/placements.py measure [--processes 2 4] [--rows-per-feature 0.25]
     python benchmarks/placements.py experts [--processes 1 2] [--rows-per-feature 0.25]
     python benchmarks/placements.py paper [--processes 8] [--rows-per-feature 1] [--every 100]
 
-Let W processes share a layer of D features, of whose N rows the probe observes k: all, or rows_per_feature * D.
+Let W processes share a layer of D features. The probe observes k of its N rows: all, or rows_per_feature * D.
 With e bytes for each value, each process sends in one forward
 
     0                          for a replicated output, and for one whose samples or positions are sharded
@@ -12,15 +12,15 @@ With e bytes for each value, each process sends in one forward
     k D e (W - 1) / W          for a row-parallel layer (sums are yet to be reduced), in one all-to-all, and
                                for each expert whose weights are cut
 
-and in one backward, of gradients, the same for a column-parallel layer and nothing for a row-parallel one: its
-summands all have the gradient of their sum. What is compared once, settings and checksums, takes some hundred
-bytes a layer and is not counted.
+and in one backward (observing gradients) the same for a column-parallel layer, and nothing for a row-parallel
+layer: its summands all have the gradient of their sum. Settings and checksums, which are compared once, take
+some hundred bytes a layer and are not counted.
 
-`measure` counts what a block of tensor-parallel layers sends through gloo and compares it with that. It also
-takes the time of a step with and without the probe. `experts` does so for experts whose weights are stacked in
-one parameter and cut along their inner features; on one process it says what running them again takes. `paper`
-multiplies it for Llama-3-8B and 70B, with the memory of the sums and the time of each process for products, at
-the speeds that the options say.
+`measure` counts what a block of tensor-parallel layers sends through gloo, and compares it with the formula. It
+also times a step with and without the probe. `experts` does the same for experts whose weights are stacked in
+one parameter and cut along their inner features; on one process it shows the cost of running them again.
+`paper` applies the formula to Llama-3-8B and 70B, with the memory of the sums and the time of each process for
+products, at the speeds that the options give.
 """
 
 import math
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """As transformers has them; each process has some inner features of each expert."""
+    """Experts as in transformers; each process has some inner features of each expert."""
 
     def __init__(self, mesh, number=8, top_k=2):
         super().__init__()
@@ -99,7 +99,7 @@ def formula(kind, rows, width, processes, item):
 
 
 def counting(rank, sent):
-    """An all-to-all that notes what it sends to others."""
+    """An all-to-all that counts the values it sends to other processes."""
     original = dist.all_to_all_single
 
     def counted(output, values, output_sizes, input_sizes, group=None):
@@ -238,13 +238,13 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+")
     parser.add_argument("--rows-per-feature", type=float, default=None)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--most-rows", type=int, default=8192, help="tokens of one forward")
+    parser.add_argument("--most-rows", type=int, default=8192, help="most tokens of one forward to observe")
     parser.add_argument("--sketch", type=int, default=256)
     parser.add_argument("--every", type=int, default=100)
-    parser.add_argument("--forwards", type=int, default=10_000, help="in an epoch")
-    parser.add_argument("--gigabytes", type=float, default=200, help="that one process sends in a second")
-    parser.add_argument("--teraflops", type=float, default=25, help="of float32 products in a second")
-    parser.add_argument("--latency", type=float, default=30, help="of one collective, in microseconds")
+    parser.add_argument("--forwards", type=int, default=10_000, help="forwards in an epoch")
+    parser.add_argument("--gigabytes", type=float, default=200, help="that a process sends in a second")
+    parser.add_argument("--teraflops", type=float, default=25, help="teraflops of float32 products")
+    parser.add_argument("--latency", type=float, default=30, help="latency of one collective, in microseconds")
     options = parser.parse_args()
     options.rows_per_feature = options.rows_per_feature or (1.0 if options.what == "paper" else 0.25)
     (paper if options.what == "paper" else measure)(options)

@@ -1,11 +1,11 @@
-"""What merging across processes takes: memory beside the states, and collectives and bytes for many processes.
+"""Cost of merging across processes: memory above the states, and collectives and bytes for many processes.
 
     python benchmarks/processes.py memory [--processes 4] [--width 2048] [--layers 8] [--folds 1]
     python benchmarks/processes.py traffic [--processes 8 64 256]
 
-Memory is the resident set of each process, sampled twice a millisecond, above that before the call. Traffic is
-what one process sends and receives in its collectives when all have seen the same layers; other processes are
-not run, but each collective is counted as it would be with them.
+Memory is the resident set of each process, sampled twice a millisecond, less its size before the call. Traffic
+is what one process sends and receives in its collectives when all have observed the same layers. The other
+processes do not run, but each collective is counted as if they did.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from spectralmetrics.probing import processes
 
 
 def record(probe):
-    """One record with arrays, of which each layer's sums go to the first process."""
+    """Write one record with arrays: each layer's sums go to the first process."""
     told = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(told)
     with sm.Recorder(told[0], probe, ["csv", "arrays"]) as recorder:
@@ -54,13 +54,13 @@ def probe_of(width, layers, folds, rank):
         for layer in model:
             for _ in range(folds):
                 layer(torch.randn(200, 4))
-    for layer in probe.layers:  # what waits joins the sums
+    for layer in probe.layers:  # waiting rows join the sums
         probe.sums("train", layer)
     return model, probe
 
 
 def resident():
-    """Bytes of memory of this process."""
+    """Resident memory of this process, in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
@@ -72,17 +72,17 @@ def of_process(rank, folder, options):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=options.processes[0]
     )
     _, small = probe_of(16, 2, options.folds, rank)
-    for call in CALLS.values():  # libraries take memory of their own
+    for call in CALLS.values():  # libraries allocate their own memory first
         call(small)
     small.remove()
     model, probe = probe_of(options.width, options.layers, options.folds, rank)
     for name, call in CALLS.items():
         with torch.no_grad():
-            model[0](torch.randn(1, 4))  # something new: nothing that is known counts
+            model[0](torch.randn(1, 4))  # a new row makes cached results invalid
         probe.sums("train", "0")
         ctypes.CDLL("libc.so.6").malloc_trim(
             0
-        )  # or what an earlier call has left would hide what this one takes
+        )  # memory left by an earlier call would hide the memory of this one
         dist.barrier()
         before = peak = resident()
         is_over = threading.Event()
@@ -120,13 +120,13 @@ def traffic(options):
         for width, layers in ((512, 24), (2048, 8)):
             dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
             _, probe = probe_of(width, layers, 1, 0)
-            probe._identity._announced = None  # the others are not there
+            probe._identity._announced = None  # no other process runs
             seen = []
             kept = {name: getattr(dist, name) for name in ("all_reduce", "reduce")}
             gather = processes.gather_objects
 
             def gather_objects(value, group=None, world=world, seen=seen):
-                # The sizes, and the bytes: values of all layers, which each process has a share of.
+                # The sizes, and the bytes: values of all layers, shared out among the processes.
                 seen.extend([8 * world, len(pickle.dumps(value)) * min(world, 8)])
                 return [value] + [(None, b"")] * (world - 1)
 

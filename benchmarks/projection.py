@@ -1,7 +1,7 @@
-"""What a network loses when its layers are restricted to their leading eigenspaces.
+"""Accuracy of a network whose layers are restricted to their leading eigenspaces.
 
-Trains a convolutional network on the real MNIST digits with a projection behind every convolution, then lowers
-the threshold from 1 to 0.5 and measures the accuracy on held-out digits, beside random directions of the same
+Trains a convolutional network on the real MNIST digits, puts a projection behind every convolution, lowers the
+threshold from 1 to 0.5, and measures the accuracy on held-out digits; also for random directions of the same
 ranks. Three seeds. Writes a table, a picture and JSON; takes about fifteen minutes on two cores.
 
     python benchmarks/projection.py

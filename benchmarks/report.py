@@ -27,18 +27,18 @@ HEAD = """# Benchmarks
 :align: center
 ```
 
-*Above: what a probe on every layer adds to a training step, the median of the rounds, 0 where noise made it less (of the ViT, Delve looks at one
-token and a probe at all). Below: how fast a batch of rows is added to a
-covariance, relative to Delve 0.1.50. Measured on {machine}.*
+*Above: time that a probe on every layer adds to a training step, median of the rounds; 0 if noise made it negative. (In the
+ViT, Delve reads one token, a probe all tokens.) Below: speed of adding a batch of rows to a covariance, relative to
+Delve 0.1.50. Measured on {machine}.*
 
 ## How to read the tables
 
 `python -m nox -s benchmarks` measures, and writes this page from `benchmarks/results/*.json`. All arms of a table ran in turn in
-one run. The machine is shared and noisy: ratios of arms that ran side by side say more than times, and runs on another
-day differed by a third. "By PyTorch" is what you get on a machine for which the sums are not [compiled](guide/cost.md).
+one run. The machine is shared and noisy, and times of another day differed by a third: trust ratios of arms of one run more
+than times. "By PyTorch" applies to machines for which the sums are not [compiled](guide/cost.md).
 """
 
-BLUE, SKY, ORANGE, GREY = "#0072B2", "#56B4E9", "#D55E00", "0.6"  # of Okabe and Ito
+BLUE, SKY, ORANGE, GREY = "#0072B2", "#56B4E9", "#D55E00", "0.6"  # Okabe and Ito
 ARMS = {
     "delve": ("Delve 0.1.50", GREY),
     "exact, float64 products": ("exact, float64", BLUE),
@@ -53,12 +53,12 @@ def read(name):
 
 
 def added(results, arm):
-    """Model -> per cent of a step, median."""
+    """Model -> median of the added time, in per cent of a step."""
     return {row["model"]: statistics.median(row["added percent"][arm]) for row in results}
 
 
 def rates(results, arm):
-    """Width -> rate relative to Delve's, median."""
+    """Width -> median of the rate relative to Delve's."""
     return {
         row["width"]: statistics.median(ratios(row["seconds"]["delve"], row["seconds"][arm])) for row in results
     }
@@ -70,7 +70,7 @@ def ends(values, digits=0):
 
 
 def headline(steps, updates, hooks):
-    """The answer in three sentences, from what was measured."""
+    """The main results in a paragraph."""
     exact, fast, compiled, sampled, delve = (
         added(steps, arm)
         for arm in (
@@ -97,7 +97,7 @@ def headline(steps, updates, hooks):
 
 
 def draw(steps, updates, path):
-    """What a step costs more, and how fast an update is."""
+    """Plot the time added to a training step, and the speed of an update."""
     figure = Figure(figsize=(6.4, 7.4), layout="constrained")  # one above the other, for phones
     upper, lower = figure.subplots(2, 1)
     height = 0.8 / len(ARMS)
@@ -172,8 +172,8 @@ def update(results):
 
 def pieces(results):
     yield (
-        "### Beside the peak of a core\n\nThe rate of the compiled sums over the most multiply-adds that a loop in registers"
-        " makes on the same core, one thread, processor time; BLAS beside it, on rows that are converted already. Median,"
+        "### As a share of a core's peak\n\nRate of the compiled sums, and of BLAS on rows that are converted already, as a"
+        " share of the multiply-adds that a loop in registers makes on the same core. One thread, processor time. Median,"
         " least and most of the rounds.\n"
     )
     yield table(pieces_benchmark.HEADS, map(pieces_benchmark.row_of, results))
@@ -182,15 +182,15 @@ def pieces(results):
 def training_step(results):
     yield (
         "## Training step\n\nAdded time per step with a probe on every layer, in per cent of the step without one;"
-        " median, least and most of the rounds. Delve looks at one token of the ViT; a probe at all of them. The arm"
-        ' "compiled" trains under `torch.compile`, beside a compiled step without a probe.\n'
+        " median, least and most of the rounds. In the ViT, Delve reads one token, a probe all tokens. The arms"
+        ' "compiled" train under `torch.compile`, and are compared with a compiled step without a probe.\n'
     )
     rows = []
     for result in results:
         delve = statistics.median(result["added percent"]["delve"])
         for name, values in result["added percent"].items():
             if not name.endswith("plain"):
-                # A share of what looks at one token says nothing.
+                # Delve reads one token of the ViT: the ratio would compare different work.
                 share = f"{statistics.median(values) / delve:.2f}" if result["model"] != "vit" else ""
                 rows.append([result["model"], name, spread(values, 1), share])
     yield table(["model", "arm", "added %", "of Delve's"], rows)
@@ -198,26 +198,26 @@ def training_step(results):
 
 def budget(results):
     yield (
-        "## Budget\n\nWhat a probe with a budget adds to a training step, measured from outside: steps with it beside steps"
-        " with it paused, in turns; what it says of itself; forwards that it observed; rows for each feature; and the"
-        " largest difference of a layer's dimension from that of a probe without a budget on other batches.\n"
+        "## Budget\n\nTime that a probe with a budget adds to a training step: measured from outside (steps with it and steps"
+        " with it paused, in turns), and by the probe itself. Then the forwards that it observed, rows for each feature, and"
+        " the largest difference of a layer's dimension from its dimension without a budget, on other batches.\n"
     )
     yield table(HEADS, map(row_of, results))
 
 
 def budget_short(results):
     yield (
-        "## Budget of short trainings\n\nWhole runs from their first step on, eager and compiled: what the probe added, beside"
-        " what two runs of steps with the probe paused differed by, which says how well this machine can tell.\n"
+        "## Budget of short trainings\n\nWhole runs from their first step on, eager and compiled: the time that the probe"
+        " added. For comparison, the difference of two runs with the probe paused: the noise of this machine.\n"
     )
     yield table(SHORT_HEADS, map(short_row, results))
 
 
 def accelerator(results):
     yield (
-        "## On a GPU\n\nWhat a probe adds to training steps in bfloat16 on an"
+        "## On a GPU\n\nTime that a probe adds to training steps in bfloat16 on an"
         f" {results['device']}: a Llama of GPT-2's size (12 blocks of width 768, 16 sequences of 1,024 tokens). The host of this"
-        " machine takes 10 to 60 µs for a launch, so that much of this is time of the host.\n"
+        " machine takes 10 to 60 µs for a launch, and causes much of the time.\n"
     )
     yield table(gpu.HEADS, map(gpu.row, results["steps"]))
     yield "\nSingle updates, and the largest error of an entry as a share of the size of its summands:\n"
@@ -245,9 +245,9 @@ def hook(results):
 
 def arithmetic(results):
     yield (
-        "## Beside the arithmetic\n\nTime that exact sums add to a training step, over that of the symmetric products alone"
-        " (OpenBLAS' `dsyrk` or `ssyrk` on the rows that the layers put out in one step); then the time in the hooks alone"
-        f" over the same. Median of the rounds; time of the {results['clock']}.\n"
+        "## Relative to the arithmetic\n\nTime that exact sums add to a training step, over the time of the symmetric products"
+        " alone (OpenBLAS' `dsyrk` or `ssyrk` on the rows that the layers put out in one step); then the time in the hooks"
+        f" alone over the same. Median of the rounds; clock: {results['clock']}.\n"
     )
     rows = [
         [
@@ -264,10 +264,10 @@ def arithmetic(results):
 
 def compute_record(results):
     yield (
-        f"### A record\n\nWhat a recorder reads of ResNet-18's 21 layers with {results['folds']} folds, seven statistics and"
-        " their intervals, over one `eigvalsh` per fold and layer. Intervals need the eigenvectors of all folds but one. Its"
-        " arithmetic alone is an `eigh` and a product along the vectors for each fold, and an `eigvalsh` for each layer. A"
-        " record decomposes several at a time, the other arms one after the other.\n"
+        f"### A record\n\nA recorder reads seven statistics and their intervals from ResNet-18's 21 layers with"
+        f" {results['folds']} folds: time over one `eigvalsh` per fold and layer. Intervals need the eigenvectors of all folds"
+        " but one. The arithmetic alone is an `eigh` and a product along the vectors for each fold, and an `eigvalsh` for each"
+        " layer. A record decomposes several matrices at a time, the other arms one after the other.\n"
     )
     base, *others = results["seconds"].items()
     yield table(
@@ -277,7 +277,7 @@ def compute_record(results):
 
 def compute(results):
     yield (
-        "## Compute\n\nSeven scalar statistics of one layer, from sums to values: how many times as long as one"
+        "## Compute\n\nTime to compute seven scalar statistics of one layer from its sums, as a multiple of one"
         " `eigvalsh`.\n"
     )
     rows = [
@@ -310,7 +310,7 @@ def merge(results):
 
 def folds(results):
     yield (
-        "## Folds\n\nAn update with 8 folds beside one with one, on one thread. The cost of an update does not change"
+        "## Folds\n\nAn update with 8 folds and with one fold, on one thread. The cost of an update does not change"
         " by more than the noise; the state is 8 times as large. Median, least and most of the rounds.\n"
     )
     rows = [
@@ -329,9 +329,9 @@ def folds(results):
 
 def marginals(results):
     yield (
-        "## Marginals and a history\n\nWhat needs no matrix, beside loggers as others write them: added to a training step with"
-        " all linear or convolutional layers watched, in one thread, by processor time. The first column is beside the"
-        " fastest step, which other programs disturb least, then median and quartiles of the rounds.\n"
+        "## Marginals and a history\n\nTime that metrics without a matrix, and loggers as others write them, add to a training"
+        " step with all linear or convolutional layers watched: one thread, processor time. The first column is relative to"
+        " the fastest step, which other programs disturb least; then median and quartiles of the rounds.\n"
     )
     rows = []
     for name, result in results.items():
@@ -345,8 +345,8 @@ def marginals(results):
 def files(results):
     made = results["synthetic"]
     yield (
-        f"## Embeddings in files\n\n`measure` of float16 rows of width 768 that are generated as they are read,"
-        f" {made[0]['gigabytes']:.3g} GB of them (`IncrementalPCA`: a hundredth); the time is that of generating, too.\n"
+        f"## Embeddings in files\n\n`measure` of {made[0]['gigabytes']:.3g} GB of float16 rows of width 768"
+        " (`IncrementalPCA`: a hundredth), generated while they are read; the time includes generating them.\n"
     )
     rows = [
         [
@@ -368,7 +368,7 @@ def files(results):
 
 def memory(results):
     yield (
-        "## Memory\n\nOf the state, and at the peak of an update above it, with a batch of 128 MB in float32, whose"
+        "## Memory\n\nMemory of the state, and peak of an update above it, with a batch of 128 MB in float32, whose"
         " float64 copy would take 256 MB.\n"
     )
     rows = [
@@ -385,7 +385,7 @@ def memory(results):
 
 def projection(results):
     yield (
-        "## What projections cost in accuracy\n\nA convolutional network on MNIST digits, every convolution restricted"
+        "## Accuracy with projections\n\nA convolutional network on MNIST digits, every convolution restricted"
         " to the share of variance in the first column; median, least and most over the seeds.\n"
     )
     rows = []
@@ -411,9 +411,9 @@ def similarity(results):
     yield table(["batch", "arm", "ms a batch", "added %"], rows)
     growth = results["batches"]
     yield (
-        f"\nHow far batches are from all {growth['samples']:,} samples at once: 21 x 21 pairs of layers of two"
-        f" networks that were trained on digits, whose mean CKA is {growth['mean of the whole']:.2f}. The biased"
-        " estimator is the one without the correction.\n"
+        f"\nError of batches, compared with all {growth['samples']:,} samples at once: 21 x 21 pairs of layers of two"
+        f" networks trained on digits; mean CKA {growth['mean of the whole']:.2f}. The biased"
+        " estimator does without the correction.\n"
     )
     kinds = ("debiased", "biased")
     rows = [

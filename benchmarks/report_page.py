@@ -2,11 +2,11 @@
 
     python benchmarks/report_page.py [--runs runs/demo] [--keep FOLDER]
 
-Two made-up runs, of 21 layers and 10 epochs and of 200 layers and 100 epochs, each in two stages, and whatever
-recorded runs are named. Layers have 16 to 64 features whose eigenvalues fall by power laws that drift and
-jitter from epoch to epoch. The time is that from the start of the navigation to the moment at which sliders,
-table and the charts in view are there; the median of several loads, each in an empty profile, window
-1280 x 900. Needs Chromium and the extra `test`.
+Measures two made-up runs (21 layers and 10 epochs; 200 layers and 100 epochs; two stages each) and the recorded
+runs in `--runs`. Layers have 16 to 64 features whose eigenvalues fall by power laws that drift and jitter from
+epoch to epoch. The time runs from the start of the navigation until sliders, table and the charts in view are
+there; the median of several loads, each in an empty profile, window 1280 x 900. Needs Chromium and the extra
+`test`.
 """
 
 import json
@@ -87,7 +87,7 @@ def write_run(directory, layers, epochs, seed=0):
 
 
 def time_to_interactive(browser, path, loads):
-    """Seconds from navigation to readiness, and to the last chart, the median of some loads."""
+    """Median seconds of some loads, from navigation to readiness and to the last chart."""
     ready, drawn = [], []
     for _ in range(loads):
         context = browser.new_context(viewport={"width": 1280, "height": 900})
@@ -104,7 +104,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="recorded runs to measure as well")
     parser.add_argument("--loads", type=int, default=5)
-    parser.add_argument("--keep", type=Path, help="folder in which the pages are left")
+    parser.add_argument("--keep", type=Path, help="folder in which to leave the pages")
     options = parser.parse_args()
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if executable is None:

@@ -1,4 +1,4 @@
-"""Similarity of layers: its cost beside the forward pass, and how batches change the numbers.
+"""Similarity of layers: its cost relative to the forward pass, and the error that batches add.
 
     python benchmarks/similarity.py [--rounds 5] [--batches 32 128] [--threads 1]
 
@@ -7,8 +7,8 @@ every arm for some batches after one that is not timed; added time is relative t
 forwards. ``pytorch-cka`` runs the forwards itself.
 
 Batches: two small residual networks, trained on real digits from different seeds, 21 x 21 pairs of layers. The
-debiased value of all 1,000 validation digits at once is what batches are held against; the biased one of the
-same batches stands beside it.
+error of batches is the difference from the debiased value of all 1,000 validation digits at once, for the
+debiased and for the biased estimator.
 """
 
 import statistics
@@ -95,7 +95,7 @@ def features_of(model, images):
 
 
 def biased(left, right, batch):
-    """Sums over batches of HSIC with its bias, in float64."""
+    """Sums over batches of the biased HSIC, in float64."""
     sums = torch.zeros(3, len(left), len(right), dtype=torch.float64)
     for start in range(0, len(left[0]), batch):
         sides = []
@@ -141,7 +141,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--threads", type=int, help="of torch; one where other programs keep the cores busy")
+    parser.add_argument("--threads", type=int, help="threads of torch; 1 if other programs use the cores")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,13 +1,12 @@
-"""Sketches: bounds beside the exact spectrum, memory and time at any width, and a language model.
+"""Sketches: bounds compared with the exact spectrum; memory and time at large widths; a language model.
 
     python benchmarks/sketch.py [--parts bounds wide language]
 
 ``bounds``: layers of an MLP 784-4096-4096-10 trained on real digits, every layer of a residual network, and the
 hidden states of a random-weight transformer of width 4096, each exactly and by sketches of several sizes.
-``wide``: 20,000 rows of 65,536 features, k = 512, in a process of its own whose peak memory is told; time per
-row beside that of the exact update at 8,192 features, in turns. ``language``: a random-weight Llama (width
-4,096, MLP 11,008, 2 blocks, 32,000 logits included): time and memory of forwards with and without a probe,
-and of ``compute``.
+``wide``: 20,000 rows of 65,536 features, k = 512: peak memory of the process and time per row; then time per
+row of the exact update at 8,192 features. ``language``: a random-weight Llama (width 4,096, MLP 11,008, 2
+blocks, 32,000 logits included): time and memory of forwards with and without a probe, and of ``compute``.
 """
 
 import argparse
@@ -29,7 +28,7 @@ SIZES = (64, 128, 256, 512)
 
 
 def peak():
-    """The most memory that this process has used, in GB; what `getrusage` says is that of its parent, too."""
+    """Peak memory of this process, in GB. (`getrusage` would include the parent's peak.)"""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
@@ -112,7 +111,7 @@ def bounds():
 
 
 def wide():
-    """In this process, which must be fresh."""
+    """Measure ``wide``; its peak memory is right only in a fresh process."""
     start = peak()
     width, size, count, batch = 65536, 512, 20000, 256
     metric = sm.SaturationMetric(sketch_size=size)
@@ -168,7 +167,7 @@ def language():
                 plain.append(time.perf_counter() - begin)
             begin = time.perf_counter()
             model(tokens)
-            if number:  # the first makes the sums
+            if number:  # the first allocates the sums
                 probed.append(time.perf_counter() - begin)
     begin = time.perf_counter()
     with warnings.catch_warnings():
@@ -187,7 +186,7 @@ def language():
 
 
 def apart(part):
-    """A part in a process of its own, so that its memory can be told."""
+    """Run a part in its own process, to measure its memory."""
     done = subprocess.run(
         [sys.executable, __file__, "--inside", part], capture_output=True, text=True, check=True
     )
@@ -208,7 +207,7 @@ def main():
     for part in options.parts or ("bounds", "wide", "language"):
         results[part] = bounds() if part == "bounds" else apart(part)
     path = RESULTS / "sketch.json"
-    if path.exists():  # parts that were not asked for stay
+    if path.exists():  # keep the results of other parts
         results = {**json.loads(path.read_text())["results"], **results}
     write_result("sketch", results)
     TABLES.mkdir(exist_ok=True)

@@ -1,14 +1,14 @@
-"""Added time per training step of a probe on every layer: Delve beside ours, arms interleaved in one run.
+"""Time that a probe on every layer adds to a training step: Delve and ours, arms in turn in one run.
 
     python benchmarks/training_step.py [--models mlp vgg resnet vit] [--rounds 5] [--arms plain …]
 
-Each round runs every arm for some steps, after a few that are not timed (allocations, the first updates, which
-move the origin), and takes the mean step, so that work that waits is counted; added time is relative to the
-same round's plain arm. Reported are medians over rounds, with the least and the largest. Delve looks at the
-last token only in the vision transformer; ours counts every token. The arms "by PyTorch" do without the
-compiled accumulation. The arms "compiled" train under `torch.compile`, and their added time is that beside the
-compiled step without a probe. The arms "gradients" observe gradients in the place of outputs. Results are
-written only with all arms.
+Each round runs every arm for some steps, after a few that are not timed (allocations, and first updates, which
+move the origin). The mean step counts, so that delayed work counts; added time is relative to the same round's
+plain arm. The script reports medians over rounds, with the least and the largest. In the vision transformer
+Delve reads only the last token; ours reads every token. The arms "by PyTorch" do without the compiled
+accumulation. The arms "compiled" train under `torch.compile`; their added time is relative to the compiled step
+without a probe. The arms "gradients" observe gradients in place of outputs. Results are written only if all
+arms run.
 """
 
 import itertools
@@ -100,7 +100,7 @@ ARMS = {
 
 
 def base_of(arm):
-    """The arm that another one's added time is told beside."""
+    """The arm without a probe that an arm is compared with."""
     return "compiled, plain" if arm.startswith("compiled") else "plain"
 
 
@@ -142,7 +142,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside plain and delve")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="besides plain and delve")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results = []

@@ -1,11 +1,11 @@
-"""One update of a streaming covariance: ours beside BLAS, Delve, scikit-learn and FID's plain sums.
+"""One update of a streaming covariance: ours compared with BLAS, Delve, scikit-learn and FID's plain sums.
 
     python benchmarks/update.py [--widths 64 128 ...] [--rounds 9] [--rows 8192]
 
-All arms run in turn in every round, each warmed by one update and with a pause before it, since the threads of
-one library spin for a while after a call and slow the next. Rates are 2·N·D² operations per second; beside them
-stand scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. Ours also without the
-compiled accumulation, by PyTorch alone. Medians over rounds, with the quartiles of the ratio to ``syrk``.
+All arms run in turn in every round, each after a pause and one update that is not timed, since the threads of a
+library spin for a while after a call and slow the next arm. Rates are 2·N·D² operations per second, also for
+scipy's ``dsyrk`` and ``ssyrk``, which compute one triangle of the product alone. "By PyTorch" does without the
+compiled accumulation. Medians over rounds, with the quartiles of the ratio to ``syrk``.
 """
 
 import statistics
@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--small", action="store_true", help="batches of 256 rows, which are gathered")
+    parser.add_argument("--small", action="store_true", help="batches of 256 rows, which wait in a buffer")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results = []
@@ -97,7 +97,7 @@ def main():
         times = {name: [] for name in functions}
         for _ in range(options.rounds):
             for name, function in functions.items():
-                # About a tenth of a second each; batches that wait for others are counted with their product.
+                # About a tenth of a second each; small batches need enough updates to include their product.
                 least = 16 if options.small else 1
                 repeats = min(max(least, round(1e10 / operations)), 64)
                 times[name].append(seconds_of(function, 1 if name == "IncrementalPCA" else repeats))

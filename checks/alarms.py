@@ -1,15 +1,15 @@
-"""How often a monitor finds a collapse, and how often it raises an alarm in a training that is healthy.
+"""Rates of a monitor's alarms: collapses that it finds, and healthy trainings in which it raises one.
 
     python checks/alarms.py --set calibration        # the networks and data that the rules were chosen on
-    python checks/alarms.py --runs checks/alarms.jsonl --seconds 0   # the rates of others, as they were run
+    python checks/alarms.py --runs checks/alarms.jsonl --seconds 0   # the rates of the stored runs, on others
 
-Collapses are made on purpose: SimCLR without negatives and SimSiam without stop-gradient (counted where the
-embedding has collapsed in the end), a layer of dead rectifiers, a layer scaled by 30; partial ones are a
-bottleneck that grows, to 2 and to 8 of 64 directions, and a deep network whose weights fade. One is found if
+The check causes collapses: SimCLR without negatives and SimSiam without stop-gradient (they count if the
+embedding has collapsed at the end), a layer of dead rectifiers, a layer scaled by 30. Partial collapses are a
+bottleneck that closes to 2 or 8 of 64 directions, and a deep network whose weights fade. A collapse is found if
 there is an alarm of its kind at its layer, after its step. A healthy run, with any schedule, dropout, weight
-decay and optimizer, is to have no alarm at all; it counts if it has learned. Rates are printed as the work goes
-on, with their counts. ``--runs`` is a file with a line for each run: what is there is not run again, so that
-the work can be stopped at any time.
+decay and optimizer, should have no alarm; it counts if the network has learned. The script prints rates and
+counts as it goes on. ``--runs`` names a file with a line for each run. Runs in the file are not repeated, so
+the script can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from torch.nn import functional
 
 from spectralmetrics import Alarm, LayerProbe, Monitor, SaturationMetric
 
-COLLAPSED = 1e-3  # of the embedding's mean square: what varies, where it has collapsed
+COLLAPSED = 1e-3  # a collapsed embedding's variance is a smaller share of its mean square
 PLANTED_STEPS = 1200
 COMPLETE = ("simclr", "simsiam", "dead", "scale")
 PARTIAL = ("bottleneck 2", "bottleneck 8", "vanishing")
-HEALTHY = {  # of 1,000 runs; those that take longest are fewest
+HEALTHY = {  # number of runs in 1,000; fewer of the slow ones
     "mlp": 270,
     "plateau": 200,
     "cnn": 50,
@@ -56,13 +56,13 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a run.
+    """Result of a run.
 
     Attributes:
-        took: whether what was planted is there in the end; of a healthy run whether it learned.
-        found: whether there was an alarm of its kind at its layer; of a healthy run whether there was any.
-        delay: steps from its beginning to that alarm.
-        alarms: all of them.
+        took: True if the planted fault is there at the end; for a healthy run, if the network learned.
+        found: True if an alarm of its kind was raised at its layer; for a healthy run, if any alarm was.
+        delay: steps from the fault's beginning to that alarm.
+        alarms: all alarms, as text.
     """
 
     took: bool
@@ -78,7 +78,7 @@ class Setting:
         self.is_judged = name == "judged"
         self.digits = networks.mnist() if self.is_judged else networks.small_digits()
         self.pixels = self.digits.images.shape[1]
-        self.first = 20_000 if self.is_judged else 0  # those from 10,000 on have taught a rule
+        self.first = 20_000 if self.is_judged else 0  # seeds from 10,000 on were used to choose a rule
 
     def mlp(self, rng: random.Random, outputs: int, activation: type[nn.Module] | None = None) -> nn.Module:
         if self.is_judged:
@@ -91,7 +91,7 @@ class Setting:
         return networks.stacked(self.pixels, widths, outputs, activation, dropout, norm=rng.random() < 0.3)
 
     def plateau(self, rng: random.Random) -> nn.Module:
-        """Deep, with small weights: nothing is learned for a while."""
+        """A deep network with small weights, which learns nothing for a while."""
         activation = nn.Tanh if self.is_judged else nn.GELU
         depth, width = (4, 48) if self.is_judged else (5, 64)
         model = networks.stacked(self.pixels, [width] * depth, 10, activation)
@@ -223,7 +223,7 @@ class Run:
 
     @torch.no_grad()
     def output(self, layer: str) -> Tensor:
-        """What a layer puts out for the validation digits, looked at without a probe."""
+        """A layer's output for the validation digits, by a hook of its own."""
         kept: list[Tensor] = []
         hook = dict(self.model.named_modules())[layer].register_forward_hook(lambda m, i, o: kept.append(o))
         self.model.eval()
@@ -243,7 +243,7 @@ def healthy(run: Run, steps: int) -> Result:
     loss: Callable[[int], Tensor] = run.classify
     if kind in ("mlp", "neural collapse"):
         run.watch(setting.mlp(rng, 10))
-        if kind == "neural collapse":  # few digits, which are soon known by heart
+        if kind == "neural collapse":  # few digits, which the network soon fits exactly
             run.images, run.labels = run.images[:300], run.labels[:300]
     elif kind == "plateau":
         run.watch(setting.plateau(rng))
@@ -278,7 +278,7 @@ def encoder(run: Run) -> nn.Module:
 
 
 def siamese(run: Run) -> nn.Module:
-    """SimSiam with the batch norm that its authors found it to need."""
+    """SimSiam with batch norm, which it needs according to its authors."""
     model = networks.SelfSupervised(encoder(run), with_predictor=True)
     norm = nn.BatchNorm1d(32, affine=False)
     model.projector = nn.Sequential(nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32, bias=False), norm)
@@ -286,7 +286,7 @@ def siamese(run: Run) -> nn.Module:
 
 
 def accuracy(model: nn.Module, run: Run) -> float:
-    """Of the network, or of a linear probe of its encoder, on validation digits."""
+    """Accuracy of the network, or of a linear probe of its encoder, on validation digits."""
     digits = run.setting.digits
     if not isinstance(model, networks.SelfSupervised):
         outputs, labels = model(digits.validation), digits.validation_labels
@@ -307,7 +307,7 @@ def accuracy(model: nn.Module, run: Run) -> float:
 
 
 class Bottleneck(nn.Module):
-    """Lets all but a few directions fade away."""
+    """A layer that fades out all but a few directions."""
 
     def __init__(self, width: int, kept: int) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ def spread_of(rows: Tensor) -> float:
 
 
 def jobs(first: int, healthy_runs: int, planted_seeds: int) -> Iterator[Job]:
-    """In turn, so that whatever is done by the time it is stopped has some of each."""
+    """All jobs, kinds mixed evenly, so that a stopped check has some of each."""
     planned = [
         *((Job(kind, first), math.ceil(healthy_runs * share / 1000)) for kind, share in HEALTHY.items()),
         *((Job(f"planted {kind}", first + 5_000), planted_seeds) for kind in (*COMPLETE, *PARTIAL)),
@@ -453,11 +453,11 @@ def main() -> int:
     parser.add_argument("--set", choices=("calibration", "judged"), default="judged")
     parser.add_argument("--healthy", type=int, default=1000, help="healthy runs, of all kinds")
     parser.add_argument("--planted", type=int, default=20, help="seeds of each planted kind")
-    parser.add_argument("--steps", type=int, default=2000, help="of a healthy run")
-    parser.add_argument("--every", type=int, default=100, help="of the monitor")
-    parser.add_argument("--runs", type=Path, help="JSON lines: a run each, read and added to")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of a healthy run")
+    parser.add_argument("--every", type=int, default=100, help="steps from reading to reading")
+    parser.add_argument("--runs", type=Path, help="JSON lines, one a run: read, and added to")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no training later than this")
     parser.add_argument("--only", nargs="+", help="kinds")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -490,7 +490,7 @@ def main() -> int:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """What each process needs for its trainings."""
+    """Set up a process for its trainings."""
     global _setting, _options
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -4,14 +4,14 @@
 
 For each architecture:
 
-- Every default layer: the probe has all rows once, and the covariance of the outputs that a hook of this file
-  kept, to a millionth of its largest entry.
+- Every default layer: the probe counts each row once, and its covariance agrees with the outputs that a hook of
+  this file kept, to a millionth of the largest entry.
 - Two training steps with a probe of outputs, of gradients, and of every module without children: losses,
-  parameters and the generator of random numbers are bit for bit those without a probe. With --compiled the
-  steps run under `torch.compile` (backend "aot_eager"), and the probe has as many rows as in eager mode.
+  parameters and the generator of random numbers are bit for bit the same as without a probe. With --compiled
+  the steps run under `torch.compile` (backend "aot_eager"), and the probe has as many rows as in eager mode.
 
-Ends with an error if anything differs. A model that the installed transformers makes or runs in another way is
-named and passed over.
+Ends with an error if anything differs. If the installed transformers builds or runs a model in another way, the
+script prints its name and passes over it.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SPEECH = {
     "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
-    # Steps of time that are masked are drawn from another generator.
+    # The model would draw masked time steps from another generator.
     "apply_spec_augment": False,
     "layerdrop": 0.0,
 }
@@ -109,7 +109,7 @@ WINDOWS = {
 CHANNELS = {"num_input_channels": 3, "context_length": 32, "patch_length": 8, "patch_stride": 8}
 STAGES = {"num_stages": 2, "hidden_sizes": [16, 32], "depths": [2, 2]}
 
-# Model -> the settings of its configuration, and what makes inputs.
+# Model -> the settings of its configuration, and a function that makes inputs.
 MODELS = {
     "AlbertModel": ({**TEXT, "embedding_size": 16}, text),
     "BartForConditionalGeneration": (SEQUENCES, pairs),
@@ -393,7 +393,7 @@ def first_tensor(nest):
 
 
 def differences(name):
-    """What the probe has of default layers in place of what they put out."""
+    """Yield a message for each default layer whose rows or covariance differ from its outputs."""
     model, inputs = made(name)
     model.eval()
     probe = LayerProbe(model, [SaturationMetric(), CovarianceTraceMetric()], max_map_size=None)
@@ -459,7 +459,7 @@ def is_same(numbers, others):
 
 
 def check(name, compiled):
-    """Print what was compared, and return what differs; None if the model is not as this file expects it."""
+    """Compare, print, and return the differences; None if the model fails or is not deterministic."""
     try:
         plain, again = trained(name, compiled)[0], trained(name, compiled)[0]
     except Exception as error:

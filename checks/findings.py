@@ -1,12 +1,12 @@
-"""How often findings find what is wrong, and how often they say so of a healthy network.
+"""Rates of findings: broken networks that they find, and healthy networks in which they report a problem.
 
     python checks/findings.py --set calibration --seeds 20     # the networks that the thresholds were chosen on
     python checks/findings.py --set judged --seeds 20          # others, run once the thresholds were frozen
 
-Each network is trained on real digits. Healthy ones are looked at when new, early and at the end of training,
-with validation digits, by a probe with folds on every layer with weights and every activation; broken ones at
-the end. Printed are the share of healthy looks with any problem, and the share of broken networks in which the
-broken layer is a problem of the expected kind.
+Each network is trained on real digits. A probe with folds on every layer with weights and every activation then
+reads validation digits: healthy networks when new, early and at the end of training, broken ones at the end.
+The script prints the share of healthy readings with any problem, and the share of broken networks in which the
+broken layer has a problem of the expected kind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from spectralmetrics.demo import load_digits as load_mnist
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU, nn.LeakyReLU)
 WATCHED = (nn.Linear, nn.Conv2d, *ACTIVATIONS)
-COLLAPSED = 5e-4  # of the embedding's mean square: what varies, where a network has collapsed
+COLLAPSED = 5e-4  # a collapsed embedding's variance is a smaller share of its mean square
 
 
 class Digits(NamedTuple):
@@ -141,7 +141,7 @@ SETS: dict[str, tuple[Callable[[], Digits], tuple[Callable[..., nn.Module], ...]
 
 
 class SelfSupervised(nn.Module):
-    """An encoder with what lies behind it: a projector, and for SimSiam a predictor."""
+    """An encoder and a projector; for SimSiam also a predictor."""
 
     def __init__(self, encoder: nn.Module, with_predictor: bool) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Job(NamedTuple):
 
 
 def healthy(job: Job, digits: Digits, networks: Any, steps: int) -> dict[str, list[Finding]]:
-    """The problems of a network that learns, by the moment at which it was looked at."""
+    """Moment of the reading -> problems found in a network that learns."""
     rng, model, optimizer, generator = begin(job, digits, networks)
     early = rng.choice([10, 20, 40, 80])
     found = {"new": problems(look(model, digits)[0])}
@@ -277,7 +277,7 @@ def train_step(
 
 
 def broken(job: Job, digits: Digits, networks: Any, steps: int) -> tuple[bool, bool, str]:
-    """Whether what was planted took, whether it was found, and what was said."""
+    """(True if the fault took effect, True if the findings name it, the problems in words)."""
     rng, model, optimizer, generator = begin(job, digits, networks)
     if job.kind in ("simclr", "simsiam"):
         for _ in range(4 * steps):
@@ -320,7 +320,7 @@ def broken(job: Job, digits: Digits, networks: Any, steps: int) -> tuple[bool, b
 
 @torch.no_grad()
 def silent(model: nn.Module, digits: Digits) -> set[str]:
-    """Activations of which nine in ten put out the same for all digits, looked at without a probe."""
+    """Activations with nine of ten outputs constant over all digits, by hooks of its own."""
     outputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda module, args, output, name=name: outputs.__setitem__(name, output))
@@ -375,7 +375,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=SETS, default="judged")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--first", type=int, help="first seed; by default one of the set's own")
+    parser.add_argument("--first", type=int, help="first seed (default: the set's own)")
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     torch.set_num_threads(1)

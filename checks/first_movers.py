@@ -1,16 +1,16 @@
-"""Whether `History.first_movers` names the layer that was disturbed, in trainings where the cause is known.
+"""Rates at which `History.first_movers` names the disturbed layer, in trainings whose cause is known.
 
     python checks/first_movers.py [--runs 50] [--models mlp,gpt] [--plants scale,rate,quiet]
 
-Small networks are trained, and at a random step one of their linear layers, drawn as well, is disturbed:
+The script trains small networks. At a random step it disturbs one of their linear layers, drawn at random:
 
 - `scale`: its weights are multiplied by 3, 5 or 10; all layers behind it move in the same forward;
 - `rate`: its learning rate is multiplied by 30 from then on, which moves it little by little, or not at all;
 - `quiet`: nothing happens.
 
-Ten steps after it the history is asked who moved first; in quiet runs at the end. Printed is how often it was
-that layer, another one, and none, and how often a layer had moved before the cause was there. The number of a
-run is its seed.
+It reads the first movers ten steps later, in quiet runs at the end. It prints how often the first mover was
+that layer ("it"), another one, or none, and how often a layer moved before the cause. The number of a run is
+its seed.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
 
 
 def mlp():
-    """A network that learns the largest of ten random projections, and its loss on a fresh batch."""
+    """A network that learns the largest of ten random projections; a function: its loss on a new batch."""
     hidden = (layer for _ in range(5) for layer in (nn.Linear(32, 32), nn.ReLU()))
     model = nn.Sequential(*hidden, nn.Linear(32, 10))
     projections = torch.randn(32, 10)
@@ -69,7 +69,7 @@ def mlp():
 
 
 def gpt():
-    """A transformer that learns which token follows which, four times in five."""
+    """A transformer that learns to predict the next token, four times in five; a function: its loss."""
     model = Transformer()
     follower = torch.randint(0, 24, (24,))
 
@@ -88,7 +88,7 @@ PLANTS = ("scale", "rate", "quiet")
 
 
 def run(model_name, plant, seed):
-    """The history of one training, the layer that was disturbed, and the step at which it was."""
+    """The history of one training, the disturbed layer, and the step of the disturbance."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
     model, loss = MODELS[model_name]()
@@ -112,7 +112,7 @@ def run(model_name, plant, seed):
 
 
 def verdict(history, name, at):
-    """Who moved first: ``"it"``, ``"another"``, ``"none"``, or somebody ``"before"`` the cause."""
+    """First mover: ``"it"``, ``"another"`` layer, ``"none"``, or a layer ``"before"`` the cause."""
     movers = history.first_movers()
     if not movers:
         return "none"
@@ -122,7 +122,7 @@ def verdict(history, name, at):
 
 
 def count(model_name, plant, seeds):
-    """How often each verdict was given."""
+    """Verdict -> number of runs."""
     return collections.Counter(verdict(*run(model_name, plant, seed)) for seed in seeds)
 
 

@@ -1,10 +1,10 @@
-"""How large each room of the package is, and through how many files one layer's output goes.
+"""Size of each room of the package, and number of files through which one layer's output goes.
 
     python checks/house.py            lines of code and of docstrings, room by room
     python checks/house.py --walk     files from the hook to the sums, to records.csv, and to the page
 
-A line of code holds something besides comments and docstrings. A file is walked through if a function or method
-of it is called for a plain eager model with one linear layer.
+A line of code holds something besides comments and docstrings. A file counts for the walk if a plain eager
+model with one linear layer calls a function or method of it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _NOTHING = {
 def count(source):
     """Lines of code and lines of docstrings of a file.
 
-    >>> count('"What it is."\\n\\n# Why.\\nx = 1\\n')
+    >>> count('"A module."\\n\\n# Why.\\nx = 1\\n')
     (1, 1)
     """
     docstrings = set()
@@ -58,7 +58,7 @@ def lines():
 
 
 def walked(function):
-    """What a function returns, and the files of the package that it goes through, in order."""
+    """A function's result, and the files of the package that it runs, in order."""
     found = {}
 
     def note(frame, event, argument):
@@ -87,7 +87,7 @@ def walk():
     with tempfile.TemporaryDirectory() as folder:
         probe = sm.LayerProbe(model)
         recorder = sm.Recorder(folder, probe, ["csv", "arrays"])
-        # The second forward: the first one remembers what the layer is like.
+        # The second forward runs through fewer files: the first one stores the layer's layout.
         steps = [
             ("to the sums, first forward", lambda: model(rows)),
             ("to the sums, later forwards", lambda: model(rows)),

@@ -1,10 +1,10 @@
-"""K-FAC factors from an "inputs" and a "gradients" probe beside those of curvlinops, on an MLP and a small CNN.
+"""K-FAC factors from an "inputs" and a "gradients" probe against curvlinops' factors: an MLP and a small CNN.
 
     python -m pip install curvlinops-for-pytorch
     python checks/kfac.py
 
-It is not among the tests: curvlinops brings torchvision along, whose build has to fit that of torch. Largest
-differences, relative to the largest entry of a factor, must be below 1e-12.
+It is not among the tests, because curvlinops installs torchvision, whose build must fit torch's build. The
+largest differences, relative to the largest entry of a factor, must be below 1e-12.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from spectralmetrics import CovarianceMetric, LayerProbe
 
-SIZES = (40, 24, 8)  # of batches, whose mean losses scale gradients differently
+SIZES = (40, 24, 8)  # batches of several sizes: their mean losses scale gradients differently
 
 
 def mlp():
@@ -26,7 +26,7 @@ def cnn():
 
 
 def patches_of(convolution):
-    """A metric of the patches that a convolution's kernel meets, fed by a hook."""
+    """A metric, updated by a hook with the patches to which a convolution applies its kernel."""
     metric = CovarianceMetric(center=False)
 
     def look(module, args):
@@ -39,7 +39,7 @@ def patches_of(convolution):
 
 
 def factors_of_probes(model, data):
-    """Layer -> second moments of what a layer takes, and of the gradients of each sample's loss."""
+    """Layer -> second moments of its inputs, and of the gradients of each sample's loss."""
     linear = LayerProbe(model, CovarianceMetric(), layers=nn.Linear, observe="inputs")
     gradients = LayerProbe(model, CovarianceMetric(), observe="gradients", max_map_size=None)
     convolutions = {
@@ -57,7 +57,7 @@ def factors_of_probes(model, data):
     for _, handle in convolutions.values():
         handle.remove()
     samples = sum(len(x) for x, _ in data)
-    # curvlinops adds up the positions of a sample, where rows have a mean of them.
+    # curvlinops sums over the positions of a sample, the probe's rows take a mean.
     return {name: (inputs[name], outputs[name] * rows[name] / samples) for name in outputs}
 
 
@@ -68,7 +68,7 @@ def factors_of_curvlinops(model, data):
         list(model.parameters()),
         data,
         fisher_type="empirical",
-        check_deterministic=False,  # which would compute them once more, and add
+        check_deterministic=False,  # the check would compute the factors again, and add them
     )
     operator.compute_kronecker_factors()
     return {

@@ -2,18 +2,18 @@
 
     python checks/mutants.py                    # 300 changes, half an hour on two cores
     python checks/mutants.py --number 10 --seed 3 --rooms projection
-    python checks/mutants.py --keep FOLDER         # goes on where it was stopped: what was run is not run again
+    python checks/mutants.py --keep FOLDER         # continue a stopped run: skip the changes it has tested
     python checks/mutants.py --again output.txt    # only those that survived there, after tests were added
 
-A place of the code is drawn, then one of the changes that can be made there: another operator, another number,
-True for False, a loop that never runs. Those tests of its room that run the changed line are run in a copy of
-the project with this one change, up to the first failure. Changes that no test can notice are listed in
-``equivalent.toml`` with the reason. The exit status is 1 if fewer than 95 % of the others are noticed.
+The script draws a place of the code, then one of the changes possible there: another operator, another number,
+True for False, a loop that never runs. In a copy of the project with this one change it runs the tests of the
+place's room that run the changed line, up to the first failure. ``equivalent.toml`` lists changes that no test
+can notice, each with a reason. The exit status is 1 if the tests notice fewer than 95 % of the others.
 
-Cosmic Ray finds the places and makes the changes. Why it and not mutmut, which was tried as well: mutmut 3 puts
-a trampoline into each function that it changes, which ``inspect.signature``, ``torch.compile``, pickles and
-process groups see, leaves the bodies of classes alone, and runs all tests once before it begins. Cosmic Ray
-changes the text of a file and nothing else.
+Cosmic Ray finds the places and makes the changes: it changes the text of a file and nothing else. mutmut 3 was
+tried as well. It puts a trampoline into each function that it changes, which ``inspect.signature``,
+``torch.compile``, pickles and process groups see; it leaves the bodies of classes alone, and runs all tests
+once before it begins.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ from noticing import Copy, Map
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/spectralmetrics")
 ENOUGH = 0.95
-# Of each room the tests that are to notice, beside its doctests.
-# A room is a folder, or a file by its name.
+# Room (a folder, or a file by its name) -> the tests that should notice a change, besides its doctests.
 _OF_ALL = ("tests/accelerator", "tests/bad_input/test_bad_input.py", "tests/test_surface.py")
 _MEANING = ("tests/test_findings.py", "tests/monitoring")
 TESTS = {
@@ -64,8 +63,8 @@ TESTS = {
 }
 ELSEWHERE = ("tests/probing/test_compilation.py", "tests/distributed/test_processes.py")
 OPTIONS = ("-k", "not torchrun")
-# Identity in place of equality, and the reverse: of the types, strings and small numbers that are compared
-# here it says the same.
+# Identity in place of equality, and the reverse: both give the same for the types, strings and small numbers
+# that are compared here.
 LEFT_OUT = tuple(
     f"_{one}_{other}"
     for pair in itertools.product(("Eq", "NotEq"), ("Is", "IsNot"))
@@ -79,11 +78,11 @@ class Mutant:
 
     Attributes:
         room: part of the package.
-        file: relative to the package.
-        line: its number, from 1.
-        before: the line as it is, without indentation.
-        after: and as it is changed.
-        text: the whole file, changed.
+        file: path relative to the package.
+        line: number of the changed line, from 1.
+        before: the line before the change, without indentation.
+        after: the line after the change.
+        text: the whole changed file.
     """
 
     room: str
@@ -98,9 +97,9 @@ class Mutant:
 
 
 def draw(number: int, seed: int, rooms: Sequence[str]) -> list[Mutant]:
-    """Changes at places that are drawn without replacement, each place with the same chance.
+    """Changes at places drawn without replacement, each place with the same chance.
 
-    The chance goes by what stands at a place, so that the draw stays as it was when other lines change.
+    The draw depends on the text at a place, so that it stays the same if other lines change.
     """
     places: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
     for room in rooms:
@@ -125,7 +124,7 @@ def draw(number: int, seed: int, rooms: Sequence[str]) -> list[Mutant]:
 
 
 def _changes(tree: object) -> Iterator[tuple[str, int, tuple[int, int]]]:
-    """(operator, its how manieth place, the place) of all changes of a file."""
+    """(operator, index among its places, the place) of all changes of a file."""
     nodes = list(ast_nodes(tree))
     for name in sorted(plugins.operator_names()):
         kind = plugins.get_operator(name)
@@ -138,13 +137,13 @@ def _changes(tree: object) -> Iterator[tuple[str, int, tuple[int, int]]]:
 
 
 def _make(room: str, file: str, operator: str, occurrence: int) -> Mutant | None:
-    """The change; None for one that leaves the program as it is, such as one of an annotation."""
+    """The change; None if it leaves the program the same, such as a change in an annotation."""
     source = (ROOT / SOURCE / file).read_text(encoding="utf-8")
     text = mutate_code(source, plugins.get_operator(operator)(), occurrence)
     try:
         if text is None or _program(source) == _program(text):
             return None
-    except SyntaxError:  # of another grammar's making: no test need notice it
+    except SyntaxError:  # Cosmic Ray's grammar differs; such a change needs no test
         return None
     lines = zip(source.splitlines(), text.splitlines(), strict=False)
     number, (before, after) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
@@ -152,7 +151,7 @@ def _make(room: str, file: str, operator: str, occurrence: int) -> Mutant | None
 
 
 def _program(text: str) -> str:
-    """The program without what is never evaluated: annotations, and imports for type checkers."""
+    """The program without annotations and imports for type checkers, which never run."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -167,14 +166,14 @@ def _program(text: str) -> str:
 
 
 def _without_line(mutant: Mutant) -> str:
-    """A pattern of a mutant as it is printed, wherever its line is by now."""
+    """A pattern of a printed mutant that matches any line number."""
     return re.escape(str(mutant)).replace(f":{mutant.line}\\\n", r":\d+\n", 1) + r"\n"
 
 
 class Kept:
-    """What is known from an earlier run, in a folder; nothing without one.
+    """Results of earlier runs, in a folder if there is one.
 
-    It is that of one state of the code: begin with an empty folder when that has changed.
+    They belong to one state of the code: start with an empty folder when the code has changed.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -189,25 +188,25 @@ class Kept:
             self._outcomes = {mutant: tuple(outcome) for mutant, outcome in map(json.loads, lines)}
 
     def map_of(self, room: str) -> Map | None:
-        """What the tests of a room run."""
+        """The kept map of a room's tests, or None."""
         if self._folder is None or not (path := self._folder / f"{room}.pickle").exists():
             return None
         found: Map = pickle.loads(path.read_bytes())
         return found
 
     def keep_map(self, room: str, map_: Map) -> None:
-        """Keep what the tests of a room run."""
+        """Keep the map of a room's tests."""
         if self._folder is not None and map_.seconds:
             (self._folder / f"{room}.pickle").write_bytes(pickle.dumps(map_))
 
     def outcome_of(self, mutant: Mutant) -> tuple[int | None, int, float] | None:
-        """The exit status of the tests, their number, and seconds."""
+        """The kept exit status of the tests, their number, and seconds; or None."""
         return self._outcomes.get(str(mutant))
 
     def keep_outcome(
         self, mutant: Mutant, outcome: tuple[int | None, int, float]
     ) -> tuple[int | None, int, float]:
-        """Keep what became of a change, and return it."""
+        """Keep the outcome of a change, and return it."""
         if self._folder is not None:
             with self._lock, (self._folder / "outcomes.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps([str(mutant), outcome]) + "\n")
@@ -215,7 +214,7 @@ class Kept:
 
 
 def read_equivalent() -> dict[tuple[str, str, str], str]:
-    """(file, line before, line after) -> why no test can notice it; exits if a file or line has gone."""
+    """(file, line before, line after) -> why no test can notice it; exits if a file or line is gone."""
     entries = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text(encoding="utf-8"))["mutant"]
     for each in entries:
         path = ROOT / SOURCE / each["file"]
@@ -231,12 +230,12 @@ def read_equivalent() -> dict[tuple[str, str, str], str]:
 def main() -> int:
     """Draw, run, report; return the exit status."""
     parser = argparse.ArgumentParser(description="Change one place of the code at a time, and run its tests.")
-    parser.add_argument("--number", type=int, default=300, help="of changes to draw (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--number", type=int, default=300, help="changes to draw (default: 300)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     parser.add_argument("--rooms", nargs="+", choices=list(TESTS), default=list(TESTS), help="(default: all)")
     parser.add_argument("--workers", type=int, default=2, help="tests at the same time (default: 2)")
-    parser.add_argument("--again", type=Path, help="what this has printed: run those that survived then")
-    parser.add_argument("--keep", type=Path, help="a folder for what each test runs, and for what was noticed")
+    parser.add_argument("--again", type=Path, help="output of a run: test its survivors again")
+    parser.add_argument("--keep", type=Path, help="folder for the maps of tests and the outcomes")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,7 +1,7 @@
-"""Which tests run a line of the code, and whether one of them notices a change.
+"""Find the tests that run a line of the code, and run them on a changed file.
 
-pytest runs in a process that is forked for it from one that has imported the libraries, which takes most of the
-time of a short run.
+pytest runs in a process forked from one that has imported the libraries, since imports take most of the time of
+a short run.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _PROCESSES.set_forkserver_preload(list(_LIBRARIES))
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-    """Of the tests of a room: how long each takes, and which lines it runs.
+    """Time and lines of each test of a room.
 
     Attributes:
-        elsewhere: test files that run the code where it is not seen: in other processes, or traced.
-        seconds: node id -> of the test, if it passed.
-        lines: file -> line -> who runs it: node ids; test files, for what their fixtures run; "" for what runs
-            when a module is imported.
-        failed: node ids of the tests that did not pass.
+        elsewhere: test files whose lines are not recorded: they run code in other processes, or traced.
+        seconds: node id of a passed test -> its seconds.
+        lines: file -> line -> the tests that run it: node ids; test files, for lines that fixtures run; "" for
+            lines that run when a module is imported.
+        failed: node ids of the failed tests.
     """
 
     elsewhere: tuple[str, ...]
@@ -69,9 +69,9 @@ class Map:
     failed: list[str]
 
     def tests_of(self, file: str, text: str, line: int) -> list[str]:
-        """The tests that may run a line, those of the quickest file first, and last those that run elsewhere.
+        """The tests that may run a line: the quickest file first, the files of ``elsewhere`` last.
 
-        All tests where it cannot be told.
+        All tests if the record does not show which.
         """
         runs = self.lines.get(file, {})
         who = set().union(*(runs.get(each, ()) for each in _what_runs(text, line)))
@@ -94,7 +94,7 @@ def _file_of(test: str) -> str:
 
 
 def _what_runs(text: str, line: int) -> range:
-    """The lines that run where this one has a say: its statement, or the function that it heads."""
+    """The lines that run if this line has an effect: its statement, or the function that it heads."""
     inner: ast.stmt | None = None
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or line):
@@ -110,7 +110,7 @@ def _what_runs(text: str, line: int) -> range:
 
 
 def _is_cached(text: str, line: int) -> bool:
-    """Whether a line is of a function that keeps what it returns, of which later tests run no line."""
+    """True if a line belongs to a function that caches its result: later tests do not run the line again."""
     return any(
         isinstance(node, ast.FunctionDef)
         and node.lineno <= line <= (node.end_lineno or line)
@@ -122,7 +122,7 @@ def _is_cached(text: str, line: int) -> bool:
 
 
 class Copy:
-    """A copy of the project, in which one file is changed at a time."""
+    """A copy of the project, with one changed file at a time."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
@@ -132,14 +132,14 @@ class Copy:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "_build"))
             elif source.exists():
                 shutil.copy(source, target)
-        # By the hash of the source, so that a changed file is never taken for the one that it was.
+        # Checked by the hash of the source, so that a changed file never runs as the old one.
         by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
         for name in ("src", "tests"):
             compileall.compile_dir(folder / name, quiet=1, invalidation_mode=by_hash)
 
     def map(self, paths: Sequence[str], elsewhere: Sequence[str], options: Sequence[str]) -> Map:
-        """Run the tests of a room and see what they run."""
-        # All of them: one that fails is left out, and the rest are to notice what they can.
+        """Run all tests of a room and record the lines that they run."""
+        # Past failures, too: the map leaves out the tests that fail.
         arguments = [*options, "--maxfail=0", *paths, *elsewhere]
         found = self._run(arguments, _Watching(self.folder / "src"), 3600)
         if found is None:
@@ -149,7 +149,7 @@ class Copy:
     def try_out(
         self, file: Path, text: str, tests: Sequence[str], options: Sequence[str], seconds: float
     ) -> int | None:
-        """The exit status of the tests when a file has this text; None for no end in this time, or a crash."""
+        """Exit status of the tests if a file has this text; None if they crash or take longer than this."""
         path = self.folder / file
         original = path.read_bytes()
         path.write_text(text, encoding="utf-8")
@@ -163,18 +163,18 @@ class Copy:
             path.write_bytes(original)
 
     def _run(self, arguments: Sequence[str], plugin: Any, seconds: float) -> Any:
-        """What a plugin has found in the end; None if there was no end in this time, or a crash."""
+        """The plugin's result; None if the run crashes or takes longer than this."""
         mine, theirs = _PROCESSES.Pipe(duplex=False)
         process = _PROCESSES.Process(target=_in_child, args=(self.folder, [*arguments], plugin, theirs))
         process.start()
         theirs.close()
         try:
             return mine.recv() if mine.poll(seconds) else None
-        except EOFError:  # it crashed
+        except EOFError:  # a crash
             return None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # processes that the tests have started, too
+                os.killpg(process.pid, signal.SIGKILL)  # also the processes that the tests started
             process.kill()
             process.join()
             mine.close()
@@ -195,7 +195,7 @@ def _in_child(folder: Path, arguments: list[str], plugin: Any, answer: Any) -> N
 
 
 class _Watching:
-    """A plugin that notes which test runs which line."""
+    """A plugin that records which test runs which line."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -230,7 +230,7 @@ class _Watching:
             self.failed.append(report.nodeid)
 
     def found(self, status: int) -> tuple[dict[str, float], dict[str, dict[int, set[str]]], list[str]] | None:
-        """All of a :class:`Map` but where else tests run; None if they could not."""
+        """The fields of a :class:`Map` without ``elsewhere``; None if pytest could not run."""
         if status not in (0, 1):
             return None
         data = self.coverage.get_data()
@@ -245,7 +245,7 @@ class _Watching:
 
 
 class _Chosen:
-    """A plugin that has some tests run, in this order."""
+    """A plugin that runs only these tests, in this order."""
 
     def __init__(self, tests: Sequence[str]) -> None:
         self.tests = list(tests)

@@ -1,4 +1,4 @@
-"""Train for 10,000 steps with everything on: nothing may grow, nothing get lost, and every number be right.
+"""Train for 10,000 steps with everything on, and check memory, records and every number.
 
     python checks/soak.py                    # some minutes on two cores
     python checks/soak.py --steps 1000 --kills 10
@@ -6,13 +6,13 @@
 A small convolutional network learns real digits while three probes watch it, each with a recorder: one keeps
 folds and labels, one sketches, one has a budget. It is trained three times with the same data:
 
-1. in one go; resident memory and open files are looked at a hundred times,
+1. in one go; the script reads resident memory and the open files a hundred times,
 2. killed at random moments and resumed from its checkpoints,
 3. without any probe, while plain hooks keep the outputs of its layers.
 
-All three must end with the same weights, bit by bit. What the first two record must be the same, and what one
-pass over the kept outputs gives: covariances in extended precision by numpy; labels, folds and sketches by
-metrics that are fed by hand. The exit status is 1 if anything is not as it should be, which is printed.
+All three must end with the same weights, bit by bit. The first two must record the same, and must agree with
+one pass over the kept outputs: covariances in extended precision by numpy; labels, folds and sketches by
+metrics that are updated by hand. The script prints what is wrong, and its exit status is then 1.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from spectralmetrics.functional import Observations
 
 BATCH = 32
 LAYERS = {"0": 8, "3": 48, "5": 10}  # widths
-STEPS_PER_RECORD = 150  # and none after the last step, or nothing would be left of what is reset
+STEPS_PER_RECORD = 150  # none after the last step: it would reset sums that are compared
 STEPS_PER_CHECKPOINT = 20
 SKETCHED = {"max_features": 32, "sketch_size": 24}  # the middle layer is wider
 THRESHOLD = 0.9
-HALF = 0.5  # of the variance, which a sketch holds
+HALF = 0.5  # of the variance, which fits into a sketch
 CLOSE = 1e-9
 
 
 class KeepRows(Metric):
-    """Writes what it is given to a file, from where it stood at the last reset or checkpoint."""
+    """Writes its rows to a file, from the position of the last reset or checkpoint."""
 
     full_state_update = False
 
@@ -72,7 +72,7 @@ class KeepRows(Metric):
 
 
 class Training:
-    """The network, its optimizer, and the probes and recorders if there is a folder for them."""
+    """The network and its optimizer; with a folder, also probes and recorders."""
 
     def __init__(self, folder: Path | None) -> None:
         torch.manual_seed(0)
@@ -111,7 +111,6 @@ class Training:
         }
         for probe in self.probes.values():
             probe.persistent()
-        # What the budget's probe has seen is forgotten at each record, the rest is not.
         self.recorders = {
             name: sm.Recorder(folder / name, probe, ["csv", "arrays", "tensorboard"], mode="resume")
             for name, probe in self.probes.items()
@@ -123,7 +122,7 @@ class Training:
         return self.images[chosen], self.labels[chosen]
 
     def run(self, steps: int) -> Iterator[int]:
-        """Train up to a step from where the checkpoint stands; yields after each step."""
+        """Train from the checkpoint up to a step; yields after each step."""
         for step in range(self.resume(), steps):
             images, labels = self.batch(step)
             self.optimizer.zero_grad()
@@ -144,7 +143,7 @@ class Training:
 
     def record(self, epoch: int, loss: float) -> None:
         for name, recorder in self.recorders.items():
-            is_reset = name == "budget"
+            is_reset = name == "budget"  # the other probes keep their sums
             if epoch >= recorder.next_epoch:
                 recorder.add_scalar("loss", loss)
                 recorder.record(epoch, reset=is_reset)
@@ -167,7 +166,7 @@ class Training:
         return saved["step"]
 
     def read(self) -> dict[str, Any]:
-        """The weights, and what the probes say."""
+        """The weights, and the values of the probes."""
         found: dict[str, Any] = {"weights": self.model.state_dict()}
         for name, probe in self.probes.items():
             found[name] = probe.compute("train")
@@ -185,7 +184,7 @@ class Training:
 
 
 def train_until_killed(folder: Path, steps: int, started: Any) -> None:
-    """What is killed; it leaves what it has read at the end, if it comes to that."""
+    """Run in a process that may be killed; if training ends, save the results."""
     prepare()
     training = Training(folder)
     for _ in training.run(steps):
@@ -197,12 +196,12 @@ def train_until_killed(folder: Path, steps: int, started: Any) -> None:
 def prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of other libraries
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # other libraries warn
     warnings.filterwarnings("ignore", message=".*the budget of 10 % has paid for no forward yet")
 
 
 def in_one_go(folder: Path, steps: int, wrong: list[str]) -> dict[str, Any]:
-    """Train, and look at memory and open files a hundred times."""
+    """Train, and read memory and open files a hundred times."""
     training = Training(folder)
     seen, files = [], set()
     start = time.perf_counter()
@@ -227,13 +226,13 @@ def in_one_go(folder: Path, steps: int, wrong: list[str]) -> dict[str, Any]:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process, in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def killed(folder: Path, steps: int, kills: int, seed: int, seconds: float, wrong: list[str]) -> dict[str, Any]:
-    """Train in many lives that end at random moments, until one comes to the end of the steps."""
+    """Train in processes that are killed at random moments, until one reaches the last step."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["spectralmetrics", "sklearn.datasets", "torch.utils.tensorboard"])
     moments = random.Random(seed)
@@ -246,7 +245,7 @@ def killed(folder: Path, steps: int, kills: int, seed: int, seconds: float, wron
         lives += 1
         while not started.wait(1) and life.is_alive():
             pass
-        # The last life is left alone, and so is the first that comes to the end.
+        # After all kills, the next process trains to the end.
         life.join(moments.uniform(0, 1.4 * seconds / kills) if number < kills else None)
         if life.is_alive():
             life.kill()
@@ -267,7 +266,7 @@ def killed(folder: Path, steps: int, kills: int, seed: int, seconds: float, wron
 
 
 def without_probe(steps: int) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """Train with plain hooks that keep what layers put out, (steps, N, D, …), and labels, (steps, N)."""
+    """Train with plain hooks that keep outputs, (steps, N, D, …), and labels, (steps, N)."""
     training = Training(None)
     outputs: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
     for name, kept in outputs.items():
@@ -292,7 +291,7 @@ def in_extended_precision(rows: Tensor) -> np.ndarray:
 
 
 def by_hand(outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
-    """What the probes should say, as :meth:`Training.read` has it."""
+    """Expected values of the probes, in the form of :meth:`Training.read`."""
     found: dict[str, Any] = {name: {} for name in ("labels", "labels, intervals", "sketch")}
     for layer, kept in outputs.items():
         sketch = SKETCHED["sketch_size"] if LAYERS[layer] > SKETCHED["max_features"] else None
@@ -327,7 +326,7 @@ def by_hand(outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
 
 
 class Comparison:
-    """Gathers what differs, and how far apart what was compared lay at most."""
+    """Collects differences, and the largest distance between compared numbers."""
 
     def __init__(self, wrong: list[str]) -> None:
         self.wrong = wrong
@@ -335,7 +334,7 @@ class Comparison:
         self.furthest = 0.0
 
     def same(self, what: str, actual: Any, expected: Any) -> None:
-        """Numbers, or mappings and tuples of them, of which each must be within 1e-9 of the other."""
+        """Compare numbers, or mappings and tuples of numbers: each must agree to 1e-9."""
         if isinstance(expected, dict):
             if set(actual) != set(expected):
                 self.wrong.append(f"{what}: {sorted(actual)} are not {sorted(expected)}")
@@ -355,10 +354,10 @@ class Comparison:
 
 def main() -> int:
     """Train three times, compare, report; return the exit status."""
-    parser = argparse.ArgumentParser(description="Train with everything on; nothing may grow or get lost.")
+    parser = argparse.ArgumentParser(description="Train with everything on; check memory and all numbers.")
     parser.add_argument("--steps", type=int, default=10_000, help="(default: 10,000)")
     parser.add_argument("--kills", type=int, default=100, help="(default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments at which to kill (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: 0)")
     options = parser.parse_args()
     prepare()
     wrong: list[str] = []
@@ -379,7 +378,7 @@ def main() -> int:
         for name, each in found.items():
             for weight, values in plain["weights"].items():
                 if not torch.equal(values, each["weights"][weight]):
-                    wrong.append(f"{name}: the weights {weight!r} are not those of training without a probe")
+                    wrong.append(f"{name}: the weights {weight!r} differ from training without a probe")
             for kind, values in expected.items():
                 compared.same(f"{name}, {kind}", each[kind], values)
             for layer, width in LAYERS.items():

@@ -1,12 +1,12 @@
-"""The unbiased participation ratio over folds beside that of the package ``dimensionality``, on the same rows.
+"""The unbiased participation ratio over folds, compared with the package ``dimensionality`` on the same rows.
 
     python -m pip install dimensionality
     python checks/unbiased.py [--draws 200]
 
-Gaussian rows of width 192 with known spectra, at n = D/8, D/2 and 2D. Theirs averages over all rows that
-differ ("row" of Chun et al., ICLR 2026), and needs all rows at once; ours over pairs of folds, from sums. Then
-rows that come six to an input and resemble each other: folds hold whole inputs, which theirs is not told of.
-Printed are the mean over the draws relative to the truth, and the spread of a draw.
+Gaussian rows of width 192 with known spectra, at n = D/8, D/2 and 2D. Theirs averages over distinct rows
+("row" of Chun et al., ICLR 2026), and needs all rows at once; ours averages over pairs of folds, from sums.
+Then six similar rows per input: our folds hold whole inputs, theirs has no argument for inputs. The script
+prints the mean over the draws relative to the truth, and the spread of a draw.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def independent(variances, count, generator):
 
 
 def in_groups(variances, count, generator):
-    """Six rows of each input, with 0.8 of their variance in common."""
+    """Six rows per input, with 0.8 of their variance in common."""
     inputs = torch.randn(count // 6, 1, WIDTH, dtype=torch.float64, generator=generator)
     own = torch.randn(count // 6, 6, WIDTH, dtype=torch.float64, generator=generator)
     return ((0.8**0.5 * inputs + 0.2**0.5 * own) * variances.sqrt()).reshape(-1, WIDTH)

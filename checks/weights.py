@@ -1,10 +1,10 @@
-"""The spectra of weights beside those of WeightWatcher, on a small network trained on real digits.
+"""The spectra of weights, compared with WeightWatcher's, on a small network trained on real digits.
 
     python -m pip install weightwatcher scikit-learn
     python checks/weights.py
 
-Prints both for each layer, and asserts what is the same: linear layers with 50 values or more, and convolutions
-whose eigenvalues are pooled as WeightWatcher pools them. docs/parity.md says what differs, and why.
+Prints both for each layer. Asserts that they agree for linear layers with 50 values or more, and for
+convolutions whose eigenvalues are pooled as WeightWatcher pools them. docs/parity.md explains the differences.
 """
 
 import math
@@ -18,7 +18,7 @@ from spectralmetrics import weight_spectra
 from spectralmetrics.functional import power_law_tail
 
 STATISTICS = ("stable_rank", "effective_rank", "alpha")
-FEWEST = 50  # values, below which WeightWatcher fits in another way, and weight_spectra not at all
+FEWEST = 50  # with fewer values WeightWatcher fits in another way, and weight_spectra not at all
 
 
 def trained():
@@ -45,7 +45,7 @@ def trained():
 
 
 def main():
-    import weightwatcher  # says on import what it does without
+    import weightwatcher  # prints on import
 
     model = trained()
     ours = {row.layer: row for row in weight_spectra(model, STATISTICS).rows}
@@ -57,7 +57,7 @@ def main():
     for layer, row in ours.items():
         weight = model.get_submodule(layer).weight.detach().double()
         compare(layer, row.shape, "of matrix", weight.flatten(1)[None], theirs[layer], weight.ndim == 2)
-        if weight.ndim == 4:  # one matrix for each position of the kernel, and the factor that it divides by
+        if weight.ndim == 4:  # one matrix for each position of the kernel, scaled as WeightWatcher scales it
             positions = weight.flatten(2).permute(2, 0, 1) / 2**0.5
             compare(layer, row.shape, "pooled", positions, theirs[layer], True)
 

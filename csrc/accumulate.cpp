@@ -1,14 +1,14 @@
 // Sums of centred observations and of their products, for x86-64 processors with AVX2 or AVX-512.
 //
 // Adds sum_i (x_i - o) and the upper triangle of sum_i (x_i - o)(x_i - o)' to float64 sums. Observations are
-// read in the memory of the layer's output. Some rows at a time are centred, checked for NaN and infinities and
-// stored as panels of as many features as a vector register has lanes; a tile of the triangle then stays in
-// registers while the rows pass by, so that memory is touched once. Products are made in float64, or in float32
-// over at most `chunk_rows` rows before they are added in float64.
+// read from the memory of the layer's output. Some rows at a time are centred, checked for NaN and infinities
+// and stored as panels; a panel has as many features as a vector register has lanes. A tile of the triangle then
+// stays in registers while it takes up all rows, so that memory is touched once. Products are made in float64,
+// or in float32 over at most `chunk_rows` rows before they are added in float64.
 //
-// This file plans the work and picks the instruction set; the arithmetic is in accumulate.hpp. There is no
-// plain fallback here: src/spectralmetrics/sums/accumulate.py has one in PyTorch, and calls this through
-// src/spectralmetrics/sums/compiled.py where it can.
+// This file plans the work and picks the instruction set; the arithmetic is in accumulate.hpp. The fallback in
+// PyTorch is in src/spectralmetrics/sums/accumulate.py, which calls this file through
+// src/spectralmetrics/sums/compiled.py if it can.
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -39,7 +39,7 @@ struct Job {
     double *second;              // (features, features), upper triangle added to, lower left in any state
     int64_t *count;              // added to: observations that count
     int64_t *non_finite;         // added to: observations left out for a NaN or an infinity
-    void *workspace;             // of workspace_bytes(), 64-byte aligned, any content
+    void *workspace;             // workspace_bytes() bytes, 64-byte aligned, any content
     int64_t samples, positions, features;
     int64_t sample_stride, position_stride, feature_stride;
     int32_t values_are_double, products_are_float;  // not both
@@ -68,15 +68,15 @@ typedef void Parallel(void (*)(void *), void *, unsigned threads, unsigned flags
 
 namespace {
 
-constexpr int64_t chunk_rows = 256;        // a panel of so many rows fits the first cache
+constexpr int64_t chunk_rows = 256;        // rows of a panel that fits the first cache
 constexpr int64_t packed_at_once = 32;     // rows that a thread claims while packing
 constexpr int64_t block_panels = 24;       // panels that fit the second cache
 constexpr int64_t rows_ahead = 4;          // rows that are fetched while another one is packed
-constexpr int64_t features_by_rows = 256;  // up to so many, threads may have sums of their own
-constexpr int64_t most_by_rows = 512;      // and up to so many, if the rows are enough for all threads
-constexpr int64_t chunks_per_slot = 4;     // with fewer, such sums are not worth adding up
+constexpr int64_t features_by_rows = 256;  // most features for which threads may have sums of their own
+constexpr int64_t most_by_rows = 512;      // the same, if the rows are enough for all threads
+constexpr int64_t chunks_per_slot = 4;     // with fewer, adding up such sums costs too much
 constexpr int64_t most_slots = 48;
-constexpr int64_t most_sums_bytes = 1 << 25;  // of all such sums
+constexpr int64_t most_sums_bytes = 1 << 25;  // memory of all such sums
 
 // The position of an observation.
 struct Place {
@@ -202,7 +202,7 @@ int64_t plan(const Job &job, Team &team) {
     return states + 2 * origin + team.buffers * team.packed_bytes + (team.slots ? sums : 0);
 }
 
-// The origin in the products' type, and the rest that rounding it has lost.
+// The origin in the products' type, and the rest that its rounding lost.
 template <typename Real>
 void split_origin(const Team &team) {
     std::memset(team.high, 0, team.packed - team.high);
@@ -228,7 +228,7 @@ void run(Team &team, Parallel *parallel) {
 
 extern "C" {
 
-// Count this up with every change of the declarations here.
+// Increase this with every change of the declarations here.
 PUBLIC int interface_version() { return 4; }
 
 PUBLIC int best_instructions() {
@@ -271,12 +271,12 @@ PUBLIC void measure(const MarginalsJob *job, Parallel *parallel) {
         measure_in_shares<float>(*job, parallel);
 }
 
-// The positions of the observations that are drawn, see draw.hpp.
+// The positions of the drawn observations, see draw.hpp.
 PUBLIC void draw_places(uint32_t seed, int64_t total, int64_t number, int64_t turn, int64_t *places) {
     draw_from_arcs(seed, total, number, turn, [=](int64_t arc, int64_t place) { places[arc] = place; });
 }
 
-// The same observations themselves, from contiguous rows of so many bytes each.
+// The same observations themselves, from contiguous rows of equal length in bytes.
 PUBLIC void draw_rows(uint32_t seed, int64_t total, int64_t number, int64_t turn, const char *rows,
                       int64_t bytes, char *drawn) {
     draw_from_arcs(seed, total, number, turn, [=](int64_t arc, int64_t place) {

@@ -1,5 +1,5 @@
-// Draws observations from an output by the numbers that torch.rand gives for a seed, but without calling
-// PyTorch, whose calls take most of the time of a small layer. Included by accumulate.cpp.
+// Draws observations from an output by the numbers that torch.rand gives for a seed. It does not call PyTorch,
+// whose calls would take most of the time of a small layer. Included by accumulate.cpp.
 
 // The generator of PyTorch on a CPU (mt19937); it makes one number at a time, since few are needed.
 class Generator {

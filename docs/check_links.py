@@ -1,6 +1,6 @@
-"""What the built site must not have: `python docs/check_links.py docs/_build/html`.
+"""Check the built site: `python docs/check_links.py docs/_build/html`.
 
-Every link within it leads somewhere, and no page has words that only the author of a class understands.
+Reports links to missing pages or anchors, and filler that autodoc writes where a docstring is missing.
 """
 
 import sys
@@ -19,7 +19,7 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        """Collect what the tag links to and what can be linked to."""
+        """Collect the tag's links and anchors."""
         for name, value in attributes:
             if name in ("href", "src") and value:
                 self.links.append(value)
@@ -28,7 +28,7 @@ class Page(HTMLParser):
 
 
 def broken_links(site: Path) -> list[str]:
-    """Links to files or anchors of the site that do not exist, with the pages that have them."""
+    """Links to missing files or anchors of the site, with the pages that have them."""
     pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
     broken = []
     for path, page in pages.items():
@@ -47,7 +47,7 @@ EMPTY = ("See the class", "Alias for field number", "&lt;function", "&lt;lambda"
 
 
 def empty_words(site: Path) -> list[str]:
-    """What autodoc writes where there is nothing to read, with the pages that have it."""
+    """Filler that autodoc writes where a docstring is missing, with the pages that have it."""
     return [
         f"{path.relative_to(site)}: {words}"
         for path in site.rglob("*.html")

@@ -57,8 +57,8 @@ exclude_patterns = [
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# Pages with `{code-cell}` run when the site is built, each in a process and an empty folder of its own, and
-# show what they print and draw. What they write to standard error is a warning, and so an error of the build.
+# Pages with `{code-cell}` run when the site is built, each in its own process and empty folder. They show their
+# printed text and pictures. Text on standard error is a warning, and so an error of the build.
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
@@ -75,7 +75,7 @@ EXTRA.mkdir(parents=True, exist_ok=True)
 html_extra_path = [str(EXTRA)]
 html_css_files = ["custom.css"]
 
-# Where the documentation of other libraries cannot be reached, the names that ours uses are known all the same.
+# Lists of names stand in for documentation of other libraries that cannot be reached.
 intersphinx_mapping = inventories.mapping(HERE / "_build" / "inventories")
 intersphinx_timeout = 5
 
@@ -108,7 +108,7 @@ sphinx_gallery_conf = {
 # One thread: small convolutions are no faster with several, and sums come out the same on every machine.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-# How the pages' processes draw.
+# Settings of the pages' processes, such as the format of pictures.
 KERNEL = HERE / "_build" / "ipython" / "profile_default" / "ipython_kernel_config.py"
 KERNEL.parent.mkdir(parents=True, exist_ok=True)
 KERNEL.write_text(
@@ -128,13 +128,13 @@ warnings.filterwarnings("ignore", message=".*FigureCanvasAgg is non-interactive.
 
 
 def write_reference(app):
-    """The pages of metrics and functions, from the code itself, so that a new one has a page."""
+    """Write the pages of metrics and functions from the code, so that a new one gets a page."""
     metric_pages.write_pages(HERE / "reference")
     metric_pages.write_function_pages(HERE / "reference")
 
 
 def write_example_report(app):
-    """A report to try out, of two networks that are trained here for a few seconds."""
+    """Write a report to try out: train two networks for a few seconds."""
     target = EXTRA / "example_report.html"
     images, labels, validation_images, validation_labels = load_digits(seed=0)
     runs = {}
@@ -164,13 +164,13 @@ def write_example_report(app):
 
 
 def skip_member(app, what, name, obj, skip, options):
-    """Leave out what says nothing: fields of named tuples, which the class describes, and references to it."""
+    """Leave out fields of named tuples, which the class describes, and members that only refer to it."""
     said = inspect.getdoc(obj) or ""
     return True if said.startswith(("Alias for field number", "See the class")) else None
 
 
 def public_bases(app, name, obj, options, bases):
-    """Name a base class that readers can import, in place of one that is shared by a few metrics."""
+    """Show a base class that readers can import, in place of a private one."""
     for index, base in enumerate(bases):
         while inspect.isclass(base) and base.__name__.startswith("_"):
             base = base.__base__
@@ -178,7 +178,7 @@ def public_bases(app, name, obj, options, bases):
 
 
 class Guides(SphinxDirective):
-    """The guides of a path, as a list and in the menu; each line is `page: what it is for`."""
+    """A list of guides, which also enter the menu; each line is `page: what it is for`."""
 
     has_content = True
 
@@ -192,7 +192,7 @@ class Guides(SphinxDirective):
 
 
 def describe(app, page, template, context, doctree):
-    """The first paragraph of a page, as search engines and previews show it."""
+    """Give a page's first paragraph to search engines and previews."""
     paragraph = doctree and next(doctree.findall(nodes.paragraph), None)
     if paragraph is None or 'name="description"' in context.get("metatags", ""):
         return
@@ -201,7 +201,7 @@ def describe(app, page, template, context, doctree):
 
 
 def shorten_menu(app, page, template, context, doctree):
-    """Give the menu two levels, so that it ends above the fold; tables lead to what lies deeper."""
+    """Give the menu two levels, so that it ends above the fold; tables link to deeper pages."""
     tree = context["toctree"](collapse=False, titles_only=True, maxdepth=2, includehidden=True)
     context["furo_navigation_tree"] = get_navigation_tree(tree)
 
@@ -214,7 +214,7 @@ PROBE_ARGUMENTS = re.compile(r"^Args:\n(.*?)^(?=\S)", re.DOTALL | re.MULTILINE)
 
 
 def list_options(app, what, name, obj, options, lines):
-    """Write out what a callback passes on to its probe."""
+    """Replace a callback's `**arguments` by the arguments of the probe."""
     if obj not in CALLBACKS:
         return
     place = next(index for index, line in enumerate(lines) if line.lstrip().startswith("**arguments"))

@@ -2,8 +2,8 @@
 
     python docs/draw_imports.py [--write]
 
-A part is a folder or a file directly below ``src/spectralmetrics``. Imports inside functions and those for
-types alone count like any other.
+A part is a folder or a file directly below ``src/spectralmetrics``. Imports inside functions and for types
+alone count like any other.
 """
 
 import argparse

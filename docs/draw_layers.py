@@ -15,7 +15,7 @@ _DIMS = {1: "Dimension 1: `(N, C, *spatial)`", -1: "Last: (N, …, D)", "input":
 
 
 def kinds():
-    """(name, kind) of each type, those of other packages by module and name."""
+    """(name, kind) of each type; types of other packages carry the package's name."""
     own = [
         (kind.__name__, each) for kind, each in layers._KINDS.items() if kind.__module__.startswith("torch.nn")
     ]
@@ -45,7 +45,7 @@ def draw():
 
 
 def drawn():
-    """The table as the guide has it."""
+    """The table in the guide."""
     return _TABLE.search(PAGE.read_text(encoding="utf-8")).group(2)
 
 

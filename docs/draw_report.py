@@ -1,6 +1,6 @@
 """Draw docs/images/report.png anew, from a run of the demo: `python docs/draw_report.py runs/demo`.
 
-The run is that of `spectralmetrics demo --output runs/demo`. Needs the system's Chromium, and the extra `test`.
+`spectralmetrics demo --output runs/demo` records the run. Needs the system's Chromium, and the extra `test`.
 """
 
 import sys
@@ -18,7 +18,7 @@ WIDTH, LAST = 1200, "#heat"  # in pixels, and the part with which the picture en
 
 
 def main(run: str) -> None:
-    """Open the report of a run, choose a layer, and take a picture of what is seen first."""
+    """Open the report of a run, choose a layer, and take a picture of its first screen."""
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         path = write_report(run, Path(folder) / "report.html")
         page = chromium.new_page(viewport={"width": WIDTH, "height": 900})

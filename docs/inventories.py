@@ -1,7 +1,7 @@
-"""What of other libraries our documentation names, and where theirs describes it.
+"""Names of other libraries that our documentation uses, and their pages.
 
-Sphinx asks the libraries' own lists first. Where they cannot be reached, these lists take their place: a build
-without a network links the same names and warns of nothing.
+Sphinx downloads the libraries' own lists first. If they cannot be reached, these lists take their place: a
+build without a network links the same names, without warnings.
 """
 
 import zlib
@@ -49,7 +49,7 @@ DATA = {"scipy.stats.t"}
 
 
 def inventory(library: str) -> bytes:
-    """A list of names as Sphinx reads it."""
+    """A list of names, in Sphinx's format."""
     lines = []
     for name, page in LIBRARIES[library][1].items():
         role = "function" if name in FUNCTIONS else "data" if name in DATA else "class"
@@ -61,7 +61,7 @@ def inventory(library: str) -> bytes:
 
 
 def mapping(folder: Path) -> dict[str, tuple[str, tuple[str | None, str]]]:
-    """What ``intersphinx_mapping`` expects: each library's own list, and ours, which is written to a folder."""
+    """``intersphinx_mapping``: each library's own list, and ours, which this writes into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for library, (address, _) in LIBRARIES.items():

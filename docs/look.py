@@ -1,8 +1,8 @@
 """Look at the built site in a browser: `python docs/look.py docs/_build/html`.
 
-Opens every page on a desktop (1280 x 800) and on a phone (390 x 844), light and dark, and prints what is wrong:
-errors on the console, images that do not load, a page wider than the window, text of little contrast, a menu
-that ends below the fold. Needs the system's Chromium, and the extra `test`.
+Opens every page on a desktop (1280 x 800) and on a phone (390 x 844), light and dark, and prints faults: errors
+on the console, images that do not load, a page wider than the window, text of little contrast, a menu that ends
+below the fold. Needs the system's Chromium, and the extra `test`.
 
     python docs/look.py docs/_build/html --only "guide/*" --pictures /tmp/pictures
 """
@@ -45,14 +45,14 @@ def browser() -> Iterator[Browser]:
 
 
 def faults(page: Page, address: str, complaints: list[str], *, contrast: bool) -> Iterator[str]:
-    """What is wrong with a page, in words; contrast, which takes longest, if asked."""
+    """The faults of a page, in words; with ``contrast`` also text of little contrast, which takes longest."""
     complaints.clear()
     page.goto(address, wait_until="load")
     page.evaluate(
         "document.querySelectorAll('img[loading=lazy]').forEach((each) => { each.loading = 'eager'; })"
     )
     page.wait_for_function("[...document.images].every((each) => each.complete)")
-    if page.locator("html[data-refresh]").count():  # a report, which draws itself
+    if page.locator("html[data-refresh]").count():  # a report draws itself
         page.wait_for_selector("html[data-drawn=all]", state="attached")
     found = page.evaluate(MEASURE)
     yield from complaints
@@ -67,7 +67,7 @@ def faults(page: Page, address: str, complaints: list[str], *, contrast: bool) -
 
 
 def look(chromium: Browser, site: Path, pages: list[Path], pictures: Path | None) -> int:
-    """Print the faults of all pages; returns how many there are."""
+    """Print the faults of all pages; returns their number."""
     number = 0
     for window, (width, height) in WINDOWS.items():
         for scheme in SCHEMES:

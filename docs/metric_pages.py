@@ -1,9 +1,8 @@
-"""A page of the reference for each metric and function, and the tables of them all, made at build time.
+"""Make a reference page for each metric and function, and the tables of all of them, at build time.
 
-A new statistic has its page without a line here: what it is from its docstring, and a picture of how its value
-changes with the spectrum. A metric whose ``update`` or constructor asks for more gets a picture if what it asks
-for is known below, by name; ``DRAWINGS`` has those that want a picture of their own. One that fits neither
-has a page without a picture.
+A new statistic gets its page without a line here: its docstring, and a picture of its value over the spectrum.
+A metric whose constructor needs arguments gets a picture if ``ARGUMENTS`` names them, a metric whose ``update``
+needs more than rows if it needs labels. ``DRAWINGS`` holds special pictures. Other metrics have none.
 """
 
 import inspect
@@ -35,11 +34,11 @@ def series(loop, batch, ticks, label, before=""):
     """Code that plots a metric's value for 13 settings of the data, one after the other.
 
     Args:
-        loop: over what.
+        loop: the loop's variable and values, such as ``"mean in torch.linspace(0, 3, 13)"``.
         batch: the lines that update the metric.
-        ticks: place on the axis -> what it is called.
-        label: of the axis.
-        before: lines that go before the loop.
+        ticks: place on the axis -> its label.
+        label: label of the axis.
+        before: lines before the loop.
     """
     indented = "".join(f"    {line}\n" for line in batch)
     places, names = list(ticks), ", ".join(f'"{each}"' for each in ticks.values())
@@ -144,12 +143,12 @@ _ = axis.set_xlabel("noise added to one side")
 CODE = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 ARGUMENTS = {"num_classes": "num_classes=3"}
-"""What a constructor may ask for, and what it gets."""
+"""Required argument of a constructor -> the argument given."""
 PREFERRED = {"CovarianceDeterminantMetric": "log=True"}
 INTERNAL = {"statistic", "other_sums", "spectral_sum", "from_sketch", "interval_of", "check_range"}
-"""What a subclass defines for the base class and not for its users."""
+"""Members that a subclass defines for its base class, not for users."""
 BASES = (metrics.SpectralMetric, metrics.MarginalMetric)
-"""They have no value of their own; the page of the reference in front of all others describes them."""
+"""Base classes without a value of their own; the first page of the reference describes them."""
 
 
 def documented():
@@ -168,25 +167,25 @@ def documented():
 
 
 def snake(name):
-    """A class' name as that of a file."""
+    """The name of a class in snake case, for a file."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def path_of(metric):
-    """Where a reader imports it from."""
+    """The path from which a reader imports a metric."""
     public = getattr(metrics, metric.__name__, None) is metric
     return f"{'spectralmetrics.metrics' if public else metric.__module__}.{metric.__name__}"
 
 
 def required(function):
-    """The names of what a function must be given, besides ``self``."""
+    """The names of a function's required arguments, without ``self``."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
 def drawing(metric):
-    """Code that draws the metric, or None where it asks for what is not known here."""
+    """Code that draws the metric; None if the metric needs arguments that this file does not supply."""
     name = metric.__name__
     if name in DRAWINGS:
         return DRAWINGS[name]
@@ -201,7 +200,7 @@ def drawing(metric):
 
 
 def draw(metric, code):
-    """The picture as SVG, or None where drawing fails."""
+    """The picture as SVG; None if drawing fails."""
     try:
         namespace = {}
         with matplotlib.rc_context({"figure.figsize": (6, 3.6), "svg.hashsalt": metric.__name__}):
@@ -226,7 +225,7 @@ def summary(item):
 
 
 def used_in(name):
-    """Links from a page of a metric to the examples and the guides whose code has its name."""
+    """Links to the examples and the guides whose code contains the metric's name."""
     examples = [
         f"[](../../gallery/{path.stem})"
         for path in sorted((HERE.parent / "examples").glob("plot_*.py"))
@@ -265,22 +264,22 @@ def page(short_name, metric, code, picture):
         lines += [f"Without a state: {{func}}`spectralmetrics.functional.{function}`.", ""]
     if registered:
         base = "{class}`~spectralmetrics.metrics.SpectralMetric`"
-        lines += [f"`update`, `reset`, `interval` and the other arguments are those of {base}.", ""]
+        lines += [f"{base} describes `update`, `reset`, `interval` and the other arguments.", ""]
     if used := used_in(metric.__name__):
         lines += ["## Where it is used", "", *used, ""]
-    lines += ["What is normal, and what to try: [](../../guide/choosing.md).", ""]
+    lines += ["Typical values, and remedies: [](../../guide/choosing.md).", ""]
     return "\n".join(lines)
 
 
 def write(path, text):
-    """Write a file unless it says so already, so that Sphinx does not read it again."""
+    """Write a file unless it has this text already, so that Sphinx does not read it again."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
 def write_pages(reference):
-    """All pages, in ``reference/metrics``, and the table of them."""
+    """Write all pages, in ``reference/metrics``, and their table."""
     found = documented()
     folder = reference / "metrics"
     for old in folder.glob("*.md"):
@@ -304,9 +303,9 @@ PARTS = {
     "dimension": "From eigenvalues",
     "power_law": "From eigenvalues",
     "dispersion": "From a covariance",
-    "held_out": "How sure a value is",
+    "held_out": "Uncertainty of a value",
     "labels": "With labels",
-    "marginals": "Of each feature by itself",
+    "marginals": "Each feature by itself",
     "relations": "Between layers and between distributions",
     "decomposition": "Covariances, their spectra and sums",
     "accumulate": "Covariances, their spectra and sums",
@@ -314,7 +313,7 @@ PARTS = {
     "observations": "Covariances, their spectra and sums",
     "spectrum": "Covariances, their spectra and sums",
 }
-"""Module of a function -> the heading under which it stands."""
+"""Module of a function -> its heading in the table."""
 
 
 FUNCTIONS = {
@@ -324,7 +323,7 @@ FUNCTIONS = {
     "rms": "root_mean_square",
     "linear_probe": "ridge_explained_variance",
 }
-"""Short name of a statistic -> its function, where that has another name."""
+"""Short name of a statistic -> its function, if the function has another name."""
 
 
 def function_page(name, item):
@@ -336,12 +335,12 @@ def function_page(name, item):
     lines += ["```", ""]
     names = {FUNCTIONS.get(short_name, short_name): metric for short_name, metric in documented().items()}
     if metric := names.get(name):
-        lines += [f"Of data that come in batches: {{class}}`{path_of(metric)}`.", ""]
+        lines += [f"For data in batches: {{class}}`{path_of(metric)}`.", ""]
     return "\n".join(lines)
 
 
 def write_function_pages(reference):
-    """A page for each public name of ``spectralmetrics.functional``, and the tables of them all."""
+    """Write a page for each public name of ``spectralmetrics.functional``, and the tables of all."""
     folder = reference / "functional"
     for old in folder.glob("*.md"):
         if old.stem not in functional.__all__:

@@ -1,7 +1,7 @@
-"""Every warning of the package, from its source: `python docs/warning_messages.py` prints them.
+"""Collect the package's warnings from its source: `python docs/warning_messages.py` prints them.
 
-`docs/reference/warnings.md` explains each of them, and a test compares the two. What a message fills in is
-written `…`. The reason why a layer is left out is a message of its own.
+`docs/reference/warnings.md` explains each of them, and a test compares the two. `…` stands for text that is
+filled in at run time. The reason why a layer is left out is a message of its own.
 """
 
 import ast
@@ -13,11 +13,11 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "spectralmetrics"
 GAP = "…"
 WARNERS = {"warnings.warn", "_warn", "self._warn_once", "warn_user"}
-"""What warns: the standard library, and functions of the package that pass their message on to it."""
+"""Functions that warn: ``warnings.warn``, and functions of the package that pass their message on to it."""
 
 
 def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a module or function, without those of functions within it."""
+    """The nodes of a module or function, without the nodes of functions inside it."""
     for child in ast.iter_child_nodes(scope):
         if not isinstance(child, ast.FunctionDef):
             yield child
@@ -44,7 +44,7 @@ class Reader:
         ]
 
     def messages(self) -> dict[str, str]:
-        """Each message -> the file that has it."""
+        """Message -> the file that contains it."""
         found = {
             " ".join(words.split()): path
             for path, module in self._modules.items()
@@ -56,7 +56,7 @@ class Reader:
         return {message: path for message, path in found.items() if message != GAP}
 
     def _wordings(self, node: ast.AST, function: ast.FunctionDef, known: tuple[str, ...] = ()) -> list[str]:
-        """What an expression may say; a gap if that is known only when it runs."""
+        """The texts that an expression may have; a gap if they depend on the run."""
         found: list[str] = [GAP]
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found = [node.value]
@@ -87,7 +87,7 @@ class Reader:
         return [GAP] if GAP in found else found
 
     def _returned(self, name: str, known: tuple[str, ...]) -> list[str]:
-        """What functions of the package with this name return, if that is text."""
+        """The texts returned by functions of the package with this name."""
         return [
             words
             for function in self._functions
@@ -100,7 +100,7 @@ class Reader:
 
 
 def spoken(function: ast.FunctionDef) -> Iterator[ast.expr]:
-    """The messages of a function that are its own."""
+    """The messages of a function, without messages that it gets as an argument."""
     for node in own_nodes(function):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             call, wanted = node.exc, {"LeftOut"}
@@ -120,7 +120,7 @@ def arguments(function: ast.FunctionDef) -> set[str]:
 
 
 def assigned(name: str, scope: ast.AST) -> list[ast.expr]:
-    """What a scope assigns to a name."""
+    """The expressions that a scope assigns to a name."""
     found = []
     for node in own_nodes(scope):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]

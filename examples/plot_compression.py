@@ -1,13 +1,13 @@
 """
-Compress a network by what goes into its layers
-===============================================
+Compress a network with the statistics of its inputs
+====================================================
 
-The cheapest way to make a linear layer smaller is to cut its weight to low rank. Which directions of the
-weight can go depends on what the layer is fed with. ``LayerProbe(model, observe="inputs")`` collects what
+The cheapest way to make a linear layer smaller is to cut its weight to low rank. The layer's inputs decide
+which directions of the weight can go. ``LayerProbe(model, observe="inputs")`` collects the statistic that
 compression needs, the second moment of each layer's inputs, in one pass over some data without labels.
 
 A network learns handwritten digits. Its weights are then cut to low rank: by their own singular values, and by
-those of the weight times the root of the second moment, as SVD-LLM does.
+the singular values of the weight times the root of the second moment, as SVD-LLM does.
 """
 
 import copy
@@ -53,11 +53,11 @@ def accuracy(network: nn.Module) -> float:
         return float((network(images[test]).argmax(1) == labels[test]).float().mean())
 
 
-print(f"accuracy on 1,000 digits that it has not seen: {accuracy(model):.1%}")
+print(f"accuracy on 1,000 held-out digits: {accuracy(model):.1%}")
 
 # %%
-# What goes into each layer
-# -------------------------
+# The inputs of each layer
+# ------------------------
 
 probe = LayerProbe(model, observe="inputs", exclude="6")
 with torch.no_grad():
@@ -70,7 +70,7 @@ probe.remove()
 for name, covariance in covariances.items():
     values = torch.linalg.eigvalsh(covariance).flip(0)
     number = int((values.cumsum(0) < 0.99 * values.sum()).sum()) + 1
-    print(f"layer {name}: {number} of {len(values)} directions hold 99 % of the variance of what goes in")
+    print(f"layer {name}: {number} of {len(values)} directions hold 99 % of the variance of the inputs")
 
 # %%
 # Three ways to cut a weight
@@ -80,11 +80,11 @@ for name, covariance in covariances.items():
 #
 # - The singular value decomposition of :math:`W` gives the best such product if all directions of the input are
 #   alike.
-# - The one that makes the smallest error on the layer's outputs, :math:`\|(W - W_k) X\|_F`, comes from the
-#   decomposition of :math:`W S^{1/2}`, where :math:`S` is the second moment of the inputs: the truncated
-#   product is multiplied by :math:`S^{-1/2}` again.
-# - A layer has a bias, which can hold what the cut loses of the mean, :math:`(W - W_k) \bar x`. Then only the
-#   variation about the mean has to pass through the k directions, and :math:`S` is the covariance.
+# - The smallest error on the layer's outputs, :math:`\|(W - W_k) X\|_F`, comes from the decomposition of
+#   :math:`W S^{1/2}`, where :math:`S` is the second moment of the inputs: the truncated product is multiplied
+#   by :math:`S^{-1/2}` again.
+# - The bias can hold the part of the mean that the cut loses, :math:`(W - W_k) \bar x`. Then only the variation
+#   about the mean has to pass through the k directions, and :math:`S` is the covariance.
 
 
 def cut(weight: Tensor, second_moment: Tensor, rank: int) -> Tensor:
@@ -96,7 +96,7 @@ def cut(weight: Tensor, second_moment: Tensor, rank: int) -> Tensor:
 
 
 def compress(rank: int, way: str) -> tuple[float, float]:
-    """The accuracy, and how much of its outputs' squares a layer loses, as a mean over the layers."""
+    """The accuracy, and the lost share of the outputs' squares, as a mean over the layers."""
     smaller, losses = copy.deepcopy(model), []
     for name, second_moment in second_moments.items():
         layer = smaller.get_submodule(name)
@@ -144,11 +144,11 @@ axis.legend(frameon=False)
 plt.show()
 
 # %%
-# By what goes in, a cut of the same rank loses about three to thirteen times less of the layers' outputs.
-# That decides at rank 8, where the network keeps 88 % in place of 73 %. Below, no cut leaves enough. From
-# rank 16 on the weight's own directions are good enough for these digits: its cuts are better by up to
-# eight digits in a thousand, though they lose more of the outputs, so judge a compression by the task as
-# well. The bias helps where ranks are so small that a direction spent on the mean is missed.
+# With the statistics of the inputs, a cut of the same rank loses about three to thirteen times less of the
+# layers' outputs. At rank 8 that decides: the accuracy is 88 % in place of 73 %. Below, no cut leaves enough.
+# From rank 16 on the weight's own directions are good enough for these digits: its cuts are better by up to
+# eight digits in a thousand, though they lose more of the outputs. So judge a compression by the task as well.
+# The bias helps at small ranks, where a direction spent on the mean is missed.
 #
 # At rank 16 the weights of the three layers are 33,000 numbers in place of 332,000. SliceGPT and GPTQ, for
 # language models, begin with the same second moments. `The guide <../guide/labels.html>`_ collects them.

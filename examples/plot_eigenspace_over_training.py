@@ -1,9 +1,9 @@
 """
-When does a layer settle?
-=========================
+Find the epoch at which layers settle
+=====================================
 
-Saturation says how many directions a layer uses. It does not say whether they are still the same ones. This
-example records a training and asks of every layer: when did its leading eigenspace stop turning?
+Saturation gives the number of directions that a layer uses, but not which ones. This example records a training
+and shows, for every layer, when its leading eigenspace stops turning.
 """
 
 import tempfile
@@ -55,11 +55,11 @@ with probe, Recorder(run, probe, ["csv", "arrays"]) as recorder:
         print(f"epoch {epoch}: accuracy {accuracy:.1%}")
 
 # %%
-# Each epoch beside the last
-# --------------------------
+# Compare each epoch with the last
+# --------------------------------
 #
-# ``compare`` reads two epochs of the run. The overlap of two eigenspaces is 1 if one holds the other; what two
-# random ones would share stands beside it. The eigenspaces explain 90 % of the variance here.
+# ``compare`` reads two epochs of the run. The overlap of two eigenspaces is 1 if one contains the other. The
+# black markers show the overlap of two random ones. The eigenspaces explain 90 % of the variance here.
 
 settling = {}
 for epoch in range(epochs):
@@ -79,4 +79,4 @@ plt.show()
 # middle go on turning for some epochs more.
 #
 # Read the black markers before the others. With 90 % of the variance, the ten outputs use seven directions: any
-# two spaces of seven among ten dimensions share 70 %, so that the output's 0.7 at epoch 0 says nothing at all.
+# two spaces of seven among ten dimensions share 70 %, so that the output's 0.7 at epoch 0 means nothing.

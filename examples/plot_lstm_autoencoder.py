@@ -3,8 +3,8 @@ The hidden state of an LSTM auto-encoder
 ========================================
 
 An LSTM reads handwritten digits row by row, a sequence of 28 steps with 28 pixels each, and a second LSTM
-writes the digit again from nothing but the hidden state after the last row. How many directions of this state
-are in use, and what lies along the first two of them?
+writes the digit again from the hidden state after the last row alone. This example counts the directions of
+this state that are in use, and shows the digits along the first two of them.
 """
 
 import matplotlib.pyplot as plt
@@ -73,8 +73,8 @@ models = {width: train(width) for width in (4, 16, 64)}
 # Observing the hidden state
 # --------------------------
 #
-# An LSTM returns ``(outputs, (hidden, cell))``. Of such a nest a probe observes the first tensor, which here
-# would be the outputs at all 28 steps. ``select`` names another part: the hidden state of the last layer after
+# An LSTM returns ``(outputs, (hidden, cell))``. By default a probe observes the first tensor of such a nest,
+# here the outputs at all 28 steps. ``select`` names another part: the hidden state of the last layer after
 # the last step.
 
 select = {"encoder": lambda output: output[1][0][-1]}
@@ -92,7 +92,7 @@ mean_image = training_images.mean(0).expand_as(validation_images)
 print(f"the mean digit for all: validation loss {nn.functional.mse_loss(mean_image, validation_images):.4f}")
 
 # %%
-# The narrowest state uses all that it has. The wider ones reconstruct better, and use more directions, but a
+# The narrowest state uses all its directions. The wider ones reconstruct better, and use more directions, but a
 # smaller share of them: the dimension grows more slowly than the width. Six epochs are a short training. After
 # two more, the losses are lower still, and the dimension of the widest state higher.
 #
@@ -109,8 +109,8 @@ for row_axes, (name, row_images) in zip(axes, rows.items(), strict=True):
     row_axes[0].set_ylabel(name, fontsize=8)
 
 # %%
-# The eigenvalues of the three states' covariances, largest first. A dashed line stands where 99 % of the
-# variance is reached.
+# The eigenvalues of the three states' covariances, largest first. A dashed line marks 99 % of the
+# variance.
 
 figure, axis = plt.subplots(layout="constrained")
 eigenvalues = [spectrum.eigenvalues for spectrum in spectra.values()]
@@ -121,9 +121,9 @@ axis.get_legend().set_loc("lower left")
 # Two directions of the state
 # ---------------------------
 #
-# ``EigenspaceEmbeddingMetric`` keeps a random sample of the observations, whose labels are not known
-# afterwards. For points coloured by digit, take the spectrum that a metric has accumulated and ask it for the
-# coordinates of states whose labels you have.
+# ``EigenspaceEmbeddingMetric`` keeps a random sample of the observations, without their labels. For points
+# coloured by digit, take the spectrum that a metric has accumulated and compute the coordinates of states whose
+# labels you have.
 
 with torch.no_grad():
     codes = models[64].encode(validation_images)
@@ -146,4 +146,4 @@ plt.show()
 
 # %%
 # Digits of one kind gather, and kinds overlap. The picture shows less than half of the variance, and little of
-# what tells the digits apart: in the whole state, nearest neighbours are of the same kind far more often.
+# the difference between digits: in the whole state, nearest neighbours are of the same kind far more often.

@@ -33,7 +33,7 @@ training_images, validation_images = images[:1400], images[1400:]
 #
 # The encoder's last hidden state gives the mean and the variance of the latent vector. A vector drawn from this
 # distribution goes to the decoder at every step. The module ``sampled`` does nothing: it is there to give the
-# drawn vectors a name that a probe can observe.
+# drawn vectors a name under which a probe observes them.
 
 
 class VariationalAutoencoder(nn.Module):
@@ -110,10 +110,11 @@ for weight, model in models.items():
 # **The drawn vectors fill the space.** A direction that the model does not use is filled by the prior's noise,
 # of variance one. So the drawn vectors have 16 directions at all three weights. Observe the means.
 #
-# **A dimension knows no scale.** At weight 3 the posterior has collapsed: the divergence is all but zero, every
-# digit gets nearly the same distribution, and the means' total variance is less than a thousandth of that at
-# weight 0.1. What is left still has a shape, and its dimension is no smaller than at weight 1. Read the total
-# variance next to any dimension. The eigenvalues show both. The grey line is the variance of the prior.
+# **A dimension does not depend on scale.** At weight 3 the posterior has collapsed: the divergence is all but
+# zero, every digit gets nearly the same distribution, and the means' total variance is less than a thousandth
+# of its value at weight 0.1. The remaining variance still has a shape, and its dimension is no smaller than
+# at weight 1. Read the total variance next to any dimension. The eigenvalues show both. The grey line is the
+# variance of the prior.
 
 figure, axis = plt.subplots(layout="constrained")
 eigenvalues = [spectrum.eigenvalues for spectrum in means.values()]

@@ -4,7 +4,7 @@ Metrics by hand, without a probe
 
 Every statistic is a ``torchmetrics.Metric``. This example updates them in plain forward hooks, adds a statistic
 of its own, and draws each layer's spectrum. For most purposes ``LayerProbe`` does the same with less code, and
-sees to stages, masks, sampling and checkpointing.
+handles stages, masks, sampling and checkpointing.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from spectralmetrics.demo import load_digits
 from spectralmetrics.plotting import plot_spectrum
 
 # %%
-# A network to look at
-# --------------------
+# A trained network
+# -----------------
 #
 # Two convolutions and a hidden layer, trained for three epochs on 4,000 handwritten digits.
 
@@ -54,8 +54,8 @@ for _ in range(3):
 # A statistic of your own
 # -----------------------
 #
-# A name, and a function of a ``Spectrum``, which has the eigenvalues, eigenvectors, mean and covariance, each
-# computed when it is asked for.
+# A statistic needs a name, and a function of a ``Spectrum``, which has the eigenvalues, eigenvectors, mean and
+# covariance, each computed when it is first used.
 
 
 class LeadingShareMetric(SpectralMetric):
@@ -71,8 +71,8 @@ class LeadingShareMetric(SpectralMetric):
 # One collection per layer
 # ------------------------
 #
-# The metrics of a collection find that they accumulate the same sums, and share them: one accumulation per
-# batch and one decomposition serve all five.
+# Metrics of a collection that need the same sums share them: one accumulation per batch and one decomposition
+# serve all five.
 
 layers = {"conv1": model[0], "conv2": model[2], "hidden": model[5], "output": model[7]}
 collections = {
@@ -92,7 +92,7 @@ collections = {
 # Updating them in hooks
 # ----------------------
 #
-# ``update`` takes rows, (N, D). Of feature maps, (N, C, height, width), every position is an observation of C
+# ``update`` takes rows, (N, D). In feature maps, (N, C, height, width), every position is an observation of C
 # features: ``Observations`` says which dimension holds the features, and makes no copy.
 
 
@@ -133,8 +133,8 @@ for names in collections["hidden"].compute_groups.values():
 # The spectra
 # -----------
 #
-# A dashed line stands where 99 % of the variance is reached; divided by the number of features it is the
-# saturation.
+# A dashed line marks the number of directions with 99 % of the variance. Divided by the number of features it
+# is the saturation.
 
 figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
 plot_spectrum(list(spectra.values()), threshold=0.99, labels=list(spectra), ax=axis)
@@ -142,7 +142,6 @@ axis.get_legend().set_loc("lower left")
 plt.show()
 
 # %%
-# The hidden layer uses the most directions, and the smallest share of those that it has. Its eigenvalues are
-# also the largest, but that is a matter of scale: the total variance of one layer cannot be compared with that
-# of another. It can be followed over the epochs. The output, before ten classes, has ten features and uses most
-# of them.
+# The hidden layer uses the most directions, but the smallest share of its directions. Its eigenvalues are also
+# the largest, but that is a matter of scale: total variances of two layers cannot be compared. Follow the total
+# variance of one layer over the epochs. The output, for ten classes, has ten features and uses most of them.

@@ -1,10 +1,10 @@
 """
-How wide should the layers of a regression be?
-==============================================
+Choose the width of a regression's layers
+=========================================
 
-A fully connected network predicts the progression of diabetes from ten measurements of 442 people. Six widths
-of its hidden layers are compared: how many of their directions do the layers use, and does the width pay on
-people that the network has not seen?
+A fully connected network predicts the progression of diabetes from ten measurements of 442 people. This
+example compares six widths of its hidden layers: the number of directions that the layers use, and the error
+on held-out people.
 """
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from spectralmetrics import IntrinsicDimensionMetric, LayerProbe, SaturationMetr
 # --------
 #
 # 300 people are for training and 142 for validation. Inputs and targets are standardised with the training
-# people's mean and standard deviation. To predict the mean for everybody then costs a mean squared error of
+# people's mean and standard deviation. Predicting the mean for everybody then has a mean squared error of
 # about 1.
 
 torch.manual_seed(0)
@@ -34,7 +34,7 @@ validation_inputs, validation_targets = inputs[300:], targets[300:]
 # Training
 # --------
 #
-# The network has two hidden layers of the same width. Nothing in the training knows of a probe.
+# The network has two hidden layers of the same width. The training does not use a probe.
 
 
 def train(width: int) -> nn.Module:
@@ -57,11 +57,11 @@ def train(width: int) -> nn.Module:
 models = {width: train(width) for width in (4, 8, 16, 32, 64, 128)}
 
 # %%
-# Looking at the layers
-# ---------------------
+# Probing the layers
+# ------------------
 #
 # The trained networks predict the validation people while a probe is attached. It observes the outputs of the
-# linear layers, before the ReLU. The output layer has a width of one and nothing to tell, so it is left out.
+# linear layers, before the ReLU. The output layer is left out, since it has a width of one.
 
 dimensions, losses = {}, {}
 for width, model in models.items():
@@ -80,12 +80,12 @@ for width, model in models.items():
         print(f"    {layer} uses {int(dimension)} of {width} directions, saturation {share:.2f}")
 
 # %%
-# Were 142 people enough?
-# -----------------------
+# Check that 142 people are enough
+# --------------------------------
 #
 # The covariance of 142 observations has at most 141 directions, hardly more than the widest layer has units.
-# Let the widest network see all 442 people, although it was trained on most of them, to learn how much was
-# missing.
+# To find out how much is missing, let the widest network predict all 442 people, although it was trained on
+# most of them.
 
 with LayerProbe(models[128], IntrinsicDimensionMetric(), exclude="output") as probe, torch.no_grad():
     models[128](inputs)
@@ -117,16 +117,16 @@ plt.show()
 
 # %%
 # Over all, wider layers use a smaller share of their directions. The number of directions grows, but more
-# slowly than the width. In the first layer it cannot grow beyond ten, whatever the width, because the layer's
-# output is a linear function of ten measurements. It stays below ten, since some measurements go together.
+# slowly than the width. In the first layer it cannot exceed ten at any width, because the layer's output is a
+# linear function of ten measurements. It stays below ten, since some measurements go together.
 #
-# The validation loss does not fall along with the saturation. The widest network has the largest here, and by
-# far the smallest training loss: it has begun to learn its 300 people by heart.
+# The validation loss does not fall along with the saturation. The widest network has the largest validation
+# loss here, and by far the smallest training loss: it has begun to fit its 300 people alone.
 #
 # What to do with it
 # ------------------
 #
-# Low saturation together with a loss that does not fall says that width is not what the network lacks. Take a
-# narrower one, which is cheaper and here no worse. High saturation says that a layer's directions are in use.
-# It is a reason to try a wider one and no proof that it will be better: compare the validation losses, over
-# several seeds if they are close.
+# Low saturation together with a loss that does not fall means that the network does not lack width. Take a
+# narrower one, which is cheaper and here no worse. High saturation means that a layer's directions are in
+# use. It is a reason to try a wider layer, but no proof that it will be better: compare the validation
+# losses, over several seeds if they are close.

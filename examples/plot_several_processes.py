@@ -2,9 +2,9 @@
 One profile of several processes
 ================================
 
-In data-parallel training each process sees its own part of the data. A saturation of one part is not that of
-the whole, and the mean over the parts is not either. ``probe.compute()`` merges the sums behind the statistics
-and returns the values of all the data on every process.
+In data-parallel training each process sees its own part of the data. The saturation of all data differs from
+the saturation of one part, and from the mean over the parts. ``probe.compute()`` merges the sums behind the
+statistics and returns the values of all the data on every process.
 """
 
 import os
@@ -23,8 +23,8 @@ from spectralmetrics.plotting import plot_profile
 # ----------
 #
 # ``several_processes.py`` lies beside this example; a downloaded notebook needs it in the same folder. It
-# trains a small network with ``DistributedDataParallel`` on handwritten digits, of which each process has its
-# own half. The probe takes the wrapped model and looks at one forward of all digits in evaluation.
+# trains a small network with ``DistributedDataParallel`` on handwritten digits; each process has half of
+# them. The probe takes the wrapped model and observes one forward of all digits in evaluation.
 
 folder = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 script = folder / "several_processes.py"
@@ -50,14 +50,14 @@ print(run.stdout)
 # However many layers and metrics a probe has, ``compute`` exchanges messages twice.
 #
 # 1. A few numbers per layer: its width, and whether anything was added since the last merge. A process whose
-#    part of the data did not reach a layer learns here how wide it is.
+#    part of the data did not reach a layer gets its width here.
 # 2. Everything else in one message: each layer's count, mean and scatter matrix, of which one triangle is sent.
 #    From these every process adds the spread within the parts and the spread between their means, so the result
 #    is the covariance of all the data, up to round-off.
 #
 # Metrics that share their sums, as the two here, travel once. (With more than 64 processes a third all-reduce
-# keeps the messages small.) All processes must call ``compute``: one that calls it alone waits for the others
-# for ever.
+# keeps the messages small.) All processes must call ``compute``: a process that calls it alone waits for the
+# others for ever.
 #
 # The values
 # ----------
@@ -78,4 +78,4 @@ plt.show()
 # The first layer maps 64 pixels to 128 features. It is linear, so no more than 64 directions can be in use, and
 # its saturation cannot exceed a half. Many pixels at the borders are always white and neighbours are alike: far
 # fewer directions hold 99 % of the variance. Both processes print how many digits they have seen themselves;
-# the values are those of all 1,797.
+# the values describe all 1,797.

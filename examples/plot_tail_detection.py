@@ -2,9 +2,9 @@
 Find a low-saturation tail
 ==========================
 
-A convolutional network whose first layers shrink the image early soon sees all of it at once. The layers behind
-that point tend to add little. This example finds them, compares the place with the receptive field, and asks
-whether the network needs them.
+If the first layers of a convolutional network shrink the image early, a few layers later each position sees all
+of it. The layers behind that point tend to add little. This example finds them, compares the place with the
+receptive field, and tests whether the network needs them.
 """
 
 import matplotlib.pyplot as plt
@@ -90,10 +90,10 @@ print(f"accuracy {accuracy:.1%}")
 # Where the receptive field outgrows the image
 # --------------------------------------------
 #
-# ``receptive_fields`` follows one forward pass and says how much of the input each position of a layer's output
-# can see. The border layer is the first that can see more than the whole image. From there on, layers cannot
-# gather anything from the image that the layers before them could not see together, and a tail can be expected
-# (`arXiv:2106.12307 <https://arxiv.org/abs/2106.12307>`_).
+# ``receptive_fields`` follows one forward pass and returns how much of the input each position of a layer's
+# output can see. The border layer is the first that can see more than the whole image. From there on, layers
+# cannot gather anything from the image that the layers before them could not see together, and a tail can be
+# expected (`arXiv:2106.12307 <https://arxiv.org/abs/2106.12307>`_).
 
 fields = receptive_fields(model, validation_images[:1])
 for layer, field in fields.items():
@@ -104,14 +104,14 @@ print(f"border layer: {border}")
 # %%
 # In this network the saturation stays high at the border layer itself, and the number of directions in use
 # still grows for two layers, along with the widths. Behind these it falls from layer to layer, and only the
-# last convolutions are below half of the largest saturation. The border layer says from where on a tail may
-# begin, not where it does.
+# last convolutions are below half of the largest saturation. A tail may begin anywhere from the border layer
+# on.
 #
 # The network without its tail
 # ----------------------------
 #
-# Low saturation says that the last layers use few directions, not that they are useless. Whether the network
-# needs them is for validation data to say: train it without them.
+# Low saturation means that the last layers use few directions, not that they are useless. To find out whether
+# the network needs them, train it without them and compare on validation data.
 
 shortened = build(widths[: len(widths) - len(tail)])
 train(shortened)
@@ -131,7 +131,7 @@ axis.legend(frameon=False, loc="lower left")
 plt.show()
 
 # %%
-# The shorter network is no worse on these 1,000 digits, give or take a per cent that another seed would change
-# as well: the tail was not needed. Its last convolution now has a low saturation in turn. That does not mean
-# that this one should go, too. The last layer before an output of ten classes needs hardly more than ten
-# directions, which are few of 96. Look at validation data after each cut.
+# The shorter network is no worse on these 1,000 digits, give or take a per cent that another seed would
+# change as well: the tail was not needed. Now the last convolution of the shorter network has a low
+# saturation. That does not mean that it should go, too: the last layer before an output of ten classes needs
+# hardly more than ten directions, which are few of 96. Check the accuracy on validation data after each cut.

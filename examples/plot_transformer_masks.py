@@ -2,9 +2,9 @@
 Leave padding out of a transformer
 ==================================
 
-A transformer classifies handwritten digits from the sequence of their columns that hold ink. A one has few of
-them, a zero many, so the sequences of a batch are padded to a common length. The transformer's attention
-ignores the padding. A probe counts it as data unless it is told which steps are valid.
+A transformer classifies handwritten digits from the sequence of their columns that hold ink. A one has few such
+columns, a zero many, so the sequences of a batch are padded to a common length. The transformer's attention
+ignores the padding. A probe counts it as data, unless you give it a mask of the valid steps.
 """
 
 import matplotlib.pyplot as plt
@@ -77,8 +77,8 @@ print(f"accuracy on validation data {correct.float().mean():.1%}")
 # Counting the padding
 # --------------------
 #
-# What stands in the padding makes no difference to the predictions. Here it is once zero, which is white paper,
-# and once one, which is ink. The probe counts every step.
+# The values in the padding do not change the predictions. Here they are once zero, which is white paper, and
+# once one, which is ink. The probe counts every step.
 
 
 def run(padding_value: float) -> None:
@@ -100,7 +100,7 @@ for padding_value in (0.0, 1.0):
 # --------------
 #
 # ``probe.mask`` takes the validity of the steps, (N, T), for all forwards inside it. It applies to every layer
-# whose output is a sequence of that shape. Others, such as the head, are observed as ever.
+# whose output is a sequence of that shape. The mask does not apply to other layers, such as the head.
 
 masked = {}
 for padding_value in (0.0, 1.0):
@@ -120,10 +120,9 @@ plot_profile(profiles | {"masked": masked[0.0]}, statistic="effective_rank", ax=
 plt.show()
 
 # %%
-# With the padding counted, the effective rank of the first layers depends on what happens to stand there. It
-# can come out too small, as for the embedding, which sees the same vector again and again, and in other layers
-# too large. In the second half of this network the difference is small. With the mask, both paddings give the
-# same values, and the number of observations is that of the columns with ink.
+# If the padding counts, the effective rank of the first layers depends on its values. It can be too small, as
+# for the embedding, which sees the same vector again and again, and too large in other layers. In the second
+# half of this network the difference is small. With the mask, both paddings give the same values, and the
+# number of observations is the number of columns with ink.
 #
-# For recurrent layers there is another way: they take and return a ``PackedSequence``, whose padding a probe
-# leaves out by itself.
+# Recurrent layers can take and return a ``PackedSequence``. A probe leaves out its padding without a mask.

@@ -1,9 +1,9 @@
 """
-Do two seeds learn the same layers?
-===================================
+Compare the layers of two seeds
+===============================
 
-Train one network twice, from different random weights. Unit by unit the two have nothing in common. Linear CKA
-asks something else: do their layers tell the same digits apart?
+Train one network twice, from different random weights. Their units do not correspond to each other. Linear CKA
+needs no such correspondence: it measures whether two layers tell the same digits apart.
 """
 
 import matplotlib.pyplot as plt
@@ -51,7 +51,7 @@ first, second = train(build(seed=0)), train(build(seed=1))
 # All layers with all layers
 # --------------------------
 #
-# ``LayerSimilarity`` hooks both models. Run both on the same batch, then on the next. It keeps three numbers
+# ``LayerSimilarity`` hooks both models. Run both on each batch. It keeps three numbers
 # for each pair of layers, however much data there is. Its estimator is debiased: wide layers and small batches
 # do not make layers look more alike than they are.
 
@@ -92,11 +92,10 @@ for name, following in zip(within.layers, within.layers[1:], strict=False):
     print(f"{name} and {following}: {within[name, following]:.2f}")
 
 # %%
-# Networks that have learned nothing
-# ----------------------------------
+# Untrained networks
+# ------------------
 #
-# How much of the likeness is learned, and how much does the architecture bring along? Two untrained networks
-# answer that.
+# Two untrained networks show how much of the similarity comes from the architecture, without training.
 
 untrained = [build(seed) for seed in (0, 1)]
 with LayerSimilarity(*untrained) as similarity, torch.no_grad():
@@ -108,6 +107,6 @@ for name in between.layers:
     print(f"{name}: {before[name, name]:.2f} untrained, {between[name, name]:.2f} trained")
 
 # %%
-# The first layers are as alike before training as after it, since random filters of the same pixels tell the
-# same digits apart. The deeper the layer, the more of its likeness is learned: the two untrained outputs have
+# The first layers are as similar before training as after it, since random filters of the same pixels tell the
+# same digits apart. The deeper the layer, the more of its similarity is learned: the two untrained outputs have
 # next to nothing in common.

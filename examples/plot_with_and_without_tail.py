@@ -1,6 +1,6 @@
 """
-What does a tail do to the rest of the network?
-===============================================
+Compare a network with and without its tail
+===========================================
 
 Some networks end in layers that add little, see `Find a low-saturation tail <plot_tail_detection.html>`_.
 This example trains one network with such a tail and one without, records both, and compares the runs.
@@ -76,8 +76,8 @@ without = train("without", [24, 24, 48, 48])
 print(describe_comparison(folder / "with tail", folder / "without"))
 
 # %%
-# Where does the shorter network do what the tail did?
-# ----------------------------------------------------
+# Similar layers of both networks
+# -------------------------------
 #
 # Linear CKA compares layers by the digits that they tell apart, and needs no correspondence of units or widths.
 
@@ -94,6 +94,7 @@ axis.set_ylabel("with the tail")
 plt.show()
 
 # %%
-# The last convolution of the short network is closest to the last one of the long network, and not to the one
-# of the same name: with four layers less it gets nearly as far, and reaches the same accuracy. It also uses
-# fewer directions than the long network's layer of that name. The last layer before ten outputs does in both.
+# The last convolution of the short network is closest to the last one of the long network, not to the layer
+# of the same name: with four layers fewer it gets nearly as far, and reaches the same accuracy. It also uses
+# fewer directions than the long network's layer of that name, since the last layer before ten outputs uses
+# few in both.

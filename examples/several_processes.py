@@ -9,7 +9,7 @@ from spectralmetrics import EffectiveRankMetric, LayerProbe, SaturationMetric
 
 
 def train_and_look() -> None:
-    """Train a small network on digits, each process on its own part, and look at its layers."""
+    """Train a small network on digits, each process on its own part, and probe its layers."""
     torch.manual_seed(0)
     pixels, digits = load_digits(return_X_y=True)
     own = slice(dist.get_rank(), None, dist.get_world_size())
@@ -28,7 +28,7 @@ def train_and_look() -> None:
     with LayerProbe(parallel, [SaturationMetric(), EffectiveRankMetric()]) as probe, torch.no_grad():
         parallel.eval()
         parallel(inputs)
-        values = probe.compute()  # on every process: the merge needs all of them
+        values = probe.compute()  # call it on every process, since the merge needs all
         count = int(probe["eval", "0"]["saturation"].count)
     lines = [f"{name}: {value.item():.3f}" for name, value in values.items()] if dist.get_rank() == 0 else []
     lines.append(f"process {dist.get_rank()} has seen {count} digits\n")
@@ -36,11 +36,11 @@ def train_and_look() -> None:
 
 
 def main() -> None:
-    """Begin and leave together with the other processes."""
+    """Join the other processes, train, and leave together with them."""
     dist.init_process_group("gloo")
     train_and_look()
     dist.barrier()
-    # By now the model is gone: its last reference, given up later, could wait for a thread of gloo for ever.
+    # The model is deleted by now. Deleted later, it could wait for a thread of gloo for ever.
     dist.destroy_process_group()
 
 

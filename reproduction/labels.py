@@ -1,10 +1,10 @@
-"""Do the layers' linear probes, from sums alone, order them as logistic regressions do, and what do both cost?
+"""Compare linear probes from sums with logistic regressions: the order of the layers, and the cost.
 
-Trains the two networks with early downsampling as ``measure.py`` does. Of every layer: the held-out accuracy of
-a logistic regression that is fitted to the training digits, and the held-out R² of ``LinearProbeMetric`` from
-one pass over the validation digits; both on maps averaged to at most 4 x 4 positions and on their means.
-Seconds are those that a single core worked, whatever else the machine did. Every finished pair is kept in
-``labels.json`` and is not measured again.
+Trains the two networks with early downsampling as ``measure.py`` does. Measures for every layer the held-out
+accuracy of a logistic regression fitted to the training digits, and the held-out R² of ``LinearProbeMetric``
+from one pass over the validation digits; both on maps averaged to at most 4 x 4 positions and on their means.
+Seconds are processor time. Every finished pair of network and seed is kept in ``labels.json`` and is not
+measured again.
 
     python -m reproduction.labels [--seeds 3] [--epochs 10] [--networks ResNet-18 sequential]
 """
@@ -27,14 +27,14 @@ from spectralmetrics.demo import load_digits
 
 RESULTS = Path(__file__).parent / "labels.json"
 MEASURED = ("ResNet-18", "sequential")
-"""A quarter of the time to train of the other two."""
+"""They train in a quarter of the time of the other two."""
 FOLDS, BATCH = 8, 50
 """Twenty batches of the 1,000 validation digits, two or three in each fold."""
 FEATURES = {"maps of 4 x 4": 4, "means": 1}
 
 
 def seconds_of(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What it returns, and the seconds that its core worked on it."""
+    """The function's result, and its processor time in seconds."""
     started = time.process_time()
     result = work(*arguments)
     return result, time.process_time() - started

@@ -1,13 +1,13 @@
 """Train small language models over a grid of learning rates and batch sizes, and read their spectra on the way.
 
-Two published claims are tried. Does the spectrum of activations early in training tell the later loss
-(arXiv:2605.05683)? Do the effective rank (RankMe) and the exponent of the spectrum (α-ReQ) pass through three
-phases (arXiv:2509.23024)? The models are GPTs of 0.8 million parameters on the sources of Python's standard
-library, character by character. Every model of the grid sees the same number of tokens.
+The runs test two published claims: the spectrum of activations early in training predicts the later loss
+(arXiv:2605.05683); the effective rank (RankMe) and the exponent of the spectrum (α-ReQ) pass through three
+phases (arXiv:2509.23024). The models are GPTs of 0.8 million parameters on the sources of Python's standard
+library, character by character. Every model of the grid trains on the same number of tokens.
 
-The corpus is written once, into ``language_corpus.txt`` beside this file, from the library of the Python that
-runs this; each result says the digest of its corpus. Every finished run is a line of ``language.jsonl`` and is
-not measured again. ``reproduction/language_report.py`` reads them.
+The script writes the corpus once, into ``language_corpus.txt`` beside this file, from the library of the
+running Python. Each result contains the digest of its corpus. Every finished run is a line of
+``language.jsonl`` and is not measured again. ``reproduction/language_report.py`` reads them.
 
     python -m reproduction.language [--device cuda] [--jobs 2] [--seeds 1] [--tokens 4194304]
 """
@@ -51,14 +51,14 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BATCHES = (16, 32, 64, 128)
 CONTEXT, WIDTH, DEPTH, HEADS = 128, 128, 4, 4
 WARM_UP = 0.02
-"""Share of the training in which the learning rate rises; then it falls to a tenth, along a cosine."""
+"""The learning rate rises for this share of the training, then falls to a tenth along a cosine."""
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0)
-"""Where models of the grid are measured."""
+"""Shares of the training after which models of the grid are measured."""
 FOLLOWED = 36
-"""Moments of the runs that are followed closely for phases, evenly spaced in log(step)."""
+"""Number of measurements in a run for phases, evenly spaced in log(step)."""
 WORDS = 4096
 WINDOWS, PROBED = 1024, 32
-"""Validation windows of the final loss; every 32nd of them also gives spectra and losses on the way."""
+"""Validation windows of the final loss; every 32nd also gives spectra and losses during training."""
 DOCUMENT = "\f"
 METRICS = {
     "rankme": EffectiveRankMetric(center=False),
@@ -72,7 +72,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is; runs of the same setting are the same run."""
+    """Settings of a run; equal settings mean the same run."""
 
     kind: str  # "grid" or "phases"
     vocabulary: str  # "characters" or "words"
@@ -115,7 +115,7 @@ def write_corpus(path: Path) -> None:
 
 @cache
 def load(path: Path, vocabulary: str) -> tuple[Tensor, Tensor, int, str]:
-    """Tokens to train and to validate on (every twelfth document), how many there are, and the digest."""
+    """Tokens to train and to validate on (every twelfth document), size of the vocabulary, digest."""
     text = path.read_text("ascii")
     documents = text.split(DOCUMENT)
     train = "\n".join(document for i, document in enumerate(documents) if i % 12)
@@ -152,7 +152,7 @@ def pieces(text: str) -> list[str]:
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a norm and beside a shortcut."""
+    """Attention and a perceptron, each after a norm and with a shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """As GPT-2 is, with tied embeddings."""
+    """A small GPT-2 with tied embeddings."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -216,9 +216,9 @@ def loss_on(model: nn.Module, windows: Tensor) -> float:
 
 
 class Observer:
-    """Measures a model on some windows, on a copy on the CPU.
+    """Measures a copy of the model on the CPU, on some windows.
 
-    A GPU that many processes share would spend more time on eigenvalues than on all of the training.
+    A GPU that many processes share would take longer for the eigenvalues than for all of the training.
     """
 
     def __init__(self, model: GPT, windows: Tensor) -> None:
@@ -241,7 +241,7 @@ class Observer:
 
 
 def rounded(value: Any) -> float | None:
-    """Five digits; None for what is not finite, which JSON does not have."""
+    """The value with five digits; None if it is not finite, since JSON has no such numbers."""
     number = float(value)
     return float(f"{number:.5g}") if math.isfinite(number) else None
 
@@ -313,7 +313,7 @@ def measure(setting: Setting, corpus: Path, device: str) -> dict[str, Any]:
 
 
 def settings(options: argparse.Namespace) -> list[Setting]:
-    """Seed by seed, so that a stop leaves whole grids; the runs with most steps first."""
+    """All settings, seed by seed, so that a stop leaves whole grids; the runs with most steps first."""
     return [
         Setting(options.kind, vocabulary, rate, batch, seed, options.tokens)
         for seed in range(options.seeds)
@@ -324,7 +324,7 @@ def settings(options: argparse.Namespace) -> list[Setting]:
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    """The finished runs; a line that a stop has cut short is none."""
+    """The finished runs, without a line that a stop has cut short."""
     runs = []
     for line in results.read_text().splitlines() if results.exists() else []:
         try:
@@ -335,7 +335,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def prepare() -> None:
-    """One thread for each process; values that are not finite are written as such, without a warning."""
+    """Use one thread in each process, and ignore warnings (of values that are not finite, too)."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**22, help="tokens that each model of the grid sees")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--kind", choices=("grid", "phases"), default="grid", help="phases: followed closely")
+    parser.add_argument("--kind", choices=("grid", "phases"), default="grid", help="phases: measured often")
     parser.add_argument("--vocabularies", nargs="+", choices=("characters", "words"), default=["characters"])
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run after so many seconds")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -375,7 +375,7 @@ def main() -> None:
     ):
         lines.seek(0)
         if lines.read()[-1:] not in (b"", b"\n"):
-            lines.write(b"\n")  # behind a line that a stop has cut short
+            lines.write(b"\n")  # ends a line that a stop has cut short
         futures = {
             pool.submit(work, setting, options.corpus, options.device, deadline): setting for setting in missing
         }
@@ -383,7 +383,7 @@ def main() -> None:
             setting = futures[future]
             try:
                 run = future.result()
-            except Exception as error:  # one run that fails does not end the others
+            except Exception as error:  # the other runs go on
                 print(f"{setting}: {type(error).__name__}: {error}", flush=True)
                 continue
             if run is None:

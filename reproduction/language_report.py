@@ -1,19 +1,19 @@
-"""The figure and the tables of docs/language_models.md, from language.jsonl; seconds, no training.
+"""Make the figure and the tables of docs/language_models.md from language.jsonl, in seconds.
 
-What is asked was fixed before there were results:
+The questions were fixed before there were results:
 
 - **Early spectra and the later loss.** Seeds of a combination of learning rate and batch size are averaged,
   so that combinations are the independent observations. Each statistic is read after 2, 5, 10 and 20 % of
-  the training, once averaged over all layers and once of the last norm's output. It gets Spearman's rank
-  correlation with the final validation loss; the partial one, with the training loss of that moment taken
-  out; and the same with learning rate (the logarithm and its square) and batch size taken out, too.
-  Intervals are the middle 95 % of a bootstrap over combinations. The statistic that stands for the claim is
-  the exponent of the spectrum's tail, averaged over layers, after 5 %. Baselines: the training loss of that
-  moment, the learning rate, the batch size.
-- **Phases.** Of RankMe of the last norm's output: the largest rise between two moments, a fall before it
-  and a fall behind it, each by at least a tenth. Of the exponent the same with rise and fall exchanged.
+  the training: its mean over all layers, and its value for the last norm's output. The tables show Spearman's
+  rank correlation with the final validation loss; the partial correlation given the training loss of that
+  moment; and the partial correlation given also learning rate (the logarithm and its square) and batch size.
+  Intervals are the middle 95 % of a bootstrap over combinations. The claim is judged by the exponent of the
+  spectrum's tail, averaged over layers, after 5 %. Baselines: the training loss of that moment, the learning
+  rate, the batch size.
+- **Phases.** For RankMe of the last norm's output: the largest rise between two moments, a fall before it
+  and a fall after it, each by at least a tenth. For the exponent, rise and fall are exchanged.
 
-Added once there were results: what each of these predicts for a combination that is left out, and the phases
+Added once there were results: predictions of each of these for a combination that is left out, and the phases
 of the grid's own runs at their twelve moments.
 
     python -m reproduction.language_report
@@ -72,12 +72,12 @@ class Correlation(NamedTuple):
 
 
 def at(run: Run, share: float) -> Run:
-    """What was measured after this share of the training."""
+    """The measurement after this share of the training."""
     return next(moment for moment in run["moments"] if moment["step"] == round(share * run["steps"]))
 
 
 def statistic_of(moment: Run, statistic: str, of: str) -> float:
-    """NaN where no layer has a value, as behind a loss that is not finite."""
+    """Value of a layer, or mean over layers; NaN if no layer has one, as after a loss that is not finite."""
     layers = moment["layers"]
     found = [layers[of]] if of in layers else list(layers.values())
     numbers = [layer[statistic] for layer in found if layer[statistic] is not None]
@@ -85,7 +85,7 @@ def statistic_of(moment: Run, statistic: str, of: str) -> float:
 
 
 def combinations_of(runs: list[Run]) -> dict[tuple[float, int], list[Run]]:
-    """The seeds of each learning rate and batch size, where all of them have finished."""
+    """The runs of each learning rate and batch size, without combinations that lack a seed."""
     found: dict[tuple[float, int], list[Run]] = defaultdict(list)
     for run in runs:
         if run["kind"] == "grid":
@@ -95,7 +95,7 @@ def combinations_of(runs: list[Run]) -> dict[tuple[float, int], list[Run]]:
 
 
 def number(value: float | None) -> float:
-    """A loss that is not finite ranks behind all others."""
+    """The loss; infinity if it is not finite, so that it ranks last."""
     return math.inf if value is None else value
 
 
@@ -122,7 +122,7 @@ class Grid:
         return [rate, rate**2, np.log(self.batch)]
 
     def correlation(self, values: np.ndarray, *given: np.ndarray, ranked: int = 0) -> Correlation:
-        """Spearman's, with the final loss; the first ``ranked`` of those that are taken out by their ranks."""
+        """Spearman's partial correlation with the final loss, given columns; the first ``ranked`` as ranks."""
         known = np.flatnonzero(np.isfinite(values) | np.isposinf(values))
         draws = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
         chosen = known[np.vstack([np.arange(len(known)), draws])]  # (1 + resamples, combinations)
@@ -137,7 +137,7 @@ class Grid:
 
 
 def partial_correlation(x: np.ndarray, y: np.ndarray, design: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of what a linear regression on the design leaves of both, for each row."""
+    """Pearson's correlation, for each row, of both residuals of a linear regression on the design."""
     inverse = np.linalg.pinv(design)
     x, y = (v - (design @ (inverse @ v[..., None]))[..., 0] for v in (x, y))
     norm = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
@@ -189,7 +189,7 @@ def moments_table(grid: Grid) -> str:
 
 
 def primary_table(grid: Grid) -> str:
-    """The claim itself beside its baselines, over the moments."""
+    """The claim and its baselines, after each share of the training."""
     statistic, of, _ = PRIMARY
     rows = []
     for share in EARLY:
@@ -216,7 +216,7 @@ def primary_table(grid: Grid) -> str:
 
 
 def left_out(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
-    """What a linear regression on all other combinations predicts for each."""
+    """Prediction for each combination, by a linear regression on all others."""
     design = np.column_stack([np.ones(len(target)), *columns])
     everyone = np.arange(len(target))
     return np.array(
@@ -228,12 +228,12 @@ def left_out(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
 
 
 def predictions_table(grid: Grid) -> str:
-    """How far off the logarithm of the final loss is predicted, for a combination that is left out."""
+    """Error of the predicted logarithm of the final loss, for a combination that is left out."""
     statistic, of, _ = PRIMARY
     target = np.log(grid.final)
     rows = []
     for name, with_settings, with_loss, with_statistic in (
-        ("nothing: the mean", False, False, False),
+        ("none (the mean)", False, False, False),
         ("learning rate and batch size", True, False, False),
         ("training loss", False, True, False),
         (NAMES[statistic], False, False, True),
@@ -248,7 +248,7 @@ def predictions_table(grid: Grid) -> str:
             columns += [grid.statistic(statistic, of, share)] if with_statistic else []
             cells.append(f"{100 * np.sqrt(np.mean((left_out(columns, target) - target) ** 2)):.1f} %")
         rows.append([name, *cells])
-    return table(["what is known", *(f"after {share:.0%}" for share in EARLY)], rows)
+    return table(["predictors", *(f"after {share:.0%}" for share in EARLY)], rows)
 
 
 def losses_table(grid: Grid) -> str:
@@ -269,7 +269,7 @@ def losses_table(grid: Grid) -> str:
 
 
 class Phases(NamedTuple):
-    """Relative changes before, in and behind the largest rise, and where it begins and ends."""
+    """Relative changes before, in and after the largest rise, and where it begins and ends."""
 
     before: float
     rise: float
@@ -340,7 +340,7 @@ def phases_table(runs: list[Run]) -> str:
 
 
 def runs_table(runs: list[Run]) -> str:
-    """What was run: how many, how large, how long, on what."""
+    """The runs: number, size, duration, and corpus."""
     kinds: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         kinds[run["kind"], run["vocabulary"]].append(run)
@@ -401,7 +401,7 @@ def draw(grid: Grid, runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-# Without the brightest end, which the site's dark mode turns into the darkest.
+# Without the brightest end: the site's dark mode inverts it to the darkest.
 viridis = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -477,7 +477,7 @@ def error_bars(
     axis.errorbar(
         places,
         values,
-        np.maximum([values - low, high - values], 0),  # a bootstrap's interval need not hold the value
+        np.maximum([values - low, high - values], 0),  # a bootstrap's interval can miss the value
         fmt=marker,
         ms=5,
         lw=1,
@@ -488,7 +488,7 @@ def error_bars(
 
 
 def draw_phases(axis: Axes, runs: list[Run], kind: str, statistic: str) -> None:
-    """The last hidden state's statistic over the tokens seen; the grid's runs in the colours of their rates."""
+    """Plot the last hidden state's statistic over the tokens; the grid's runs in the colours of their rates."""
     rates = [run["rate"] for run in runs]
     norm = LogNorm(min(rates), max(rates)) if kind == "grid" else None
     styles = {"characters": (BLUE, "-"), "words": (ORANGE, "--")}
@@ -511,7 +511,7 @@ def draw_phases(axis: Axes, runs: list[Run], kind: str, statistic: str) -> None:
 
 
 def least_of(runs: list[Run]) -> float:
-    """Where 0 stands on a logarithmic axis: half of the first moment of training."""
+    """Place of 0 on a logarithmic axis: half of the first moment of training."""
     return min(run["tokens"] * run["moments"][1]["step"] / run["steps"] for run in runs) / 2
 
 

@@ -1,10 +1,9 @@
 """Train four networks on the real MNIST digits with several seeds and measure every layer.
 
-For each network and seed: the accuracy on held-out digits; of every layer on the held-out digits the
+For each network and seed: the accuracy on held-out digits; for every layer, on the held-out digits, the
 saturation, intrinsic dimension and effective rank by ``LayerProbe``, the accuracy of a logistic regression on
-its pooled features, and what each of these took; receptive fields; and what the delve package says of the same
-network.
-Every finished pair is kept in ``results.json`` and is not measured again.
+its pooled features, and the time of each; receptive fields; and saturations by the delve package.
+Every finished pair of network and seed is kept in ``results.json`` and is not measured again.
 
     python -m reproduction.measure [--seeds 3] [--epochs 10] [--networks ResNet-18 ...]
 """
@@ -74,7 +73,7 @@ def timed_predictions(model: nn.Module, images: Tensor, batch: int = BATCH) -> f
 
 
 def spectra(model: nn.Module, images: Tensor) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Statistics of every layer, and the seconds that each of them takes when it is the only one."""
+    """Statistics of every layer, and the seconds of each statistic when it is the only one."""
     metrics = {
         "saturation": SaturationMetric(),
         "intrinsic dimension": IntrinsicDimensionMetric(),
@@ -92,7 +91,7 @@ def spectra(model: nn.Module, images: Tensor) -> tuple[dict[str, dict[str, float
     seconds = {}
     for name, metric in metrics.items():
         with LayerProbe(model, {name: metric}, max_map_size=None) as probe:
-            predict(model, images)  # the first updates also settle the origin and take memory
+            predict(model, images)  # the first updates also move the origin and allocate memory
             probe.reset()
             with probe.paused():
                 plain = min(timed_predictions(model, images) for _ in range(3))
@@ -104,7 +103,7 @@ def spectra(model: nn.Module, images: Tensor) -> tuple[dict[str, dict[str, float
 
 
 def pooled(output: Tensor, size: int = POOLED) -> Tensor:
-    """Maps averaged to at most so many positions in each direction, as rows."""
+    """Maps averaged to at most ``size`` positions in each direction, as rows."""
     if output.ndim != 4:
         return output
     return functional.adaptive_avg_pool2d(output, [min(size, extent) for extent in output.shape[2:]]).flatten(1)
@@ -179,7 +178,7 @@ def by_the_rule_of_delve(model: nn.Module, images: Tensor, batch: int) -> dict[s
 
 
 def compare_with_delve(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
-    """Saturations by both, in one batch and in batches, of which delve 0.1.50 keeps the last one only."""
+    """Saturations by both, in one batch and in several, of which delve 0.1.50 keeps only the last."""
     return {
         "delve, one batch": as_delve_reports(model, images, len(images)),
         "rule, one batch": by_the_rule_of_delve(model, images, len(images)),
@@ -226,7 +225,7 @@ def _finite(extent: float) -> float | None:
 
 
 def arguments(description: str | None, networks: Collection[str], results: Path) -> argparse.Namespace:
-    """What the command line says of which networks to train, and where results are kept."""
+    """Read the command line: networks to train, and the file of results."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -242,12 +241,12 @@ def measure_missing(
     measure: Callable[[str, int, int], dict[str, Any]],
     describe: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Measure what the results do not hold, and keep it as soon as it is there.
+    """Measure the runs missing from the results, and save each at once.
 
     Args:
         options: see :func:`arguments`.
-        measure: takes a network, a seed and a number of epochs.
-        describe: a run in a line for the screen.
+        measure: function of a network, a seed and a number of epochs; returns a run.
+        describe: function of a run; returns a line to print.
     """
     kept = json.loads(options.results.read_text())["runs"] if options.results.exists() else []
     for seed in range(options.seeds):

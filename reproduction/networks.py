@@ -13,7 +13,7 @@ WIDTH = 16
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and, unless told otherwise, a shortcut past them."""
+    """Two 3x3 convolutions, with or without a shortcut past them."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, shortcut: bool) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Layer names are those of the well-known implementations."""
+    """ResNet-18 with the layer names of the well-known implementations."""
 
     def __init__(self, width: int = WIDTH, early_downsampling: bool = True, shortcuts: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The figures and tables of docs/published_picture.md, from results.json and labels.json; seconds, no training.
+"""Make the figures and tables of docs/published_picture.md from results.json and labels.json, in seconds.
 
 python -m reproduction.report
 """
@@ -22,7 +22,7 @@ from spectralmetrics import low_saturation_tail
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # of Okabe and Ito
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # Okabe and Ito
 COMPARED = ("saturation", "intrinsic dimension", "effective rank", "logistic regression")
 PLATEAU = 0.005
 
@@ -38,7 +38,7 @@ def tail_of(run: Run) -> list[str]:
 
 
 def plateau_of(run: Run) -> str:
-    """The first layer from which on no regression is better by more than half a per cent than the one there."""
+    """The first layer whose regression no later layer beats by more than half a per cent."""
     accuracy = values(run, "logistic regression")
     layers = list(accuracy)
     return next(
@@ -55,7 +55,7 @@ def spread(numbers: list[float], digits: int = 3) -> str:
 
 
 def counted(names: list[str]) -> str:
-    """What was seen, and in how many seeds where they differ."""
+    """The names, with the number of seeds of each if they differ."""
     distinct = sorted(set(names), key=names.index)
     if len(distinct) == 1:
         return distinct[0]
@@ -81,7 +81,7 @@ def network_table(networks: dict[str, list[Run]]) -> str:
         "border layer",
         "… by the smallest path",
         "tail begins at",
-        "regressions gain nothing from",
+        "regressions gain nothing after",
     ]
     return table(header, rows)
 
@@ -115,7 +115,7 @@ def delve_table(networks: dict[str, list[Run]]) -> str:
         equal = sum(abs(of[theirs] - of[ours]) < 1e-12 for of in layers)
         largest = max(abs(of[theirs] - of[ours]) for of in layers)
         rows.append([label, f"{equal} of {len(layers)}", f"{largest:.3g}"])
-    return table(["what is compared", "layers with equal saturation", "largest difference"], rows)
+    return table(["comparison", "layers with equal saturation", "largest difference"], rows)
 
 
 def layer_table(networks: dict[str, list[Run]]) -> str:
@@ -143,7 +143,7 @@ def layer_table(networks: dict[str, list[Run]]) -> str:
 
 
 def normal_table(networks: dict[str, list[Run]]) -> str:
-    """What is normal: median, least and most over the layers of a stage and the seeds."""
+    """Typical values: median, least and most over the layers of a stage and the seeds."""
     rows = []
     for network, runs in networks.items():
         stages: dict[str, list[dict[str, float]]] = {}
@@ -177,7 +177,7 @@ PAIRS = (
 
 
 def rank_correlation(run: Run, first: str, second: str) -> float:
-    """Over the layers, without the output."""
+    """Rank correlation over the layers, without the output."""
     hidden = [layer for layer in run["layers"] if layer != "fc"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
@@ -211,7 +211,7 @@ def labels_cost_table(networks: dict[str, list[Run]]) -> str:
 
 
 def draw_labels(networks: dict[str, list[Run]], path: Path) -> None:
-    """Saturation and R² of each layer above, accuracies of logistic regressions below."""
+    """Plot saturation and R² of each layer above, accuracies of logistic regressions below."""
     figure = Figure(figsize=(12.5, 5.8), layout="constrained")
     grid = figure.subplots(2, len(networks), sharex="col", sharey="row", height_ratios=(1.4, 1))
     for (upper, lower), (network, runs) in zip(grid.T, networks.items(), strict=True):
@@ -269,7 +269,7 @@ def draw(networks: dict[str, list[Run]], path: Path) -> None:
 
 
 def draw_network(upper: Axes, lower: Axes, runs: list[Run]) -> None:
-    """Saturation above, regressions below, with the tail and the border layers in both."""
+    """Plot saturation above, regressions below, with the tail and the border layers in both."""
     layers = list(runs[0]["layers"])
     places = range(len(layers))
     for axis, key, label, colour, marker in (
