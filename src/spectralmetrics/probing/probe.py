@@ -1007,6 +1007,7 @@ class LayerProbe(nn.Module):
         self._is_persistent = mode
 
     _is_persistent = False
+    _has_own_history = False  # True if a monitor has added it
     _is_sharing = False
     _aside: frozenset[str] = frozenset()  # stages whose observations are set aside
 
@@ -1197,16 +1198,19 @@ def group_of(probe: LayerProbe | None) -> Any:
     return None if probe is None else processes.reading_group(probe._places.values())
 
 
-def keep_history(probe: LayerProbe, steps: int) -> None:
-    """Add a :class:`~spectralmetrics.HistoryMetric` to a probe that has none.
+def keep_history(probe: LayerProbe, stage: str, steps: int) -> None:
+    """Add a :class:`~spectralmetrics.HistoryMetric` to a probe to which the user gave none.
 
     Args:
         probe: a probe that has observed nothing.
+        stage: the stage whose forwards of one step of the optimiser count as one in this history.
         steps: number of forwards to remember.
 
     Raises:
         RuntimeError: if the probe has observed something.
     """
+    if probe._has_own_history:
+        probe._steps.pools.add(stage)
     if any(place.takes_all_rows for place in probe._places.values()):
         return
     if any(place.has_data() for place in probe._places.values()):
@@ -1222,6 +1226,8 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
     with probe._router.lock:
         name = next(each for each in ("history", "monitor_history") if each not in probe._templates)
         probe._templates = {**probe._templates, name: metric}
+        probe._has_own_history = True
+        probe._steps.pools.add(stage)
         kept = collect(probe._templates)
         for key, place in probe._places.items():
             place.keep(kept)
