@@ -32,7 +32,7 @@ from spectralmetrics.probing.gradients import GradientRouter, check_scale
 from spectralmetrics.probing.hooks import Hooks, Select, level_of_user, warn_user, watch_outputs, weakly
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.meshes import Meshes, may_share_layers
-from spectralmetrics.probing.movers import History, Scales, scales_of
+from spectralmetrics.probing.movers import History, Scales, left_out_of, scales_of
 from spectralmetrics.probing.outputs import Choose
 from spectralmetrics.probing.parts import dtensors_of
 from spectralmetrics.probing.reading import (
@@ -1250,9 +1250,12 @@ def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerN
         For each layer with observations, the numbers for findings and the scale in each forward.
     """
     with probe._only(reader, stage):
-        by_layer = probe._numbers(f"window of {reader}", stage, lambda place: scales_of(place.history))
+        by_layer = probe._numbers(
+            f"window of {reader}", stage, lambda place: (scales_of(place.history), left_out_of(place.history))
+        )
     read = [each for _, each in by_layer.values() if each is not None]
-    return list(zip(probe._without_overflow(each for _, each in read), (each for each, _ in read), strict=True))
+    numbers = [each._replace(left_out=max(each.left_out, left_out)) for (_, left_out), each in read]
+    return list(zip(probe._without_overflow(numbers), (scales for (scales, _), _ in read), strict=True))
 
 
 def layer_by_hand(probe: LayerProbe, stage: str, layer: str, kind: str) -> LayerMetrics:
