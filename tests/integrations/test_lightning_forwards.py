@@ -161,7 +161,7 @@ class Generating(Classifier):
     """Generates with a model of transformers during training and validation."""
 
     def __init__(self):
-        from tests.integrations.test_transformers import sequence_to_sequence
+        from tests.integrations.test_transformers_masks import sequence_to_sequence
 
         super().__init__(0.0)
         self.model = sequence_to_sequence("t5")

@@ -18,7 +18,7 @@ from transformers import (
 from spectralmetrics import EffectiveRankMetric, RootMeanSquareMetric, SaturationMetric
 from spectralmetrics.integrations.transformers import LayerProbeCallback
 from tests.integrations.rows import Rows
-from tests.integrations.test_transformers import pairs, sequence_to_sequence
+from tests.integrations.test_transformers_masks import pairs, sequence_to_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

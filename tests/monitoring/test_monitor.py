@@ -102,6 +102,17 @@ def test_rows_that_are_not_finite():
     ]
 
 
+def test_a_row_that_is_not_finite_is_told_where_rows_are_drawn():
+    model = network()
+    monitor = Monitor(LayerProbe(model, rows_per_feature=0.1), every=20, on_alarm=silent)
+    train(model, monitor, 10)
+    batch = torch.randn(256, 8)
+    batch[100] = torch.nan
+    model(batch)
+    alarms = train(model, monitor, 10)
+    assert [(alarm.finding.layer, alarm.finding.value) for alarm in alarms] == [(n, 1) for n in "0246"]
+
+
 def test_training_and_values_are_as_without(tmp_path):
     found = []
     for monitors in (False, True):

@@ -9,12 +9,14 @@ a mask does not decide where it belongs.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.selection import named_modules
 from spectralmetrics.torch_private import untraced
 
@@ -45,6 +47,8 @@ class Masking:
         self._probe = probe
         self._source = attention_mask
         self._target = decoder_attention_mask
+        self._labels: Any = None  # of the batch whose loss is computed
+        self._has_warned = False
         self._calls: list[_Call] = []
         self._masks: list[Tensor | None] = []  # the innermost is in force
         self._context = contextlib.ExitStack()
@@ -76,9 +80,18 @@ class Masking:
         while self._handles:
             self._handles.pop().remove()
 
+    @contextlib.contextmanager
+    def labelled(self, labels: Any) -> Iterator[None]:
+        """Inside, a target has these labels if the model is called without labels: its caller has the loss."""
+        before, self._labels = self._labels, labels
+        try:
+            yield
+        finally:
+            self._labels = before
+
     @untraced
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = _Call(_mask(kwargs.get(self._source)))
+        call = _Call(self._source_mask(kwargs))
         if (outputs := kwargs.get("encoder_outputs")) is not None:
             call.states += _first(outputs)
         self._calls.append(call)
@@ -137,12 +150,27 @@ class Masking:
         if self._masks and (mask := self._masks[-1]) is not None:
             self._context.enter_context(self._probe.mask(mask))
 
+    def _source_mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        value, tokens = kwargs.get(self._source), kwargs.get("input_ids")
+        if not isinstance(value, Tensor) or value.ndim == 2:
+            return _mask(value)
+        if isinstance(tokens, Tensor) and value.ndim > 2 and value.shape == tokens.shape:
+            return _mask(value.flatten(0, -2))  # choices of a sample, which a model takes as samples
+        if not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                f"{self._source} of shape {tuple(value.shape)} does not say which tokens (N, T) are padding:"
+                " all steps are counted; give the callback attention_mask=None if that is right"
+            )
+        return None
+
     def _target_mask(self, kwargs: dict[str, Any]) -> Tensor | None:
         if self._target is None:
             return None
-        own = _mask(kwargs.get(self._target))
+        own, inputs = _mask(kwargs.get(self._target)), kwargs.get("decoder_input_ids")
         labels = kwargs.get("labels")
-        inputs = kwargs.get("decoder_input_ids")
+        if labels is None and inputs is not None:
+            labels = self._labels
         if own is not None or not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
             return own
         if inputs is not None and inputs.shape != labels.shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ class LayerProbeCallback(TrainerCallback):
         # There is no event at the beginning of an evaluation, and none at the end of one that fails.
         self._methods.surround("train", self._going_on)
         self._methods.surround("training_step", self._training)
+        self._methods.surround("compute_loss", self._computing_loss)
         for name in ("evaluation_loop", "prediction_loop"):
             if hasattr(trainer, name):  # the second is gone since 5.0
                 self._methods.surround(name, self._evaluating)
@@ -289,6 +290,13 @@ class LayerProbeCallback(TrainerCallback):
         finally:
             if self._forwards is not None:
                 self._forwards.end()
+
+    @contextlib.contextmanager
+    def _computing_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # The trainer keeps the labels from the model where it smooths them, or has a function for the loss.
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        with contextlib.nullcontext() if self._masking is None else self._masking.labelled(labels):
+            yield
 
     @contextlib.contextmanager
     def _evaluating(self, *args: Any, **kwargs: Any) -> Iterator[None]:

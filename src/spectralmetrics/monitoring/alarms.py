@@ -244,16 +244,17 @@ def _of_jumps(
             some = [scale for _, _, scale in series[max(index - _MOST_CHANGES - 1, 0) : index + 2]]
             change = _jump(rule, some, is_narrow=numbers.width < _NARROW)
             if change is not None:
-                forward, at, after = series[index]
-                happened = step if at is None else at + 1
-                jumps.append(
-                    (forward, order, numbers.layer, happened, math.exp(after - change), math.exp(after))
-                )
+                (_, last, _), (forward, at, after) = series[index - 1 : index + 1]
+                happened, steps = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
+                before = math.exp(after - change)
+                jumps.append((forward, order, numbers.layer, happened, steps, before, math.exp(after)))
                 break
         own["scales"] = [list(each) for each in series[-_MOST_CHANGES - 2 :]]
     if jumps:
-        _, _, layer, happened, before, after = min(jumps)
-        words = f"the scale changed by a factor of {after / before:.3g} in one step"
+        _, _, layer, happened, steps, before, after = min(jumps)
+        # Forwards in between were not observed.
+        within = f"{steps} steps" if steps > 1 else "one step"
+        words = f"the scale changed by a factor of {after / before:.3g} in {within}"
         if len(jumps) > 1:
             words += f", then the scale of {plural(len(jumps) - 1, 'other layer')}"
         yield Alarm(happened, Finding(stage, layer, rule.kind, "problem", words, after), before)

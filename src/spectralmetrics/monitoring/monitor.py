@@ -105,7 +105,7 @@ class Monitor:
         self.should_stop = False
         self.raised: list[Alarm] = []
         if any(rule.statistic == "rms" for rule in self.rules):
-            keep_history(probe, max(_FORWARDS, 2 * every))
+            keep_history(probe, stage, max(_FORWARDS, 2 * every))
         self._reader = f"monitor/{stage}"
         self._past = probe._remembered.setdefault(self._reader, {})
         probe._windows.open(self._reader, stage)

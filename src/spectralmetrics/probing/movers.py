@@ -314,6 +314,11 @@ def scales_of(sums: ForwardHistory | None) -> Scales:
     ]
 
 
+def left_out_of(sums: ForwardHistory | None) -> int:
+    """The number of rows left out for a NaN or an infinity, of all rows: others may be drawn; 0 if unknown."""
+    return 0 if sums is None or not sums.num_features else int(sums.forwards()[:, LEFT_OUT].sum())
+
+
 def _distances(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Distances of rows from the rows before them, in robust deviations; 0 if unknown."""
     left_out = table[:, LEFT_OUT]

@@ -32,7 +32,7 @@ from spectralmetrics.probing.gradients import GradientRouter, check_scale
 from spectralmetrics.probing.hooks import Hooks, Select, level_of_user, warn_user, watch_outputs, weakly
 from spectralmetrics.probing.layout import find_layout
 from spectralmetrics.probing.meshes import Meshes, may_share_layers
-from spectralmetrics.probing.movers import History, Scales, scales_of
+from spectralmetrics.probing.movers import History, Scales, left_out_of, scales_of
 from spectralmetrics.probing.outputs import Choose
 from spectralmetrics.probing.parts import dtensors_of
 from spectralmetrics.probing.reading import (
@@ -1007,6 +1007,7 @@ class LayerProbe(nn.Module):
         self._is_persistent = mode
 
     _is_persistent = False
+    _has_own_history = False  # True if a monitor has added it
     _is_sharing = False
     _aside: frozenset[str] = frozenset()  # stages whose observations are set aside
 
@@ -1218,16 +1219,19 @@ def group_of(probe: LayerProbe | None) -> Any:
     return None if probe is None else processes.reading_group(probe._places.values())
 
 
-def keep_history(probe: LayerProbe, steps: int) -> None:
-    """Add a :class:`~spectralmetrics.HistoryMetric` to a probe that has none.
+def keep_history(probe: LayerProbe, stage: str, steps: int) -> None:
+    """Add a :class:`~spectralmetrics.HistoryMetric` to a probe to which the user gave none.
 
     Args:
         probe: a probe that has observed nothing.
+        stage: the stage whose forwards of one step of the optimiser count as one in this history.
         steps: number of forwards to remember.
 
     Raises:
         RuntimeError: if the probe has observed something.
     """
+    if probe._has_own_history:
+        probe._steps.pools.add(stage)
     if any(place.takes_all_rows for place in probe._places.values()):
         return
     if any(place.has_data() for place in probe._places.values()):
@@ -1243,6 +1247,8 @@ def keep_history(probe: LayerProbe, steps: int) -> None:
     with probe._router.lock:
         name = next(each for each in ("history", "monitor_history") if each not in probe._templates)
         probe._templates = {**probe._templates, name: metric}
+        probe._has_own_history = True
+        probe._steps.pools.add(stage)
         kept = collect(probe._templates)
         for key, place in probe._places.items():
             place.keep(kept)
@@ -1265,9 +1271,12 @@ def read_window(probe: LayerProbe, stage: str, reader: str) -> list[tuple[LayerN
         For each layer with observations, the numbers for findings and the scale in each forward.
     """
     with probe._only(reader, stage):
-        by_layer = probe._numbers(f"window of {reader}", stage, lambda place: scales_of(place.history))
+        by_layer = probe._numbers(
+            f"window of {reader}", stage, lambda place: (scales_of(place.history), left_out_of(place.history))
+        )
     read = [each for _, each in by_layer.values() if each is not None]
-    return list(zip(probe._without_overflow(each for _, each in read), (each for each, _ in read), strict=True))
+    numbers = [each._replace(left_out=max(each.left_out, left_out)) for (_, left_out), each in read]
+    return list(zip(probe._without_overflow(numbers), (scales for (scales, _), _ in read), strict=True))
 
 
 def layer_by_hand(probe: LayerProbe, stage: str, layer: str, kind: str) -> LayerMetrics:

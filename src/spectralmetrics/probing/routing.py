@@ -122,8 +122,10 @@ class Router(Mixtures):
             if number is None:  # the layer is run by itself
                 number = -1
                 if has_grad or of_layer.stage != "train":
-                    number = steps.alone_after(of_layer.ran, of_layer.stage)
-            of_layer.ran = number if number >= 0 else of_layer.ran
+                    of_layer.ran = steps.alone_after(of_layer.ran, of_layer.stage)
+                    number = steps.first_in_step(of_layer.ran, of_layer.stage, of_layer.layer)
+            elif number >= 0:
+                of_layer.ran = number
         mask = self.masks.value if self.masks.given else None
         labels = self.labels.value if self.labels.given else None
         return Moment(forward, steps.groups(), number, steps.step, mask, labels, is_idle, call)

@@ -106,6 +106,7 @@ class Steps:
             replace it.
         shares: returns True if other processes share forwards of the model, and so must observe the same.
         thread: the state of this thread, with the forward of the model that runs in it.
+        pools: the stages whose forwards of one step of the optimiser histories take as one.
         agreed: ``every`` and ``seed`` on which processes that share forwards have agreed; None uses their own.
     """
 
@@ -124,6 +125,8 @@ class Steps:
         self.forwards = dict.fromkeys(STAGES, 0)  # ever
         self.alone = dict.fromkeys(STAGES, 0)  # one more than the last number of a layer run by itself
         self.step: int | None = None  # of the optimiser; None until it is set
+        self.pools: set[str] = set()
+        self._firsts: dict[tuple[str, str], tuple[int, int]] = {}  # stage, layer -> step, its first forward
         self.counted: int | None = None  # the step that a monitor has set
         self.counted_by: dict[str, Any] = {}  # the monitors that have counted it -> their recorders
         self.agreed: tuple[int, int] | None = None
@@ -152,7 +155,8 @@ class Steps:
         counts = stage != "train" or torch.is_grad_enabled()
         self.forwards[stage] = max(self.forwards[stage], self.alone[stage])
         # A forward that the keyboard interrupts calls no hook at its end: this replaces it.
-        self.thread.here.current = Forward(step, is_due, self.forwards[stage] if counts else -1, stage, stages)
+        ever = self.first_in_step(self.forwards[stage], stage) if counts else -1
+        self.thread.here.current = Forward(step, is_due, ever, stage, stages)
         self.forwards[stage] += counts
 
     def leave(self, module: nn.Module, output: Any, training: bool, select: Select | None) -> None:
@@ -196,6 +200,22 @@ class Steps:
         number = max(number, self.forwards[stage])
         self.alone[stage] = max(self.alone[stage], number + 1)
         return number
+
+    def first_in_step(self, number: int, stage: str, layer: str = "") -> int:
+        """The number for histories of the first forward in this step, if they take a step's forwards as one.
+
+        Args:
+            number: the number of the forward.
+            stage: its stage.
+            layer: the layer that is run by itself; empty for the model.
+        """
+        if self.step is None or stage not in self.pools:
+            return number
+        step, first = self._firsts.get((stage, layer), (None, number))
+        if step != self.step:
+            self._firsts[stage, layer] = self.step, number
+            return number
+        return first
 
     def observes(self, stage: str, layer: str, forward: int) -> bool:
         """True if a layer's forward is observed; its number only matters outside of the model's forwards."""
