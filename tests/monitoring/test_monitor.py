@@ -82,10 +82,43 @@ def test_a_layer_that_dies_is_told():
     probe = LayerProbe(model, layers=[nn.Linear, nn.ReLU])
     rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "dead"]
     found = train(model, Monitor(probe, every=20, alarms=rules, on_alarm=silent), 160, dying)
-    # Those behind it put out their biases, which change. It is the second reading of dead features alone.
-    assert [str(alarm) for alarm in found] == [
-        "step 120: '3' in train: dead: 32 of 32 features, since step 100"
-    ]
+    # Those behind it put out their biases, which change. It is the first reading of dead features alone.
+    assert [str(alarm) for alarm in found] == ["step 100: '3' in train: dead: 32 of 32 features"]
+
+
+def test_a_layer_that_falls_to_zero_is_told_at_the_next_reading():
+    model = network()
+
+    def cut(model, step):
+        if step == 65:
+            for parameter in model[4].parameters():
+                nn.init.zeros_(parameter).requires_grad_(False)
+
+    found = train(model, Monitor(LayerProbe(model), every=20, on_alarm=silent), 100, cut)
+    # The layer behind puts out its bias. All rows since the reading at step 80 are zeros.
+    what = [(alarm.step, alarm.finding.layer, alarm.finding.kind, alarm.finding.value) for alarm in found]
+    assert what == [(66, "4", "scale", 0), (100, "4", "dead", 1)]
+    assert found[0].finding.message.startswith("the scale fell from 0.")
+
+
+@pytest.mark.parametrize("observe", ["outputs", "gradients"])
+def test_a_layer_dropped_at_random_raises_nothing(observe):
+    """As stochastic depth by batches does, up to half of them."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Sequential(nn.Linear(32, 32), Dropped(0.5)), nn.Linear(32, 8))
+    monitor = Monitor(
+        LayerProbe(model, layers=[nn.Linear, Dropped], observe=observe), every=10, on_alarm=silent
+    )
+    assert not train(model, monitor, 300)
+
+
+class Dropped(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return x * (torch.rand(()) >= self.share)
 
 
 def test_rows_that_are_not_finite():
