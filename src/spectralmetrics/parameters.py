@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -15,6 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from spectralmetrics.torch_private import weight_of_hook
+
+_LEAST_SIZE = 0.01
+"""New weights below this size leave less than a hundredth of the inputs' scale: that is a problem by itself."""
+_ITERATIONS = 12
+"""Number of products with a weight and its transpose, which find a singular value a tenth above all others."""
+_FLUCTUATIONS = 4.0
+"""Widths of the law of Tracy and Widom by which singular values of random matrices may exceed their edge."""
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
@@ -82,3 +90,41 @@ def why_no_numbers(dtype: torch.dtype) -> str:
         return ""
     words = f"it holds {str(dtype).removeprefix('torch.')}"
     return words if dtype.is_complex else f"{words}: packed or quantised weights"
+
+
+@torch.no_grad()
+def is_untrained(module: nn.Module) -> bool | None:
+    """True if the weights of a layer are still random, as they were initialised.
+
+    The singular values of independent random numbers end at the edge of Marchenko and Pastur, √n + √m of their
+    standard deviation, whatever their distribution. Training adds directions beyond it (arXiv 1810.01075).
+
+    The narrower a layer, the more training it takes: a head that uses all its directions alike may look new.
+
+    Returns:
+        None if the layer has no matrix of weights of its own, or is an embedding, which may hold positions.
+
+    >>> is_untrained(nn.Linear(64, 32)), is_untrained(nn.ReLU())
+    (True, None)
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return None
+    # Not the attribute: reading a parametrised weight may change the state of its parametrisation.
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:  # lazy, or emptied
+        return None
+    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.ndim < 2:  # sharded, packed
+        return None
+    matrix = weight.detach().flatten(1).to(torch.float32)
+    n, m = matrix.shape
+    deviation = float(matrix.square().mean().sqrt())
+    if not deviation * math.sqrt(m) > _LEAST_SIZE:
+        return False
+    matrix = matrix / deviation
+    direction = torch.randn(m, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    for _ in range(_ITERATIONS):
+        direction = matrix.T @ (matrix @ (direction / direction.norm()))
+    largest = float(direction.norm())  # the square of the largest singular value, or a little less
+    edge = math.sqrt(n) + math.sqrt(m)
+    width = edge * (1 / math.sqrt(n) + 1 / math.sqrt(m)) ** (1 / 3)
+    return largest < edge**2 + _FLUCTUATIONS * width
