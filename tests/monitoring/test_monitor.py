@@ -1,7 +1,9 @@
 """Monitors of real trainings: what they say, keep and leave alone."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -331,6 +333,27 @@ def test_closed_it_leaves_the_probe_alone():
     model(torch.randn(32, 8))
     assert probe["train", "0"]["saturation"].count == 26 * 32
     assert not any(place.before_update for place in probe._places.values())
+
+
+def test_closed_it_holds_no_recorder_and_the_other_stage_counts_on(tmp_path):
+    probe = LayerProbe(network())
+    recorder = Recorder(tmp_path, probe)
+    closing = Monitor(probe, recorder=recorder)
+    other = Monitor(probe, stage="eval")
+    steps = []
+    for monitor in (closing, other, closing):
+        monitor.step()
+        steps.append(probe.step)
+    closing.close()
+    recorder.close()
+    recorder = weakref.ref(recorder)
+    del closing, monitor
+    gc.collect()
+    assert recorder() is None
+    for _ in range(2):
+        other.step()
+        steps.append(probe.step)
+    assert steps == [1, 1, 2, 2, 3]
 
 
 def test_compiled_and_in_evaluation():
