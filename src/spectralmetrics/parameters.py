@@ -142,5 +142,5 @@ def _is_random(matrix: Tensor) -> bool:
         direction = matrix.T @ (matrix @ (direction / direction.norm()))
     largest = float(direction.norm())  # the square of the largest singular value, or a little less
     edge = math.sqrt(n) + math.sqrt(m)
-    width = edge * (1 / math.sqrt(n) + 1 / math.sqrt(m)) ** (1 / 3)
+    width: float = edge * (1 / math.sqrt(n) + 1 / math.sqrt(m)) ** (1 / 3)
     return largest < edge**2 + _FLUCTUATIONS * width
