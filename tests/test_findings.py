@@ -246,6 +246,17 @@ def test_new_weights_are_new_whatever_they_are_drawn_from(draw):
         assert is_untrained(layer) is True, layer
 
 
+def test_weights_from_the_range_of_pytorch_show_their_first_steps():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    with torch.no_grad():
+        layer.weight.add_(1e-3 * torch.randn(48, 64).sign())
+    assert is_untrained(layer) is False
+    with torch.no_grad():
+        nn.init.normal_(layer.weight, 0, float(layer.weight.std()))  # of the same size
+    assert is_untrained(layer) is True
+
+
 def test_weights_so_small_that_nothing_passes_are_not_those_of_a_new_layer():
     layer = nn.Linear(64, 32)
     layer.weight.data *= 0.01

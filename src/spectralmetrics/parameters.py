@@ -21,6 +21,8 @@ _LEAST_SIZE = 0.01
 """New weights below this size leave less than a hundredth of the inputs' scale: that is a problem by itself."""
 _LARGE = 32
 """The least rows and columns of a matrix whose singular values tell whether it is random."""
+_FLAT = 2.4
+"""A kurtosis between those of uniform weights, 1.8, and of normal ones, 3."""
 _ITERATIONS = 12
 """Number of products with a weight and its transpose, which find a singular value a tenth above all others."""
 _FLUCTUATIONS = 4.0
@@ -100,7 +102,8 @@ def is_untrained(module: nn.Module) -> bool | None:
 
     The singular values of independent random numbers end at the edge of Marchenko and Pastur, √n + √m of their
     standard deviation, whatever their distribution. Training adds directions beyond it (arXiv 1810.01075).
-    Matrices of a few rows or columns do not show this, only whether they are still in PyTorch's own range.
+    It takes tens of steps to show, and does not in matrices of a few rows or columns. Weights of PyTorch's own
+    range show their first steps by leaving it.
 
     Returns:
         None if the layer has no matrix of weights of its own, is an embedding, which may hold positions, or is
@@ -121,17 +124,24 @@ def is_untrained(module: nn.Module) -> bool | None:
     deviation = float(matrix.square().mean().sqrt())
     if not deviation * math.sqrt(matrix.shape[1]) > _LEAST_SIZE:
         return False
-    if _is_in_range_of_torch(matrix, deviation, torch.finfo(weight.dtype).eps / 2):
-        return True
+    is_in_range = _is_in_range_of_torch(matrix, deviation, torch.finfo(weight.dtype).eps / 2)
+    if is_in_range is not None:
+        return is_in_range
     return _is_random(matrix / deviation) if min(matrix.shape) >= _LARGE else None
 
 
-def _is_in_range_of_torch(matrix: Tensor, deviation: float, rounding: float) -> bool:
-    """True if weights fill the range ±1/√(fan-in), from which PyTorch draws them uniformly."""
+def _is_in_range_of_torch(matrix: Tensor, deviation: float, rounding: float) -> bool | None:
+    """True if weights fill the range ±1/√(fan-in), from which PyTorch draws them uniformly.
+
+    False if some have left that range, as in the first steps of training; None if they come from elsewhere.
+    """
     bound = 1 / math.sqrt(matrix.shape[1])
     tolerance = 0.1 + 2 / math.sqrt(matrix.numel())  # few weights have another size by chance
-    is_of_size = abs(deviation / (bound / math.sqrt(3)) - 1) < tolerance
-    return is_of_size and float(matrix.abs().max()) <= (1 + 1e-3 + rounding) * bound
+    if abs(deviation / (bound / math.sqrt(3)) - 1) >= tolerance:
+        return None
+    if float(matrix.abs().max()) <= (1 + 1e-3 + rounding) * bound:
+        return True
+    return False if float((matrix / deviation).pow(4).mean()) < _FLAT else None
 
 
 def _is_random(matrix: Tensor) -> bool:
