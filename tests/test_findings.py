@@ -16,7 +16,8 @@ from spectralmetrics import (
     Spectrum,
     summarise_run,
 )
-from spectralmetrics.findings import LayerNumbers, find, is_untrained, read_numbers
+from spectralmetrics.findings import LayerNumbers, find, read_numbers
+from spectralmetrics.parameters import is_untrained
 from spectralmetrics.recording import describe_comparison
 
 
@@ -184,6 +185,19 @@ def test_deep_networks_begin_with_small_spreads():
     assert "8" in {each.layer for each in trained if each.severity == "problem"}
 
 
+def test_a_layer_that_does_not_tell_is_like_the_one_before():
+    layers = [LayerNumbers(each, 64, 64, 1000, 0, spread=1e-5) for each in ("a", "b", "head")]
+
+    def severities(*flags):
+        known = dict(zip(["a", "b", "head"], flags, strict=True))
+        return [each.severity for each in find("eval", layers, lambda names: known) if each.kind == "collapsed"]
+
+    assert severities(True, None, None) == ["note"] * 3
+    assert severities(None, None, True) == ["problem"] * 2 + ["note"]
+    assert severities(True, False, None) == ["problem"] * 2 + ["note"]
+    assert severities(False, True, None) == ["problem"] + ["note"] * 2
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -191,6 +205,7 @@ def test_deep_networks_begin_with_small_spreads():
         (nn.Conv2d(8, 16, 3), True),
         (nn.ConvTranspose1d(8, 16, 3, groups=2), True),
         (nn.LayerNorm(4), None),
+        (nn.Embedding(100, 32), None),
         (nn.ReLU(), None),
         (nn.LazyLinear(3), None),
         (nn.Linear(64, 32, device="meta"), None),
@@ -212,11 +227,58 @@ def test_a_few_new_weights_are_new_whatever_their_size_by_chance():
     assert all(is_untrained(nn.Linear(8, 8)) for _ in range(300))
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_weights_of_another_size_are_trained(factor):
-    layer = nn.Linear(64, 32)
-    layer.weight.data *= factor
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda weight: nn.init.normal_(weight, 0, 0.02),
+        lambda weight: nn.init.trunc_normal_(weight, 0, 0.02, -0.04, 0.04),
+        nn.init.orthogonal_,
+        nn.init.kaiming_normal_,
+        nn.init.xavier_uniform_,
+        lambda weight: weight.mul_(2),
+    ],
+)
+def test_new_weights_are_new_whatever_they_are_drawn_from(draw):
+    torch.manual_seed(0)
+    for layer in (nn.Linear(64, 48), nn.Linear(32, 200), nn.Conv2d(32, 48, 3)):
+        with torch.no_grad():
+            draw(layer.weight)
+        assert is_untrained(layer) is True, layer
+
+
+def test_weights_from_the_range_of_pytorch_show_their_first_steps():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    with torch.no_grad():
+        layer.weight.add_(1e-3 * torch.randn(48, 64).sign())
     assert is_untrained(layer) is False
+    with torch.no_grad():
+        nn.init.normal_(layer.weight, 0, float(layer.weight.std()))  # of the same size
+    assert is_untrained(layer) is True
+
+
+def test_weights_so_small_that_nothing_passes_are_not_those_of_a_new_layer():
+    layer = nn.Linear(64, 32)
+    layer.weight.data *= 0.01
+    assert is_untrained(layer) is False
+
+
+@pytest.mark.parametrize("draw", [lambda weight: None, lambda weight: nn.init.normal_(weight, 0, 0.02)])
+def test_weights_are_not_new_after_some_training(draw):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    with torch.no_grad():
+        for layer in model[::2]:
+            draw(layer.weight)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    mixing, teacher = torch.randn(6, 32), torch.randn(32, 8)
+    assert [is_untrained(layer) for layer in model[::2]][:2] == [True, True]
+    for _ in range(200):
+        x = torch.randn(64, 6) @ mixing  # a few directions, as in real inputs
+        optimizer.zero_grad()
+        (model(x) - torch.tanh(x @ teacher)).square().mean().backward()
+        optimizer.step()
+    assert [is_untrained(layer) for layer in model] == [False, None, False, None, None]  # narrow
 
 
 def test_intervals_are_given_where_there_are_folds():

@@ -11,13 +11,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectralmetrics.functional import marginals as functional
 from spectralmetrics.functional.spectrum import Spectrum
 from spectralmetrics.functional.tail import low_saturation_tail
-from spectralmetrics.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from spectralmetrics.metrics import EffectiveRankMetric, IntrinsicDimensionMetric, SpectralMetric
 from spectralmetrics.sums import Marginals
 from spectralmetrics.table import plural
@@ -34,8 +32,6 @@ _UNTRAINED_SPREAD = 1e-8
 """The least spread of an untrained layer: in deep networks it is small, since biases outweigh the rest."""
 _KURTOSIS_WIDTH = 32
 """Narrower layers have no outliers, since one large feature among a few does not stand out."""
-_UNIFORM = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
-"""Layers whose weights PyTorch draws uniformly between ±1/√(fan-in)."""
 _FEW = 0.02
 """Share of the width below which an effective rank is small."""
 _EXACTLY_ONE = 1.001
@@ -104,7 +100,7 @@ FINDING_RULES: tuple[FindingRule, ...] = (
                 "rows with NaN or infinities were left out", of_gradients=True),
     FindingRule("collapsed", "problem", "spread", 5e-4, 32, "variances",
                 "the variance is less than this share of the mean square, in a layer of 4 features or more (in "
-                "a layer whose weights are still as PyTorch initialises them: less than 1e-8)"),
+                "a layer whose weights are still random, as initialised: less than 1e-8)"),
     FindingRule("collapsed", "problem", "effective_rank", 1.2, 32, "eigenvalues",
                 "the upper end of the effective rank is below this, in a layer whose width and ceiling are 4 "
                 "or more, in a network of 4 outputs or more; and a layer before has more than twice the rank, "
@@ -275,9 +271,10 @@ def find(
         stage: ``"train"`` or ``"eval"``.
         layers: numbers of the layers in forward order, see :func:`read_numbers`.
         is_untrained: names of layers -> name -> True if the weights are as initialised, see
-            :func:`is_untrained`; called if a layer's variance is small. A layer without weights is untrained if
-            the layer before is.
+            :func:`.is_untrained`; called if a layer's variance is small. A layer of which this is unknown is
+            untrained if the layer before is.
 
+    >>> import torch
     >>> rows = 1 + 1e-6 * torch.randn(100, 8, dtype=torch.float64)
     >>> covariance = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / 100
     >>> spectrum = Spectrum.of_covariance(covariance, rows.mean(0), 100)
@@ -458,32 +455,3 @@ def true_ceiling(numbers: LayerNumbers) -> int:
 def in_words(findings: Iterable[Finding]) -> tuple[str, ...]:
     """The messages of a layer's findings, problems first."""
     return tuple(each.message for each in sorted(findings, key=order_of))
-
-
-def is_untrained(module: nn.Module) -> bool | None:
-    """True if the weights of a layer are still as PyTorch initialises them.
-
-    Linear and convolutional layers begin with weights that are uniform between ±1/√(fan-in). The deeper the
-    network, the more the biases outweigh the part that varies. This is not a collapse. A step of training moves
-    some weights out of that range.
-
-    Returns:
-        None if the layer has no weights of that kind.
-
-    >>> is_untrained(nn.Linear(64, 32)), is_untrained(nn.ReLU())
-    (True, None)
-    """
-    if not isinstance(module, _UNIFORM):
-        return None
-    # Not the attribute: reading a parametrised weight may change the state of its parametrisation.
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:  # lazy, or emptied
-        return None
-    if type(weight.data) is not Tensor:  # sharded
-        return None
-    bound = 1 / math.sqrt(weight[0].numel())
-    values = weight.detach().to(torch.float32)
-    size, largest = float(values.square().mean().sqrt()), float(values.abs().max())
-    tolerance = 0.1 + 2 / math.sqrt(weight.numel())  # few weights have another size by chance
-    rounding = torch.finfo(weight.dtype).eps / 2 if weight.is_floating_point() else 0.0
-    return abs(size / (bound / math.sqrt(3)) - 1) < tolerance and largest <= (1 + 1e-3 + rounding) * bound

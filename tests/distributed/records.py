@@ -378,6 +378,39 @@ def groups_agree_on_errors(rank, world):
     dist.barrier()
 
 
+def layers_of_nan_are_in_the_run(rank, world):
+    """Of all processes, or of the last one, whose rows are left out and counted; runs say what probes say."""
+    nan = torch.full((9, 4), float("nan"))
+    model, probe = probe_of(["everywhere", "somewhere", "fine"], [sm.SaturationMetric(), sm.SpreadMetric()])
+    fine = torch.randn(40, 4, generator=torch.Generator().manual_seed(rank))
+    model["everywhere"](nan)
+    model["somewhere"](nan if rank == world - 1 else fine)
+    model["fine"](fine)
+    findings, summary = probe.findings("train"), probe.summary("train")
+    counts = {"everywhere": 9 * world, "somewhere": 9}
+    problems = [each for each in findings if each.severity == "problem"]
+    assert [(each.layer, each.kind, each.value) for each in problems] == [
+        (layer, "non_finite", count) for layer, count in counts.items()
+    ]
+    folder = shared_folder(rank)
+    words = ", ".join(f"{count} of {layer!r}" for layer, count in counts.items())
+    probe._warned.add("train: 'everywhere'" if world > 1 else "train: 'everywhere', 'somewhere'")
+    with sm.Recorder(folder, probe, ["csv", "arrays"]) as recorder, pytest.warns(UserWarning, match=words):
+        values = recorder.record(reset=False)
+    dist.barrier()
+    run = sm.summarise_run(folder, stage="train")
+    for each in (summary, run):
+        assert [(row.layer, row.observations) for row in each.rows] == [
+            ("everywhere", 0), ("somewhere", 40 * (world - 1)), ("fine", 40 * world)
+        ]  # fmt: skip
+        assert [row.stands_out[0] for row in each.rows[:2]] == [
+            f"{count} rows with NaN or infinities left out" for count in counts.values()
+        ]
+    assert str(run).splitlines()[1:] == str(summary).splitlines()[1:]
+    layers = {key.split("/")[2] for key in values if key.startswith("saturation/")} - {"mean"}
+    assert layers == ({"somewhere", "fine"} if world > 1 else {"fine"})
+
+
 def what_the_members_of_a_group_do_waits_for_nobody_else(rank, world):
     """A recorder and a monitor that only the members of a group make do not wait for other processes."""
     if world == 1:
@@ -451,6 +484,7 @@ def arguments_of_one_process_are_an_error_on_all(rank, world):
 
 
 SCENARIOS = [
+    layers_of_nan_are_in_the_run,
     arguments_of_one_process_are_an_error_on_all,
     a_record_fetches_a_layer_at_a_time,
     what_no_writer_reads_does_not_travel,

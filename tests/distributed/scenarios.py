@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 import spectralmetrics as sm
 from spectralmetrics.probing import exchange
@@ -1061,7 +1061,45 @@ def a_monitor_says_the_same_everywhere(rank, world):
     assert len(set(map(repr, told))) == 1  # a NaN is not equal to itself
 
 
+def metrics_of_other_libraries_have_values_where_something_ran(rank, world):
+    """On whichever process; a stage in which nothing ran has none, as on one process."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    probe = sm.LayerProbe(model, {"mean": MeanMetric()})
+    first = torch.full((9, 4), float(rank))
+    for stage in ("train", "eval"):
+        model.train(stage == "train")
+        model["a"](first)
+        model["b"](first)
+    keys = {f"mean/{stage}/{layer}" for stage in ("train", "eval") for layer in "ab"}
+    assert set(probe.compute()) == keys
+    probe.reset()
+    with pytest.warns(UserWarning, match="nothing was observed"):
+        assert not probe.compute()
+    with pytest.raises(RuntimeError, match="nothing was observed"):
+        probe.findings("eval")
+    if rank == world - 1:
+        model["a"](first)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="saw nothing in eval are left out: 'b'"):
+            values = probe.compute()
+        probe._warned.clear()
+        assert list(values) == ["mean/eval/a"]
+        assert_same(values["mean/eval/a"], model["a"](torch.full((9, 4), world - 1.0)).mean(), 1e-6)
+        probe.reset("train")
+    assert probe.findings("eval") == []
+    # Not merged, each process has its own.
+    alone = sm.LayerProbe(model, {"mean": MeanMetric(sync_on_compute=False)})
+    if rank == world - 1:
+        model["a"](first)
+        model["b"](first)
+        assert len(alone.compute()) == 2
+    else:
+        with pytest.warns(UserWarning, match="nothing was observed"):
+            assert not alone.compute()
+
+
 EVERYWHERE = [
+    metrics_of_other_libraries_have_values_where_something_ran,
     a_monitor_says_the_same_everywhere,
     histories_are_added_by_the_number_of_the_forward,
     every_statistic_equals_that_of_one_process,

@@ -145,12 +145,45 @@ def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
         [3.0 * (k % 2) + each for k, each in enumerate(noise(0))],  # two kinds of batches alternate
         [0.01 * k + each for k, each in enumerate(noise(0))],  # growth
         noise(0, size=0.5),
-        [each if k < 150 else -math.inf for k, each in enumerate(noise(0))],  # dead, which has its own alarm
+        [each if k < 5 else -math.inf for k, each in enumerate(noise(0))],
+        [-math.inf if k % 7 == 6 else each for k, each in enumerate(noise(0))],  # dropped now and then
+        [-math.inf if 150 <= k < 161 else each for k, each in enumerate(noise(0))],
+        [-math.inf if k == 140 or k >= 150 else each for k, each in enumerate(noise(0))],  # not the first zero
+        [each if k >= 150 else -math.inf for k, each in enumerate(noise(0))],  # begins at zero
         [math.nan if k % 3 else each for k, each in enumerate(noise(0))],
     ],
 )
 def test_what_is_no_jump(values):
     assert not jumps({"a": values})
+
+
+@pytest.mark.parametrize(("at", "told"), [(120, 200), (188, 200), (189, 300), (199, 300), (200, 300)])
+def test_a_fall_to_zero_is_told_once_when_it_has_lasted_for_12_forwards(at, told):
+    first = [each if k < at else -math.inf for k, each in enumerate(noise(0))]
+    second = [each if k < at + 1 else -math.inf for k, each in enumerate(noise(1))]
+    past = {"a": {}, "b": {}}
+    layers, scales = [reading("b"), reading("a")], series({"a": first, "b": second})
+    found = []
+    for number in range(4):
+        pairs = [(each, scales(each.layer, number)) for each in layers]
+        step = 100 * (number + 1)
+        found += [(step, alarm) for alarm in judge(DEFAULT_ALARMS, "train", step, pairs, past)]
+        past = json.loads(json.dumps(past))
+    # Where the 12 forwards of the other layer end in the next reading, it is told then.
+    when, alarm = found[0]
+    assert (when, alarm.step, alarm.finding.layer, alarm.finding.kind) == (told, at + 1, "a", "scale")
+    assert alarm.finding.message.startswith("the scale fell from ")
+    assert (alarm.finding.value, alarm.before) == (0.0, pytest.approx(1, rel=0.1))
+    assert len(found) == 1 + (at == 188)
+
+
+def test_a_layer_in_which_nothing_varies_needs_no_second_reading():
+    dead = reading(dead=64, spread=0.0)
+    (alarm,) = alarms_of([*FINE, *[dead] * 4])
+    assert (alarm.step, alarm.finding.message) == (900, "dead: 64 of 64 features")
+    # With readings so frequent, it may be one batch in which a layer was dropped.
+    assert not alarms_of([*FINE, dead, *FINE], every=1)
+    assert kinds(alarms_of([*FINE, *[dead] * 4], every=1)) == [(10, "dead")]
 
 
 @pytest.mark.parametrize(

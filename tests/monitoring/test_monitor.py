@@ -1,7 +1,9 @@
 """Monitors of real trainings: alarms, saved memory, and what stays unchanged."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -82,10 +84,43 @@ def test_a_layer_that_dies_is_told():
     probe = LayerProbe(model, layers=[nn.Linear, nn.ReLU])
     rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "dead"]
     found = train(model, Monitor(probe, every=20, alarms=rules, on_alarm=silent), 160, dying)
-    # Layers behind it output their changing biases. Dead features give an alarm at their second reading.
-    assert [str(alarm) for alarm in found] == [
-        "step 120: '3' in train: dead: 32 of 32 features, since step 100"
-    ]
+    # Layers behind it output their changing biases. This is the first reading of dead features alone.
+    assert [str(alarm) for alarm in found] == ["step 100: '3' in train: dead: 32 of 32 features"]
+
+
+def test_a_layer_that_falls_to_zero_is_told_at_the_next_reading():
+    model = network()
+
+    def cut(model, step):
+        if step == 65:
+            for parameter in model[4].parameters():
+                nn.init.zeros_(parameter).requires_grad_(False)
+
+    found = train(model, Monitor(LayerProbe(model), every=20, on_alarm=silent), 100, cut)
+    # The layer behind puts out its bias. All rows since the reading at step 80 are zeros.
+    what = [(alarm.step, alarm.finding.layer, alarm.finding.kind, alarm.finding.value) for alarm in found]
+    assert what == [(66, "4", "scale", 0), (100, "4", "dead", 1)]
+    assert found[0].finding.message.startswith("the scale fell from 0.")
+
+
+@pytest.mark.parametrize("observe", ["outputs", "gradients"])
+def test_a_layer_dropped_at_random_raises_nothing(observe):
+    """As stochastic depth by batches does, up to half of them."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Sequential(nn.Linear(32, 32), Dropped(0.5)), nn.Linear(32, 8))
+    monitor = Monitor(
+        LayerProbe(model, layers=[nn.Linear, Dropped], observe=observe), every=10, on_alarm=silent
+    )
+    assert not train(model, monitor, 300)
+
+
+class Dropped(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return x * (torch.rand(()) >= self.share)
 
 
 def test_rows_that_are_not_finite():
@@ -309,6 +344,27 @@ def test_closed_it_leaves_the_probe_alone():
     model(torch.randn(32, 8))
     assert probe["train", "0"]["saturation"].count == 26 * 32
     assert not any(place.before_update for place in probe._places.values())
+
+
+def test_closed_it_holds_no_recorder_and_the_other_stage_counts_on(tmp_path):
+    probe = LayerProbe(network())
+    recorder = Recorder(tmp_path, probe)
+    closing = Monitor(probe, recorder=recorder)
+    other = Monitor(probe, stage="eval")
+    steps = []
+    for monitor in (closing, other, closing):
+        monitor.step()
+        steps.append(probe.step)
+    closing.close()
+    recorder.close()
+    recorder = weakref.ref(recorder)
+    del closing, monitor
+    gc.collect()
+    assert recorder() is None
+    for _ in range(2):
+        other.step()
+        steps.append(probe.step)
+    assert steps == [1, 1, 2, 2, 3]
 
 
 def test_compiled_and_in_evaluation():

@@ -255,6 +255,20 @@ def test_a_forward_has_one_row_whatever_runs_in_between():
     assert numbers_of(probe) == [(0, 6), (1, 5)]
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-12, -1e-12])
+def test_a_scale_far_below_that_of_the_origin_has_no_round_off_of_it(value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity())
+    probe = LayerProbe(model, [MaxAbsMetric(), HistoryMetric()], layers=["0"])
+    for _ in range(4):
+        model(3 + torch.rand(33, 5))
+    model(torch.full((33, 5), value))
+    row = probe.history("train").rows[-1]
+    assert (row.max_abs, row.zero_share) == (pytest.approx(abs(value), rel=1e-6, abs=0), float(not value))
+    assert row.rms == pytest.approx(abs(value), rel=1e-6, abs=0)
+    assert abs(row.mean) <= abs(value) * (1 + 1e-6)
+
+
 def test_layers_that_run_by_themselves_and_in_the_model_are_told_apart():
     """For example, one loss needs the whole model, and another one only its body."""
     model = Pair()

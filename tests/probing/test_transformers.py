@@ -125,3 +125,23 @@ def test_a_label_for_each_token():
     found = float(values["linear_probe/eval/transformer.h.0.attn.c_attn"])
     assert found == pytest.approx(float(metric.compute()), rel=1e-6)
     assert int(probe["eval", "lm_head"].linear_probe.count) == int(attention.sum())
+
+
+def test_a_new_model_has_no_problem():
+    """transformers draws weights from a normal distribution; PyTorch, without it, from a uniform one."""
+    torch.manual_seed(0)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in SIZES.items()}
+    config = transformers.WhisperConfig(
+        d_model=64, vocab_size=99, num_mel_bins=8, max_source_positions=25, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, **sizes,
+    )  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    with LayerProbe(model) as probe:
+        for _ in range(4):
+            model(torch.randn(8, 8, 50), decoder_input_ids=torch.randint(3, 99, (8, 20)))
+        found = probe.findings("eval")
+    assert {each.severity for each in found if each.kind == "collapsed"} == {"note"}
+    assert not [each for each in found if each.severity == "problem"]
+
+
+SIZES = {"layers": 2, "attention_heads": 4, "ffn_dim": 128}

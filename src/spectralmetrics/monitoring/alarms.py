@@ -26,6 +26,9 @@ _PAST, _LAG = 6, 3
 """A rank is compared with the last six readings and, for slow falls, with the six before the last three."""
 _FEWEST_CHANGES, _MOST_CHANGES = 12, 64
 """The number of earlier changes of the scale that a jump is compared with."""
+_LASTING = 12
+"""The number of steps for which a layer must be zero or constant: a layer that is dropped at random in some
+batches runs again sooner."""
 _ROBUST = 1.4826
 """The standard deviation of a normal distribution over its median of absolute deviations."""
 
@@ -55,7 +58,7 @@ class AlarmRule(NamedTuple):
         statistic: the value compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``,
             ``"effective_rank"`` or ``"rms"``.
         threshold: the limit of the value; for ``"rms"`` the factor of a change.
-        reads: number of readings in a row that must show it.
+        reads: number of readings in a row that must show it; one is enough if no feature varied for 12 steps.
         min_observations: if fewer rows came since the last reading, they are kept for the next one.
         first_step: the rule is silent before this step.
         factor: factor by which the value must be below its own past; NaN if the past does not count.
@@ -81,7 +84,8 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
               "the variance is less than this share of the mean square, and has fallen to less than a quarter"
               " of what it was, in a layer of 4 features or more"),
     AlarmRule("dead", "dead_features", 0.9, 2, 256, 0, math.nan, math.nan,
-              "at least this share of the features does not vary, and did before"),
+              "at least this share of the features does not vary, and did before; one reading is enough if no"
+              " feature varied for 12 steps"),
     AlarmRule("collapsed", "effective_rank", 2.5, 3, 256, 175, 1.5, 3,
               "the effective rank is below this, and by the factor and the robust deviations below the least of"
               " its last six readings, or of the six before the last three, in a layer and a network of 4"
@@ -89,7 +93,8 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
     AlarmRule("scale", "rms", 3, 1, 0, 0, math.nan, 12,
               "the root mean square changed by more than this factor, and by more than so many medians of its"
               " own last 64 changes, from one step to the next, and did not come back in the step after; in a"
-              " layer of less than 4 features by more than its square"),
+              " layer of less than 4 features by more than its square; or it fell to 0, where it was not"
+              " before, for 12 steps"),
 )  # fmt: skip
 """The default rules of a :class:`~spectralmetrics.Monitor`."""
 
@@ -144,18 +149,19 @@ def _of_level(
     new = {"seen": [], "reads": 0, "since": 0, "raised": False}
     own = past.setdefault(f"{rule.kind}/{rule.statistic}", new)
     if not _is_beyond(rule, value, own["seen"], step):
-        own.update(reads=0, raised=False, seen=_remembered(rule, own["seen"], value))
+        own.update(reads=0, raised=False, seen=_remembered(rule, own["seen"], value), fine=step)
         return
     if numbers.observations < rule.min_observations or own["raised"]:
         return
     own["reads"] += 1
     if own["reads"] == 1:
         own["since"] = step
-    if own["reads"] >= rule.reads:
+    is_constant = rule.statistic == "dead_features" and numbers.is_dead
+    if own["reads"] >= rule.reads or (is_constant and step - own.get("fine", step) >= _LASTING):
         own["raised"] = True
         before = _before(rule, own["seen"])
         words = _words(rule.statistic, numbers, value, before)
-        if rule.reads > 1:
+        if own["since"] < step:
             words += f", since step {own['since']}"
         ends = numbers.rank if rule.statistic == "effective_rank" and numbers.has_interval else ()
         yield Alarm(step, Finding(stage, numbers.layer, rule.kind, "problem", words, value, *ends), before)
@@ -240,33 +246,36 @@ def _of_jumps(
         own = past[numbers.layer]
         earlier = [tuple(each) for each in own.get("scales", ())]
         series = earlier + [each for each in scales if not earlier or each[0] > earlier[-1][0]]
-        for index in range(max(len(earlier) - 1, 1), len(series) - 1):
-            some = [scale for _, _, scale in series[max(index - _MOST_CHANGES - 1, 0) : index + 2]]
-            change = _jump(rule, some, is_narrow=numbers.width < _NARROW)
-            if change is not None:
-                (_, last, _), (forward, at, after) = series[index - 1 : index + 1]
-                happened, steps = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
-                before = math.exp(after - change)
-                jumps.append((forward, order, numbers.layer, happened, steps, before, math.exp(after)))
-                break
+        for newest in range(max(len(earlier), 2), len(series)):
+            some = [scale for _, _, scale in series[max(newest - _MOST_CHANGES - 2, 0) : newest + 1]]
+            if _has_jumped(rule, some, is_narrow=numbers.width < _NARROW):
+                index = newest - 1
+            elif _has_fallen_to_zero(some):
+                index = newest + 1 - _LASTING
+            else:
+                continue
+            (_, last, before), (forward, at, after) = series[index - 1 : index + 1]
+            happened, steps = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
+            jumps.append((forward, order, numbers.layer, happened, steps, math.exp(before), math.exp(after)))
+            break
         own["scales"] = [list(each) for each in series[-_MOST_CHANGES - 2 :]]
     if jumps:
         _, _, layer, happened, steps, before, after = min(jumps)
+        change = f"changed by a factor of {after / before:.3g}" if after else f"fell from {before:.3g} to 0"
         # Forwards in between were not observed.
-        within = f"{steps} steps" if steps > 1 else "one step"
-        words = f"the scale changed by a factor of {after / before:.3g} in {within}"
+        words = f"the scale {change} in {plural(steps, 'step') if steps > 1 else 'one step'}"
         if len(jumps) > 1:
             words += f", then the scale of {plural(len(jumps) - 1, 'other layer')}"
         yield Alarm(happened, Finding(stage, layer, rule.kind, "problem", words, after), before)
 
 
-def _jump(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> float | None:
-    """The change to the last scale but one, if it is a jump and the last scale has not come back."""
+def _has_jumped(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> bool:
+    """True if the change to the last scale but one is a jump, and the last scale has not come back."""
     *earlier, before, now, after = scales
     changes = [abs(b - a) for a, b in zip([*earlier, before], [*earlier[1:], before], strict=False)]
     changes = [each for each in changes if math.isfinite(each)]
     if len(changes) < _FEWEST_CHANGES:
-        return None
+        return False
     # The scale of one logit is the magnitude of its mean, which may pass zero.
     factor = rule.threshold**2 if is_narrow else rule.threshold
     limit = max(rule.deviations * statistics.median(changes), math.log(factor))
@@ -274,5 +283,15 @@ def _jump(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> float | 
     usual = statistics.median([*earlier[-2:], before])
     moves = [now - before, now - usual, after - before, after - usual]
     if not all(map(math.isfinite, moves)) or not (min(moves) > 0 or max(moves) < 0):
-        return None
-    return now - before if min(map(abs, moves)) > limit else None
+        return False
+    return min(map(abs, moves)) > limit
+
+
+def _has_fallen_to_zero(scales: Sequence[float]) -> bool:
+    """True if the last scales, logarithms, are those of zeros, and no scale before was."""
+    before, now = scales[:-_LASTING], scales[-_LASTING:]
+    return (
+        len(before) > _FEWEST_CHANGES
+        and all(map(math.isfinite, before))
+        and all(each == -math.inf for each in now)
+    )

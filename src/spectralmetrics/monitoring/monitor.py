@@ -147,6 +147,7 @@ class Monitor:
         """Stop reading; the probe goes on without the monitor's windows."""
         self.probe._windows.close(self._reader, self.stage)
         self.probe._remembered.pop(self._reader, None)
+        self.probe._steps.counted_by.pop(self._reader, None)  # which holds the recorder
 
     def __repr__(self) -> str:
         return f"Monitor(every={self.every}, stage={self.stage!r}, {len(self.raised)} alarms)"

@@ -28,6 +28,7 @@ class Catalogue(NamedTuple):
         order: layers that have run, in the order of their first run.
         places: (stage, layer) -> columns of its sketches or None, and the width of each leader's sums, 0
             without data.
+        ran: the layers whose metrics are all of other libraries, and have seen something.
         settings: the probe's settings if processes share its layers, see :class:`.Alike`; otherwise None.
     """
 
@@ -36,6 +37,7 @@ class Catalogue(NamedTuple):
     layers: dict[str, LayerFacts]
     order: tuple[str, ...]
     places: dict[Place, tuple[int | None, tuple[int, ...]]]
+    ran: tuple[Place, ...] = ()
     settings: Settings | None = None
 
 
@@ -109,6 +111,7 @@ def agree_on_layers(
     order = agreed_order(catalogues)
     facts = {layer: each for other in reversed(catalogues) for layer, each in other.layers.items()}
     stages = dict.fromkeys(stage for other in catalogues for stage, _ in other.places)
+    ran = {place for each in catalogues for place in each.ran}
     places, widths = {}, {}
     for place in ((stage, layer) for stage in stages for layer in order):
         forms = [each.places[place] for each in catalogues if place in each.places]
@@ -123,6 +126,7 @@ def agree_on_layers(
                 places[place].sketch(sketch)
         else:
             places[place] = own[place]
+        places[place].ran_elsewhere |= place in ran and not keeps_own
     by_rank = zip(ranks, catalogues, strict=True)
     settings = {rank: each.settings for rank, each in by_rank if each.settings is not None}
     if settings and dist.get_world_size(group) == dist.get_world_size():

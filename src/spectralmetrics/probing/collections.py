@@ -63,6 +63,7 @@ class LayerMetrics:
         forwards: forwards of the layer since the last reset, observed or not; shared ones while paused, too.
         ran: all forwards of the layer; with a history, the number of the last one.
         samples: number of samples observed since the last reset.
+        ran_elsewhere: True if another process is known to have observed samples since then.
         epoch: number of resets so far.
         given_up: the reason why the layer is not observed until the next reset; empty if it is observed.
         too_wide: True if the layer is left out for good since it is too wide.
@@ -76,6 +77,7 @@ class LayerMetrics:
         self.stage, self.layer, self.number = stage, layer, number
         self.forwards = self.ran = self.samples = self.epoch = 0
         self.given_up, self.too_wide, self.transformed = "", False, False
+        self.ran_elsewhere = False
         self.before_update: Callable[[], None] | None = None
         self._has_lost = False  # True if sums were reset or replaced since they were read
         self.spectral_leaders: list[SpectralMetric] = []
@@ -288,7 +290,7 @@ class LayerMetrics:
                 leader.reset()
         self.forwards = self.samples = 0
         self.epoch += 1
-        self.given_up, self.transformed = "", False
+        self.given_up, self.transformed, self.ran_elsewhere = "", False, False
         self._has_lost = True
 
     def has_seen(self, counted: Counted) -> bool:
@@ -297,7 +299,7 @@ class LayerMetrics:
         if decisive := plain or self.spectral_leaders:
             return any(counted[id(metric)].observations > 0 for metric in decisive)
         # Metrics of other libraries merge by themselves, on all processes or on none.
-        return self.samples > 0 or any(metric.distributed_available_fn() for metric in self.leaders)
+        return self.samples > 0 or self.ran_elsewhere
 
     def readable(self) -> dict[str, Metric]:
         """The metrics by name; metrics that need eigenvectors first, since these bring the eigenvalues, too."""

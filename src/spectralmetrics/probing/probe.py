@@ -590,12 +590,15 @@ class LayerProbe(nn.Module):
         with contextlib.ExitStack() as stack:
             try:
                 with processes.uninterrupted():
-                    for group in processes.merging_groups(self._places.values()):
+                    groups = processes.merging_groups(self._places.values())
+                    for group in groups:
                         try:
                             agreement = self._agree(call, stages, group, error=error)
                             for batch in agreement.batches():
                                 stack.enter_context(agreement.holding(agreement.exchange(batch)))
                             self._guests = self._guests or agreement
+                            for place in agreement.places.values() if len(groups) > 1 else ():
+                                place.ran_elsewhere = True  # no process knows this of all groups
                         except BaseException as raised:  # raised on the processes of the next groups, too
                             error = raised
                 if error is not None:
@@ -621,6 +624,7 @@ class LayerProbe(nn.Module):
         def describe() -> Catalogue:
             if error is not None:
                 raise error
+            others = [place for place, each in places.items() if not each.spectral_leaders]
             return Catalogue(
                 call,
                 (
@@ -631,6 +635,7 @@ class LayerProbe(nn.Module):
                 {name: self._router.facts[name] for name in self._layers},
                 tuple(self._router.order),
                 {place: each.widths() for place, each in places.items()},
+                tuple(sorted(place for place in others if places[place].samples)),
                 meshes.alike.settings() if meshes.active else None,
             )
 

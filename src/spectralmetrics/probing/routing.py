@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectralmetrics.findings import is_untrained
+from spectralmetrics.parameters import is_untrained
 from spectralmetrics.probing.beside import Labels, Masks
 from spectralmetrics.probing.collections import LayerMetrics, Places
 from spectralmetrics.probing.experts import Expert, Pairs

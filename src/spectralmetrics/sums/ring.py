@@ -76,7 +76,13 @@ class ForwardHistory(Sum):
     def forwards(self) -> Tensor:
         """The rows of the forwards, earliest first, shape (k, 8), float64; reads from the device."""
         rows = _together(self.ring, self.steps)  # a forward may go on after the next has begun
-        return rows[rows[:, FORWARD] >= 0]
+        rows = rows[rows[:, FORWARD] >= 0]
+        # Sums about an origin have its round-off, which exceeds small outputs, and zeros, far from the origin.
+        largest = rows[:, LARGEST]
+        most = rows[:, NONZERO] * largest
+        rows[:, TOTAL] = rows[:, TOTAL].clamp(-most, most)
+        rows[:, SQUARES] = rows[:, SQUARES].clamp(largest.square(), most * largest)
+        return rows
 
     def merged(self, other: ForwardHistory) -> ForwardHistory:
         """See :class:`.Sum`."""
