@@ -2,9 +2,9 @@
 //
 // Adds sum_i (x_i - o) and the upper triangle of sum_i (x_i - o)(x_i - o)' to float64 sums. Observations are
 // read from the memory of the layer's output. Some rows at a time are centred, checked for NaN and infinities
-// and stored as panels; a panel has as many features as a vector register has lanes. A tile of the triangle then
-// stays in registers while it takes up all rows, so that memory is touched once. Products are made in float64,
-// or in float32 over at most `chunk_rows` rows before they are added in float64.
+// and stored as panels; a panel has as many features as a vector register has lanes. A tile of the triangle
+// then stays in registers while it takes up all rows, so that memory is touched once. Products are made in
+// float64, or in float32 over at most `chunk_rows` rows before they are added in float64.
 //
 // This file plans the work and picks the instruction set; the arithmetic is in accumulate.hpp. The fallback in
 // PyTorch is in src/spectralmetrics/sums/accumulate.py, which calls this file through
