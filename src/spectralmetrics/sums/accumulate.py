@@ -293,7 +293,7 @@ def _multiply_in_float32(moments: DenseSums, scaled: Tensor, scale: Tensor | flo
     size = _rows_of_a_sum(total)
     number = total // size
     pieces, rest = scaled[: number * size].view(number, size, features), scaled[number * size :]
-    for start, stop in block_rows(scaled, 64 if features <= 512 else 128 if features < 2048 else 256):
+    for start, stop in block_rows(scaled, 64 if features <= 256 else 128 if features < 2048 else 256):
         # Add the product while the cache holds it; a product of all features would not fit.
         left, right = pieces[..., start:stop].mT, pieces[..., start:]  # (n, b, size), (n, size, w)
         shape = (number, left.shape[1], right.shape[2])
