@@ -264,10 +264,8 @@ def _part(name: str, stored: Mapping[str, _Stored]) -> str:
         return f"it is the mask of {own!r}"
     made_of = {"g": ("v",), "v": ("g",), "orig": ("mask", "u")}.get(end, ())
     is_part = any(f"{own}_{other}" in stored for other in made_of) and f"{own}_mask" not in stored
-    if is_part and end in (
-        "g",
-        "v",
-    ):  # the sizes of weight_norm, not the matrix of a gate beside that of values
+    if is_part and end in ("g", "v"):
+        # weight_norm has a size for each row, and no matrix of a gate beside a matrix of values.
         is_part = sum(size > 1 for size in stored[f"{own}_g"].shape) <= 1
     if is_part or "parametrizations" in name.split("."):
         return "it is a part of a weight: load the model, and weight_spectra(model) reads the whole"
