@@ -3,6 +3,8 @@
 import datetime
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -78,6 +80,34 @@ def run(world, scenarios, folder, *, method="fork", filters=STRICT, timeout=60, 
         if each.is_alive():
             each.kill()
     return codes
+
+
+def torchrun(arguments, processes=2, timeout=200, **options):
+    """Run Python with these arguments on processes that torchrun starts; return what they print.
+
+    Args:
+        arguments: arguments of Python: a script or a module, and its own arguments.
+        processes: number of processes.
+        timeout: seconds after which all of them are killed.
+        options: further arguments of ``subprocess.Popen``.
+    """
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("COLUMNS", None)  # pytest-xdist sets it for its workers
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    for _ in range(3):
+        started = subprocess.Popen([sys.executable, *launcher, *arguments], start_new_session=True, **options)
+        try:
+            output, errors = started.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # the workers too: they hold the pipes
+            raise
+        # Seen once in a hundred starts: a gloo thread that frees a tensor while Python ends is unwound
+        # through C++, which aborts. Other faults have other messages.
+        if "terminate called without an active exception" not in errors:
+            break
+    assert started.returncode == 0, errors
+    return output
 
 
 def failures(folder):

@@ -1,10 +1,6 @@
 """Real process groups (gloo). One group of each size runs all scenarios, because starting it is slow."""
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,35 +44,7 @@ def test_scenario(finished, scenario):
 @pytest.mark.parametrize("world", [2])
 def test_the_example_script_runs_under_torchrun(world, tmp_path):
     script = Path(__file__).parents[2] / "examples" / "several_processes.py"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={world}",
-        "--standalone",
-        str(script),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    for _ in range(3):
-        launcher = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            output, errors = launcher.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)  # the workers too: they hold the pipes
-            raise
-        # Seen once in a hundred starts: a gloo thread that frees a tensor while Python ends is unwound
-        # through C++, which aborts. Other faults have other messages.
-        if "terminate called without an active exception" not in errors:
-            break
-    assert launcher.returncode == 0, errors
+    output = groups.torchrun([str(script)], world, timeout=120, cwd=tmp_path)
     for layer in "024":
         assert f"saturation/eval/{layer}: " in output
         assert f"effective_rank/eval/{layer}: " in output

@@ -1,12 +1,11 @@
 """Records of an interrupted and resumed training, compared with an uninterrupted one."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 
 from spectralmetrics import CovarianceTraceMetric, SaturationMetric, read_records
+from tests.distributed.groups import torchrun
 from tests.integrations.rows import Rows
 
 NAMES = ("epoch", "step", "stage", "statistic", "layer")
@@ -72,16 +71,6 @@ def remembered(monitor):
 
 def on_two_processes(kind, folder):
     """Numbers of an uninterrupted training, and the numbers of a resumed one that differ."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-    ]
-    script = ["-m", "tests.integrations.resuming_processes", kind, str(folder)]
-    subprocess.run(command + script, check=True, timeout=240, capture_output=True)
+    torchrun(["-m", "tests.integrations.resuming_processes", kind, str(folder)], timeout=240)
     expected = numbers(folder / "whole")
     return expected, differing(folder / "cut", expected)
