@@ -172,6 +172,31 @@ def test_a_run_read_while_it_is_written_is_judged_by_its_weights(tmp_path):
     assert found == expected
 
 
+def test_a_record_that_failed_changes_nothing_about_others(tmp_path):
+    """It may come again with an earlier number."""
+    model, fails = deep_model(), []
+
+    class Failing(Writer):
+        keeps_records = True
+
+        def write(self, record):
+            if fails:
+                raise OSError(fails.pop())
+
+    with probe_of(model) as probe, Recorder(tmp_path, probe, ["csv", "arrays", Failing()]) as recorder:
+        expected = [record(recorder, probe, model)]
+        train(model[20])
+        fails.append("disk")
+        with pytest.raises(OSError, match="cannot record epoch 7"):
+            record(recorder, probe, model, epoch=7)
+        probe.reset()
+        assert of_report(tmp_path) == dict(enumerate(expected))
+        expected.append(record(recorder, probe, model, epoch=1))
+    assert {*expected[0].values()} == {"note"}
+    assert {*expected[1].values()} == {"note", "problem"}
+    assert of_report(tmp_path) == dict(enumerate(expected))
+
+
 def test_a_run_of_an_earlier_release_is_judged_as_before(tmp_path):
     model = deep_model()
     with probe_of(model) as probe, Recorder(tmp_path, probe, ["csv", "arrays"]) as recorder:

@@ -183,7 +183,7 @@ class RunDirectory:
             self._restore(last)
 
     def _trained_until(self, last: RecordKey | None) -> dict[str, RecordKey | None]:
-        """The layers of which this is known at the last record; what later ones have shown may no longer hold."""
+        """The trained layers at the last record; what later ones have shown may no longer hold."""
         if last is None:
             return {}
         known = self._manifest.trained.items()
