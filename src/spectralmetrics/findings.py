@@ -226,12 +226,9 @@ def read_numbers(
     numbers = LayerNumbers(layer, width, most, count, int(spectrum.num_left_out), of_gradients=of_gradients)
     if not count:
         return numbers
-    variances, squares = spectrum.variances, spectrum.about(center=False).variances
-    numbers = numbers._replace(
-        spread=float(functional.spread(variances, squares)) if bool(squares.any()) else 0.0,
-        dead=int((variances <= _ROUND_OFF * squares).sum()) if count > 1 else 0,
-        kurtosis=float(functional.outlier_features(squares)),
-    )
+    spread, dead = _spread_and_dead(spectrum)
+    kurtosis = float(functional.outlier_features(spectrum.second_moments))
+    numbers = numbers._replace(spread=spread, dead=dead, kurtosis=kurtosis)
     if spectrum.has(Marginals):
         magnitudes = spectrum.part(Marginals).magnitudes()
         numbers = numbers._replace(dormant=float(functional.dormant_features(magnitudes)))
@@ -251,6 +248,26 @@ def read_numbers(
         is_sketched=is_sketched,
         has_interval=has_interval,
     )
+
+
+def _spread_and_dead(spectrum: Spectrum) -> tuple[float, int]:
+    """The spread of a layer with observations, and the number of its features that do not vary."""
+    variances, squares = spectrum.variances, spectrum.second_moments
+    spread = float(functional.spread(variances, squares)) if bool(squares.any()) else 0.0
+    return spread, int((variances <= _ROUND_OFF * squares).sum()) if int(spectrum.num_observations) > 1 else 0
+
+
+def needs_weights(spectrum: Spectrum) -> bool:
+    """True if a layer's variance is so small that its findings depend on :func:`.is_untrained`.
+
+    Args:
+        spectrum: the spectrum of the layer about the mean; no eigenvalues are read.
+    """
+    width, count = spectrum.num_features, int(spectrum.num_observations)
+    if not count:
+        return False
+    spread, dead = _spread_and_dead(spectrum)
+    return _has_small_spread(LayerNumbers("", width, width, count, 0, spread, dead))
 
 
 def has_eigenvalues(spectrum: Spectrum) -> bool:
@@ -286,15 +303,25 @@ def find(
     suspects = [index for index, each in enumerate(layers) if _has_small_spread(each)]
     untrained = is_untrained(names[: suspects[-1] + 1]) if suspects else {}
     findings: list[Finding] = []
-    is_new = False
-    for index, layer in enumerate(layers):
-        own = untrained.get(layer.layer)
-        is_new = is_new if own is None else own
+    for index, (layer, is_new) in enumerate(zip(layers, are_new(names, untrained), strict=True)):
         findings += of_layer(stage, layer, layers[:index], layers[-1], is_new)
     order = {name: index for index, name in enumerate(names)}
     return sorted(
         findings + _tail(stage, layers), key=lambda each: (order_of(each)[0], order[each.layer], order_of(each))
     )
+
+
+def are_new(layers: Iterable[str], untrained: Mapping[str, bool | None]) -> Iterator[bool]:
+    """True for each layer, in forward order, that counts as untrained: if unknown, as the layer before does.
+
+    >>> list(are_new(["0", "1", "2", "3"], {"0": True, "2": False}))
+    [True, True, False, False]
+    """
+    is_new = False
+    for layer in layers:
+        own = untrained.get(layer)
+        is_new = is_new if own is None else own
+        yield is_new
 
 
 def order_of(finding: Finding) -> tuple[bool, int]:

@@ -411,6 +411,34 @@ def layers_of_nan_are_in_the_run(rank, world):
     assert layers == ({"somewhere", "fine"} if world > 1 else {"fine"})
 
 
+def a_record_knows_which_weights_are_new_on_whichever_process_they_are(rank, world):
+    """A small variance is a note while weights are new, also of a layer of another process."""
+    generator = torch.Generator().manual_seed(rank)
+    for merges in (True, False):
+        torch.manual_seed(0)
+        last = f"own{world - 1}"
+        model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("everywhere", f"own{rank}")})
+        probe = sm.LayerProbe(model, [sm.SaturationMetric(sync_on_compute=merges)])
+        folder = shared_folder(rank)
+        with sm.Recorder(folder, probe, ["csv", "arrays"]) as recorder:
+            for epoch in range(3):
+                if epoch == 1 and last in model:
+                    model[last].weight.data.add_(0.1)
+                scale = 1e-3 if rank or world == 1 else 1.0  # variances that differ between processes
+                model["everywhere"](1 + scale * torch.randn(400, 8, generator=generator))
+                model[f"own{rank}"](1 + 1e-3 * torch.randn(400, 8, generator=generator))
+                severities = {e.layer: e.severity for e in probe.findings("train") if e.kind == "collapsed"}
+                assert severities[f"own{rank}"] == ("problem" if epoch and last in model else "note")
+                recorder.record()
+                dist.barrier()
+                found = sm.summarise_run(folder, stage="train").findings
+                severities = {e.layer: e.severity for e in found if e.kind == "collapsed"}
+                severities.pop("everywhere", None)
+                expected = {f"own{each}": "note" for each in range(world)}
+                assert severities == expected | ({last: "problem"} if epoch else {})
+                dist.barrier()
+
+
 def what_the_members_of_a_group_do_waits_for_nobody_else(rank, world):
     """A recorder and a monitor that only the members of a group make do not wait for other processes."""
     if world == 1:
@@ -485,6 +513,7 @@ def arguments_of_one_process_are_an_error_on_all(rank, world):
 
 SCENARIOS = [
     layers_of_nan_are_in_the_run,
+    a_record_knows_which_weights_are_new_on_whichever_process_they_are,
     arguments_of_one_process_are_an_error_on_all,
     a_record_fetches_a_layer_at_a_time,
     what_no_writer_reads_does_not_travel,

@@ -750,12 +750,21 @@ class LayerProbe(nn.Module):
         with self._agreed(call, [stage]) as agreement:
             return self._read_places(agreement, [stage], read)
 
-    def _untrained(self, layers: Sequence[str]) -> dict[str, bool | None]:
+    def _untrained(self, layers: Sequence[str], agreement: Agreement | None = None) -> dict[str, bool]:
         """Layer -> True if its weights are still the initial ones, from a process that has the layer."""
-        of_processes = [self._router.untrained(layers)]
-        group = processes.merging_group(self._places.values())
+        own: dict[str, bool | None] = {}
+        error: BaseException | None = None
+        try:
+            own = self._router.untrained(layers)
+        except Exception as raised:  # the other processes wait for the answer
+            error = raised
+        group = processes.merging_group(self._places.values()) if agreement is None else agreement.group
         if group is not processes.NO_GROUP and not self._router.is_merged:
-            of_processes = processes.gather_agreed(of_processes[0], None, group)
+            of_processes = processes.gather_agreed(own, error, group)
+        elif error is not None:
+            raise error
+        else:
+            of_processes = [own]
         known = ((name, flag) for each in reversed(of_processes) for name, flag in each.items())
         return {name: flag for name, flag in known if flag is not None}
 
@@ -1167,6 +1176,7 @@ class ProbeReading(NamedTuple):
             at a time, while all others are in :attr:`serve`.
         known: (stage, layer) -> eigenvalues that were read, see :meth:`.Spectrum.known`.
         facts: layer -> its facts, known without its data.
+        untrained: layer -> True if its weights are as initialised, where findings may depend on it.
         serve: see :func:`~.processes.on_first_process`; None if this process has all sums.
     """
 
@@ -1175,12 +1185,16 @@ class ProbeReading(NamedTuple):
     sums: Mapping[tuple[str, str], Sequence[Sum]]
     known: Mapping[tuple[str, str], Mapping[tuple[str, bool], Any]]
     facts: Mapping[str, LayerFacts]
+    untrained: Mapping[str, bool]
     serve: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager
 def read_probe(
-    probe: LayerProbe, progress: Progress | None = None, error: BaseException | None = None
+    probe: LayerProbe,
+    progress: Progress | None = None,
+    error: BaseException | None = None,
+    is_trained: Callable[[str], bool] = lambda layer: False,
 ) -> Iterator[ProbeReading]:
     """Read all that a recorder keeps of a probe; each covariance is decomposed once, by one process.
 
@@ -1190,6 +1204,7 @@ def read_probe(
         probe: the probe to read.
         progress: see :meth:`LayerProbe.compute`.
         error: raised on all processes; None if this one has none.
+        is_trained: layer -> True if its weights are known to be trained; the same on all processes.
 
     Raises:
         RuntimeError: see :meth:`LayerProbe.compute`.
@@ -1205,15 +1220,37 @@ def read_probe(
             for name, interval in reading.intervals.items()
         }
         known = {place: reading.known for place, reading in readings.items() if reading.known is not None}
+        untrained = _untrained_in(probe, agreement, readings, is_trained)
         if agreement is None or probe._is_sharing:
             sums = {place: probe._place(*place).recorded_sums() for place in known}
-            yield ProbeReading(values, intervals, sums, known, probe.facts)
+            yield ProbeReading(values, intervals, sums, known, probe.facts, untrained)
             return
         fetched = MergedSums(agreement, known)
         try:
-            yield ProbeReading(values, intervals, fetched, known, probe.facts, fetched.serve)
+            yield ProbeReading(values, intervals, fetched, known, probe.facts, untrained, fetched.serve)
         finally:
             fetched.close()
+
+
+def _untrained_in(
+    probe: LayerProbe,
+    agreement: Agreement | None,
+    readings: Mapping[Place, Reading],
+    is_trained: Callable[[str], bool],
+) -> dict[str, bool]:
+    """Layer -> True if its weights are as initialised: for the layers of which :func:`.find` would ask."""
+    asked: dict[str, None] = {}
+    for stage in STAGES:
+        layers = {
+            name: each for (own, name), each in readings.items() if own == stage and each.known is not None
+        }
+        last = max((place for place, each in enumerate(layers.values(), 1) if each.needs_weights), default=0)
+        asked |= dict.fromkeys(list(layers)[:last])
+    trained = dict.fromkeys(filter(is_trained, asked), False)
+    # Processes that merge nothing have readings of their own, and may ask for other layers or for none.
+    if not asked and not (agreement is not None and processes.merges_nothing(probe._places.values())):
+        return {}
+    return trained | probe._untrained([layer for layer in asked if layer not in trained], agreement)
 
 
 def group_of(probe: LayerProbe | None) -> Any:

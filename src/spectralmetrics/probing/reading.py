@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from spectralmetrics.findings import needs_weights
 from spectralmetrics.functional.together import Progress, Wanted, decompose_together
 from spectralmetrics.metrics import Interval, SpectralMetric
 from spectralmetrics.probing.collections import Counted, LayerMetrics, count_together
@@ -43,6 +44,7 @@ class Reading:
         refused: number of observations that were not finite, if they are an error; otherwise 0.
         intervals: metric -> interval of its value, for a record.
         known: eigenvalues that were read, see :meth:`.Spectrum.known`, for a record; None without a spectrum.
+        needs_weights: True if findings depend on the layer's weights, see :func:`.needs_weights`, for a record.
     """
 
     seen: bool = False
@@ -57,6 +59,7 @@ class Reading:
     refused: int = 0
     intervals: dict[str, Interval] = field(default_factory=dict)
     known: dict[tuple[str, bool], Any] | None = None
+    needs_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def read_layers(
         reading.few = place.too_few(counted)
         if question.for_record and (spectrum := place.spectrum()) is not None:
             reading.known = spectrum.known()
+            reading.needs_weights = needs_weights(spectrum)
         if progress is not None:
             progress(before + number, before + len(seen))
     for place in places if question.for_record else ():

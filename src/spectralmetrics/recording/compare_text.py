@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics as averages
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +113,8 @@ def _problems(sides: Sequence[Side], threshold: float) -> list[str]:
         for layer in side.layers():
             with contextlib.suppress(ValueError):  # a damaged layer is named in the table
                 numbers += numbers_of({layer.layer: layer.spectrum()}, side.run.facts, threshold)
-        for each in find(side.stage, numbers) if numbers else []:
+        untrained = functools.partial(side.run.untrained, side.key)
+        for each in find(side.stage, numbers, untrained) if numbers else []:
             if each.severity == "problem":
                 lines += wrapped(f"problem on the {side.name}: {each.layer}: {each.message}")
     return lines

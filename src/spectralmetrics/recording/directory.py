@@ -71,12 +71,18 @@ class RunDirectory:
             raise
         self._unlock = weakref.finalize(self, lock.release)
 
+    @property
+    def trained(self) -> set[str]:
+        """The layers whose weights were found trained."""
+        return {name for name, key in self._manifest.trained.items() if key is not None}
+
     def keep(self, record: Record) -> bool:
         """Write to all that keep records, or to none; return whether there was anything to keep."""
         if not record.values and not record.sums:
             return False
         counting = [each for each in self._takers(record) if each.keeps_records or each.takes_back]
         try:
+            self._learn_untrained(record)
             for writer in self._unfinished:
                 self._take_back(writer)
             # Writers that can take back come first, and the table last: it has a record only if the others do.
@@ -164,6 +170,7 @@ class RunDirectory:
             self._manifest.statistics | self._statistics,
             last,
             self._manifest.layers,
+            self._trained_until(last),
         )
         write_manifest(directory, self._manifest)
         if mode == "resume":
@@ -174,6 +181,13 @@ class RunDirectory:
         self.last = last
         if last is not None:
             self._restore(last)
+
+    def _trained_until(self, last: RecordKey | None) -> dict[str, RecordKey | None]:
+        """The trained layers at the last record; what later ones have shown may no longer hold."""
+        if last is None:
+            return {}
+        known = self._manifest.trained.items()
+        return {name: key if key is not None and key.order <= last.order else None for name, key in known}
 
     def _restore(self, key: RecordKey) -> None:
         """Have shown what a process that was killed after it had kept its last record did not show."""
@@ -232,6 +246,17 @@ class RunDirectory:
         else:
             writer.discard_after(self.directory, self.last)
         self._unfinished = [each for each in self._unfinished if each is not writer]
+
+    def _learn_untrained(self, record: Record) -> None:
+        """Keep which layers are trained; before the record, so that no reader finds it without this."""
+        trained = dict(self._manifest.trained)
+        for layer, is_new in record.untrained.items():
+            known = trained.get(layer) or record.key
+            trained[layer] = None if is_new else min(known, record.key, key=lambda key: key.order)
+        if trained != self._manifest.trained:
+            manifest = replace(self._manifest, trained=trained)
+            write_manifest(self.directory, manifest)
+            self._manifest = manifest
 
     def _update_manifest(self, record: Record) -> None:
         layers = self._manifest.layers | {name: facts.saved() for name, facts in record.layers.items()}

@@ -46,12 +46,15 @@ class Manifest:
         layers: name -> facts about the layer besides its data: ``kind``, ``ceiling``, and
             ``of_gradients`` if gradients were observed.
         last: the last whole record, for runs whose writers keep no records.
+        trained: name of a layer whose weights were tested -> the first record at which they were trained; None
+            if they have been random, as initialised, at all records so far.
     """
 
     writers: dict[str, RecordKey | None] = field(default_factory=dict)
     statistics: dict[str, Settings] = field(default_factory=dict)
     last: RecordKey | None = None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trained: dict[str, RecordKey | None] = field(default_factory=dict)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -72,6 +75,7 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest(**content)
         _check(manifest)
         manifest.writers = {name: _key(name, each) for name, each in manifest.writers.items()}
+        manifest.trained = {name: _key(name, each) for name, each in manifest.trained.items()}
         manifest.last = _key("last_epoch", manifest.last)
         return manifest
     except KeyError as error:
@@ -89,6 +93,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "last_epoch": _plain(manifest.last),
         "layers": manifest.layers,
     }
+    if manifest.trained:  # others can be read by earlier releases
+        content["trained"] = {name: _plain(key) for name, key in manifest.trained.items()}
     replace_file(directory / FILE_NAME, json.dumps(content, indent=1).encode())
 
 
@@ -107,8 +113,9 @@ def _key(name: str, content: Any) -> RecordKey | None:
 
 def _check(manifest: Manifest) -> None:
     """Raise a ValueError unless all parts have the types that their readers expect."""
-    if not all(isinstance(part, dict) for part in (manifest.writers, manifest.statistics, manifest.layers)):
-        raise ValueError("writers, statistics and layers are no objects")
+    parts = (manifest.writers, manifest.statistics, manifest.layers, manifest.trained)
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("writers, statistics, layers and trained are no objects")
     for name, facts in manifest.layers.items():
         ceiling = facts.get("ceiling")
         if set(facts) - {"of_gradients"} != set(LayerFacts._fields) or not isinstance(facts["kind"], str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -142,7 +143,7 @@ def summarise_run(
         failures.check("all")
     failures.warn()
     rows = summary_rows(spectra, run.facts, metric, threshold=threshold)
-    findings = find("", [numbers for _, numbers in rows])
+    findings = find("", [numbers for _, numbers in rows], functools.partial(run.untrained, key))
     return summary_of(rows, findings, metric, threshold=threshold, where=f"{key}, {stage}")
 
 

@@ -103,6 +103,8 @@ class Record:
         layers: name -> facts of the layer, known without its data.
         step: number of optimiser steps; None at the end of an epoch.
         known: (stage, layer) -> the eigenvalues that the values were read from; see :meth:`spectrum`.
+        untrained: name of a layer -> True if its weights are still random, as initialised, False if they are
+            trained. Only layers whose findings may depend on it are in it.
     """
 
     epoch: int
@@ -113,6 +115,7 @@ class Record:
     layers: Mapping[str, LayerFacts] = field(default_factory=dict)
     step: int | None = None
     known: Mapping[tuple[str, str], Mapping[tuple[str, bool], Any]] = field(default_factory=dict)
+    untrained: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def key(self) -> RecordKey:

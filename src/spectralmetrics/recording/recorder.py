@@ -188,7 +188,11 @@ class Recorder:
                 def read() -> tuple[Record, ProbeReading | None]:
                     reading = None
                     if self.probe is not None:
-                        reading = stack.enter_context(read_probe(self.probe, progress, error))
+                        reading = stack.enter_context(
+                            read_probe(
+                                self.probe, progress, error, lambda layer: recorded_name(layer) in self._trained
+                            )
+                        )
                     elif error is not None:
                         raise error
                     return self._make_record(key, reading), reading
@@ -279,11 +283,11 @@ class Recorder:
         self.probe = probe
         self._statistics: dict[str, Settings] = {name: describe(metric) for name, metric in metrics.items()}
 
-        def open_directory() -> RecordKey | None:
+        def open_directory() -> tuple[RecordKey | None, set[str]]:
             self._run = RunDirectory(self.directory, self.writers, self._statistics, mode)
-            return self._run.last
+            return self._run.last, self._run.trained
 
-        self.last = from_first_process(open_directory, group_of(probe))
+        self.last, self._trained = from_first_process(open_directory, group_of(probe))
         self._is_open = True
 
     def _next_key(self, epoch: int | None, step: int | None) -> RecordKey:
@@ -307,7 +311,7 @@ class Recorder:
         values: dict[Key, Tensor] = {}
         rows: list[Row] = []
         sums: Mapping[Any, Any] = {}
-        known, facts = {}, {}
+        known, facts, untrained = {}, {}, {}
         if reading is not None:
             for (statistic, stage, layer), result in reading.values.items():
                 # Metrics of other libraries may return several numbers by name.
@@ -324,6 +328,8 @@ class Recorder:
             sums = RecordedSums(reading.sums)
             known = {(stage, recorded_name(layer)): each for (stage, layer), each in reading.known.items()}
             facts = {recorded_name(layer): each for layer, each in reading.facts.items()}
+            untrained = {recorded_name(layer): each for layer, each in reading.untrained.items()}
+            self._trained |= {layer for layer, is_new in untrained.items() if not is_new}
         for row in rows:
             if row.layer == MEAN_LAYER:
                 values[row.statistic, row.stage, row.layer] = torch.tensor(row.value, dtype=torch.float64)
@@ -331,4 +337,4 @@ class Recorder:
         for (name, stage, layer), scalar in self._scalars.items():
             rows.append(Row(key.epoch, stage, layer, name, scalar, step=key.step))
             named["/".join(filter(None, (name, stage, layer)))] = torch.tensor(scalar, dtype=torch.float64)
-        return Record(key.epoch, named, rows, sums, self._statistics, facts, key.step, known)
+        return Record(key.epoch, named, rows, sums, self._statistics, facts, key.step, known, untrained)

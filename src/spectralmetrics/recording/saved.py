@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,11 @@ class SavedRun:
         """Name of a layer -> its type and ceiling; empty for a run of 0.1.0."""
         return {name: LayerFacts.restored(each) for name, each in self.manifest.layers.items()}
 
+    def untrained(self, key: RecordKey, layers: Iterable[str]) -> dict[str, bool]:
+        """Layer -> True if its weights were as initialised at a record; layers not tested are left out."""
+        trained = {name: self.manifest.trained[name] for name in layers if name in self.manifest.trained}
+        return {name: since is None or key.order < since.order for name, since in trained.items()}
+
     def layers_in(self, key: RecordKey) -> list[tuple[str, str]]:
         """(stage, layer) of all arrays in a record, in the order in which they were recorded."""
         return saved_layers(self.arrays[key]) if key in self.arrays else []
@@ -191,7 +196,8 @@ class SavedRun:
             values = _SavedValues(self, key, rebuild_metrics(settings))
             if not rows:
                 rows = tidy_rows(key, values.by_key(), values.intervals)
-        return Record(key.epoch, values, rows, statistics=self.statistics, layers=self.facts, step=key.step)
+        facts, untrained = self.facts, self.untrained(key, self.facts)
+        return Record(key.epoch, values, rows, {}, self.statistics, facts, key.step, untrained=untrained)
 
 
 class Failures:

@@ -233,7 +233,7 @@ def _from_arrays(
                 arrays["largest"][where] = drawn[0]
                 arrays["points"][where][: len(chosen[width])] = points(drawn, chosen[width])
         for layers in of_stage.values():
-            words.add(layers)
+            words.add(layers, untrained=run.untrained(key, [each.numbers.layer for each in layers]))
     return {
         **arrays,
         "dimensions": tables,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from spectralmetrics.findings import (
     SHORTEST_TAIL,
     Finding,
     LayerNumbers,
+    are_new,
     in_tail,
     in_words,
     of_layer,
@@ -214,8 +215,16 @@ class Words:
         self._stands_out = empty
         self._in_tail, self._ceilings = empty.copy(), empty.copy()
 
-    def add(self, layers: Sequence[Known], at: Any = slice(None)) -> None:
-        """Add the layers of one stage and record, in forward order, at these indices of thresholds."""
+    def add(
+        self, layers: Sequence[Known], at: Any = slice(None), *, untrained: Mapping[str, bool] | None = None
+    ) -> None:
+        """Add the layers of one stage and record, in forward order.
+
+        Args:
+            layers: the layers.
+            at: the indices of their thresholds.
+            untrained: layer -> True if its weights are as initialised.
+        """
         if not layers:
             return
         shares = np.stack([each.shares for each in layers])
@@ -224,7 +233,8 @@ class Words:
             is_known[:] = False  # gradients have no tail
         first_of_tail = tail_start(np.nan_to_num(shares), shortest=SHORTEST_TAIL)
         numbers = [each.numbers for each in layers]
-        for place, each in enumerate(layers):
+        new = are_new([each.layer for each in numbers], untrained or {})
+        for place, (each, is_new) in enumerate(zip(layers, new, strict=True)):
             is_in_tail = is_known & (first_of_tail <= place) & (place < len(layers) - 1)
             indices: dict[tuple[Any, ...], int] = {}
             texts, ceilings = [], []
@@ -233,7 +243,8 @@ class Words:
                 key = (*np.nan_to_num(here.dimension, nan=-1), bool(is_in_tail[index]))
                 if key not in indices:
                     tail = [in_tail("", here.layer, each.shares[index])] if is_in_tail[index] else []
-                    indices[key] = self._place(here, numbers[:place], numbers[-1], tail)
+                    own = of_layer("", here, numbers[:place], numbers[-1], is_new) if here.width else ()
+                    indices[key] = self._place(here, [*own, *tail])
                 texts.append(indices[key])
                 ceilings.append(true_ceiling(here))
             self._stands_out[each.where][at] = texts
@@ -252,15 +263,12 @@ class Words:
             "ceilings": self._ceilings,
         }
 
-    def _place(
-        self, layer: LayerNumbers, before: Sequence[LayerNumbers], last: LayerNumbers, tail: Sequence[Finding]
-    ) -> int:
+    def _place(self, layer: LayerNumbers, found: Sequence[Finding]) -> int:
         """The index of the text of a layer's findings."""
-        own = of_layer("", layer, before, last) if layer.width else ()
         reasons = ", ".join(layer.few_because())
         findings = [
             each._replace(message=f"{each.message}: {reasons}") if each.kind == "few_observations" else each
-            for each in (*own, *tail)
+            for each in found
         ]
         text = "; ".join(in_words(findings))
         if text not in self._texts:

@@ -86,7 +86,7 @@ class ConsoleWriter(Writer):
         layers = [layer for each, layer in record.sums if each == stage]
         metric = IntrinsicDimensionMetric(threshold=recorded_threshold(record.statistics))
         rows = [row for layer in layers for row in _rows_of(record, stage, layer, metric)]
-        findings = find(stage, [numbers for _, numbers in rows])
+        findings = find(stage, [numbers for _, numbers in rows], lambda layers: record.untrained)
         if all(row.stands_out for row, _ in rows):  # no dimension can be read of any layer
             return "\n".join(map(str, findings)) or None
         return str(summary_of(rows, findings, metric, threshold=metric.threshold, where=stage))
