@@ -41,8 +41,8 @@ class LinearCKAMetric(MergingMetric):
 
     Args:
         nan_strategy: a sample with NaN or infinities on either side (or with float64 values beyond 1e60) is
-            left out and counted; so is the rest of a batch that has fewer than four others. ``"warn"`` says so at
-            ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
+            left out and counted; so is the rest of a batch that has fewer than four others. ``"warn"`` says so
+            at ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
