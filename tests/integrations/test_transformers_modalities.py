@@ -1,4 +1,4 @@
-"""Padding of texts in models that see images, too, with as many tokens of an image as of a text."""
+"""Padding of texts in models that see as many tokens of an image, and of sounds."""
 
 import pytest
 import torch
@@ -115,6 +115,67 @@ def of_idefics3(name):
     return N * 9 if "vision_model" in name else N if "connector" in name else VALID
 
 
+SPEECH = {
+    "conv_dim": (16, 16),
+    "conv_kernel": (10, 3),
+    "conv_stride": (5, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "apply_spec_augment": False,
+}
+FRAMES, FRAMES_VALID = N * 10, 7 + 5 + 10  # of sounds of 80, 60 and 110 samples
+
+
+def sounds():
+    mask = torch.arange(110) < torch.tensor([[80], [60], [110]])
+    return {"input_values": torch.randn(N, 110) * mask, "attention_mask": mask.long()}
+
+
+def of_sounds(name):
+    """The model makes a mask of frames for its transformer; those before it count whole, with a warning."""
+    return FRAMES if "feature_projection" in name else FRAMES_VALID
+
+
+def wav2vec2(kind=tf.Wav2Vec2ForCTC):
+    return kind(kind.config_class(**SIZES, **SPEECH, vocab_size=32, layerdrop=0.0)), sounds()
+
+
+def hubert():
+    return wav2vec2(tf.HubertForCTC)
+
+
+def transcription():
+    """A text decoder, which has its own mask, looks at the frames; a layer between them changes their width."""
+    text = tf.BertConfig(**TEXT | {"hidden_size": 32})
+    config = tf.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(wav2vec2()[0].config, text)
+    model = tf.SpeechEncoderDecoderModel(config)
+    text = batch()
+    return model, sounds() | {f"decoder_{key}": text[key] for key in ("input_ids", "attention_mask")}
+
+
+def of_transcription(name):
+    is_cross = "crossattention" in name and name.endswith(("key", "value"))
+    return of_sounds(name) if name.startswith("enc") or is_cross else VALID
+
+
+def speecht5():
+    sizes = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24), ("layerdrop", 0.0))
+    }
+    text = batch()
+    config = tf.SpeechT5Config(vocab_size=64, hidden_size=16, **sizes, **SPEECH)
+    inputs = sounds() | {f"decoder_{key}": text[key] for key in ("input_ids", "attention_mask")}
+    return tf.SpeechT5ForSpeechToText(config), inputs
+
+
+def of_speecht5(name):
+    is_cross = "encoder_attn" in name and name.endswith(("k_proj", "v_proj"))
+    return of_sounds(name) if ".encoder." in name or is_cross else VALID
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -124,9 +185,13 @@ def of_idefics3(name):
         (git, of_git),
         (blip2, of_blip2),
         (idefics3, of_idefics3),
+        (wav2vec2, of_sounds),
+        (hubert, of_sounds),
+        (transcription, of_transcription),
+        (speecht5, of_speecht5),
     ],
 )
-def test_the_mask_of_a_text_leaves_out_no_token_of_an_image(make, expected, tmp_path):
+def test_a_mask_leaves_out_padding_and_nothing_else(make, expected, tmp_path):
     torch.manual_seed(0)
     model, inputs = make()
     chosen = lambda name, module: isinstance(module, nn.Linear)  # noqa: E731

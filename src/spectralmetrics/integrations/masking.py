@@ -7,7 +7,8 @@ a mask does not decide where it belongs.
 
 A model of text and images, or sounds, has one mask, too, which is that of the text. Its hooks follow the other
 inputs from module to module: the rows of a call are those of its first tensor, and so are those of its outputs.
-A tensor that was made between modules has the rows of the call in which it was made.
+A tensor that was made between modules has the rows of the call in which it was made. A model of sounds, whose
+mask is that of samples, makes one of fewer frames and gives it to its transformer, where it holds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.selection import named_modules
 from spectralmetrics.torch_private import untraced
 
+SOUNDS = "input_values"  # a model of sounds makes a mask for the shorter sequence of features
 IGNORED_LABEL = -100  # what PyTorch's cross entropy and the collators of transformers leave out
 
 
@@ -83,11 +85,11 @@ class Masking:
         encoder, decoder = parts
         self._watch(encoder, self._enter_encoder)
         self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
-        of_encoder = set(encoder.modules())
+        of_encoder, of_decoder = set(encoder.modules()), set(decoder.modules())
         modules = named_modules(model)
         for name in probe.layers:
             if (layer := modules[name]) not in of_encoder and layer is not model:
-                self._watch(layer, self._enter_part, keeps=False)
+                self._watch(layer, self._enter_part, keeps=layer not in of_decoder)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -104,6 +106,7 @@ class Masking:
             self._labels = before
 
     def _watch(self, module: nn.Module, enter: Any, keeps: bool = True) -> None:
+        """Put hooks on a module; with ``keeps`` its outputs are followed, which stay until its caller ends."""
         leave = self._leave_and_keep if keeps else self._leave
         self._handles += [
             module.register_forward_pre_hook(enter, with_kwargs=True),
@@ -128,6 +131,7 @@ class Masking:
         if others:
             call.tokens, call.others = kwargs.get("input_ids"), frozenset(others)
             call.know(others, None)
+        if others or (source is not None and SOUNDS in kwargs):
             self._follow(module)
         self._push(call)
 
@@ -136,12 +140,15 @@ class Masking:
         # It has its own when it is called by itself, as generation calls it.
         own = _mask(kwargs.get("attention_mask"))
         caller = self._calls[-1] if self._calls else _Call()
-        self._push(replace(caller, mask=caller.source if own is None else own, known={}))
+        call = replace(caller, mask=caller.source if own is None else own, known={})
+        if call.mask is not None and SOUNDS in dict(_tensors(module, args, kwargs)):
+            self._follow(module)
+        self._push(call)
 
     @untraced
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs.get("encoder_hidden_states")  # which may have been projected to the decoder's width
-        if self._calls:
+        if self._calls and isinstance(states, Tensor) and self._find(states) is None:
             self._calls[-1].know(states, self._calls[-1].source)
 
     @untraced
@@ -150,17 +157,20 @@ class Masking:
             self._push(_Call())
             return
         caller = self._calls[-1]
-        name, first = _first_tensor(module, args, kwargs)
+        tensors = _tensors(module, args, kwargs)
+        name, first = tensors[0] if tensors else ("", None)
         mask = self._rows_of(name, first, kwargs)
         tokens = first if name == "input_ids" else caller.tokens
         call = replace(caller, mask=mask, tokens=tokens, known={})
+        is_mixed = mask is not None and name == SOUNDS
         for each in _floating((args, kwargs)):
             found = self._find(each)
             rows = mask if each is first else found[0] if found else caller.mask
             if found is None and mask is not caller.mask:
                 call.know(each, rows)
-            if rows is not mask:
-                self._follow(module)
+            is_mixed |= rows is not mask
+        if is_mixed:
+            self._follow(module)
         self._push(call)
 
     def _rows_of(self, name: str, values: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
@@ -168,12 +178,15 @@ class Masking:
         caller = self._calls[-1]
         if values is None:
             return caller.mask
+        own, above = kwargs.get("attention_mask"), caller.mask
+        if isinstance(own, Tensor) and above is not None and own.shape == values.shape[:2] != above.shape:
+            return _mask(own)  # of a sequence that the model has made of the given one
         if found := self._find(values):
             return found[0]
         if name in caller.others or isinstance(values._base, nn.Parameter):  # queries, the same for each sample
             return None
         if name == "input_ids" and caller.tokens is not None and _memory(values) != _memory(caller.tokens):
-            return _mask(kwargs.get("attention_mask"))  # other tokens, such as those of an answer
+            return _mask(own)  # other tokens, such as those of an answer
         return caller.mask
 
     def _find(self, values: Tensor) -> tuple[Tensor | None, Tensor] | None:
@@ -187,8 +200,13 @@ class Masking:
     @untraced
     def _leave_and_keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         gone = self._pop()
-        if gone is not None and self._calls and gone.mask is not self._calls[-1].mask:
-            self._calls[-1].know(output, gone.mask)
+        if gone is None or not self._calls:
+            return
+        caller = self._calls[-1]
+        for each in _floating(output):
+            mask = gone.known.get(_memory(each), (gone.mask, each))[0]
+            if mask is not caller.mask:
+                caller.know(each, mask)
 
     def _push(self, call: _Call) -> None:
         before = self._calls[-1].mask if self._calls else None
@@ -264,17 +282,17 @@ def _beside_tokens(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(value, Tensor)
         and value.is_floating_point()
         and value.ndim > 1
-        and not name.endswith("inputs_embeds")
+        and not name.startswith("decoder_")  # of the target
+        and name != "inputs_embeds"
         and not any(word in name for word in ("mask", "label"))
     }
 
 
-def _first_tensor(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[str, Tensor | None]:
-    """The first tensor of a call, and the name of the argument."""
-    named = itertools.chain(itertools.zip_longest(_parameters(type(module))[: len(args)], args), kwargs.items())
-    return next(((name, value) for name, value in named if isinstance(value, Tensor)), ("", None))
+def _tensors(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The tensors among the arguments of a call, with their names; no name beyond those of the parameters."""
+    names = _parameters(type(module))[: len(args)]
+    named = itertools.chain(itertools.zip_longest(names, args, fillvalue=""), kwargs.items())
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
 
 
 @functools.cache
