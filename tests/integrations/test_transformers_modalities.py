@@ -204,3 +204,18 @@ def test_a_mask_leaves_out_padding_and_nothing_else(make, expected, tmp_path):
         assert counts == {name: step * expected(name) for name in counts}
     callback.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_scripted_part_which_takes_no_hooks_stops_no_forward(tmp_path):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text, self.image = nn.Embedding(64, 4), nn.Linear(24, 4)
+            self.scripted = torch.jit.script(nn.ReLU())
+
+        def forward(self, input_ids, attention_mask, pixel_values):
+            return self.scripted(self.text(input_ids).mean() + self.image(pixel_values).mean())
+
+    callback = LayerProbeCallback(make_trainer(tmp_path, model := Pair()), SaturationMetric())
+    model(**batch())
+    assert int(callback.probe["train", "image"]["saturation"].count) == N * 3 * 24

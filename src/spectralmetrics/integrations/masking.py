@@ -14,13 +14,13 @@ mask is that of samples, makes one of fewer frames and gives it to its transform
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
@@ -78,7 +78,7 @@ class Masking:
         parts = _encoder_and_decoder(model)
         self._has_decoder = parts is not None
         self._handles: list[Any] = []
-        self._watched: set[nn.Module] = set()
+        self._watched: dict[nn.Module, list[str]] = {}  # with the names of their arguments
         self._watch(model, self._enter_model)
         if parts is None:
             return
@@ -112,14 +112,14 @@ class Masking:
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave, always_call=True),
         ]
-        self._watched.add(module)
+        self._watched[module] = _parameters(module)
 
     def _follow(self, module: nn.Module) -> None:
         """Watch the parts of a module that is given tensors with rows of different masks, from now on."""
         for part in module.children():
             if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
                 self._follow(part)
-            elif part not in self._watched:
+            elif part not in self._watched and not isinstance(part, torch.jit.ScriptModule):
                 self._watch(part, self._enter_part)
 
     @untraced
@@ -141,7 +141,7 @@ class Masking:
         own = _mask(kwargs.get("attention_mask"))
         caller = self._calls[-1] if self._calls else _Call()
         call = replace(caller, mask=caller.source if own is None else own, known={})
-        if call.mask is not None and SOUNDS in dict(_tensors(module, args, kwargs)):
+        if call.mask is not None and SOUNDS in dict(self._tensors(module, args, kwargs)):
             self._follow(module)
         self._push(call)
 
@@ -157,7 +157,7 @@ class Masking:
             self._push(_Call())
             return
         caller = self._calls[-1]
-        tensors = _tensors(module, args, kwargs)
+        tensors = self._tensors(module, args, kwargs)
         name, first = tensors[0] if tensors else ("", None)
         mask = self._rows_of(name, first, kwargs)
         tokens = first if name == "input_ids" else caller.tokens
@@ -188,6 +188,14 @@ class Masking:
         if name == "input_ids" and caller.tokens is not None and _memory(values) != _memory(caller.tokens):
             return _mask(own)  # other tokens, such as those of an answer
         return caller.mask
+
+    def _tensors(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[str, Tensor]]:
+        """The tensors among the arguments of a call, with their names; "" for one without a name."""
+        names = self._watched[module][: len(args)]
+        named = itertools.chain(itertools.zip_longest(names, args, fillvalue=""), kwargs.items())
+        return [(name, value) for name, value in named if isinstance(value, Tensor)]
 
     def _find(self, values: Tensor) -> tuple[Tensor | None, Tensor] | None:
         memory = _memory(values)
@@ -288,16 +296,11 @@ def _beside_tokens(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _tensors(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """The tensors among the arguments of a call, with their names; no name beyond those of the parameters."""
-    names = _parameters(type(module))[: len(args)]
-    named = itertools.chain(itertools.zip_longest(names, args, fillvalue=""), kwargs.items())
-    return [(name, value) for name, value in named if isinstance(value, Tensor)]
-
-
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _parameters(module: nn.Module) -> list[str]:
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # it is not written in Python
+        return []
 
 
 def _first(output: Any) -> Any:
