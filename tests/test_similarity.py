@@ -424,6 +424,19 @@ def test_samples_that_are_not_finite_are_left_out_of_the_batch():
         similarity.compute()
 
 
+def test_samples_of_a_batch_with_too_few_finite_ones_are_counted_as_left_out():
+    model = Chain(5, 8, 4)
+    holed = torch.randn(8, 5)
+    holed[3:] = torch.nan
+    with sm.LayerSimilarity(model) as similarity:
+        model(holed)
+        with pytest.raises(RuntimeError, match=r"all 8 samples hold NaN .* batch has fewer than 4 others"):
+            similarity.compute()
+        model(torch.randn(16, 5))
+        with pytest.warns(UserWarning, match="left out for NaN or infinite values in some layer: 8"):
+            assert similarity.compute().count == 16
+
+
 class Given(nn.Module):
     """Returns its input, layer by layer."""
 

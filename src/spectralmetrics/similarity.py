@@ -125,8 +125,8 @@ class LayerSimilarity:
     A sample is one row of features per layer. Feature maps and sequences are flattened, as is usual for CKA:
     two layers are then alike if they separate the same samples by features and positions. Means ignore
     positions, and are cheaper. A layer that runs several times in a forward has the features of all runs. A
-    sample with NaN or infinities in any layer is left out of the whole batch and counted. A batch needs at
-    least four samples.
+    sample with NaN or infinities in any layer is left out of the whole batch and counted, and so is the rest of
+    a batch that has fewer than four others. A batch needs at least four samples.
 
     Where processes share a forward, as under tensor and sequence parallelism, each layer's output is gathered
     whole on all of them, and counted once.
@@ -407,7 +407,8 @@ class LayerSimilarity:
         number = valid.sum()
         enough = number >= MINIMUM_SAMPLES
         sums = torch.where(enough, sums / (number - 3), 0.0)
-        counts = torch.stack([torch.where(enough, number, 0), samples - number])
+        counted = torch.where(enough, number, 0)
+        counts = torch.stack([counted, samples - counted])
         self._sums = sums if self._sums is None else self._sums.to(device) + sums
         self._counts = counts if self._counts is None else self._counts.to(device) + counts
 
@@ -434,7 +435,8 @@ class LayerSimilarity:
     def _why_nothing(self, left_out: int) -> str:
         if left_out:
             return (
-                f"no sample could be compared: all {left_out} samples hold NaN or infinite values in some layer"
+                f"no sample could be compared: all {left_out} samples hold NaN or infinite values in some"
+                f" layer, or their batch has fewer than {MINIMUM_SAMPLES} others"
             )
         ran = [bool(side.forward_order) for side in self._sides]
         if all(ran):

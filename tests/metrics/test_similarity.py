@@ -112,9 +112,10 @@ def test_a_batch_with_too_few_finite_samples_adds_nothing():
     holed[3:] = torch.nan
     metric.update(holed, right)
     assert torch.equal(metric.compute(), expected)
+    assert (int(metric.count), int(metric.non_finite)) == (20, 20)  # three are finite, but not used
     only = sm.LinearCKAMetric()
     only.update(holed, right)
-    with pytest.raises(RuntimeError, match=r"no sample \(samples left out .*: 17\)"):
+    with pytest.raises(RuntimeError, match=r"no sample \(samples left out .*: 20\)"):
         only.compute()
 
 

@@ -4,15 +4,23 @@ A model with one sequence has one mask. An encoder-decoder model has two: the en
 sequence, the decoder's the target, and the keys and values of cross-attention, which lie in the decoder, are
 made of the encoder's output and see the source again. As both sequences may have the same length, the shape of
 a mask does not decide where it belongs.
+
+A model of text and images, or sounds, has one mask, too, which is that of the text. Its hooks follow the other
+inputs from module to module: the rows of a call are those of its first tensor, and so are those of its outputs.
+A tensor that was made between modules has the rows of the call in which it was made. A model of sounds, whose
+mask is that of samples, makes one of fewer frames and gives it to its transformer, where it holds.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectralmetrics.probing import LayerProbe
@@ -20,15 +28,31 @@ from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.selection import named_modules
 from spectralmetrics.torch_private import untraced
 
+SOUNDS = "input_values"  # a model of sounds makes a mask for the shorter sequence of features
 IGNORED_LABEL = -100  # what PyTorch's cross entropy and the collators of transformers leave out
 
 
 @dataclass
 class _Call:
-    """The masks and marks of one call of the model."""
+    """A call of the model or of a module in it.
 
+    Attributes:
+        mask: the mask of its rows; None if all are valid.
+        source: the mask of the source, in an encoder-decoder model.
+        tokens: what the model was called with where it has other inputs beside them.
+        others: names of these inputs.
+        known: memory of a tensor -> the mask of its rows, and the tensor, so that no other gets its memory.
+    """
+
+    mask: Tensor | None = None
     source: Tensor | None = None
-    states: list[Tensor] = field(default_factory=list)  # what the encoder puts out, as the decoder gets it
+    tokens: Tensor | None = None
+    others: frozenset[str] = frozenset()
+    known: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+
+    def know(self, values: Any, mask: Tensor | None) -> None:
+        """Note that the tensors in a nest have rows of a mask."""
+        self.known.update((_memory(each), (mask, each)) for each in _floating(values))
 
 
 class Masking:
@@ -49,31 +73,23 @@ class Masking:
         self._target = decoder_attention_mask
         self._labels: Any = None  # of the batch whose loss is computed
         self._has_warned = False
-        self._calls: list[_Call] = []
-        self._masks: list[Tensor | None] = []  # the innermost is in force
+        self._calls: list[_Call] = []  # the innermost is in force
         self._context = contextlib.ExitStack()
         parts = _encoder_and_decoder(model)
         self._has_decoder = parts is not None
-        self._handles = [
-            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
-            model.register_forward_hook(self._leave_model, always_call=True),
-        ]
+        self._handles: list[Any] = []
+        self._watched: dict[nn.Module, list[str]] = {}  # with the names of their arguments
+        self._watch(model, self._enter_model)
         if parts is None:
             return
         encoder, decoder = parts
-        self._handles += [
-            encoder.register_forward_pre_hook(self._enter_encoder, with_kwargs=True),
-            encoder.register_forward_hook(self._leave_encoder, always_call=True),
-            decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-        ]
-        of_encoder = set(encoder.modules())
+        self._watch(encoder, self._enter_encoder)
+        self._handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        of_encoder, of_decoder = set(encoder.modules()), set(decoder.modules())
         modules = named_modules(model)
         for name in probe.layers:
             if (layer := modules[name]) not in of_encoder and layer is not model:
-                self._handles += [
-                    layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
-                    layer.register_forward_hook(self._leave_layer, always_call=True),
-                ]
+                self._watch(layer, self._enter_part, keeps=layer not in of_decoder)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -89,65 +105,133 @@ class Masking:
         finally:
             self._labels = before
 
-    @untraced
-    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = _Call(self._source_mask(kwargs))
-        if (outputs := kwargs.get("encoder_outputs")) is not None:
-            call.states += _first(outputs)
-        self._calls.append(call)
-        self._push(self._target_mask(kwargs) if self._has_decoder else call.source)
+    def _watch(self, module: nn.Module, enter: Any, keeps: bool = True) -> None:
+        """Put hooks on a module; with ``keeps`` its outputs are followed, which stay until its caller ends."""
+        leave = self._leave_and_keep if keeps else self._leave
+        self._handles += [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+        self._watched[module] = _parameters(module)
+
+    def _follow(self, module: nn.Module) -> None:
+        """Watch the parts of a module that is given tensors with rows of different masks, from now on."""
+        for part in module.children():
+            if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+                self._follow(part)
+            elif part not in self._watched and not isinstance(part, torch.jit.ScriptModule):
+                self._watch(part, self._enter_part)
 
     @untraced
-    def _leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._calls:
-            self._calls.pop()
-            self._pop()
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source, others = self._source_mask(kwargs), _beside_tokens(kwargs)
+        call = _Call(self._target_mask(kwargs) if self._has_decoder else source, source)
+        if (outputs := kwargs.get("encoder_outputs")) is not None:
+            call.know(_first(outputs), source)
+        if others:
+            call.tokens, call.others = kwargs.get("input_ids"), frozenset(others)
+            call.know(others, None)
+        if others or (source is not None and SOUNDS in kwargs):
+            self._follow(module)
+        self._push(call)
 
     @untraced
     def _enter_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # It has its own when it is called by itself, as generation calls it.
         own = _mask(kwargs.get("attention_mask"))
-        self._push(self._calls[-1].source if own is None and self._calls else own)
-
-    @untraced
-    def _leave_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._pop()
-        if self._calls:
-            self._calls[-1].states += _first(output)
+        caller = self._calls[-1] if self._calls else _Call()
+        call = replace(caller, mask=caller.source if own is None else own, known={})
+        if call.mask is not None and SOUNDS in dict(self._tensors(module, args, kwargs)):
+            self._follow(module)
+        self._push(call)
 
     @untraced
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs.get("encoder_hidden_states")  # which may have been projected to the decoder's width
-        if self._calls and isinstance(states, Tensor):
-            self._calls[-1].states.append(states)
+        if self._calls and isinstance(states, Tensor) and self._find(states) is None:
+            self._calls[-1].know(states, self._calls[-1].source)
 
     @untraced
-    def _enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = args[0] if args else next(iter(kwargs.values()), None)
-        call = self._calls[-1] if self._calls else _Call()
-        of_source = isinstance(values, Tensor) and any(_is_same(values, states) for states in call.states)
-        self._push(call.source if of_source else self._masks[-1] if self._masks else None)
+    def _enter_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._calls:
+            self._push(_Call())
+            return
+        caller = self._calls[-1]
+        tensors = self._tensors(module, args, kwargs)
+        name, first = tensors[0] if tensors else ("", None)
+        mask = self._rows_of(name, first, kwargs)
+        tokens = first if name == "input_ids" else caller.tokens
+        call = replace(caller, mask=mask, tokens=tokens, known={})
+        is_mixed = mask is not None and name == SOUNDS
+        for each in _floating((args, kwargs)):
+            found = self._find(each)
+            rows = mask if each is first else found[0] if found else caller.mask
+            if found is None and mask is not caller.mask:
+                call.know(each, rows)
+            is_mixed |= rows is not mask
+        if is_mixed:
+            self._follow(module)
+        self._push(call)
+
+    def _rows_of(self, name: str, values: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask of the rows of a call inside a call of the model, by the first tensor and its name."""
+        caller = self._calls[-1]
+        if values is None:
+            return caller.mask
+        own, above = kwargs.get("attention_mask"), caller.mask
+        if isinstance(own, Tensor) and above is not None and own.shape == values.shape[:2] != above.shape:
+            return _mask(own)  # of a sequence that the model has made of the given one
+        if found := self._find(values):
+            return found[0]
+        if name in caller.others or isinstance(values._base, nn.Parameter):  # queries, the same for each sample
+            return None
+        if name == "input_ids" and caller.tokens is not None and _memory(values) != _memory(caller.tokens):
+            return _mask(own)  # other tokens, such as those of an answer
+        return caller.mask
+
+    def _tensors(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[str, Tensor]]:
+        """The tensors among the arguments of a call, with their names; "" for one without a name."""
+        names = self._watched[module][: len(args)]
+        named = itertools.chain(itertools.zip_longest(names, args, fillvalue=""), kwargs.items())
+        return [(name, value) for name, value in named if isinstance(value, Tensor)]
+
+    def _find(self, values: Tensor) -> tuple[Tensor | None, Tensor] | None:
+        memory = _memory(values)
+        return next((call.known[memory] for call in reversed(self._calls) if memory in call.known), None)
 
     @untraced
-    def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pop()
 
-    def _push(self, mask: Tensor | None) -> None:
-        before = self._masks[-1] if self._masks else None
-        self._masks.append(mask)
-        if mask is not before:
+    @untraced
+    def _leave_and_keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        gone = self._pop()
+        if gone is None or not self._calls:
+            return
+        caller = self._calls[-1]
+        for each in _floating(output):
+            mask = gone.known.get(_memory(each), (gone.mask, each))[0]
+            if mask is not caller.mask:
+                caller.know(each, mask)
+
+    def _push(self, call: _Call) -> None:
+        before = self._calls[-1].mask if self._calls else None
+        self._calls.append(call)
+        if call.mask is not before:
             self._put_in_force()
 
-    def _pop(self) -> None:
-        if self._masks:
-            gone = self._masks.pop()
-            if gone is not (self._masks[-1] if self._masks else None):
-                self._put_in_force()
+    def _pop(self) -> _Call | None:
+        gone = self._calls.pop() if self._calls else None
+        if gone is not None and gone.mask is not (self._calls[-1].mask if self._calls else None):
+            self._put_in_force()
+        return gone
 
     def _put_in_force(self) -> None:
         # One at a time, since inside a mask there is no way of having none.
         self._context.close()
-        if self._masks and (mask := self._masks[-1]) is not None:
+        if self._calls and (mask := self._calls[-1].mask) is not None:
             self._context.enter_context(self._probe.mask(mask))
 
     def _source_mask(self, kwargs: dict[str, Any]) -> Tensor | None:
@@ -196,14 +280,49 @@ def _mask(value: Any) -> Tensor | None:
     return value != 0 if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
-def _first(output: Any) -> list[Tensor]:
+def _beside_tokens(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs beside the tokens, such as images: floating tensors but embeddings, masks and labels."""
+    if not any(isinstance(kwargs.get(name), Tensor) for name in ("input_ids", "inputs_embeds")):
+        return {}
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.ndim > 1
+        and not name.startswith("decoder_")  # of the target
+        and name != "inputs_embeds"
+        and not any(word in name for word in ("mask", "label"))
+    }
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # it is not written in Python
+        return []
+
+
+def _first(output: Any) -> Any:
     """The last hidden state, which comes first in whatever an encoder returns."""
     try:
-        value = output if isinstance(output, Tensor) else output[0]
+        return output if isinstance(output, Tensor) else output[0]
     except (KeyError, IndexError, TypeError):
-        return []
-    return [value] if isinstance(value, Tensor) else []
+        return None
 
 
-def _is_same(left: Tensor, right: Tensor) -> bool:
-    return left is right or (left.shape == right.shape and left.data_ptr() == right.data_ptr())
+def _floating(nest: Any) -> Iterator[Tensor]:
+    if isinstance(nest, Tensor):
+        if nest.is_floating_point():
+            yield nest
+    elif isinstance(nest, (tuple, list, Mapping)):
+        for each in nest.values() if isinstance(nest, Mapping) else nest:
+            yield from _floating(each)
+
+
+def _memory(values: Tensor) -> int:
+    """A number that a tensor shares with its views."""
+    try:
+        return values.untyped_storage().data_ptr() or id(values)
+    except (NotImplementedError, RuntimeError):  # of a tensor that has no storage of its own
+        return id(values)

@@ -59,7 +59,8 @@ class LayerProbeCallback(TrainerCallback):
     Padding is left out, by the masks that the model is called with. In an encoder-decoder model the encoder's
     layers and the keys and values of cross-attention go by ``attention_mask``, all others by
     ``decoder_attention_mask`` or, without one, by the labels: steps after a sequence's last label other than
-    −100 are padding.
+    −100 are padding. In a model of texts and images, or sounds, the masks are those of the texts, and tokens of
+    the others all count. A model of sounds alone makes a mask of frames, which holds in its transformer.
 
     After a training or an evaluation ``probe`` still holds what was last observed in each stage:
     ``callback.probe.summary("eval")``.

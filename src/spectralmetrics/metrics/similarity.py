@@ -41,8 +41,8 @@ class LinearCKAMetric(MergingMetric):
 
     Args:
         nan_strategy: a sample with NaN or infinities on either side (or with float64 values beyond 1e60) is
-            left out and counted. ``"warn"`` says so at ``compute``, ``"error"`` raises there, ``"ignore"`` is
-            silent.
+            left out and counted; so is the rest of a batch that has fewer than four others. ``"warn"`` says so
+            at ``compute``, ``"error"`` raises there, ``"ignore"`` is silent.
         kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -97,12 +97,13 @@ class LinearCKAMetric(MergingMetric):
             left, right = left.detach(), right.detach().to(left.device)
             valid = usable_rows(left) & usable_rows(right)
             number = valid.sum()
+            counted = torch.where(number >= MINIMUM_SAMPLES, number, 0)
             sums = {
                 "cross": number * debiased_hsic(left, right, valid),
                 "left": number * debiased_hsic(left, left, valid),
                 "right": number * debiased_hsic(right, right, valid),
-                "count": torch.where(number >= MINIMUM_SAMPLES, number, 0),
-                "non_finite": len(left) - number,
+                "count": counted,
+                "non_finite": len(left) - counted,
             }
             for name, value in sums.items():
                 # The state moves to the device of the rows.
