@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectralmetrics.extras import from_extra
 from spectralmetrics.parameters import weight_in, why_no_numbers
+from spectralmetrics.torch_private import load_tensors
 from spectralmetrics.weights import (
     WeightMatrix,
     WeightSummary,
@@ -189,7 +190,7 @@ _SAFETENSORS_DTYPES = {
 def _pickled(path: Path) -> dict[str, _Stored]:
     is_zip = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+        content = load_tensors(path, is_zip)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             is_pickle = is_zip or file.read(len(pickle.PROTO)) == pickle.PROTO

@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -643,3 +644,20 @@ def jagged(values: Tensor, offsets: Tensor, lengths: Tensor | None, dim: int) ->
 def jagged_dim(values: Tensor) -> int:
     """The ragged dimension of a jagged nested tensor: ``_ragged_idx``, 2.8 to 2.15; 1 without the attribute."""
     return int(getattr(values, "_ragged_idx", 1))
+
+
+# -- files ----------------------------------------------------------------------------------------------------
+
+
+def load_tensors(path: Path, is_mapped: bool) -> Any:
+    """Load tensors from a file of ``torch.save`` without running code.
+
+    PyTorch 2.14 warns of each file with sparse tensors that checking them takes time.
+
+    Args:
+        path: the file.
+        is_mapped: True maps the file into memory; only zip files can be.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped or None)

@@ -30,6 +30,7 @@ from spectralmetrics.files.fields import (
 )
 from spectralmetrics.files.in_order import InOrder, first_line
 from spectralmetrics.files.parquet import parquet_columns
+from spectralmetrics.torch_private import load_tensors
 
 _NO_OBJECTS = (
     "it holds Python objects, which could run code when they are read; save an array of numbers, as in"
@@ -190,7 +191,7 @@ def _pt(path: Path) -> Columns:
     is_zip = zipfile.is_zipfile(path)
 
     def load() -> dict[str, Tensor]:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+        content = load_tensors(path, is_zip)
         return dict(_tensors(content))
 
     try:
