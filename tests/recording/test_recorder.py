@@ -2,6 +2,7 @@ import contextlib
 import csv
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
@@ -640,6 +641,21 @@ class TestDisk:
         assert len(rows) == 17 * (last + 1)
         record(tmp_path, last + 3, mode="resume")
         assert len(read_csv(tmp_path)) == 17 * (last + 3)
+
+    def test_the_file_is_named_that_cannot_be_written(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match=re.escape(f"left on device: '{tmp_path / 'recording.json'}'")):
+            Recorder(tmp_path)
+        monkeypatch.undo()
+        with Recorder(tmp_path, None, ["csv", "report"]) as recorder:
+            recorder.add_scalar("loss", 1.0)
+            recorder.record()
+            monkeypatch.setattr(os, "fsync", no_space)  # and leaving the context raises nothing
+            recorder.add_scalar("loss", 2.0)
+            with pytest.raises(OSError, match=re.escape(f"left on device: '{tmp_path / 'records.csv'}'")):
+                recorder.record()
+            recorder._scalars.clear()
+        assert (tmp_path / "report.html").exists()
 
     def test_a_directory_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()

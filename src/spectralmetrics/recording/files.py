@@ -19,8 +19,8 @@ T = TypeVar("T")
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; at the end of the block it replaces ``path``, all at once.
 
-    If the block raises, ``path`` is as it was. A process killed inside leaves a hidden ``.tmp`` file beside it,
-    which the next call for the same path replaces and :func:`sweep` removes.
+    If the block raises, ``path`` is as it was, and an OSError names it. A process killed inside leaves a hidden
+    ``.tmp`` file beside it, which the next call for the same path replaces and :func:`sweep` removes.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -41,8 +41,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # as where the directory is gone: the first error tells
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # of a write to an open file
+            error.filename = str(path)
         raise
     if hasattr(os, "O_DIRECTORY"):  # the new name itself must survive a loss of power
         with contextlib.suppress(OSError):  # the file is there: its writing did not fail
