@@ -18,6 +18,7 @@ from spectralmetrics import (
     LayerProbe,
     Recorder,
     SaturationMetric,
+    Writer,
     read_records,
     summarise_run,
     write_report,
@@ -409,6 +410,35 @@ def test_a_full_disk_ends_no_training(kind, tmp_path, monkeypatch):
     assert rows(run, "train", "rows", layer) == {0: expected, 2: expected}
     assert {row["epoch"] for row in read_records(run)} == {0, 2}
     assert {path.name for path in run.rglob("epoch-*.npz")} == {"epoch-000000.npz", "epoch-000002.npz"}
+
+
+def test_a_writer_that_fails_ends_no_training(tmp_path):
+    class Showing(Writer):
+        def write(self, record):
+            if record.epoch == 0:
+                raise ArithmeticError("no picture")
+
+    class Editing(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                with open(tmp_path / "run" / "records.csv", "a") as file:
+                    file.write("a note")
+
+    writers = ["csv", Showing()]
+    callback = lightning.LayerProbeCallback(
+        {"rows": Rows()}, recorder=lambda probe: Recorder(tmp_path / "run", probe, writers)
+    )
+    trainer = make_trainer(
+        tmp_path / "log", None, callbacks=[Editing(), callback], max_epochs=3, log_every_n_steps=50
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Classifier(0.0))
+    first, second = [str(each.message) for each in caught if "The training goes on" in str(each.message)]
+    assert first.startswith("the record of epoch 0 is kept, but the writer 'Showing' failed: no picture.")
+    assert second.startswith(
+        f"expected a record in line 14 of {tmp_path / 'run' / 'records.csv'}, got 'a note'"
+    )
 
 
 @pytest.mark.parametrize("kind", ["lightning", "transformers"])

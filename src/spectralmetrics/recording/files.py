@@ -62,25 +62,25 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def lengthen(path: Path, size: int, added: bytes, head: bytes) -> int:
-    """Replace a file by a copy of its whole records with another one added; return the size of the copy.
+def lengthen(path: Path, added: bytes, head: bytes) -> int:
+    """Replace a file by a copy with another record added; return the size of the copy.
 
     Args:
         path: the path of the file, which may be missing.
-        size: bytes after the last record that was written. The file is shorter if this record was taken back,
-            and longer if the process was interrupted after it wrote another one.
         added: the bytes of the record.
         head: the bytes before the first record.
     """
-    size = min(size, path.stat().st_size) if path.exists() else 0
     with replacing(path) as file:
-        if size:
+        if size_of(path):
             with open(path, "rb") as earlier:
                 shutil.copyfileobj(earlier, file, 2**20)
-            file.truncate(size)
-            file.seek(size)
-        file.write(added if size else head + added)
+        file.write(added if file.tell() else head + added)
         return file.tell()
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes; 0 without one."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def sweep(folder: Path, pattern: str) -> None:

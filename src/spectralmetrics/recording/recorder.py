@@ -169,7 +169,7 @@ class Recorder:
 
         Raises:
             ValueError: for an epoch or step that does not come after the last record, or that differs between
-                processes.
+                processes; if a table of earlier records was damaged meanwhile.
             RuntimeError: after :meth:`close`; if :meth:`LayerProbe.compute` or a writer raises it.
             OSError: if the record cannot be written; earlier records are intact.
         """
@@ -200,15 +200,15 @@ class Recorder:
                 is_kept, error = on_first_process(lambda: run.keep(record), group, serve)
                 if is_kept and error is None:
                     failed, error = on_first_process(lambda: run.show(record), group, serve)
-                if error is not None and not isinstance(error, OSError):
-                    raise error
+                if error is not None and not isinstance(error, Exception):
+                    raise error  # an interrupt
         finally:
             if is_kept:  # even if an error or an interrupt from the keyboard came after it
                 self.last = key
                 self._scalars.clear()
                 if self.probe is not None and reset:
                     self.probe.reset()
-        if error is not None:
+        if isinstance(error, Exception):
             self._fail(error)
             return {}
         if not is_kept:
