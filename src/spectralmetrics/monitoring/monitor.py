@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
@@ -137,7 +138,8 @@ class Monitor:
         drops = not any(each is self.recorder for each in steps.counted_by.values())
         steps.counted_by[self._reader] = self.recorder
         if self.recorder is not None and drops and (self._begun is None or step <= self._begun):
-            self._keep(lambda recorder: recorder.drop_alarms(step))
+            with self._warning_of_files():
+                self.recorder.drop_alarms(step)
         past["step"] = self._begun = step
         probe.step = steps.counted = step
         if step < past.get("next", min(self.every, _FIRST)):
@@ -165,7 +167,9 @@ class Monitor:
         self.probe._windows.advance(self._reader, self.stage, read)
         for alarm in alarms:
             self.raised.append(alarm)
-            self._keep(lambda recorder, alarm=alarm: recorder.add_alarm(alarm))
+            if self.recorder is not None:
+                with self._warning_of_files():
+                    self.recorder.add_alarm(alarm)
         for alarm in alarms:
             if callable(self.on_alarm):
                 self.on_alarm(alarm)
@@ -175,12 +179,11 @@ class Monitor:
             self.should_stop = self.should_stop or self.on_alarm == "stop"
         return alarms
 
-    def _keep(self, work: Callable[[AlarmRecorder], None]) -> None:
-        """Let the recorder work, if there is one; a full disk must not end the training."""
-        if self.recorder is None:
-            return
+    @contextlib.contextmanager
+    def _warning_of_files(self) -> Iterator[None]:
+        """Inside, a file that cannot be written is a warning: a full disk must not end the training."""
         try:
-            work(self.recorder)
+            yield
         except OSError as error:
             if is_first(group_of(self.probe)):
                 warn_user(f"the training goes on, but its alarms are not recorded: {error}")
