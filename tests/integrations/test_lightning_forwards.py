@@ -104,6 +104,27 @@ def test_other_evaluations_during_a_fit_do_not_count(first, tmp_path):
     assert rows(tmp_path, "model.0", "eval") == [VALIDATION] * 2
 
 
+class Switching(Classifier):
+    """Is in training mode in its training steps only, or from the first one on."""
+
+    def __init__(self, after):
+        super().__init__(0.0)
+        self.eval()
+        self.after = after
+
+    def training_step(self, batch, index):
+        self.train()
+        loss = super().training_step(batch, index)
+        self.train(self.after)
+        return loss
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_module_that_is_in_eval_mode_when_a_batch_begins(after, tmp_path):
+    make_trainer(tmp_path, LayerProbeCallback({"rows": Rows()})).fit(Switching(after))
+    assert rows(tmp_path, "model.0", "train") == [TRAIN] * 2
+
+
 class Sized(Classifier):
     def __init__(self):
         super().__init__(0.1)

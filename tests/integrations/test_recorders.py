@@ -1,6 +1,9 @@
 """Runs written by callbacks: records, windows within an epoch, and the observations left in the probe."""
 
 import csv
+import errno
+import os
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from spectralmetrics import (
     LayerProbe,
     Recorder,
     SaturationMetric,
+    Writer,
     read_records,
     summarise_run,
     write_report,
@@ -359,3 +363,119 @@ def test_processes_that_a_strategy_starts_go_on_in_the_directory(tmp_path):
     assert list(rows(tmp_path / "run", "eval", "saturation", "model.0")) == [0, 1, 2]
     with pytest.raises(FileExistsError, match="already holds records"):  # by another program
         make_trainer(tmp_path, lightning.LayerProbeCallback(recorder=tmp_path / "run")).fit(module)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_a_full_disk_ends_no_training(kind, tmp_path, monkeypatch):
+    """The first of three epochs is recorded, and so is the last; the second and its steps are left out."""
+    run, is_full = tmp_path / "run", []
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    def fill(epoch):
+        is_full[:] = [True] if epoch == 1 else []
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if kind == "lightning":
+
+        class Filling(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                fill(trainer.current_epoch)
+
+        callback = lightning.LayerProbeCallback({"rows": Rows()}, recorder=run)
+        trainer = make_trainer(tmp_path / "log", None, callbacks=[Filling(), callback], max_epochs=3)
+        train, layer, expected = lambda: trainer.fit(Classifier(0.0)), "model.0", 320
+    else:
+
+        class Filling(TrainerCallback):
+            def on_epoch_begin(self, args, state, control, **kwargs):
+                fill(round(state.epoch))
+
+        trainer = hf.make_trainer(tmp_path, hf.Net(), num_train_epochs=3, logging_steps=2)
+        callback = transformers.LayerProbeCallback(trainer, {"rows": Rows()}, recorder=run)
+        trainer.add_callback(Filling())
+        trainer.add_callback(callback)
+        train, layer, expected = trainer.train, "backbone", hf.TRAIN
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train()
+    # One warning, not one for each step.
+    (told,) = [str(each.message) for each in caught if "cannot record" in str(each.message)]
+    assert "cannot record epoch 1, step" in told
+    assert f"No space left on device: '{run / 'records.csv'}'" in told
+    assert rows(run, "train", "rows", layer) == {0: expected, 2: expected}
+    assert {row["epoch"] for row in read_records(run)} == {0, 2}
+    assert {path.name for path in run.rglob("epoch-*.npz")} == {"epoch-000000.npz", "epoch-000002.npz"}
+
+
+def test_a_writer_that_fails_ends_no_training(tmp_path):
+    class Showing(Writer):
+        def write(self, record):
+            if record.epoch == 0:
+                raise ArithmeticError("no picture")
+
+    class Editing(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                with open(tmp_path / "run" / "records.csv", "a") as file:
+                    file.write("a note")
+
+    writers = ["csv", Showing()]
+    callback = lightning.LayerProbeCallback(
+        {"rows": Rows()}, recorder=lambda probe: Recorder(tmp_path / "run", probe, writers)
+    )
+    trainer = make_trainer(
+        tmp_path / "log", None, callbacks=[Editing(), callback], max_epochs=3, log_every_n_steps=50
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Classifier(0.0))
+    first, second = [str(each.message) for each in caught if "The training goes on" in str(each.message)]
+    assert first.startswith("the record of epoch 0 is kept, but the writer 'Showing' failed: no picture.")
+    assert second.startswith(
+        f"expected a record in line 14 of {tmp_path / 'run' / 'records.csv'}, got 'a note'"
+    )
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_a_training_after_one_that_was_cut_off_keeps_its_own_steps(kind, tmp_path):
+    run, crashes = tmp_path / "run", [True]
+    if kind == "lightning":
+
+        class Failing(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                if crashes and trainer.global_step == 13:
+                    raise KeyError("a crash")
+
+        callback = lightning.LayerProbeCallback({"rows": Rows()}, recorder=run)
+
+        def train():
+            callbacks = [callback, Failing()]
+            make_trainer(tmp_path, None, callbacks=callbacks).fit(Classifier(0.0))
+
+        each, last = 10, 13
+    else:
+
+        class Failing(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if crashes and state.global_step == 5:
+                    raise KeyError("a crash")
+
+        trainer = hf.make_trainer(tmp_path, hf.Net(), logging_steps=1)
+        trainer.add_callback(transformers.LayerProbeCallback(trainer, {"rows": Rows()}, recorder=run))
+        trainer.add_callback(Failing())
+        train, each, last = trainer.train, 3, 5
+    with pytest.raises(KeyError):
+        train()
+    crashes.clear()
+    train()
+    steps = {}
+    for row in read_records(run):
+        if row["step"] is not None and row["layer"] == "mean":
+            steps.setdefault(row["epoch"], []).append(row["step"])
+    first, second = list(range(1, each + 1)), list(range(each + 1, 2 * each + 1))
+    assert steps == {0: first, 1: list(range(each + 1, last + 1)), 2: first, 3: second}

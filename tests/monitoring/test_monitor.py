@@ -1,7 +1,10 @@
 """Monitors of real trainings: alarms, saved memory, and what stays unchanged."""
 
 import copy
+import errno
 import gc
+import os
+import re
 import warnings
 import weakref
 
@@ -77,6 +80,21 @@ def test_a_jump_is_told_with_its_layer_and_step():
     assert (alarm.step, alarm.finding.layer, alarm.finding.kind) == (71, "2", "scale")
     assert alarm.finding.value / alarm.before == pytest.approx(30, rel=0.3)
     assert monitor.raised == [alarm]
+
+
+def test_a_full_disk_ends_no_training(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model = network()
+    with Recorder(tmp_path, mode="create") as recorder, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        monitor = Monitor(LayerProbe(model), every=20, on_alarm=silent, recorder=recorder)
+        words = re.escape(f"[Errno 28] No space left on device: '{tmp_path / 'alarms.csv'}'")
+        with pytest.warns(UserWarning, match=words):
+            (alarm,) = train(model, monitor, 100, louder)
+    assert (alarm.step, monitor.raised) == (71, [alarm])
+    assert not read_alarms(tmp_path)
 
 
 def test_a_layer_that_dies_is_told():

@@ -2,6 +2,7 @@ import contextlib
 import csv
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
@@ -495,6 +496,49 @@ class TestRepeated:
         assert [int(row["epoch"]) for row in rows] == [1] * 12 + [3] * 12 + [5] * 12
         assert [row["epoch"] for row in read_csv(tmp_path)] == ["1", "3", "5"]
 
+    @pytest.mark.parametrize(
+        ("table", "edit"),
+        [
+            ("records.csv", lambda text: text.replace(b"\n", b"\r\n")),
+            ("records.csv", lambda text: text[:-1]),
+            ("history.csv", lambda text: text.replace(b"train", b'"train"')),
+        ],
+    )
+    def test_after_an_editor_saved_a_table(self, table, edit, tmp_path):
+        """With other ends of lines or with quotes: no byte of an earlier record gets lost."""
+        model, tables = make_model(), []
+        for edits in (False, True):
+            folder = tmp_path / str(edits)
+            with Recorder(folder, make_probe(model, HistoryMetric()), ["history", "csv"]) as recorder:
+                for epoch in range(3):
+                    run_epoch(model, epoch)
+                    recorder.add_scalar("loss", epoch)
+                    if edits and epoch == 2:
+                        (folder / table).write_bytes(edit((folder / table).read_bytes()))
+                    recorder.record()
+            tables.append(
+                [
+                    list(csv.reader((folder / table).read_text().splitlines()))
+                    for table in ("records.csv", "history.csv")
+                ]
+            )
+        assert tables[0] == tables[1]
+
+    def test_after_the_table_was_damaged(self, tmp_path):
+        with Recorder(tmp_path) as recorder:
+            recorder.add_scalar("loss", 0.5)
+            recorder.record()
+            table = tmp_path / "records.csv"
+            table.write_bytes(table.read_bytes()[:-9])
+            before = table.read_bytes()
+            recorder.add_scalar("loss", 0.5)
+            with pytest.raises(ValueError, match=r"expected a record in line 2 of .*records.csv, got '0,,,los"):
+                recorder.record()
+            assert table.read_bytes() == before
+            table.unlink()
+            recorder.record()
+        assert [row["epoch"] for row in read_csv(tmp_path)] == ["1"]
+
     def test_after_the_manifest_could_not_be_written(self, tmp_path):
         recorder = Recorder(tmp_path)
         (tmp_path / ".recording.json.tmp").mkdir()
@@ -640,6 +684,21 @@ class TestDisk:
         assert len(rows) == 17 * (last + 1)
         record(tmp_path, last + 3, mode="resume")
         assert len(read_csv(tmp_path)) == 17 * (last + 3)
+
+    def test_the_file_is_named_that_cannot_be_written(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match=re.escape(f"left on device: '{tmp_path / 'recording.json'}'")):
+            Recorder(tmp_path)
+        monkeypatch.undo()
+        with Recorder(tmp_path, None, ["csv", "report"]) as recorder:
+            recorder.add_scalar("loss", 1.0)
+            recorder.record()
+            monkeypatch.setattr(os, "fsync", no_space)  # and leaving the context raises nothing
+            recorder.add_scalar("loss", 2.0)
+            with pytest.raises(OSError, match=re.escape(f"left on device: '{tmp_path / 'records.csv'}'")):
+                recorder.record()
+            recorder._scalars.clear()
+        assert (tmp_path / "report.html").exists()
 
     def test_a_directory_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()

@@ -13,8 +13,9 @@ from spectralmetrics.integrations.forwards import Forwards
 from spectralmetrics.integrations.progress import LateBar
 from spectralmetrics.monitoring import Monitor
 from spectralmetrics.probing import LayerProbe
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of
-from spectralmetrics.probing.processes import from_first_process
+from spectralmetrics.probing.processes import from_first_process, is_first
 from spectralmetrics.probing.windows import take_over
 from spectralmetrics.recording import Recorder
 from spectralmetrics.recording.record import RecordKey
@@ -54,6 +55,7 @@ class Keeping:
         self._has_trained = False  # with that recorder
         self.recorder: Recorder | None = None  # while it is open
         self.epoch = 0  # of the next record
+        self._is_failing = False  # as of the last record
         self._outside: list[int] = []  # epochs whose records are of evaluations outside of the training
 
     def open(self, forwards: Forwards, trained: int | None = None, epoch: int | None = None) -> None:
@@ -64,7 +66,7 @@ class Keeping:
             trained: for a training, the number of its steps so far; None for an evaluation.
             epoch: with which a training goes on from a checkpoint; its records of this and later epochs that
                 are there already stay, and the numbers of evaluations outside of it are passed over. None
-                begins with the next record.
+                begins with the next epoch.
 
         Raises:
             TypeError: if the function returns no recorder of this probe; for what :class:`.Recorder` raises.
@@ -81,6 +83,10 @@ class Keeping:
             self.recorder = self._last
         self._has_trained = self._has_trained or trained is not None
         self.epoch, self._outside = self.recorder.next_epoch, []
+        if trained == 0 and self.recorder.last is not None:
+            self.epoch = (
+                self.recorder.last.epoch + 1
+            )  # its steps do not join those of an epoch that was cut off
         if epoch is not None:
             directory = self.recorder.directory
             group = group_of(forwards.probe)
@@ -108,7 +114,7 @@ class Keeping:
             return
         with forwards.unrecorded():
             if self.epoch >= self.recorder.next_epoch:  # or it was recorded before a crash
-                self.recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"))
+                self._keep(self.recorder)
         self._go_to(self.epoch + 1)
 
     def record_step(self, step: int) -> None:
@@ -121,13 +127,25 @@ class Keeping:
             return
         last = self.recorder.last
         if last is None or RecordKey(self.epoch, step).order > last.order:  # or it was recorded before a crash
-            self.recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"), step=step)
+            self._keep(self.recorder, step)
 
     def close(self) -> None:
         """Close the recorder."""
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
+
+    def _keep(self, recorder: Recorder, step: int | None = None) -> None:
+        """Record; a file that cannot be written, or a writer that fails, must not end the training."""
+        failures: list[Exception] = []
+        recorder._on_failure = failures.append
+        try:
+            recorder.record(self.epoch, reset=False, progress=LateBar("recording layers"), step=step)
+        finally:
+            recorder._on_failure = None
+        if failures and not self._is_failing and is_first(group_of(recorder.probe)):
+            warn_user(f"{failures[0]}. The training goes on; the next failure after a success is told again")
+        self._is_failing = bool(failures)
 
     def _go_to(self, epoch: int) -> None:
         self.epoch = next(each for each in itertools.count(epoch) if each not in self._outside)

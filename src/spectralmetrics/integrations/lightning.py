@@ -142,7 +142,7 @@ class LayerProbeCallback(Callback):
         """Observe the batch."""
         self._step, self._begun = trainer.global_step, trainer.current_epoch
         forwards = self._attach(pl_module)
-        forwards.begin("train", pl_module.training)
+        forwards.begin("train", pl_module.training or None)
         engine = getattr(trainer.strategy, "deepspeed_engine", None)
         forwards.scale_by(getattr(trainer.precision_plugin, "scaler", None), engine)
         forwards.probe.step = self._step

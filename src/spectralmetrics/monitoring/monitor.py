@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from spectralmetrics.monitoring.alarms import DEFAULT_ALARMS, STATISTICS, Alarm, AlarmRule, enough, judge
 from spectralmetrics.probing import LayerProbe
 from spectralmetrics.probing.facts import STAGES
+from spectralmetrics.probing.hooks import warn_user
 from spectralmetrics.probing.probe import group_of, keep_history, read_window
 from spectralmetrics.probing.processes import is_first
 from spectralmetrics.sums.checks import check_positive_integer, check_type
@@ -50,7 +52,8 @@ class Monitor:
         on_alarm: ``"warn"`` warns on the first process of the group in which the probe's metrics are merged.
             ``"stop"`` also sets :attr:`should_stop` on all processes. A function is called with each alarm, on
             all processes.
-        recorder: keeps the alarms, such as a :class:`~spectralmetrics.Recorder`.
+        recorder: keeps the alarms, such as a :class:`~spectralmetrics.Recorder`. If it cannot write them, a
+            warning says why.
 
     Attributes:
         probe: the probe to read.
@@ -135,7 +138,8 @@ class Monitor:
         drops = not any(each is self.recorder for each in steps.counted_by.values())
         steps.counted_by[self._reader] = self.recorder
         if self.recorder is not None and drops and (self._begun is None or step <= self._begun):
-            self.recorder.drop_alarms(step)
+            with self._warning_of_files():
+                self.recorder.drop_alarms(step)
         past["step"] = self._begun = step
         probe.step = steps.counted = step
         if step < past.get("next", min(self.every, _FIRST)):
@@ -164,7 +168,8 @@ class Monitor:
         for alarm in alarms:
             self.raised.append(alarm)
             if self.recorder is not None:
-                self.recorder.add_alarm(alarm)
+                with self._warning_of_files():
+                    self.recorder.add_alarm(alarm)
         for alarm in alarms:
             if callable(self.on_alarm):
                 self.on_alarm(alarm)
@@ -173,6 +178,15 @@ class Monitor:
                 warnings.warn(str(alarm), UserWarning, stacklevel=3)
             self.should_stop = self.should_stop or self.on_alarm == "stop"
         return alarms
+
+    @contextlib.contextmanager
+    def _warning_of_files(self) -> Iterator[None]:
+        """Inside, a file that cannot be written is a warning: a full disk must not end the training."""
+        try:
+            yield
+        except OSError as error:
+            if is_first(group_of(self.probe)):
+                warn_user(f"the training goes on, but its alarms are not recorded: {error}")
 
 
 def _check_rules(rules: object) -> None:

@@ -215,8 +215,8 @@ def report_readings(
         if f"{stage}: {unseen}" not in warned:
             warned.add(f"{stage}: {unseen}")
             _warn(
-                f"layers that saw nothing in {stage} are left out: {unseen}. They did not run, or the model"
-                " uses their weights without calling them"
+                f"layers that saw nothing in {stage} are left out: {unseen}. They did not run, an earlier"
+                " warning says why they are not observed, or the model uses their weights without calling them"
             )
     values = {
         (name, stage, layer): reading.values[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,8 @@ class RunDirectory:
             if not isinstance(error, OSError):
                 raise
             message = f"cannot record {record.key}, earlier records are intact: {error.strerror or error}"
-            raise OSError(error.errno, message, str(error.filename or self.directory)) from error
+            where = self.directory if error.filename is None else os.fsdecode(error.filename)
+            raise OSError(error.errno, message, str(where)) from error
         self.last = record.key
         with contextlib.suppress(OSError):  # the record is there: what the manifest says is a lower bound
             self._update_manifest(record)

@@ -19,8 +19,8 @@ T = TypeVar("T")
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; at the end of the block it replaces ``path``, all at once.
 
-    If the block raises, ``path`` is as it was. A process killed inside leaves a hidden ``.tmp`` file beside it,
-    which the next call for the same path replaces and :func:`sweep` removes.
+    If the block raises, ``path`` is as it was, and an OSError names it. A process killed inside leaves a hidden
+    ``.tmp`` file beside it, which the next call for the same path replaces and :func:`sweep` removes.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -41,8 +41,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # as where the directory is gone: the first error tells
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # of a write to an open file
+            error.filename = str(path)
         raise
     if hasattr(os, "O_DIRECTORY"):  # the new name itself must survive a loss of power
         with contextlib.suppress(OSError):  # the file is there: its writing did not fail
@@ -59,25 +62,25 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def lengthen(path: Path, size: int, added: bytes, head: bytes) -> int:
-    """Replace a file by a copy of its whole records with another one added; return the size of the copy.
+def lengthen(path: Path, added: bytes, head: bytes) -> int:
+    """Replace a file by a copy with another record added; return the size of the copy.
 
     Args:
         path: the path of the file, which may be missing.
-        size: bytes after the last record that was written. The file is shorter if this record was taken back,
-            and longer if the process was interrupted after it wrote another one.
         added: the bytes of the record.
         head: the bytes before the first record.
     """
-    size = min(size, path.stat().st_size) if path.exists() else 0
     with replacing(path) as file:
-        if size:
+        if size_of(path):
             with open(path, "rb") as earlier:
                 shutil.copyfileobj(earlier, file, 2**20)
-            file.truncate(size)
-            file.seek(size)
-        file.write(added if size else head + added)
+        file.write(added if file.tell() else head + added)
         return file.tell()
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes; 0 without one."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def sweep(folder: Path, pattern: str) -> None:

@@ -95,6 +95,8 @@ class Recorder:
         self._undefined: set[str] = set()  # statistics with a warning that named their undefined layers
         self._run: RunDirectory | None = None  # on the first process, while it is open
         self.last: RecordKey | None = None
+        # Takes the errors of files and writers where they must not end a training; None raises them.
+        self._on_failure: Callable[[Exception], None] | None = None
         self._is_open = False
         self._open(probe, mode)
 
@@ -167,7 +169,7 @@ class Recorder:
 
         Raises:
             ValueError: for an epoch or step that does not come after the last record, or that differs between
-                processes.
+                processes; if a table of earlier records was damaged meanwhile.
             RuntimeError: after :meth:`close`; if :meth:`LayerProbe.compute` or a writer raises it.
             OSError: if the record cannot be written; earlier records are intact.
         """
@@ -202,23 +204,25 @@ class Recorder:
                 is_kept, error = on_first_process(lambda: run.keep(record), group, serve)
                 if is_kept and error is None:
                     failed, error = on_first_process(lambda: run.show(record), group, serve)
-                if error is not None:
-                    raise error
+                if error is not None and not isinstance(error, Exception):
+                    raise error  # an interrupt
         finally:
             if is_kept:  # even if an error or an interrupt from the keyboard came after it
                 self.last = key
                 self._scalars.clear()
                 if self.probe is not None and reset:
                     self.probe.reset()
+        if isinstance(error, Exception):
+            self._fail(error)
+            return {}
         if not is_kept:
             message = "nothing to record: the probe has seen nothing and no scalar was added"
             warnings.warn(message, UserWarning, stacklevel=2)
             return {}
         if failed is not None:
-            name, error = failed
-            raise RuntimeError(
-                f"the record of {key} is kept, but the writer {name!r} failed: {error}"
-            ) from error
+            name, cause = failed
+            words = f"the record of {key} is kept, but the writer {name!r} failed: {cause}"
+            self._fail(RuntimeError(words), cause)
         warn_of_undefined(record.rows, self._undefined)
         self._undefined.update(undefined_layers(record.rows))
         return dict(record.values)
@@ -266,6 +270,12 @@ class Recorder:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _fail(self, error: Exception, cause: BaseException | None = None) -> None:
+        """Raise an error of a file or a writer, the same on all processes, unless a callback takes it."""
+        if self._on_failure is None:
+            raise error from (cause or error.__cause__)
+        self._on_failure(error)
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectralmetrics.recording.files import csv_text, lengthen, read_table, replace_file, sweep
+from spectralmetrics.recording.files import csv_text, lengthen, read_table, replace_file, size_of, sweep
 from spectralmetrics.recording.record import Record, RecordKey, Row
 from spectralmetrics.recording.writer import Writer
 
@@ -39,12 +39,15 @@ class CSVWriter(Writer):
                 is_cut = earlier.read() != b"\n"  # by an editor
             if head != ",".join(COLUMNS) or is_cut:  # new rows have more columns, or must begin a line
                 replace_file(self._path, format_rows(read_rows(self._path)))
-        self._size = self._path.stat().st_size if self._path.exists() else 0
+        self._size = size_of(self._path)
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
+        if size_of(self._path) not in (0, self._size):  # a record was taken back, or an editor saved the table
+            earlier = [row for row in read_rows(self._path) if row.key.order < record.key.order]
+            replace_file(self._path, format_rows(earlier))
         rows = format_rows(record.rows, header=False)
-        self._size = lengthen(self._path, self._size, rows, head=format_rows([]))
+        self._size = lengthen(self._path, rows, head=format_rows([]))
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 from spectralmetrics.probing.movers import History, HistoryRow
-from spectralmetrics.recording.files import blank_missing, csv_text, lengthen, read_table, replace_file, sweep
+from spectralmetrics.recording.files import (
+    blank_missing,
+    csv_text,
+    lengthen,
+    read_table,
+    replace_file,
+    size_of,
+    sweep,
+)
 from spectralmetrics.recording.record import Record
 from spectralmetrics.recording.writer import Writer
 from spectralmetrics.sums import ForwardHistory
@@ -37,7 +45,7 @@ class HistoryWriter(Writer):
     def open(self, directory: Path, last_epoch: int | None) -> None:
         """See :class:`Writer`."""
         self._path = directory / HISTORY
-        self._size = self._path.stat().st_size if self._path.exists() else 0
+        self._size = size_of(self._path)
 
     def write(self, record: Record) -> None:
         """See :class:`Writer`."""
@@ -51,7 +59,10 @@ class HistoryWriter(Writer):
             for stage, layers in histories.items()
             for row in History.of_sums(stage, layers)
         ]
-        self._size = lengthen(self._path, self._size, csv_text(lines), head=csv_text([HISTORY_COLUMNS]))
+        if size_of(self._path) not in (0, self._size):  # a record was taken back, or an editor saved the table
+            earlier = [cells for epoch, cells in _lines(self._path.parent) if epoch < record.epoch]
+            replace_file(self._path, csv_text([HISTORY_COLUMNS, *earlier]))
+        self._size = lengthen(self._path, csv_text(lines), head=csv_text([HISTORY_COLUMNS]))
 
     @classmethod
     def last_epoch(cls, directory: Path) -> int | None:

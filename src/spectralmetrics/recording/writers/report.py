@@ -57,7 +57,7 @@ class ReportWriter(Writer):
     def close(self) -> None:
         """See :class:`Writer`."""
         path = self._directory / FILE_NAME
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a page that goes on reloading does no harm
             text = path.read_bytes()
             live = f'data-refresh="{self.refresh:g}"'.encode()
             if live in text[:200]:
