@@ -177,6 +177,65 @@ def test_a_fall_to_zero_is_told_once_when_it_has_lasted_for_12_forwards(at, told
     assert len(found) == 1 + (at == 188)
 
 
+BOTH = [reading("a"), reading("b")]
+
+
+def fading(to, start=250, end=650):
+    """Scales that fall evenly to a share and stay there."""
+    return [
+        each + math.log(to) * min(max((k - start) / (end - start), 0), 1)
+        for k, each in enumerate(noise(0, 1200))
+    ]
+
+
+def test_a_slow_fall_of_the_scale_is_told_once_with_its_largest_level():
+    (alarm,) = jumps({"a": fading(to=1e-4), "last": noise(2, 1200)})
+    # Less than a thousandth from step 550 on: at the readings at 600 and 700.
+    assert (alarm.step, alarm.finding.layer, alarm.finding.kind) == (700, "a", "scale")
+    assert alarm.before == pytest.approx(1, rel=0.1)
+    assert alarm.finding.value == pytest.approx(1e-4, rel=0.1)
+    assert alarm.finding.message == "faded: the scale is 0.0001 of what it was, since step 600"
+
+
+def test_a_fall_from_the_first_step_on_is_told_by_rare_readings_too():
+    values = [each - 0.008 * min(k, 950) for k, each in enumerate(noise(0, 5000))]
+    found = [
+        kinds(alarms_of([BOTH] * (5000 // every), every, scales=series({"a": values, "b": values}, every)))
+        for every in (100, 250)
+    ]
+    assert found == [[(1000, "scale")], [(1250, "scale")]]
+
+
+@pytest.mark.parametrize(
+    ("order", "to", "kind"),
+    [("ab", 2e-3, {}), ("ba", 1e-4, {}), ("ab", 1e-4, {"width": 3}), ("ab", 1e-4, {"of_gradients": True})],
+)
+def test_a_slow_fall_is_told_of_hidden_outputs_of_four_features_and_below_a_thousandth(order, to, kind):
+    layers = [reading(layer, **kind) for layer in order]
+    assert not alarms_of([layers] * 12, scales=series({"a": fading(to), "b": noise(1, 1200)}))
+
+
+@pytest.mark.parametrize("every", [1, 10, 100])
+def test_a_fall_in_one_step_is_a_jump_alone_and_the_level_begins_anew(every):
+    def alarms(values):
+        count = len(values) // every
+        return kinds(alarms_of([BOTH] * count, every, scales=series({"a": values, "b": noise(1, 1200)}, every)))
+
+    values = [each - 9 * (k >= 250) for k, each in enumerate(noise(0, 1200))]
+    assert alarms(values) == [(251, "scale")]
+    for_a_while = [each + 9 * (230 <= k < 270) for k, each in enumerate(noise(0, 1200))]
+    assert alarms(for_a_while) == [(231, "scale"), (271, "scale")][: 1 if every == 100 else 2]
+    (_, _), (step, _) = alarms([each - 0.02 * max(k - 600, 0) for k, each in enumerate(values)])
+    assert 600 + 345 < step <= 600 + 345 + 10 + 2 * every
+
+
+@pytest.mark.parametrize("odd", [9, math.inf, math.nan])
+def test_odd_batches_are_no_level(odd):
+    values = [odd if k in (50, 51) else each for k, each in enumerate(noise(0))]
+    rules = [rule for rule in DEFAULT_ALARMS if rule.statistic == "level"]
+    assert not alarms_of([BOTH] * 100, every=1, rules=rules, scales=series({"a": values, "b": values}, every=1))
+
+
 def test_a_layer_in_which_nothing_varies_needs_no_second_reading():
     dead = reading(dead=64, spread=0.0)
     (alarm,) = alarms_of([*FINE, *[dead] * 4])

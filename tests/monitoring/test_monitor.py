@@ -103,6 +103,26 @@ def test_a_layer_that_falls_to_zero_is_told_at_the_next_reading():
     assert found[0].finding.message.startswith("the scale fell from 0.")
 
 
+def fading(model, step):
+    """A weight decay that is too strong for this layer."""
+    if step >= 60:
+        with torch.no_grad():
+            for parameter in model[2].parameters():
+                parameter.mul_(0.97)
+
+
+@pytest.mark.parametrize("every", [1, 20, 100])
+def test_a_layer_that_fades_is_told(every):
+    model = network()
+    probe = LayerProbe(model)
+    rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "scale"]
+    (alarm,) = train(model, Monitor(probe, every=every, alarms=rules, on_alarm=silent), 520, fading)
+    # 0.97 ** 227 = 0.001, against the gradients; the median lies 6 steps back, and there are two readings.
+    assert 60 + 227 < alarm.step <= 60 + 227 + 30 + 2 * every
+    assert (alarm.finding.layer, alarm.finding.kind) == ("2", "scale")
+    assert alarm.finding.message.startswith("faded: the scale is 0.000")
+
+
 @pytest.mark.parametrize("observe", ["outputs", "gradients"])
 def test_a_layer_dropped_at_random_raises_nothing(observe):
     """As stochastic depth by batches does, up to half of them."""

@@ -15,7 +15,7 @@ from spectralmetrics.findings import Finding, LayerNumbers, all_but
 from spectralmetrics.probing.movers import Scales
 from spectralmetrics.table import plural
 
-AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "rms"]
+AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "level", "rms"]
 
 _NARROW = 4
 """In narrower layers and networks of fewer outputs, the task may need only few directions, and the scale of so
@@ -27,8 +27,8 @@ _PAST, _LAG = 6, 3
 _FEWEST_CHANGES, _MOST_CHANGES = 12, 64
 """The number of earlier changes of the scale that a jump is compared with."""
 _LASTING = 12
-"""The number of steps for which a layer must be zero or constant: a layer that is dropped at random in some
-batches runs again sooner."""
+"""The number of steps for which a layer must be zero or constant, and of which a level is the median: a layer
+that is dropped at random in some batches runs again sooner."""
 _ROBUST = 1.4826
 """The standard deviation of a normal distribution over its median of absolute deviations."""
 
@@ -56,8 +56,9 @@ class AlarmRule(NamedTuple):
     Attributes:
         kind: the kind of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
         statistic: the value compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``,
-            ``"effective_rank"`` or ``"rms"``.
-        threshold: the limit of the value; for ``"rms"`` the factor of a change.
+            ``"effective_rank"``, ``"level"`` (the median of the last 12 root mean squares) or ``"rms"``.
+        threshold: the limit of the value; for ``"level"`` as a share of its largest, for ``"rms"`` the factor
+            of a change.
         reads: number of readings in a row that must show it; one is enough if no feature varied for 12 steps.
         min_observations: if fewer rows came since the last reading, they are kept for the next one.
         first_step: the rule is silent before this step.
@@ -90,6 +91,10 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
               "the effective rank is below this, and by the factor and the robust deviations below the least of"
               " its last six readings, or of the six before the last three, in a layer and a network of 4"
               " outputs or more"),
+    AlarmRule("scale", "level", 1e-3, 2, 0, 0, math.nan, math.nan,
+              "the median of the last 12 root mean squares is less than this share of the largest of earlier"
+              " readings, or of those since a jump, in a layer of 4 features or more; not for the last layer, nor"
+              " for gradients"),
     AlarmRule("scale", "rms", 3, 1, 0, 0, math.nan, 12,
               "the root mean square changed by more than this factor, and by more than so many medians of its"
               " own last 64 changes, from one step to the next, and did not come back in the step after; in a"
@@ -121,13 +126,22 @@ def judge(
         past: layer -> its memory, which is updated.
     """
     alarms: list[Alarm] = []
+    series = {numbers.layer: _series(scales, past[numbers.layer]) for numbers, scales in layers}
     for numbers, _ in layers:
+        own, last = past[numbers.layer], layers[-1][0]
         for rule in rules:
-            if rule.statistic != "rms":
-                alarms += _of_level(rule, stage, step, numbers, layers[-1][0], past[numbers.layer])
+            if rule.statistic == "rms":
+                continue
+            if rule.statistic == "level":
+                values = _levels(numbers, last, series[numbers.layer], own)
+            else:
+                values = [_value(rule.statistic, numbers, last)]
+            alarms += _of_values(rule, stage, step, numbers, values, own)
     for rule in rules:
         if rule.statistic == "rms":
-            alarms += _of_jumps(rule, stage, step, layers, past)
+            alarms += _of_jumps(rule, stage, step, layers, series, past)
+    for layer, each in series.items():
+        past[layer]["scales"] = [list(one) for one in each[-_MOST_CHANGES - 2 :]]
     order = [numbers.layer for numbers, _ in layers]
     return sorted(alarms, key=lambda alarm: order.index(alarm.finding.layer))
 
@@ -140,14 +154,18 @@ def enough(rules: Sequence[AlarmRule], numbers: LayerNumbers) -> bool:
 # -- values that stay where they should not be -----------------------------------------------------------------
 
 
-def _of_level(
-    rule: AlarmRule, stage: str, step: int, numbers: LayerNumbers, last: LayerNumbers, past: Past
+def _of_values(
+    rule: AlarmRule, stage: str, step: int, numbers: LayerNumbers, values: Sequence[float], past: Past
 ) -> Iterator[Alarm]:
-    value = _value(rule.statistic, numbers, last)
+    """An alarm of the last value of a reading; the values before it only join the past."""
+    *earlier, value = values
     if math.isnan(value) or (rule.statistic == "effective_rank" and not enough([rule], numbers)):
         return  # few rows span few directions
     new = {"seen": [], "reads": 0, "since": 0, "raised": False}
     own = past.setdefault(f"{rule.kind}/{rule.statistic}", new)
+    for each in earlier:
+        if not math.isnan(each):
+            own["seen"] = _remembered(rule, own["seen"], each)
     if not _is_beyond(rule, value, own["seen"], step):
         own.update(reads=0, raised=False, seen=_remembered(rule, own["seen"], value), fine=step)
         return
@@ -180,9 +198,26 @@ def _value(statistic: str, numbers: LayerNumbers, last: LayerNumbers) -> float:
     return numbers.upper_rank if allows_more and not numbers.is_dead else math.nan
 
 
+def _levels(numbers: LayerNumbers, last: LayerNumbers, series: Scales, past: Past) -> list[float]:
+    """The medians of 12 steps each since the last reading; NaN where the rule says nothing."""
+    # The outputs have the scale of the targets, and gradients fade as a network learns.
+    if numbers.width < _NARROW or numbers.layer == last.layer or numbers.of_gradients:
+        return [math.nan]
+    ends = range(len(series), max(len(past.get("scales", ())), _LASTING - 1), -_LASTING)
+    return [_level(series[end - _LASTING : end], past.get("jumped", 0)) for end in ends][::-1] or [math.nan]
+
+
+def _level(some: Scales, jumped: int) -> float:
+    """The median scale, unless there was a jump since its first step; a fall to 0 has an alarm of its own."""
+    logarithms = [scale for forward, _, scale in some if forward >= jumped and scale < math.inf]  # nor NaN
+    return math.exp(statistics.median(logarithms)) or math.nan if len(logarithms) == _LASTING else math.nan
+
+
 def _words(statistic: str, numbers: LayerNumbers, value: float, before: float) -> str:
     if statistic == "non_finite":
         return f"{plural(numbers.left_out, 'row')} with NaN or infinities left out"
+    if statistic == "level":
+        return f"faded: the scale is {value / before:.2g} of what it was"
     if statistic == "spread":
         return f"collapsed: the mean holds {all_but(value)} %"
     if statistic == "dead_features":
@@ -198,6 +233,8 @@ def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) 
         return value > rule.threshold
     if rule.statistic == "dead_features":
         return value >= rule.threshold and bool(seen)
+    if rule.statistic == "level":
+        return value < rule.threshold * max(seen, default=0)
     if value >= rule.threshold or not seen:
         return False
     if rule.statistic == "spread":
@@ -221,6 +258,8 @@ def _remembered(rule: AlarmRule, seen: Sequence[float], value: float) -> list[fl
         return [*seen, value][-_PAST - _LAG :]
     if rule.statistic == "spread":
         return [max([*seen, value]), value]
+    if rule.statistic == "level":
+        return [max([*seen, value])]
     return [value] if rule.statistic == "non_finite" or value < rule.threshold else list(seen)
 
 
@@ -233,20 +272,25 @@ def _before(rule: AlarmRule, seen: Sequence[float]) -> float:
 # -- jumps of the scale ----------------------------------------------------------------------------------------
 
 
+def _series(scales: Scales, past: Past) -> Scales:
+    """The scales of earlier readings and those of this one."""
+    earlier: Scales = [tuple(each) for each in past.get("scales", ())]
+    return earlier + [each for each in scales if not earlier or each[0] > earlier[-1][0]]
+
+
 def _of_jumps(
     rule: AlarmRule,
     stage: str,
     step: int,
     layers: Sequence[tuple[LayerNumbers, Scales]],
+    all_series: Mapping[str, Scales],
     past: Mapping[str, Past],
 ) -> Iterator[Alarm]:
     """One alarm for all layers that jumped; it names the first one."""
-    jumps = []
-    for order, (numbers, scales) in enumerate(layers):
-        own = past[numbers.layer]
-        earlier = [tuple(each) for each in own.get("scales", ())]
-        series = earlier + [each for each in scales if not earlier or each[0] > earlier[-1][0]]
-        for newest in range(max(len(earlier), 2), len(series)):
+    jumps: dict[str, tuple[int, int, str, int, int, float, float]] = {}
+    for order, (numbers, _) in enumerate(layers):
+        own, series = past[numbers.layer], all_series[numbers.layer]
+        for newest in range(max(len(own.get("scales", ())), 2), len(series)):
             some = [scale for _, _, scale in series[max(newest - _MOST_CHANGES - 2, 0) : newest + 1]]
             if _has_jumped(rule, some, is_narrow=numbers.width < _NARROW):
                 index = newest - 1
@@ -256,11 +300,12 @@ def _of_jumps(
                 continue
             (_, last, before), (forward, at, after) = series[index - 1 : index + 1]
             happened, steps = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
-            jumps.append((forward, order, numbers.layer, happened, steps, math.exp(before), math.exp(after)))
-            break
-        own["scales"] = [list(each) for each in series[-_MOST_CHANGES - 2 :]]
+            told = (forward, order, numbers.layer, happened, steps, math.exp(before), math.exp(after))
+            jumps.setdefault(numbers.layer, told)
+            own.pop(f"{rule.kind}/level", None)  # which begins anew
+            own["jumped"] = forward
     if jumps:
-        _, _, layer, happened, steps, before, after = min(jumps)
+        _, _, layer, happened, steps, before, after = min(jumps.values())
         change = f"changed by a factor of {after / before:.3g}" if after else f"fell from {before:.3g} to 0"
         # Forwards in between were not observed.
         words = f"the scale {change} in {plural(steps, 'step') if steps > 1 else 'one step'}"
