@@ -93,8 +93,8 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
               " outputs or more"),
     AlarmRule("scale", "level", 1e-3, 2, 0, 0, math.nan, math.nan,
               "the median of the last 12 root mean squares is less than this share of the largest of earlier"
-              " readings, or of those since a jump, in a layer of 4 features or more; not for the last layer, nor"
-              " for gradients"),
+              " readings, or of those since a jump, in a layer of 4 features or more that is not the last;"
+              " not for gradients"),
     AlarmRule("scale", "rms", 3, 1, 0, 0, math.nan, 12,
               "the root mean square changed by more than this factor, and by more than so many medians of its"
               " own last 64 changes, from one step to the next, and did not come back in the step after; in a"
