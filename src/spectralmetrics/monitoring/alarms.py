@@ -59,7 +59,8 @@ class AlarmRule(NamedTuple):
             ``"effective_rank"``, ``"level"`` (the median of the last 12 root mean squares) or ``"rms"``.
         threshold: the limit of the value; for ``"level"`` as a share of its largest, for ``"rms"`` the factor
             of a change.
-        reads: number of readings in a row that must show it; one is enough if no feature varied for 12 steps.
+        reads: number of readings in a row that must show it; if more than one, for 12 steps or more. One is
+            enough if no feature varied for 12 steps.
         min_observations: if fewer rows came since the last reading, they are kept for the next one.
         first_step: the rule is silent before this step.
         factor: factor by which the value must be below its own past; NaN if the past does not count.
@@ -175,7 +176,8 @@ def _of_values(
     if own["reads"] == 1:
         own["since"] = step
     is_constant = rule.statistic == "dead_features" and numbers.is_dead
-    if own["reads"] >= rule.reads or (is_constant and step - own.get("fine", step) >= _LASTING):
+    has_lasted = step - own.get("fine", own["since"]) >= _LASTING
+    if rule.reads == 1 or (has_lasted and (own["reads"] >= rule.reads or is_constant)):
         own["raised"] = True
         before = _before(rule, own["seen"])
         words = _words(rule.statistic, numbers, value, before)
