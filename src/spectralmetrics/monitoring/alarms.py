@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from spectralmetrics.findings import Finding, LayerNumbers, all_but
+from spectralmetrics.monitoring import scales as of_scales
+from spectralmetrics.monitoring.scales import LASTING, MOST_CHANGES
 from spectralmetrics.probing.movers import Scales
 from spectralmetrics.table import plural
 
@@ -24,11 +26,6 @@ _FALLEN = 4.0
 """A spread has fallen if it was once larger by this factor."""
 _PAST, _LAG = 6, 3
 """A rank is compared with the last six readings and, for slow falls, with the six before the last three."""
-_FEWEST_CHANGES, _MOST_CHANGES = 12, 64
-"""The number of earlier changes of the scale that a jump is compared with."""
-_LASTING = 12
-"""The number of steps for which a layer must be zero or constant, and of which a level is the median: a layer
-that is dropped at random in some batches runs again sooner."""
 _ROBUST = 1.4826
 """The standard deviation of a normal distribution over its median of absolute deviations."""
 
@@ -98,9 +95,9 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
               " not for gradients"),
     AlarmRule("scale", "rms", 3, 1, 0, 0, math.nan, 12,
               "the root mean square changed by more than this factor, and by more than so many medians of its"
-              " own last 64 changes, from one step to the next, and did not come back in the step after; in a"
-              " layer of less than 4 features by more than its square; or it fell to 0, where it was not"
-              " before, for 12 steps"),
+              " own last 64 changes, from one step to the next, did not come back in the step after, and was so"
+              " far at most once in the last 64 steps; in a layer of less than 4 features by more than its"
+              " square; or it fell to 0, where it was not before, for 12 steps"),
 )  # fmt: skip
 """The default rules of a :class:`~spectralmetrics.Monitor`."""
 
@@ -142,7 +139,7 @@ def judge(
         if rule.statistic == "rms":
             alarms += _of_jumps(rule, stage, step, layers, series, past)
     for layer, each in series.items():
-        past[layer]["scales"] = [list(one) for one in each[-_MOST_CHANGES - 2 :]]
+        past[layer]["scales"] = [list(one) for one in each[-MOST_CHANGES - 2 :]]
     order = [numbers.layer for numbers, _ in layers]
     return sorted(alarms, key=lambda alarm: order.index(alarm.finding.layer))
 
@@ -176,7 +173,7 @@ def _of_values(
     if own["reads"] == 1:
         own["since"] = step
     is_constant = rule.statistic == "dead_features" and numbers.is_dead
-    has_lasted = step - own.get("fine", own["since"]) >= _LASTING
+    has_lasted = step - own.get("fine", own["since"]) >= LASTING
     if rule.reads == 1 or (has_lasted and (own["reads"] >= rule.reads or is_constant)):
         own["raised"] = True
         before = _before(rule, own["seen"])
@@ -205,14 +202,9 @@ def _levels(numbers: LayerNumbers, last: LayerNumbers, series: Scales, past: Pas
     # The outputs have the scale of the targets, and gradients fade as a network learns.
     if numbers.width < _NARROW or numbers.layer == last.layer or numbers.of_gradients:
         return [math.nan]
-    ends = range(len(series), max(len(past.get("scales", ())), _LASTING - 1), -_LASTING)
-    return [_level(series[end - _LASTING : end], past.get("jumped", 0)) for end in ends][::-1] or [math.nan]
-
-
-def _level(some: Scales, jumped: int) -> float:
-    """The median scale, unless there was a jump since its first step; a fall to 0 has an alarm of its own."""
-    logarithms = [scale for forward, _, scale in some if forward >= jumped and scale < math.inf]  # nor NaN
-    return math.exp(statistics.median(logarithms)) or math.nan if len(logarithms) == _LASTING else math.nan
+    ends = range(len(series), max(len(past.get("scales", ())), LASTING - 1), -LASTING)
+    jumped = past.get("jumped", 0)
+    return [of_scales.level(series[end - LASTING : end], jumped) for end in ends][::-1] or [math.nan]
 
 
 def _words(statistic: str, numbers: LayerNumbers, value: float, before: float) -> str:
@@ -292,53 +284,29 @@ def _of_jumps(
     jumps: dict[str, tuple[int, int, str, int, int, float, float]] = {}
     for order, (numbers, _) in enumerate(layers):
         own, series = past[numbers.layer], all_series[numbers.layer]
+        # The scale of one logit is the magnitude of its mean, which may pass zero.
+        factor = rule.threshold**2 if numbers.width < _NARROW else rule.threshold
         for newest in range(max(len(own.get("scales", ())), 2), len(series)):
-            some = [scale for _, _, scale in series[max(newest - _MOST_CHANGES - 2, 0) : newest + 1]]
-            if _has_jumped(rule, some, is_narrow=numbers.width < _NARROW):
-                index = newest - 1
-            elif _has_fallen_to_zero(some):
-                index = newest + 1 - _LASTING
+            some = series[max(newest - MOST_CHANGES - 2, 0) : newest + 1]
+            is_new = True
+            if of_scales.has_jumped(some, factor, rule.deviations):
+                index, is_new = newest - 1, not of_scales.was_there(some)
+            elif of_scales.has_fallen_to_zero(some):
+                index = newest + 1 - LASTING
             else:
                 continue
             (_, last, before), (forward, at, after) = series[index - 1 : index + 1]
-            happened, steps = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
-            told = (forward, order, numbers.layer, happened, steps, math.exp(before), math.exp(after))
-            jumps.setdefault(numbers.layer, told)
+            happened, span = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
+            told = (forward, order, numbers.layer, happened, span, math.exp(before), math.exp(after))
+            if is_new:
+                jumps.setdefault(numbers.layer, told)
             own.pop(f"{rule.kind}/level", None)  # which begins anew
             own["jumped"] = forward
     if jumps:
-        _, _, layer, happened, steps, before, after = min(jumps.values())
+        _, _, layer, happened, span, before, after = min(jumps.values())
         change = f"changed by a factor of {after / before:.3g}" if after else f"fell from {before:.3g} to 0"
         # Forwards in between were not observed.
-        words = f"the scale {change} in {plural(steps, 'step') if steps > 1 else 'one step'}"
+        words = f"the scale {change} in {plural(span, 'step') if span > 1 else 'one step'}"
         if len(jumps) > 1:
             words += f", then the scale of {plural(len(jumps) - 1, 'other layer')}"
         yield Alarm(happened, Finding(stage, layer, rule.kind, "problem", words, after), before)
-
-
-def _has_jumped(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> bool:
-    """True if the change to the last scale but one is a jump, and the last scale has not come back."""
-    *earlier, before, now, after = scales
-    changes = [abs(b - a) for a, b in zip([*earlier, before], [*earlier[1:], before], strict=False)]
-    changes = [each for each in changes if math.isfinite(each)]
-    if len(changes) < _FEWEST_CHANGES:
-        return False
-    # The scale of one logit is the magnitude of its mean, which may pass zero.
-    factor = rule.threshold**2 if is_narrow else rule.threshold
-    limit = max(rule.deviations * statistics.median(changes), math.log(factor))
-    # Also compared with the median of three: a single odd batch is no jump, nor is the way back from it.
-    usual = statistics.median([*earlier[-2:], before])
-    moves = [now - before, now - usual, after - before, after - usual]
-    if not all(map(math.isfinite, moves)) or not (min(moves) > 0 or max(moves) < 0):
-        return False
-    return min(map(abs, moves)) > limit
-
-
-def _has_fallen_to_zero(scales: Sequence[float]) -> bool:
-    """True if the last scales, logarithms, are those of zeros, and no scale before was."""
-    before, now = scales[:-_LASTING], scales[-_LASTING:]
-    return (
-        len(before) > _FEWEST_CHANGES
-        and all(map(math.isfinite, before))
-        and all(each == -math.inf for each in now)
-    )
