@@ -1,4 +1,4 @@
-"""What the scales of successive steps show: levels, jumps and falls to zero. Scales are logarithms."""
+"""Levels, jumps and falls to zero in the scales of successive steps. Scales are logarithms."""
 
 from __future__ import annotations
 
