@@ -4,12 +4,12 @@
     python checks/alarms.py --runs checks/alarms.jsonl --seconds 0   # the rates of the stored runs, on others
 
 The check causes collapses: SimCLR without negatives and SimSiam without stop-gradient (they count if the
-embedding has collapsed at the end), a layer of dead rectifiers, a layer scaled by 30. Partial collapses are a
-bottleneck that closes to 2 or 8 of 64 directions, and a deep network whose weights fade. A collapse is found if
-there is an alarm of its kind at its layer, after its step. A healthy run, with any schedule, dropout, weight
-decay and optimizer, should have no alarm; it counts if the network has learned. The script prints rates and
-counts as it goes on. ``--runs`` names a file with a line for each run. Runs in the file are not repeated, so
-the script can be stopped at any time.
+embedding has collapsed at the end), a layer of dead rectifiers, a layer scaled by 30, a layer without gradients
+that fades by 3 % a step. Partial collapses are a bottleneck that closes to 2 or 8 of 64 directions, and a deep
+network whose weights fade. A collapse is found if there is an alarm of its kind at its layer, after its step. A
+healthy run, with any schedule, dropout, weight decay and optimizer, should have no alarm; it counts if the
+network has learned. The script prints rates and counts as it goes on. ``--runs`` names a file with a line for
+each run. Runs in the file are not repeated, so the script can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from spectralmetrics import Alarm, LayerProbe, Monitor, SaturationMetric
 
 COLLAPSED = 1e-3  # a collapsed embedding's variance is a smaller share of its mean square
 PLANTED_STEPS = 1200
-COMPLETE = ("simclr", "simsiam", "dead", "scale")
+COMPLETE = ("simclr", "simsiam", "dead", "scale", "fading")
 PARTIAL = ("bottleneck 2", "bottleneck 8", "vanishing")
 HEALTHY = {  # number of runs in 1,000; fewer of the slow ones
     "mlp": 270,
@@ -339,7 +339,7 @@ def planted(run: Run) -> Result:
         took = spreads[-1][1] < COLLAPSED
         since = next((s for s, value in reversed(spreads) if value >= COLLAPSED), 0)
         return run.result(took, ("collapsed", "dead"), {"projector.1"}, min(since, steps) if took else 0)
-    if kind in ("dead", "scale"):
+    if kind in ("dead", "scale", "fading"):
         model = (
             setting.mlp(rng, 10, nn.ReLU) if rng.random() < 0.5 else setting.cnn(rng, 10, rng.random() < 0.5)
         )
@@ -351,7 +351,10 @@ def planted(run: Run) -> Result:
         norm = next((m for _, m in behind[:2] if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))), None)
 
         def strike(step: int) -> None:
-            if step == at:
+            if kind == "fading" and step >= at:
+                layer.requires_grad_(False)
+                layer.weight.mul_(0.97), layer.bias.mul_(0.97)
+            elif step == at:
                 with torch.no_grad():
                     if kind == "scale":
                         layer.weight.mul_(30), layer.bias.mul_(30)
@@ -359,7 +362,7 @@ def planted(run: Run) -> Result:
                         (norm or layer).bias.sub_(1e3)
 
         run.train(steps, run.classify, strike)
-        if kind == "scale":
+        if kind != "dead":
             return run.result(True, ("scale",), {name}, at)
         rows = run.output(rectifier)
         took = float((rows == rows[0]).all(0).double().mean()) >= 0.9

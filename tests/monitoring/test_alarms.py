@@ -58,6 +58,12 @@ def test_one_alarm_when_it_has_been_so_for_long_enough(bad, kind, after):
 
 
 @pytest.mark.parametrize("bad", [{"spread": 1e-5}, {"dead": 60}, {"rank": 1.5}])
+def test_readings_of_few_steps_must_show_it_for_12_steps(bad):
+    assert not alarms_of([*FINE * 30, *[reading(**bad)] * 11, *FINE], every=1)
+    assert len(alarms_of([*FINE * 30, *[reading(**bad)] * 12, *FINE], every=1)) == 1
+
+
+@pytest.mark.parametrize("bad", [{"spread": 1e-5}, {"dead": 60}, {"rank": 1.5}])
 def test_what_was_there_from_the_beginning_is_no_alarm(bad):
     assert not alarms_of([reading(**bad)] * 12)
 
@@ -104,12 +110,16 @@ def noise(seed, count=400, size=0.02):
     return [generator.gauss(0, size) for _ in range(count)]
 
 
-def series(values, every=100, told=True):
-    """History at each reading: the last 256 forwards, some of them repeated from the reading before."""
+def series(values, every=100, told=True, pause=0):
+    """History at each reading: the last 256 forwards, some of them repeated from the reading before.
+
+    A layer does not run for ``pause`` steps before its 150th forward.
+    """
 
     def scales(layer, number):
         end = every * (number + 1)
-        rows = [(k, k if told else None, value) for k, value in enumerate(values[layer][:end])]
+        steps = [k + pause * (k >= 150) for k in range(end)]
+        rows = [(k, steps[k] if told else None, value) for k, value in enumerate(values[layer][:end])]
         return rows[-256:]
 
     return scales
@@ -143,6 +153,8 @@ def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
         [each + 1.0 * (k >= 150) for k, each in enumerate(noise(0))],  # less than a factor of three
         [each + 3.0 * (k >= 5) for k, each in enumerate(noise(0))],  # before a level is established
         [3.0 * (k % 2) + each for k, each in enumerate(noise(0))],  # two kinds of batches alternate
+        [each + 2.5 * (k % 20 in (5, 6)) for k, each in enumerate(noise(0))],  # rarer batches of another kind
+        [each - 2.5 * (k % 20 in (5, 6)) for k, each in enumerate(noise(0))],
         [0.01 * k + each for k, each in enumerate(noise(0))],  # growth
         noise(0, size=0.5),
         [each if k < 5 else -math.inf for k, each in enumerate(noise(0))],
@@ -155,6 +167,17 @@ def test_a_jump_whose_step_nobody_told_has_that_of_the_reading():
 )
 def test_what_is_no_jump(values):
     assert not jumps({"a": values})
+
+
+@pytest.mark.parametrize(("pause", "found"), [(10, 1), (13, 0), (500, 0)])
+def test_a_change_over_steps_in_which_a_layer_did_not_run_is_no_jump(pause, found):
+    values = [each + 2.0 * (k >= 150) for k, each in enumerate(noise(0))]
+    assert len(jumps({"a": values}, pause=pause)) == found
+
+
+def test_a_jump_to_where_one_odd_batch_was_is_told():
+    (alarm,) = jumps({"a": [each + 3.4 * (k == 140 or k >= 150) for k, each in enumerate(noise(0))]})
+    assert alarm.step == 151
 
 
 @pytest.mark.parametrize(("at", "told"), [(120, 200), (188, 200), (189, 300), (199, 300), (200, 300)])
@@ -177,13 +200,72 @@ def test_a_fall_to_zero_is_told_once_when_it_has_lasted_for_12_forwards(at, told
     assert len(found) == 1 + (at == 188)
 
 
+BOTH = [reading("a"), reading("b")]
+
+
+def fading(to, start=250, end=650):
+    """Scales that fall evenly to a share and stay there."""
+    return [
+        each + math.log(to) * min(max((k - start) / (end - start), 0), 1)
+        for k, each in enumerate(noise(0, 1200))
+    ]
+
+
+def test_a_slow_fall_of_the_scale_is_told_once_with_its_largest_level():
+    (alarm,) = jumps({"a": fading(to=1e-4), "last": noise(2, 1200)})
+    # Less than a thousandth from step 550 on: at the readings at 600 and 700.
+    assert (alarm.step, alarm.finding.layer, alarm.finding.kind) == (700, "a", "scale")
+    assert alarm.before == pytest.approx(1, rel=0.1)
+    assert alarm.finding.value == pytest.approx(1e-4, rel=0.1)
+    assert alarm.finding.message == "faded: the scale is 0.0001 of what it was, since step 600"
+
+
+def test_a_fall_from_the_first_step_on_is_told_by_rare_readings_too():
+    values = [each - 0.008 * min(k, 950) for k, each in enumerate(noise(0, 5000))]
+    found = [
+        kinds(alarms_of([BOTH] * (5000 // every), every, scales=series({"a": values, "b": values}, every)))
+        for every in (100, 250)
+    ]
+    assert found == [[(1000, "scale")], [(1250, "scale")]]
+
+
+@pytest.mark.parametrize(
+    ("order", "to", "kind"),
+    [("ab", 2e-3, {}), ("ba", 1e-4, {}), ("ab", 1e-4, {"width": 3}), ("ab", 1e-4, {"of_gradients": True})],
+)
+def test_a_slow_fall_is_told_of_hidden_outputs_of_four_features_and_below_a_thousandth(order, to, kind):
+    layers = [reading(layer, **kind) for layer in order]
+    assert not alarms_of([layers] * 12, scales=series({"a": fading(to), "b": noise(1, 1200)}))
+
+
+@pytest.mark.parametrize("every", [1, 10, 100])
+def test_a_fall_in_one_step_is_a_jump_alone_and_the_level_begins_anew(every):
+    def alarms(values):
+        count = len(values) // every
+        return kinds(alarms_of([BOTH] * count, every, scales=series({"a": values, "b": noise(1, 1200)}, every)))
+
+    values = [each - 9 * (k >= 250) for k, each in enumerate(noise(0, 1200))]
+    assert alarms(values) == [(251, "scale")]
+    for_a_while = [each + 9 * (230 <= k < 270) for k, each in enumerate(noise(0, 1200))]
+    assert alarms(for_a_while) == [(231, "scale")]
+    (_, _), (step, _) = alarms([each - 0.02 * max(k - 600, 0) for k, each in enumerate(values)])
+    assert 600 + 345 < step <= 600 + 345 + 20 + 2 * every
+
+
+@pytest.mark.parametrize("odd", [9, math.inf, math.nan])
+def test_odd_batches_are_no_level(odd):
+    values = [odd if k in (50, 51) else each for k, each in enumerate(noise(0))]
+    rules = [rule for rule in DEFAULT_ALARMS if rule.statistic == "level"]
+    assert not alarms_of([BOTH] * 100, every=1, rules=rules, scales=series({"a": values, "b": values}, every=1))
+
+
 def test_a_layer_in_which_nothing_varies_needs_no_second_reading():
     dead = reading(dead=64, spread=0.0)
     (alarm,) = alarms_of([*FINE, *[dead] * 4])
     assert (alarm.step, alarm.finding.message) == (900, "dead: 64 of 64 features")
     # With readings so frequent, it may be one batch in which a layer was dropped.
-    assert not alarms_of([*FINE, dead, *FINE], every=1)
-    assert kinds(alarms_of([*FINE, *[dead] * 4], every=1)) == [(10, "dead")]
+    assert not alarms_of([*FINE, *[dead] * 11, *FINE], every=1)
+    assert kinds(alarms_of([*FINE, *[dead] * 14], every=1)) == [(20, "dead")]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def dying(model, step):
         nn.init.constant_(model[2].bias, -1e3)
 
 
-def train(model, monitor, steps, event=lambda model, step: None, start=0, probe=None):
+def train(model, monitor, steps, event=lambda model, step: None, start=0, rows=32):
     """Run training steps, each with its own batch; return the alarms."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     found = []
@@ -61,7 +61,7 @@ def train(model, monitor, steps, event=lambda model, step: None, start=0, probe=
         generator = torch.Generator().manual_seed(step)
         event(model, step)
         optimizer.zero_grad()
-        model(torch.randn(32, 8, generator=generator)).square().mean().backward()
+        model(torch.randn(rows, 8, generator=generator)).square().mean().backward()
         optimizer.step()
         found += monitor.step() if monitor is not None else []
         if monitor is not None and monitor.should_stop:
@@ -121,15 +121,35 @@ def test_a_layer_that_falls_to_zero_is_told_at_the_next_reading():
     assert found[0].finding.message.startswith("the scale fell from 0.")
 
 
-@pytest.mark.parametrize("observe", ["outputs", "gradients"])
-def test_a_layer_dropped_at_random_raises_nothing(observe):
+def fading(model, step):
+    """A weight decay that is too strong for this layer."""
+    if step >= 60:
+        with torch.no_grad():
+            for parameter in model[2].parameters():
+                parameter.mul_(0.97)
+
+
+@pytest.mark.parametrize("every", [1, 20, 100])
+def test_a_layer_that_fades_is_told(every):
+    model = network()
+    probe = LayerProbe(model)
+    rules = [rule for rule in DEFAULT_ALARMS if rule.kind == "scale"]
+    (alarm,) = train(model, Monitor(probe, every=every, alarms=rules, on_alarm=silent), 520, fading)
+    # 0.97 ** 227 = 0.001, against the gradients; the median lies 6 steps back, and there are two readings.
+    assert 60 + 227 < alarm.step <= 60 + 227 + 30 + 2 * every
+    assert (alarm.finding.layer, alarm.finding.kind) == ("2", "scale")
+    assert alarm.finding.message.startswith("faded: the scale is 0.000")
+
+
+@pytest.mark.parametrize(("observe", "every"), [("outputs", 10), ("gradients", 10), ("outputs", 1)])
+def test_a_layer_dropped_at_random_raises_nothing(observe, every):
     """As stochastic depth by batches does, up to half of them."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 32), nn.Sequential(nn.Linear(32, 32), Dropped(0.5)), nn.Linear(32, 8))
     monitor = Monitor(
-        LayerProbe(model, layers=[nn.Linear, Dropped], observe=observe), every=10, on_alarm=silent
+        LayerProbe(model, layers=[nn.Linear, Dropped], observe=observe), every=every, on_alarm=silent
     )
-    assert not train(model, monitor, 300)
+    assert not train(model, monitor, 300, rows=256 if every == 1 else 32)
 
 
 class Dropped(nn.Module):

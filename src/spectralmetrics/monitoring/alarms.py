@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from spectralmetrics.findings import Finding, LayerNumbers, all_but
+from spectralmetrics.monitoring import scales as of_scales
+from spectralmetrics.monitoring.scales import LASTING, MOST_CHANGES
 from spectralmetrics.probing.movers import Scales
 from spectralmetrics.table import plural
 
-AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "rms"]
+AlarmStatistic: TypeAlias = Literal["non_finite", "spread", "dead_features", "effective_rank", "level", "rms"]
 
 _NARROW = 4
 """In narrower layers and networks of fewer outputs, the task may need only few directions, and the scale of so
@@ -24,11 +26,6 @@ _FALLEN = 4.0
 """A spread has fallen if it was once larger by this factor."""
 _PAST, _LAG = 6, 3
 """A rank is compared with the last six readings and, for slow falls, with the six before the last three."""
-_FEWEST_CHANGES, _MOST_CHANGES = 12, 64
-"""The number of earlier changes of the scale that a jump is compared with."""
-_LASTING = 12
-"""The number of steps for which a layer must be zero or constant: a layer that is dropped at random in some
-batches runs again sooner."""
 _ROBUST = 1.4826
 """The standard deviation of a normal distribution over its median of absolute deviations."""
 
@@ -56,9 +53,11 @@ class AlarmRule(NamedTuple):
     Attributes:
         kind: the kind of the finding: ``"non_finite"``, ``"collapsed"``, ``"dead"`` or ``"scale"``.
         statistic: the value compared: ``"non_finite"``, ``"spread"``, ``"dead_features"``,
-            ``"effective_rank"`` or ``"rms"``.
-        threshold: the limit of the value; for ``"rms"`` the factor of a change.
-        reads: number of readings in a row that must show it; one is enough if no feature varied for 12 steps.
+            ``"effective_rank"``, ``"level"`` (the median of the last 12 root mean squares) or ``"rms"``.
+        threshold: the limit of the value; for ``"level"`` as a share of its largest, for ``"rms"`` the factor
+            of a change.
+        reads: number of readings in a row that must show it; if more than one, for 12 steps or more. One is
+            enough if no feature varied for 12 steps.
         min_observations: if fewer rows came since the last reading, they are kept for the next one.
         first_step: the rule is silent before this step.
         factor: factor by which the value must be below its own past; NaN if the past does not count.
@@ -90,11 +89,15 @@ DEFAULT_ALARMS: tuple[AlarmRule, ...] = (
               "the effective rank is below this, and by the factor and the robust deviations below the least of"
               " its last six readings, or of the six before the last three, in a layer and a network of 4"
               " outputs or more"),
+    AlarmRule("scale", "level", 1e-3, 2, 0, 0, math.nan, math.nan,
+              "the median of the last 12 root mean squares is less than this share of the largest of earlier"
+              " readings, or of those since a jump, in a layer of 4 features or more that is not the last;"
+              " not for gradients"),
     AlarmRule("scale", "rms", 3, 1, 0, 0, math.nan, 12,
               "the root mean square changed by more than this factor, and by more than so many medians of its"
-              " own last 64 changes, from one step to the next, and did not come back in the step after; in a"
-              " layer of less than 4 features by more than its square; or it fell to 0, where it was not"
-              " before, for 12 steps"),
+              " own last 64 changes, from one step to the next, did not come back in the step after, and was so"
+              " far at most once in the last 64 steps; in a layer of less than 4 features by more than its"
+              " square; or it fell to 0, where it was not before, for 12 steps"),
 )  # fmt: skip
 """The default rules of a :class:`~spectralmetrics.Monitor`."""
 
@@ -121,13 +124,22 @@ def judge(
         past: layer -> its memory, which is updated.
     """
     alarms: list[Alarm] = []
+    series = {numbers.layer: _series(scales, past[numbers.layer]) for numbers, scales in layers}
     for numbers, _ in layers:
+        own, last = past[numbers.layer], layers[-1][0]
         for rule in rules:
-            if rule.statistic != "rms":
-                alarms += _of_level(rule, stage, step, numbers, layers[-1][0], past[numbers.layer])
+            if rule.statistic == "rms":
+                continue
+            if rule.statistic == "level":
+                values = _levels(numbers, last, series[numbers.layer], own)
+            else:
+                values = [_value(rule.statistic, numbers, last)]
+            alarms += _of_values(rule, stage, step, numbers, values, own)
     for rule in rules:
         if rule.statistic == "rms":
-            alarms += _of_jumps(rule, stage, step, layers, past)
+            alarms += _of_jumps(rule, stage, step, layers, series, past)
+    for layer, each in series.items():
+        past[layer]["scales"] = [list(one) for one in each[-MOST_CHANGES - 2 :]]
     order = [numbers.layer for numbers, _ in layers]
     return sorted(alarms, key=lambda alarm: order.index(alarm.finding.layer))
 
@@ -140,14 +152,18 @@ def enough(rules: Sequence[AlarmRule], numbers: LayerNumbers) -> bool:
 # -- values that stay where they should not be -----------------------------------------------------------------
 
 
-def _of_level(
-    rule: AlarmRule, stage: str, step: int, numbers: LayerNumbers, last: LayerNumbers, past: Past
+def _of_values(
+    rule: AlarmRule, stage: str, step: int, numbers: LayerNumbers, values: Sequence[float], past: Past
 ) -> Iterator[Alarm]:
-    value = _value(rule.statistic, numbers, last)
+    """An alarm of the last value of a reading; the values before it only join the past."""
+    *earlier, value = values
     if math.isnan(value) or (rule.statistic == "effective_rank" and not enough([rule], numbers)):
         return  # few rows span few directions
     new = {"seen": [], "reads": 0, "since": 0, "raised": False}
     own = past.setdefault(f"{rule.kind}/{rule.statistic}", new)
+    for each in earlier:
+        if not math.isnan(each):
+            own["seen"] = _remembered(rule, own["seen"], each)
     if not _is_beyond(rule, value, own["seen"], step):
         own.update(reads=0, raised=False, seen=_remembered(rule, own["seen"], value), fine=step)
         return
@@ -157,7 +173,8 @@ def _of_level(
     if own["reads"] == 1:
         own["since"] = step
     is_constant = rule.statistic == "dead_features" and numbers.is_dead
-    if own["reads"] >= rule.reads or (is_constant and step - own.get("fine", step) >= _LASTING):
+    has_lasted = step - own.get("fine", own["since"]) >= LASTING
+    if rule.reads == 1 or (has_lasted and (own["reads"] >= rule.reads or is_constant)):
         own["raised"] = True
         before = _before(rule, own["seen"])
         words = _words(rule.statistic, numbers, value, before)
@@ -180,9 +197,21 @@ def _value(statistic: str, numbers: LayerNumbers, last: LayerNumbers) -> float:
     return numbers.upper_rank if allows_more and not numbers.is_dead else math.nan
 
 
+def _levels(numbers: LayerNumbers, last: LayerNumbers, series: Scales, past: Past) -> list[float]:
+    """The medians of 12 steps each since the last reading; NaN where the rule says nothing."""
+    # The outputs have the scale of the targets, and gradients fade as a network learns.
+    if numbers.width < _NARROW or numbers.layer == last.layer or numbers.of_gradients:
+        return [math.nan]
+    ends = range(len(series), max(len(past.get("scales", ())), LASTING - 1), -LASTING)
+    jumped = past.get("jumped", 0)
+    return [of_scales.level(series[end - LASTING : end], jumped) for end in ends][::-1] or [math.nan]
+
+
 def _words(statistic: str, numbers: LayerNumbers, value: float, before: float) -> str:
     if statistic == "non_finite":
         return f"{plural(numbers.left_out, 'row')} with NaN or infinities left out"
+    if statistic == "level":
+        return f"faded: the scale is {value / before:.2g} of what it was"
     if statistic == "spread":
         return f"collapsed: the mean holds {all_but(value)} %"
     if statistic == "dead_features":
@@ -198,6 +227,8 @@ def _is_beyond(rule: AlarmRule, value: float, seen: Sequence[float], step: int) 
         return value > rule.threshold
     if rule.statistic == "dead_features":
         return value >= rule.threshold and bool(seen)
+    if rule.statistic == "level":
+        return value < rule.threshold * max(seen, default=0)
     if value >= rule.threshold or not seen:
         return False
     if rule.statistic == "spread":
@@ -221,6 +252,8 @@ def _remembered(rule: AlarmRule, seen: Sequence[float], value: float) -> list[fl
         return [*seen, value][-_PAST - _LAG :]
     if rule.statistic == "spread":
         return [max([*seen, value]), value]
+    if rule.statistic == "level":
+        return [max([*seen, value])]
     return [value] if rule.statistic == "non_finite" or value < rule.threshold else list(seen)
 
 
@@ -233,65 +266,47 @@ def _before(rule: AlarmRule, seen: Sequence[float]) -> float:
 # -- jumps of the scale ----------------------------------------------------------------------------------------
 
 
+def _series(scales: Scales, past: Past) -> Scales:
+    """The scales of earlier readings and those of this one."""
+    earlier: Scales = [tuple(each) for each in past.get("scales", ())]
+    return earlier + [each for each in scales if not earlier or each[0] > earlier[-1][0]]
+
+
 def _of_jumps(
     rule: AlarmRule,
     stage: str,
     step: int,
     layers: Sequence[tuple[LayerNumbers, Scales]],
+    all_series: Mapping[str, Scales],
     past: Mapping[str, Past],
 ) -> Iterator[Alarm]:
     """One alarm for all layers that jumped; it names the first one."""
-    jumps = []
-    for order, (numbers, scales) in enumerate(layers):
-        own = past[numbers.layer]
-        earlier = [tuple(each) for each in own.get("scales", ())]
-        series = earlier + [each for each in scales if not earlier or each[0] > earlier[-1][0]]
-        for newest in range(max(len(earlier), 2), len(series)):
-            some = [scale for _, _, scale in series[max(newest - _MOST_CHANGES - 2, 0) : newest + 1]]
-            if _has_jumped(rule, some, is_narrow=numbers.width < _NARROW):
-                index = newest - 1
-            elif _has_fallen_to_zero(some):
-                index = newest + 1 - _LASTING
+    jumps: dict[str, tuple[int, int, str, int, int, float, float]] = {}
+    for order, (numbers, _) in enumerate(layers):
+        own, series = past[numbers.layer], all_series[numbers.layer]
+        # The scale of one logit is the magnitude of its mean, which may pass zero.
+        factor = rule.threshold**2 if numbers.width < _NARROW else rule.threshold
+        for newest in range(max(len(own.get("scales", ())), 2), len(series)):
+            some = series[max(newest - MOST_CHANGES - 2, 0) : newest + 1]
+            is_new = True
+            if of_scales.has_jumped(some, factor, rule.deviations):
+                index, is_new = newest - 1, not of_scales.was_there(some)
+            elif of_scales.has_fallen_to_zero(some):
+                index = newest + 1 - LASTING
             else:
                 continue
             (_, last, before), (forward, at, after) = series[index - 1 : index + 1]
-            happened, steps = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
-            jumps.append((forward, order, numbers.layer, happened, steps, math.exp(before), math.exp(after)))
-            break
-        own["scales"] = [list(each) for each in series[-_MOST_CHANGES - 2 :]]
+            happened, span = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
+            told = (forward, order, numbers.layer, happened, span, math.exp(before), math.exp(after))
+            if is_new:
+                jumps.setdefault(numbers.layer, told)
+            own.pop(f"{rule.kind}/level", None)  # which begins anew
+            own["jumped"] = forward
     if jumps:
-        _, _, layer, happened, steps, before, after = min(jumps)
+        _, _, layer, happened, span, before, after = min(jumps.values())
         change = f"changed by a factor of {after / before:.3g}" if after else f"fell from {before:.3g} to 0"
         # Forwards in between were not observed.
-        words = f"the scale {change} in {plural(steps, 'step') if steps > 1 else 'one step'}"
+        words = f"the scale {change} in {plural(span, 'step') if span > 1 else 'one step'}"
         if len(jumps) > 1:
             words += f", then the scale of {plural(len(jumps) - 1, 'other layer')}"
         yield Alarm(happened, Finding(stage, layer, rule.kind, "problem", words, after), before)
-
-
-def _has_jumped(rule: AlarmRule, scales: Sequence[float], is_narrow: bool) -> bool:
-    """True if the change to the last scale but one is a jump, and the last scale has not come back."""
-    *earlier, before, now, after = scales
-    changes = [abs(b - a) for a, b in zip([*earlier, before], [*earlier[1:], before], strict=False)]
-    changes = [each for each in changes if math.isfinite(each)]
-    if len(changes) < _FEWEST_CHANGES:
-        return False
-    # The scale of one logit is the magnitude of its mean, which may pass zero.
-    factor = rule.threshold**2 if is_narrow else rule.threshold
-    limit = max(rule.deviations * statistics.median(changes), math.log(factor))
-    # Also compared with the median of three: a single odd batch is no jump, nor is the way back from it.
-    usual = statistics.median([*earlier[-2:], before])
-    moves = [now - before, now - usual, after - before, after - usual]
-    if not all(map(math.isfinite, moves)) or not (min(moves) > 0 or max(moves) < 0):
-        return False
-    return min(map(abs, moves)) > limit
-
-
-def _has_fallen_to_zero(scales: Sequence[float]) -> bool:
-    """True if the last scales, logarithms, are those of zeros, and no scale before was."""
-    before, now = scales[:-_LASTING], scales[-_LASTING:]
-    return (
-        len(before) > _FEWEST_CHANGES
-        and all(map(math.isfinite, before))
-        and all(each == -math.inf for each in now)
-    )

@@ -1,4 +1,4 @@
-"""Monitor: reports during training when a layer collapses, dies, or jumps in scale."""
+"""Monitor: reports during training when a layer collapses, dies, fades, or jumps in scale."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class AlarmRecorder(Protocol):
 
 
 class Monitor:
-    """Reads a probe every n steps, and reports layers that collapse, die, or jump in scale.
+    """Reads a probe every n steps, and reports layers that collapse, die, fade, or jump in scale.
 
     Each reading judges what was observed since the last one, by rules that compare a layer with its own past:
     :data:`~spectralmetrics.DEFAULT_ALARMS`. The probe keeps all observations, so that
     :meth:`.LayerProbe.compute`, :meth:`.Recorder.record` and others work as without a monitor. On
     several processes make the monitor and call :meth:`step` on all of them: all get the same alarms.
 
-    Jumps in scale are found in the history of forwards: a :class:`~spectralmetrics.HistoryMetric` joins the
-    probe's metrics if there is none. The memory of earlier readings is saved with the probe, see
+    Scales that jump or fade are found in the history of forwards: a :class:`~spectralmetrics.HistoryMetric`
+    joins the probe's metrics if there is none. The memory of earlier readings is saved with the probe, see
     :meth:`.LayerProbe.persistent`: make the monitor before you load a state.
 
     Args:
@@ -107,7 +107,7 @@ class Monitor:
         self.recorder = recorder
         self.should_stop = False
         self.raised: list[Alarm] = []
-        if any(rule.statistic == "rms" for rule in self.rules):
+        if any(rule.statistic in ("level", "rms") for rule in self.rules):
             keep_history(probe, stage, max(_FORWARDS, 2 * every))
         self._reader = f"monitor/{stage}"
         self._past = probe._remembered.setdefault(self._reader, {})
