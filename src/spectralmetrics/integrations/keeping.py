@@ -83,10 +83,8 @@ class Keeping:
             self.recorder = self._last
         self._has_trained = self._has_trained or trained is not None
         self.epoch, self._outside = self.recorder.next_epoch, []
-        if trained == 0 and self.recorder.last is not None:
-            self.epoch = (
-                self.recorder.last.epoch + 1
-            )  # its steps do not join those of an epoch that was cut off
+        if trained == 0 and self.recorder.last is not None:  # its steps do not join an epoch that was cut off
+            self.epoch = self.recorder.last.epoch + 1
         if epoch is not None:
             directory = self.recorder.directory
             group = group_of(forwards.probe)
