@@ -69,6 +69,19 @@ def wrapped(text: str) -> list[str]:
     return lines or [""]
 
 
+def listing(head: str, items: Sequence[str], end: str = "") -> list[str]:
+    """One line that names as many of the items as fit, and counts the others."""
+    line = head
+    for index, item in enumerate(items):
+        rest = len(items) - index - 1
+        short = item if len(item) <= 60 else f"…{item[-59:]}"  # the end says more than the beginning
+        joined = f"{line}{', ' if index else ''}{short}"
+        if index and len(joined) + len(f", and {rest} more" * bool(rest) + end) > screen_width():
+            return [f"{line}, and {rest + 1} more{end}"]
+        line = joined
+    return wrapped(line + end)
+
+
 def wrap_name(name: str, width: int) -> list[str]:
     """A qualified name in lines that end at a dot, slash, dash or underscore; too long words are broken.
 
