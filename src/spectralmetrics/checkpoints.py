@@ -262,7 +262,7 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
 
 
 def _groups_of_transposed(stored: Mapping[str, _Stored], name: str, shape: tuple[int, ...]) -> int:
-    """The groups of a weight of shape (in, out / groups, *kernel), known by its bias of length out; 0 for others.
+    """The groups of a weight of shape (in, out / groups, *kernel), known by a bias of length out; else 0.
 
     That is a transposed convolution or, without a kernel, a ``Conv1D`` of transformers. A bias as long as the
     first dimension says nothing.

@@ -18,7 +18,7 @@ from spectralmetrics.metrics import statistics
 from spectralmetrics.parameters import check_some_in, weight_in, weights_of, why_no_numbers
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.sums.decomposition import round_off
-from spectralmetrics.table import import_pandas, listing, number, plural, text_table
+from spectralmetrics.table import by_reason, import_pandas, number, plural, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -121,10 +121,7 @@ class WeightSummary:
             for row in self.rows
         ]
         lines = text_table(heads, cells, left=("type",), spare=("type", "shape"))
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [name for name, own in self.skipped.items() if own == reason]
-            lines += listing("skipped ", names, f": {reason}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *by_reason("skipped ", self.skipped)])
 
     __repr__ = __str__
 

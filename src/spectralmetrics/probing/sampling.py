@@ -58,7 +58,7 @@ class Limits:
         return bool(of_layer.given_up or of_layer.too_wide or self.room(of_layer) == 0)
 
     def check_width(self, of_layer: LayerMetrics, width: int) -> None:
-        """Keep a sketch for a layer that is too wide for a covariance, or leave out a layer that no sums fit."""
+        """Keep a sketch for a layer too wide for a covariance, or leave out one whose width has changed."""
         for leader in of_layer.spectral_leaders[:1]:
             if leader.num_features not in (None, width):
                 raise LeftOut(
