@@ -637,6 +637,7 @@ class TestPictures:
         assert figure.axes[0] is axis
         assert [text.get_text() for text in axis.get_yticklabels()] == result.layers
         assert [text.get_text() for text in axis.get_xticklabels()] == result.other_layers
+        assert (axis.get_ylabel(), axis.get_xlabel()) == ("layers", "other layers")
         assert axis.get_images()[0].get_array().tolist() == result.matrix.tolist()
 
     def test_large_ones_have_no_numbers(self):

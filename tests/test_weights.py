@@ -13,6 +13,7 @@ import spectralmetrics as sm
 from spectralmetrics.checkpoints import checkpoint_spectra
 from spectralmetrics.cli import main
 from spectralmetrics.functional import power_law_tail
+from spectralmetrics.weights import WeightSummary
 
 
 def heavy(seed, shape=(120, 90), freedom=3):
@@ -223,6 +224,17 @@ def test_what_stands_out():
     assert "skipped 2: it holds NaN" in str(summary)
 
 
+def test_skipped_tensors_are_listed_by_their_reason():
+    skipped = {f"block.{number}.norm.bias": "it is no matrix" for number in range(60)}
+    summary = WeightSummary([], skipped | {"head": "it is empty"})
+    [biases, head] = str(summary).splitlines()[-2:]
+    assert biases.startswith("skipped block.0.norm.bias, block.1.norm.bias, ")
+    assert biases.endswith(" more: it is no matrix")
+    assert len(biases) <= 100
+    assert head == "skipped head: it is empty"
+    assert summary.skipped.keys() == {*skipped, "head"}
+
+
 def test_singular_values_far_below_the_largest_are_no_zeros():
     generator = np.random.default_rng(0)
     left, right = (np.linalg.qr(generator.standard_normal((40, 40)))[0] for _ in range(2))
@@ -310,6 +322,23 @@ def test_every_format_gives_what_the_model_gives(tmp_path):
         for layer, value in values_of(found).items():
             assert value == pytest.approx(expected[layer], nan_ok=True)
         assert set(found.skipped) == {"0.bias", "1.bias", "2.bias"}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Sequential(nn.ConvTranspose2d(8, 6, 2)),
+        nn.ConvTranspose2d(6, 8, 2),
+        nn.ConvTranspose1d(8, 6, 3, groups=2),
+        nn.Conv2d(8, 6, 3, groups=2),
+    ],
+    ids=["transposed", "wider, no prefix", "transposed, groups", "groups"],
+)
+def test_the_length_of_the_bias_tells_a_transposed_convolution_in_a_checkpoint(layer, tmp_path):
+    torch.save(layer.state_dict(), tmp_path / "model.pt")
+    [expected], [found] = sm.weight_spectra(layer).rows, checkpoint_spectra(tmp_path / "model.pt").rows
+    assert found.shape == expected.shape
+    assert found.value == pytest.approx(expected.value, nan_ok=True)
 
 
 def test_tied_experts_and_quantised_tensors(tmp_path):

@@ -65,7 +65,10 @@ def checkpoint_spectra(
         progress: called with the number of matrices done and the number of all.
 
     Returns:
-        A row for each matrix; skipped tensors are listed with the reason.
+        A row for each matrix; skipped tensors are listed with the reason. A file does not say which
+        convolutions are transposed. Those whose bias has another length than the weight's first dimension are
+        read as :func:`~spectralmetrics.weight_spectra` reads them; others, such as those with as many inputs as
+        outputs, as if they were not transposed.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -255,7 +258,22 @@ def _matrices(stored: Mapping[str, _Stored], skipped: dict[str, str]) -> Iterato
             for expert in range(tensor.shape[0]):
                 yield WeightMatrix(f"{layer}.{expert}", "", name, bring, expert)
         else:
-            yield WeightMatrix(layer, "", name, bring)
+            groups = _groups_of_transposed(stored, name, tensor.shape)
+            yield WeightMatrix(layer, "", name, bring, inputs_first=groups > 0, groups=max(groups, 1))
+
+
+def _groups_of_transposed(stored: Mapping[str, _Stored], name: str, shape: tuple[int, ...]) -> int:
+    """The groups of a weight of shape (in, out / groups, *kernel), known by a bias of length out; else 0.
+
+    That is a transposed convolution or, without a kernel, a ``Conv1D`` of transformers. A bias as long as the
+    first dimension says nothing.
+    """
+    bias = stored.get(f"{name.removesuffix('weight')}bias")
+    if bias is None or len(bias.shape) != 1 or bias.shape[0] == shape[0] or 0 in shape:
+        return 0
+    groups, rest = divmod(bias.shape[0], shape[1])
+    fits = groups == 1 or (groups > 1 and len(shape) > 2 and shape[0] % groups == 0)
+    return groups if fits and not rest else 0
 
 
 def _part(name: str, stored: Mapping[str, _Stored]) -> str:

@@ -176,7 +176,7 @@ def plot_similarity(
         matrix: values such as linear CKA, shape (L1, L2). Colours run from 0 to 1; values below 0, which occur
             by chance, have the colour of 0. Small matrices show their numbers.
         layers: names of the L1 rows.
-        other_layers: names of the L2 columns; the names of the rows if None.
+        other_layers: names of the L2 columns; the names of the rows if None. The axes say which side is which.
         title: the title of the picture.
         ax: axes to draw on; if None a new figure, large enough for the names.
 
@@ -204,11 +204,13 @@ def plot_similarity(
     cell = 0.42 if numbered else _NAME_INCHES + 0.01
     width, height = max(2.6, cell * len(columns)), max(2.6, cell * len(layers))
     given = ax is not None
-    ax = _axis(ax, (width + 1.7 + _longest(layers), height + 0.7 + _longest(columns)))
+    ax = _axis(ax, (width + 1.9 + _longest(layers), height + 0.9 + _longest(columns)))
     image = ax.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="linear CKA", fraction=0.046, pad=0.03)
     _name_layers(ax, layers, "y", room=not given)
     _name_layers(ax, columns, "x", room=not given)
+    if other_layers is not None:
+        ax.set(ylabel="layers", xlabel="other layers")
     if numbered:
         for row, column in np.ndindex(values.shape):
             value = values[row, column]

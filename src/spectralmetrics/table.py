@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spectralmetrics.extras import from_extra
@@ -67,6 +67,31 @@ def wrapped(text: str) -> list[str]:
         text, screen_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
     return lines or [""]
+
+
+def listing(head: str, items: Sequence[str], end: str = "") -> list[str]:
+    """One line that names as many of the items as fit, and counts the others."""
+    line = head
+    for index, item in enumerate(items):
+        rest = len(items) - index - 1
+        short = item if len(item) <= 60 else f"…{item[-59:]}"  # the end says more than the beginning
+        joined = f"{line}{', ' if index else ''}{short}"
+        if index and len(joined) + len(f", and {rest} more" * bool(rest) + end) > screen_width():
+            return [f"{line}, and {rest + 1} more{end}"]
+        line = joined
+    return wrapped(line + end)
+
+
+def by_reason(head: str, reasons: Mapping[str, str]) -> list[str]:
+    """One line for each reason, which names as many of its items as fit; ``reasons`` is item -> reason.
+
+    >>> by_reason("skipped ", {"0.bias": "it is no matrix", "1": "it is empty", "2.bias": "it is no matrix"})
+    ['skipped 0.bias, 2.bias: it is no matrix', 'skipped 1: it is empty']
+    """
+    items: dict[str, list[str]] = {}
+    for item, reason in reasons.items():
+        items.setdefault(reason, []).append(item)
+    return [line for reason, some in items.items() for line in listing(head, some, f": {reason}")]
 
 
 def wrap_name(name: str, width: int) -> list[str]:

@@ -18,7 +18,7 @@ from spectralmetrics.metrics import statistics
 from spectralmetrics.parameters import check_some_in, weight_in, weights_of, why_no_numbers
 from spectralmetrics.probing.selection import Selectors, named_modules, select_layers, unwrap
 from spectralmetrics.sums.decomposition import round_off
-from spectralmetrics.table import import_pandas, number, plural, text_table
+from spectralmetrics.table import by_reason, import_pandas, number, plural, text_table
 from spectralmetrics.torch_private import WRAPPER_ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class WeightSummary:
             for row in self.rows
         ]
         lines = text_table(heads, cells, left=("type",), spare=("type", "shape"))
-        return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped.items())])
+        return "\n".join([*lines, *by_reason("skipped ", self.skipped)])
 
     __repr__ = __str__
 

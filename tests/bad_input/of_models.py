@@ -260,7 +260,7 @@ ROWS_OF_MODELS = [
         Given(lambda w: w.entering(w.probe.mask)),
         mask=[
             ([True], TypeError, "expected a boolean mask, True for valid tokens, got list"),
-            (torch.ones(2, 3), TypeError, "expected a boolean mask, True for valid tokens, got torch.float32"),
+            (torch.ones(2, 3), TypeError, "for valid tokens, got torch.float32; mask.bool() makes one of ones"),
             (torch.ones(3).bool(), ValueError, "expected a mask of shape (N, T), got (3,)"),
         ],
     ),

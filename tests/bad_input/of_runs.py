@@ -218,7 +218,7 @@ ROWS_OF_RUNS = [
             for epoch in (7, -1, "1", 1.5)
         ],
         stage=[
-            (stage, ValueError, f"expected a stage that was recorded in epoch 1, got {stage!r}")
+            (stage, ValueError, f"expected a stage of epoch 1 among ['eval', 'train'], got {stage!r}")
             for stage in ("test", None)
         ],
         statistic=[

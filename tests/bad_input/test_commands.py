@@ -44,7 +44,7 @@ TABLE = {
     },
     ("summary", "RUN"): {
         "--epoch": [*INTEGERS, ("7", "expected an epoch of … that has arrays, 0 to 1, got 7")],
-        "--stage": [("test", "expected a stage that was recorded in epoch 1, got 'test'")],
+        "--stage": [("test", "expected a stage of epoch 1 among ['eval', 'train'], got 'test'")],
         "--statistic": [
             ("width", "expected statistics among … got 'width'"),
             ("spectrum", "expected a statistic that is one number, got 'spectrum'"),

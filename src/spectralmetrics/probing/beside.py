@@ -124,7 +124,8 @@ class Masks(Beside):
     def check(self, value: Tensor) -> Tensor:
         """See :class:`.Beside`."""
         if not isinstance(value, Tensor) or value.dtype != torch.bool:
-            raise TypeError(f"expected a boolean mask, True for valid tokens, got {dtype_or_type(value)}")
+            how = "; mask.bool() makes one of ones and zeros" if isinstance(value, Tensor) else ""
+            raise TypeError(f"expected a boolean mask, True for valid tokens, got {dtype_or_type(value)}{how}")
         if value.ndim != 2:
             raise ValueError(f"expected a mask of shape (N, T), got {tuple(value.shape)}")
         return value

@@ -58,7 +58,13 @@ class Limits:
         return bool(of_layer.given_up or of_layer.too_wide or self.room(of_layer) == 0)
 
     def check_width(self, of_layer: LayerMetrics, width: int) -> None:
-        """Keep a sketch for a layer that is too wide for a covariance, or leave the layer out."""
+        """Keep a sketch for a layer too wide for a covariance, or leave out one whose width has changed."""
+        for leader in of_layer.spectral_leaders[:1]:
+            if leader.num_features not in (None, width):
+                raise LeftOut(
+                    f"expected rows with {leader.num_features} features, got {width}: outputs of several widths"
+                    " have no common spectrum; give each use of the layer a module of its own"
+                )
         if width <= self.max_features or not of_layer.keeps_matrices or of_layer.is_sketched:
             return
         if self.sketch_size is None:

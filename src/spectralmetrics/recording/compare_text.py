@@ -16,7 +16,7 @@ from spectralmetrics.probing.summary import numbers_of
 from spectralmetrics.recording.compare import Side, open_sides, rows_of
 from spectralmetrics.recording.manifest import MODULE
 from spectralmetrics.recording.record import Row
-from spectralmetrics.table import number, percent, plural, screen_width, text_table, wrapped
+from spectralmetrics.table import listing, number, percent, plural, screen_width, text_table, wrapped
 
 _CELL = 8
 _NOTE_WIDTH = 24
@@ -172,7 +172,7 @@ def _answer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["note"]:
             reasons.setdefault(row["note"], []).append(row["layer"])
     for note, layers in reasons.items():
-        lines += _listing(f"{note[0].upper()}{note[1:]}: ", layers)
+        lines += listing(f"{note[0].upper()}{note[1:]}: ", layers)
     return lines
 
 
@@ -197,7 +197,7 @@ def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"Largest change of {words}: ", [f"{layer} {_arrow(*pair)}" for layer, *pair in changes]
         )
         same += [words] if pairs and not changes else []
-    return lines + (_listing("No change of ", same, ".") if same else [])
+    return lines + (listing("No change of ", same, ".") if same else [])
 
 
 def _is_same(left: float | None, right: float | None) -> bool:
@@ -238,19 +238,6 @@ def _first(head: str, items: Sequence[str]) -> list[str]:
     return wrapped(head + ", ".join(shown)) if shown else []
 
 
-def _listing(head: str, items: Sequence[str], end: str = "") -> list[str]:
-    """One line that names as many of the items as fit."""
-    line = head
-    for index, item in enumerate(items):
-        rest = len(items) - index - 1
-        short = item if len(item) <= 60 else f"…{item[-59:]}"  # the end says more than the beginning
-        joined = f"{line}{', ' if index else ''}{short}"
-        if index and len(joined) + (len(f", and {rest} more") if rest else len(end)) > screen_width():
-            return [f"{line}, and {rest + 1} more{end}"]
-        line = joined
-    return wrapped(line + end)
-
-
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
@@ -271,7 +258,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [[row["layer"], *(number(row[key]) for key in columns), row["note"]] for row in rows]
     heads = ["layer", *(f"{head:>{_CELL}}" for head in columns.values()), ""]
     lines = text_table(heads, cells, rule=True)
-    return [*lines, *(_listing("No room here for: ", rest) if rest else [])]
+    return [*lines, *(listing("No room here for: ", rest) if rest else [])]
 
 
 def _arrow(left: float | None, right: float | None) -> str:

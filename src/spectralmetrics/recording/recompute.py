@@ -131,8 +131,8 @@ def summarise_run(
     check_threshold(threshold)
     if hasattr(metric, "threshold"):
         metric.threshold = threshold
-    if stage not in {each for each, _ in run.layers_in(key)}:
-        raise ValueError(f"expected a stage that was recorded in {key}, got {stage!r}")
+    if stage not in (stages := sorted({each for each, _ in run.layers_in(key)})):
+        raise ValueError(f"expected a stage of {key} among {stages}, got {stage!r}")
     spectra: dict[str, Spectrum] = {}
     failures = Failures()
     for layer in run.layers(key, stage):
