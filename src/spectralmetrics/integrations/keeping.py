@@ -142,7 +142,7 @@ class Keeping:
         finally:
             recorder._on_failure = None
         if failures and not self._is_failing and is_first(group_of(recorder.probe)):
-            warn_user(f"{failures[0]}. The training goes on; the next failure after a success is told again")
+            warn_user(f"{failures[0]}. The training goes on, and further failures in a row raise no warning")
         self._is_failing = bool(failures)
 
     def _go_to(self, epoch: int) -> None:

@@ -297,9 +297,9 @@ def _of_jumps(
                 continue
             (_, last, before), (forward, at, after) = series[index - 1 : index + 1]
             happened, span = (step, 1) if at is None else (at + 1, at - (at - 1 if last is None else last))
-            told = (forward, order, numbers.layer, happened, span, math.exp(before), math.exp(after))
+            jump = (forward, order, numbers.layer, happened, span, math.exp(before), math.exp(after))
             if is_new:
-                jumps.setdefault(numbers.layer, told)
+                jumps.setdefault(numbers.layer, jump)
             own.pop(f"{rule.kind}/level", None)  # which begins anew
             own["jumped"] = forward
     if jumps:

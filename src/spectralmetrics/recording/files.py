@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # as where the directory is gone: the first error tells
+        with contextlib.suppress(OSError):  # the directory may be gone; the first error is raised
             temporary.unlink()
         if isinstance(error, OSError) and error.filename is None:  # of a write to an open file
             error.filename = str(path)
